@@ -1,0 +1,1 @@
+"""Reading what was downloaded: tar offsets, the devkit, the makers of ILSVRC-shaped archives."""

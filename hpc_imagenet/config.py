@@ -1,0 +1,269 @@
+"""The typed schema of everything in conf/: names, units, limits. Imports no other room but the user's error.
+
+The values live in conf/, commented there. A field without a default must come from conf/ or the command
+line. Hydra checks names and types while it composes; `check` looks at what a type cannot say.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hpc_imagenet.errors import UserError
+
+STAGES = ("download", "process", "upload", "train", "pipeline")
+EXECUTORS = ("auto", "local", "slurm", "here")
+
+
+@dataclass
+class Stage:
+    """What to run: one of `STAGES`; `+stage=NAME` on the command line."""
+
+    name: str = "train"
+
+
+@dataclass
+class Archive:
+    """One file to download. `md5` and `bytes` are checked where they are given."""
+
+    file: str = MISSING
+    md5: str | None = None
+    bytes: int | None = None
+
+
+@dataclass
+class Dataset:
+    """ILSVRC-shaped archives and where they come from.
+
+    `source` is a folder or a URL prefix. `revision` names the data in signatures where no MD5 pins it.
+    `make` is an importable `module:function` that writes the archives into the source folder where that
+    folder does not exist yet. `hint` is shown behind a failed download.
+    """
+
+    name: str = MISSING
+    source: str = MISSING
+    revision: str = ""
+    archives: dict[str, Archive] = field(default_factory=dict)  # keys: train, val, devkit
+    make: str | None = None
+    hint: str = ""
+
+
+@dataclass
+class Datastore:
+    """A named, versioned dataset: `<url>/<name>/v<N>/`.
+
+    `name` may pin a version as `name@vN`. `version` and `content` are filled at submission.
+    """
+
+    name: str = MISSING
+    url: str = MISSING
+    version: int | None = None
+    content: str | None = None
+
+
+@dataclass
+class Model:
+    """A torchvision classification backbone.
+
+    `stem` is standard, small (stride 1 and no max-pool in front, for images up to 64 px) or auto (small
+    where recipe.size ≤ 64). `options` go to the torchvision constructor as they are.
+    """
+
+    name: str = MISSING
+    stem: str = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Recipe:
+    """How a backbone is trained; everything here decides the result."""
+
+    epochs: int = MISSING
+    global_batch: int = MISSING  # images a step over all devices: the invariant
+    optimizer: str = MISSING  # sgd or adamw
+    learning_rate: float = MISSING  # the peak, at this global batch
+    momentum: float = MISSING  # of sgd
+    weight_decay: float = MISSING
+    warmup_epochs: float = MISSING  # linear, then cosine to zero
+    label_smoothing: float = MISSING  # 0 to 1
+    size: int = MISSING  # px, side of the training crop
+    val_resize: int = MISSING  # px, short side before the centre crop
+    val_size: int = MISSING  # px, side of the centre crop
+    crop_scale: float = MISSING  # least share of the area in a random crop, 0 to 1
+    flip: float = MISSING  # probability of a horizontal flip
+    precision: str = MISSING  # of Lightning, such as bf16-mixed or 32-true; auto: bf16-mixed on GPUs
+
+
+@dataclass
+class Loader:
+    """How images reach the device; changes the speed, never the result."""
+
+    workers: int | None = None  # processes a rank; null: the CPUs of the task less one
+
+
+@dataclass
+class Download:
+    """The download stage."""
+
+    retries: int = MISSING  # broken connections in a row without a new byte
+    timeout: float = MISSING  # s without a byte
+
+
+@dataclass
+class Process:
+    """The process stage. `layout` is index (no byte copied) or folders (class folders besides)."""
+
+    layout: str = MISSING
+
+
+@dataclass
+class Train:
+    """The train stage, as far as it does not change the result."""
+
+    checkpoint_every_minutes: float = MISSING
+
+
+@dataclass
+class Cluster:
+    """Where jobs run and what they may use. Null leaves a value to the cluster's own default."""
+
+    executor: str = MISSING  # one of EXECUTORS
+    parallel: int | None = None  # local: jobs at a time; null: one a GPU, else one
+    nodes: int = 1
+    gpus_per_node: int | None = None  # null: one a local job where there are GPUs, none on Slurm
+    tasks_per_node: int | None = None  # null: one a GPU, else one
+    cpus_per_task: int | None = None
+    memory_gb: float | None = None  # GB a node
+    time: int | None = None  # minutes
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    array_parallelism: int = 256  # jobs of one array at a time
+    max_requeues: int = 10
+    setup: list[str] = field(default_factory=list)  # shell lines before the job: module load …
+    sbatch: dict[str, Any] = field(default_factory=dict)  # more options of sbatch, by their long names
+    srun: list[str] = field(default_factory=list)  # more arguments of srun
+    stage: dict[str, dict[str, Any]] = field(default_factory=dict)  # any of the above, for one stage
+
+
+@dataclass
+class Config:
+    """One resolved combination: what a job is frozen as."""
+
+    workspace: str = MISSING
+    seed: int = MISSING
+    wait: bool = MISSING
+    dry_run: bool = MISSING
+    stage: Stage = field(default_factory=Stage)
+    cluster: Cluster = field(default_factory=Cluster)
+    dataset: Dataset = field(default_factory=Dataset)
+    datastore: Datastore = field(default_factory=Datastore)
+    model: Model = field(default_factory=Model)
+    recipe: Recipe = field(default_factory=Recipe)
+    loader: Loader = field(default_factory=Loader)
+    download: Download = field(default_factory=Download)
+    process: Process = field(default_factory=Process)
+    train: Train = field(default_factory=Train)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Return the typed form of a resolved config, as composed or as frozen in a run's folder.
+
+    Raises:
+        UserError: a name, a type or a missing value, with the setting's full name.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+        return cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from None
+
+
+def one_line(error: OmegaConfBaseException) -> str:
+    """Say an OmegaConf error in one line that begins with the setting's name."""
+    setting = error.full_key or "config"
+    if "Missing mandatory value" in str(error):
+        return f"{setting} is not set: add {setting}=VALUE"
+    return f"{setting}: {str(error).splitlines()[0]}"
+
+
+def cluster_for(config: Config, stage: str) -> Cluster:
+    """Return the cluster settings of one stage: the general ones with `cluster.stage.<stage>` laid over.
+
+    Raises:
+        UserError: a misspelt setting under cluster.stage.
+    """
+    try:
+        general = OmegaConf.structured(config.cluster)
+        return cast(
+            Cluster, OmegaConf.to_object(OmegaConf.merge(general, config.cluster.stage.get(stage, {})))
+        )
+    except OmegaConfBaseException as error:
+        raise UserError(f"cluster.stage.{stage}.{one_line(error)}") from None
+
+
+def check(config: Config) -> None:
+    """Refuse values that have the right type and still make no sense.
+
+    Raises:
+        UserError: the first setting that is wrong, and what would be right.
+    """
+    _one_of("stage", config.stage.name, STAGES)
+    _one_of("cluster.executor", config.cluster.executor, EXECUTORS)
+    _one_of("process.layout", config.process.layout, ("index", "folders"))
+    _one_of("model.stem", config.model.stem, ("auto", "standard", "small"))
+    _one_of("recipe.optimizer", config.recipe.optimizer, ("sgd", "adamw"))
+    recipe, cluster = config.recipe, config.cluster
+    for name, value, least in (
+        ("recipe.epochs", recipe.epochs, 1),
+        ("recipe.global_batch", recipe.global_batch, 1),
+        ("recipe.size", recipe.size, 8),
+        ("recipe.val_size", recipe.val_size, 8),
+        ("recipe.val_resize", recipe.val_resize, recipe.val_size),
+        ("recipe.learning_rate", recipe.learning_rate, 0),
+        ("recipe.weight_decay", recipe.weight_decay, 0),
+        ("recipe.warmup_epochs", recipe.warmup_epochs, 0),
+        ("loader.workers", config.loader.workers, 0),
+        ("download.retries", config.download.retries, 0),
+        ("cluster.parallel", cluster.parallel, 1),
+        ("cluster.nodes", cluster.nodes, 1),
+        ("cluster.gpus_per_node", cluster.gpus_per_node, 0),
+        ("cluster.tasks_per_node", cluster.tasks_per_node, 1),
+        ("cluster.time", cluster.time, 1),
+        ("seed", config.seed, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name}={value} is too small: at least {least}")
+    for name, share in (
+        ("recipe.label_smoothing", recipe.label_smoothing),
+        ("recipe.crop_scale", recipe.crop_scale),
+        ("recipe.flip", recipe.flip),
+    ):
+        if not 0 <= share <= 1:
+            raise UserError(f"{name}={share} is not between 0 and 1")
+    if config.train.checkpoint_every_minutes <= 0:
+        raise UserError("train.checkpoint_every_minutes must be more than 0")
+    for split in ("train", "val", "devkit"):
+        if split not in config.dataset.archives:
+            raise UserError(f"dataset.archives.{split} is missing: give its file name (and md5)")
+    for stage in cluster.stage:
+        _one_of("cluster.stage", stage, STAGES)
+        cluster_for(config, stage)
+
+
+def near(name: str, valid: tuple[str, ...] | list[str]) -> str:
+    """Return the words `; near: a, b` for a misspelt name, or all valid names where there are few."""
+    close = difflib.get_close_matches(name, valid, n=4, cutoff=0.5)
+    if close:
+        return f"; near: {', '.join(close)}"
+    return f"; one of: {', '.join(valid)}" if len(valid) <= 12 else ""
+
+
+def _one_of(setting: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise UserError(f"{setting}={value} is unknown{near(value, valid)}")

@@ -1,0 +1,107 @@
+"""The manifest: what a dataset is made of, written last, so that a folder with a manifest is whole.
+
+One form serves both folders that hold images: `datasets/<name>/`, whose shards are the archives as they
+were downloaded, and a datastore's `<name>/v<N>/`, whose shards lie in the folder itself. Training opens
+either.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.durable import write_json
+from hpc_imagenet.errors import UserError
+
+FORMAT = 1
+FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the dataset. `path` is relative to the manifest's folder and may begin with `..`."""
+
+    path: str
+    bytes: int
+    hash: str  # algorithm:hexdigest, such as md5:… or sha256:…
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: its index file and how many images that holds."""
+
+    index: File
+    images: int
+
+
+@dataclass(frozen=True)
+class Category:
+    """One class; its place in `Manifest.classes` is its label."""
+
+    wnid: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset: uncompressed tar shards, an index a split, the classes in label order.
+
+    `content` is the short hash of what the images are (the archives' identity and how they were treated):
+    two folders with the same content train the same model. `files` are further files that travel along
+    (meta.bin). `provenance` is free: source, versions, times.
+    """
+
+    name: str
+    content: str
+    created: str  # ISO 8601, UTC
+    classes: tuple[Category, ...]
+    shards: tuple[File, ...]  # an entry's `shard` is the place in here
+    splits: dict[str, Split]  # train, val
+    files: tuple[File, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        """Images in all splits."""
+        return sum(split.images for split in self.splits.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.bytes for file in self.all_files())
+
+    def all_files(self) -> tuple[File, ...]:
+        """Shards, indexes and further files: all that makes a copy whole, but for the manifest."""
+        return (*self.shards, *(split.index for split in self.splits.values()), *self.files)
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest into `folder`; from now on the folder counts as whole."""
+        write_json(folder / FILE, {"format": FORMAT, **asdict(self)})
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read the manifest of `folder`.
+
+    Raises:
+        FileNotFoundError: there is none, so the folder is not (yet) a dataset.
+        UserError: it cannot be understood.
+    """
+    path = folder / FILE
+    try:
+        raw = json.loads(path.read_bytes())
+        if raw["format"] != FORMAT:
+            raise UserError(f"{path}: format {raw['format']}, but this version reads format {FORMAT}")
+        return Manifest(
+            name=raw["name"],
+            content=raw["content"],
+            created=raw["created"],
+            classes=tuple(Category(c["wnid"], tuple(c["names"])) for c in raw["classes"]),
+            shards=tuple(File(**file) for file in raw["shards"]),
+            splits={k: Split(File(**s["index"]), s["images"]) for k, s in raw["splits"].items()},
+            files=tuple(File(**file) for file in raw["files"]),
+            provenance=raw["provenance"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a manifest ({error!r})") from None

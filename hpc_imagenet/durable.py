@@ -1,0 +1,90 @@
+"""Files that are whole or absent: temp file in the same folder, fsync, then rename or link."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file that takes the place of `path` when the block ends well.
+
+    Readers see the old bytes or the new ones, never a part, also after a power cut. An exception leaves
+    `path` as it was and no temporary file behind.
+    """
+    with _temporary(path) as file:
+        yield file
+        _sync(file)
+        Path(file.name).replace(path)
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON."""
+    with replacing(path) as file:
+        file.write(_encode(value))
+
+
+def create_json(path: Path, value: Any) -> bool:
+    """Write `path` unless it exists; of several writers at once exactly one gets True.
+
+    This is how an attempt's outcome is told once: whoever comes second (a job that ends while it is being
+    cancelled) changes nothing.
+    """
+    with _temporary(path) as file:
+        file.write(_encode(value))
+        _sync(file)
+        try:
+            os.link(file.name, path)
+        except FileExistsError:
+            return False
+    sync_folder(path.parent)
+    return True
+
+
+def read_json(path: Path) -> Any | None:
+    """Return the JSON value in `path`, or None where there is no such file."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut (a no-op on file systems that refuse it)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[IO[bytes]]:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        # mkstemp makes 0600; these files are read by colleagues as far as the umask lets them.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(descriptor, 0o666 & ~umask)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            Path(name).unlink()
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _encode(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=False) + "\n").encode()

@@ -1,0 +1,11 @@
+"""The one exception that is shown to a user without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something a user can mend: one line that says what is wrong, where, and what would be right.
+
+    The door prints `error: <line>` and exits with 2; a job writes the line into its outcome and exits
+    with 1. Raise it for bad input only: a defect of this package keeps its traceback.
+    """

@@ -1,0 +1,1 @@
+"""Looking at the record: the table of jobs, the logs, the leaderboard."""

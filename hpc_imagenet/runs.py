@@ -1,0 +1,223 @@
+"""The record: one folder a run, the only place that the door and the jobs both write.
+
+    runs/<signature>-<label>/
+        config.yaml        frozen at submission
+        run.json           stage, model, label, needs, created
+        attempts/<n>/      submitted.json, process.json (local), started.json, outcome.json, logs
+        progress.json      how far it is; replaced every second or so
+        …                  metrics and checkpoints of a training
+
+An attempt is claimed by making its folder and ends by its outcome, which is written once: the first writer
+wins. What is written here is the truth about ended attempts; for the others `states.py` asks whoever runs
+them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpc_imagenet.config import Config, from_dict
+from hpc_imagenet.durable import create_json, read_json, replacing, write_json
+from hpc_imagenet.errors import UserError
+
+QUEUED, RUNNING, FINISHED, FAILED, CANCELLED = "queued", "running", "finished", "failed", "cancelled"
+ENDED = (FINISHED, FAILED, CANCELLED)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended; `result` is what the stage returned, such as top1 (0 to 1)."""
+
+    state: str  # one of ENDED
+    reason: str = ""  # one line: why it failed or was cancelled
+    result: dict[str, Any] | None = None
+    time: str = ""  # ISO 8601, UTC
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a run, in `attempts/<number>/`."""
+
+    folder: Path
+
+    @property
+    def number(self) -> int:
+        """Count from 1."""
+        return int(self.folder.name)
+
+    @property
+    def submitted(self) -> dict[str, Any]:
+        """Who runs it: executor, job_id, logs, host, code … Empty until the submission is through."""
+        return read_json(self.folder / "submitted.json") or {}
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it ended, or None."""
+        raw = read_json(self.folder / "outcome.json")
+        return None if raw is None else Outcome(**raw)
+
+    def submit(self, executor: str, **details: Any) -> None:
+        """Note who will run this attempt."""
+        write_json(self.folder / "submitted.json", {"executor": executor, "time": now(), **details})
+
+    def start(self, **details: Any) -> None:
+        """Note that the job has begun on a node; a requeued job notes it again."""
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        write_json(
+            self.folder / "started.json",
+            {"time": now(), "host": socket.gethostname(), "restarts": restarts, **details},
+        )
+
+    @property
+    def started(self) -> dict[str, Any]:
+        """Where and when the job began: time, host, restarts. Empty until then."""
+        return read_json(self.folder / "started.json") or {}
+
+    def end(self, state: str, reason: str = "", result: dict[str, Any] | None = None) -> bool:
+        """Write the outcome; False if this attempt has one already, which then stands."""
+        outcome = Outcome(state, reason, result, now())
+        return create_json(self.folder / "outcome.json", asdict(outcome))
+
+    def logs(self) -> list[Path]:
+        """Return the log files there are: stdout and stderr of every task, rank 0 first."""
+        submitted = self.submitted
+        folder = Path(submitted.get("logs", self.folder))
+        job = submitted.get("job_id") or (read_json(self.folder / "process.json") or {}).get("job_id", "*")
+        return sorted(path for end in ("out", "err") for path in folder.glob(f"{job}_*log.{end}"))
+
+
+class Run:
+    """One run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.id = folder.name
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What was asked for: stage, model, label, needs (run ids), created."""
+        return read_json(self.folder / "run.json") or {}
+
+    def config(self) -> Config:
+        """Return the frozen config."""
+        return from_dict(yaml.safe_load((self.folder / "config.yaml").read_text()))
+
+    def attempts(self) -> list[Attempt]:
+        """Return all attempts, oldest first."""
+        try:
+            folders = list((self.folder / "attempts").iterdir())
+        except FileNotFoundError:
+            return []
+        return [Attempt(folder) for folder in sorted(folders, key=lambda folder: int(folder.name))]
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The newest attempt; its state is the run's."""
+        attempts = self.attempts()
+        return attempts[-1] if attempts else None
+
+    def new_attempt(self) -> Attempt:
+        """Claim the next attempt; of several callers at once each gets its own number."""
+        last = self.attempt
+        number = last.number + 1 if last else 1
+        while True:
+            folder = self.folder / "attempts" / str(number)
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+            else:
+                return Attempt(folder)
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How far it is: done, total, unit, rate (a second), note, time. Empty before the first word."""
+        return read_json(self.folder / "progress.json") or {}
+
+
+class Progress:
+    """Tells the record how far a stage is, at most once a second."""
+
+    def __init__(self, folder: Path, every: float = 1.0) -> None:
+        self._path = folder / "progress.json"
+        self._every = every
+        self._last = float("-inf")
+        self._begin = time.monotonic()
+        self._first: float | None = None
+
+    def __call__(self, done: float, total: float | None = None, unit: str = "", note: str = "") -> None:
+        """Note that `done` of `total` `unit`s are there. The rate counts from the first call."""
+        moment = time.monotonic()
+        if self._first is None:
+            self._first, self._begin = done, moment
+        if moment - self._last < self._every and done != total:
+            return
+        self._last = moment
+        elapsed = moment - self._begin
+        rate = (done - self._first) / elapsed if elapsed > 0 else None
+        write_json(
+            self._path,
+            {"done": done, "total": total, "unit": unit, "rate": rate, "note": note, "time": now()},
+        )
+
+
+class Record:
+    """All runs of a workspace."""
+
+    def __init__(self, workspace: Path) -> None:
+        self.folder = workspace / "runs"
+
+    def run(self, run_id: str) -> Run:
+        """Return the run of that id, whether it exists or not."""
+        return Run(self.folder / run_id)
+
+    def all(self) -> list[Run]:
+        """Return all runs, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        names = [e.name for e in os.scandir(self.folder) if e.is_dir() and not e.name.startswith(".")]
+        runs = [Run(self.folder / name) for name in names]
+        return sorted(runs, key=lambda run: (run.info.get("created", ""), run.id))
+
+    def find(self, prefix: str) -> Run:
+        """Return the one run whose id begins with `prefix` or whose label is `prefix`.
+
+        Raises:
+            UserError: none, or several.
+        """
+        runs = self.all()
+        found = [r for r in runs if r.id == prefix] or [
+            r for r in runs if r.id.startswith(prefix) or r.info.get("label") == prefix
+        ]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise UserError(f"no run {prefix} in {self.folder}: python -m hpc_imagenet jobs lists them")
+        raise UserError(f"{prefix} may be {' or '.join(run.id for run in found)}: give more of it")
+
+    def create(self, run_id: str, config: dict[str, Any], info: dict[str, Any]) -> Run:
+        """Make the run's folder, or bring an unfinished run's frozen config up to what is asked now."""
+        run = self.run(run_id)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(run.folder / "config.yaml") as file:
+            file.write(yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode())
+        created = run.info.get("created", now())
+        write_json(run.folder / "run.json", {**info, "created": created})
+        return run
+
+
+def now() -> str:
+    """Return the time as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+# The C dumper writes the same text several times faster; a sweep freezes a hundred configs.
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)

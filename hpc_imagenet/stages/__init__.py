@@ -1,0 +1,1 @@
+"""What a job can run: one module a stage, each with `run(config, run, world)`."""

@@ -1,0 +1,1 @@
+"""The one room that knows torch: model, data, sampler, recipe, checkpoints."""

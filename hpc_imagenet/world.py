@@ -1,0 +1,65 @@
+"""Who am I among the processes of this job: rank and world size, from the environment."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among the tasks of its job."""
+
+    rank: int = 0  # 0 … size - 1
+    size: int = 1
+    local_rank: int = 0  # on this node
+    local_size: int = 1
+    node: int = 0
+    master: str = "127.0.0.1"  # the host of rank 0
+    port: int = 29500  # for the rendezvous
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the record, the checkpoints and the metrics."""
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the job; all have the same number of tasks."""
+        return self.size // self.local_size
+
+
+def from_environment(env: Mapping[str, str] = os.environ) -> World:
+    """Read the world from what submitit's local executor or srun set; one process without them."""
+    if "SUBMITIT_LOCAL_GLOBALID" in env:
+        size = int(env["SUBMITIT_LOCAL_NTASKS"])
+        rank = int(env["SUBMITIT_LOCAL_GLOBALID"])
+        return World(rank, size, rank, size, 0, "127.0.0.1", _port(env["SUBMITIT_LOCAL_JOB_ID"]))
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        size, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
+        return World(
+            rank=int(env["SLURM_PROCID"]),
+            size=size,
+            local_rank=int(env["SLURM_LOCALID"]),
+            local_size=size // nodes,
+            node=int(env.get("SLURM_NODEID", 0)),
+            master=_first_host(env.get("SLURM_JOB_NODELIST", "127.0.0.1")),
+            port=_port(f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}"),
+        )
+    return World()
+
+
+def _port(job: str) -> int:
+    # Jobs that share a node need different ports: derived from the job's id, below the ephemeral range.
+    return 10_000 + zlib.crc32(job.encode()) % 20_000
+
+
+def _first_host(nodelist: str) -> str:
+    # `gpu[03-05,9],big1` names gpu03 first.
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return head.split(",")[0]
+    first = rest.split("]")[0].split(",")[0].split("-")[0]
+    return head + first + rest.partition("]")[2].split(",")[0]
