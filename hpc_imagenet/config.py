@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from hpc_imagenet.errors import UserError
 
 STAGES = ("download", "process", "upload", "train", "pipeline")
 EXECUTORS = ("auto", "local", "slurm", "here")
+FREE = ("cluster.stage", "cluster.sbatch", "dataset.archives", "model.options")  # mappings with any key
 
 
 @dataclass
@@ -88,6 +89,8 @@ class Recipe:
     learning_rate: float = MISSING  # the peak, at this global batch
     momentum: float = MISSING  # of sgd
     weight_decay: float = MISSING
+    norm_decay: bool = MISSING  # whether it decays norms and biases as well
+    norm_momentum: float | None = MISSING  # batch norm: a step's share in its statistics; null: the model's
     warmup_epochs: float = MISSING  # linear, then cosine to zero
     label_smoothing: float = MISSING  # 0 to 1
     size: int = MISSING  # px, side of the training crop
@@ -125,6 +128,7 @@ class Train:
     """The train stage, as far as it does not change the result."""
 
     checkpoint_every_minutes: float = MISSING
+    accumulate: int = 1  # parts of a step, where a device's share of the global batch exceeds its memory
 
 
 @dataclass
@@ -187,7 +191,9 @@ def from_dict(values: dict[str, Any]) -> Config:
 def one_line(error: OmegaConfBaseException) -> str:
     """Say an OmegaConf error in one line that begins with the setting's name."""
     setting = error.full_key or "config"
-    if "Missing mandatory value" in str(error):
+    if isinstance(error, ConfigKeyError):
+        return f"{setting} is no setting"
+    if "missing mandatory value" in str(error).lower():
         return f"{setting} is not set: add {setting}=VALUE"
     return f"{setting}: {str(error).splitlines()[0]}"
 
@@ -229,6 +235,7 @@ def check(config: Config) -> None:
         ("recipe.weight_decay", recipe.weight_decay, 0),
         ("recipe.warmup_epochs", recipe.warmup_epochs, 0),
         ("loader.workers", config.loader.workers, 0),
+        ("train.accumulate", config.train.accumulate, 1),
         ("download.retries", config.download.retries, 0),
         ("cluster.parallel", cluster.parallel, 1),
         ("cluster.nodes", cluster.nodes, 1),
@@ -243,8 +250,9 @@ def check(config: Config) -> None:
         ("recipe.label_smoothing", recipe.label_smoothing),
         ("recipe.crop_scale", recipe.crop_scale),
         ("recipe.flip", recipe.flip),
+        ("recipe.norm_momentum", recipe.norm_momentum),
     ):
-        if not 0 <= share <= 1:
+        if share is not None and not 0 <= share <= 1:
             raise UserError(f"{name}={share} is not between 0 and 1")
     if config.train.checkpoint_every_minutes <= 0:
         raise UserError("train.checkpoint_every_minutes must be more than 0")

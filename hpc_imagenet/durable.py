@@ -18,10 +18,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Readers see the old bytes or the new ones, never a part, also after a power cut. An exception leaves
     `path` as it was and no temporary file behind.
     """
-    with _temporary(path) as file:
+    with _temporary(path) as (file, name):
         yield file
         _sync(file)
-        Path(file.name).replace(path)
+        name.replace(path)
         sync_folder(path.parent)
 
 
@@ -37,11 +37,11 @@ def create_json(path: Path, value: Any) -> bool:
     This is how an attempt's outcome is told once: whoever comes second (a job that ends while it is being
     cancelled) changes nothing.
     """
-    with _temporary(path) as file:
+    with _temporary(path) as (file, name):
         file.write(_encode(value))
         _sync(file)
         try:
-            os.link(file.name, path)
+            os.link(name, path)
         except FileExistsError:
             return False
     sync_folder(path.parent)
@@ -67,7 +67,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[IO[bytes]]:
+def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         # mkstemp makes 0600; these files are read by colleagues as far as the umask lets them.
@@ -75,10 +75,9 @@ def _temporary(path: Path) -> Iterator[IO[bytes]]:
         os.umask(umask)
         os.fchmod(descriptor, 0o666 & ~umask)
         with os.fdopen(descriptor, "wb") as file:
-            yield file
+            yield file, Path(name)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
+        Path(name).unlink(missing_ok=True)
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -9,3 +9,7 @@ class UserError(Exception):
     The door prints `error: <line>` and exits with 2; a job writes the line into its outcome and exits
     with 1. Raise it for bad input only: a defect of this package keeps its traceback.
     """
+
+
+class Interrupted(Exception):
+    """A stage was asked to stop by a signal and has saved its work; the job is to be requeued."""

@@ -188,14 +188,14 @@ class Record:
         return sorted(runs, key=lambda run: (run.info.get("created", ""), run.id))
 
     def find(self, prefix: str) -> Run:
-        """Return the one run whose id begins with `prefix` or whose label is `prefix`.
+        """Return the one run whose id or label begins with `prefix`.
 
         Raises:
             UserError: none, or several.
         """
         runs = self.all()
-        found = [r for r in runs if r.id == prefix] or [
-            r for r in runs if r.id.startswith(prefix) or r.info.get("label") == prefix
+        found = [r for r in runs if prefix in (r.id, r.info.get("label"))] or [
+            r for r in runs if r.id.startswith(prefix) or r.info.get("label", "").startswith(prefix)
         ]
         if len(found) == 1:
             return found[0]

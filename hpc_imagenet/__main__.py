@@ -1,0 +1,161 @@
+"""The door: a verb, or Hydra overrides that say what to submit.
+
+python -m hpc_imagenet +stage=pipeline dataset=digits
+python -m hpc_imagenet -m model=resnet18,resnet50
+python -m hpc_imagenet jobs
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc_imagenet import __version__
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.verbs import VERBS, WORDS, fail
+from hpc_imagenet.verbs import main as verb_main
+
+HELP = f"""hpc_imagenet {__version__}: from the ImageNet archives to a table of trained backbones.
+
+Submit (returns at once, the work goes on in the background):
+  python -m hpc_imagenet [+stage=STAGE] [SETTING=VALUE …]     one run; without a stage: train
+  python -m hpc_imagenet -m SETTING=A,B [SETTING=VALUE …]     a sweep: one run a combination
+
+  stages     download → process → upload → train, or pipeline: all four, each after the other
+  cluster=   auto (slurm where sbatch is on the PATH, else local), local, slurm, here
+  dataset=   imagenet, digits, ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
+  model=     any classification model of torchvision.models
+  recipe=    standard90, demo                  seed=0        workspace=FOLDER
+  datastore.name=NAME[@vN]                     datastore.url=FOLDER
+  wait=true      stay, with a live table; exit code 1 if a job failed
+  dry_run=true   print what would be submitted, submit nothing
+
+Look and act:
+  python -m hpc_imagenet jobs [--json]         every run: state, progress
+  python -m hpc_imagenet logs RUN [-f]         what it printed
+  python -m hpc_imagenet cancel RUN …          stop it
+  python -m hpc_imagenet retry RUN …           go on from where it stopped
+  python -m hpc_imagenet report [--json]       the leaderboard
+
+More: --cfg job (the composed config)   --config-dir FOLDER (your own conf/ beside ours)
+      --hydra-help   eval "$(hpc-imagenet -sc install=bash)" (tab completion of the command hpc-imagenet)
+"""
+
+# Flags that Hydra answers itself.
+_HYDRA = ("--cfg", "-c", "--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--version")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 well, 1 a job failed, 2 a user's error, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = run(words)
+    except UserError as error:
+        code = fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted: submitted jobs go on; python -m hpc_imagenet jobs shows them", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # `jobs | head` closed the pipe; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def run(words: Sequence[str]) -> int:
+    """Carry a command line out and return its exit code.
+
+    Raises:
+        UserError: nothing was submitted, and why.
+    """
+    words = list(words)
+    if words and words[0] in VERBS:
+        return verb_main(words[0], words[1:])
+    if words and words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if any(word.split("=")[0] in _HYDRA for word in words):
+        return _hydra(words)
+    return _submit(*_split(words))
+
+
+def _split(words: list[str]) -> tuple[list[str], bool, str | None]:
+    """Return overrides, whether it is a sweep, and the user's config folder."""
+    overrides: list[str] = []
+    multirun, config_dir = False, None
+    rest = iter(words)
+    for word in rest:
+        if word in ("-m", "--multirun"):
+            multirun = True
+        elif word in ("-cd", "--config-dir"):
+            config_dir = next(rest, "")
+        elif word.startswith("--config-dir="):
+            config_dir = word.partition("=")[2]
+        elif word.startswith("-") or ("=" not in word and not word.startswith("~")):
+            from hpc_imagenet.config import near
+
+            raise UserError(
+                f"{word} is no verb, no option and no SETTING=VALUE{near(word, VERBS)}; see --help"
+            )
+        else:
+            overrides.append(word)
+    return overrides, multirun, config_dir
+
+
+def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int:
+    from hpc_imagenet import check, submit
+    from hpc_imagenet.compose import compose
+    from hpc_imagenet.plan import plan
+    from hpc_imagenet.runs import Record
+
+    configs = compose(overrides, multirun, config_dir)
+    first = configs[0]
+    for setting in ("workspace", "wait", "dry_run"):
+        if any(getattr(config, setting) != getattr(first, setting) for config in configs):
+            raise UserError(f"{setting} cannot be swept: one value for the whole command")
+    if len({config.cluster.executor for config in configs}) > 1:
+        raise UserError("cluster cannot be swept over executors: one command a cluster")
+    asked = first.cluster.executor
+    executor = check.executor(asked)
+    record = Record(Path(first.workspace))
+    jobs = plan(configs, check.finder())
+    check.jobs(jobs, record)
+    why = (
+        {"local": "no sbatch on the PATH", "slurm": "sbatch is on the PATH"}[executor]
+        if asked == "auto"
+        else ""
+    )
+    print(f"cluster: {executor}" + (f" ({why})" if why else "") + f" · workspace: {first.workspace}")
+    if first.dry_run:
+        from hpc_imagenet.monitor.dry_run import describe
+
+        describe(jobs, record, executor)
+        return 0
+    check.workspace(record.folder.parent)
+    sent = submit.submit(jobs, record, executor)
+    for entry in sent:
+        print(f"{WORDS[entry.what]:9}  {entry.run.id}  {entry.run.folder}", flush=True)
+    if first.wait or executor == "here":
+        from hpc_imagenet.monitor.table import terminal, watch
+
+        return 0 if watch([entry.run for entry in sent], terminal()) else 1
+    print("python -m hpc_imagenet jobs · logs RUN -f · cancel RUN · report")
+    return 0
+
+
+def _hydra(words: list[str]) -> int:
+    """Leave a question about the configuration to Hydra."""
+    import hydra
+
+    from hpc_imagenet.compose import CONF, VERSION_BASE, register
+
+    register()
+    sys.argv[1:] = words
+    hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")(lambda _: None)()
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The whole plan against the world, before anything is written: one bad job, and nothing is submitted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hpc_imagenet.archives import receipt
+from hpc_imagenet.backbones import BACKBONES
+from hpc_imagenet.config import Config, Datastore, near
+from hpc_imagenet.datastore import versions
+from hpc_imagenet.datastore.manifest import Manifest, load_manifest
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.plan import Job
+from hpc_imagenet.runs import Record
+from hpc_imagenet.states import states
+
+
+def executor(name: str) -> str:
+    """Return what `cluster.executor` comes to on this machine: local, slurm or here."""
+    if name == "auto":
+        return "slurm" if shutil.which("sbatch") else "local"
+    if name == "slurm" and not shutil.which("sbatch"):
+        raise UserError(
+            "cluster.executor=slurm, but no sbatch is on the PATH: cluster=local, or log in to the cluster"
+        )
+    return name
+
+
+def workspace(path: Path) -> None:
+    """Make the workspace's folder of runs, and refuse a place that cannot be written."""
+    runs = path / "runs"
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=runs) as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "make room, or choose another" if full else "choose another"
+        raise UserError(f"workspace={path} cannot be written ({error.strerror}): {mend}") from None
+
+
+def finder() -> Callable[[Datastore], Datastore | None]:
+    """Return a look-up for `plan.plan`: a datastore's newest (or pinned) version, each once."""
+    known: dict[tuple[str, str], Datastore | None] = {}
+
+    def found(datastore: Datastore) -> Datastore | None:
+        key = (datastore.url, datastore.name)
+        if key not in known:
+            name, _ = versions.parse(datastore.name)
+            known[key] = None
+            if versions.complete(datastore.url, name):
+                version = versions.open_version(datastore)
+                known[key] = replace(datastore, version=version.number, content=version.manifest.content)
+        return known[key]
+
+    return found
+
+
+def jobs(plan: Sequence[Job], record: Record) -> None:
+    """Refuse a plan with a job that cannot run: an unknown model, an input that nobody makes.
+
+    Raises:
+        UserError: the first job's trouble, and the setting or the stage that mends it.
+    """
+    planned = {job.run for job in plan}
+    for job in plan:
+        _model(job)
+        _shape(job)
+        if any(need in planned for need in job.needs):
+            continue
+        told = states(record.run(need) for need in job.needs if record.run(need).attempt)
+        if any(state.active for state in told.values()):
+            continue
+        _INPUTS[job.stage](job.config)
+        if job.stage == "upload":
+            _pinned_version(job.config)
+
+
+def stands(job: Job) -> bool:
+    """Whether what a finished job made is still there, so that it need not run again."""
+    try:
+        _OUTPUTS[job.stage](job.config)
+    except UserError:
+        return False
+    return True
+
+
+def _model(job: Job) -> None:
+    if job.stage == "train" and job.config.model.name not in BACKBONES:
+        raise UserError(
+            f"model.name={job.config.model.name} is unknown{near(job.config.model.name, BACKBONES)}"
+        )
+
+
+def _shape(job: Job) -> None:
+    cluster, batch = job.cluster, job.config.recipe.global_batch
+    if job.stage != "train":
+        return
+    world = cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1)
+    if batch % world:
+        below, above = batch // world * world, (batch // world + 1) * world
+        raise UserError(
+            f"recipe.global_batch={batch} does not divide over {world} processes: {below or above} or {above}"
+        )
+
+
+def _archives(config: Config) -> None:
+    folder = Path(config.workspace) / "archives" / config.dataset.name
+    files = [archive.file for archive in config.dataset.archives.values()]
+    if absent := receipt.missing(folder, files):
+        raise UserError(
+            f"{folder} has no checked {', '.join(absent)}: +stage=download fetches or checks them first"
+        )
+
+
+def _dataset(config: Config) -> Manifest:
+    folder = Path(config.workspace) / "datasets" / config.dataset.name
+    try:
+        manifest = load_manifest(folder)
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no dataset: +stage=process makes it first") from None
+    if manifest.content != config.datastore.content:
+        raise UserError(f"{folder} was made from other archives: +stage=process makes it again")
+    return manifest
+
+
+def _folders(config: Config) -> None:
+    manifest = _dataset(config)
+    if config.process.layout == "folders" and manifest.provenance.get("layout") != "folders":
+        raise UserError("the class folders are missing: +stage=process process.layout=folders")
+
+
+def _version(config: Config) -> None:
+    versions.open_version(config.datastore)
+
+
+def _pinned_version(config: Config) -> None:
+    name, number = versions.parse(config.datastore.name)
+    if number is not None and number in versions.complete(config.datastore.url, name):
+        found = versions.open_version(config.datastore)
+        if found.manifest.content != config.datastore.content:
+            raise UserError(
+                f"datastore.name={name}@v{number} exists, and versions never change: "
+                f"datastore.name={name} makes the next"
+            )
+
+
+def _nothing(_: Config) -> None:
+    return None
+
+
+_INPUTS: dict[str, Callable[[Config], object]] = {
+    "download": _nothing,
+    "process": _archives,
+    "upload": _dataset,
+    "train": _version,
+}
+_OUTPUTS: dict[str, Callable[[Config], object]] = {
+    "download": _archives,
+    "process": _folders,
+    "upload": _version,
+    "train": _nothing,
+}

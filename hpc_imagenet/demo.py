@@ -1,0 +1,56 @@
+"""The whole way in a few minutes: archives over HTTP → index → datastore → two backbones → leaderboard.
+
+    python -m hpc_imagenet.demo [SETTING=VALUE …]
+
+It writes the digits archives, serves them on this machine, and then gives the same command that the real
+archives would get; nothing behind it knows that the source is a toy.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from hpc_imagenet import __main__ as door
+from hpc_imagenet.archives import digits
+from hpc_imagenet.archives.serve import serving
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.verbs import fail
+
+SWEEP = ("+stage=pipeline", "dataset=digits", "model=resnet18,mobilenet_v3_small", "wait=true")
+
+NEXT = """
+Where to look next:
+  the run folders above                      frozen config, logs, metrics, checkpoints
+  python -m hpc_imagenet jobs                every run and its state
+  python -m hpc_imagenet +stage=pipeline     the same for ImageNet itself (155 GB)
+  README.md                                  clusters, recipes, settings"""
+
+
+def main() -> None:
+    """Run the demo and exit: 0 when both backbones are trained."""
+    settings = sys.argv[1:]
+    try:
+        code = _pipeline(settings)
+    except UserError as error:
+        code = fail(error)
+    if code == 0:
+        words = ["report", *(word for word in settings if word.startswith("workspace="))]
+        print(f"\n$ python -m hpc_imagenet {' '.join(words)}")
+        door.run(words)
+        print(NEXT)
+    sys.exit(code)
+
+
+def _pipeline(settings: list[str]) -> int:
+    with tempfile.TemporaryDirectory(prefix="hpc-imagenet-demo-") as folder:
+        digits.write(Path(folder) / "digits")
+        with serving(Path(folder) / "digits") as url:
+            command = ["-m", *SWEEP, f"dataset.source={url}", *settings]
+            print(f"$ python -m hpc_imagenet {' '.join(command)}", flush=True)
+            return door.run(command)
+
+
+if __name__ == "__main__":
+    main()

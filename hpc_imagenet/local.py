@@ -1,0 +1,152 @@
+"""This machine as a cluster: a queue in the record, and the processes that work through it.
+
+    runs/.queue/<host>/
+        worker.lock     held by the one worker of this host while it lives
+        worker.log
+        <order>.entry   an attempt that waits or runs: {run, attempt}
+
+A job is a process tree of its own; neither the terminal nor the worker takes it along when it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from hpc_imagenet.durable import create_json, read_json, write_json
+from hpc_imagenet.runs import Attempt, Record, Run
+
+GRACE = 10.0  # s between SIGTERM and SIGKILL
+_CLOCK = 2.0  # s by which two readings of one process's start may differ
+
+
+def queue_folder(record: Record) -> Path:
+    """Return this host's queue; other hosts that share the workspace have their own."""
+    return record.folder / ".queue" / socket.gethostname()
+
+
+def enqueue(record: Record, attempts: Iterable[tuple[Run, Attempt]]) -> None:
+    """Put attempts at the queue's end, in order, and see that a worker lives."""
+    folder = queue_folder(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    moment = time.time_ns()
+    for place, (run, attempt) in enumerate(attempts):
+        create_json(folder / f"{moment:020d}-{place:05d}.entry", {"run": run.id, "attempt": attempt.number})
+    ensure_worker(record)
+
+
+def ensure_worker(record: Record) -> None:
+    """Start a worker unless one lives; it stands in a session of its own and outlives the terminal."""
+    if worker_alive(record):
+        return
+    folder = queue_folder(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "worker.log").open("ab") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "hpc_imagenet.worker", str(record.folder.parent)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=job_environment(),
+            cwd="/",
+            start_new_session=True,
+        )
+    with contextlib.suppress(psutil.NoSuchProcess):
+        write_json(folder / "worker.json", identity(worker.pid))
+
+
+def worker_alive(record: Record) -> bool:
+    """Whether somebody holds the worker's lock."""
+    path = queue_folder(record) / "worker.lock"
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def worker_expected(record: Record) -> bool:
+    """Whether a worker lives or is just starting; for telling a state, not for deciding to start one."""
+    note = read_json(queue_folder(record) / "worker.json")
+    return worker_alive(record) or (note is not None and _same(note) is not None)
+
+
+def job_environment() -> dict[str, str]:
+    """Return the environment for a job: this package can be imported from anywhere, installed or not."""
+    path = str(Path(__file__).resolve().parent.parent)
+    others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([path, *others])}
+
+
+def identity(pid: int | None = None) -> dict[str, Any]:
+    """Return what tells a process from a later one with the same number."""
+    process = psutil.Process(pid)
+    return {"pid": process.pid, "born": process.create_time()}
+
+
+def note_process(attempt: Attempt, pid: int | None = None, **details: Any) -> None:
+    """Write which process carries the attempt out; by default this one."""
+    write_json(attempt.folder / "process.json", {**identity(pid), **details})
+
+
+def launched(attempt: Attempt) -> dict[str, Any]:
+    """Return what `note_process` wrote; empty while the attempt waits."""
+    return read_json(attempt.folder / "process.json") or {}
+
+
+def processes(attempt: Attempt) -> list[psutil.Process]:
+    """Return the living processes that carry the attempt out: the controller and the task that began it."""
+    notes = [note for note in (launched(attempt), attempt.started) if "pid" in note]
+    return [process for note in notes if (process := _same(note))]
+
+
+def _same(note: dict[str, Any]) -> psutil.Process | None:
+    """Return the process that `identity` described, if it lives."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(note["pid"])
+        born = abs(process.create_time() - note["born"]) < _CLOCK
+        return process if born and process.status() != psutil.STATUS_ZOMBIE else None
+    return None
+
+
+def alive(attempt: Attempt) -> bool:
+    """Whether a process of the attempt lives on this host."""
+    return bool(processes(attempt))
+
+
+def kill(attempt: Attempt, grace: float = GRACE) -> None:
+    """End the attempt's processes and all their children: SIGTERM, and SIGKILL after `grace` seconds."""
+    tree: dict[int, psutil.Process] = {}
+    for process in processes(attempt):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree |= {p.pid: p for p in (process, *process.children(recursive=True))}
+    for process in tree.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(list(tree.values()), timeout=grace)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def gpus() -> list[int]:
+    """Return the numbers of the GPUs that this process may hand out, without asking torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [int(part) for part in visible.split(",") if part.strip().isdigit()]
+    return sorted(int(path.name[6:]) for path in Path("/dev").glob("nvidia[0-9]*"))

@@ -1,0 +1,107 @@
+"""Configs → jobs: what is to be run, after what, and under which signature. Pure: reads and writes nothing.
+
+A signature is eight hex digits of the hash of what decides a job's result, and names the run's folder: the
+same thing asked for twice is one run. For data it covers the archives' identity and how they are treated;
+for a training the content of the data, the model, the recipe and the seed. The cluster, paths and
+progress flags are not in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hpc_imagenet.config import Cluster, Config, Dataset, Datastore, cluster_for
+
+PIPELINE = ("download", "process", "upload", "train")
+
+Found = Callable[[Datastore], Datastore | None]
+"""Looks a datastore up: the same with version and content filled in, or None where there is none yet."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be made.
+
+    `needs` are the run ids of the jobs that make this one's input, whether they are part of the plan or not.
+    """
+
+    stage: str
+    label: str
+    signature: str
+    needs: tuple[str, ...]
+    model: str | None
+    cluster: Cluster  # for this stage
+    config: Config  # frozen
+
+    @property
+    def run(self) -> str:
+        """The run's id and the name of its folder."""
+        return f"{self.signature}-{self.label}"
+
+    def frozen(self) -> dict[str, Any]:
+        """Return the config as plain values, as it is written to disk."""
+        return asdict(self.config)
+
+
+def plan(configs: Sequence[Config], found: Found) -> list[Job]:
+    """Return the jobs of all configs, each before those that need it, duplicates dropped."""
+    jobs: dict[str, Job] = {}
+    for config in configs:
+        whole = config.stage.name == "pipeline"
+        for stage in PIPELINE if whole else (config.stage.name,):
+            job = _job(stage, config, found if not whole else _nothing)
+            jobs.setdefault(job.run, job)
+    return sorted(jobs.values(), key=lambda job: PIPELINE.index(job.stage))
+
+
+def signature(*parts: Any) -> str:
+    """Return eight hex digits that stand for `parts` (JSON values)."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def content(dataset: Dataset) -> str:
+    """Return the short hash of which images a dataset holds.
+
+    Pinned MD5s or a revision say it wherever the archives come from; without them the source is part of it.
+    """
+    pins = {split: archive.md5 for split, archive in dataset.archives.items()}
+    pinned = dataset.revision or (all(pins.values()) and pins)
+    return signature("content", dataset.name, pinned or dataset.source)
+
+
+def _nothing(_: Datastore) -> None:
+    return None
+
+
+def _job(stage: str, config: Config, found: Found) -> Job:
+    dataset, workspace = config.dataset, config.workspace
+    images = content(dataset)
+    datastore = replace(config.datastore, content=images)
+    # A folder in the workspace is named relative to it, so that a workspace can be moved.
+    url = datastore.url.replace(workspace, "workspace:", 1)
+    ids = {
+        "download": f"{signature('download', images)}-download-{dataset.name}",
+        "process": f"{signature('process', images, config.process.layout)}-process-{dataset.name}",
+        "upload": f"{signature('upload', images, datastore.name, url)}-upload-{datastore.name}",
+    }
+    needs: tuple[str, ...] = ()
+    model = None
+    if stage == "train":
+        datastore = found(config.datastore) or datastore
+        model = config.model.name
+        parts = (datastore.content, asdict(config.model), asdict(config.recipe), config.seed)
+        run = f"{signature('train', *parts)}-{model}"
+        needs = (ids["upload"],)
+    else:
+        run = ids[stage]
+        needs = {"download": (), "process": (ids["download"],), "upload": (ids["process"],)}[stage]
+    sign, _, label = run.partition("-")
+    frozen = replace(
+        config, stage=replace(config.stage, name=stage), datastore=datastore, wait=False, dry_run=False
+    )
+    return Job(stage, label, sign, needs, model, cluster_for(config, stage), frozen)

@@ -1,0 +1,95 @@
+"""What has become of each run: its outcome where there is one, else the word of whoever runs it.
+
+A state that cannot be known is never guessed to be good: a job whose process is gone without an outcome has
+failed, and its reason says that it left no word.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hpc_imagenet import local, slurm
+from hpc_imagenet.runs import ENDED, FAILED, FINISHED, QUEUED, RUNNING, Attempt, Record, Run
+
+GONE = "ended without a word (killed, out of memory, or the machine restarted): retry goes on from there"
+
+
+@dataclass(frozen=True)
+class State:
+    """A run's state (see runs.py) and, in one line, why."""
+
+    name: str
+    reason: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Whether it will go on by itself."""
+        return self.name not in ENDED
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ended well."""
+        return self.name == FINISHED
+
+
+def state(run: Run) -> State:
+    """Return the state of one run."""
+    return states([run])[run.id]
+
+
+def states(runs: Iterable[Run]) -> dict[str, State]:
+    """Return the state of each run by its id; Slurm is asked once for all of them."""
+    told: dict[str, State] = {}
+    asked: dict[str, Attempt] = {}
+    for run in runs:
+        attempt = run.attempt
+        if attempt is None:
+            told[run.id] = State(FAILED, "was never submitted: ask for it again")
+        elif outcome := attempt.outcome:
+            told[run.id] = State(outcome.state, outcome.reason)
+        else:
+            asked[run.id] = attempt
+    on_slurm = {
+        run_id: str(attempt.submitted["job_id"])
+        for run_id, attempt in asked.items()
+        if attempt.submitted.get("executor") == "slurm"
+    }
+    answers = slurm.ask(on_slurm.values()) if on_slurm else {}
+    for run_id, attempt in asked.items():
+        if run_id in on_slurm:
+            answer = answers.get(on_slurm[run_id])
+            told[run_id] = State(*answer) if answer else _unseen(attempt)
+        else:
+            told[run_id] = _here(attempt)
+        if not told[run_id].active and (outcome := attempt.outcome):
+            # It ended while we asked; what it said itself is better.
+            told[run_id] = State(outcome.state, outcome.reason)
+    return told
+
+
+def _unseen(attempt: Attempt) -> State:
+    # Neither squeue nor sacct knows the job, or neither is at hand.
+    if not slurm.reachable():
+        name = RUNNING if attempt.started else QUEUED
+        return State(name, "as last recorded: no Slurm commands here")
+    return State(FAILED, GONE)
+
+
+def _here(attempt: Attempt) -> State:
+    submitted = attempt.submitted
+    if not submitted:
+        return State(FAILED, "its submission was cut off: ask for it again")
+    host = submitted.get("host")
+    if host != socket.gethostname():
+        name = RUNNING if attempt.started else QUEUED
+        return State(name, f"as last recorded: it runs on {host}")
+    if local.alive(attempt):
+        return State(RUNNING)
+    if submitted["executor"] == "local" and not local.launched(attempt):
+        record = Record(attempt.folder.parents[3])
+        if not local.worker_expected(record):
+            return State(QUEUED, "nobody works on the queue: retry, or asking again, starts it")
+        return State(QUEUED, "waits for its turn")
+    return State(FAILED, GONE)

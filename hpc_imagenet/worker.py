@@ -1,0 +1,158 @@
+"""The worker of this machine's queue: starts jobs by submitit, a few at a time, in order, until none is left.
+
+It keeps nothing in memory that the record does not hold: killed at any moment, the next one goes on, and the
+jobs it had started go on meanwhile. `python -m hpc_imagenet.worker WORKSPACE` is started by the door.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import submitit
+from filelock import FileLock, Timeout
+
+from hpc_imagenet import local
+from hpc_imagenet.config import Cluster, cluster_for
+from hpc_imagenet.durable import read_json
+from hpc_imagenet.job import Task
+from hpc_imagenet.runs import CANCELLED, FAILED, Attempt, Record, Run
+from hpc_imagenet.states import GONE, states
+
+TICK = 0.2  # s
+_LINGER = 2.0  # s that an idle worker waits for more
+_ENDLESS = 60 * 24 * 365.0  # minutes: this machine has no time limit of its own
+
+
+@dataclass
+class Worker:
+    """One pass through the queue is `step`; everything else is waiting."""
+
+    record: Record
+    handles: list[Any] = field(default_factory=list)  # of submitit; kept so that ended children are reaped
+
+    def work(self) -> None:
+        """Work until the queue is empty; return at once if another worker lives."""
+        queue = local.queue_folder(self.record)
+        queue.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(queue / "worker.lock")
+        while True:
+            try:
+                # More than a moment: whoever looks whether a worker lives holds the lock for an instant.
+                lock.acquire(timeout=1)
+            except Timeout:
+                return
+            idle = time.monotonic()
+            while time.monotonic() - idle < _LINGER:
+                if self.step():
+                    idle = time.monotonic()
+                time.sleep(TICK)
+            lock.release()
+            # Whoever came while the lock was still held started no worker; this one looks once more.
+            if not any(queue.glob("*.entry")):
+                return
+
+    def step(self) -> bool:
+        """Look at every entry once: drop the ended, start what may start. False when nothing is left."""
+        self.handles = [job for job in self.handles if not job.done()]
+        waiting: list[tuple[Run, Attempt]] = []
+        running: list[Attempt] = []
+        for path in sorted(local.queue_folder(self.record).glob("*.entry")):
+            entry = read_json(path)
+            if entry is None:
+                continue
+            run = self.record.run(entry["run"])
+            attempt = Attempt(run.folder / "attempts" / str(entry["attempt"]))
+            if local.alive(attempt):
+                running.append(attempt)
+            elif attempt.outcome or not attempt.folder.exists():
+                path.unlink()
+            elif local.launched(attempt):
+                attempt.end(FAILED, _last_words(attempt))
+                path.unlink()
+            else:
+                waiting.append((run, attempt))
+        for run, attempt in waiting:
+            blocked = self._blocked(run)
+            if blocked:
+                attempt.end(CANCELLED, blocked)
+            elif blocked is None and self._start(run, attempt, running):
+                running.append(attempt)
+        return bool(waiting or running)
+
+    def _blocked(self, run: Run) -> str | None:
+        """Return None if `run` may start, "" while it must wait, the reason if it waits in vain."""
+        needs = [self.record.run(need) for need in run.info.get("needs", ())]
+        told = states(needs)
+        for need in needs:
+            if not told[need.id].active and not told[need.id].finished:
+                return f"needs {need.id}, which {told[need.id].name}: mend that, then retry"
+        return None if all(state.finished for state in told.values()) else ""
+
+    def _start(self, run: Run, attempt: Attempt, running: list[Attempt]) -> bool:
+        config = run.config()
+        cluster = cluster_for(config, config.stage.name)
+        taken = {gpu for other in running for gpu in local.launched(other).get("gpus", ())}
+        all_gpus = local.gpus()
+        if len(running) >= (cluster.parallel or max(1, len(all_gpus))):
+            return False
+        wanted = gpus_of(cluster, config.stage.name, len(all_gpus))
+        free = [gpu for gpu in all_gpus if gpu not in taken]
+        if len(free) < wanted <= len(all_gpus):
+            return False  # its turn comes when GPUs are back; a wish beyond the machine fails in the job
+        mine = free[:wanted]
+        tasks = cluster.tasks_per_node or max(1, wanted)
+        os.environ |= _threads(cluster, tasks)
+        executor = submitit.LocalExecutor(folder=attempt.folder)
+        executor.update_parameters(
+            timeout_min=cluster.time or _ENDLESS,
+            gpus_per_node=len(mine),
+            visible_gpus=mine,
+            tasks_per_node=tasks,
+            setup=cluster.setup,
+        )
+        job = executor.submit(Task(str(run.folder), attempt.number))
+        local.note_process(attempt, int(job.job_id), job_id=job.job_id, gpus=mine)
+        self.handles.append(job)
+        if attempt.outcome:  # cancelled between our look and the launch, when there was nothing to kill yet
+            local.kill(attempt)
+        return True
+
+
+def gpus_of(cluster: Cluster, stage: str, there: int) -> int:
+    """Return how many GPUs a local job gets: as asked, else one for a training where there are any."""
+    if cluster.gpus_per_node is not None:
+        return cluster.gpus_per_node
+    return min(1, there) if stage == "train" else 0
+
+
+def _threads(cluster: Cluster, tasks: int) -> dict[str, str]:
+    # Jobs side by side share the cores instead of fighting for them.
+    cores = len(os.sched_getaffinity(0))
+    share = cluster.cpus_per_task or max(
+        1, cores // (tasks * (cluster.parallel or max(1, len(local.gpus()))))
+    )
+    return {"OMP_NUM_THREADS": str(share)}
+
+
+def _last_words(attempt: Attempt) -> str:
+    """Return why an attempt left no outcome: the last line of its errors, or that it left no word."""
+    for log in attempt.logs():
+        if log.suffix == ".err":
+            lines = log.read_text(errors="replace").strip().splitlines()
+            if lines and ("Error" in lines[-1] or "Exception" in lines[-1]):
+                return lines[-1].strip()
+    return GONE
+
+
+def main() -> None:
+    """Work through the queue of the workspace named on the command line."""
+    Worker(Record(Path(sys.argv[1]))).work()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The door as a user opens it: a process, its words, its exit code; and whatever it left running, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+class Door:
+    """`door("jobs")` runs `python -m hpc_imagenet jobs` on a workspace of its own."""
+
+    def __init__(self, workspace: Path, path: str | None = None) -> None:
+        self.workspace = workspace
+        self.cwd = workspace.parent
+        self.env = {**os.environ, "HPC_IMAGENET_WORKSPACE": str(workspace)}
+        self.env.pop("SLURM_JOB_ID", None)
+        if path is not None:
+            self.env["PATH"] = path
+
+    def __call__(self, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hpc_imagenet", *words]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=self.cwd, env=self.env, timeout=300
+        )
+        assert code is None or done.returncode == code, f"{words}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def refused(self, *words: str) -> str:
+        """Return the one line of a refusal; nothing may have been submitted."""
+        before = self.runs()
+        done = self(*words, code=2)
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("error: ")
+        assert self.runs() == before, "a refused command left a run"
+        return lines[0]
+
+    def runs(self) -> list[str]:
+        return sorted(p.name for p in self.workspace.glob("runs/*-*"))
+
+    def jobs(self) -> list[dict[str, Any]]:
+        return json.loads(self("jobs", "--json").stdout)
+
+    def states(self) -> list[str]:
+        return [row["state"] for row in self.jobs()]
+
+    def until(self, *states: str, seconds: float = 60) -> list[dict[str, Any]]:
+        """Wait until the jobs, oldest first, have these states."""
+        rows: list[dict[str, Any]] = []
+        eventually(
+            lambda: [r["state"] for r in rows] == list(states),
+            seconds,
+            lambda: rows.__setitem__(slice(None), self.jobs()),
+        )
+        return rows
+
+    def processes(self) -> list[psutil.Process]:
+        """Return every process that works for this workspace."""
+        found = []
+        for process in psutil.process_iter(["pid"]):
+            with contextlib.suppress(psutil.Error):
+                if str(self.workspace) in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def close(self) -> None:
+        for _ in range(3):  # a worker may start one more while it is being ended
+            for process in self.processes():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            time.sleep(0.05)
+
+
+def eventually(
+    true: Callable[[], bool], seconds: float = 30, again: Callable[[], object] = lambda: None
+) -> None:
+    """Return as soon as `true()`; fail after `seconds`, which bounds a wait and measures nothing."""
+    end = time.monotonic() + seconds
+    while True:
+        again()
+        if true():
+            return
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.1)
+
+
+class Gate:
+    """An HTTP server that holds every request until it is opened: jobs that download from it wait."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.waiting: list[str] = []  # the datasets whose jobs are here, in order of arrival
+
+    @contextlib.contextmanager
+    def serve(self) -> Iterator[str]:
+        gate = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                name = self.path.strip("/").split("/")[0]
+                if name not in gate.waiting:
+                    gate.waiting.append(name)
+                gate.open.wait(60)
+                self.send_error(404)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            gate.open.set()
+            server.shutdown()
+            server.server_close()

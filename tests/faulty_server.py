@@ -1,0 +1,92 @@
+"""An HTTP server with the faults of real ones: `with serving(folder, faulty(Faults(…))) as url`."""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import BinaryIO
+
+from hpc_imagenet.archives.serve import Handler, serving
+
+__all__ = ["Faults", "faulty", "serving"]
+
+LOGIN = b"<!DOCTYPE html>\n<html><title>Log in</title></html>" + b" " * 600
+
+
+@dataclass
+class Faults:
+    """What goes wrong. Lists are used up from the front, one item a GET; then all is well."""
+
+    drops: list[int] = field(default_factory=list)  # break the connection after that many bytes of a body
+    statuses: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # with these headers
+    etags: list[str] = field(default_factory=list)  # the last one stays
+    ranges: bool = True  # False: Range is not understood
+    validators: bool = True  # False: neither ETag nor date
+    length: bool = True  # False: no Content-Length, the end of the connection ends the file
+    lie: int = 0  # added to the Content-Length
+    html: str = ""  # "typed": a login page; "untyped": one that calls itself a binary file
+    pause: float = 0.0  # s before each piece of `piece` bytes
+    piece: int = 1 << 16
+    only: str = ".tar"  # faults are for paths that contain this
+    seen: list[tuple[str, str, str | None]] = field(default_factory=list)  # (method, path, Range)
+
+
+def faulty(faults: Faults) -> type[Handler]:
+    """Return a handler with these faults."""
+
+    class Faulty(Handler):
+        def _mine(self) -> bool:
+            return faults.only in self.path and self.command == "GET"
+
+        def _answer(self, body: bool) -> None:
+            faults.seen.append((self.command, self.path, self.headers.get("Range")))
+            if not faults.ranges or (faults.etags and self.headers.get("If-Range") != faults.etags[0]):
+                del self.headers["Range"]
+            if self._mine() and faults.statuses:
+                status, headers = faults.statuses.pop(0)
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": "0"}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+            elif self._mine() and faults.html:
+                self.send_response(HTTPStatus.OK)
+                kind = "text/html; charset=utf-8" if faults.html == "typed" else "application/octet-stream"
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(LOGIN)))
+                self.end_headers()
+                self.wfile.write(LOGIN)
+            else:
+                super()._answer(body)
+
+        def etag(self, path: Path) -> str:
+            return faults.etags[0] if faults.etags else super().etag(path)
+
+        def send_header(self, keyword: str, value: str) -> None:
+            if keyword == "Content-Length" and self._mine():
+                if not faults.length:
+                    self.close_connection = True
+                    return
+                value = str(int(value) + faults.lie)
+            if keyword in ("ETag", "Last-Modified") and not faults.validators:
+                return
+            super().send_header(keyword, value)
+
+        def send_body(self, file: BinaryIO, begin: int, end: int) -> None:
+            if not self._mine():
+                return super().send_body(file, begin, end)
+            stop = begin + faults.drops.pop(0) if faults.drops else end
+            file.seek(begin)
+            while begin < min(stop, end):
+                time.sleep(faults.pause)
+                begin += self.wfile.write(file.read(min(faults.piece, min(stop, end) - begin)))
+            if stop < end or faults.lie > 0:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+            if len(faults.etags) > 1:
+                faults.etags.pop(0)
+            return None
+
+    return Faulty

@@ -1,0 +1,75 @@
+"""A small processed dataset, as `+stage=process` leaves it: what the rooms behind it start from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hpc_imagenet.datastore.index import ENTRY, write_index
+from hpc_imagenet.datastore.manifest import Category, File, Manifest, Split
+
+
+def file_of(path: Path, relative: str, algorithm: str = "md5") -> File:
+    data = path.read_bytes()
+    return File(relative, len(data), f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> list[tuple[int, int]]:
+    """Write an uncompressed tar, and return the (offset, length) of every member's data."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    with tarfile.open(path) as archive:
+        return [(member.offset_data, member.size) for member in archive]
+
+
+def make_dataset(
+    workspace: Path,
+    name: str = "digits",
+    content: str = "c0ffee",
+    *,
+    images: int = 12,
+    image_bytes: int = 3_000,
+) -> Manifest:
+    """Make `workspace/datasets/<name>/` over archives in `workspace/archives/<name>/`.
+
+    `content` also decides the images' bytes. The archives are train-0.tar, train-1.tar and val-0.tar.
+    """
+    bits = random.Random(content)
+    archives, folder = workspace / "archives" / name, workspace / "datasets" / name
+    archives.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[File] = []
+    splits: dict[str, Split] = {}
+    for split, parts in (("train", 2), ("val", 1)):
+        entries = []
+        for part in range(parts):
+            path = archives / f"{split}-{part}.tar"
+            members = [(f"{split}_{part}_{i}.JPEG", bits.randbytes(image_bytes + i)) for i in range(images)]
+            path.unlink(missing_ok=True)  # it may be linked into a datastore: a new file, not new bytes
+            places = write_tar(path, members)
+            entries += [(offset, size, i % 3, len(shards)) for i, (offset, size) in enumerate(places)]
+            shards.append(file_of(path, f"../../archives/{name}/{path.name}"))
+        write_index(folder / f"{split}.npy", np.array(entries, ENTRY))
+        splits[split] = Split(file_of(folder / f"{split}.npy", f"{split}.npy", "sha256"), len(entries))
+    (folder / "meta.bin").write_bytes(bits.randbytes(99))
+    manifest = Manifest(
+        name=name,
+        content=content,
+        created="2020-01-01T00:00:00.000+00:00",
+        classes=tuple(Category(f"n{i:08d}", (f"class {i}", "synonym")) for i in range(3)),
+        shards=tuple(shards),
+        splits=splits,
+        files=(file_of(folder / "meta.bin", "meta.bin", "sha256"),),
+        provenance={"process": {"package": "0"}},
+    )
+    manifest.save(folder)
+    return manifest

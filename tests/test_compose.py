@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from hpc_imagenet.backbones import BACKBONES
+from hpc_imagenet.compose import CONF, VERSION_BASE, compose, register
+from hpc_imagenet.config import Config, cluster_for, from_dict
+from hpc_imagenet.errors import UserError
+
+GROUPS = ("cluster", "dataset", "datastore", "model", "recipe", "stage")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+def one(*overrides: str) -> Config:
+    (config,) = compose(overrides)
+    return config
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_file_of_conf_composes_and_is_short(group: str, choice: str) -> None:
+    more = ["dataset.name=x", "dataset.source=/x"] if choice == "ilsvrc" else []
+    plus = "+" if group == "stage" else ""
+    config = one(f"{plus}{group}={choice}", *more)
+    named = {"model": config.model.name, "dataset": config.dataset.name, "stage": config.stage.name}
+    assert named.get(group, choice) in (choice, "x")
+    assert len((CONF / group / f"{choice}.yaml").read_text().splitlines()) <= 35
+
+
+@pytest.mark.parametrize("name", ["densenet121", "regnet_y_400mf", "swin_t", "vgg11_bn"])
+def test_a_backbone_without_a_file_is_a_choice_too(name: str) -> None:
+    assert name in BACKBONES
+    assert not (CONF / "model" / f"{name}.yaml").exists()
+    assert one(f"model={name}").model.name == name
+
+
+def test_what_is_frozen_comes_back_the_same() -> None:
+    config = one("+stage=pipeline", "dataset=digits", "cluster=slurm", "+model.options.dropout=0.1")
+    assert from_dict(yaml.safe_load(yaml.safe_dump(asdict(config)))) == config
+
+
+def test_a_dataset_may_choose_its_recipe_and_the_user_has_the_last_word() -> None:
+    assert one("dataset=digits").recipe == one("recipe=demo").recipe != one().recipe
+    assert one("dataset=digits", "recipe=standard90").recipe == one().recipe
+    assert one("recipe=standard90", "dataset=digits").recipe == one().recipe
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    models=st.lists(st.sampled_from(["resnet18", "resnet50", "vgg11"]), min_size=1, max_size=2, unique=True),
+    seeds=st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True),
+    rates=st.lists(st.sampled_from([0.1, 0.5, 1.0]), min_size=1, max_size=2, unique=True),
+    digits=st.booleans(),
+)
+def test_a_sweep_is_what_hydra_composes_one_by_one(
+    models: list[str], seeds: list[int], rates: list[float], digits: bool
+) -> None:
+    dataset = "digits" if digits else "imagenet"
+    swept = compose(
+        [
+            f"dataset={dataset}",
+            f"model={','.join(models)}",
+            f"seed={','.join(map(str, seeds))}",
+            f"recipe.learning_rate={','.join(map(str, rates))}",
+        ],
+        multirun=True,
+    )
+    register()
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
+        single = [
+            hydra_compose(
+                "config",
+                overrides=[f"dataset={dataset}", f"model={m}", f"seed={s}", f"recipe.learning_rate={r}"],
+            )
+            for m in models
+            for s in seeds
+            for r in rates
+        ]
+    assert len(swept) == len(single)
+    for ours, theirs in zip(swept, single, strict=True):
+        plain = OmegaConf.to_container(theirs, resolve=True)
+        assert isinstance(plain, dict)
+        for part in ("model", "recipe", "seed", "loader", "process", "cluster"):
+            assert asdict(ours)[part] == plain[part]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model=resnet81"], ["model=resnet81 is unknown", "resnet18"]),
+        (["dataset=imagnet"], ["dataset=imagnet is unknown", "imagenet"]),
+        (["+stage=trian"], ["stage=trian is unknown", "train"]),
+        (["modle=resnet18"], ["modle is no setting", "model"]),
+        (["recipe.epoch=3"], ["recipe.epoch is no setting", "recipe.epochs"]),
+        (["+foo=1"], ["foo is no setting"]),
+        (["+recipe.epoch=1"], ["recipe.epoch is no setting"]),
+        (["~seed"], ["seed is not set"]),
+        (["seed=abc"], ["seed:", "abc", "Integer"]),
+        (["seed=-1"], ["seed=-1 is too small"]),
+        (["seed=[1"], ["cannot read seed=[1"]),
+        (["model=resnet18,resnet50"], ["is a sweep", "-m"]),
+        (["dataset=ilsvrc"], ["dataset.name is not set"]),
+        (["process.layout=folder"], ["process.layout=folder is unknown", "folders"]),
+        (["model.stem=tiny"], ["model.stem=tiny is unknown", "small"]),
+        (["recipe.flip=1.5"], ["recipe.flip=1.5", "between 0 and 1"]),
+        (["recipe.val_resize=8"], ["recipe.val_resize=8 is too small: at least 224"]),
+        (["train.checkpoint_every_minutes=0"], ["train.checkpoint_every_minutes"]),
+        (["cluster.gpus_per_node=-1"], ["cluster.gpus_per_node=-1"]),
+        (["+cluster.stage.trian.time=3"], ["cluster.stage=trian is unknown"]),
+        (["+cluster.stage.train.tim=3"], ["cluster.stage.train.tim is no setting"]),
+        (["cluster.sbatch.reservation=x"], ["write +cluster.sbatch.reservation=VALUE"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_setting(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_a_bad_fortieth_combination_refuses_all() -> None:
+    with pytest.raises(UserError, match="seed=-1"):
+        compose([f"seed={','.join(map(str, range(39)))},-1"], multirun=True)
+
+
+def test_a_plus_before_stage_is_forgiven() -> None:
+    assert one("stage=upload") == one("+stage=upload")
+
+
+def test_relative_places_are_those_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = one("dataset=ilsvrc", "dataset.name=x", "dataset.source=in", "workspace=w")
+    assert config.workspace == str(tmp_path / "w")
+    assert config.dataset.source == str(tmp_path / "in")
+    assert config.datastore.url == str(tmp_path / "w" / "datastores")
+    assert one("datastore.url=s3://bucket/prefix").datastore.url == "s3://bucket/prefix"
+    assert one("datastore.url=me@host:/data").datastore.url == "me@host:/data"
+
+
+def test_a_users_own_folder_of_groups_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "mine.yaml").write_text("executor: slurm\npartition: gpu\n")
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "demo.yaml").write_text((CONF / "recipe" / "demo.yaml").read_text() + "\n")
+    (config,) = compose(["cluster=mine"], config_dir=str(tmp_path))
+    assert config.cluster.partition == "gpu"
+    with pytest.raises(UserError, match="no such folder"):
+        compose([], config_dir=str(tmp_path / "nowhere"))
+
+
+def test_a_stage_has_its_own_resources() -> None:
+    config = one("cluster=slurm", "+cluster.stage.train.time=60")
+    assert cluster_for(config, "train").time == 60
+    assert cluster_for(config, "train").gpus_per_node == 1
+    assert cluster_for(config, "download").gpus_per_node == 0
+    assert cluster_for(config, "download").time == config.cluster.time

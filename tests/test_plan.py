@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hpc_imagenet.compose import compose
+from hpc_imagenet.config import Config, Datastore
+from hpc_imagenet.plan import Job, content, plan
+
+
+def nowhere(_: Datastore) -> None:
+    return None
+
+
+def jobs(*overrides: str) -> list[Job]:
+    return plan(compose(overrides, multirun=True), nowhere)
+
+
+def only(*overrides: str) -> Job:
+    (job,) = jobs(*overrides)
+    return job
+
+
+def one(*overrides: str) -> Config:
+    (config,) = compose(overrides)
+    return config
+
+
+def test_a_pipeline_with_a_sweep_shares_its_beginning() -> None:
+    plan = jobs("+stage=pipeline", "dataset=digits", "model=resnet18,resnet50", "seed=0,1")
+    assert [job.stage for job in plan] == ["download", "process", "upload", *["train"] * 4]
+    assert [job.needs for job in plan[1:3]] == [(plan[0].run,), (plan[1].run,)]
+    assert {job.needs for job in plan[3:]} == {(plan[2].run,)}
+    assert len({job.run for job in plan}) == 7
+
+
+def test_the_same_asked_twice_is_one_job() -> None:
+    assert len(jobs("dataset=digits", "model=resnet18,resnet18")) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=1",
+        "recipe.epochs=9",
+        "model=resnet34",
+        "model.stem=standard",
+        "dataset.revision=2",
+        "recipe=standard90",
+    ],
+)
+def test_what_decides_a_result_changes_the_signature(change: str) -> None:
+    assert only("dataset=digits", change).signature != only("dataset=digits").signature
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "cluster=slurm",
+        "workspace=/elsewhere",
+        "wait=true",
+        "loader.workers=3",
+        "train.checkpoint_every_minutes=1",
+        "datastore.url=/other",
+        "dataset.source=http://127.0.0.1:1",
+        "download.retries=1",
+    ],
+)
+def test_what_does_not_decide_a_result_leaves_the_signature(change: str) -> None:
+    assert only("dataset=digits", change).run == only("dataset=digits").run
+
+
+@pytest.mark.parametrize("stage", ["download", "process", "upload", "train"])
+def test_a_moved_workspace_holds_the_same_runs(stage: str) -> None:
+    words = (f"+stage={stage}", "dataset=digits")
+    assert only(*words, "workspace=/a").run == only(*words, "workspace=/b").run
+
+
+def test_an_upload_elsewhere_is_another_run() -> None:
+    words = ("+stage=upload", "dataset=digits")
+    assert only(*words).run != only(*words, "datastore.url=/other").run
+    assert only(*words).run != only(*words, "datastore.name=copy").run
+
+
+def test_pinned_archives_are_the_same_wherever_they_come_from() -> None:
+    pins = [
+        f"dataset.archives.{split}.md5={md5}"
+        for split, md5 in (("train", "a"), ("val", "b"), ("devkit", "c"))
+    ]
+    words = ("dataset=ilsvrc", "dataset.name=x")
+    here = one(*words, "dataset.source=/here").dataset
+    there = one(*words, "dataset.source=/there").dataset
+    assert content(here) != content(there)
+    pinned = [one(*words, f"dataset.source={place}", *pins).dataset for place in ("/here", "/there")]
+    assert content(pinned[0]) == content(pinned[1]) != content(here)
+
+
+def test_a_training_on_a_stored_version_is_the_training_of_the_pipeline() -> None:
+    (config,) = compose(["dataset=digits"])
+    images = content(config.dataset)
+    (alone,) = plan([config], lambda store: replace(store, version=3, content=images))
+    train = jobs("+stage=pipeline", "dataset=digits")[-1]
+    assert alone.run == train.run
+    assert alone.config.datastore.version == 3
+    assert train.config.datastore.version is None
+    assert train.config.datastore.content == images
+
+
+def test_other_content_under_the_same_name_is_another_training() -> None:
+    (config,) = compose(["dataset=digits"])
+    found = [
+        plan([config], lambda store, c=c: replace(store, version=1, content=c))[0].run for c in ("a", "b")
+    ]
+    assert found[0] != found[1]

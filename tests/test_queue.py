@@ -1,0 +1,160 @@
+"""This machine's queue, with jobs that wait at a gate: downloads from a server that does not answer yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from door import Door, Gate, eventually
+
+from hpc_imagenet import local
+from hpc_imagenet.runs import Record
+
+DOWNLOAD = ("+stage=download", "dataset=ilsvrc", "cluster=local", "download.retries=0")
+
+
+def send(door: Door, url: str, *names: str, settings: tuple[str, ...] = ()) -> None:
+    """Send one waiting download a name, in that order."""
+    sources = [f"dataset.source={url}/${{dataset.name}}", f"dataset.name={','.join(names)}"]
+    door("-m", *DOWNLOAD, *sources, *settings)
+
+
+def test_one_at_a_time_in_order_and_the_rest_is_queued(door: Door, gate: tuple[Gate, str]) -> None:
+    held, url = gate
+    send(door, url, "c", "a", "b")
+    eventually(lambda: held.waiting == ["c"])
+    door.until("running", "queued", "queued")
+    time.sleep(1)  # a second job would have come by now
+    assert held.waiting == ["c"]
+    held.open.set()
+    rows = door.until("failed", "failed", "failed")
+    assert held.waiting == ["c", "a", "b"]
+    assert all("404" in row["reason"] for row in rows)
+
+
+def test_as_many_at_a_time_as_asked(door: Door, gate: tuple[Gate, str]) -> None:
+    held, url = gate
+    send(door, url, "a", "b", "c", settings=("cluster.parallel=2",))
+    eventually(lambda: len(held.waiting) == 2)
+    assert sorted(door.states()) == ["queued", "running", "running"]
+
+
+def test_the_terminal_may_close(door: Door, gate: tuple[Gate, str]) -> None:
+    held, url = gate
+    command = [sys.executable, "-m", "hpc_imagenet", *DOWNLOAD, "dataset.name=a", f"dataset.source={url}/a"]
+    terminal = subprocess.Popen(
+        ["sh", "-c", f"{' '.join(command)}; sleep 60"], env=door.env, cwd=door.cwd, start_new_session=True
+    )
+    eventually(lambda: held.waiting == ["a"])
+    os.killpg(terminal.pid, signal.SIGHUP)
+    terminal.wait()
+    time.sleep(0.5)
+    assert door.states() == ["running"]
+
+
+def test_the_same_asked_twice_is_under_way_already(door: Door, gate: tuple[Gate, str]) -> None:
+    held, url = gate
+    send(door, url, "a", "b")
+    eventually(lambda: held.waiting == ["a"])
+    again = door("-m", *DOWNLOAD, f"dataset.source={url}/${{dataset.name}}", "dataset.name=a,b")
+    assert again.stdout.count("under way already") == 2
+    assert [row["attempt"] for row in door.jobs()] == [1, 1]
+
+
+def test_cancel_a_queued_and_a_running_job(door: Door, gate: tuple[Gate, str]) -> None:
+    held, url = gate
+    send(door, url, "a", "b", "c")
+    eventually(lambda: held.waiting == ["a"])
+    door("cancel", "download-b", "download-a")
+    eventually(lambda: held.waiting == ["a", "c"])
+    assert door.states() == ["cancelled", "cancelled", "running"]
+    job_of_a = [p for p in door.processes() if "download-a" in " ".join(p.cmdline())]
+    assert job_of_a == []
+    assert "was cancelled already" in door("cancel", "download-a").stdout
+
+
+def test_a_killed_job_has_failed_and_retry_takes_it_up(door: Door, gate: tuple[Gate, str]) -> None:
+    held, url = gate
+    send(door, url, "a")
+    eventually(lambda: held.waiting == ["a"])
+    (attempt,) = Record(door.workspace).find("download-a").attempts()
+    psutil.Process(attempt.started["pid"]).kill()
+    (row,) = door.until("failed")
+    assert "without a word" in row["reason"]
+    held.waiting.clear()
+    door("retry", "download-a")
+    eventually(lambda: held.waiting == ["a"])
+    (row,) = door.jobs()
+    assert (row["state"], row["attempt"]) == ("running", 2)
+
+
+def test_a_killed_worker_takes_no_job_along_and_asking_again_goes_on(
+    door: Door, gate: tuple[Gate, str]
+) -> None:
+    held, url = gate
+    send(door, url, "a", "b")
+    eventually(lambda: held.waiting == ["a"])
+    worker = json.loads((local.queue_folder(Record(door.workspace)) / "worker.json").read_text())
+    psutil.Process(worker["pid"]).kill()
+    eventually(lambda: "nobody works on the queue" in door.jobs()[1]["reason"])
+    assert door.states() == ["running", "queued"]
+    send(door, url, "a", "b")
+    held.open.set()
+    rows = door.until("failed", "failed")
+    assert held.waiting == ["a", "b"]
+    assert [row["attempt"] for row in rows] == [1, 1]
+
+
+def test_after_a_reboot_nothing_is_called_running_and_retry_takes_all_up(
+    door: Door, gate: tuple[Gate, str]
+) -> None:
+    held, url = gate
+    send(door, url, "a", "b")
+    eventually(lambda: held.waiting == ["a"])
+    door.close()  # every process dies at once
+    rows = door.jobs()
+    assert [row["state"] for row in rows] == ["failed", "queued"]
+    held.waiting.clear()
+    door("retry", "download-a", "download-b")
+    held.open.set()
+    rows = door.until("failed", "failed")
+    assert sorted(held.waiting) == ["a", "b"]
+    assert all("404" in row["reason"] for row in rows)
+
+
+def test_what_needs_a_failed_run_is_cancelled_with_the_reason(door: Door, gate: tuple[Gate, str]) -> None:
+    held, url = gate
+    door(
+        "+stage=pipeline", "dataset=ilsvrc", "dataset.name=x", f"dataset.source={url}/x", "download.retries=0"
+    )
+    assert door.states() == ["running", "queued", "queued", "queued"] or held.waiting == []
+    held.open.set()
+    rows = door.until("failed", "cancelled", "cancelled", "cancelled")
+    assert "needs" in rows[1]["reason"]
+    assert rows[0]["run"] in rows[1]["reason"]
+    # Taking up the last one takes up what it needs, too.
+    assert door("retry", rows[3]["run"]).stdout.count("submitted") == 4
+
+
+def test_wait_says_each_change_and_exits_with_1(door: Door, gate: tuple[Gate, str]) -> None:
+    held, url = gate
+    held.open.set()
+    done = door(*DOWNLOAD, "dataset.name=a", f"dataset.source={url}/a", "wait=true", code=1)
+    assert "failed" in done.stdout
+    assert "404" in done.stdout
+
+
+def test_a_pid_that_another_process_has_now_is_not_the_job(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    attempt = record.run("0-x").new_attempt()
+    local.note_process(attempt)
+    assert local.alive(attempt)
+    note = json.loads((attempt.folder / "process.json").read_text())
+    (attempt.folder / "process.json").write_text(json.dumps({**note, "born": note["born"] - 60}))
+    assert not local.alive(attempt)
