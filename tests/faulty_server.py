@@ -24,6 +24,7 @@ class Faults:
     statuses: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # with these headers
     etags: list[str] = field(default_factory=list)  # the last one stays
     ranges: bool = True  # False: Range is not understood
+    if_range: bool = True  # False: If-Range is not understood
     validators: bool = True  # False: neither ETag nor date
     length: bool = True  # False: no Content-Length, the end of the connection ends the file
     lie: int = 0  # added to the Content-Length
@@ -43,8 +44,10 @@ def faulty(faults: Faults) -> type[Handler]:
 
         def _answer(self, body: bool) -> None:
             faults.seen.append((self.command, self.path, self.headers.get("Range")))
-            if not faults.ranges or (faults.etags and self.headers.get("If-Range") != faults.etags[0]):
+            if not faults.ranges:
                 del self.headers["Range"]
+            if not faults.if_range:
+                del self.headers["If-Range"]
             if self._mine() and faults.statuses:
                 status, headers = faults.statuses.pop(0)
                 self.send_response(status)
@@ -77,6 +80,8 @@ def faulty(faults: Faults) -> type[Handler]:
         def send_body(self, file: BinaryIO, begin: int, end: int) -> None:
             if not self._mine():
                 return super().send_body(file, begin, end)
+            if len(faults.etags) > 1:  # the headers are out; whoever asks next sees another file
+                faults.etags.pop(0)
             stop = begin + faults.drops.pop(0) if faults.drops else end
             file.seek(begin)
             while begin < min(stop, end):
@@ -85,8 +90,6 @@ def faulty(faults: Faults) -> type[Handler]:
             if stop < end or faults.lie > 0:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
-            if len(faults.etags) > 1:
-                faults.etags.pop(0)
             return None
 
     return Faulty

@@ -1,12 +1,15 @@
-"""Run a stage in a process of its own, to be killed at any moment."""
+"""Run a data stage in a process of its own, to be killed at any moment."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from hpc_imagenet.config import Config
 from hpc_imagenet.errors import UserError
@@ -14,25 +17,21 @@ from hpc_imagenet.runs import Run
 from hpc_imagenet.stages import download, process
 from hpc_imagenet.world import World
 
+_STAGES = {"download": download, "process": process}
+
 # Forked from a server without threads that has torch and the rest imported: a start takes milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_STAGES = {"download": download, "process": process}
 _CONTEXT.set_forkserver_preload(
-    [
-        *(stage.__name__ for stage in _STAGES.values()),
-        "hpc_imagenet.archives.digits",
-        "hpc_imagenet.training.meta_bin",
-    ]
+    [*(stage.__name__ for stage in _STAGES.values()), "scipy.io", "hpc_imagenet.training.meta_bin"]
 )
+
+# What Python tells its audit hooks about files and folders that are made, opened, renamed or removed.
+_STEPS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink")
 
 
 def start(stage: str, config: Config, run: Run) -> BaseProcess:
     """Start a stage; wait until its process has begun with it."""
-    began = _CONTEXT.Event()
-    child = _CONTEXT.Process(target=_run, args=(stage, config, run, began))
-    child.start()
-    if not began.wait(60):
-        raise TimeoutError("the process did not begin")
+    child, _ = _start(stage, config, run, None, 0)
     return child
 
 
@@ -41,10 +40,23 @@ def kill_after(child: BaseProcess, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while child.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
-    was_alive = child.is_alive()
     child.kill()
     child.join()
-    return was_alive and child.exitcode == -9
+    return child.exitcode == -signal.SIGKILL
+
+
+def run_to_step(stage: str, config: Config, run: Run, below: Path, last: int = 0) -> int:
+    """Run a stage that gets SIGKILL at its `last` step of file work below a folder; 0 for never.
+
+    Returns:
+        the steps that were begun: less than `last` where the stage came to its end before.
+    """
+    child, steps = _start(stage, config, run, below, last)
+    child.join(60)
+    killed = bool(last) and steps.value == last
+    if child.exitcode != (-signal.SIGKILL if killed else 0):
+        raise RuntimeError(f"exit code {child.exitcode} at step {steps.value}")
+    return int(steps.value)
 
 
 def snapshot(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:
@@ -56,8 +68,24 @@ def snapshot(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:
     }
 
 
-def _run(stage: str, config: Config, run: Run, began) -> None:  # type: ignore[no-untyped-def]
+def _start(stage: str, config: Config, run: Run, below: Path | None, last: int) -> tuple[BaseProcess, Any]:
+    began, steps = _CONTEXT.Event(), _CONTEXT.Value("i", 0)
+    child = _CONTEXT.Process(target=_run, args=(stage, config, run, began, steps, str(below), last))
+    child.start()
+    if not began.wait(60):
+        raise TimeoutError("the process did not begin")
+    return child, steps
+
+
+def _run(stage: str, config: Config, run: Run, began: Any, steps: Any, below: str, last: int) -> None:
+    def count(event: str, args: tuple[Any, ...]) -> None:
+        if event in _STEPS and str(args[0]).startswith(below):
+            steps.value += 1
+            if steps.value == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
     began.set()
+    sys.addaudithook(count)
     try:
         _STAGES[stage].run(config, run, World())
     except UserError as error:

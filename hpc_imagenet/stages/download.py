@@ -1,0 +1,144 @@
+"""The download stage: the archives of a dataset, whole and verified, into `archives/<dataset>/`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from hpc_imagenet.archives import receipt, space
+from hpc_imagenet.archives.fetch import Http
+from hpc_imagenet.archives.local import Folder, adopt
+from hpc_imagenet.archives.wanted import SUMS, Wanted, archive_folder, parse_sums, wanted
+from hpc_imagenet.config import Config
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs import Progress, Run
+from hpc_imagenet.world import World
+
+
+class Source(Protocol):
+    """Where archives come from: a URL prefix or a folder."""
+
+    def text(self, file: str) -> str | None:
+        """Return a small text file, or None where there is none."""
+
+    def size(self, want: Wanted) -> int | None:
+        """Return the bytes of an archive, or None where that cannot be known."""
+
+    def fetch(self, want: Wanted, target: Path, progress: Callable[[int], None]) -> int:
+        """Bring an archive to its final place; return the bytes that came over the network."""
+
+
+def run(config: Config, run: Run, world: World) -> dict[str, Any]:
+    """Bring the archives of `config.dataset` into the workspace.
+
+    Returns:
+        `bytes` of all archives, `files`, and `downloaded`: bytes that came over the network.
+
+    Raises:
+        UserError: an archive cannot be had, or is not what it should be.
+    """
+    if not world.main:
+        return {}
+    folder = archive_folder(Path(config.workspace), config.dataset)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"workspace={config.workspace} cannot be written: {error}") from None
+    progress = Progress(run.folder)
+    files = wanted(config.dataset, {})
+    downloaded = 0
+    if not all(_is_settled(folder, want, config) for want in files):
+        source = open_source(config)
+        if any(want.md5 is None for want in files):
+            files = wanted(config.dataset, parse_sums(source.text(SUMS) or ""))
+        downloaded = _bring(files, folder, source, config, progress)
+    total = sum((folder / want.file).stat().st_size for want in files)
+    progress(total, total, "B")
+    return {"bytes": total, "files": len(files), "downloaded": downloaded}
+
+
+def open_source(config: Config) -> Source:
+    """Return dataset.source, made first where dataset.make can and it is a folder that is not there.
+
+    Raises:
+        UserError: it is neither a folder nor http(s).
+    """
+    source, scheme = config.dataset.source, urllib.parse.urlsplit(config.dataset.source).scheme
+    if scheme in ("http", "https"):
+        return Http(source, config.download.retries, config.download.timeout, config.dataset.hint)
+    if scheme == "file":
+        source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
+    elif re.match(r"[a-z][a-z0-9+.-]*://", source):
+        raise UserError(f"dataset.source={source}: a folder, http:// or https:// is read, not {scheme}://")
+    folder = Path(source).expanduser()
+    if config.dataset.make and not folder.exists():
+        _make(config.dataset.make, folder)
+    return Folder(folder, config.dataset.source)
+
+
+def _bring(files: list[Wanted], folder: Path, source: Source, config: Config, progress: Progress) -> int:
+    sizes = [_size(folder, want, source) for want in files]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    done = downloaded = 0
+    for want in files:
+        tell = partial(_tell, progress, done, total, want.file)
+        target = folder / want.file
+        with space.telling_full(folder):
+            if receipt.load(target) is not None:
+                if not _is_settled(folder, want, config):
+                    raise UserError(
+                        f"{target}: came from elsewhere, and no MD5 says whether dataset.source="
+                        f"{config.dataset.source} has the same; pin {want.setting}.md5, choose another "
+                        "dataset.name, or remove it"
+                    )
+            elif target.exists():
+                adopt(target, want, config.dataset.source, tell)
+            else:
+                downloaded += source.fetch(want, target, tell)
+        done += target.stat().st_size
+    return downloaded
+
+
+def _tell(progress: Progress, before: int, total: int | None, file: str, done: int) -> None:
+    progress(before + done, total, "B", file)
+
+
+def _size(folder: Path, want: Wanted, source: Source) -> int | None:
+    settled = receipt.load(folder / want.file)
+    return settled.bytes if settled else want.bytes or source.size(want)
+
+
+def _is_settled(folder: Path, want: Wanted, config: Config) -> bool:
+    """Whether the archive is in place, verified, and known to be what the config asks for.
+
+    Raises:
+        UserError: it is in place and verified, but another one.
+    """
+    settled = receipt.load(folder / want.file)
+    if settled is None:
+        return False
+    for word, has, asked in (("MD5", settled.md5, want.md5), ("size", settled.bytes, want.bytes)):
+        if asked is not None and has != asked:
+            raise UserError(
+                f"{folder / want.file}: another archive is there, its {word} is {has} instead of {asked}; "
+                "choose another dataset.name, or remove it"
+            )
+    return want.md5 is not None or settled.source == config.dataset.source
+
+
+def _make(function: str, folder: Path) -> None:
+    module, _, name = function.partition(":")
+    try:
+        write = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"dataset.make={function}: {error}; it names a function as package.module:name"
+        ) from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write(folder)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from hpc_imagenet.archives import digits, ilsvrc, shape
+from hpc_imagenet.archives.devkit import read_devkit
+from hpc_imagenet.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "source"
+    digits.write(folder)
+    return folder
+
+
+def test_shape(archives: Path) -> None:
+    assert sorted(path.name for path in archives.iterdir()) == [
+        shape.DEVKIT,
+        shape.TRAIN,
+        shape.VAL,
+        "md5sums",
+    ]
+    assert [path.name for path in archives.parent.iterdir()] == ["source"], "a draft was left behind"
+    subprocess.run(["md5sum", "--check", "--quiet", "md5sums"], cwd=archives, check=True)
+    devkit = read_devkit(archives / shape.DEVKIT)
+    assert [names[1] for names in devkit.names.values()] == [str(digit) for digit in range(10)]
+    assert sorted(devkit.wnid_of) == list(range(1, 11))
+    assert [devkit.wnid_of[i] for i in range(1, 11)] != list(devkit.names), "ids are in the order of labels"
+
+
+def test_images_are_those_of_the_source_each_once_with_its_label(archives: Path) -> None:
+    devkit = read_devkit(archives / shape.DEVKIT)
+    found = ilsvrc.scan(archives / shape.TRAIN, archives / shape.VAL, devkit)
+    data = [(archives / name).read_bytes() for name in (shape.TRAIN, shape.VAL)]
+    seen: list[tuple[bytes, int]] = []
+    counts = {}
+    for split, entries in found.splits.items():
+        counts[split] = len(entries)
+        for offset, length, label, shard in entries.tolist():
+            with Image.open(io.BytesIO(data[shard][offset : offset + length])) as image:
+                assert (image.size, image.mode, image.format) == ((32, 32), "RGB", "JPEG")
+                small = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), float) / 255 * 16
+            seen.append((small.round().astype(np.uint8).tobytes(), label))
+        if split == "val":
+            assert Counter(entries["label"].tolist()) == dict.fromkeys(range(10), 36)
+    assert counts == {"train": 1437, "val": 360}
+    source = load_digits()
+    assert Counter(label for _, label in seen) == Counter(source.target.tolist())
+    # Enlarged, compressed and made small again, an image is still nearest to itself, with its own label.
+    small = np.array([np.frombuffer(pixels, np.uint8) for pixels, _ in seen], float)
+    flat = source.data
+    distance = (small**2).sum(1)[:, None] - 2 * small @ flat.T + (flat**2).sum(1)
+    nearest = distance.argmin(1)
+    assert (source.target[nearest] == [label for _, label in seen]).mean() > 0.999
+    assert len(set(nearest.tolist())) > 1780
+
+
+def test_bytes_are_the_same_each_time(archives: Path, tmp_path: Path) -> None:
+    digits.write(tmp_path / "again")
+    for path in archives.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_refuses_a_folder_that_holds_something(archives: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in archives.iterdir()}
+    with pytest.raises(UserError, match="cannot be written"):
+        digits.write(archives)
+    assert {path: path.stat().st_mtime_ns for path in archives.iterdir()} == before
+    assert [path.name for path in archives.parent.iterdir()] == ["source"]
+
+
+def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'hpc-imagenet\[demo\]'"):
+        digits.write(tmp_path / "x")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpc_imagenet.archives import ilsvrc, shape
+from hpc_imagenet.archives.devkit import META, TRUTH, Devkit, read_devkit
+from hpc_imagenet.archives.shape import Synset
+from hpc_imagenet.errors import UserError
+
+# In the kit's order, which is not that of the wnids; the last row is no class.
+SYNSETS = [
+    Synset(1, "n003", "tench, Tinca tinca"),
+    Synset(2, "n001", "kite"),
+    Synset(3, "n002", "goldfish, Carassius auratus"),
+    Synset(4, "n000", "animal", (1, 2, 3)),
+]
+TRAIN = [("n001", [b"a", b"bb"]), ("n003", [b"ccc"]), ("n002", [b"d" * 600, b"e"])]
+VAL = [b"v1", b"v22", b"v333"]
+TRUTH_IDS = [2, 3, 1]
+
+
+def write(folder: Path) -> tuple[Path, Path, Path]:
+    paths = folder / "train.tar", folder / "val.tar", folder / "devkit.tar.gz"
+    shape.write_train(paths[0], TRAIN)
+    shape.write_val(paths[1], VAL)
+    shape.write_devkit(paths[2], SYNSETS, TRUTH_IDS)
+    return paths
+
+
+def read(folder: Path) -> ilsvrc.Scan:
+    return ilsvrc.scan(folder / "train.tar", folder / "val.tar", read_devkit(folder / "devkit.tar.gz"))
+
+
+def repack(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+
+
+def test_devkit(tmp_path: Path) -> None:
+    _, _, path = write(tmp_path)
+    assert read_devkit(path) == Devkit(
+        {"n001": ("kite",), "n002": ("goldfish", "Carassius auratus"), "n003": ("tench", "Tinca tinca")},
+        {1: "n003", 2: "n001", 3: "n002"},
+        ["n001", "n002", "n003"],
+    )
+    assert list(read_devkit(path).names) == ["n001", "n002", "n003"], "labels are places in this order"
+
+
+def test_devkit_of_one_class(tmp_path: Path) -> None:
+    shape.write_devkit(tmp_path / "kit", [Synset(7, "n1", "x")], [7])
+    assert read_devkit(tmp_path / "kit") == Devkit({"n1": ("x",)}, {7: "n1"}, ["n1"])
+
+
+@pytest.mark.parametrize(
+    ("synsets", "truth", "words"),
+    [
+        (SYNSETS, [2, 9], r"line 2 is '9': not an id of a class"),
+        (SYNSETS, [4], r"line 1 is '4': not an id of a class"),
+        ([*SYNSETS, Synset(9, "n001", "again")], [1], "names an id or a wnid twice"),
+        ([*SYNSETS, Synset(1, "n009", "again")], [1], "names an id or a wnid twice"),
+        ([Synset(1, "../x", "up")], [1], "a wnid is a name"),
+        ([Synset(1, "n1", "x", (2,))], [], "has no class"),
+    ],
+)
+def test_devkit_at_odds_with_itself(
+    tmp_path: Path, synsets: list[Synset], truth: list[int], words: str
+) -> None:
+    shape.write_devkit(tmp_path / "kit.tar.gz", synsets, truth)
+    with pytest.raises(UserError, match=words):
+        read_devkit(tmp_path / "kit.tar.gz")
+
+
+def test_devkit_that_is_none(tmp_path: Path) -> None:
+    _, _, path = write(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-200])
+    with pytest.raises(UserError, match="but damaged"):
+        read_devkit(path)
+    path.write_bytes(b"<html>" + b" " * 1000)
+    with pytest.raises(UserError, match="an HTML page"):
+        read_devkit(path)
+    repack(path, [(f"x/{TRUTH}", b"1\n")])
+    with pytest.raises(UserError, match=r"no data/meta.mat in it"):
+        read_devkit(path)
+    repack(path, [(f"x/{TRUTH}", b"1\n"), (f"x/{META}", b"no mat")])
+    with pytest.raises(UserError, match="no readable table"):
+        read_devkit(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"\+stage=download"):
+        read_devkit(path)
+
+
+def test_scan(tmp_path: Path) -> None:
+    paths = write(tmp_path)
+    found = read(tmp_path)
+    for split, expected in (
+        ("train", [(b"a", 0), (b"bb", 0), (b"ccc", 2), (b"d" * 600, 1), (b"e", 1)]),
+        ("val", [(b"v1", 0), (b"v22", 1), (b"v333", 2)]),
+    ):
+        got = []
+        for offset, length, label, shard in found.splits[split].tolist():
+            assert shard == ("train", "val").index(split)
+            got.append((paths[shard].read_bytes()[offset : offset + length], label))
+        assert got == expected
+    assert [tar.wnid for tar in found.class_tars] == ["n001", "n003", "n002"]
+    assert found.val_names == [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 2, 3)]
+
+
+def test_val_labels_follow_names_not_places(tmp_path: Path) -> None:
+    write(tmp_path)
+    repack(tmp_path / "val.tar", [("b.JPEG", b"2"), ("c.JPEG", b"3"), ("a.JPEG", b"1")])
+    found = read(tmp_path)
+    assert found.val_names == ["b.JPEG", "c.JPEG", "a.JPEG"]
+    # The truth, in the order of the names: n001, n002, n003.
+    np.testing.assert_array_equal(found.splits["val"]["label"], [1, 2, 0])
+
+
+def train_without(folder: Path, *gone: str) -> None:
+    shape.write_train(folder / "train.tar", [(wnid, images) for wnid, images in TRAIN if wnid not in gone])
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda f: train_without(f, "n002"), "class n002 is missing in it"),
+        (lambda f: train_without(f, "n002", "n001"), "classes n001, n002 are missing in it"),
+        (
+            lambda f: shape.write_train(f / "train.tar", [*TRAIN, ("n9", [b"x"])]),
+            "class n9 is in it, but not",
+        ),
+        (lambda f: shape.write_train(f / "train.tar", []), "an empty archive"),
+        (lambda f: shape.write_train(f / "train.tar", [*TRAIN[:2], ("n002", [])]), "n002.tar: an empty"),
+        (lambda f: shape.write_train(f / "train.tar", [*TRAIN[:2], ("n002", [b""])]), "n002_0.JPEG has 0 b"),
+        (lambda f: shape.write_val(f / "val.tar", VAL[:2]), "2 images, but the ground truth .* 3 lines"),
+        (lambda f: shape.write_val(f / "val.tar", []), "an empty archive"),
+        (lambda f: (f / "val.tar").replace(f / "train.tar"), "where one tar a class is expected"),
+        (lambda f: repack(f / "train.tar", [("n001.tar", b"x" * 2000)]), "n002, n003 are missing in it"),
+        (lambda f: repack(f / "val.tar", [("README", b"x")]), "README, which is no image"),
+        (lambda f: repack(f / "val.tar", [(f"{d}/a.JPEG", b"x") for d in "abc"]), "the same file name"),
+        (
+            lambda f: repack(f / "train.tar", [("a/n001.tar", b""), ("b/n001.tar", b"")]),
+            "n001 is there twice",
+        ),
+        (lambda f: (f / "train.tar").unlink(), "no such file"),
+        (lambda f: (f / "val.tar").write_bytes((f / "val.tar").read_bytes()[:700]), "truncated"),
+    ],
+)
+def test_archives_that_do_not_fit(tmp_path: Path, harm, words: str) -> None:  # type: ignore[no-untyped-def]
+    write(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(UserError, match=words):
+        read(tmp_path)
+
+
+def test_a_damaged_class_tar_is_named(tmp_path: Path) -> None:
+    path, _, _ = write(tmp_path)
+    tar = read(tmp_path).class_tars[1]
+    data = bytearray(path.read_bytes())
+    data[tar.begin : tar.begin + 5] = b"xxxxx"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"n003.tar: damaged at byte {tar.begin}"):
+        read(tmp_path)
+
+
+def test_more_classes_than_an_index_holds(tmp_path: Path) -> None:
+    write(tmp_path)
+    devkit = Devkit({f"n{i:05d}": ("x",) for i in range(65_537)}, {}, [])
+    with pytest.raises(UserError, match="at most 65536"):
+        ilsvrc.scan(tmp_path / "train.tar", tmp_path / "val.tar", devkit)

@@ -1,0 +1,390 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import killing
+import pytest
+import torch
+from asking import ask, config_of, refused, run_of
+from torchvision.datasets import imagenet
+
+from hpc_imagenet.archives import digits, ilsvrc, shape
+from hpc_imagenet.archives.shape import Synset
+from hpc_imagenet.config import Config
+from hpc_imagenet.datastore.manifest import load_manifest
+from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.stages import download, process
+from hpc_imagenet.world import World
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources") / "digits"
+    digits.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes with a handful of images of made-up bytes: enough where no image is looked at."""
+    folder = tmp_path_factory.mktemp("sources") / "small"
+    folder.mkdir()
+    write_small(folder, random.Random(3))
+    return folder
+
+
+def write_small(folder: Path, bits: random.Random) -> None:
+    synsets = [Synset(3 - i, f"n{i}", f"word {i}, other {i}") for i in range(3)]
+    shape.write_train(
+        folder / shape.TRAIN,
+        [(s.wnid, [bits.randbytes(bits.randrange(1, 9000)) for _ in range(40)]) for s in synsets],
+    )
+    shape.write_val(folder / shape.VAL, [bits.randbytes(700) for _ in range(12)])
+    shape.write_devkit(folder / shape.DEVKIT, synsets, [1 + i % 3 for i in range(12)])
+    shape.write_sums(folder)
+
+
+def downloaded(workspace: Path, source: Path, layout: str = "index") -> Config:
+    config = config_of(workspace, source, layout=layout)
+    ask(download, config)
+    return config
+
+
+def dataset(config: Config) -> Path:
+    return Path(config.workspace) / "datasets" / config.dataset.name
+
+
+def made(config: Config) -> dict[str, bytes]:
+    """Every byte of the dataset, but for the time in the manifest."""
+    files = killing.snapshot(dataset(config), but=("manifest.json",))
+    manifest = json.loads((dataset(config) / "manifest.json").read_text())
+    manifest.pop("created")
+    return {**files, "manifest": json.dumps(manifest).encode()}
+
+
+def test_index(tmp_path: Path, source: Path) -> None:
+    config = downloaded(tmp_path, source)
+    config.datastore.content = "abc"
+    assert ask(process, config) == {"images": 1797, "train": 1437, "val": 360, "classes": 10}
+    folder = dataset(config)
+    assert {path.name for path in folder.iterdir()} == {"train.npy", "val.npy", "meta.bin", "manifest.json"}
+    manifest = load_manifest(folder)
+    assert (manifest.name, manifest.content, manifest.images) == ("numbers", "abc", 1797)
+    assert [shard.path for shard in manifest.shards] == [
+        f"../../archives/numbers/{file}" for file in (shape.TRAIN, shape.VAL)
+    ]
+    sums = dict(reversed(line.split()) for line in (source / "md5sums").read_text().splitlines())
+    assert [shard.hash for shard in manifest.shards] == [f"md5:{sums[f]}" for f in (shape.TRAIN, shape.VAL)]
+    assert manifest.provenance["archives"] == sums
+    for file in manifest.all_files()[2:]:
+        found = subprocess.run(["sha256sum", folder / file.path], capture_output=True, check=True).stdout
+        assert file.hash == f"sha256:{found.decode().split()[0]}"
+        assert file.bytes == (folder / file.path).stat().st_size
+    store = Store(folder)
+    for split in ("train", "val"):
+        images = store.split(split)
+        assert images.read(0)[0][:3] == b"\xff\xd8\xff"
+        for i in range(0, len(images), 97):
+            label = images.read(i)[1]
+            if split == "train":
+                assert images.name(i).startswith(f"{manifest.classes[label].wnid}_")
+
+
+def test_content_has_a_fallback(tmp_path: Path, small: Path) -> None:
+    config = downloaded(tmp_path, small)
+    ask(process, config)
+    first = load_manifest(dataset(config)).content
+    assert len(first) == 12
+    ask(process, config)
+    assert load_manifest(dataset(config)).content == first
+
+
+def test_meta_bin_is_torchvisions(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = downloaded(tmp_path, source)
+    ask(process, config)
+    monkeypatch.setattr(imagenet, "_verify_archive", lambda *_: None)
+    theirs = tmp_path / "theirs"
+    shutil.copytree(source, theirs)
+    imagenet.parse_devkit_archive(theirs)
+    mine = torch.load(dataset(config) / "meta.bin", weights_only=True)
+    assert mine == torch.load(theirs / "meta.bin", weights_only=True)
+    assert isinstance(mine, tuple)
+    assert mine[0]["n90000003"] == ("three", "3")
+    assert len(mine[1]) == 360
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Config:
+    config = downloaded(tmp_path_factory.mktemp("folders"), source, "folders")
+    assert ask(process, config)["images"] == 1797
+    return config
+
+
+def test_folders_are_read_by_torchvision(folders: Config) -> None:
+    root = dataset(folders)
+    metas = {(root / place / "meta.bin").read_bytes() for place in (".", "train", "val")}
+    assert len(metas) == 1
+    store = Store(root)
+    for split in ("train", "val"):
+        theirs = imagenet.ImageNet(root, split)
+        index = store.split(split)
+        assert len(theirs) == len(index)
+        mine = {index.name(i): index.read(i) for i in range(len(index))}
+        assert len(mine) == len(index)
+        for path, label in theirs.samples:
+            assert (Path(path).read_bytes(), label) == mine[Path(path).name]
+    assert not list(root.rglob(".*")), "a draft was left behind"
+
+
+def test_folders_are_what_torchvision_extracts(
+    folders: Config, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imagenet, "_verify_archive", lambda *_: None)
+    for file in (shape.TRAIN, shape.VAL, shape.DEVKIT):
+        shutil.copy(source / file, tmp_path)
+    imagenet.parse_devkit_archive(tmp_path)
+    imagenet.parse_train_archive(tmp_path)
+    imagenet.parse_val_archive(tmp_path)
+    for split in ("train", "val"):
+        mine = killing.snapshot(dataset(folders) / split, but=("meta.bin",))
+        assert mine == killing.snapshot(tmp_path / split)
+
+
+def test_folders_have_new_times_and_ordinary_modes(folders: Config) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    path = next((dataset(folders) / "train").rglob("*.JPEG"))
+    assert path.stat().st_mtime > time.time() - 3600, "the archive says 1970: purged at once"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert path.parent.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_whole_folders_are_left_alone(tmp_path: Path, small: Path) -> None:
+    config = downloaded(tmp_path, small, "folders")
+    ask(process, config)
+    before = {path: path.stat().st_mtime_ns for path in dataset(config).rglob("n*")}
+    assert len(before) == 3 * 2 + 3 * 40
+    ask(process, config)
+    assert {path: path.stat().st_mtime_ns for path in dataset(config).rglob("n*")} == before
+
+
+def test_an_unfinished_split_goes_on(tmp_path: Path, small: Path) -> None:
+    config = downloaded(tmp_path, small, "folders")
+    ask(process, config)
+    expected = made(config)
+    root = dataset(config)
+    (root / "train").rename(root / ".train.partial")
+    kept = root / ".train.partial" / "n1" / "n1_7.JPEG"
+    before = kept.stat().st_mtime_ns
+    shutil.rmtree(root / ".train.partial" / "n0")
+    (root / ".train.partial" / "n2" / "n2_0.JPEG").write_bytes(b"")  # what a power cut leaves
+    (root / ".train.partial" / ".n0.tmp").mkdir()
+    (root / ".train.partial" / ".n0.tmp" / "n0_0.JPEG").write_bytes(b"x")
+    ask(process, config)
+    assert made(config) == expected
+    assert (root / "train" / "n1" / "n1_7.JPEG").stat().st_mtime_ns == before
+
+
+def test_folders_of_other_archives_are_replaced(tmp_path: Path, small: Path) -> None:
+    config = downloaded(tmp_path, small, "folders")
+    ask(process, config)
+    shutil.rmtree(tmp_path / "archives")
+    (tmp_path / "other").mkdir()
+    write_small(tmp_path / "other", random.Random(4))
+    config = downloaded(tmp_path, tmp_path / "other", "folders")
+    ask(process, config)
+    clean = downloaded(tmp_path / "clean", tmp_path / "other", "folders")
+    ask(process, clean)
+    mine, theirs = made(config), made(clean)
+    assert mine == theirs
+
+
+def test_folders_that_were_not_made_here_are_not_touched(tmp_path: Path, small: Path) -> None:
+    config = downloaded(tmp_path, small, "folders")
+    (dataset(config) / "val").mkdir(parents=True)
+    (dataset(config) / "val" / "mine").write_text("x")
+    assert "move it away" in refused(process, config)
+    assert (dataset(config) / "val" / "mine").exists()
+    assert not (dataset(config) / "manifest.json").exists()
+
+
+def test_archives_that_are_not_there(tmp_path: Path, small: Path) -> None:
+    assert "+stage=download" in refused(process, config_of(tmp_path, small))
+    config = downloaded(tmp_path, small)
+    archive = tmp_path / "archives" / "numbers" / shape.VAL
+    os.utime(archive, ns=(0, 0))
+    told = refused(process, config)
+    assert "changed since it was verified" in told
+    assert "+stage=download" in told
+    assert not dataset(config).exists()
+
+
+def test_bad_archives_leave_the_dataset_as_it_was(tmp_path: Path, small: Path) -> None:
+    config = downloaded(tmp_path, small)
+    ask(process, config)
+    before = killing.snapshot(dataset(config))
+    shutil.rmtree(tmp_path / "archives")
+    other = tmp_path / "other"
+    shutil.copytree(small, other)
+    shape.write_val(other / shape.VAL, [b"too", b"few"])
+    shape.write_sums(other)
+    config = downloaded(tmp_path, other)
+    assert "2 images, but the ground truth" in refused(process, config)
+    assert killing.snapshot(dataset(config)) == before
+
+
+def test_an_archive_that_changes_meanwhile(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = downloaded(tmp_path, small)
+    scan = ilsvrc.scan
+
+    def disturbed(train: Path, *rest: object) -> ilsvrc.Scan:
+        found = scan(train, *rest)  # type: ignore[arg-type]
+        os.utime(train)
+        return found
+
+    monkeypatch.setattr(process, "scan", disturbed)
+    assert "changed" in refused(process, config)
+    assert not (dataset(config) / "manifest.json").exists()
+
+
+def test_shards_are_found_through_links(tmp_path: Path, small: Path) -> None:
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    (workspace / "datasets").symlink_to(tmp_path / "far" / "away")
+    config = downloaded(workspace, small)
+    ask(process, config)
+    assert len(Store(dataset(config)).split("val").read(0)[0]) == 700
+
+
+def test_bytes_and_inodes_are_asked_for_first(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = downloaded(tmp_path, small, "folders")
+    Room = namedtuple("Room", "f_bavail f_frsize f_files f_favail")
+    sizes = [member.stat().st_size for member in small.iterdir()]
+    room = Room(sum(sizes), 1, 10**6, 10**6)  # too little once each file is rounded up to blocks
+    monkeypatch.setattr(os, "statvfs", lambda _: room)
+    assert "bytes and" in refused(process, config)
+    inodes = 3 * 40 + 12 + 2 * (3 + 3)
+    room = Room(10**9, 1, 10**6, inodes - 1)
+    told = refused(process, config)
+    assert f"{inodes} inodes and {inodes - 1} are free" in told
+    assert not list(dataset(config).rglob("*.JPEG"))
+    assert not (dataset(config) / "manifest.json").exists()
+    room = Room(10**9, 1, 10**6, inodes)
+    ask(process, config)
+    (dataset(config) / "train").rename(dataset(config) / ".train.partial")
+    room = Room(10**9, 1, 10**6, 3)  # of train nothing is left to do but meta.bin
+    ask(process, config)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system of 300 kB")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_disk_that_fills_up(
+    tmp_path: Path, small: Path, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    (workspace / "datasets").symlink_to(tiny_disk)
+    config = downloaded(workspace, small, "folders")
+    assert "no room for the class folders" in refused(process, config)
+    # Free when asked, taken by somebody else meanwhile.
+    monkeypatch.setattr("hpc_imagenet.archives.space.require", lambda *_: None)
+    assert "No space left" in refused(process, config)
+    assert not (dataset(config) / "manifest.json").exists()
+    assert not (dataset(config) / "train").exists()
+    subprocess.run(["mount", "-o", "remount,size=10m", str(tiny_disk)], check=True)
+    ask(process, config)
+    assert len(Store(dataset(config)).split("train")) == 120
+
+
+def test_only_one_process_of_a_job_works(tmp_path: Path, small: Path) -> None:
+    config = config_of(tmp_path, small)
+    assert process.run(config, run_of(config), World(rank=1, size=2)) == {}
+    assert not (tmp_path / "datasets").exists()
+
+
+def references(tmp_path: Path, source: Path, layout: str) -> tuple[Config, dict[str, bytes], int]:
+    """Return a config to be killed, what must come of it, and how many steps of file work that takes."""
+    reference = downloaded(tmp_path / "reference", source, layout)
+    folder = tmp_path / "reference" / "datasets"
+    steps = killing.run_to_step("process", reference, run_of(reference), folder)
+    return downloaded(tmp_path / "killed", source, layout), made(reference), steps
+
+
+def check_after_kill(config: Config, *whole: dict[str, bytes]) -> None:
+    """What looks whole is one of `whole`, whatever else lies about."""
+    there = killing.snapshot(dataset(config)) if dataset(config).exists() else {}
+    if "manifest.json" in there:
+        assert any(made(config).items() >= expected.items() for expected in whole)
+    for split in ("train", "val"):
+        if (dataset(config) / split).exists():
+            of_split = {name: data for name, data in whole[0].items() if name.startswith(f"{split}/")}
+            assert {name: data for name, data in there.items() if name.startswith(f"{split}/")} == of_split
+
+
+def test_killed_at_each_step_and_asked_again(tmp_path: Path, small: Path) -> None:
+    (tmp_path / "source").mkdir()
+    write_small(tmp_path / "source", random.Random(4))
+    old = downloaded(tmp_path / "old", tmp_path / "source")
+    ask(process, old)
+    config, expected, steps = references(tmp_path, small, "index")
+    assert steps > 12, "these were not all: folder, manifest, two indexes, meta.bin, manifest again"
+    folder = tmp_path / "killed" / "datasets"
+    for step in range(1, steps + 1):
+        if step % 2:  # begin with the dataset of other archives; else go on from what the last kill left
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(dataset(old).parent, folder)
+        if killing.run_to_step("process", config, run_of(config), folder, step) < step:
+            assert step >= steps - 2
+        check_after_kill(config, expected, made(old))
+    ask(process, config)
+    assert made(config) == expected
+
+
+def kill_and_ask_again(tmp_path: Path, source: Path, kills: int) -> None:
+    """Kill at random steps, each try going on from the one before; begin with nothing once it is through."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    config, expected, steps = references(tmp_path, source, "folders")
+    folder = tmp_path / "killed" / "datasets"
+    killed = 0
+    while killed < kills:
+        step = moments.randint(1, steps)
+        if killing.run_to_step("process", config, run_of(config), folder, step) == step:
+            killed += 1
+            check_after_kill(config, expected)
+        else:  # less was left to do than that many steps
+            assert made(config) == expected
+            shutil.rmtree(dataset(config))
+    ask(process, config)
+    assert made(config) == expected
+
+
+def test_killed_and_asked_again(tmp_path: Path, small: Path) -> None:
+    kill_and_ask_again(tmp_path, small, kills=8)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_and_asked_again(tmp_path: Path, small: Path) -> None:
+    kill_and_ask_again(tmp_path, small, kills=50)
