@@ -40,7 +40,7 @@ def open_index(path: Path) -> Index:
         entries: Index = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such index; +stage=process makes it") from None
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         # An index of no image cannot be mapped; an empty split is no dataset either.
         raise UserError(f"{path}: not an index ({error}); make it again with +stage=process") from None
     if entries.dtype != ENTRY or entries.ndim != 1:

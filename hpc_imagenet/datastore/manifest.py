@@ -103,5 +103,5 @@ def load_manifest(folder: Path) -> Manifest:
             files=tuple(File(**file) for file in raw["files"]),
             provenance=raw["provenance"],
         )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a manifest ({error!r})") from None

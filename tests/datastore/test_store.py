@@ -1,0 +1,102 @@
+import multiprocessing
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sample_dataset import file_of, make_dataset, write_tar
+
+from hpc_imagenet.datastore.index import ENTRY, write_index
+from hpc_imagenet.datastore.manifest import Manifest, Split
+from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.errors import UserError
+
+names = st.text("abcdefghijklmnop_0123456789", min_size=1, max_size=90).map(lambda name: f"{name}.JPEG")
+shards = st.lists(st.dictionaries(names, st.binary(max_size=2000), max_size=5), min_size=1, max_size=4)
+
+
+@given(shards=shards.filter(any))
+def test_reads_what_tarfile_reads(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[dict[str, bytes]]
+) -> None:
+    folder = tmp_path_factory.mktemp("dataset")
+    entries, expected = [], []
+    for number, members in enumerate(shards):
+        path = folder / f"{number}.tar"
+        places = write_tar(path, list(members.items()))
+        entries += [(offset, size, len(entries) + i, number) for i, (offset, size) in enumerate(places)]
+        with tarfile.open(path) as archive:
+            expected += [(m.name, archive.extractfile(m).read()) for m in archive]  # type: ignore[union-attr]
+    write_index(folder / "train.npy", np.array(entries, ENTRY))
+    split = Split(file_of(folder / "train.npy", "train.npy"), len(entries))
+    files = tuple(file_of(folder / f"{n}.tar", f"{n}.tar") for n in range(len(shards)))
+    Manifest("x", "c", "", (), files, {"train": split}).save(folder)
+
+    train = Store(folder).split("train")
+    assert len(train) == len(expected)
+    assert [(train.name(i), train.read(i)[0]) for i in range(len(train))] == expected
+    assert [label for _, label in train] == list(range(len(train)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_dataset(tmp_path / "workspace")
+    return tmp_path / "workspace" / "datasets" / "digits"
+
+
+def test_another_process_opens_its_own_files(folder: Path) -> None:
+    store = Store(folder)
+    images = list(store.split("train"))
+    assert store._descriptors
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy._descriptors == {}
+    assert list(copy.split("train")) == images
+
+
+def test_forked_processes_read_at_once(folder: Path) -> None:
+    # A descriptor that moves, as read() does, would mix up the readers: they share it after a fork.
+    split = Store(folder).split("train")
+    images = list(split)
+
+    def read() -> None:
+        for _ in range(30):
+            assert list(split) == images
+
+    processes = [multiprocessing.get_context("fork").Process(target=read) for _ in range(3)]
+    for process in processes:
+        process.start()
+    read()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert {os.lseek(descriptor, 0, os.SEEK_CUR) for descriptor in split.store._descriptors.values()} == {0}
+
+
+def test_a_missing_or_short_shard_is_told(folder: Path) -> None:
+    shard = folder / "../../archives/digits/train-1.tar"
+    size = shard.stat().st_size
+    with shard.open("r+b") as file:
+        file.truncate(size - 1)
+    with pytest.raises(UserError, match=rf"train-1\.tar has {size - 1} bytes instead of {size}"):
+        Store(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train-1\.tar is missing"):
+        Store(folder)
+
+
+def test_what_is_no_dataset_is_told(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="no dataset here"):
+        Store(tmp_path)
+    with pytest.raises(UserError, match="no split test; there are train, val"):
+        Store(folder).split("test")
+
+
+def test_an_image_beyond_the_end_is_told(folder: Path) -> None:
+    store = Store(folder)
+    size = store.shards[0].stat().st_size
+    with pytest.raises(UserError, match="ends inside the image"):
+        store.read(0, size - 10, 11)
