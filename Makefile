@@ -1,0 +1,40 @@
+# Each target makes .venv and installs what it needs, the first time only.
+
+PYTHON ?= python3# the interpreter that .venv is made with
+VENV ?= .venv
+WORKSPACE ?= $(or $(HPC_IMAGENET_WORKSPACE),workspace)
+ARGS ?=# more arguments of pytest, such as ARGS='-k index'
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+BIN = $(VENV)/bin
+
+.PHONY: help demo test lint clean
+
+help: ## show this
+	@echo 'make TARGET [PYTHON=python3.12] [VENV=FOLDER] [WORKSPACE=FOLDER] [ARGS=...]'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-demo ## archives, a datastore, two trained backbones and a leaderboard: minutes
+	$(BIN)/python -m hpc_imagenet.demo workspace=$(WORKSPACE)
+
+test: $(VENV)/.installed-test ## all tests; what cannot run here is skipped, with the reason
+	$(BIN)/python -m pytest -ra $(ARGS)
+
+lint: $(VENV)/.installed-lint ## format, ruff and mypy --strict, nothing changed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove .venv and caches; the workspace stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# A stamp for each set of extras: written when its installation is through.
+$(VENV)/.installed-%: $(VENV)/.made pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+$(VENV)/.made:
+	@.ci/venv '$(PYTHON)' '$(VENV)'
+	@touch $@
+
+.PRECIOUS: $(VENV)/.made $(VENV)/.installed-%
