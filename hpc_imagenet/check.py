@@ -74,14 +74,13 @@ def jobs(plan: Sequence[Job], record: Record) -> None:
     for job in plan:
         _model(job)
         _shape(job)
+        _pinned_version(job)
         if any(need in planned for need in job.needs):
             continue
         told = states(record.run(need) for need in job.needs if record.run(need).attempt)
         if any(state.active for state in told.values()):
             continue
         _INPUTS[job.stage](job.config)
-        if job.stage == "upload":
-            _pinned_version(job.config)
 
 
 def stands(job: Job) -> bool:
@@ -142,15 +141,16 @@ def _version(config: Config) -> None:
     versions.open_version(config.datastore)
 
 
-def _pinned_version(config: Config) -> None:
-    name, number = versions.parse(config.datastore.name)
-    if number is not None and number in versions.complete(config.datastore.url, name):
-        found = versions.open_version(config.datastore)
-        if found.manifest.content != config.datastore.content:
-            raise UserError(
-                f"datastore.name={name}@v{number} exists, and versions never change: "
-                f"datastore.name={name} makes the next"
-            )
+def _pinned_version(job: Job) -> None:
+    """Refuse an upload to a version that stands, and a datastore's name that is none."""
+    store = job.config.datastore
+    name, number = versions.parse(store.name)
+    if job.stage != "upload" or number not in versions.complete(store.url, name):
+        return
+    if versions.open_version(replace(store, content=None)).manifest.content != store.content:
+        raise UserError(
+            f"datastore {name}@v{number} exists; versions never change: datastore.name={name} makes the next"
+        )
 
 
 def _nothing(_: Config) -> None:

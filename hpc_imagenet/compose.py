@@ -36,8 +36,8 @@ from hpc_imagenet.config import FREE, Config, check, near, one_line
 from hpc_imagenet.errors import UserError
 
 VERSION_BASE = "1.3"  # of Hydra's behaviour
-_BESIDE = Path(__file__).resolve().parent.parent / "conf"  # a checkout
-CONF = _BESIDE if _BESIDE.is_dir() else Path(__file__).resolve().parent / "conf"  # a wheel
+_HERE = Path(__file__).resolve().parent
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # a wheel's, a checkout's
 
 
 def register() -> None:

@@ -7,6 +7,7 @@ line. Hydra checks names and types while it composes; `check` looks at what a ty
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -256,6 +257,10 @@ def check(config: Config) -> None:
             raise UserError(f"{name}={share} is not between 0 and 1")
     if config.train.checkpoint_every_minutes <= 0:
         raise UserError("train.checkpoint_every_minutes must be more than 0")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.dataset.name):
+        raise UserError(
+            f"dataset.name={config.dataset.name} names a folder: letters, digits and . _ - make one"
+        )
     for split in ("train", "val", "devkit"):
         if split not in config.dataset.archives:
             raise UserError(f"dataset.archives.{split} is missing: give its file name (and md5)")

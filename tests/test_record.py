@@ -1,0 +1,160 @@
+"""The record: claims and outcomes under concurrency, states when nobody left a word."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hpc_imagenet import durable, local
+from hpc_imagenet.compose import compose
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.monitor import leaderboard, table
+from hpc_imagenet.plan import plan
+from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Record, Run
+from hpc_imagenet.states import state
+
+
+def at_once(act: Callable[[int], object], times: int = 16) -> list[object]:
+    with ThreadPoolExecutor(times) as pool:
+        return list(pool.map(act, range(times)))
+
+
+def made(record: Record, *overrides: str) -> Run:
+    (job,) = plan(
+        compose(["dataset=digits", f"workspace={record.folder.parent}", *overrides]), lambda _: None
+    )
+    info = {"stage": job.stage, "label": job.label, "model": job.model, "needs": []}
+    return record.create(job.run, job.frozen(), info)
+
+
+def test_of_many_writers_one_creates(tmp_path: Path) -> None:
+    won = at_once(lambda i: durable.create_json(tmp_path / "x.json", i))
+    assert won.count(True) == 1
+    assert durable.read_json(tmp_path / "x.json") == won.index(True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_an_exception_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    durable.write_json(tmp_path / "x.json", 1)
+
+    def fail_halfway() -> None:
+        with durable.replacing(tmp_path / "x.json") as file:
+            file.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert durable.read_json(tmp_path / "x.json") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_attempts_are_claimed_once_each(tmp_path: Path) -> None:
+    run = Record(tmp_path).run("00000000-x")
+    numbers = at_once(lambda _: run.new_attempt().number)
+    assert sorted(map(int, map(str, numbers))) == list(range(1, 17))
+
+
+def test_the_first_outcome_stands(tmp_path: Path) -> None:
+    attempt = Record(tmp_path).run("00000000-x").new_attempt()
+    assert attempt.end(CANCELLED, "by hand")
+    assert not attempt.end(FINISHED)
+    assert attempt.outcome is not None
+    assert attempt.outcome.state == CANCELLED
+
+
+def test_the_frozen_config_is_plain_yaml_and_comes_back(tmp_path: Path) -> None:
+    run = made(Record(tmp_path), "seed=7")
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["seed"] == 7
+    assert run.config().seed == 7
+    assert run.config().recipe == compose(["dataset=digits"])[0].recipe
+
+
+def test_a_run_is_found_by_what_is_unique_of_it(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    first, second = made(record, "model=resnet18"), made(record, "model=resnet18", "seed=1")
+    other = made(record, "model=resnet50")
+    assert record.find(first.id).id == first.id
+    assert record.find(first.id[:6]).id == first.id
+    assert record.find("resnet50").id == other.id
+    with pytest.raises(UserError, match=f"{second.id}|{first.id}"):
+        record.find("resnet18")
+    with pytest.raises(UserError, match="no run nowhere"):
+        record.find("nowhere")
+
+
+def test_states_without_a_word(tmp_path: Path) -> None:
+    run = made(Record(tmp_path))
+    assert state(run).name == FAILED  # the folder was made, and nothing was sent
+    attempt = run.new_attempt()
+    assert "cut off" in state(run).reason
+    attempt.submit("local", host=socket.gethostname())
+    assert state(run).name == QUEUED
+    local.note_process(attempt)
+    assert state(run).name == RUNNING
+    note = json.loads((attempt.folder / "process.json").read_text())
+    durable.write_json(attempt.folder / "process.json", {**note, "born": 1.0})
+    assert (state(run).name, "without a word" in state(run).reason) == (FAILED, True)
+    attempt.end(FINISHED, result={"top1": 0.5})
+    assert state(run).name == FINISHED
+    assert run.new_attempt().number == 2
+    assert state(run).name == FAILED
+
+
+def test_a_job_of_another_host_is_not_judged_from_here(tmp_path: Path) -> None:
+    run = made(Record(tmp_path))
+    attempt = run.new_attempt()
+    attempt.submit("local", host="elsewhere")
+    assert state(run).name == QUEUED
+    attempt.start()
+    assert (state(run).name, "elsewhere" in state(run).reason) == (RUNNING, True)
+
+
+def test_progress_is_throttled_but_the_end_is_told(tmp_path: Path) -> None:
+    progress = Progress(tmp_path, every=3600)
+    for done in range(11):
+        progress(done, 10, "images", "note")
+    told = durable.read_json(tmp_path / "progress.json")
+    assert told is not None
+    assert (told["done"], told["total"], told["unit"]) == (10, 10, "images")
+    assert told["rate"] > 0
+
+
+def test_rows_and_leaderboard(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    for seed, top1 in enumerate((0.5, None, 0.9)):
+        attempt = made(record, f"seed={seed}").new_attempt()
+        attempt.submit("local", host=socket.gethostname())
+        attempt.start()
+        if top1 is not None:
+            attempt.end(FINISHED, result={"top1": top1, "images_per_second": 10.0, "seconds": 75.0})
+    rows = table.rows(record.all())
+    assert [row["top1"] for row in rows] == [0.5, None, 0.9]
+    assert {"run", "stage", "model", "state", "top1", "dir"} <= rows[0].keys()
+    board = leaderboard.board(record.all())
+    assert [row["top1"] for row in board] == [0.9, 0.5, None]
+    assert [row["seed"] for row in board] == [2, 0, 1]
+    console = table.terminal()
+    with console.capture() as drawn:
+        console.print(leaderboard.render(board))
+        console.print(table.render(rows))
+    assert "90.00" in drawn.get()
+    assert "1:15" in drawn.get()
+
+
+def test_a_thousand_runs_are_listed_in_one_pass(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    first = made(record)
+    attempt = first.new_attempt()
+    attempt.end(FINISHED, result={"top1": 0.5})
+    for number in range(999):
+        folder = record.folder / f"{number:08x}-resnet18"
+        (folder / "attempts" / "1").mkdir(parents=True)
+        for name in ("run.json", "attempts/1/outcome.json"):
+            (folder / name).hardlink_to(first.folder / name)
+    assert len(table.rows(record.all())) == 1000

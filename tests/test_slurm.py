@@ -1,0 +1,157 @@
+"""What is said to Slurm and heard from it, with commands that only write down and answer."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from door import Door
+
+from hpc_imagenet import slurm
+from hpc_imagenet.runs import CANCELLED, FAILED, QUEUED, RUNNING
+
+
+def command(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Path:
+    folder = tmp_path / "slurm-bin"
+    folder.mkdir()
+    # sbatch numbers the jobs and keeps each script, with the SLURM_ variables that it would have exported.
+    command(
+        folder,
+        "sbatch",
+        f"n=$(ls {folder} | grep -c script)\n"
+        f'cp "$1" {folder}/script.$((n + 1)); env | grep ^SLURM_ >> {folder}/env\n'
+        "echo Submitted batch job $((n + 1))",
+    )
+    command(folder, "srun", "true")
+    command(folder, "squeue", f"cat {folder}/queue 2>/dev/null; true")
+    command(folder, "scancel", f'echo "$@" >> {folder}/cancelled')
+    return folder
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, commands: Path) -> Door:
+    return Door(tmp_path / "workspace", path=f"{commands}:{os.environ['PATH']}")
+
+
+def scripts(commands: Path) -> list[str]:
+    return [p.read_text() for p in sorted(commands.glob("script.*"), key=lambda p: int(p.suffix[1:]))]
+
+
+def test_auto_is_slurm_where_sbatch_is(cluster: Door, commands: Path) -> None:
+    done = cluster("+stage=pipeline", "dataset=digits", "cluster.time=60")
+    assert "cluster: slurm (sbatch is on the PATH)" in done.stdout
+    assert len(scripts(commands)) == 4
+
+
+def test_a_pipeline_is_a_chain_that_ends_in_one_array(cluster: Door, commands: Path) -> None:
+    cluster(
+        "-m",
+        "+stage=pipeline",
+        "dataset=digits",
+        "model=resnet18,resnet50",
+        "cluster=slurm",
+        "cluster.account=me",
+    )
+    download, process, upload, train = scripts(commands)
+    assert "--dependency" not in download
+    for script, after in ((process, 1), (upload, 2), (train, 3)):
+        assert f"#SBATCH --dependency=afterok:{after}\n" in script
+        assert "#SBATCH --kill-on-invalid-dep=yes\n" in script
+    assert "#SBATCH --array=0-1%2\n" in train
+    assert "#SBATCH --gpus-per-node=1\n" in train
+    assert "gpus-per-node" not in download
+    for script in (download, train):
+        assert "#SBATCH --account=me\n" in script
+        assert "wckey" not in script
+        assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in script
+        assert re.search(r"^srun .*--kill-on-bad-exit=1 .*-m submitit\.core\._submit", script, re.MULTILINE)
+        assert sys.executable in script
+
+
+def test_an_outer_allocation_does_not_leak_in(cluster: Door, commands: Path) -> None:
+    cluster.env |= {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_CONF": "/etc/slurm.conf"}
+    cluster("+stage=download", "dataset=digits", "cluster=slurm")
+    assert (commands / "env").read_text() == "SLURM_CONF=/etc/slurm.conf\n"
+
+
+def test_dry_run_prints_the_script_and_submits_nothing(cluster: Door, commands: Path) -> None:
+    done = cluster(
+        "-m", "+stage=pipeline", "dataset=digits", "cluster=slurm", "cluster.partition=gpu", "dry_run=true"
+    )
+    assert done.stdout.count("#SBATCH --partition=gpu") == 4
+    assert "nothing was submitted" in done.stdout
+    assert scripts(commands) == []
+    assert not cluster.workspace.exists()
+
+
+def test_more_sbatch_options_by_their_names(cluster: Door, commands: Path) -> None:
+    cluster("+stage=download", "dataset=digits", "cluster=slurm", "+cluster.sbatch.reservation=spring")
+    assert "#SBATCH --reservation=spring\n" in scripts(commands)[0]
+
+
+def test_states_are_slurms_and_cancel_is_told_to_it(cluster: Door, commands: Path) -> None:
+    cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
+    (commands / "queue").write_text("1|RUNNING|None\n2|PENDING|Dependency\n3|PENDING|Dependency\n")
+    rows = cluster.jobs()
+    assert [row["state"] for row in rows] == ["running", "queued", "queued", "failed"]
+    assert rows[1]["reason"] == "Dependency"
+    assert "without a word" in rows[3]["reason"]  # Slurm no longer knows it
+    cluster("cancel", rows[1]["run"])
+    assert (commands / "cancelled").read_text() == "2\n"
+    assert cluster.jobs()[1]["state"] == "cancelled"
+
+
+def test_asking_again_sends_only_what_ended(cluster: Door, commands: Path) -> None:
+    words = ("+stage=pipeline", "dataset=digits", "cluster=slurm")
+    cluster(*words)
+    (commands / "queue").write_text("1|RUNNING|None\n2|PENDING|Dependency\n3|PENDING|Dependency\n")
+    done = cluster(*words)
+    assert done.stdout.count("under way already") == 3
+    assert "#SBATCH --dependency=afterok:3\n" in scripts(commands)[4]
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("PENDING", QUEUED),
+        ("RUNNING", RUNNING),
+        ("COMPLETING", RUNNING),
+        ("TIMEOUT", FAILED),
+        ("OUT_OF_MEMORY", FAILED),
+        ("NODE_FAIL", FAILED),
+        ("CANCELLED by 1000", CANCELLED),
+        ("COMPLETED", FAILED),  # it would have left an outcome
+        ("SOMETHING_NEW", RUNNING),
+    ],
+)
+def test_every_word_of_slurm_has_a_state(
+    name: str, state: str, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    (commands / "queue").write_text(f"12_3|{name}|None\n12_4|RUNNING|None\n")
+    assert slurm.ask(["12_3"])["12_3"][0] == state
+
+
+def test_what_left_the_queue_is_asked_of_sacct(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    (commands / "queue").write_text("1|RUNNING|None\n")
+    command(commands, "sacct", "echo '2|OUT_OF_MEMORY|0:125'; echo '3|RUNNING|0:0'")
+    answers = slurm.ask(["1", "2"])
+    assert answers["1"][0] == RUNNING
+    assert answers["2"] == (FAILED, "Slurm: out of memory (exit code 0:125)")
+    assert "3" not in answers
+
+
+def test_slurm_asked_for_where_there_is_none(door: Door, tmp_path: Path) -> None:
+    door.env["PATH"] = str(tmp_path)
+    assert "no sbatch" in door.refused("+stage=download", "dataset=digits", "cluster=slurm")
