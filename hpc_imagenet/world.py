@@ -45,7 +45,8 @@ def from_environment(env: Mapping[str, str] = os.environ) -> World:
             local_rank=int(env["SLURM_LOCALID"]),
             local_size=size // nodes,
             node=int(env.get("SLURM_NODEID", 0)),
-            master=_first_host(env.get("SLURM_JOB_NODELIST", "127.0.0.1")),
+            # On one node the loopback does, whether or not the node's name resolves.
+            master=_first_host(env["SLURM_JOB_NODELIST"]) if nodes > 1 else "127.0.0.1",
             port=_port(f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}"),
         )
     return World()
