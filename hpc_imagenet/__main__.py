@@ -134,7 +134,12 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
         describe(jobs, record, executor)
         return 0
     check.workspace(record.folder.parent)
-    sent = submit.submit(jobs, record, executor)
+    try:
+        sent = submit.submit(jobs, record, executor)
+    except OSError as error:  # a disk that fills up under our hands
+        raise UserError(
+            f"workspace={first.workspace}: {error.strerror or error}: mend it, then ask again"
+        ) from None
     for entry in sent:
         print(f"{WORDS[entry.what]:9}  {entry.run.id}  {entry.run.folder}", flush=True)
     if first.wait or executor == "here":

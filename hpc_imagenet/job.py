@@ -7,6 +7,7 @@ the same without submitit.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -70,11 +71,22 @@ def carry_out(run_folder: Path, number: int) -> dict[str, Any]:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except BaseException as error:
+        if _is_full(error):
+            attempt.end(FAILED, f"no space left in {run_folder.parents[1]}: make room, then retry")
         attempt.end(FAILED, traceback.format_exception_only(type(error), error)[-1].strip())
         raise
     if world.main:
         attempt.end(FINISHED, result=result)
     return result
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk or quota is behind `error`; torch.save wraps it in an error of its own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _requeue(main: bool) -> bool:

@@ -90,7 +90,8 @@ class Worker:
         told = states(needs)
         for need in needs:
             if not told[need.id].active and not told[need.id].finished:
-                return f"needs {need.id}, which {told[need.id].name}: mend that, then retry"
+                was = "failed" if told[need.id].name == FAILED else "was cancelled"
+                return f"needs {need.id}, which {was}: mend that, then retry"
         return None if all(state.finished for state in told.values()) else ""
 
     def _start(self, run: Run, attempt: Attempt, running: list[Attempt]) -> bool:

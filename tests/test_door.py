@@ -155,6 +155,28 @@ def test_a_wrong_md5_fails_in_one_line_and_stops_what_follows(finished: Door) ->
 
 
 @pytest.mark.slow
+def test_a_disk_that_fills_up_is_one_line_and_asking_again_goes_on(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(small)], check=False)
+    if mount.returncode:
+        pytest.skip("a small disk cannot be mounted here (not root)")
+    door = Door(small / "workspace")
+    words = ("+stage=pipeline", *DIGITS, *QUICK)
+    try:
+        door(*words, "wait=true", code=1)
+        rows = door.jobs()
+        assert [row["state"] for row in rows] == ["finished", "finished", "finished", "failed"]
+        assert "no space left" in rows[-1]["reason"]
+        assert not list(door.workspace.rglob("*.ckpt"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        door(*words, "wait=true")
+    finally:
+        door.close()
+        subprocess.run(["umount", "-l", str(small)], check=False)
+
+
+@pytest.mark.slow
 def test_any_stage_killed_at_any_moment_is_finished_by_asking_again(finished: Door, tmp_path: Path) -> None:
     seed = random.randrange(10_000)
     print(f"seed {seed}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Run
@@ -65,7 +66,7 @@ def render(table: Sequence[dict[str, Any]]) -> Table:
             row["stage"],
             f"[{colour}]{row['state']}[/]{again}",
             clock(row["seconds"]),
-            _words(row),
+            escape(_words(row)),
         )
     return drawn
 
@@ -119,7 +120,7 @@ def _over(table: Sequence[dict[str, Any]]) -> bool:
 
 def _words(row: dict[str, Any]) -> str:
     if row["reason"]:
-        return str(row["reason"]).replace("[", "\\[")
+        return str(row["reason"])
     if row["state"] == FINISHED:
         return summary(row["result"])
     if row["state"] != RUNNING:

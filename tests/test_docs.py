@@ -1,0 +1,354 @@
+"""README.md and docs/: what they tell people to type works, what they name exists, what they draw is so.
+
+Every line of a block fenced as ```sh is a command that is run here, in order, page by page, in a copy of the
+checkout and one workspace. A block fenced as ```yaml whose first line is `# PATH` is written there first.
+RULES says how each kind of command is run, and `instead` what is put in place of settings that would fetch
+ImageNet or train for hours. A command without a rule fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from door import Door
+
+from hpc_imagenet import config as schema
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BIN = Path(sys.executable).parent
+SMALL = "mobilenet_v3_small"
+STAGES = ("download", "process", "upload", "train")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for name, text in BLOCK.findall(page.read_text()) if name == language]
+
+
+def commands(page: Path) -> list[str]:
+    """Return the commands of a page, without the comments behind them."""
+    lines = "".join(blocks(page, "sh")).splitlines()
+    return [command for line in lines if (command := re.sub(r"(^|\s+)#.*", "", line).strip())]
+
+
+class Reader:
+    """Somebody who types what the pages say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.door = Door(folder / "workspace")
+        self.folder = folder
+        stubs = folder / "stubs"
+        stubs.mkdir()
+        # sbatch numbers and keeps what it gets; the queue is empty, so nothing of it is ever running.
+        self.stub("sbatch", f'echo "$@" >> {stubs}/sbatch.log; echo Submitted batch job $$')
+        self.stub("srun", "true")
+        self.stub("squeue", "true")
+        self.stub("scancel", "true")
+        self.sbatch_log = stubs / "sbatch.log"
+        self.door.env |= {"PATH": os.pathsep.join([str(stubs), str(BIN), os.environ["PATH"]])}
+        for name in ("conf", "slurm"):
+            shutil.copytree(ROOT / name, folder / name)
+
+    def stub(self, name: str, text: str) -> None:
+        path = self.folder / "stubs" / name
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+
+    def types(self, command: str, cwd: Path | None = None, code: int = 0, **env: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=cwd or self.folder,
+            env={**self.door.env, **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def submitted(self) -> list[str]:
+        return self.sbatch_log.read_text().splitlines() if self.sbatch_log.exists() else []
+
+    @property
+    def digits(self) -> Path:
+        """Archives of the ImageNet shape, as they lie somewhere on a disk."""
+        folder = self.folder / "archives"
+        if not folder.exists():
+            self.types(f"python -m hpc_imagenet.archives.digits {folder}")
+        return folder
+
+    def submit_one_more(self) -> str:
+        """Return the id of a new run that takes its time."""
+        words = ["dataset=digits", "cluster=local", f"model={SMALL}", f"seed={1000 + len(self.door.runs())}"]
+        before = set(self.door.runs())
+        self.door(*words)
+        (run,) = set(self.door.runs()) - before
+        return run
+
+
+def instead(words: list[str], reader: Reader) -> list[str]:
+    """Return the settings of a submission in a form that ends within seconds.
+
+    One epoch of the digits with a small backbone, on this machine, waited for; a user's folder of archives
+    becomes one that there is. Everything else stays as the page says.
+    """
+    said = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words if "=" in word}
+    sweep = "-m" in words
+    put = {"recipe.epochs": "1", "cluster": "local", "wait": "true"}
+    if said.get("dataset", "imagenet") == "imagenet" and "dataset.source" not in said:
+        put["dataset"] = "digits"
+    if source := said.get("dataset.source"):
+        put |= {"dataset": "ilsvrc", "dataset.source": str(reader.digits), "recipe": "demo"}
+        put |= {"dataset.name": said.get("dataset.name", Path(source).name)}
+    elif said.get("dataset") in ("birds",):
+        put |= {"dataset": said["dataset"], "dataset.source": str(reader.digits)}
+    put["model"] = SMALL
+    if sweep and "," in said.get("model", ""):
+        put["model"] = f"{SMALL},shufflenet_v2_x0_5"
+    if "seed" in said:
+        put["seed"] = "0,1" if sweep else "0"
+    kept = [word for word in words if word.partition("=")[0].lstrip("+") not in put]
+    return kept + [f"{key}={value}" for key, value in put.items()]
+
+
+def run_submission(command: str, reader: Reader) -> None:
+    words = shlex.split(command)
+    at = 1 if words[0] == "hpc-imagenet" else 3
+    door, settings = words[:at], words[at:]
+    if "dry_run=true" in settings:  # as it stands
+        before = reader.submitted()
+        assert "nothing was submitted (dry_run=true)" in reader.types(command)
+        assert reader.submitted() == before
+    elif any(word in ("cluster=slurm", "cluster=mine", "cluster=gpu") for word in settings):
+        # As it stands, on a cluster of stubs and with a datastore that there is.
+        before = len(reader.submitted())
+        reader.types(shlex.join([*door, *settings, "dataset=digits"]))
+        assert len(reader.submitted()) > before
+    else:
+        told = reader.types(shlex.join([*door, *instead(settings, reader)]))
+        assert "submitted" in told or "finished before" in told
+
+
+def run_verb(command: str, reader: Reader) -> None:
+    verb = re.search(r"\b(jobs|logs|cancel|retry|report)\b", command)
+    assert verb
+    if verb[1] in ("jobs", "report"):
+        told = reader.types(command)
+        assert json.loads(told) if "--json" in command else SMALL in told
+    elif verb[1] == "logs":
+        run = next(row["run"] for row in reader.door.jobs() if row["model"] == SMALL)
+        assert "epoch 1/1" in reader.types(command.replace("RUN", run))
+    elif verb[1] == "cancel":
+        run = reader.submit_one_more()
+        assert "cancelled" in reader.types(command.replace("RUN", run))
+        assert next(row["state"] for row in reader.door.jobs() if row["run"] == run) == "cancelled"
+    else:
+        run = next(row["run"] for row in reader.door.jobs() if row["state"] == "cancelled")
+        assert "submitted" in reader.types(command.replace("RUN", run))
+        reader.door("cancel", run)
+
+
+def run_sbatch(command: str, reader: Reader) -> None:
+    """Only that it is sent; `test_a_template_runs_its_stage` runs the templates themselves."""
+    before = len(reader.submitted())
+    reader.types(command)
+    assert len(reader.submitted()) == before + 1
+    assert (reader.folder / shlex.split(command)[1]).is_file()
+
+
+def run_make(command: str, reader: Reader) -> None:
+    """Only what it would do: one is this test suite, the other minutes of training."""
+    told = reader.types(command.replace("make", "make -n", 1), cwd=ROOT)
+    assert "-m hpc_imagenet.demo" in told or "-m pytest" in told
+
+
+def run_benchmark(command: str, reader: Reader) -> None:
+    script = ROOT / shlex.split(command)[1]
+    assert "--help" in reader.types(f"python {script} --help")
+
+
+def run_completion(command: str, reader: Reader) -> None:
+    assert "hydra_bash_completion" in reader.types(f"{command}; complete -p hpc-imagenet")
+
+
+def run_as_it_stands(command: str, reader: Reader) -> None:
+    reader.types(command)
+
+
+def check_environment(command: str, reader: Reader) -> None:
+    assert shutil.which("hpc-imagenet", path=reader.door.env["PATH"])  # as if it were activated
+
+
+DOOR = r"(python -m hpc_imagenet|hpc-imagenet)"
+RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
+    (r"\. \.venv/bin/activate", check_environment),
+    (r"make \w+", run_make),
+    (r"sbatch slurm/\w+\.sbatch( [\w.]+=\S+)*", run_sbatch),
+    (r"(mkdir -p|cp) [\w./ -]+", run_as_it_stands),
+    (r"python benchmarks/\w+\.py", run_benchmark),
+    (r'eval "\$\(hpc-imagenet -sc install=bash\)"', run_completion),
+    (rf"{DOOR} --cfg job( \S+=\S+)*", run_as_it_stands),
+    (rf"{DOOR} (jobs|report)( --json)?", run_verb),
+    (rf"{DOOR} logs RUN( -f)?", run_verb),
+    (rf"{DOOR} (cancel|retry) RUN", run_verb),
+    (rf"{DOOR}( -m| --config-dir [\w/-]+| \+?[\w.]+=\S+)+", run_submission),
+)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    reader = Reader(tmp_path_factory.mktemp("reader"))
+    yield reader
+    reader.door.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_works(page: Path, reader: Reader) -> None:
+    for text in blocks(page, "yaml"):
+        if match := re.match(r"# (\S+/\S+\.yaml)\n", text):
+            path = reader.folder / match[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    for command in commands(page):
+        rule = next((rule for pattern, rule in RULES if re.fullmatch(pattern, command)), None)
+        assert rule, f"{page.name}: no rule for: {command}"
+        print(f"$ {command}", flush=True)
+        rule(command, reader)
+
+
+def test_the_readme_begins_with_the_two_commands() -> None:
+    assert commands(ROOT / "README.md")[:2] == ["make demo", "make test"]
+    assert len((ROOT / "README.md").read_text().splitlines()) < 250
+
+
+# srun as a template sees it: its own options go, the command runs as the only task, its output where srun
+# would put it.
+SRUN = """
+out=/dev/stdout err=/dev/stderr
+while [[ $1 == --* ]]; do
+  case $1 in
+    --output=*) out=${1#*=} ;;
+    --error=*) err=${1#*=} ;;
+  esac
+  shift
+done
+export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 SLURM_STEP_ID=0
+exec "$@" > "${out//%t/0}" 2> "${err//%t/0}"
+"""
+
+
+@pytest.mark.slow
+def test_the_templates_run_their_stages_and_submit_nothing(tmp_path: Path) -> None:
+    reader = Reader(tmp_path)
+    reader.stub("srun", SRUN)
+    reader.stub("squeue", "echo '1|RUNNING|None'")
+    assert {path.stem for path in (ROOT / "slurm").glob("*.sbatch")} == set(STAGES)
+    try:
+        for stage in STAGES:
+            template = f"slurm/{stage}.sbatch"
+            settings = f"dataset=digits recipe.epochs=1 model={SMALL} cluster.gpus_per_node=0"
+            told = reader.types(
+                f"bash {template} {settings}", SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(reader.folder)
+            )
+            assert f"submitted  {reader.door.jobs()[-1]['run']}" in told
+            rows = reader.door.jobs()
+            assert [row["stage"] for row in rows] == list(STAGES[: len(rows)])
+            assert {row["state"] for row in rows} == {"finished"}
+            assert list(Path(rows[-1]["dir"]).glob("attempts/1/1_0_log.out"))
+        assert rows[-1]["top1"] is not None
+        assert reader.submitted() == []
+    finally:
+        reader.door.close()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_template_is_bash_and_names_its_own_command(stage: str) -> None:
+    path = ROOT / "slurm" / f"{stage}.sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert f"sbatch slurm/{stage}.sbatch" in path.read_text()
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_every_link_within_the_project_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+def settings_of(node: type, prefix: str = "") -> Iterator[str]:
+    types = typing.get_type_hints(node)
+    for field in dataclasses.fields(node):
+        name = f"{prefix}{field.name}"
+        yield name
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from settings_of(types[field.name], f"{name}.")
+
+
+SETTINGS = set(settings_of(schema.Config))
+FILES = (".py", ".yaml", ".json", ".npy", ".bin", ".csv", ".ckpt", ".sbatch", ".tar", ".md")
+
+
+def exists(name: str) -> bool:
+    if name.startswith("dataset.archives."):
+        split, _, rest = name.removeprefix("dataset.archives.").partition(".")
+        fields = {field.name for field in dataclasses.fields(schema.Archive)}
+        return split in ("train", "val", "devkit") and (not rest or rest in fields)
+    if name.startswith("cluster.stage."):
+        stage, _, rest = name.removeprefix("cluster.stage.").partition(".")
+        return stage in schema.STAGES and (not rest or f"cluster.{rest}" in SETTINGS)
+    return name in SETTINGS or any(name.startswith(f"{free}.") for free in schema.FREE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_setting_in_backticks_exists(page: Path) -> None:
+    roots = {name for name in SETTINGS if "." not in name}
+    for quoted in re.findall(r"`([^`\n]+)`", BLOCK.sub("", page.read_text())):
+        for word in quoted.split():
+            name, equals, _ = word.lstrip("+").partition("=")
+            dotted = "." in name and name.partition(".")[0] in roots and not name.endswith(FILES)
+            if re.fullmatch(r"[a-z_]+(\.\w+)*", name) and (equals or dotted):
+                assert exists(name), f"{page.name}: {quoted} is no setting"
+
+
+def rooms() -> dict[str, set[str]]:
+    """Return who imports whom in the package, imports within functions as well; packages count as one."""
+    package = ROOT / "hpc_imagenet"
+    found: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        known = found.setdefault(room, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "hpc_imagenet":
+                known |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hpc_imagenet."):
+                known.add((node.module or "").split(".")[1])
+            elif isinstance(node, ast.Import):
+                known |= {a.name.split(".")[1] for a in node.names if a.name.startswith("hpc_imagenet.")}
+    everybodys = {"errors", "durable", "__init__", "__version__"}
+    assert not any(found[room] - everybodys for room in everybodys & found.keys())
+    return {room: known - everybodys - {room} for room, known in found.items() if room not in everybodys}
+
+
+def test_the_rooms_know_whom_the_page_says() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\|$", page, re.MULTILINE)
+    drawn = {room: set(re.findall(r"`(\w+)`", known)) for room, known in rows}
+    assert drawn == rooms()
+    order = list(drawn)
+    for room, known in drawn.items():  # each stands below all that it knows: nothing points back
+        assert all(order.index(other) < order.index(room) for other in known), room
