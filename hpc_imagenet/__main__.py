@@ -44,7 +44,7 @@ More: --cfg job (the composed config)   --config-dir FOLDER (your own conf/ besi
 """
 
 # Flags that Hydra answers itself.
-_HYDRA = ("--cfg", "-c", "--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--version")
+_HYDRA = ("--cfg", "-c", "--hydra-help", "--info", "-i", "--shell-completion", "-sc")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,6 +75,9 @@ def run(words: Sequence[str]) -> int:
         return verb_main(words[0], words[1:])
     if words and words[0] in ("-h", "--help", "help"):
         print(HELP, end="")
+        return 0
+    if words == ["--version"]:
+        print(__version__)
         return 0
     if any(word.split("=")[0] in _HYDRA for word in words):
         return _hydra(words)
@@ -117,17 +120,13 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
             raise UserError(f"{setting} cannot be swept: one value for the whole command")
     if len({config.cluster.executor for config in configs}) > 1:
         raise UserError("cluster cannot be swept over executors: one command a cluster")
-    asked = first.cluster.executor
-    executor = check.executor(asked)
+    executor = check.executor(first.cluster.executor)
     record = Record(Path(first.workspace))
     jobs = plan(configs, check.finder())
     check.jobs(jobs, record)
-    why = (
-        {"local": "no sbatch on the PATH", "slurm": "sbatch is on the PATH"}[executor]
-        if asked == "auto"
-        else ""
-    )
-    print(f"cluster: {executor}" + (f" ({why})" if why else "") + f" · workspace: {first.workspace}")
+    named = any(word.startswith("cluster=") and word != "cluster=auto" for word in overrides)
+    why = "" if named else f" ({'sbatch' if executor == 'slurm' else 'no sbatch'} is on the PATH)"
+    print(f"cluster: {executor}{why} · workspace: {first.workspace}")
     if first.dry_run:
         from hpc_imagenet.monitor.dry_run import describe
 
@@ -154,10 +153,10 @@ def _hydra(words: list[str]) -> int:
     """Leave a question about the configuration to Hydra."""
     import hydra
 
-    from hpc_imagenet.compose import CONF, VERSION_BASE, register
+    from hpc_imagenet.compose import CONF, VERSION_BASE, register, with_cluster
 
     register()
-    sys.argv[1:] = words
+    sys.argv[1:] = words if "--hydra-help" in words else with_cluster(words)
     hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")(lambda _: None)()
     return 0
 

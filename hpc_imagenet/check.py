@@ -22,9 +22,11 @@ from hpc_imagenet.states import states
 
 
 def executor(name: str) -> str:
-    """Return what `cluster.executor` comes to on this machine: local, slurm or here."""
-    if name == "auto":
-        return "slurm" if shutil.which("sbatch") else "local"
+    """Return `name`, one of config.EXECUTORS, if this machine has it.
+
+    Raises:
+        UserError: Slurm is asked for where there is none.
+    """
     if name == "slurm" and not shutil.which("sbatch"):
         raise UserError(
             "cluster.executor=slurm, but no sbatch is on the PATH: cluster=local, or log in to the cluster"
@@ -101,6 +103,10 @@ def _model(job: Job) -> None:
 
 def _shape(job: Job) -> None:
     cluster, batch = job.cluster, job.config.recipe.global_batch
+    if job.cluster.executor == "slurm" and job.cluster.time is None:
+        raise UserError(
+            f"cluster.time is not set for {job.stage}: give its minutes, such as cluster.time=1440"
+        )
     if job.stage != "train":
         return
     world = cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1)

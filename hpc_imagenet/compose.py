@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -51,6 +52,17 @@ def register() -> None:
             store.store(group="model", name=name, node=node, provider="hpc_imagenet")
 
 
+def with_cluster(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides with a cluster: where none is named, or auto, the one that this machine has."""
+    if any(word.startswith("cluster=") and word != "cluster=auto" for word in overrides):
+        return list(overrides)
+    rest = [word for word in overrides if word != "cluster=auto"]
+    # Among the other overrides: with options of Hydra's between them they would not be understood.
+    place = next((i for i, word in enumerate(rest) if "=" in word and word[0] != "-"), len(rest))
+    rest.insert(place, f"cluster={'slurm' if shutil.which('sbatch') else 'local'}")
+    return rest
+
+
 def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | None = None) -> list[Config]:
     """Return one checked config for each combination that the overrides ask for.
 
@@ -63,6 +75,7 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
         UserError: anything wrong with a key, a value or a choice, in one line that names it.
     """
     register()
+    overrides = with_cluster(overrides)
     if config_dir is not None:
         folder = Path(config_dir).resolve()
         if not folder.is_dir():

@@ -17,7 +17,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from hpc_imagenet.errors import UserError
 
 STAGES = ("download", "process", "upload", "train", "pipeline")
-EXECUTORS = ("auto", "local", "slurm", "here")
+EXECUTORS = ("local", "slurm", "here")
 FREE = ("cluster.stage", "cluster.sbatch", "dataset.archives", "model.options")  # mappings with any key
 
 

@@ -85,16 +85,17 @@ def retry(record: Record, run: Run) -> list[Sent]:
     """Take up a run that failed or was cancelled, with those it needs that did not end well.
 
     Raises:
-        UserError: it was never submitted.
+        UserError: it was no job of a queue.
     """
     again: dict[str, Run] = {}
     _unfinished(record, run, again)
     if not again:
         local.ensure_worker(record)
         return [Sent(run, FINISHED if state(run).finished else "active")]
-    attempt = run.attempt
-    executor = attempt.submitted.get("executor", "local") if attempt else "local"
-    send(record, list(again.values()), check.executor("auto" if executor == "here" else executor))
+    executor = check.executor(run.config().cluster.executor)
+    if executor == "here":
+        raise UserError(f"{run.id} was run by cluster=here: give that command again, and it goes on")
+    send(record, list(again.values()), executor)
     return [Sent(entry, "submitted") for entry in again.values()]
 
 

@@ -28,6 +28,8 @@ def one(*overrides: str) -> Config:
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_file_of_conf_composes_and_is_short(group: str, choice: str) -> None:
     more = ["dataset.name=x", "dataset.source=/x"] if choice == "ilsvrc" else []
+    if choice == "auto":
+        return  # stands for another file; see test_slurm.py
     plus = "+" if group == "stage" else ""
     config = one(f"{plus}{group}={choice}", *more)
     named = {"model": config.model.name, "dataset": config.dataset.name, "stage": config.stage.name}
@@ -66,6 +68,7 @@ def test_a_sweep_is_what_hydra_composes_one_by_one(
     dataset = "digits" if digits else "imagenet"
     swept = compose(
         [
+            "cluster=local",
             f"dataset={dataset}",
             f"model={','.join(models)}",
             f"seed={','.join(map(str, seeds))}",
@@ -78,7 +81,13 @@ def test_a_sweep_is_what_hydra_composes_one_by_one(
         single = [
             hydra_compose(
                 "config",
-                overrides=[f"dataset={dataset}", f"model={m}", f"seed={s}", f"recipe.learning_rate={r}"],
+                overrides=[
+                    "cluster=local",
+                    f"dataset={dataset}",
+                    f"model={m}",
+                    f"seed={s}",
+                    f"recipe.learning_rate={r}",
+                ],
             )
             for m in models
             for s in seeds

@@ -77,9 +77,20 @@ def test_a_mistake_is_one_line_and_nothing_is_submitted(
         assert word in line
 
 
-@pytest.mark.parametrize("words", [("jobs", "workspace=/nowhere"), ("--cfg", "job"), ("--info", "config")])
-def test_questions_write_nothing(door: Door, words: tuple[str, ...]) -> None:
-    door(*words, code=None)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("jobs", "workspace=/nowhere"),
+        ("--cfg", "job"),
+        ("--cfg", "job", "dataset=digits"),
+        ("dataset=digits", "--cfg", "job"),
+        ("--info", "config"),
+        ("--hydra-help",),
+        ("--version",),
+    ],
+)
+def test_questions_are_answered_and_write_nothing(door: Door, words: tuple[str, ...]) -> None:
+    assert door(*words).stdout.strip()
     assert sorted(path.name for path in door.cwd.iterdir()) == []
 
 

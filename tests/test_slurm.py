@@ -51,6 +51,27 @@ def test_auto_is_slurm_where_sbatch_is(cluster: Door, commands: Path) -> None:
     done = cluster("+stage=pipeline", "dataset=digits", "cluster.time=60")
     assert "cluster: slurm (sbatch is on the PATH)" in done.stdout
     assert len(scripts(commands)) == 4
+    # It is the file slurm.yaml that was chosen, not only its executor.
+    assert "#SBATCH --gpus-per-node=1\n" in scripts(commands)[3]
+    assert "#SBATCH --time=60\n" in scripts(commands)[3]
+
+
+def test_auto_is_this_machine_where_no_sbatch_is(door: Door, tmp_path: Path) -> None:
+    door.env["PATH"] = str(tmp_path)
+    for words in (("cluster=auto",), ()):
+        done = door("+stage=download", "dataset=digits", "dry_run=true", *words)
+        assert "cluster: local (no sbatch is on the PATH)" in done.stdout
+
+
+def test_a_job_without_a_time_is_refused(cluster: Door) -> None:
+    assert "cluster.time" in cluster.refused("+stage=download", "dataset=digits", "cluster.time=null")
+
+
+def test_what_was_run_by_hand_is_not_sent_by_retry(cluster: Door, commands: Path) -> None:
+    cluster.env["SLURM_JOB_ID"] = "5"
+    cluster("+stage=download", "dataset=digits", "cluster=here", code=1)  # srun says nothing and does nothing
+    (row,) = cluster.jobs()
+    assert "cluster=here" in cluster("retry", row["run"], code=2).stderr
 
 
 def test_a_pipeline_is_a_chain_that_ends_in_one_array(cluster: Door, commands: Path) -> None:
