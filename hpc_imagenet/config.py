@@ -247,6 +247,8 @@ def check(config: Config) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"{name}={value} is too small: at least {least}")
+    if config.seed >= 2**32:
+        raise UserError(f"seed={config.seed} is too large: below {2**32}")
     for name, share in (
         ("recipe.label_smoothing", recipe.label_smoothing),
         ("recipe.crop_scale", recipe.crop_scale),

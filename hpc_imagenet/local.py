@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from hpc_imagenet.durable import create_json, read_json, write_json
 from hpc_imagenet.runs import Attempt, Record, Run
 
+CPUS = "HPC_IMAGENET_CPUS"  # environment variable: the CPUs that a task of a local job may use
 GRACE = 10.0  # s between SIGTERM and SIGKILL
 _CLOCK = 2.0  # s by which two readings of one process's start may differ
 

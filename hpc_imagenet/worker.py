@@ -107,7 +107,7 @@ class Worker:
             return False  # its turn comes when GPUs are back; a wish beyond the machine fails in the job
         mine = free[:wanted]
         tasks = cluster.tasks_per_node or max(1, wanted)
-        os.environ |= _threads(cluster, tasks)
+        os.environ[local.CPUS] = str(_share(cluster, tasks))
         executor = submitit.LocalExecutor(folder=attempt.folder)
         executor.update_parameters(
             timeout_min=cluster.time or _ENDLESS,
@@ -131,13 +131,10 @@ def gpus_of(cluster: Cluster, stage: str, there: int) -> int:
     return min(1, there) if stage == "train" else 0
 
 
-def _threads(cluster: Cluster, tasks: int) -> dict[str, str]:
-    # Jobs side by side share the cores instead of fighting for them.
-    cores = len(os.sched_getaffinity(0))
-    share = cluster.cpus_per_task or max(
-        1, cores // (tasks * (cluster.parallel or max(1, len(local.gpus()))))
-    )
-    return {"OMP_NUM_THREADS": str(share)}
+def _share(cluster: Cluster, tasks: int) -> int:
+    """Return the CPUs of one task: jobs side by side share the machine's instead of fighting for them."""
+    jobs = cluster.parallel or max(1, len(local.gpus()))
+    return cluster.cpus_per_task or max(1, len(os.sched_getaffinity(0)) // (tasks * jobs))
 
 
 def _last_words(attempt: Attempt) -> str:

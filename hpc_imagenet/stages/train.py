@@ -1,0 +1,28 @@
+"""Train a backbone on a datastore; see `hpc_imagenet.training.fit`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hpc_imagenet.config import Config
+from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.datastore.versions import open_version
+from hpc_imagenet.runs import Run
+from hpc_imagenet.world import World
+
+
+def run(config: Config, run: Run, world: World) -> dict[str, Any]:
+    """Train, or go on training, and return what came out: top1, images_per_second and more.
+
+    Raises:
+        UserError: bad input, in one line.
+        Interrupted: a signal asked to stop; a checkpoint is saved.
+    """
+    # OpenMP threads that wait by spinning make a CPU training many times slower on a machine that does
+    # something else as well. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from hpc_imagenet.training.fit import fit
+
+    version = open_version(config.datastore)
+    return fit(config, Store(version.folder), run, world)

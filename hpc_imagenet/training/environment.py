@@ -1,0 +1,139 @@
+"""From the world of this job to Lightning's terms: processes, devices, shares of the global batch.
+
+The world was read once, by the job; Lightning's own detection of Slurm, with its requeueing, stays out of it.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+
+from hpc_imagenet.config import Config, cluster_for
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.training.sampler import Share
+from hpc_imagenet.world import World
+
+PATIENCE = timedelta(minutes=10)  # for a rank that is late; torch's own 30 hold a dead job's nodes too long
+
+
+class Environment(ClusterEnvironment):
+    """The tasks of this job, started by whoever started us (submitit or srun)."""
+
+    def __init__(self, world: World, device: int) -> None:
+        super().__init__()
+        self.world, self.device = world, device
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Always: Lightning starts no process."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """Host of rank 0."""
+        return self.world.master
+
+    @property
+    def main_port(self) -> int:
+        """Port of the rendezvous there."""
+        return self.world.port
+
+    @staticmethod
+    def detect() -> bool:
+        """Never: it is given."""
+        return False
+
+    def world_size(self) -> int:
+        """Return the number of tasks."""
+        return self.world.size
+
+    def set_world_size(self, size: int) -> None:
+        """Ignore what Lightning works out."""
+
+    def global_rank(self) -> int:
+        """Return this task's rank."""
+        return self.world.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Ignore what Lightning works out."""
+
+    def local_rank(self) -> int:
+        """Return the place of this task's device among those it sees, for that is what Lightning asks for."""
+        return self.device
+
+    def node_rank(self) -> int:
+        """Return this task's node."""
+        return self.world.node
+
+
+def device(config: Config, world: World) -> torch.device:
+    """Return the device of this task: its GPU, or the CPU where none was asked for or none is there.
+
+    Raises:
+        UserError: GPUs are asked for and missing, or fewer than tasks.
+    """
+    asked, found = cluster_for(config, "train").gpus_per_node, torch.cuda.device_count()
+    if asked == 0 or (asked is None and not found):
+        return torch.device("cpu")
+    if not found:
+        raise UserError(
+            f"cluster.gpus_per_node={asked}, but torch {torch.__version__} sees no GPU on this node:"
+            " set cluster.gpus_per_node=0 to train on CPUs"
+        )
+    if found >= world.local_size:
+        return torch.device("cuda", world.local_rank)
+    if found == 1 and "SLURM_PROCID" in os.environ:  # each task was bound to its own, which it sees as 0
+        return torch.device("cuda", 0)
+    raise UserError(
+        f"{world.local_size} tasks share {found} GPUs on this node: set cluster.tasks_per_node={found}"
+    )
+
+
+def placement(world: World, place: torch.device) -> dict[str, Any]:
+    """Return the trainer's arguments that put every task on its device and let them work together."""
+    on_gpu, index = place.type == "cuda", place.index or 0
+    if world.nodes == 1:  # gloo then needs no name of this host, which may resolve to nothing
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if world.size == 1:
+        devices: int | list[int] = [index] if on_gpu else 1
+    else:
+        devices = list(range(max(index + 1, torch.cuda.device_count()))) if on_gpu else world.local_size
+    # Rank 0's batch norm statistics are everyone's at each step, also of validation: the checkpoint holds
+    # the whole truth, and all ranks judge the same network.
+    together = DDPStrategy(
+        process_group_backend="nccl" if on_gpu else "gloo",
+        timeout=PATIENCE,
+        broadcast_buffers=True,
+        gradient_as_bucket_view=True,
+    )
+    return {
+        "accelerator": "gpu" if on_gpu else "cpu",
+        "devices": devices,
+        "num_nodes": world.nodes,
+        "strategy": "auto" if world.size == 1 else together,
+        "plugins": [Environment(world, index if on_gpu else world.local_rank)],
+    }
+
+
+def share(config: Config, world: World) -> Share:
+    """Cut the global batch for this world.
+
+    Raises:
+        UserError: it does not come out even.
+    """
+    batch, parts = config.recipe.global_batch, world.size * config.train.accumulate
+    if batch % parts:
+        below, above = batch // parts * parts, (batch // parts + 1) * parts
+        near = f"{below} or {above}" if below else str(above)
+        accumulate = (
+            f" times train.accumulate={config.train.accumulate}" if config.train.accumulate > 1 else ""
+        )
+        raise UserError(
+            f"recipe.global_batch={batch} does not divide by {world.size} tasks{accumulate}: {near} would"
+        )
+    return Share(batch, world.rank, world.size, config.train.accumulate)

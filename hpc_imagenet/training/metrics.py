@@ -1,0 +1,82 @@
+"""metrics.csv: one line a look at the training, the same file over all attempts at a run.
+
+Lightning's own CSV logger begins a new file (or deletes the old one) whenever a run goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from hpc_imagenet.durable import replacing
+
+COLUMNS = (
+    *("step", "epoch"),  # steps done; epoch from 0
+    *("train_loss", "learning_rate", "images_per_second"),
+    *("val_top1", "val_top5", "val_loss"),  # shares of 1; mean cross-entropy
+)
+
+
+class Table(Logger):
+    """Appends to `<folder>/metrics.csv`.
+
+    Args:
+        folder: of the run.
+        step: steps done when this attempt begins; lines about later ones are of lost work and go.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__()
+        self.path = folder / "metrics.csv"
+        self._step = step
+        self._ready = False
+        self._validated = -1  # step of the last line about val
+
+    @property
+    def name(self) -> str:
+        """Not used: the run's folder is the name."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Not used: there is one."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the frozen config lies beside."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one line."""
+        if not self._ready:
+            self._prepare()
+        values = {name: metrics[name] for name in COLUMNS if name in metrics}
+        values["step"] = done = (step or 0) + 1  # Lightning counts from 0
+        if "val_loss" in values:
+            if done == self._validated:  # an earlier attempt was cut off just behind it
+                return
+            self._validated = done
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(values)
+
+    def _prepare(self) -> None:
+        lines = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                lines = [line for line in csv.DictReader(file) if _whole(line, self._step)]
+        self._validated = max((int(line["step"]) for line in lines if line["val_loss"]), default=-1)
+        with replacing(self.path) as raw:
+            text = [",".join(COLUMNS), *(",".join(line[name] for name in COLUMNS) for line in lines)]
+            raw.write(("\r\n".join(text) + "\r\n").encode())
+        self._ready = True
+
+
+def _whole(line: dict[str, Any], step: int) -> bool:
+    # A process that is killed may leave half a line.
+    values = [line.get(name) for name in COLUMNS]
+    return None not in values and str(line["step"]).isdigit() and int(line["step"]) <= step

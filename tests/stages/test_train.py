@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sample_dataset import file_of, write_tar
+
+from hpc_imagenet.compose import compose
+from hpc_imagenet.config import Config
+from hpc_imagenet.datastore.index import ENTRY, write_index
+from hpc_imagenet.datastore.manifest import Category, Manifest, Split
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs import Run
+from hpc_imagenet.stages import train
+from hpc_imagenet.world import World
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    (tmp_path / "runs" / "abc-train").mkdir(parents=True)
+    return Run(tmp_path / "runs" / "abc-train")
+
+
+def config_of(workspace: Path, *overrides: str) -> Config:
+    small = ["recipe.global_batch=4", "recipe.epochs=1", "loader.workers=0", "cluster.gpus_per_node=0"]
+    fixed = ["dataset=digits", "model=squeezenet1_1", f"workspace={workspace}"]
+    return compose([*fixed, *small, *overrides])[0]
+
+
+def write_version(folder: Path, images: int = 8) -> None:
+    """Two colours, in a complete version of a datastore."""
+    folder.mkdir(parents=True)
+    shards, splits = [], {}
+    for shard, name in enumerate(("train", "val")):
+        members = []
+        for i in range(images):
+            buffer = io.BytesIO()
+            Image.new("RGB", (32, 32), ("red", "blue")[i % 2]).save(buffer, "JPEG")
+            members.append((f"{name}_{i}.JPEG", buffer.getvalue()))
+        places = write_tar(folder / f"{name}.tar", members)
+        entries = [(offset, size, i % 2, shard) for i, (offset, size) in enumerate(places)]
+        write_index(folder / f"{name}.npy", np.array(entries, ENTRY))
+        shards.append(file_of(folder / f"{name}.tar", f"{name}.tar"))
+        splits[name] = Split(file_of(folder / f"{name}.npy", f"{name}.npy"), images)
+    classes = (Category("n00000001", ("red",)), Category("n00000002", ("blue",)))
+    Manifest("digits", "0", "", classes, tuple(shards), splits).save(folder)
+
+
+def test_a_training_from_the_datastore_to_the_result(tmp_path: Path, run: Run) -> None:
+    write_version(tmp_path / "datastores" / "digits" / "v1")
+    result = train.run(config_of(tmp_path), run, World())
+    assert json.loads(json.dumps(result)) == result
+    assert {"top1", "top5", "loss", "images_per_second", "epochs", "seconds", "parameters"} == set(result)
+    assert result["top5"] == 1  # of two classes
+    assert (run.folder / "checkpoints" / "last.ckpt").exists()
+
+
+def test_without_a_datastore_it_says_which_stage_makes_one(tmp_path: Path, run: Run) -> None:
+    with pytest.raises(UserError, match="upload"):
+        train.run(config_of(tmp_path), run, World())
+    assert list(run.folder.iterdir()) == []
+
+
+def test_bad_settings_leave_nothing_behind(tmp_path: Path, run: Run) -> None:
+    write_version(tmp_path / "datastores" / "digits" / "v1")
+    for override, line in (
+        ("recipe.global_batch=9", r"recipe.global_batch=9 is more than the 8 images of train"),
+        ("+model.options.drop=1", r"model.options=\{'drop': 1\} does not fit squeezenet1_1"),
+        ("model=maxvit_t", r"recipe.size=16 does not fit model.name=maxvit_t"),
+    ):
+        with pytest.raises(UserError, match=line):
+            train.run(config_of(tmp_path, override), run, World())
+    assert list(run.folder.iterdir()) == []
+
+
+def test_torch_is_loaded_only_by_running() -> None:
+    ask = "import sys, hpc_imagenet.stages.train, hpc_imagenet.backbones; print('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    told = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"

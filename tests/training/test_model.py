@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from hpc_imagenet.backbones import BACKBONES
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.training.model import _probe, build
+
+# One of each family, small enough to run a step here.
+SMALL = (
+    *("alexnet", "densenet121", "efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_large"),
+    *("mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_0"),
+)
+LARGE = (
+    *("convnext_tiny", "efficientnet_v2_s", "googlenet", "inception_v3", "resnet50", "swin_t", "swin_v2_t"),
+    *("vgg11_bn", "vit_b_16", "vit_h_14", "wide_resnet50_2"),
+)
+
+
+def test_the_names_are_torchvisions() -> None:
+    assert list(BACKBONES) == sorted(models.list_models(module=models))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_backbones_take_a_step_on_small_images(name: str) -> None:
+    model = build(name, 7, size=32)
+    logits = model(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7)
+    logits.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, 32) for name in LARGE), ("inception_v3", 299), ("swin_t", 224), ("vit_h_14", 224)],
+)
+def test_large_backbones_have_the_right_shapes(name: str, size: int) -> None:
+    with torch.device("meta"):
+        model = build(name, 7, size=size)
+    assert _probe(model, size).shape == (2, 7)
+    assert model.training
+
+
+def test_windows_that_must_divide_are_told() -> None:
+    with pytest.raises(UserError, match=r"recipe.size=32 .* model.name=maxvit_t .*a multiple of 56 would"):
+        build("maxvit_t", 7, size=32)
+    with torch.device("meta"):
+        assert _probe(build("maxvit_t", 7, size=56), 56).shape == (2, 7)
+
+
+def test_the_small_stem_of_a_resnet() -> None:
+    model = build("resnet18", 10, size=32)
+    assert isinstance(model.conv1, nn.Conv2d)
+    assert (model.conv1.kernel_size, model.conv1.stride) == ((3, 3), (1, 1))
+    assert isinstance(model.maxpool, nn.Identity)
+    stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)
+    assert stem(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "side"),
+    [
+        ("mobilenet_v3_small", "features", 4),
+        ("efficientnet_b0", "features", 4),
+        ("regnet_y_400mf", "trunk_output", 4),
+        ("densenet121", "features", 4),
+        ("convnext_tiny", "features", 4),
+    ],
+)
+def test_the_small_stem_takes_a_factor_of_four_back(name: str, layer: str, side: int) -> None:
+    sides = []
+    model = build(name, 10, size=32)
+    model.get_submodule(layer).register_forward_hook(lambda m, i, out: sides.append(out.shape[-1]))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 32, 32))
+    assert sides == [side]
+
+
+def test_auto_is_small_up_to_64_px() -> None:
+    assert build("resnet18", 10, size=64).conv1.stride == (1, 1)
+    assert build("resnet18", 10, size=65).conv1.stride == (2, 2)
+    assert build("resnet18", 10, size=32, stem="standard").conv1.stride == (2, 2)
+    assert build("resnet18", 10, size=128, stem="small").conv1.stride == (1, 1)
+
+
+def test_a_small_vision_transformer_has_64_patches() -> None:
+    model = build("vit_b_16", 10, size=32)
+    assert model.conv_proj.kernel_size == (4, 4)
+    assert model.encoder.pos_embedding.shape == (1, 65, 768)
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_the_seed_decides_the_weights() -> None:
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(build("mobilenet_v3_small", 10, size=32).state_dict()["features.0.0.weight"])
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("inception_v3", {"size": 16}),
+            r"recipe.size=16 does not fit model.name=inception_v3 \(.*: 24 would fit",
+        ),
+        (("vit_b_16", {"size": 100}), r"recipe.size=100 .*vit_b_16 .*: a multiple of 16 would"),
+        (("vit_b_32", {"size": 30}), r"recipe.size=30 is not cut into 8x8 patches: 32 would be"),
+        (("vit_b_32", {"size": 32, "val_size": 40}), r"recipe.val_size=40 .*vit_b_32 .*: 32 would fit"),
+        (("resnet18", {"options": {"drop": 1}}), r"model.options=\{'drop': 1\} does not fit resnet18"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_a_line(arguments, line: str) -> None:
+    name, more = arguments
+    with pytest.raises(UserError, match=line) as caught, torch.device("meta"):
+        build(name, 10, **more)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_warning_reaches_the_log() -> None:
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("error")
+        build("googlenet", 10)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.training import environment
+from hpc_imagenet.training.model import build
+from hpc_imagenet.training.recipe import optimizer, rate, set_norm_momentum
+from hpc_imagenet.world import World
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero() -> None:
+    rates = [rate(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates.index(max(rates)) == 10
+    assert rates[10] == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+    assert rates[-1] < 1e-3
+    assert rate(100, 100, 10) == pytest.approx(0)
+    assert rate(0, 100, 0) == 1
+
+
+def test_norms_and_biases_are_spared_where_the_recipe_says(config) -> None:
+    model = build("resnet18", 10, size=32)
+    everything = sum(p.numel() for p in model.parameters())
+    for decays in (True, False):
+        groups = optimizer(model, config(norm_decay=decays, weight_decay=0.5).recipe).param_groups
+        assert sum(p.numel() for g in groups for p in g["params"]) == everything
+        spared = [p for g in groups for p in g["params"] if g["weight_decay"] == 0]
+        assert {p.ndim for p in spared} == (set() if decays else {1})
+        assert all(g["weight_decay"] in (0, 0.5) for g in groups)
+    assert isinstance(optimizer(model, config(optimizer="adamw").recipe), torch.optim.AdamW)
+
+
+def test_norm_momentum() -> None:
+    model = build("mobilenet_v3_small", 10, size=32)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    set_norm_momentum(model, None)
+    assert {m.momentum for m in norms} == {0.01}
+    set_norm_momentum(model, 0.1)
+    assert {m.momentum for m in norms} == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "accumulate", "near"),
+    [
+        (64, 3, 1, "by 3 tasks: 63 or 66 would"),
+        (64, 2, 3, "by 2 tasks times train.accumulate=3: 60 or 66 would"),
+    ],
+)
+def test_a_global_batch_that_does_not_divide(config, batch, size, accumulate, near) -> None:
+    asked = config(global_batch=batch)
+    asked.train.accumulate = accumulate
+    with pytest.raises(UserError, match=f"recipe.global_batch={batch} does not divide {near}"):
+        environment.share(asked, World(size=size, local_size=size))
+
+
+def test_a_share_of_the_global_batch(config) -> None:
+    asked = config(global_batch=24)
+    asked.train.accumulate = 2
+    assert environment.share(asked, World(1, 3, 1, 3)).images == 4
+
+
+def test_gpus_that_are_not_there(config, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    asked = config()
+    assert environment.device(asked, World()).type == "cpu"
+    asked.cluster.gpus_per_node = 2
+    with pytest.raises(UserError, match=r"cluster.gpus_per_node=2, but .* set cluster.gpus_per_node=0"):
+        environment.device(asked, World())
+    asked.cluster.gpus_per_node = None
+    assert environment.device(asked, World()).type == "cpu"
+
+
+def test_gpus_that_are_there(config, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked = config()
+    asked.cluster.gpus_per_node = 2
+    assert environment.device(asked, World(3, 4, 1, 2)) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"4 tasks share 2 GPUs on this node: set cluster.tasks_per_node=2"):
+        environment.device(asked, World(3, 4, 3, 4))
+    asked.cluster.gpus_per_node = 0
+    assert environment.device(asked, World()).type == "cpu"

@@ -1,0 +1,83 @@
+"""A small datastore of real images, and configs of tiny trainings on it."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hpc_imagenet.config import Config, from_dict
+from hpc_imagenet.datastore.index import ENTRY, write_index
+from hpc_imagenet.datastore.manifest import Category, File, Manifest, Split
+from hpc_imagenet.datastore.store import Store
+
+CLASSES = 10
+
+
+def write_store(folder: Path, counts: dict[str, int], size: int = 32) -> Store:
+    """scikit-learn's digits, the first so many of each split, as JPEGs in one tar a split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    order = np.arange(len(digits.target))
+    parts = dict(
+        zip(
+            ("train", "val"),
+            train_test_split(order, test_size=360, stratify=digits.target, random_state=0),
+            strict=True,
+        )
+    )
+    folder.mkdir(parents=True)
+    shards, splits = [], {}
+    for shard, (name, count) in enumerate(counts.items()):
+        entries = np.zeros(count, ENTRY)
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for i, sample in enumerate(parts[name][:count]):
+                pixels = (digits.images[sample] * 255 / 16).astype(np.uint8)
+                buffer = io.BytesIO()
+                picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+                picture.save(buffer, "JPEG", quality=95)
+                info = tarfile.TarInfo(f"{name}_{i:04d}.JPEG")
+                info.size = buffer.tell()
+                buffer.seek(0)
+                entries[i] = (tar.offset + tarfile.BLOCKSIZE, info.size, digits.target[sample], shard)
+                tar.addfile(info, buffer)
+        write_index(folder / f"{name}.npy", entries)
+        shards.append(_file(folder / f"{name}.tar"))
+        splits[name] = Split(_file(folder / f"{name}.npy"), count)
+    categories = tuple(Category(f"n{digit:08d}", (str(digit),)) for digit in range(CLASSES))
+    Manifest("digits", "0", "", categories, tuple(shards), splits).save(folder)
+    return Store(folder)
+
+
+def _file(path: Path) -> File:
+    return File(path.name, path.stat().st_size, "")
+
+
+def tiny_config(**recipe: Any) -> Config:
+    return from_dict(
+        {
+            "seed": 3,
+            **{"workspace": "unused", "wait": False, "dry_run": False},
+            "dataset": {"name": "digits", "source": "unused"},
+            "datastore": {"name": "digits", "url": "unused"},
+            **{"download": {"retries": 0, "timeout": 1}, "process": {"layout": "index"}},
+            "stage": {"name": "train"},
+            "cluster": {"executor": "here", "gpus_per_node": 0},
+            # It has dropout, so that random states matter as well.
+            "model": {"name": "squeezenet1_1", "stem": "auto"},
+            "recipe": {
+                **{"epochs": 2, "global_batch": 8, "optimizer": "sgd", "learning_rate": 0.01},
+                **{"momentum": 0.9, "weight_decay": 1e-4, "norm_decay": False, "norm_momentum": None},
+                **{"warmup_epochs": 0.5, "label_smoothing": 0.1, "size": 16, "val_resize": 16},
+                **{"val_size": 16, "crop_scale": 0.5, "flip": 0.5, "precision": "auto", **recipe},
+            },
+            "loader": {"workers": 0},
+            "train": {"checkpoint_every_minutes": 60},
+        }
+    )
