@@ -27,10 +27,11 @@ def executor(name: str) -> str:
     Raises:
         UserError: Slurm is asked for where there is none.
     """
-    if name == "slurm" and not shutil.which("sbatch"):
-        raise UserError(
-            "cluster.executor=slurm, but no sbatch is on the PATH: cluster=local, or log in to the cluster"
-        )
+    for command in ("sbatch", "srun") if name == "slurm" else ():
+        if not shutil.which(command):
+            raise UserError(
+                f"cluster.executor=slurm, but no {command} is on the PATH: cluster=local, or a login node"
+            )
     return name
 
 
@@ -109,11 +110,15 @@ def _shape(job: Job) -> None:
         )
     if job.stage != "train":
         return
-    world = cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1)
-    if batch % world:
-        below, above = batch // world * world, (batch // world + 1) * world
+    # Every process takes an equal share of a step, in so many parts.
+    parts = (
+        cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1) * job.config.train.accumulate
+    )
+    if batch % parts:
+        above = (batch // parts + 1) * parts
         raise UserError(
-            f"recipe.global_batch={batch} does not divide over {world} processes: {below or above} or {above}"
+            f"recipe.global_batch={batch} does not divide by {parts} (processes times train.accumulate): "
+            f"{' or '.join(str(n) for n in (above - parts, above) if n)} would"
         )
 
 

@@ -69,7 +69,7 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
     Args:
         overrides: Hydra's grammar, such as `model=resnet18,resnet50` or `seed=range(3)`.
         multirun: whether sweeps are allowed (`-m`).
-        config_dir: a further folder of groups, searched first.
+        config_dir: a further folder of groups, whose files have names of their own.
 
     Raises:
         UserError: anything wrong with a key, a value or a choice, in one line that names it.
@@ -80,6 +80,9 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
         folder = Path(config_dir).resolve()
         if not folder.is_dir():
             raise UserError(f"--config-dir {config_dir}: no such folder")
+        for path in sorted(folder.rglob("*.yaml")):
+            if (CONF / path.relative_to(folder)).exists():  # Hydra would take ours and not say so
+                raise UserError(f"{path} has the name of one of ours, which would win: give it another")
         overrides = [f"hydra.searchpath=[file://{folder}]", *overrides]
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
         loader = GlobalHydra.instance().config_loader()
@@ -168,10 +171,10 @@ def _explain(error: HydraException) -> str:
         return f"{group}={choice} is unknown{near(choice, list(error.options or []))}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override}: {str(error).splitlines()[0]}"
-    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
-        return _explain_value(cause)
     if unknown := re.match(r"Could not override '([^'@]+)'", str(error)):
         return _unknown(unknown.group(1))
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        return _explain_value(cause)
     return " ".join(str(error).split())
 
 

@@ -18,7 +18,14 @@ from hpc_imagenet.archives.serve import serving
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.verbs import fail
 
-SWEEP = ("+stage=pipeline", "dataset=digits", "model=resnet18,mobilenet_v3_small", "wait=true")
+# cluster=local: nodes of a cluster could not reach a server on this machine's loopback.
+SWEEP = (
+    "+stage=pipeline",
+    "cluster=local",
+    "dataset=digits",
+    "model=resnet18,mobilenet_v3_small",
+    "wait=true",
+)
 
 NEXT = """
 Where to look next:

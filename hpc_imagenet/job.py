@@ -62,7 +62,7 @@ def carry_out(run_folder: Path, number: int) -> dict[str, Any]:
         stage = importlib.import_module(f"hpc_imagenet.stages.{config.stage.name}")
         result: dict[str, Any] = stage.run(config, run, world)
     except Interrupted as interrupted:
-        if _requeue(world.main):
+        if _requeue(world.main, config.cluster.max_requeues):
             raise SystemExit(0) from None
         attempt.end(FAILED, f"{interrupted}: retry goes on from the last checkpoint")
         raise SystemExit(1) from None
@@ -89,10 +89,10 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _requeue(main: bool) -> bool:
-    """Send an interrupted Slurm job back to the queue; False where there is no Slurm to do it."""
-    job = slurm.this_job()
-    if job is None or "SUBMITIT_LOCAL_GLOBALID" in os.environ:
+def _requeue(main: bool, most: int) -> bool:
+    """Send an interrupted Slurm job back to the queue; False without Slurm, or after `most` times."""
+    job, before = slurm.this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if job is None or "SUBMITIT_LOCAL_GLOBALID" in os.environ or before >= most:
         return False
     if main:
         subprocess.run(["scontrol", "requeue", job], check=True)

@@ -34,6 +34,7 @@ class Worker:
 
     record: Record
     handles: list[Any] = field(default_factory=list)  # of submitit; kept so that ended children are reaped
+    parallel: dict[Path, int] = field(default_factory=dict)  # by attempt; its config is frozen
 
     def work(self) -> None:
         """Work until the queue is empty; return at once if another worker lives."""
@@ -77,12 +78,22 @@ class Worker:
             else:
                 waiting.append((run, attempt))
         for run, attempt in waiting:
+            if len(running) >= self._parallel(run, attempt):
+                break  # in order: nobody overtakes who waits for room
             blocked = self._blocked(run)
             if blocked:
                 attempt.end(CANCELLED, blocked)
             elif blocked is None and self._start(run, attempt, running):
                 running.append(attempt)
         return bool(waiting or running)
+
+    def _parallel(self, run: Run, attempt: Attempt) -> int:
+        """Return how many jobs may run beside each other for this attempt to be one of them."""
+        if attempt.folder not in self.parallel:
+            config = run.config()
+            cluster = cluster_for(config, config.stage.name)
+            self.parallel[attempt.folder] = cluster.parallel or max(1, len(local.gpus()))
+        return self.parallel[attempt.folder]
 
     def _blocked(self, run: Run) -> str | None:
         """Return None if `run` may start, "" while it must wait, the reason if it waits in vain."""
@@ -99,8 +110,6 @@ class Worker:
         cluster = cluster_for(config, config.stage.name)
         taken = {gpu for other in running for gpu in local.launched(other).get("gpus", ())}
         all_gpus = local.gpus()
-        if len(running) >= (cluster.parallel or max(1, len(all_gpus))):
-            return False
         wanted = gpus_of(cluster, config.stage.name, len(all_gpus))
         free = [gpu for gpu in all_gpus if gpu not in taken]
         if len(free) < wanted <= len(all_gpus):

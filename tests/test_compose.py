@@ -124,6 +124,7 @@ def test_a_sweep_is_what_hydra_composes_one_by_one(
         (["train.checkpoint_every_minutes=0"], ["train.checkpoint_every_minutes"]),
         (["cluster.gpus_per_node=-1"], ["cluster.gpus_per_node=-1"]),
         (["+cluster.stage.trian.time=3"], ["cluster.stage=trian is unknown"]),
+        (["cluster.stage.train.time=3"], ["write +cluster.stage.train.time=VALUE"]),
         (["+cluster.stage.train.tim=3"], ["cluster.stage.train.tim is no setting"]),
         (["cluster.sbatch.reservation=x"], ["write +cluster.sbatch.reservation=VALUE"]),
     ],
@@ -156,13 +157,15 @@ def test_relative_places_are_those_of_the_caller(tmp_path: Path, monkeypatch: py
     assert one("datastore.url=me@host:/data").datastore.url == "me@host:/data"
 
 
-def test_a_users_own_folder_of_groups_comes_first(tmp_path: Path) -> None:
+def test_a_users_own_folder_of_groups(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "mine.yaml").write_text("executor: slurm\npartition: gpu\n")
-    (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe" / "demo.yaml").write_text((CONF / "recipe" / "demo.yaml").read_text() + "\n")
     (config,) = compose(["cluster=mine"], config_dir=str(tmp_path))
     assert config.cluster.partition == "gpu"
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "demo.yaml").write_text("epochs: 1\n")
+    with pytest.raises(UserError, match=r"recipe/demo.yaml has the name of one of ours"):
+        compose([], config_dir=str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):
         compose([], config_dir=str(tmp_path / "nowhere"))
 

@@ -107,12 +107,30 @@ def test_an_outer_allocation_does_not_leak_in(cluster: Door, commands: Path) -> 
 
 def test_dry_run_prints_the_script_and_submits_nothing(cluster: Door, commands: Path) -> None:
     done = cluster(
-        "-m", "+stage=pipeline", "dataset=digits", "cluster=slurm", "cluster.partition=gpu", "dry_run=true"
+        "-m",
+        "+stage=pipeline",
+        "dataset=digits",
+        "model=resnet18,resnet50",
+        "cluster=slurm",
+        "cluster.partition=gpu",
+        "dry_run=true",
     )
-    assert done.stdout.count("#SBATCH --partition=gpu") == 4
+    assert done.stdout.count("#SBATCH --partition=gpu") == 4  # one array for both trainings
+    assert "#SBATCH --array=0-1%2" in done.stdout
+    assert done.stdout.count("#SBATCH --dependency=afterok:") == 3
     assert "nothing was submitted" in done.stdout
     assert scripts(commands) == []
     assert not cluster.workspace.exists()
+
+
+def test_what_sbatch_refuses_is_one_line_and_no_job(cluster: Door, commands: Path) -> None:
+    command(commands, "sbatch", "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1")
+    done = cluster("+stage=pipeline", "dataset=digits", "cluster=slurm", code=2)
+    (line,) = done.stderr.strip().splitlines()
+    assert line == "error: sbatch refused download-digits: invalid partition specified: nowhere"
+    rows = cluster.jobs()
+    assert {row["state"] for row in rows} == {"failed"}
+    assert all("invalid partition" in row["reason"] for row in rows)
 
 
 def test_more_sbatch_options_by_their_names(cluster: Door, commands: Path) -> None:

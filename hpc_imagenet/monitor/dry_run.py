@@ -5,34 +5,33 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hpc_imagenet import check
 from hpc_imagenet.plan import Job
 from hpc_imagenet.runs import Record
-from hpc_imagenet.states import states
+from hpc_imagenet.sbatch import Part, arrays, script
+from hpc_imagenet.submit import intend
+
+_VERDICTS = {
+    "submitted": "would be submitted",
+    "finished": "is finished already",
+    "active": "is under way already",
+}
 
 
 def describe(plan: Sequence[Job], record: Record, executor: str) -> None:
-    """Print every job of a plan: its run, what it waits for, its command and, on Slurm, its script."""
-    told = states(record.run(run) for run in {name for job in plan for name in (job.run, *job.needs)})
-    planned = {job.run for job in plan}
-    for job in plan:
-        run, was = record.run(job.run), told[job.run]
-        if was.active:
-            verdict = f"is {was.name} already"
-        elif was.finished and check.stands(job):
-            verdict = "is finished already"
-        else:
-            verdict = "would be submitted"
-        print(f"\n{job.run} {verdict}")
-        print(f"  folder   {run.folder}")
-        if needs := [need for need in job.needs if need in planned or told[need].active]:
-            print(f"  after    {' '.join(needs)}")
-        if verdict != "would be submitted":
+    """Print every job of a plan: its run, what it waits for, its command; and on Slurm each script."""
+    parts = []
+    for job, what, needs in intend(plan, record):
+        run = record.run(job.run)
+        print(f"\n{job.run} {_VERDICTS[what]}\n  folder   {run.folder}")
+        if what != "submitted":
             continue
         number = run.attempt.number + 1 if run.attempt else 1
+        if needs:
+            print(f"  after    {' '.join(needs)}")
         print(f"  command  {sys.executable} -u -m hpc_imagenet.job {run.folder} {number}")
-        if executor == "slurm":
-            from hpc_imagenet.submit import script
-
-            print("  script   " + script(job, record).strip().replace("\n", "\n           "))
+        parts.append(Part(job.run, job.stage, job.label, job.cluster, tuple(needs)))
+    for array in arrays(parts) if executor == "slurm" else ():
+        print(f"\nsbatch would get, for {' '.join(part.run for part in array)}:")
+        text = script(array, record.run(array[0].run).folder / "attempts" / "1")
+        print("  " + text.strip().replace("\n", "\n  "))
     print("\nnothing was submitted (dry_run=true)")

@@ -29,5 +29,5 @@ def show(run: Run, follow: bool = False) -> None:
             break
         time.sleep(_EVERY)
     told = state(run)
-    if not places or told.reason:
-        print(f"{run.id} · {told.name} · {told.reason or 'nothing printed yet'}", file=sys.stderr)
+    if not any(places.values()) or told.reason:
+        print(f"{run.id} · {told.name} · {told.reason or 'nothing printed'}", file=sys.stderr)
