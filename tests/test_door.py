@@ -37,12 +37,19 @@ def test_submitting_a_sweep_imports_nothing_heavy(door: Door) -> None:
 
 
 def test_help_is_one_screen_and_names_everything(door: Door) -> None:
-    lines = door("--help").stdout.splitlines()
+    lines = door.process("--help").stdout.splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 110
     for word in ("jobs", "logs", "cancel", "retry", "report", "dry_run", "wait", "pipeline", "cluster="):
         assert word in "\n".join(lines)
     assert "--json" in door("jobs", "--help").stdout
+
+
+def test_a_refusal_of_the_process_is_one_line_and_exit_code_2(door: Door) -> None:
+    done = door.process("model=resnet81", code=2)
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: model=resnet81 is unknown; near: resnet18")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_workspace_without_runs_is_no_error(door: Door) -> None:
@@ -96,7 +103,7 @@ def test_questions_are_answered_and_write_nothing(door: Door, words: tuple[str, 
 
 def test_completion_is_hydras(door: Door) -> None:
     door.env |= {"COMP_LINE": "hpc-imagenet model=resnet1", "COMP_POINT": "26"}
-    words = door("-sc", "query=bash").stdout.split()
+    words = door.process("-sc", "query=bash").stdout.split()
     assert {"model=resnet18", "model=resnet101", "model=resnet152"} <= set(words)
 
 
@@ -214,6 +221,7 @@ def test_any_stage_killed_at_any_moment_is_finished_by_asking_again(finished: Do
         door.close()
 
 
+@pytest.mark.slow
 def test_the_wheel_brings_conf_and_runs_from_any_folder(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]

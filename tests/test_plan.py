@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ def nowhere(_: Datastore) -> None:
     return None
 
 
+@functools.cache
 def jobs(*overrides: str) -> list[Job]:
     return plan(compose(overrides, multirun=True), nowhere)
 

@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from door import Door, Gate, eventually
 
 from hpc_imagenet import local
 from hpc_imagenet.runs import Record
+
+pytestmark = pytest.mark.slow
 
 DOWNLOAD = ("+stage=download", "dataset=ilsvrc", "cluster=local", "download.retries=0")
 

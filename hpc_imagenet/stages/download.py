@@ -58,6 +58,9 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
         if any(want.md5 is None for want in files):
             files = wanted(config.dataset, parse_sums(source.text(SUMS) or ""))
         downloaded = _bring(files, folder, source, config, progress)
+    for want in files:  # all are whole: what a killed try has left of them is litter
+        for leftover in (*folder.glob(f".{want.file}.*"), folder / f"{want.file}.part.json"):
+            leftover.unlink(missing_ok=True)
     total = sum((folder / want.file).stat().st_size for want in files)
     progress(total, total, "B")
     return {"bytes": total, "files": len(files), "downloaded": downloaded}

@@ -218,6 +218,17 @@ def kill_and_ask_again(tmp_path: Path, source: Path, kills: int) -> None:
     assert_whole(tmp_path, source)
 
 
+def test_what_a_killed_try_left_is_swept_up(tmp_path: Path, source: Path) -> None:
+    config = config_of(tmp_path, str(source))
+    ask(download, config)
+    folder = tmp_path / "archives" / "numbers"
+    (folder / f".{FILES['val']}.receipt.json.x1y2.tmp").write_text("{")
+    (folder / f"{FILES['val']}.part.json").write_text("{}")
+    ask(download, config)
+    assert_whole(tmp_path, source)
+
+
+@pytest.mark.slow
 def test_killed_and_asked_again(tmp_path: Path, source: Path) -> None:
     kill_and_ask_again(tmp_path, source, kills=8)
 

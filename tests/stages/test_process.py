@@ -342,6 +342,7 @@ def check_after_kill(config: Config, *whole: dict[str, bytes]) -> None:
             assert {name: data for name, data in there.items() if name.startswith(f"{split}/")} == of_split
 
 
+@pytest.mark.slow
 def test_killed_at_each_step_and_asked_again(tmp_path: Path, small: Path) -> None:
     (tmp_path / "source").mkdir()
     write_small(tmp_path / "source", random.Random(4))
@@ -381,6 +382,7 @@ def kill_and_ask_again(tmp_path: Path, source: Path, kills: int) -> None:
     assert made(config) == expected
 
 
+@pytest.mark.slow
 def test_killed_and_asked_again(tmp_path: Path, small: Path) -> None:
     kill_and_ask_again(tmp_path, small, kills=8)
 

@@ -35,6 +35,7 @@ def test_small_backbones_take_a_step_on_small_images(name: str) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [*((name, 32) for name in LARGE), ("inception_v3", 299), ("swin_t", 224), ("vit_h_14", 224)],
