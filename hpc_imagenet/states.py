@@ -91,5 +91,13 @@ def _here(attempt: Attempt) -> State:
         record = Record(attempt.folder.parents[3])
         if not local.worker_expected(record):
             return State(QUEUED, "nobody works on the queue: retry, or asking again, starts it")
-        return State(QUEUED, "waits for its turn")
+        needs = [record.run(need) for need in Run(attempt.folder.parents[1]).info.get("needs", ())]
+        unmet = [need.id for need in needs if not _ended_well(need)]
+        return State(QUEUED, f"waits for {' '.join(unmet)}" if unmet else "waits for its turn")
     return State(FAILED, GONE)
+
+
+def _ended_well(run: Run) -> bool:
+    attempt = run.attempt
+    outcome = attempt.outcome if attempt else None
+    return outcome is not None and outcome.state == FINISHED
