@@ -38,13 +38,12 @@ def queue_folder(record: Record) -> Path:
 
 
 def enqueue(record: Record, attempts: Iterable[tuple[Run, Attempt]]) -> None:
-    """Put attempts at the queue's end, in order, and see that a worker lives."""
+    """Put attempts at the queue's end, in order. `ensure_worker` is for when they are noted as submitted."""
     folder = queue_folder(record)
     folder.mkdir(parents=True, exist_ok=True)
     moment = time.time_ns()
     for place, (run, attempt) in enumerate(attempts):
         create_json(folder / f"{moment:020d}-{place:05d}.entry", {"run": run.id, "attempt": attempt.number})
-    ensure_worker(record)
 
 
 def ensure_worker(record: Record) -> None:

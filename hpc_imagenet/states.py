@@ -7,12 +7,14 @@ failed, and its reason says that it left no word.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hpc_imagenet import local, slurm
 from hpc_imagenet.runs import ENDED, FAILED, FINISHED, QUEUED, RUNNING, Attempt, Record, Run
 
+_SUBMITTING = 60.0  # s that handing an attempt over may take
 GONE = "ended without a word (killed, out of memory, or the machine restarted): retry goes on from there"
 
 
@@ -80,6 +82,10 @@ def _unseen(attempt: Attempt) -> State:
 def _here(attempt: Attempt) -> State:
     submitted = attempt.submitted
     if not submitted:
+        if local.alive(attempt):
+            return State(RUNNING)
+        if time.time() - attempt.folder.stat().st_mtime < _SUBMITTING:
+            return State(QUEUED, "is being submitted")
         return State(FAILED, "its submission was cut off: ask for it again")
     host = submitted.get("host")
     if host != socket.gethostname():

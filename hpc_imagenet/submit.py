@@ -138,16 +138,21 @@ def cancel(run: Run) -> State:
 
 
 def _to_queue(record: Record, attempts: list[tuple[Run, Attempt]]) -> None:
+    # The entry first: should we be killed here, an attempt that is noted as submitted is in the queue.
+    local.enqueue(record, attempts)
     for _, attempt in attempts:
         attempt.submit("local", host=socket.gethostname(), code=_code())
     if attempts:
-        local.enqueue(record, attempts)
+        local.ensure_worker(record)
 
 
 def _here(record: Record, attempts: list[tuple[Run, Attempt]]) -> None:
     """Run the attempts one after another in the foreground: by srun inside an allocation, else directly."""
-    allocation = slurm.this_job()
+    allocation, failed = slurm.this_job(), ""
     for run, attempt in attempts:
+        if failed:
+            attempt.end(CANCELLED, f"came after {failed}, which failed")
+            continue
         command = [sys.executable, "-u", "-m", "hpc_imagenet.job", str(run.folder), str(attempt.number)]
         if allocation:
             attempt.submit("slurm", job_id=allocation, logs=str(attempt.folder), code=_code())
@@ -161,7 +166,7 @@ def _here(record: Record, attempts: list[tuple[Run, Attempt]]) -> None:
             local.note_process(attempt)
         subprocess.run(command, env=local.job_environment(), check=False)
         if not state(run).finished:
-            return
+            failed = run.id
 
 
 @functools.cache

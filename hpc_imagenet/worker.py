@@ -75,6 +75,10 @@ class Worker:
             elif local.launched(attempt):
                 attempt.end(FAILED, _last_words(attempt))
                 path.unlink()
+            elif (newest := run.attempt) and newest.number > attempt.number:
+                # Its submission was cut off and asked for again: two attempts never write one run.
+                attempt.end(CANCELLED, f"attempt {newest.number} took its place")
+                path.unlink()
             else:
                 waiting.append((run, attempt))
         for run, attempt in waiting:

@@ -114,6 +114,27 @@ def test_a_killed_worker_takes_no_job_along_and_asking_again_goes_on(
     assert [row["attempt"] for row in rows] == [1, 1]
 
 
+def test_a_submission_that_was_cut_off_is_not_run_twice(door: Door, gate: tuple[Gate, str]) -> None:
+    held, url = gate
+    send(door, url, "a")
+    eventually(lambda: held.waiting == ["a"])
+    send(door, url, "b")
+    record = Record(door.workspace)
+    (attempt,) = record.find("download-b").attempts()
+    (attempt.folder / "submitted.json").unlink()  # as if the door had been killed before it wrote that
+    os.utime(attempt.folder, (1, 1))
+    assert "cut off" in door.jobs()[1]["reason"]
+    send(door, url, "b")
+    held.open.set()
+    rows = door.until("failed", "failed")
+    assert "404" in rows[1]["reason"]
+    first, second = record.find("download-b").attempts()
+    assert first.outcome
+    assert "took its place" in first.outcome.reason
+    assert not first.started
+    assert second.started
+
+
 def test_after_a_reboot_nothing_is_called_running_and_retry_takes_all_up(
     door: Door, gate: tuple[Gate, str]
 ) -> None:
