@@ -6,12 +6,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Record, Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 VERBS = ("jobs", "logs", "cancel", "retry", "report")
 
@@ -59,26 +62,30 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 def _jobs(record: Record, options: argparse.Namespace) -> int:
     from hpc_imagenet.monitor import table
 
-    found = table.rows(record.all())
-    if options.json:
-        print(json.dumps(found, indent=2))
-    elif not found:
-        print(f"no runs in {record.folder}")
-    else:
-        table.terminal().print(table.render(found))
-    return 0
+    return _show(table.rows(record.all()), table.render, f"no runs in {record.folder}", options)
 
 
 def _report(record: Record, options: argparse.Namespace) -> int:
-    from hpc_imagenet.monitor import leaderboard, table
+    from hpc_imagenet.monitor import leaderboard
 
-    board = leaderboard.board(record.all())
+    nothing = f"no trainings in {record.folder}"
+    return _show(leaderboard.board(record.all()), leaderboard.render, nothing, options)
+
+
+def _show(
+    rows: list[dict[str, Any]],
+    render: Callable[[list[dict[str, Any]]], Table],
+    nothing: str,
+    options: argparse.Namespace,
+) -> int:
+    from hpc_imagenet.monitor.table import terminal
+
     if options.json:
-        print(json.dumps(board, indent=2))
-    elif not board:
-        print(f"no trainings in {record.folder}")
+        print(json.dumps(rows, indent=2))
+    elif not rows:
+        print(nothing)
     else:
-        table.terminal().print(leaderboard.render(board))
+        terminal().print(render(rows))
     return 0
 
 
