@@ -30,6 +30,7 @@ SWEEP = (
 NEXT = """
 Where to look next:
   the run folders above                      frozen config, logs, metrics, checkpoints
+  . .venv/bin/activate                       puts python and hpc-imagenet on the PATH
   python -m hpc_imagenet jobs                every run and its state
   python -m hpc_imagenet +stage=pipeline     the same for ImageNet itself (155 GB)
   README.md                                  clusters, recipes, settings"""

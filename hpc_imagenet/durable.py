@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 @contextlib.contextmanager
@@ -44,6 +47,15 @@ def create_json(path: Path, value: Any) -> bool:
             os.link(name, path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A file system without hard links: whoever makes the claim may rename.
+            try:
+                path.with_name(f".{path.name}.claim").touch(exist_ok=False)
+            except FileExistsError:
+                return False
+            name.replace(path)
     sync_folder(path.parent)
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -34,11 +35,18 @@ def made(record: Record, *overrides: str) -> Run:
     return record.create(job.run, job.frozen(), info)
 
 
-def test_of_many_writers_one_creates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_writers_one_creates(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EPERM, "no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
     won = at_once(lambda i: durable.create_json(tmp_path / "x.json", i))
     assert won.count(True) == 1
     assert durable.read_json(tmp_path / "x.json") == won.index(True)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_an_exception_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
