@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from hpc_imagenet.config import Config, from_dict
+from hpc_imagenet.config import Cluster, Config, cluster_from, from_dict
 from hpc_imagenet.durable import create_json, read_json, replacing, write_json
 from hpc_imagenet.errors import UserError
 
@@ -108,7 +108,17 @@ class Run:
 
     def config(self) -> Config:
         """Return the frozen config."""
-        return from_dict(yaml.safe_load((self.folder / "config.yaml").read_text()))
+        return from_dict(self._frozen())
+
+    def cluster(self) -> Cluster:
+        """Return the cluster settings of the run's stage; much cheaper than all of `config`."""
+        frozen = self._frozen()
+        return cluster_from(frozen["cluster"], frozen["stage"]["name"])
+
+    def _frozen(self) -> dict[str, Any]:
+        with (self.folder / "config.yaml").open("rb") as file:
+            values: dict[str, Any] = yaml.load(file, Loader=_Loader)
+        return values
 
     def attempts(self) -> list[Attempt]:
         """Return all attempts, oldest first."""
@@ -219,5 +229,6 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-# The C dumper writes the same text several times faster; a sweep freezes a hundred configs.
+# Written in C these do the same several times faster; a sweep freezes a hundred configs.
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

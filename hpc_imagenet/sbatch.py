@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet import local
-from hpc_imagenet.config import Cluster, cluster_for
+from hpc_imagenet.config import Cluster
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.job import Task
 from hpc_imagenet.runs import FAILED, Attempt, Record, Run
@@ -77,8 +77,7 @@ def send(record: Record, attempts: Sequence[tuple[Run, Attempt]], code: Mapping[
 
 def _part(run: Run) -> Part:
     info = run.info
-    cluster = cluster_for(run.config(), info["stage"])
-    return Part(run.id, info["stage"], info["label"], cluster, tuple(info.get("needs", ())))
+    return Part(run.id, info["stage"], info["label"], run.cluster(), tuple(info.get("needs", ())))
 
 
 def _send(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_imagenet import __version__, check, local, sbatch, slurm
-from hpc_imagenet.config import cluster_for
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.plan import Job
 from hpc_imagenet.runs import CANCELLED, FINISHED, Attempt, Record, Run
@@ -160,7 +159,7 @@ def _here(record: Record, attempts: list[tuple[Run, Attempt]]) -> None:
             arguments = ["--kill-on-bad-exit=1", f"--output={log}.out", f"--error={log}.err"]
             if run.info["stage"] != "train":
                 arguments += ["--nodes=1", "--ntasks=1"]  # one process, whatever the allocation holds
-            command = ["srun", *arguments, *cluster_for(run.config(), run.info["stage"]).srun, *command]
+            command = ["srun", *arguments, *run.cluster().srun, *command]
         else:
             attempt.submit("here", host=socket.gethostname(), code=_code())
             local.note_process(attempt)

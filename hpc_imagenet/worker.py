@@ -17,7 +17,7 @@ import submitit
 from filelock import FileLock, Timeout
 
 from hpc_imagenet import local
-from hpc_imagenet.config import Cluster, cluster_for
+from hpc_imagenet.config import Cluster
 from hpc_imagenet.durable import read_json
 from hpc_imagenet.job import Task
 from hpc_imagenet.runs import CANCELLED, FAILED, Attempt, Record, Run
@@ -94,9 +94,7 @@ class Worker:
     def _parallel(self, run: Run, attempt: Attempt) -> int:
         """Return how many jobs may run beside each other for this attempt to be one of them."""
         if attempt.folder not in self.parallel:
-            config = run.config()
-            cluster = cluster_for(config, config.stage.name)
-            self.parallel[attempt.folder] = cluster.parallel or max(1, len(local.gpus()))
+            self.parallel[attempt.folder] = run.cluster().parallel or max(1, len(local.gpus()))
         return self.parallel[attempt.folder]
 
     def _blocked(self, run: Run) -> str | None:
@@ -110,11 +108,10 @@ class Worker:
         return None if all(state.finished for state in told.values()) else ""
 
     def _start(self, run: Run, attempt: Attempt, running: list[Attempt]) -> bool:
-        config = run.config()
-        cluster = cluster_for(config, config.stage.name)
+        cluster = run.cluster()
         taken = {gpu for other in running for gpu in local.launched(other).get("gpus", ())}
         all_gpus = local.gpus()
-        wanted = gpus_of(cluster, config.stage.name, len(all_gpus))
+        wanted = gpus_of(cluster, run.info["stage"], len(all_gpus))
         free = [gpu for gpu in all_gpus if gpu not in taken]
         if len(free) < wanted <= len(all_gpus):
             return False  # its turn comes when GPUs are back; a wish beyond the machine fails in the job
