@@ -26,6 +26,7 @@ def test_the_names_are_torchvisions() -> None:
     assert list(BACKBONES) == sorted(models.list_models(module=models))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_small_backbones_take_a_step_on_small_images(name: str) -> None:
     model = build(name, 7, size=32)
