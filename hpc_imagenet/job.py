@@ -55,6 +55,8 @@ def carry_out(run_folder: Path, number: int) -> dict[str, Any]:
     attempt = Attempt(run_folder / "attempts" / str(number))
     if ended := attempt.outcome:  # cancelled before it began
         raise SystemExit(f"this attempt was {ended.state} before it began: {ended.reason}")
+    if world.main and local.begun_by_another(attempt):
+        raise SystemExit("another process is at work on this attempt: leaving it alone")
     if world.main:
         attempt.start(**local.identity(), world_size=world.size)
     try:

@@ -129,6 +129,17 @@ def alive(attempt: Attempt) -> bool:
     return bool(processes(attempt))
 
 
+def begun_by_another(attempt: Attempt) -> bool:
+    """Whether another living process of this host has begun the attempt.
+
+    A worker killed between the start of a job and its note of that leaves the next one to start it again.
+    """
+    note = attempt.started
+    if "pid" not in note or note.get("host") != socket.gethostname() or note["pid"] == os.getpid():
+        return False
+    return _same(note) is not None
+
+
 def kill(attempt: Attempt, grace: float = GRACE) -> None:
     """End the attempt's processes and all their children: SIGTERM, and SIGKILL after `grace` seconds."""
     tree: dict[int, psutil.Process] = {}

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,6 +117,18 @@ def test_states_without_a_word(tmp_path: Path) -> None:
     assert state(run).name == FINISHED
     assert run.new_attempt().number == 2
     assert state(run).name == QUEUED
+
+
+def test_an_attempt_that_another_process_carries_out_is_left_alone(tmp_path: Path) -> None:
+    run = made(Record(tmp_path))
+    attempt = run.new_attempt()
+    attempt.start(**local.identity(os.getpid()))
+    child = [sys.executable, "-m", "hpc_imagenet.job", str(run.folder), "1"]
+    done = subprocess.run(child, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "leaving it alone" in done.stderr
+    assert attempt.started["pid"] == os.getpid()
+    assert attempt.outcome is None
 
 
 def test_a_job_of_another_host_is_not_judged_from_here(tmp_path: Path) -> None:
