@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from hpc_imagenet.config import Config, from_dict
+from hpc_imagenet.compose import compose
+from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.index import ENTRY, write_index
 from hpc_imagenet.datastore.manifest import Category, File, Manifest, Split
 from hpc_imagenet.datastore.store import Store
@@ -59,25 +63,23 @@ def _file(path: Path) -> File:
     return File(path.name, path.stat().st_size, "")
 
 
+@functools.cache
+def _composed() -> Config:
+    # What is not said below is as in conf/.
+    model = ("model.name=squeezenet1_1", "model.stem=auto")  # it has dropout: random states matter as well
+    return compose(["dataset=digits", "cluster=here", "cluster.gpus_per_node=0", *model])[0]
+
+
 def tiny_config(**recipe: Any) -> Config:
-    return from_dict(
-        {
-            "seed": 3,
-            **{"workspace": "unused", "wait": False, "dry_run": False},
-            "dataset": {"name": "digits", "source": "unused"},
-            "datastore": {"name": "digits", "url": "unused"},
-            **{"download": {"retries": 0, "timeout": 1}, "process": {"layout": "index"}},
-            "stage": {"name": "train"},
-            "cluster": {"executor": "here", "gpus_per_node": 0},
-            # It has dropout, so that random states matter as well.
-            "model": {"name": "squeezenet1_1", "stem": "auto"},
-            "recipe": {
-                **{"epochs": 2, "global_batch": 8, "optimizer": "sgd", "learning_rate": 0.01},
-                **{"momentum": 0.9, "weight_decay": 1e-4, "norm_decay": False, "norm_momentum": None},
-                **{"warmup_epochs": 0.5, "label_smoothing": 0.1, "size": 16, "val_resize": 16},
-                **{"val_size": 16, "crop_scale": 0.5, "flip": 0.5, "precision": "auto", **recipe},
-            },
-            "loader": {"workers": 0},
-            "train": {"checkpoint_every_minutes": 60},
-        }
-    )
+    config = copy.deepcopy(_composed())
+    config.seed, config.workspace = 3, "unused"
+    config.stage.name, config.loader.workers = "train", 0
+    config.train.checkpoint_every_minutes = 60
+    small = {
+        **{"epochs": 2, "global_batch": 8, "optimizer": "sgd", "learning_rate": 0.01},
+        **{"momentum": 0.9, "weight_decay": 1e-4, "norm_decay": False, "norm_momentum": None},
+        **{"warmup_epochs": 0.5, "label_smoothing": 0.1, "size": 16, "val_resize": 16},
+        **{"val_size": 16, "crop_scale": 0.5, "flip": 0.5, "precision": "auto"},
+    }
+    config.recipe = replace(config.recipe, **{**small, **recipe})
+    return config
