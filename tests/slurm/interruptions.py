@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import signal
 from pathlib import Path
@@ -59,29 +58,25 @@ class Training:
             120,
         )
 
-    def tasks(self) -> dict[int, psutil.Process]:
-        """Return the living processes of the tasks by rank; of the main processes, not their loaders."""
-        found: dict[int, psutil.Process] = {}
+    def tasks(self) -> list[psutil.Process]:
+        """Return the living tasks of all copies of the job; of each the main process, not its loaders."""
+        found = []
         for process in self.door.processes():
             try:
-                command, rank = process.cmdline(), process.environ().get("SLURM_PROCID")
-                parent = process.parent()
+                command, parent = process.cmdline(), process.parent()
                 inner = parent is not None and "submitit.core._submit" in parent.cmdline()
             except psutil.Error:
                 continue
-            if (
-                "submitit.core._submit" in command
-                and rank is not None
-                and not inner
-                and "srun" not in command[0]
-            ):
-                found[int(rank)] = process
+            if "submitit.core._submit" in command and not inner and "srun" not in command[0]:
+                found.append(process)
         return found
 
-    def signal(self, number: signal.Signals, *ranks: int) -> None:
-        tasks = self.tasks()
-        for rank in ranks:
-            os.kill(tasks[rank].pid, number)
+    def signal(self, number: signal.Signals, *ranks: int) -> list[psutil.Process]:
+        """Send a signal to tasks by their ranks, and return those."""
+        hit = [task for task in self.tasks() if int(task.environ()["SLURM_PROCID"]) in ranks]
+        for task in hit:
+            task.send_signal(number)
+        return hit
 
     def until_finished(self, seconds: float = 300) -> dict[str, Any]:
         """Wait for the end, which must be a good one."""

@@ -45,7 +45,8 @@ def trainings(
     lab.sbatch("sleep 1", "--partition=high", "--nodelist=n2", "--exclusive")
     lab.crash("n3")
     # A node that stands still and is cut off: Slurm takes it for dead and starts the job elsewhere.
-    found["freeze"].signal(signal.SIGSTOP, 0, 1)
+    frozen = found["freeze"].signal(signal.SIGSTOP, 0, 1)
+    assert len(frozen) == 2
     lab.cut("n4")
     lab.lose("n3")
     lab.lose("n4")
@@ -54,8 +55,7 @@ def trainings(
         lab.scontrol("update", f"jobid={found[kind].job}", "reqnodelist=n2")  # not only where it was
     # Both copies at once: the old one wakes when the new one has begun.
     found["freeze"].wait_for_a_checkpoint(restarts=1)
-    old = [task for task in found["freeze"].tasks().values() if task.status() == "stopped"]
-    for task in old:
+    for task in frozen:
         task.resume()
     for training in found.values():
         training.until_finished()
@@ -110,12 +110,11 @@ def test_twenty_interruptions_at_random_moments(lab: Lab, site: LabDoor, tmp_pat
         time.sleep(draw.uniform(0, 4))
         kind = draw.choice(("kill", "requeue", "preemption"))
         print(f"{done}: {kind} at {drill.row['progress'].get('done', 0)} images", flush=True)
-        if kind == "kill" and (tasks := drill.tasks()):
-            drill.signal(signal.SIGKILL, draw.choice(sorted(tasks)))
-        elif kind == "preemption":
+        killed = kind == "kill" and drill.signal(signal.SIGKILL, draw.choice((0, 1)))
+        if kind == "preemption":
             node = lab.job(drill.job)["NodeList"]
             lab.sbatch("sleep 1", "--partition=high", f"--nodelist={node}", "--exclusive")
-        else:
+        elif not killed:  # asked for, or there was no task to kill yet
             lab.scontrol("requeue", drill.job)
         eventually(lambda done=done: lab.job(drill.job)["Restarts"] == str(done + 1), 120)
     calm.until_finished()
