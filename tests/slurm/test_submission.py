@@ -44,6 +44,7 @@ def test_a_sweep_is_one_array_and_outlives_the_terminal(cluster: LabDoor, store:
         env=cluster.env,
         cwd=cluster.cwd,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup would be inherited
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
