@@ -50,10 +50,13 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.door = Door(folder / "workspace")
         self.folder = folder
+        self.lab = folder / "lab"
         stubs = folder / "stubs"
         stubs.mkdir()
         # sbatch numbers and keeps what it gets; the queue is empty, so nothing of it is ever running.
-        self.stub("sbatch", f'echo "$@" >> {stubs}/sbatch.log; echo Submitted batch job $$')
+        # Asked only when a job would start, it submits nothing.
+        asked = "[[ $* == *--test-only* ]] && exit"
+        self.stub("sbatch", f'{asked}; echo "$@" >> {stubs}/sbatch.log; echo Submitted batch job $$')
         self.stub("srun", "true")
         self.stub("squeue", "true")
         self.stub("scancel", "true")
@@ -182,6 +185,20 @@ def run_make(command: str, reader: Reader) -> None:
     assert "-m hpc_imagenet.demo" in told or "-m pytest" in told
 
 
+def run_lab(command: str, reader: Reader) -> None:
+    """As it stands, on a lab of this test's own and without the stubs; a training is made short."""
+    env = {"HPC_IMAGENET_LAB": str(reader.lab), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    if not shutil.which("slurmctld", path=f"{env['PATH']}{os.pathsep}/usr/sbin"):
+        return  # tests/slurm says what is missing
+    words = shlex.split(command)
+    if words[1] == "login":
+        settings = [word.replace("cluster=local", "cluster=lab") for word in instead(words[5:], reader)]
+        told = reader.types(shlex.join([*words[:5], *settings, "seed=1"]), **env)
+        assert told.count("finished ") == 2
+    else:
+        reader.types(command, **env)
+
+
 def run_benchmark(command: str, reader: Reader) -> None:
     script = ROOT / shlex.split(command)[1]
     assert "--help" in reader.types(f"python {script} --help")
@@ -205,6 +222,7 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
     (r"make \w+", run_make),
     (r"sbatch slurm/\w+\.sbatch( [\w.]+=\S+)*", run_sbatch),
     (r"(mkdir -p|cp) [\w./ -]+", run_as_it_stands),
+    (r"slurm/lab/lab (up|down|login python -m hpc_imagenet( -m| \S+=\S+)+)", run_lab),
     (r"python benchmarks/\w+\.py", run_benchmark),
     (r'eval "\$\(hpc-imagenet -sc install=bash\)"', run_completion),
     (rf"{DOOR} --cfg job( \S+=\S+)*", run_as_it_stands),
@@ -221,6 +239,8 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     reader = Reader(tmp_path_factory.mktemp("reader"))
     yield reader
+    if reader.lab.exists():
+        subprocess.run([ROOT / "slurm/lab/lab", "--dir", reader.lab, "down"], check=False)
     reader.door.close()
 
 
