@@ -155,7 +155,8 @@ def test_after_a_reboot_nothing_is_called_running_and_retry_takes_all_up(
 def test_what_needs_a_failed_run_is_cancelled_with_the_reason(door: Door, gate: tuple[Gate, str]) -> None:
     held, url = gate
     door(
-        "+stage=pipeline", "dataset=ilsvrc", "dataset.name=x", f"dataset.source={url}/x", "download.retries=0"
+        *("+stage=pipeline", "dataset=ilsvrc", "dataset.name=x", f"dataset.source={url}/x"),
+        *("cluster=local", "download.retries=0"),
     )
     assert door.states() == ["running", "queued", "queued", "queued"] or held.waiting == []
     held.open.set()

@@ -261,7 +261,10 @@ def test_two_labs_stand_side_by_side(lab: Lab, folder: Path) -> None:
     other.crash("n1")
     assert lab.slurm("srun", "--nodelist=n1", "hostname") == "n1"
 
-    session = subprocess.Popen([LAB, "--dir", folder, "login", "sleep", "1000"])
+    session = subprocess.Popen(
+        [LAB, "--dir", folder, "login", "sleep", "1000"],
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup would be inherited
+    )
     eventually(lambda: any(p.name() == "sleep" and p.pid == session.pid for p in processes(folder)))
     other.command("down")
     assert session.wait(30) == -signal.SIGHUP
