@@ -175,6 +175,7 @@ def test_a_requeued_job_waits_for_its_old_credential(lab: Lab, tmp_path: Path) -
     assert lab.job(job)["Restarts"] == "1"
 
 
+@pytest.mark.nightly
 def test_a_crash_ends_a_node_and_a_cut_only_hides_it(lab: Lab, tmp_path: Path) -> None:
     crashed, cut = tmp_path / "crashed", tmp_path / "cut"
     first = lab.sbatch(BEAT % crashed, "--nodelist=n1")
@@ -207,6 +208,7 @@ def test_a_crash_ends_a_node_and_a_cut_only_hides_it(lab: Lab, tmp_path: Path) -
     lab.command("status")
 
 
+@pytest.mark.nightly
 def test_sacct_tells_how_jobs_ended(lab: Lab) -> None:
     slow = lab.sbatch("sleep 1000", "--time=1")
     low = lab.sbatch("sleep 1000", "--partition=low", "--nodelist=n4", "--exclusive", "--no-requeue")
@@ -301,6 +303,7 @@ def test_it_outlives_its_terminal(folder: Path) -> None:
     )
 
 
+@pytest.mark.nightly
 def test_it_goes_with_its_owner_or_its_first_process(lab: Lab, folder: Path) -> None:
     owner = subprocess.Popen(["sleep", "1000"])
     up = [LAB, "--dir", folder, "up"]
