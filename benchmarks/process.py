@@ -5,7 +5,8 @@
 The archives are made by shaped.py: JPEGs of 500 x 375 px and 105 kB, in the shape of the real ones. Every way
 starts from them, in the page cache; ways take turns, so that a busy moment meets all of them. Times are of
 the work alone, without Python's start and imports, but for the row that says otherwise. Ours end with fsync,
-the others do not. `--peers` is an interpreter that has webdataset and litdata, if this one has not.
+the others do not. Ratios are those of images/s. `--peers` is an interpreter that has webdataset and litdata,
+if this one has not.
 
 The last rows index archives of ImageNet's full count: headers and ends of 1,331,167 images, the pictures
 between them holes of a sparse file.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import resource
@@ -244,6 +246,11 @@ def measure(bench: Bench, table: list[Row], repeats: int) -> None:
     if isinstance(said, str):
         raise SystemExit(said)
     shutil.copy(bench.workspace / "datasets" / "x" / "train.npy", bench.index)
+    with contextlib.suppress(KeyboardInterrupt):  # shows what was measured until then
+        _measure(bench, table, repeats)
+
+
+def _measure(bench: Bench, table: list[Row], repeats: int) -> None:
     for _ in range(repeats):
         for row in table:
             if row.why:
@@ -258,19 +265,19 @@ def measure(bench: Bench, table: list[Row], repeats: int) -> None:
 
 
 def show(table: list[Row]) -> None:
-    done = {row.name: row.median for row in table if row.seconds}
+    rates = {row.name: row.images / row.median for row in table if row.seconds}
+    bash, copied = (rates.get(table[number].name, math.nan) for number in (0, 3))
     width = max(len(row.name) for row in table)
-    base, copied = table[0].median, next(row.median for row in table if row.name.startswith("cp "))
     print(f"{'':{width}}  median s     min     max   CPU s  images/s    x bash      x cp")
     for row in table:
         if not row.seconds:
-            print(f"{row.name:{width}}  {row.why}")
+            print(f"{row.name:{width}}  {row.why or 'not measured'}")
             continue
-        whole = row.images == table[0].images
-        ratios = f"{base / row.median:10.2f}{copied / row.median:10.2f}" if whole else ""
+        rate = rates[row.name]
+        ratios = "" if row.images == SAMPLE else f"{rate / bash:10.2f}{rate / copied:10.2f}"
         print(
             f"{row.name:{width}}  {row.median:8.3f}{min(row.seconds):8.3f}{max(row.seconds):8.3f}"
-            f"{statistics.median(row.cpu):8.3f}{row.images / row.median:10,.0f}{ratios}  {row.note}".rstrip()
+            f"{statistics.median(row.cpu):8.3f}{rate:10,.0f}{ratios}  {row.note}".rstrip()
         )
     print()
     for mine, theirs in (
@@ -281,8 +288,7 @@ def show(table: list[Row]) -> None:
         ("short side 256, ours, 1 core", "short side 256, Pillow, 1 core"),
         ("short side 256, ours, 1 core", "short side 256, torchvision, 1 core"),
     ):
-        if mine in done and theirs in done:
-            rates = {row.name: row.images / row.median for row in table if row.seconds}
+        if mine in rates and theirs in rates:
             print(f"{mine}: {rates[mine] / rates[theirs]:.2f} x the images/s of {theirs}")
 
 
@@ -313,6 +319,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's temporary folder")
     parser.add_argument("--peers", default=sys.executable, help="an interpreter with webdataset and litdata")
     parser.add_argument("--repeats", type=int, default=3, help="times each way is measured (3)")
+    parser.add_argument("--only", nargs="*", default=[""], help="measure only ways with these in their names")
     parser.add_argument("--full", action="store_true", help="also index the full count; takes 10 GB of disk")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hpc-imagenet-process-", dir=options.folder) as name:
@@ -324,6 +331,8 @@ def main() -> None:
             f"{options.train:,} + {options.val:,} images, {size / 1e9:.2f} GB; {options.repeats} times each\n"
         )
         table = rows(bench)
+        for row in table:
+            row.why = "" if any(word in row.name for word in options.only) else "left out"
         measure(bench, table, options.repeats)
         bench.clean()
         if options.full:

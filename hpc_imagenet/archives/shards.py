@@ -113,7 +113,7 @@ def plan(root: Path, survey: Survey, process: Process) -> Plan:
         if process.order == "shuffled" and split == "train":
             rows = np.random.Generator(np.random.PCG64(process.seed)).permutation(len(sizes))
         ends = np.cumsum(sizes[rows])
-        numbers = ((ends - 1) // int(process.shard_size * 2**30)).astype(np.int64)
+        numbers = (ends - 1) // max(1, int(process.shard_size * 2**30))
         for number, of in enumerate(np.split(rows, np.flatnonzero(np.diff(numbers)) + 1)):
             shards.append(Shard(f"{split}-{number:05d}", split, of, int(sizes[of].sum())))
     if len(shards) > np.iinfo(ENTRY["shard"]).max:

@@ -1,0 +1,128 @@
+"""Make archives of the ILSVRC shape, of any number of images: what benchmarks start from.
+
+    python benchmarks/shaped.py FOLDER [--train 8000] [--val 1000] [--classes 40] [--hollow]
+
+The pictures are 500 x 375 px and about 105 kB, soft forms with grain, the same at every call. With `--hollow`
+only headers and ends of images are written and the rest of the file is a hole: ImageNet's full count, 155 GB,
+takes 7 GB and can be indexed, but not decoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hpc_imagenet.archives import receipt, shape
+from hpc_imagenet.archives.shape import Synset
+from hpc_imagenet.archives.wanted import hash_file
+from hpc_imagenet.datastore.pack import header
+
+WIDTH, HEIGHT, QUALITY = 500, 375, 88  # of the pictures: px, px, of libjpeg
+
+
+def pictures(count: int) -> list[bytes]:
+    """Return different JPEGs, soft forms with grain, about as large as those of ImageNet."""
+    bits, made = np.random.default_rng(0), []
+    for _ in range(count):
+        coarse = bits.integers(0, 256, (HEIGHT // 6, WIDTH // 6, 3), np.uint8)
+        soft = np.asarray(Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), float)
+        grain = bits.normal(0, 13, (HEIGHT, WIDTH, 1))
+        buffer = io.BytesIO()
+        Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY)
+        made.append(buffer.getvalue())
+    return made
+
+
+def synsets(classes: int) -> list[Synset]:
+    return [Synset(classes - i, f"n{i:08d}", f"word {i}, other {i}") for i in range(classes)]
+
+
+def truth(val: int, classes: int) -> list[int]:
+    return [1 + i % classes for i in range(val)]
+
+
+def make_archives(folder: Path, train: int, val: int, classes: int) -> None:
+    """Write archives of that many images; the same at every call."""
+    folder.mkdir(parents=True)
+    pool, bits = pictures(64), random.Random(1)
+    sizes = [train * (n + 1) // classes - train * n // classes for n in range(classes)]
+    shape.write_train(
+        folder / shape.TRAIN,
+        (
+            (one.wnid, [bits.choice(pool) for _ in range(size)])
+            for one, size in zip(synsets(classes), sizes, strict=True)
+        ),
+    )
+    shape.write_val(folder / shape.VAL, (bits.choice(pool) for _ in range(val)))
+    shape.write_devkit(folder / shape.DEVKIT, synsets(classes), truth(val, classes))
+
+
+def make_hollow(folder: Path, train: int, val: int, classes: int) -> None:
+    """Write archives with every header and every image's first and last bytes; holes between them."""
+    folder.mkdir(parents=True)
+    pool, bits = [data[:700] for data in pictures(4)], random.Random(1)
+
+    def fill(file: io.BufferedRandom, at: int, name: str) -> int:
+        length, head = bits.randrange(60_000, 160_000), bits.choice(pool)
+        os.pwrite(file.fileno(), header(name, length) + head, at)
+        os.pwrite(file.fileno(), b"\xff\xd9", at + 512 + length - 2)
+        return at + 512 + length + -length % 512
+
+    with (folder / shape.TRAIN).open("w+b") as file:
+        at = 0
+        for number, one in enumerate(synsets(classes)):
+            begin, at = at, at + 512
+            for i in range(train * number // classes, train * (number + 1) // classes):
+                at = fill(file, at, f"{one.wnid}_{i}.JPEG")
+            at += 1024
+            os.pwrite(file.fileno(), header(f"{one.wnid}.tar", at - begin - 512), begin)
+        file.truncate(at + 1024)
+    with (folder / shape.VAL).open("w+b") as file:
+        at = 0
+        for i in range(1, val + 1):
+            at = fill(file, at, f"ILSVRC2012_val_{i:08d}.JPEG")
+        file.truncate(at + 1024)
+    shape.write_devkit(folder / shape.DEVKIT, synsets(classes), truth(val, classes))
+
+
+def lay_out(source: Path, workspace: Path, hashed: bool = True) -> None:
+    """Do what the download stage does with a folder: links, and receipts of what was verified."""
+    folder = workspace / "archives" / "x"
+    folder.mkdir(parents=True)
+    for file in (shape.TRAIN, shape.VAL, shape.DEVKIT):
+        os.link(source / file, folder / file)
+        md5 = hash_file(folder / file, lambda done: None) if hashed else "0" * 32
+        receipt.write(folder / file, md5, str(source), "", (folder / file).stat())
+
+
+def prepare_val(source: Path, classes: int, val: int) -> str:
+    """Return the usual script that sorts val: one mkdir a class, one mv an image."""
+    by_id = {one.id: one.wnid for one in synsets(classes)}
+    lines = [f"mkdir -p {one.wnid}" for one in synsets(classes)]
+    lines += [
+        f"mv ILSVRC2012_val_{i:08d}.JPEG {by_id[number]}/" for i, number in enumerate(truth(val, classes), 1)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path, help="a new folder")
+    parser.add_argument("--train", type=int, default=8000, help="images of train (8000)")
+    parser.add_argument("--val", type=int, default=1000, help="images of val (1000)")
+    parser.add_argument("--classes", type=int, default=40, help="classes (40)")
+    parser.add_argument("--hollow", action="store_true", help="headers and ends only")
+    options = parser.parse_args()
+    make = make_hollow if options.hollow else make_archives
+    make(options.folder, options.train, options.val, options.classes)
+    print(options.folder)
+
+
+if __name__ == "__main__":
+    main()
