@@ -8,7 +8,7 @@ ARGS ?=# more arguments of pytest, such as ARGS='-k index'
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN = $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo lab slurm-demo test lint clean
 
 help: ## show this
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=FOLDER] [WORKSPACE=FOLDER] [ARGS=...]'
@@ -16,6 +16,14 @@ help: ## show this
 
 demo: $(VENV)/.installed-demo ## archives, a datastore, two trained backbones and a leaderboard: minutes
 	$(BIN)/python -m hpc_imagenet.demo workspace=$(WORKSPACE)
+
+lab: $(VENV)/.installed-demo ## a private Slurm cluster on this machine: 4 nodes, for cluster=lab
+	slurm/lab/lab up
+
+slurm-demo: $(VENV)/.installed-demo ## the same on a private Slurm cluster, on 2 nodes with 2 tasks each
+	slurm/lab/lab up
+	slurm/lab/lab login $(abspath $(BIN))/python -m hpc_imagenet.demo workspace=$(WORKSPACE)-slurm \
+	    cluster=lab cluster.nodes=2 cluster.tasks_per_node=2; code=$$?; slurm/lab/lab down; exit $$code
 
 test: $(VENV)/.installed-test ## all tests; what cannot run here is skipped, with the reason
 	$(BIN)/python -m pytest -ra $(ARGS)

@@ -38,6 +38,8 @@ Look and act:
   python -m hpc_imagenet cancel RUN …          stop it
   python -m hpc_imagenet retry RUN …           go on from where it stopped
   python -m hpc_imagenet report [--json]       the leaderboard
+  python -m hpc_imagenet verify [NAME …] [--quick] [--weights MODEL]   is all there, and as it was made
+  python -m hpc_imagenet doctor [cluster=mine] is the cluster set up: a probe on its nodes, and what to set
 
 More: --cfg job (the composed config)   --config-dir FOLDER (your own conf/ beside ours)
       --hydra-help   eval "$(hpc-imagenet -sc install=bash)" (tab completion of the command hpc-imagenet)

@@ -142,10 +142,13 @@ def _dataset(config: Config) -> Manifest:
     return manifest
 
 
-def _folders(config: Config) -> None:
-    manifest = _dataset(config)
-    if config.process.layout == "folders" and manifest.provenance.get("layout") != "folders":
-        raise UserError("the class folders are missing: +stage=process process.layout=folders")
+def _layout(config: Config) -> None:
+    """Whatever its form, a dataset serves as an index; shards and class folders must be those asked for."""
+    manifest, wanted = _dataset(config), config.process
+    if wanted.layout != "index" and manifest.provenance.get("process") != wanted.identity():
+        raise UserError(
+            f"the {wanted.layout} are not those asked for: +stage=process process.layout={wanted.layout}"
+        )
 
 
 def _version(config: Config) -> None:
@@ -176,7 +179,7 @@ _INPUTS: dict[str, Callable[[Config], object]] = {
 }
 _OUTPUTS: dict[str, Callable[[Config], object]] = {
     "download": _archives,
-    "process": _folders,
+    "process": _layout,
     "upload": _version,
     "train": _nothing,
 }

@@ -142,6 +142,8 @@ def _typed(composed: DictConfig) -> Config:
     config.workspace = _absolute(config.workspace)
     config.dataset.source = _absolute(config.dataset.source)
     config.datastore.url = _absolute(config.datastore.url)
+    if config.download.login is not None:
+        config.download.login = _absolute(config.download.login)
     return config
 
 

@@ -12,6 +12,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -25,9 +26,15 @@ FREE = ("cluster.stage", "cluster.sbatch", "dataset.archives", "model.options") 
 
 @dataclass
 class Stage:
-    """What to run: one of `STAGES`; `+stage=NAME` on the command line."""
+    """What to run: one of `STAGES`; `+stage=NAME` on the command line.
+
+    A stage of data may be cut into parts that run side by side, as jobs of their own; one more job, with no
+    part, puts together what they made. Filled by the plan.
+    """
 
     name: str = "train"
+    part: int | None = None  # 0 … parts - 1
+    parts: int = 1
 
 
 @dataclass
@@ -113,17 +120,60 @@ class Loader:
 
 @dataclass
 class Download:
-    """The download stage."""
+    """The download stage.
 
+    `login` is a file of mode 600 with cookies, a netrc or headers; the secret itself is never a setting.
+    """
+
+    connections: int = MISSING  # ranges of one archive at a time
+    limit: float | None = MISSING  # MB (10^6 bytes) a second over all connections; null: none
     retries: int = MISSING  # broken connections in a row without a new byte
     timeout: float = MISSING  # s without a byte
+    login: str | None = MISSING
 
 
 @dataclass
 class Process:
-    """The process stage. `layout` is index (no byte copied) or folders (class folders besides)."""
+    """The process stage.
+
+    `layout` is index (no byte copied), shards (new tars, and what is done to the images on the way) or
+    folders (class folders besides the index).
+    """
 
     layout: str = MISSING
+    tasks: int = 1  # parts that run side by side, as jobs of their own; of shards and folders
+    workers: int | None = None  # processes a job; null: the CPUs of its task
+    check: str = MISSING  # header: 4 kB of each image are read; decode: all of it, and it is decoded
+    on_corrupt: str = MISSING  # fail or skip
+    shard_size: float = MISSING  # GiB; all from here on: shards only
+    order: str = MISSING  # archive or shuffled: how the images of train lie in the shards
+    seed: int = MISSING  # of that shuffle
+    resize: str | None = MISSING  # short:PX or long:PX: larger images are made so small
+    quality: int = MISSING  # of the JPEGs that resize writes, 1 to 100
+    normalise: bool = MISSING  # whether PNG, CMYK and progressive become baseline RGB JPEGs
+    tile: bool = MISSING  # whether JPEGs get restart markers, without loss
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides which files the stage leaves; beside the archives."""
+        mine: dict[str, Any] = {"layout": self.layout, **self.pictures()}
+        if self.layout == "shards":
+            mine |= {"shard_size": self.shard_size, "order": self.order, "tile": self.tile}
+            mine |= {"seed": self.seed} if self.order == "shuffled" else {}
+        return mine
+
+    def pictures(self) -> dict[str, Any]:
+        """Return what decides which pictures a training sees; empty where they are those of the archives.
+
+        Shards that are copied, shuffled or tiled hold the same pictures, and the index keeps their order.
+        """
+        mine: dict[str, Any] = {}
+        if self.resize:
+            mine |= {"resize": self.resize, "quality": self.quality}
+        if self.normalise:
+            mine |= {"normalise": True}
+        if self.on_corrupt == "skip":
+            mine |= {"on_corrupt": "skip", "check": self.check}
+        return mine
 
 
 @dataclass
@@ -155,6 +205,7 @@ class Cluster:
     setup: list[str] = field(default_factory=list)  # shell lines before the job: module load …
     sbatch: dict[str, Any] = field(default_factory=dict)  # more options of sbatch, by their long names
     srun: list[str] = field(default_factory=list)  # more arguments of srun
+    scratch: str | None = None  # folder on each node's own disk
     stage: dict[str, dict[str, Any]] = field(default_factory=dict)  # any of the above, for one stage
 
 
@@ -234,7 +285,11 @@ def check(config: Config) -> None:
     """
     _one_of("stage", config.stage.name, STAGES)
     _one_of("cluster.executor", config.cluster.executor, EXECUTORS)
-    _one_of("process.layout", config.process.layout, ("index", "folders"))
+    _one_of("process.layout", config.process.layout, ("index", "shards", "folders"))
+    _one_of("process.check", config.process.check, ("header", "decode"))
+    _one_of("process.on_corrupt", config.process.on_corrupt, ("fail", "skip"))
+    _one_of("process.order", config.process.order, ("archive", "shuffled"))
+    _check_process(config.process)
     _one_of("model.stem", config.model.stem, ("auto", "standard", "small"))
     _one_of("recipe.optimizer", config.recipe.optimizer, ("sgd", "adamw"))
     recipe, cluster = config.recipe, config.cluster
@@ -249,6 +304,7 @@ def check(config: Config) -> None:
         ("recipe.warmup_epochs", recipe.warmup_epochs, 0),
         ("loader.workers", config.loader.workers, 0),
         ("train.accumulate", config.train.accumulate, 1),
+        ("download.connections", config.download.connections, 1),
         ("download.retries", config.download.retries, 0),
         ("cluster.parallel", cluster.parallel, 1),
         ("cluster.nodes", cluster.nodes, 1),
@@ -269,6 +325,13 @@ def check(config: Config) -> None:
     ):
         if share is not None and not 0 <= share <= 1:
             raise UserError(f"{name}={share} is not between 0 and 1")
+    for name, above in (
+        ("download.limit", config.download.limit),
+        ("download.timeout", config.download.timeout),
+    ):
+        if above is not None and above <= 0:
+            raise UserError(f"{name}={above} must be more than 0")
+    _no_secret(config.dataset.source)
     if config.train.checkpoint_every_minutes <= 0:
         raise UserError("train.checkpoint_every_minutes must be more than 0")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.dataset.name):
@@ -281,6 +344,41 @@ def check(config: Config) -> None:
     for stage in cluster.stage:
         _one_of("cluster.stage", stage, STAGES)
         cluster_for(config, stage)
+
+
+def _no_secret(source: str) -> None:
+    # The source is written into configs and logs; a login in it would be as well. It is not shown here either.
+    parts = urlsplit(source)
+    if "://" in source and ("@" in parts.netloc or parts.query or parts.fragment):
+        raise UserError(
+            "dataset.source is a URL prefix without a login, ? or #: a login is given by download.login"
+        )
+
+
+def _check_process(process: Process) -> None:
+    for name, value, least, most in (
+        ("tasks", process.tasks, 1, 9999),
+        ("workers", process.workers, 1, 9999),
+        ("seed", process.seed, 0, 2**32 - 1),
+        ("quality", process.quality, 1, 100),
+    ):
+        if value is not None and not least <= value <= most:
+            raise UserError(f"process.{name}={value} is not between {least} and {most}")
+    if process.shard_size <= 0:
+        raise UserError(f"process.shard_size={process.shard_size} must be more than 0 GiB")
+    if process.resize is not None and not re.fullmatch(r"(short|long):[1-9][0-9]{0,4}", process.resize):
+        raise UserError(f"process.resize={process.resize} is not short:PX or long:PX, such as short:256")
+    if process.layout == "index" and process.tasks > 1:
+        raise UserError(
+            f"process.tasks={process.tasks}: an index takes seconds and is not cut into parts; "
+            "process.layout=shards and folders are"
+        )
+    if process.layout != "shards":
+        for name in ("resize", "normalise", "tile"):
+            if value := getattr(process, name):
+                raise UserError(
+                    f"process.{name}={value} needs process.layout=shards: the others change no image"
+                )
 
 
 def near(name: str, valid: tuple[str, ...] | list[str]) -> str:

@@ -3,7 +3,8 @@
     python -m hpc_imagenet.demo [SETTING=VALUE …]
 
 It writes the digits archives, serves them on this machine, and then gives the same command that the real
-archives would get; nothing behind it knows that the source is a toy.
+archives would get; nothing behind it knows that the source is a toy. With cluster=NAME the jobs go to a Slurm
+cluster, whose nodes could not reach such a server: there the download takes the archives from a folder.
 """
 
 from __future__ import annotations
@@ -18,10 +19,8 @@ from hpc_imagenet.archives.serve import serving
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.verbs import fail
 
-# cluster=local: nodes of a cluster could not reach a server on this machine's loopback.
 SWEEP = (
     "+stage=pipeline",
-    "cluster=local",
     "dataset=digits",
     "model=resnet18,mobilenet_v3_small",
     "wait=true",
@@ -52,12 +51,18 @@ def main() -> None:
 
 
 def _pipeline(settings: list[str]) -> int:
+    if any(word.startswith("cluster=") and word != "cluster=local" for word in settings):
+        return _sweep(*settings)
     with tempfile.TemporaryDirectory(prefix="hpc-imagenet-demo-") as folder:
         digits.write(Path(folder) / "digits")
         with serving(Path(folder) / "digits") as url:
-            command = ["-m", *SWEEP, f"dataset.source={url}", *settings]
-            print(f"$ python -m hpc_imagenet {' '.join(command)}", flush=True)
-            return door.run(command)
+            return _sweep("cluster=local", f"dataset.source={url}", *settings)
+
+
+def _sweep(*settings: str) -> int:
+    command = ["-m", *SWEEP, *dict.fromkeys(settings)]
+    print(f"$ python -m hpc_imagenet {' '.join(command)}", flush=True)
+    return door.run(command)
 
 
 if __name__ == "__main__":

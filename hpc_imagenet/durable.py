@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,15 +15,18 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, before: Callable[[], object] | None = None) -> Iterator[IO[bytes]]:
     """Open a temporary file that takes the place of `path` when the block ends well.
 
     Readers see the old bytes or the new ones, never a part, also after a power cut. An exception leaves
-    `path` as it was and no temporary file behind.
+    `path` as it was and no temporary file behind; also one of `before`, which is called when all bytes are on
+    the disk and nothing but the rename is left.
     """
     with _temporary(path) as (file, name):
         yield file
         _sync(file)
+        if before is not None:
+            before()
         name.replace(path)
         sync_folder(path.parent)
 

@@ -1,4 +1,4 @@
-"""The one exception that is shown to a user without a traceback."""
+"""The exceptions that cross rooms; `UserError` is the one that is shown to a user without a traceback."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """A stage was asked to stop by a signal and has saved its work; the job is to be requeued."""
+
+
+class Lost(Exception):
+    """Another task of this job is gone, so this one cannot go on; the job is to be requeued."""
+
+
+class Superseded(Exception):
+    """Another copy of this job, begun later, has the run: this one writes nothing more and ends."""

@@ -3,6 +3,9 @@
 A job is named by its run's folder and the attempt's number, nothing else travels. Every task of the job comes
 through here; rank 0 tells that it began and how it ended. `python -m hpc_imagenet.job RUN_FOLDER ATTEMPT` is
 the same without submitit.
+
+A task on Slurm that cannot go on for a reason beyond it (a signal, a lost peer) leaves no outcome, only an
+exit code; what follows is decided once, behind srun, by aftermath.py.
 """
 
 from __future__ import annotations
@@ -11,16 +14,15 @@ import errno
 import importlib
 import os
 import signal
-import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet import local, slurm
-from hpc_imagenet.errors import Interrupted, UserError
-from hpc_imagenet.runs import FAILED, FINISHED, Attempt, Run
+from hpc_imagenet import aftermath, fence, local, slurm
+from hpc_imagenet.errors import Interrupted, Lost, Superseded, UserError
+from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, Attempt, Run
 from hpc_imagenet.world import from_environment
 
 
@@ -35,39 +37,40 @@ class Task:
         """Carry the attempt out; see `carry_out`."""
         return carry_out(Path(self.run_folder), self.attempt)
 
-    def checkpoint(self) -> Any:
-        """Return what submitit sends again when it requeues the job: the same; every stage can go on."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
 
 def carry_out(run_folder: Path, number: int) -> dict[str, Any]:
     """Run the stage that the frozen config names, in this process, and write the attempt's outcome.
 
     Raises:
-        SystemExit: it failed for a reason that is told in one line, or was interrupted to be requeued.
+        SystemExit: it failed for a reason that is told in one line, has ended before, or is to go on later.
         Exception: it failed otherwise; the traceback belongs to the log.
     """
-    # submitit's handler swallows SIGTERM; a stage may be killed at any moment, and training sets its own.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # submitit's handlers would swallow the first and requeue at the second. A stage may be killed at any
+    # moment, and training sets its own.
+    for number_of_signal in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number_of_signal, signal.SIG_DFL)
     run, world = Run(run_folder), from_environment()
     attempt = Attempt(run_folder / "attempts" / str(number))
-    if ended := attempt.outcome:  # cancelled before it began
-        raise SystemExit(f"this attempt was {ended.state} before it began: {ended.reason}")
-    if world.main and local.begun_by_another(attempt):
-        raise SystemExit("another process is at work on this attempt: leaving it alone")
+    if ended := attempt.outcome:  # cancelled before it began, or finished by another copy of this job
+        print(f"this attempt was {ended.state} before: {ended.reason}", file=sys.stderr, flush=True)
+        raise SystemExit(0 if ended.state == FINISHED else 1)
     if world.main:
-        attempt.start(**local.identity(), world_size=world.size)
+        _begin(run, attempt, world_size=world.size)
     try:
         config = run.config()
         stage = importlib.import_module(f"hpc_imagenet.stages.{config.stage.name}")
         result: dict[str, Any] = stage.run(config, run, world)
-    except Interrupted as interrupted:
-        if _requeue(world.main, config.cluster.max_requeues):
-            raise SystemExit(0) from None
-        attempt.end(FAILED, f"{interrupted}: retry goes on from the last checkpoint")
-        raise SystemExit(1) from None
+        if world.main:
+            _still_ours(run)
+            attempt.end(FINISHED, result=result)
+    except Superseded as superseded:
+        print(f"stepping back: {superseded}", file=sys.stderr, flush=True)
+        raise SystemExit(aftermath.LATER) from None
+    except (Interrupted, Lost) as reason:
+        if not _on_slurm():
+            attempt.end(FAILED, f"{reason}: retry goes on from the last checkpoint")
+        print(reason, file=sys.stderr, flush=True)
+        raise SystemExit(aftermath.LATER) from None
     except UserError as error:
         attempt.end(FAILED, str(error))
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -77,9 +80,45 @@ def carry_out(run_folder: Path, number: int) -> dict[str, Any]:
             attempt.end(FAILED, f"no space left in {run_folder.parents[1]}: make room, then retry")
         attempt.end(FAILED, traceback.format_exception_only(type(error), error)[-1].strip())
         raise
-    if world.main:
-        attempt.end(FINISHED, result=result)
     return result
+
+
+def _begin(run: Run, attempt: Attempt, **details: Any) -> None:
+    """Take the run over and note the start, unless there is a reason not to.
+
+    Raises:
+        SystemExit: somebody else has the run, or it has been started too often.
+    """
+    if local.begun_by_another(attempt):
+        raise SystemExit("another process is at work on this attempt: leaving it alone")
+    if (newest := run.attempt) and newest.number > attempt.number:
+        # Its submission was cut off and asked for again: two attempts never write one run.
+        attempt.end(CANCELLED, f"attempt {newest.number} took its place")
+        raise SystemExit(f"attempt {newest.number} took the place of this one")
+    if not attempt.submitted and (job := slurm.this_job()):
+        # The command that sent this job was killed before it could note its id.
+        attempt.submit("slurm", job_id=job)
+    try:
+        run.fence = fence.take(run.folder, attempt.number)
+    except Superseded as superseded:
+        print(f"stepping back: {superseded}", file=sys.stderr, flush=True)
+        raise SystemExit(aftermath.LATER) from None
+    attempt.start(**local.identity(), **details)
+    most = run.cluster().max_requeues
+    if _on_slurm() and fence.restarts() > most:
+        reason = f"requeued {fence.restarts()} times, more than cluster.max_requeues={most}: retry goes on"
+        attempt.end(FAILED, reason)
+        raise SystemExit(reason)
+
+
+def _still_ours(run: Run) -> None:
+    if run.fence:
+        run.fence.check()
+
+
+def _on_slurm() -> bool:
+    """Whether this is a task of a Slurm job; submitit's local jobs may run inside an allocation."""
+    return slurm.this_job() is not None and "SUBMITIT_LOCAL_GLOBALID" not in os.environ
 
 
 def _is_full(error: BaseException | None) -> bool:
@@ -89,16 +128,6 @@ def _is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _requeue(main: bool, most: int) -> bool:
-    """Send an interrupted Slurm job back to the queue; False without Slurm, or after `most` times."""
-    job, before = slurm.this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    if job is None or "SUBMITIT_LOCAL_GLOBALID" in os.environ or before >= most:
-        return False
-    if main:
-        subprocess.run(["scontrol", "requeue", job], check=True)
-    return True
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hpc_imagenet.config import Cluster, Config, Dataset, Datastore, cluster_for
+from hpc_imagenet.config import Cluster, Config, Dataset, Datastore, Process, cluster_for
 
 PIPELINE = ("download", "process", "upload", "train")
 
@@ -54,7 +54,8 @@ def plan(configs: Sequence[Config], found: Found) -> list[Job]:
         whole = config.stage.name == "pipeline"
         for stage in PIPELINE if whole else (config.stage.name,):
             job = _job(stage, config, found if not whole else _nothing)
-            jobs.setdefault(job.run, job)
+            for each in _parts(job):
+                jobs.setdefault(each.run, each)
     return sorted(jobs.values(), key=lambda job: PIPELINE.index(job.stage))
 
 
@@ -64,14 +65,36 @@ def signature(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def content(dataset: Dataset) -> str:
-    """Return the short hash of which images a dataset holds.
+def content(dataset: Dataset, process: Process | None = None) -> str:
+    """Return the short hash of which images a dataset holds, as they lie in the archives or once processed.
 
     Pinned MD5s or a revision say it wherever the archives come from; without them the source is part of it.
     """
     pins = {split: archive.md5 for split, archive in dataset.archives.items()}
     pinned = dataset.revision or (all(pins.values()) and pins)
-    return signature("content", dataset.name, pinned or dataset.source)
+    changed = process.pictures() if process else {}
+    return signature("content", dataset.name, pinned or dataset.source, *([changed] if changed else []))
+
+
+def _parts(job: Job) -> list[Job]:
+    """Return the jobs that make a stage: its parts, which may run side by side, and last the job itself.
+
+    With parts the job itself only puts together what they made; its signature is the same as without.
+    """
+    count = {"process": job.config.process.tasks}.get(job.stage, 1)
+    if count == 1:
+        return [job]
+    parts = [
+        replace(
+            job,
+            label=f"{job.label}.{part + 1}-of-{count}",
+            signature=signature(job.run, part, count),
+            config=replace(job.config, stage=replace(job.config.stage, part=part, parts=count)),
+        )
+        for part in range(count)
+    ]
+    last = replace(job.config, stage=replace(job.config.stage, parts=count))
+    return [*parts, replace(job, needs=tuple(part.run for part in parts), config=last)]
 
 
 def _nothing(_: Datastore) -> None:
@@ -80,13 +103,13 @@ def _nothing(_: Datastore) -> None:
 
 def _job(stage: str, config: Config, found: Found) -> Job:
     dataset, workspace = config.dataset, config.workspace
-    images = content(dataset)
+    archives, images = content(dataset), content(dataset, config.process)
     datastore = replace(config.datastore, content=images)
     # A folder in the workspace is named relative to it, so that a workspace can be moved.
     url = datastore.url.replace(workspace, "workspace:", 1)
     ids = {
-        "download": f"{signature('download', images)}-download-{dataset.name}",
-        "process": f"{signature('process', images, config.process.layout)}-process-{dataset.name}",
+        "download": f"{signature('download', archives)}-download-{dataset.name}",
+        "process": f"{signature('process', archives, config.process.identity())}-process-{dataset.name}",
         "upload": f"{signature('upload', images, datastore.name, url)}-upload-{datastore.name}",
     }
     needs: tuple[str, ...] = ()

@@ -4,6 +4,7 @@
         config.yaml        frozen at submission
         run.json           stage, model, label, needs, created
         attempts/<n>/      submitted.json, process.json (local), started.json, outcome.json, logs
+        holder.json        which start of a job may write here (fence.py)
         progress.json      how far it is; replaced every second or so
         …                  metrics and checkpoints of a training
 
@@ -27,9 +28,12 @@ import yaml
 from hpc_imagenet.config import Cluster, Config, cluster_from, from_dict
 from hpc_imagenet.durable import create_json, read_json, replacing, write_json
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.fence import Fence, restarts
 
 QUEUED, RUNNING, FINISHED, FAILED, CANCELLED = "queued", "running", "finished", "failed", "cancelled"
 ENDED = (FINISHED, FAILED, CANCELLED)
+_TAIL = 1 << 16  # bytes
+_SLURMS = ("srun: ", "slurmstepd: ", "submitit ERROR")
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,9 @@ class Attempt:
 
     def start(self, **details: Any) -> None:
         """Note that the job has begun on a node; a requeued job notes it again."""
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         write_json(
             self.folder / "started.json",
-            {"time": now(), "host": socket.gethostname(), "restarts": restarts, **details},
+            {"time": now(), "host": socket.gethostname(), "restarts": restarts(), **details},
         )
 
     @property
@@ -93,6 +96,19 @@ class Attempt:
         job = submitted.get("job_id") or (read_json(self.folder / "process.json") or {}).get("job_id", "*")
         return sorted(path for end in ("out", "err") for path in folder.glob(f"{job}_*log.{end}"))
 
+    def last_words(self) -> str:
+        """Return the last line of its errors, if that line names an error; else nothing."""
+        for log in self.logs():
+            if log.suffix == ".err":
+                with log.open("rb") as file:
+                    file.seek(max(0, log.stat().st_size - _TAIL))
+                    lines = file.read().decode(errors="replace").strip().splitlines()
+                # What srun and Slurm say behind it is that the task is gone, not why.
+                lines = [line.strip() for line in lines if not line.startswith(_SLURMS)]
+                if lines and any(word in lines[-1] for word in ("Error", "Exception", "error:")):
+                    return lines[-1].removeprefix("error: ")
+        return ""
+
 
 class Run:
     """One run's folder."""
@@ -100,6 +116,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.id = folder.name
+        self.fence: Fence | None = None  # of the job that is at work on it in this process
 
     @property
     def info(self) -> dict[str, Any]:
@@ -154,10 +171,15 @@ class Run:
 
 
 class Progress:
-    """Tells the record how far a stage is, at most once a second."""
+    """Tells the record how far a stage is, at most once a second.
 
-    def __init__(self, folder: Path, every: float = 1.0) -> None:
-        self._path = folder / "progress.json"
+    Raises:
+        Superseded: another copy of the job has taken the run over.
+    """
+
+    def __init__(self, run: Run, every: float = 1.0) -> None:
+        self._path = run.folder / "progress.json"
+        self._fence = run.fence
         self._every = every
         self._last = float("-inf")
         self._begin = time.monotonic()
@@ -171,6 +193,8 @@ class Progress:
         if moment - self._last < self._every and done != total:
             return
         self._last = moment
+        if self._fence:
+            self._fence.check()
         elapsed = moment - self._begin
         rate = (done - self._first) / elapsed if elapsed > 0 else None
         write_json(

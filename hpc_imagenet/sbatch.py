@@ -6,14 +6,15 @@ import contextlib
 import io
 import os
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet import local
+from hpc_imagenet import local, slurm
 from hpc_imagenet.config import Cluster
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.job import Task
@@ -33,11 +34,15 @@ class Part:
 
 
 def arrays(parts: Iterable[Part]) -> list[list[Part]]:
-    """Group runs that may share one sbatch; needs come before those that need them, as given."""
+    """Group runs that may share one sbatch; needs come before those that need them, as given.
+
+    A group that is more than this cluster takes as one array becomes several.
+    """
     groups: dict[str, list[Part]] = {}
     for part in parts:
         groups.setdefault(repr((part.stage, part.cluster, part.needs)), []).append(part)
-    return list(groups.values())
+    most = slurm.most_of_an_array() if any(len(group) > 1 for group in groups.values()) else 1
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
 def script(array: Sequence[Part], folder: Path) -> str:
@@ -49,6 +54,20 @@ def script(array: Sequence[Part], folder: Path) -> str:
     return text
 
 
+def verdict(text: str) -> str:
+    """Return what `sbatch --test-only` says of a script: when it would start, or why it is refused.
+
+    Slurm does not know the jobs that it would wait for yet; the start is told as if they had ended.
+    """
+    lines = [line for line in text.splitlines() if not line.startswith("#SBATCH --dependency=")]
+    with _without_slurm_variables():
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input="\n".join(lines), capture_output=True, text=True, check=False
+        )
+    said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in said) or "fine"
+
+
 def send(record: Record, attempts: Sequence[tuple[Run, Attempt]], code: Mapping[str, str]) -> None:
     """Hand attempts to Slurm and note their job ids.
 
@@ -56,15 +75,16 @@ def send(record: Record, attempts: Sequence[tuple[Run, Attempt]], code: Mapping[
         UserError: sbatch refused one; it and those behind it are marked as failed.
     """
     job_ids: dict[str, str] = {}
+    sizes: dict[str, int] = {}  # of the arrays sent here
     mine = {run.id: attempt for run, attempt in attempts}
     parts = [_part(run) for run, _ in attempts]
     for array in arrays(parts):
-        after = [_job_id(record.run(need), job_ids) for need in array[0].needs]
+        after = _short([_job_id(record.run(need), job_ids) for need in array[0].needs], sizes)
         folder = mine[array[0].run].folder
         if len(array) > 1:
             folder = record.folder / ".slurm" / str(time.time_ns())
         try:
-            jobs = _send(array, folder, [job for job in after if job], record, mine)
+            jobs = _send(array, folder, after, record, mine)
         except UserError as error:
             for run in mine.keys() - job_ids.keys():
                 mine[run].end(FAILED, str(error))
@@ -73,6 +93,19 @@ def send(record: Record, attempts: Sequence[tuple[Run, Attempt]], code: Mapping[
         for part, job_id in zip(array, jobs, strict=True):
             mine[part.run].submit("slurm", job_id=job_id, logs=str(folder), code=dict(code))
             job_ids[part.run] = job_id
+        sizes[jobs[0].partition("_")[0]] = len(jobs)
+
+
+def _short(job_ids: Iterable[str | None], sizes: Mapping[str, int]) -> list[str]:
+    """Return the jobs to wait for; all tasks of an array are named by the array, lest the list be long."""
+    by_array: dict[str, list[str]] = {}
+    for job_id in filter(None, job_ids):
+        by_array.setdefault(job_id.partition("_")[0], []).append(job_id)
+    return [
+        job
+        for array, tasks in by_array.items()
+        for job in ([array] if len(tasks) == sizes.get(array) else tasks)
+    ]
 
 
 def _part(run: Run) -> Part:
@@ -83,20 +116,32 @@ def _part(run: Run) -> Part:
 def _send(
     array: Sequence[Part], folder: Path, after: list[str], record: Record, attempts: Mapping[str, Attempt]
 ) -> list[str]:
+    tasks = [Task(str(record.run(part.run).folder), attempts[part.run].number) for part in array]
+    return _submit(_executor(array, folder, after), tasks, array[0].label)
+
+
+def send_one(part: Part, folder: Path, task: Callable[[], object]) -> str:
+    """Send what is no run, such as the doctor's probe, in a job like that of a run; return its id.
+
+    Raises:
+        UserError: sbatch refused it.
+    """
+    executor = _executor([part], folder, part.needs)
+    executor.update_parameters(teardown=[])  # there is no attempt to be settled
+    return _submit(executor, [task], part.label)[0]
+
+
+def _submit(executor: Any, tasks: Sequence[Callable[[], object]], label: str) -> list[str]:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = _executor(array, folder, after)
     heard = io.StringIO()  # submitit passes on what sbatch says; a refusal is told below, once
     try:
         with _without_slurm_variables(), contextlib.redirect_stderr(heard), executor.batch():
-            jobs = [
-                executor.submit(Task(str(record.run(part.run).folder), attempts[part.run].number))
-                for part in array
-            ]
+            jobs = [executor.submit(task) for task in tasks]
     except (FailedJobError, FailedSubmissionError) as error:
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in said)
-        raise UserError(f"sbatch refused {array[0].label}: {why or 'without a word'}") from None
+        raise UserError(f"sbatch refused {label}: {why or 'without a word'}") from None
     sys.stderr.write(heard.getvalue())
     return [str(job.job_id) for job in jobs]
 
@@ -121,7 +166,7 @@ def _executor(array: Sequence[Part], folder: Path, after: Iterable[str]) -> Any:
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=cluster.max_requeues)
     path = shlex.quote(local.job_environment()["PYTHONPATH"])
     train = stage == "train"
-    options: dict[str, Any] = dict(cluster.sbatch)
+    options: dict[str, Any] = {"requeue": True, **cluster.sbatch}
     if dependency := ":".join(after):
         # Without the second line a job whose need failed stays pending for ever.
         options |= {"dependency": f"afterok:{dependency}", "kill-on-invalid-dep": "yes"}
@@ -140,11 +185,23 @@ def _executor(array: Sequence[Part], folder: Path, after: Iterable[str]) -> Any:
         array_parallelism=cluster.array_parallelism,
         wckey=None,  # submitit sets one, and some clusters refuse it
         # srun no longer takes --cpus-per-task from sbatch; a task on one core would starve its loader.
-        setup=[*cluster.setup, f"export PYTHONPATH={path}", "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"],
+        setup=[
+            *cluster.setup,
+            f"export PYTHONPATH={path}",
+            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+            "trap : TERM  # at a preemption srun passes it on, and this script waits for the tasks to save",
+        ],
         srun_args=["--kill-on-bad-exit=1", *cluster.srun],
-        additional_parameters=options or None,
+        teardown=[f"{executor.python} -m hpc_imagenet.aftermath {shlex.quote(str(folder))} $?"],
+        signal_delay_s=_warning(cluster),
+        additional_parameters=options,
     )
     return executor
+
+
+def _warning(cluster: Cluster) -> int:
+    """Return how many seconds before its time limit a job is told: time to save, also in a short job."""
+    return min(90, 15 * (cluster.time or 6))
 
 
 @contextlib.contextmanager

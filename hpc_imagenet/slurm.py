@@ -1,13 +1,17 @@
-"""Asking Slurm: squeue for what is in the queue, sacct for what has left it."""
+"""Asking Slurm: squeue for what is in the queue, sacct for what has left it. Submits nothing."""
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs import CANCELLED, ENDED, FAILED, FINISHED, QUEUED, RUNNING
 
 _STATES = {
     "PENDING": QUEUED,
@@ -15,6 +19,7 @@ _STATES = {
     "REQUEUED": QUEUED,
     "REQUEUE_HOLD": QUEUED,
     "REQUEUE_FED": QUEUED,
+    "SPECIAL_EXIT": QUEUED,
     "RESIZING": RUNNING,
     "RUNNING": RUNNING,
     "COMPLETING": RUNNING,
@@ -33,6 +38,18 @@ _STATES = {
     "REVOKED": CANCELLED,
     "COMPLETED": FINISHED,
 }
+# Of squeue, in fixed width: the id may be long for a moment, and a reason names nodes.
+_COLUMNS = (("jobarrayid", 48), ("state", 24), ("restartcnt", 12), ("exit_code", 12), ("reason", 160))
+_PATIENCE = 60.0  # s; Slurm's own time-outs are shorter
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Slurm says of a job; `state` as in runs.py, or empty where Slurm did not answer."""
+
+    state: str
+    reason: str = ""
+    restarts: int = 0  # how often Slurm has started it again
 
 
 def reachable() -> bool:
@@ -46,43 +63,100 @@ def this_job() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
-def ask(job_ids: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Return (state, reason) of each job that Slurm still knows; ids as `123` or `123_4` for an array's task.
+def ask(job_ids: Iterable[str]) -> dict[str, Answer]:
+    """Return Slurm's word on each job; ids as `123`, or `123_4` for an array's task.
 
     squeue is right at once about what is in the queue; sacct may lag and show passing states, so it is asked
     only for what squeue no longer has. A job that ended well by Slurm's word and wrote no outcome did not
-    end well: its state is failed.
+    end well: its state is failed. A job that Slurm has forgotten is not in the answer; where Slurm does not
+    answer, every job has an answer without a state.
     """
     wanted = set(job_ids)
     if not wanted or not reachable():
         return {}
     mains = ",".join(sorted({job.partition("_")[0] for job in wanted}))
-    queue = _lines(
-        ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", f"--jobs={mains}"]
-    )
-    answers = {job: _told(name, reason) for job, name, reason in queue if job in wanted}
+    columns = ",".join(f"{name}:{width}" for name, width in _COLUMNS)
+    done = _say(["squeue", "--noheader", "--array", "--states=all", f"--Format={columns}", f"--jobs={mains}"])
+    if done.returncode and "Invalid job id" not in done.stderr:  # of one job that is gone, squeue says that
+        why = (done.stderr.strip().splitlines() or ["squeue failed"])[-1].removeprefix("slurm_load_jobs ")
+        return {job: Answer("", f"Slurm does not answer ({why})") for job in wanted}
+    answers = {}
+    for job, name, restarts, status, reason in map(_columns, done.stdout.splitlines()):
+        if job in wanted:
+            code = f"{int(status) >> 8}:{int(status) & 0x7F}" if status.isdigit() else ""
+            answers[job] = _told(name, reason, code, int(restarts) if restarts.isdigit() else 0)
     left = sorted(wanted - answers.keys())
     if left and shutil.which("sacct"):
         fields = "--format=JobID,State,ExitCode"
-        mains = ",".join(left)
-        for job, name, code in _lines(
-            ["sacct", "--noheader", "--parsable2", "--allocations", fields, f"--jobs={mains}"]
-        ):
-            if job in wanted:
-                answers[job] = _told(name, f"exit code {code}")
+        command = ["sacct", "--noheader", "--parsable2", "--allocations", fields, f"--jobs={','.join(left)}"]
+        for line in _say(command).stdout.splitlines():
+            job, name, code, *_ = (*line.split("|"), "", "")
+            told = _told(name, "", code)
+            if job in wanted and told.state in ENDED:  # what squeue does not have is not running
+                answers[job] = told
     return answers
 
 
-def _lines(command: list[str]) -> list[list[str]]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
+def own_state() -> str:
+    """Return Slurm's word for the job that this process is part of, such as RUNNING; empty if unknown."""
+    job = this_job()
+    if job is None or not reachable():
+        return ""
+    return _say(["squeue", "--noheader", "--format=%T", f"--jobs={job}"]).stdout.strip()
 
 
-def _told(name: str, reason: str) -> tuple[str, str]:
+def requeue() -> str:
+    """Send the job that this process is part of back to the queue.
+
+    Returns:
+        Why it was not done; empty if it was.
+    """
+    done = _say(["scontrol", "requeue", str(this_job())])
+    return done.stderr.strip() if done.returncode else ""
+
+
+def cancel(job_id: str) -> None:
+    """Take a job from the queue or end it; one that is gone already is no error.
+
+    Raises:
+        UserError: Slurm refused or did not answer.
+    """
+    done = _say(["scancel", job_id])
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise UserError(f"scancel {job_id}: {done.stderr.strip() or 'failed'}: ask again")
+
+
+@functools.cache
+def most_of_an_array() -> int:
+    """Return how many jobs one array may have on this cluster: MaxArraySize, the highest index plus one."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _say(["scontrol", "show", "config"]).stdout, re.MULTILINE)
+    return max(1, int(found[1])) if found else 1001  # Slurm's default
+
+
+def _say(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)
+    except (subprocess.TimeoutExpired, OSError) as error:
+        return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: {error}")
+
+
+def _columns(line: str) -> list[str]:
+    cells, at = [], 0
+    for _, width in _COLUMNS:
+        cells.append(line[at : at + width].strip())
+        at += width
+    return cells
+
+
+def _told(name: str, reason: str, code: str, restarts: int = 0) -> Answer:
+    """Return the answer for Slurm's words; `code` is the exit code and, behind a colon, the signal."""
     word = name.split()[0] if name else ""  # sacct says `CANCELLED by 1000`
     state = _STATES.get(word, RUNNING)
     if state == FINISHED:
-        return FAILED, "Slurm calls it completed, but it left no outcome"
+        return Answer(FAILED, "Slurm calls it completed, but it left no outcome", restarts)
     if state in (FAILED, CANCELLED):
-        return state, f"Slurm: {name.lower().replace('_', ' ')} ({reason})"
-    return state, reason if state == QUEUED and reason != "None" else ""
+        more = f"exit code {code}" if state == FAILED else reason.split(",")[0]
+        # Of a cancelled job only one reason says why: what it waited for has failed.
+        shown = state == FAILED or more.startswith("Dependency")
+        return Answer(state, f"Slurm: {name.lower().replace('_', ' ')}" + f" ({more})" * shown, restarts)
+    return Answer(state, reason if state == QUEUED and reason != "None" else "", restarts)

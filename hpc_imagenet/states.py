@@ -6,13 +6,14 @@ failed, and its reason says that it left no word.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hpc_imagenet import local, slurm
-from hpc_imagenet.runs import ENDED, FAILED, FINISHED, QUEUED, RUNNING, Attempt, Record, Run
+from hpc_imagenet.runs import ENDED, FAILED, FINISHED, QUEUED, RUNNING, Attempt, Outcome, Record, Run
 
 _SUBMITTING = 60.0  # s that handing an attempt over may take
 GONE = "ended without a word (killed, out of memory, or the machine restarted): retry goes on from there"
@@ -24,6 +25,7 @@ class State:
 
     name: str
     reason: str = ""
+    restarts: int = 0  # how often Slurm has started the attempt again
 
     @property
     def active(self) -> bool:
@@ -50,7 +52,7 @@ def states(runs: Iterable[Run]) -> dict[str, State]:
         if attempt is None:
             told[run.id] = State(FAILED, "was never submitted: ask for it again")
         elif outcome := attempt.outcome:
-            told[run.id] = State(outcome.state, outcome.reason)
+            told[run.id] = _ended(attempt, outcome)
         else:
             asked[run.id] = attempt
     on_slurm = {
@@ -61,22 +63,33 @@ def states(runs: Iterable[Run]) -> dict[str, State]:
     answers = slurm.ask(on_slurm.values()) if on_slurm else {}
     for run_id, attempt in asked.items():
         if run_id in on_slurm:
-            answer = answers.get(on_slurm[run_id])
-            told[run_id] = State(*answer) if answer else _unseen(attempt)
+            told[run_id] = _on_slurm(attempt, answers.get(on_slurm[run_id]))
         else:
             told[run_id] = _here(attempt)
-        if not told[run_id].active and (outcome := attempt.outcome):
-            # It ended while we asked; what it said itself is better.
-            told[run_id] = State(outcome.state, outcome.reason)
+        if not told[run_id].active:
+            # It may have ended while we asked, and what it said itself is better. On a network file system
+            # the listing makes this host forget that there was no such file.
+            with contextlib.suppress(OSError):
+                list(attempt.folder.iterdir())
+            if outcome := attempt.outcome:
+                told[run_id] = _ended(attempt, outcome)
     return told
 
 
-def _unseen(attempt: Attempt) -> State:
-    # Neither squeue nor sacct knows the job, or neither is at hand.
-    if not slurm.reachable():
-        name = RUNNING if attempt.started else QUEUED
-        return State(name, "as last recorded: no Slurm commands here")
-    return State(FAILED, GONE)
+def _ended(attempt: Attempt, outcome: Outcome) -> State:
+    return State(outcome.state, outcome.reason, attempt.started.get("restarts", 0))
+
+
+def _on_slurm(attempt: Attempt, answer: slurm.Answer | None) -> State:
+    started = attempt.started
+    if answer is None and slurm.reachable():  # neither squeue nor sacct knows the job any more
+        return State(FAILED, attempt.last_words() or GONE, started.get("restarts", 0))
+    if answer is None or not answer.state:
+        name = RUNNING if started else QUEUED
+        why = answer.reason if answer else "no Slurm commands here"
+        return State(name, f"as last recorded: {why}", started.get("restarts", 0))
+    words = attempt.last_words() if answer.state == FAILED else ""
+    return State(answer.state, answer.reason + (f": {words}" if words else ""), answer.restarts)
 
 
 def _here(attempt: Attempt) -> State:

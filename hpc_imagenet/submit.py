@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hpc_imagenet import __version__, check, local, sbatch, slurm
+from hpc_imagenet import __version__, aftermath, check, local, sbatch, slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.plan import Job
 from hpc_imagenet.runs import CANCELLED, FINISHED, Attempt, Record, Run
@@ -64,7 +66,14 @@ def submit(plan: Sequence[Job], record: Record, executor: str) -> list[Sent]:
     for job, what, needs in intend(plan, record):
         run = record.run(job.run)
         if what == "submitted":
-            info = {"stage": job.stage, "label": job.label, "model": job.model, "needs": needs}
+            info: dict[str, Any] = {
+                "stage": job.stage,
+                "label": job.label,
+                "model": job.model,
+                "needs": needs,
+            }
+            if job.config.stage.part is not None:
+                info["part"] = job.config.stage.part
             record.create(job.run, job.frozen(), info)
         sent.append(Sent(run, what))
     send(record, [entry.run for entry in sent if entry.what == "submitted"], executor)
@@ -119,7 +128,7 @@ def _unfinished(record: Record, run: Run, found: dict[str, Run]) -> None:
 
 
 def cancel(run: Run) -> State:
-    """Stop a run wherever it is; the outcome is written first, so that its end is not taken for a failure.
+    """Stop a run wherever it is.
 
     Returns:
         The state it had before.
@@ -128,10 +137,13 @@ def cancel(run: Run) -> State:
     attempt = run.attempt
     if not was.active or attempt is None:
         return was
-    attempt.end(CANCELLED, "by the cancel command")
-    if attempt.submitted.get("executor") == "slurm":
-        subprocess.run(["scancel", str(attempt.submitted["job_id"])], check=True)
-    else:
+    on_slurm = attempt.submitted.get("executor") == "slurm"
+    if on_slurm and not slurm.reachable():
+        raise UserError(f"{run.id} is a Slurm job, and there is no scancel here: ask on a login node")
+    if on_slurm:  # a job that Slurm ends leaves no outcome of its own
+        slurm.cancel(str(attempt.submitted["job_id"]))
+    attempt.end(CANCELLED, "by the cancel command")  # before its end can be taken for a failure
+    if not on_slurm:
         local.kill(attempt)
     return was
 
@@ -148,6 +160,10 @@ def _to_queue(record: Record, attempts: list[tuple[Run, Attempt]]) -> None:
 def _here(record: Record, attempts: list[tuple[Run, Attempt]]) -> None:
     """Run the attempts one after another in the foreground: by srun inside an allocation, else directly."""
     allocation, failed = slurm.this_job(), ""
+    if allocation:
+        # At a preemption srun passes this on, and we wait for the tasks to save. (Being ignored it would be
+        # ignored by them as well.)
+        signal.signal(signal.SIGTERM, lambda *_: None)
     for run, attempt in attempts:
         if failed:
             attempt.end(CANCELLED, f"came after {failed}, which failed")
@@ -163,7 +179,9 @@ def _here(record: Record, attempts: list[tuple[Run, Attempt]]) -> None:
         else:
             attempt.submit("here", host=socket.gethostname(), code=_code())
             local.note_process(attempt)
-        subprocess.run(command, env=local.job_environment(), check=False)
+        done = subprocess.run(command, env=local.job_environment(), check=False)
+        if allocation:
+            aftermath.settle(run, attempt, done.returncode)
         if not state(run).finished:
             failed = run.id
 

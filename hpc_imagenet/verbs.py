@@ -1,4 +1,4 @@
-"""The verbs: jobs, logs, cancel, retry, report. They read the record; cancel and retry act on it."""
+"""The verbs: they read the record; cancel and retry act on it. The doctor looks at the cluster instead."""
 
 from __future__ import annotations
 
@@ -16,18 +16,27 @@ from hpc_imagenet.runs import Record, Run
 if TYPE_CHECKING:
     from rich.table import Table
 
-VERBS = ("jobs", "logs", "cancel", "retry", "report")
+VERBS = ("jobs", "logs", "cancel", "retry", "report", "verify", "doctor")
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:
     """Carry a verb out and return the exit code."""
+    if verb == "doctor":
+        return _doctor(arguments)
     settings = [word for word in arguments if word.startswith("workspace=")]
     options = _parser(verb).parse_args([word for word in arguments if word not in settings])
     default = os.environ.get("HPC_IMAGENET_WORKSPACE", "workspace")
     record = Record(Path(settings[-1].partition("=")[2] if settings else default).expanduser().absolute())
-    if not record.folder.is_dir() and verb not in ("jobs", "report"):
+    if not record.folder.is_dir() and verb not in ("jobs", "report", "verify"):
         raise UserError(f"no runs in {record.folder.parent}: say which workspace=FOLDER holds them")
-    act = {"jobs": _jobs, "logs": _logs, "cancel": _cancel, "retry": _retry, "report": _report}[verb]
+    act = {
+        "jobs": _jobs,
+        "logs": _logs,
+        "cancel": _cancel,
+        "retry": _retry,
+        "report": _report,
+        "verify": _verify,
+    }[verb]
     return act(record, options)
 
 
@@ -43,6 +52,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         "cancel": "Stop runs, queued or running; retry takes them up again.",
         "retry": "Take up runs that failed or were cancelled, from where they stopped.",
         "report": "Show the leaderboard of all trainings.",
+        "verify": "Hold datasets and datastores against their certificates; exit code 1 where one is wrong.",
+        "doctor": "Say whether the cluster is set up: ask Slurm, and send a probe of a minute to its nodes.",
     }[verb]
     parser = _Parser(
         prog=f"python -m hpc_imagenet {verb}",
@@ -51,12 +62,38 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     )
     if verb in ("jobs", "report"):
         parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    elif verb == "verify":
+        parser.epilog = "workspace=FOLDER names another workspace. Without a NAME: all that is in it."
+        parser.add_argument("names", metavar="NAME", nargs="*", help="dataset, datastore, NAME@vN or folder")
+        parser.add_argument("--quick", action="store_true", help="sizes, counts, a sample; no image is read")
+        parser.add_argument(
+            "--weights",
+            metavar="MODEL[:WEIGHTS][=FILE]",
+            help="score torchvision's weights of a model, as they lie in its cache or in FILE, on val",
+        )
+    elif verb == "doctor":
+        parser.epilog = "The settings are those of a submission, such as cluster=mine workspace=FOLDER."
+        parser.add_argument("settings", metavar="SETTING=VALUE", nargs="*")
+        parser.add_argument("-cd", "--config-dir", metavar="FOLDER", help="your own conf/ beside ours")
+        parser.add_argument(
+            "--timeout", type=float, default=300, metavar="S", help="s that a probe may wait for its nodes (300)"
+        )
+        parser.add_argument("--json", action="store_true", help="a list of objects instead of lines")
     elif verb == "logs":
         parser.add_argument("run", metavar="RUN")
         parser.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
     else:
         parser.add_argument("runs", metavar="RUN", nargs="+")
     return parser
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    options = _parser("doctor").parse_intermixed_args(list(arguments))
+    if strange := [word for word in options.settings if "=" not in word and not word.startswith("~")]:
+        raise UserError(f"doctor: {strange[0]} is no option and no SETTING=VALUE; see doctor --help")
+    from hpc_imagenet.doctor.examine import examine
+
+    return examine(options.settings, options.config_dir, options.timeout, options.json)
 
 
 def _jobs(record: Record, options: argparse.Namespace) -> int:
@@ -112,6 +149,40 @@ def _retry(record: Record, options: argparse.Namespace) -> int:
         for entry in retry(record, run):
             print(f"{WORDS[entry.what]}  {entry.run.id}")
     return 0
+
+
+def _verify(record: Record, options: argparse.Namespace) -> int:
+    from hpc_imagenet.archives import verify
+
+    workspace, cpus = record.folder.parent, len(os.sched_getaffinity(0))
+    named = [folder for name in options.names for folder in verify.find(workspace, name)]
+    folders = named or verify.everything(workspace)
+    if not folders:
+        raise UserError(f"nothing to verify in {workspace}: say which workspace=FOLDER, or name a folder")
+    good = True
+    for folder in folders:
+        print(folder, flush=True)
+        report = verify.verify(
+            folder, quick=options.quick, workers=cpus, say=lambda line: print(f"  {line}", flush=True)
+        )
+        for line in report.wrong:
+            print(f"  wrong: {line}", flush=True)
+        good = good and not report.wrong
+        read = f"{report.bytes / 1e9:.3f} GB read" if report.bytes else "no image read (--quick)"
+        state = f"wrong in {len(report.wrong)} places" if report.wrong else "whole"
+        print(f"  {state}: {report.images:,} images, {report.files} files, {read}")
+        if options.weights and not report.wrong:
+            print(f"  {_scored(folder, options.weights, cpus)}", flush=True)
+    return 0 if good else 1
+
+
+def _scored(folder: Path, weights: str, workers: int) -> str:
+    from hpc_imagenet.datastore.store import Store
+    from hpc_imagenet.training.score import score
+
+    of = score(Store(folder), weights, workers)
+    stated = f" (published: {of.published[0]:.2%} and {of.published[1]:.2%})" if of.published else ""
+    return f"{of.weights}: top-1 {of.top1:.2%}, top-5 {of.top5:.2%} of {of.images:,} images of val{stated}"
 
 
 def _named(record: Record, names: Sequence[str]) -> list[Run]:

@@ -73,7 +73,7 @@ class Worker:
             elif attempt.outcome or not attempt.folder.exists():
                 path.unlink()
             elif local.launched(attempt):
-                attempt.end(FAILED, _last_words(attempt))
+                attempt.end(FAILED, attempt.last_words() or GONE)
                 path.unlink()
             elif (newest := run.attempt) and newest.number > attempt.number:
                 # Its submission was cut off and asked for again: two attempts never write one run.
@@ -94,7 +94,7 @@ class Worker:
     def _parallel(self, run: Run, attempt: Attempt) -> int:
         """Return how many jobs may run beside each other for this attempt to be one of them."""
         if attempt.folder not in self.parallel:
-            self.parallel[attempt.folder] = run.cluster().parallel or max(1, len(local.gpus()))
+            self.parallel[attempt.folder] = _side_by_side(run)
         return self.parallel[attempt.folder]
 
     def _blocked(self, run: Run) -> str | None:
@@ -117,7 +117,7 @@ class Worker:
             return False  # its turn comes when GPUs are back; a wish beyond the machine fails in the job
         mine = free[:wanted]
         tasks = cluster.tasks_per_node or max(1, wanted)
-        os.environ[local.CPUS] = str(_share(cluster, tasks))
+        os.environ[local.CPUS] = str(_share(run, cluster, tasks))
         executor = submitit.LocalExecutor(folder=attempt.folder)
         executor.update_parameters(
             timeout_min=cluster.time or _ENDLESS,
@@ -141,20 +141,17 @@ def gpus_of(cluster: Cluster, stage: str, there: int) -> int:
     return min(1, there) if stage == "train" else 0
 
 
-def _share(cluster: Cluster, tasks: int) -> int:
+def _side_by_side(run: Run) -> int:
+    """Return how many jobs such as this one run at a time: as asked, else one a GPU, parts one a CPU."""
+    if asked := run.cluster().parallel:
+        return asked
+    return len(os.sched_getaffinity(0)) if "part" in run.info else max(1, len(local.gpus()))
+
+
+def _share(run: Run, cluster: Cluster, tasks: int) -> int:
     """Return the CPUs of one task: jobs side by side share the machine's instead of fighting for them."""
-    jobs = cluster.parallel or max(1, len(local.gpus()))
-    return cluster.cpus_per_task or max(1, len(os.sched_getaffinity(0)) // (tasks * jobs))
-
-
-def _last_words(attempt: Attempt) -> str:
-    """Return why an attempt left no outcome: the last line of its errors, or that it left no word."""
-    for log in attempt.logs():
-        if log.suffix == ".err":
-            lines = log.read_text(errors="replace").strip().splitlines()
-            if lines and ("Error" in lines[-1] or "Exception" in lines[-1]):
-                return lines[-1].strip()
-    return GONE
+    there = len(os.sched_getaffinity(0))
+    return cluster.cpus_per_task or max(1, there // (tasks * _side_by_side(run)))
 
 
 def main() -> None:

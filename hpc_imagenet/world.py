@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,7 +35,8 @@ def from_environment(env: Mapping[str, str] = os.environ) -> World:
     if "SUBMITIT_LOCAL_GLOBALID" in env:
         size = int(env["SUBMITIT_LOCAL_NTASKS"])
         rank = int(env["SUBMITIT_LOCAL_GLOBALID"])
-        return World(rank, size, rank, size, 0, "127.0.0.1", _port(env["SUBMITIT_LOCAL_JOB_ID"]))
+        port = _port(int(env["SUBMITIT_LOCAL_JOB_ID"]))  # it is a process id
+        return World(rank, size, rank, size, 0, "127.0.0.1", port)
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         size, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
         return World(
@@ -47,14 +47,28 @@ def from_environment(env: Mapping[str, str] = os.environ) -> World:
             node=int(env.get("SLURM_NODEID", 0)),
             # On one node the loopback does, whether or not the node's name resolves.
             master=_first_host(env["SLURM_JOB_NODELIST"]) if nodes > 1 else "127.0.0.1",
-            port=_port(f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}"),
+            port=_port(
+                int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]), int(env.get("SLURM_RESTART_COUNT", 0))
+            ),
         )
     return World()
 
 
-def _port(job: str) -> int:
-    # Jobs that share a node need different ports: derived from the job's id, below the ephemeral range.
-    return 10_000 + zlib.crc32(job.encode()) % 20_000
+def cpus(world: World, env: Mapping[str, str] = os.environ) -> int:
+    """Return the CPUs this task may use: of its allocation, not of the host, and no more than there are."""
+    mine = len(os.sched_getaffinity(0))
+    for given in ("HPC_IMAGENET_CPUS", "SLURM_CPUS_PER_TASK"):  # by this machine's queue, by Slurm
+        if given in env:
+            return min(int(env[given]), mine)
+    if "SLURM_PROCID" in env:  # srun has bound each task to its own
+        return mine
+    return max(1, mine // world.local_size)
+
+
+def _port(job: int, step: int = 0, restart: int = 0) -> int:
+    # Jobs that share a node need different ports, below the ephemeral range: 20,000 jobs in a row have
+    # each its own. A restart takes another, should a stranger sit on the first.
+    return 10_000 + (job + 7_919 * step + 104_729 * restart) % 20_000
 
 
 def _first_host(nodelist: str) -> str:

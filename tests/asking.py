@@ -37,7 +37,7 @@ def config_of(
     config.workspace, config.dataset.source, config.dataset.make = str(workspace), str(source), make
     config.dataset.hint = "the hint"
     config.download.retries, config.download.timeout = 0, 5
-    config.process.layout = layout
+    config.process.layout, config.process.workers = layout, 1
     for split, values in pins.items():
         for field, value in values.items():
             setattr(config.dataset.archives[split], field, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -31,8 +32,16 @@ class Faults:
     html: str = ""  # "typed": a login page; "untyped": one that calls itself a binary file
     pause: float = 0.0  # s before each piece of `piece` bytes
     piece: int = 1 << 16
+    stalls: list[float] = field(default_factory=list)  # s of silence before a body
+    most: int = 1000  # GETs at a time; more are answered 503
+    redirect: str = ""  # everything is elsewhere: under this URL
     only: str = ".tar"  # faults are for paths that contain this
     seen: list[tuple[str, str, str | None]] = field(default_factory=list)  # (method, path, Range)
+    headers: list[dict[str, str]] = field(default_factory=list)  # of each request
+    sent: int = 0  # bytes of bodies, about
+    busy: int = 0  # GETs being answered
+    busiest: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 def faulty(faults: Faults) -> type[Handler]:
@@ -44,16 +53,35 @@ def faulty(faults: Faults) -> type[Handler]:
 
         def _answer(self, body: bool) -> None:
             faults.seen.append((self.command, self.path, self.headers.get("Range")))
+            faults.headers.append(dict(self.headers))
+            with faults.lock:
+                faults.busy += self._mine()
+                faults.busiest = max(faults.busiest, faults.busy)
+                too_many = faults.busy > faults.most
+            try:
+                if self._mine() and too_many:
+                    self._refuse(503, {})
+                else:
+                    self._do_answer(body)
+            finally:
+                with faults.lock:
+                    faults.busy -= self._mine()
+
+        def _refuse(self, status: int, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def _do_answer(self, body: bool) -> None:
             if not faults.ranges:
                 del self.headers["Range"]
             if not faults.if_range:
                 del self.headers["If-Range"]
-            if self._mine() and faults.statuses:
-                status, headers = faults.statuses.pop(0)
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": "0"}.items():
-                    self.send_header(name, value)
-                self.end_headers()
+            if faults.redirect:
+                self._refuse(302, {"Location": faults.redirect + self.path})
+            elif self._mine() and faults.statuses:
+                self._refuse(*faults.statuses.pop(0))
             elif self._mine() and faults.html:
                 self.send_response(HTTPStatus.OK)
                 kind = "text/html; charset=utf-8" if faults.html == "typed" else "application/octet-stream"
@@ -68,10 +96,10 @@ def faulty(faults: Faults) -> type[Handler]:
             return faults.etags[0] if faults.etags else super().etag(path)
 
         def send_header(self, keyword: str, value: str) -> None:
+            if keyword == "Content-Length" and not faults.length and faults.only in self.path:
+                self.close_connection = True
+                return
             if keyword == "Content-Length" and self._mine():
-                if not faults.length:
-                    self.close_connection = True
-                    return
                 value = str(int(value) + faults.lie)
             if keyword in ("ETag", "Last-Modified") and not faults.validators:
                 return
@@ -82,11 +110,15 @@ def faulty(faults: Faults) -> type[Handler]:
                 return super().send_body(file, begin, end)
             if len(faults.etags) > 1:  # the headers are out; whoever asks next sees another file
                 faults.etags.pop(0)
+            if faults.stalls:
+                time.sleep(faults.stalls.pop(0))
             stop = begin + faults.drops.pop(0) if faults.drops else end
             file.seek(begin)
             while begin < min(stop, end):
                 time.sleep(faults.pause)
-                begin += self.wfile.write(file.read(min(faults.piece, min(stop, end) - begin)))
+                sent = self.wfile.write(file.read(min(faults.piece, min(stop, end) - begin)))
+                begin += sent
+                faults.sent += sent
             if stop < end or faults.lie > 0:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)

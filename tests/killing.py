@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,7 @@ _STAGES = {"download": download, "process": process}
 
 # Forked from a server without threads that has torch and the rest imported: a start takes milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [*(stage.__name__ for stage in _STAGES.values()), "scipy.io", "hpc_imagenet.training.meta_bin"]
-)
+_CONTEXT.set_forkserver_preload([*(stage.__name__ for stage in _STAGES.values()), "scipy.io"])
 
 # What Python tells its audit hooks about files and folders that are made, opened, renamed or removed.
 _STEPS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink")
@@ -39,6 +38,15 @@ def kill_after(child: BaseProcess, seconds: float) -> bool:
     """Send SIGKILL after that time; return whether it was still at work."""
     deadline = time.monotonic() + seconds
     while child.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    child.kill()
+    child.join()
+    return child.exitcode == -signal.SIGKILL
+
+
+def kill_when(child: BaseProcess, reached: Callable[[], bool]) -> bool:
+    """Send SIGKILL as soon as something is so; return whether it was still at work."""
+    while child.is_alive() and not reached():
         time.sleep(0.001)
     child.kill()
     child.join()

@@ -162,6 +162,12 @@ def run_verb(command: str, reader: Reader) -> None:
         reader.door("cancel", run)
 
 
+def run_doctor(command: str, reader: Reader) -> None:
+    """About this machine; tests/slurm has the same about a Slurm."""
+    told = reader.types(f"{command.replace('cluster=mine', 'cluster=local')} dataset=digits")
+    assert '"check": "packages"' in told if "--json" in command else "all is well" in told
+
+
 def run_sbatch(command: str, reader: Reader) -> None:
     """Only that it is sent; `test_a_template_runs_its_stage` runs the templates themselves."""
     before = len(reader.submitted())
@@ -205,6 +211,8 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
     (rf"{DOOR} (jobs|report)( --json)?", run_verb),
     (rf"{DOOR} logs RUN( -f)?", run_verb),
     (rf"{DOOR} (cancel|retry) RUN", run_verb),
+    (rf"{DOOR} verify( [\w.@-]+)*( --quick)?", run_as_it_stands),
+    (rf"{DOOR} doctor( --config-dir [\w/-]+| --timeout=\d+| --json| \+?[\w.]+=\S+)*", run_doctor),
     (rf"{DOOR}( -m| --config-dir [\w/-]+| \+?[\w.]+=\S+)+", run_submission),
 )
 
@@ -256,7 +264,7 @@ exec "$@" > "${out//%t/0}" 2> "${err//%t/0}"
 def test_the_templates_run_their_stages_and_submit_nothing(tmp_path: Path) -> None:
     reader = Reader(tmp_path)
     reader.stub("srun", SRUN)
-    reader.stub("squeue", "echo '1|RUNNING|None'")
+    reader.stub("squeue", "printf '%-48s%-24s%-12s%-12s%-160s\\n' 1 RUNNING 0 0 None")
     assert {path.stem for path in (ROOT / "slurm").glob("*.sbatch")} == set(STAGES)
     try:
         for stage in STAGES:

@@ -115,3 +115,18 @@ def test_other_content_under_the_same_name_is_another_training() -> None:
         plan([config], lambda store, c=c: replace(store, version=1, content=c))[0].run for c in ("a", "b")
     ]
     assert found[0] != found[1]
+
+
+def test_parts_run_side_by_side_and_one_job_puts_them_together() -> None:
+    words = ("+stage=pipeline", "dataset=digits", "process.layout=shards")
+    whole, cut = jobs(*words), jobs(*words, "process.tasks=3")
+    *parts, last = [job for job in cut if job.stage == "process"]
+    assert [job.config.stage.part for job in parts] == [0, 1, 2]
+    assert {job.needs for job in parts} == {(cut[0].run,)}
+    assert last.needs == tuple(job.run for job in parts)
+    assert last.config.stage.part is None
+    assert {job.config.stage.parts for job in (*parts, last)} == {3}
+    # However many made it, it is the same dataset, and what needs it waits for the last.
+    assert last.run == next(job.run for job in whole if job.stage == "process")
+    assert [job.run for job in cut if job.stage in ("upload", "train")] == [job.run for job in whole[2:]]
+    assert len({job.run for job in cut}) == len(cut)

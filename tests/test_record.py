@@ -141,7 +141,7 @@ def test_a_job_of_another_host_is_not_judged_from_here(tmp_path: Path) -> None:
 
 
 def test_progress_is_throttled_but_the_end_is_told(tmp_path: Path) -> None:
-    progress = Progress(tmp_path, every=3600)
+    progress = Progress(Run(tmp_path), every=3600)
     for done in range(11):
         progress(done, 10, "images", "note")
     told = durable.read_json(tmp_path / "progress.json")

@@ -33,7 +33,9 @@ def commands(tmp_path: Path) -> Path:
         "echo Submitted batch job $((n + 1))",
     )
     command(folder, "srun", "true")
-    command(folder, "squeue", f"cat {folder}/queue 2>/dev/null; true")
+    # In columns of fixed width, as it was asked for.
+    columns = '{printf "%-48s%-24s%-12s%-12s%-160s\\n", $1, $2, $3, $4, $5}'
+    command(folder, "squeue", f"test ! -f {folder}/queue || awk -F'|' '{columns}' {folder}/queue")
     command(folder, "scancel", f'echo "$@" >> {folder}/cancelled')
     return folder
 
@@ -140,7 +142,9 @@ def test_more_sbatch_options_by_their_names(cluster: Door, commands: Path) -> No
 
 def test_states_are_slurms_and_cancel_is_told_to_it(cluster: Door, commands: Path) -> None:
     cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
-    (commands / "queue").write_text("1|RUNNING|None\n2|PENDING|Dependency\n3|PENDING|Dependency\n")
+    (commands / "queue").write_text(
+        "1|RUNNING|2|0|None\n2|PENDING|0|0|Dependency\n3|PENDING|0|0|Dependency\n"
+    )
     rows = cluster.jobs()
     assert [row["state"] for row in rows] == ["running", "queued", "queued", "failed"]
     assert rows[1]["reason"] == "Dependency"
@@ -153,7 +157,9 @@ def test_states_are_slurms_and_cancel_is_told_to_it(cluster: Door, commands: Pat
 def test_asking_again_sends_only_what_ended(cluster: Door, commands: Path) -> None:
     words = ("+stage=pipeline", "dataset=digits", "cluster=slurm")
     cluster(*words)
-    (commands / "queue").write_text("1|RUNNING|None\n2|PENDING|Dependency\n3|PENDING|Dependency\n")
+    (commands / "queue").write_text(
+        "1|RUNNING|2|0|None\n2|PENDING|0|0|Dependency\n3|PENDING|0|0|Dependency\n"
+    )
     done = cluster(*words)
     assert done.stdout.count("under way already") == 3
     assert "#SBATCH --dependency=afterok:3\n" in scripts(commands)[4]
@@ -177,18 +183,30 @@ def test_every_word_of_slurm_has_a_state(
     name: str, state: str, commands: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
-    (commands / "queue").write_text(f"12_3|{name}|None\n12_4|RUNNING|None\n")
-    assert slurm.ask(["12_3"])["12_3"][0] == state
+    (commands / "queue").write_text(f"12_3|{name}|0|0|None\n12_4|RUNNING|0|0|None\n")
+    assert slurm.ask(["12_3"])["12_3"].state == state
 
 
 def test_what_left_the_queue_is_asked_of_sacct(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
-    (commands / "queue").write_text("1|RUNNING|None\n")
+    (commands / "queue").write_text("1|RUNNING|0|0|None\n")
     command(commands, "sacct", "echo '2|OUT_OF_MEMORY|0:125'; echo '3|RUNNING|0:0'")
-    answers = slurm.ask(["1", "2"])
-    assert answers["1"][0] == RUNNING
-    assert answers["2"] == (FAILED, "Slurm: out of memory (exit code 0:125)")
-    assert "3" not in answers
+    answers = slurm.ask(["1", "2", "3"])
+    assert answers["1"].state == RUNNING
+    assert answers["2"] == slurm.Answer(FAILED, "Slurm: out of memory (exit code 0:125)")
+    assert "3" not in answers  # squeue is right at once: what it does not have is not running
+
+
+def test_a_slurm_that_does_not_answer_is_not_taken_for_an_end(cluster: Door, commands: Path) -> None:
+    cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
+    command(
+        commands, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    )
+    rows = cluster.jobs()
+    assert {row["state"] for row in rows} == {"queued"}
+    assert "Unable to contact" in rows[0]["reason"]
+    command(commands, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert set(cluster.states()) == {"failed"}
 
 
 def test_slurm_asked_for_where_there_is_none(door: Door, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from hpc_imagenet.errors import UserError
 META = "data/meta.mat"
 TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 # A wnid becomes the name of a folder.
-_WNID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+WNID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,6 @@ def _classes(meta: bytes, path: Path) -> tuple[dict[str, tuple[str, ...]], dict[
     if not len(leaves) == len(wnid_of) == len(names):
         raise UserError(f"{path}: {META} names an id or a wnid twice")
     for wnid in names:
-        if not _WNID.fullmatch(wnid):
+        if not WNID.fullmatch(wnid):
             raise UserError(f"{path}: {META} has a class {wnid!r}: a wnid is a name such as n01440764")
     return names, wnid_of

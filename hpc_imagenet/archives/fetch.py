@@ -1,105 +1,106 @@
-"""Fetch archives over HTTP(S): resumed, retried, verified while they are written.
+"""Bring an archive from a remote: in ranges side by side, resumed, retried, verified while it is written.
 
-What is done about a bad server is in `Http._attempt` (one request) and `Http._fill` (when to ask again).
-Sources: RFC 9110 (ranges, If-Range, Retry-After), urllib3's user guide.
+The first request takes a few bytes and settles what can be done: single ranges, or one stream from the first
+byte to the last. What is done about a bad server is in `Transfer._look` (the first answer), `Transfer._range`
+(one range), and in tries.py (when to ask again). Source: RFC 9110 (ranges, If-Range).
 """
 
 from __future__ import annotations
 
-import contextlib
-import email.utils
-import ipaddress
 import logging
-import re
+import threading
 import time
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import urllib3
-from urllib3 import BaseHTTPResponse
-from urllib3.exceptions import HTTPError, LocationValueError, MaxRetryError, ResponseError
-
-from hpc_imagenet import __version__
 from hpc_imagenet.archives import receipt, space
-from hpc_imagenet.archives.part import Origin, Part
+from hpc_imagenet.archives.follow import Follower
+from hpc_imagenet.archives.pace import Pace
+from hpc_imagenet.archives.part import Part, allocated
+from hpc_imagenet.archives.ranges import Claim, Ranges
+from hpc_imagenet.archives.remote import Answer, Broken, Changed, Origin, Refused, Remote
 from hpc_imagenet.archives.sniff import is_html
 from hpc_imagenet.archives.tar import BLOCK
+from hpc_imagenet.archives.tries import LONGEST_ASKED, Tries
 from hpc_imagenet.archives.wanted import Wanted, check_first, check_whole, set_aside
 from hpc_imagenet.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1 << 18  # bytes a read from the network: what a kill can cost
-LONGEST_WAIT = 60.0  # s between tries, unless the server asks for more
-LONGEST_ASKED = 3600.0  # s that a server may ask for
-FIRST_TRIES = 3  # to reach a server that was not reached yet
+READ = 1 << 18  # bytes a read from the network, at most
+LOOK = 1 << 16  # bytes that the first request asks for
+LEAST, MOST = 4 << 20, 32 << 20  # bytes of a range …
+WORTH = 20  # … and so many times what comes in the time that a request waits for its answer
+SLOWEST = 1000  # bytes a second: a connection below that for a whole timeout counts as broken
+TOO_MANY = 3  # failures of one connection in a row, while others go on, until it stays away
 TEXT_LIMIT = 1 << 20  # bytes of a small text file
 
 
-class _BrokenError(Exception):
-    """A try that failed and may do better later; `wait` is what the server asked for, in s."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class Http:
-    """A URL prefix that holds archives.
+class Fetch:
+    """A source of archives behind a remote.
 
     Args:
-        prefix: dataset.source; receipts call it so.
+        remote: who has the bytes.
         retries: tries in a row without a new byte before giving up.
-        timeout: s without a byte after which a connection counts as broken.
+        timeout: s without a byte after which the remote counts a connection as broken.
+        connections: how many ranges are fetched at a time.
+        limit: bytes a second in all; None for no limit.
         hint: the dataset's, shown behind an error.
-        sleep: what waits between tries.
+        sleep: what waits between tries; None for a wait that ends with the download.
     """
+
+    copies = True
 
     def __init__(
         self,
-        prefix: str,
+        remote: Remote,
         retries: int,
         timeout: float,
+        *,
+        connections: int = 1,
+        limit: float | None = None,
         hint: str = "",
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self.prefix = prefix
-        self._retries = retries
-        self._tail = f"; {hint}" if hint else ""
-        self._sleep = sleep
-        self._reached = False
-        self._pool = _pool(prefix, timeout)
+        self.remote = remote
+        self.retries = retries
+        self.timeout = timeout
+        self.connections = connections
+        self.pace = Pace(limit)
+        self.hint = hint
+        self.tail = f"; {hint}" if hint else ""
+        self.sleep = sleep
 
     def text(self, file: str) -> str | None:
-        """Return a small text file, or None where the server has none to give.
+        """Return a small text file, or None where the remote has none to give.
 
         Raises:
-            UserError: the server cannot be reached.
+            UserError: it cannot be reached.
         """
-        found: list[bytes] = []
-
-        def attempt() -> None:
-            found.clear()
-            with self._open("GET", file, {}) as response:
-                # Some object stores answer 403 for what does not exist.
-                if response.status not in (401, 403, 404, 410):
-                    self._check_status(response, file, f"dataset.source={self.prefix}")
-                    found.append(response.read(TEXT_LIMIT, decode_content=True))
-
-        self._retrying(attempt, self._url(file), lambda: 0)
-        if not found or is_html(found[0]):
-            return None
-        return found[0].decode("utf-8", "replace")
+        tries = self.tries(file, lambda: 0, time.sleep)
+        while True:
+            found = b""
+            try:
+                with self.remote.ask(file) as answer:
+                    while len(found) < TEXT_LIMIT and (data := answer.read(TEXT_LIMIT - len(found))):
+                        found += data
+            except Broken as error:
+                tries.failed(error)
+            except (Refused, Changed):
+                return None
+            else:
+                return None if is_html(found) else found.decode("utf-8", "replace")
 
     def size(self, want: Wanted) -> int | None:
-        """Return how many bytes an archive has, as far as the server says so. For the progress only."""
+        """Return how many bytes an archive has, as far as the remote says so."""
         try:
-            with self._open("HEAD", want.file, {}) as response:
-                return _length(response) if response.status == 200 else None
-        except _BrokenError:
+            return self.remote.size(want.file)
+        except (Broken, Refused):
             return None
+
+    def tries(self, file: str, size: Callable[[], int], sleep: Callable[[float], object]) -> Tries:
+        """Return a count of tries for a file of which `size` says how much is there."""
+        return Tries(self.remote, file, self.retries, size, self.sleep or sleep, self.tail)
 
     def fetch(self, want: Wanted, target: Path, progress: Callable[[int], None]) -> int:
         """Bring an archive to `target`, whole, verified and with its receipt.
@@ -110,237 +111,270 @@ class Http:
             progress: told how many bytes of it are there.
 
         Returns:
-            bytes that came over the network.
+            bytes that came.
 
         Raises:
             UserError: it cannot be had, or what came is not what is wanted.
         """
-        with Part(target) as part, space.telling_full(target.parent):
-            if part.origin and part.origin.url != self._url(want.file):
-                log.warning("%s: begins anew: its first bytes are from %s", target, part.origin.url)
-                part.clear()
-            part.hash_earlier(progress)
-            fetched = self._fill(part, want, progress)
-            md5, stat = part.finish()
-            try:
-                check_whole(part.path, want, md5, self._url(want.file))
-            except UserError as error:
-                part.forget()
-                raise set_aside(part.path, target, error) from None
-            receipt.write(target, md5, self.prefix, want.vouched, stat)
-            part.become_whole()
-        return fetched
-
-    def _fill(self, part: Part, want: Wanted, progress: Callable[[int], None]) -> int:
-        fetched = 0
-
-        def attempt() -> None:
-            nonlocal fetched
-            for size in self._attempt(part, want):
-                fetched += size
-                progress(part.size)
-
-        if not part.whole:
-            self._retrying(attempt, self._url(want.file), lambda: part.size)
-        return fetched
-
-    def _retrying(self, attempt: Callable[[], None], url: str, size: Callable[[], int]) -> None:
-        """Try until it is done or `retries` tries in a row have brought no byte that was not there before."""
-        best, failures = size(), 0
-        while True:
-            try:
-                return attempt()
-            except _BrokenError as error:
-                # A server that begins anew each time makes progress only beyond the furthest byte so far.
-                failures = 0 if size() > best else failures + 1
-                best = max(best, size())
-                limit = self._retries if self._reached else min(self._retries, FIRST_TRIES - 1)
-                if failures > limit:
-                    raise UserError(
-                        f"{url}: {error}, {failures} tries in a row (dataset.source, download.retries)"
-                        f"{self._tail}"
-                    ) from None
-                wait = min(LONGEST_WAIT, 2.0 ** max(0, failures - 1))
-                if error.wait is not None:
-                    wait = min(LONGEST_ASKED, error.wait)
-                log.warning("%s: %s at byte %d; again in %.0f s", url, error, size(), wait)
-                self._sleep(wait)
-
-    def _attempt(self, part: Part, want: Wanted) -> Iterator[int]:
-        """Make one request and append what it brings, yielding the size of each piece."""
-        headers = {}
-        if part.origin and part.origin.validator:
-            headers = {"Range": f"bytes={part.size}-", "If-Range": part.origin.validator}
-        with self._open("GET", want.file, headers) as response:
-            if response.status == 206 and part.origin:
-                if _range(response) != (part.size, part.origin.total):
-                    part.clear()
-                    raise _BrokenError("answered with another range than was asked for; beginning anew")
-                # Some servers know ranges but not If-Range.
-                if response.headers.get("ETag", part.origin.etag) != part.origin.etag:
-                    part.clear()
-                    raise _BrokenError("the file has changed on the server; beginning anew")
-                space.require(part.target.parent, (part.origin.total or 0) - part.size, want.file)
-            elif response.status == 416 and part.size:
-                # It promised more than it has: all of it is here, and is verified next.
-                if response.headers.get("Content-Range") == f"bytes */{part.size}":
-                    return
-                part.clear()
-                raise _BrokenError("has fewer bytes than it had before; beginning anew")
-            else:
-                self._check_status(response, want.file, f"{want.setting}.file={want.file}")
-                yield self._begin(response, part, want)
-            while chunk := response.read1(CHUNK, decode_content=False):
-                part.append(chunk)
-                yield len(chunk)
-        total = part.origin.total if part.origin else None
-        if total is not None and part.size < total:
-            raise _BrokenError("the connection ended early")
-
-    def _begin(self, response: BaseHTTPResponse, part: Part, want: Wanted) -> int:
-        """Look at the answer that begins with byte 0, then make it the part; return the bytes written."""
-        url = self._url(want.file)
-        if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise UserError(f"{url} is an HTML page, not an archive: a login or an error page?{self._tail}")
-        origin = Origin(
-            url, response.headers.get("ETag"), response.headers.get("Last-Modified"), _length(response)
+        url = self.remote.url(want.file)
+        return land(
+            want,
+            target,
+            url,
+            self.remote.prefix,
+            lambda part: Transfer(self, want, part, progress).run(),
+            progress,
         )
+
+
+def land(
+    want: Wanted,
+    target: Path,
+    url: str,
+    source: str,
+    fill: Callable[[Part], int],
+    progress: Callable[[int], None],
+) -> int:
+    """Let `fill` write an archive, then verify it and give it its name and receipt.
+
+    Args:
+        want: what it must be.
+        target: its final place.
+        url: what it is fetched from; bytes of a part from elsewhere are thrown away.
+        source: how the receipt calls where it came from.
+        fill: makes the part whole; returns the bytes that came.
+        progress: told how many bytes are there while the last of them are being verified.
+
+    Raises:
+        UserError: what came is not what is wanted: it is kept as `<target>.bad`.
+    """
+    with Part(target) as part, space.telling_full(target.parent):
+        if part.origin and part.origin.url != url:
+            log.warning("%s: begins anew: its first bytes are from %s", target, part.origin.url)
+            part.clear()
+        with Follower(part) as follower:
+            fetched = fill(part)
+            md5 = follower.result(lambda: progress(part.size))
+        stat = part.stat()
+        try:
+            check_whole(part.path, want, md5, url)
+        except UserError as error:
+            part.forget()
+            raise set_aside(part.path, target, error) from None
+        receipt.write(target, md5, source, want.vouched, stat)
+        part.become_whole()
+    return fetched
+
+
+class Transfer:
+    """One archive on its way from a remote into a part."""
+
+    def __init__(self, source: Fetch, want: Wanted, part: Part, progress: Callable[[int], None]) -> None:
+        self._source = source
+        self._remote = source.remote
+        self._want = want
+        self._part = part
+        self._progress = progress
+        self._url = source.remote.url(want.file)
+        self._fetched = 0
+        self._lock = threading.Lock()
+        self._answers: set[Answer] = set()  # those being read
+        self._quiet = (0.0, 0)  # until when the server wants no requests, and whom it told
+
+    def run(self) -> int:
+        """Fetch what is missing; return how many bytes came."""
+        part = self._part
+        tries = self._source.tries(self._want.file, lambda: part.size, time.sleep)
+        self._progress(part.size)
+        while not part.whole:
+            try:
+                if part.origin is None or not part.origin.resumable:
+                    self._look()
+                else:
+                    self._ranges(part.origin)
+            except Changed as error:
+                log.warning("%s: %s; beginning anew, %d bytes are lost", self._url, error, part.size)
+                part.clear()
+                tries.failed(error)
+            except Broken as error:
+                tries.failed(error)
+            except Refused as error:
+                raise self._refusal(error.status) from None
+        self._progress(part.size)
+        return self._fetched
+
+    def _look(self) -> None:
+        """Ask for the first bytes: are they what is wanted, and how can the others be had?"""
+        part = self._part
+        if part.size:  # of a server that cannot resume
+            log.warning("%s: %s; beginning anew, %d bytes are lost", self._url, _why(part.origin), part.size)
+        try:
+            with self._remote.ask(self._want.file, 0, LOOK) as answer:
+                if not answer.ranged or answer.origin.resumable:
+                    self._begin(answer)
+                    return
+        except Changed:
+            pass  # an empty file has no ranges
+        with self._remote.ask(self._want.file) as answer:
+            self._begin(answer)
+
+    def _begin(self, answer: Answer) -> None:
+        """Hold the first bytes against what is wanted, then make the part of this file."""
+        part, want, origin = self._part, self._want, answer.origin
+        if answer.kind.startswith("text/html"):
+            raise self._page()
         if want.bytes is not None and origin.total not in (None, want.bytes):
             raise UserError(
-                f"{url}: has {origin.total} bytes, but {want.setting}.bytes is {want.bytes}{self._tail}"
+                f"{self._url}: has {origin.total} bytes, but {want.setting}.bytes is {want.bytes}"
+                f"{self._source.tail}"
             )
         first = b""
-        while len(first) < BLOCK and (chunk := response.read1(CHUNK, decode_content=False)):
-            first += chunk
+        while len(first) < BLOCK and (data := answer.read(READ)):
+            first += data
         if origin.total is not None and len(first) < min(BLOCK, origin.total):
-            raise _BrokenError("the connection ended early")
-        check_first(first, want, url, self._tail.removeprefix("; "))
-        space.require(part.target.parent, (origin.total or want.bytes or 0) - part.size, want.file)
-        if part.origin:
-            log.warning(
-                "%s: %s; beginning anew, %d bytes are lost", url, _why_anew(part.origin, origin), part.size
-            )
+            raise Broken("the connection ended early")
+        check_first(first, want, self._url, self._source.hint)
+        space.require(
+            part.target.parent, (origin.total or want.bytes or 0) - allocated(part.target), want.file
+        )
         part.begin(origin)
-        part.append(first)
-        return len(first)
+        at = self._came(0, first)
+        while data := answer.read(self._source.pace.piece(READ)):
+            self._source.pace.spend(len(data))
+            at = self._came(at, data)
+            self._progress(at)
+            part.save(when_due=True)
+        if not answer.ranged and origin.total is None:
+            part.is_all()
+        elif not answer.ranged and at < (origin.total or 0):
+            raise Broken("the connection ended early")
 
-    @contextlib.contextmanager
-    def _open(self, method: str, file: str, headers: dict[str, str]) -> Iterator[BaseHTTPResponse]:
-        """Send a request; tell what may do better later from what will not."""
-        url = self._url(file)
+    def _ranges(self, origin: Origin) -> None:
+        """Fetch all that is missing, over several connections."""
+        part, source = self._part, self._source
+        space.require(part.target.parent, (origin.total or 0) - allocated(part.target), self._want.file)
+        ranges = Ranges(part, source.connections)
+        threads = [
+            threading.Thread(target=self._work, args=(ranges, origin, n), name=f"range-{n}", daemon=True)
+            for n in range(source.connections)
+        ]
+        for thread in threads:
+            thread.start()
         try:
-            # identity: ranges and sizes are of the file, not of a compressed form of it.
-            response = self._pool.request(
-                method,
-                url,
-                headers={
-                    "User-Agent": f"hpc-imagenet/{__version__}",
-                    "Accept-Encoding": "identity",
-                    **headers,
-                },
-                preload_content=False,
-                retries=urllib3.Retry(
-                    total=None,
-                    connect=0,
-                    read=0,
-                    other=0,
-                    status=0,
-                    redirect=5,
-                    respect_retry_after_header=False,
-                ),
-            )
-        except LocationValueError as error:
-            raise UserError(
-                f"dataset.source={self.prefix} is not a URL that can be asked ({error})"
-            ) from None
-        except HTTPError as error:
-            reason = error.reason if isinstance(error, MaxRetryError) and error.reason else error
-            if isinstance(reason, ResponseError) or "CERTIFICATE_VERIFY_FAILED" in str(reason):
-                raise UserError(f"{url}: {reason}{self._tail}") from None
-            raise _BrokenError(_words(reason)) from None
-        self._reached = True
-        try:
-            yield response
-        except HTTPError as error:
-            raise _BrokenError(_words(error)) from None
+            while alive := [thread for thread in threads if thread.is_alive()]:
+                alive[0].join(0.05)
+                if ranges.stopped.is_set():
+                    break
+                self._progress(part.size)
+                part.save(when_due=True)
         finally:
-            response.close()
+            ranges.stop()
+            with self._lock:
+                for answer in self._answers:
+                    answer.stop()
+            for thread in threads:
+                thread.join()
+        if ranges.error is not None:
+            raise ranges.error
 
-    def _check_status(self, response: BaseHTTPResponse, file: str, setting: str) -> None:
-        status = response.status
-        if status == 200:
-            return
-        if status in (408, 425, 429) or status >= 500:
-            raise _BrokenError(f"the server answers {status}", _retry_after(response))
+    def _work(self, ranges: Ranges, origin: Origin, number: int) -> None:
+        """Be one connection: fetch one range after the other until none is left."""
+        sleep = self._source.sleep or ranges.stopped.wait
+        tries = self._source.tries(self._want.file, lambda: self._part.size, sleep)
+        size = None if self._source.connections == 1 else LEAST
+        failures = 0  # of this connection, since its last byte
+        try:
+            while claim := ranges.take(size):
+                until, whom = self._quiet
+                if whom != number and until > time.monotonic():
+                    sleep(until - time.monotonic())
+                broken = None
+                try:
+                    best = self._range(origin, claim, ranges)
+                    size = None if size is None else min(MOST, max(LEAST, best))
+                    failures = 0
+                except Broken as error:
+                    broken = error
+                finally:
+                    ranges.release(claim)
+                if broken is None or ranges.stopped.is_set():
+                    continue
+                failures = 1 if claim.at > claim.begin else failures + 1
+                if broken.wait is not None:
+                    self._quiet = (time.monotonic() + min(LONGEST_ASKED, broken.wait), number)
+                tries.failed(broken)
+                if failures >= TOO_MANY and not tries.failures and ranges.leave():
+                    log.warning("%s: goes on with %d connections", self._url, ranges.workers)
+                    return
+        except BaseException as error:
+            ranges.stop(error)
+
+    def _range(self, origin: Origin, claim: Claim, ranges: Ranges) -> int:
+        """Fetch a claim; return how many bytes a range should have at this server."""
+        asked = time.monotonic()
+        pace = self._source.pace
+        with self._remote.ask(self._want.file, claim.begin, claim.end, origin) as answer:
+            if not answer.ranged:
+                raise self._no_range(answer, origin)
+            with self._lock:
+                self._answers.add(answer)
+            try:
+                first = since = time.monotonic()
+                reading, brought = 0.0, 0
+                while claim.at < claim.end and not ranges.stopped.is_set():
+                    data = answer.read(min(pace.piece(READ), claim.end - claim.at))
+                    if not data:
+                        if answer.end is not None and claim.at >= answer.end:
+                            break  # it gave less than was asked for, and said so
+                        raise Broken("the connection ended early")
+                    moment = time.monotonic()
+                    reading, brought = reading + moment - since, brought + len(data)
+                    if reading > self._source.timeout:
+                        if brought < SLOWEST * reading:
+                            raise Broken(f"brought {brought} bytes in {reading:.0f} s")
+                        reading, brought = 0.0, 0
+                    with self._part.changed:  # an idle connection may have taken the rest
+                        data = data[: max(0, claim.end - claim.at)]
+                    claim.at = self._came(claim.at, data)
+                    pace.spend(len(data))
+                    since = time.monotonic()
+            finally:
+                with self._lock:
+                    self._answers.discard(answer)
+        rate = (claim.at - claim.begin) / max(1e-6, time.monotonic() - first)
+        return int(WORTH * (first - asked) * rate)
+
+    def _came(self, at: int, data: bytes) -> int:
+        self._part.write(at, data)
+        with self._lock:
+            self._fetched += len(data)
+        return at + len(data)
+
+    def _no_range(self, answer: Answer, origin: Origin) -> Exception:
+        """Return what it means that the whole file comes where a range was asked for."""
+        if answer.kind.startswith("text/html") or is_html(answer.read(BLOCK)):
+            return self._page()
+        if not origin.same(answer.origin):
+            return Changed("the file has changed on the server")
+        return Changed("the server cannot resume")
+
+    def _page(self) -> UserError:
+        return UserError(
+            f"{self._url} is an HTML page, not an archive: a login or an error page?{self._source.tail}"
+        )
+
+    def _refusal(self, status: int) -> UserError:
+        check = f"check dataset.source and {self._want.setting}.file={self._want.file}"
         why = {
-            401: "needs a login",
+            401: "needs a login: docs/data.md says how to give one",
             403: "is forbidden: are the terms accepted, the login done?",
-            404: f"does not exist: check dataset.source and {setting}",
-            410: f"is gone: check dataset.source and {setting}",
+            404: f"does not exist: {check}",
+            410: f"is gone: {check}",
         }.get(status, "cannot be had")
-        raise UserError(f"{self._url(file)} {why} (status {status}){self._tail}")
-
-    def _url(self, file: str) -> str:
-        return f"{self.prefix.rstrip('/')}/{urllib.parse.quote(file)}"
+        return UserError(f"{self._url} {why} (status {status}){self._source.tail}")
 
 
-def _pool(prefix: str, timeout: float) -> urllib3.PoolManager:
-    """Return a pool that goes through the environment's proxy, but never to this machine through one."""
-    limits = urllib3.Timeout(connect=timeout, read=timeout)
-    parts = urllib.parse.urlsplit(prefix)
-    host = parts.hostname or ""
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if not proxy or _is_loopback(host) or urllib.request.proxy_bypass(host):
-        return urllib3.PoolManager(timeout=limits)
-    login = urllib.parse.urlsplit(proxy)
-    headers = None
-    if login.username:
-        pair = f"{urllib.parse.unquote(login.username)}:{urllib.parse.unquote(login.password or '')}"
-        headers = urllib3.make_headers(proxy_basic_auth=pair)
-    return urllib3.ProxyManager(proxy, timeout=limits, proxy_headers=headers)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _length(response: BaseHTTPResponse) -> int | None:
-    said = response.headers.get("Content-Length", "")
-    return int(said) if said.isdigit() else None
-
-
-def _range(response: BaseHTTPResponse) -> tuple[int, int | None] | None:
-    """Return (first byte, bytes in total) of a 206, or None where it does not say."""
-    said = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "").strip())
-    return (int(said[1]), int(said[2])) if said else None
-
-
-def _retry_after(response: BaseHTTPResponse) -> float | None:
-    said = response.headers.get("Retry-After", "").strip()
-    if said.isdigit():
-        return float(said)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-def _why_anew(before: Origin, now: Origin) -> str:
-    if before.validator is None:
+def _why(origin: Origin | None) -> str:
+    if origin is not None and origin.validator is None:
         return "the server gives no ETag or date to resume by"
-    if before.validator != now.validator:
-        return "the file has changed on the server"
     return "the server cannot resume"
-
-
-def _words(error: BaseException) -> str:
-    """Return the end of urllib3's message: what the system said."""
-    text = str(error)
-    if "IncompleteRead" in text:
-        return "the connection ended early"
-    return text[text.find("[Errno") :].strip("()'\" ") if "[Errno" in text else text.rsplit(": ", 1)[-1]

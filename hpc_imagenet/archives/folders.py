@@ -2,93 +2,151 @@
 
 The images go straight from the archives to their files; inner tars are never written. A split grows in
 `.<split>.partial/`, class by class, and gets its name when all of it is there: torchvision takes any folder
-called train/ for whole. Killed at any moment and asked again, it goes on with the first unfinished class.
+called train/ for whole. Several jobs may share the classes; each tells in a receipt which ones it has brought
+to the disk. Killed at any moment and asked again, each goes on with its first unfinished class.
 Times of change are those of the writing, so that a file system that purges by age leaves the files alone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
-import posixpath
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-from hpc_imagenet.archives import space
-from hpc_imagenet.archives.devkit import Devkit
-from hpc_imagenet.archives.ilsvrc import Scan, class_members, opened
-from hpc_imagenet.archives.tar import Member
+from hpc_imagenet.archives import pool, space
+from hpc_imagenet.archives.ilsvrc import SPLITS, opened
+from hpc_imagenet.archives.survey import Survey
+from hpc_imagenet.archives.walk import Array
 from hpc_imagenet.durable import read_json, replacing, sync_folder, write_json
 from hpc_imagenet.errors import UserError
 
-SPLITS = ("train", "val")
 NOTE = "folders.json"  # whose images these are
+_LOCK = ".folders.lock"
 _BLOCK = 4096  # bytes: what file systems round a file up to
 
-Images = Callable[[], list[Member]]  # the images of a class, found when they are needed
+Tell = Callable[[int, int], None]
 
 
-def write(
-    root: Path,
-    archives: dict[str, Path],
-    devkit: Devkit,
-    found: Scan,
-    meta: bytes,
-    identity: dict[str, str],
-    progress: Callable[[int, int, str], None],
-) -> None:
-    """Write the class folders of both splits into `root`, with meta.bin in each.
+@dataclass(frozen=True)
+class Class:
+    """The images of one class of one split; arrays of shape [images]."""
+
+    split: str
+    wnid: str
+    names: Array
+    offsets: Array
+    lengths: Array
+
+    def sizes(self) -> dict[str, int]:
+        """Return file name → bytes."""
+        return dict(zip(map(os.fsdecode, self.names.tolist()), self.lengths.tolist(), strict=True))
+
+
+def make(
+    root: Path, survey: Survey, identity: Any, part: int, parts: int, workers: int, progress: Tell
+) -> int:
+    """Write every so many-th class folder, of both splits, into the dataset's folder `root`.
 
     Args:
         root: the dataset's folder.
-        archives: split → archive.
-        devkit: the classes.
-        found: what lies in the archives.
-        meta: the bytes of meta.bin.
-        identity: which archives these are: folders of others are replaced.
-        progress: told (images there, images in all, split).
+        survey: what lies in the archives.
+        identity: which folders these are (a JSON value): those of another are replaced.
+        part: 0 to `parts` - 1: whose classes are to be written.
+        parts: how many share the work.
+        workers: processes that may be used.
+        progress: told (images there, images there will be), of this part.
+
+    Returns:
+        the images of this part.
 
     Raises:
-        UserError: not enough bytes or inodes, or folders are in the way that were not made here.
+        UserError: not enough bytes or inodes, folders are in the way that were not made here, or an archive
+            changed while it was read.
     """
-    _claim(root, identity)
-    classes = _classes(archives, devkit, found)
+    with FileLock(root / _LOCK):
+        _claim(root, identity)
+    mine = [of for of in classes(survey)[part::parts] if not (root / of.split).exists()]
+    total = done = sum(len(of.names) for of in mine)
+    told = _told(root, identity)
+    missing = [of for of in mine if not _is_finished(root, of, told)]
+    done -= sum(len(of.names) for of in missing)
+    _require_space(root, missing)
+    for split in SPLITS:
+        if not (root / split).exists():
+            _partial(root, split).mkdir(exist_ok=True)
+    progress(done, total)
+    for images in pool.in_order(functools.partial(_write, root, survey.archives), missing, workers):
+        done += images
+        progress(done, total)
+    _sync(root)  # once for all files: a name must not survive a power cut that the bytes do not
+    survey.require_unchanged()
+    listed = [[of.split, of.wnid] for of in mine]
+    write_json(root / f".folders-{part}-of-{parts}.json", {"identity": identity, "classes": listed})
+    return total
+
+
+def finish(root: Path, survey: Survey, identity: Any, meta: bytes) -> None:
+    """Give the splits their names, once all classes of all parts are there, with meta.bin in each.
+
+    Raises:
+        UserError: classes are missing.
+    """
+    told = _told(root, identity)
     todo = [split for split in SPLITS if not (root / split).exists()]
-    finished = {split: _finished(_partial(root, split), classes[split]) for split in todo}
-    _require_space(root, devkit, found, finished)
-    total = sum(len(entries) for entries in found.splits.values())
-    done = sum(len(found.splits[split]) for split in SPLITS if split not in todo)
     for split in todo:
-        folder = _partial(root, split)
-        folder.mkdir(exist_ok=True)
-        with opened(archives[split]) as descriptor:
-            for wnid, images in classes[split].items():
-                members = images()
-                if wnid not in finished[split]:
-                    _write_class(descriptor, archives[split], members, folder, wnid)
-                done += len(members)
-                progress(done, total, split)
-        with replacing(folder / "meta.bin") as file:
+        wanted = [of.wnid for of in classes(survey) if of.split == split]
+        partial = _partial(root, split)
+        there = {path.name for path in partial.iterdir()} if partial.exists() else set()
+        if missing := [wnid for wnid in wanted if wnid not in there or (split, wnid) not in told]:
+            raise UserError(
+                f"{partial}: of {len(wanted)} classes {len(missing)} are not there, the first "
+                f"is {missing[0]}: retry the parts of this run"
+            )
+        for name in there.difference(wanted):
+            _remove(partial / name)
+        with replacing(partial / "meta.bin") as file:
             file.write(meta)
-    if todo:
-        os.sync()  # one for all files: a name must not survive a power cut that the bytes do not
     for split in todo:
         _partial(root, split).rename(root / split)
     sync_folder(root)
+    for path in (*root.glob(".folders-*.json"), root / _LOCK):
+        path.unlink(missing_ok=True)
+
+
+def classes(survey: Survey) -> list[Class]:
+    """Return the classes of train and of val, in the order of their labels."""
+    found = []
+    for split in SPLITS:
+        entries, names = survey.scan.splits[split], survey.scan.names[split]
+        order = np.argsort(entries["label"], kind="stable")
+        ends = np.cumsum(np.bincount(entries["label"], minlength=len(survey.devkit.names)))
+        for wnid, rows in zip(survey.devkit.names, np.split(order, ends[:-1]), strict=True):
+            of = Class(split, wnid, names[rows], entries["offset"][rows], entries["length"][rows])
+            if len(of.sizes()) < len(rows):
+                raise UserError(f"{survey.archives[split]}: class {wnid} has two files of one name")
+            found.append(of)
+    return found
 
 
 def _partial(root: Path, split: str) -> Path:
     return root / f".{split}.partial"
 
 
-def _claim(root: Path, identity: dict[str, str]) -> None:
-    """Make sure that what is in `root` already comes from the same archives; remove what does not."""
+def _claim(root: Path, identity: Any) -> None:
+    """Make sure that what is in `root` already is of the same identity; remove what is not."""
     made = read_json(root / NOTE)
     if made == identity:
         return
+    for path in root.glob(".folders-*.json"):
+        path.unlink()
     for split in SPLITS:
         old = root / f".{split}.old"
         shutil.rmtree(old, ignore_errors=True)
@@ -102,41 +160,26 @@ def _claim(root: Path, identity: dict[str, str]) -> None:
     write_json(root / NOTE, identity)
 
 
-def _classes(archives: dict[str, Path], devkit: Devkit, found: Scan) -> dict[str, dict[str, Images]]:
-    val: dict[str, list[Member]] = {wnid: [] for wnid in devkit.names}
-    wnids = list(devkit.names)
-    for name, entry in zip(found.val_names, found.splits["val"], strict=True):
-        offset, length, label, _ = entry.item()
-        val[wnids[label]].append(Member(name, offset, length))
-
-    def of_train(number: int) -> list[Member]:
-        tar = found.class_tars[number]
-        with opened(archives["train"]) as descriptor:
-            members = list(class_members(descriptor, archives["train"], tar))
-        names = [posixpath.basename(member.name) for member in members]
-        if len(set(names)) < len(names):
-            raise UserError(f"{archives['train']}: {tar.wnid}.tar has two files of one name in its folders")
-        return [member._replace(name=name) for member, name in zip(members, names, strict=True)]
-
-    return {
-        "train": {tar.wnid: functools.partial(of_train, n) for n, tar in enumerate(found.class_tars)},
-        "val": {wnid: functools.partial(list[Member], members) for wnid, members in val.items()},
-    }
+def _told(root: Path, identity: Any) -> set[tuple[str, str]]:
+    """Return (split, wnid) of all classes that are on the disk, by the receipts of the parts."""
+    told = set()
+    for path in root.glob(".folders-*.json"):
+        receipt = read_json(path) or {}
+        if receipt.get("identity") == identity:
+            told |= {(split, wnid) for split, wnid in receipt["classes"]}
+    return told
 
 
-def _finished(folder: Path, classes: dict[str, Images]) -> set[str]:
-    """Return the classes that an earlier try has finished; remove what it has begun."""
-    finished = set()
-    for path in list(folder.iterdir()) if folder.exists() else []:
-        if path.name in classes and _sizes(path) == {
-            image.name: image.length for image in classes[path.name]()
-        }:
-            finished.add(path.name)
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    return finished
+def _is_finished(root: Path, of: Class, told: set[tuple[str, str]]) -> bool:
+    """Say whether an earlier try has finished a class; remove what it has begun."""
+    folder = _partial(root, of.split) / of.wnid
+    _remove(_draft(root, of))
+    if not folder.exists():
+        return False
+    if (of.split, of.wnid) in told or _sizes(folder) == of.sizes():
+        return True
+    _remove(folder)
+    return False
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -144,34 +187,53 @@ def _sizes(folder: Path) -> dict[str, int]:
         return {entry.name: entry.stat().st_size for entry in entries}
 
 
-def _require_space(root: Path, devkit: Devkit, found: Scan, finished: dict[str, set[str]]) -> None:
-    size = files = 0
-    labels = {wnid: label for label, wnid in enumerate(devkit.names)}
-    for split, there in finished.items():
-        entries = found.splits[split]
-        rest = entries["length"][~np.isin(entries["label"], [labels[wnid] for wnid in there])]
-        size += int((-(-rest.astype(np.int64) // _BLOCK) * _BLOCK).sum())
-        files += len(rest) + len(labels) - len(there) + 3  # and class folders, the split's and its meta.bin
+def _require_space(root: Path, missing: list[Class]) -> None:
+    size = sum(int((-(-of.lengths.astype(np.int64) // _BLOCK) * _BLOCK).sum()) for of in missing)
+    # Each class's folder, and each split's with its meta.bin and the copy of that before its name is given.
+    files = sum(len(of.names) + 1 for of in missing) + 3 * len({of.split for of in missing})
     space.require(root, size, "the class folders", files)
 
 
-def _write_class(descriptor: int, archive: Path, members: list[Member], folder: Path, wnid: str) -> None:
-    draft = folder / f".{wnid}.tmp"
+def _draft(root: Path, of: Class) -> Path:
+    return _partial(root, of.split) / f".{of.wnid}.tmp"
+
+
+def _write(root: Path, archives: dict[str, Path], of: Class) -> int:
+    draft, archive = _draft(root, of), archives[of.split]
     draft.mkdir()
     prefix = f"{draft}/"
-    for data, name in _read(descriptor, archive, members):
-        file = os.open(prefix + name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            while data:
-                data = data[os.write(file, data) :]
-        finally:
-            os.close(file)
-    draft.rename(folder / wnid)
+    with opened(archive, ahead=of.split == "train") as descriptor:
+        for name, offset, length in zip(
+            map(os.fsdecode, of.names.tolist()), of.offsets.tolist(), of.lengths.tolist(), strict=True
+        ):
+            data = memoryview(os.pread(descriptor, length, offset))
+            if len(data) != length:
+                raise UserError(f"{archive}: ends inside {name}; did it change while it was read?")
+            file = os.open(prefix + name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                while data:
+                    data = data[os.write(file, data) :]
+            finally:
+                os.close(file)
+    draft.rename(_partial(root, of.split) / of.wnid)
+    return len(of.names)
 
 
-def _read(descriptor: int, archive: Path, members: list[Member]) -> Iterator[tuple[memoryview, str]]:
-    for name, offset, length in members:
-        data = os.pread(descriptor, length, offset)
-        if len(data) != length:
-            raise UserError(f"{archive}: ends inside {name}; did it change while it was read?")
-        yield memoryview(data), name
+def _sync(root: Path) -> None:
+    """Bring all files to the disk: of this file system alone, as another may be far away and hang."""
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        if syncfs is None:
+            os.sync()
+        elif syncfs(descriptor):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(root))
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""From three archives of the ILSVRC shape to the address and label of every image, reading headers only.
+"""From three archives of the ILSVRC shape to the address and label of every image.
 
 The train archive is a tar of one tar a class, `<wnid>.tar`; the val archive is flat, and its images in the
 order of their names belong to the lines of the development kit's ground truth. Labels count the wnids in
@@ -8,22 +8,27 @@ alphabetical order, as torchvision does.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from hpc_imagenet.archives import picture, pool, walk
 from hpc_imagenet.archives.devkit import Devkit
-from hpc_imagenet.archives.tar import Member, members
+from hpc_imagenet.archives.tar import members
+from hpc_imagenet.archives.walk import Array, Found
 from hpc_imagenet.datastore.index import ENTRY, Index
 from hpc_imagenet.errors import UserError
 
-TRAIN_SHARD, VAL_SHARD = 0, 1
-# What torchvision's ImageFolder takes for an image: a file of another kind would shift the labels of val.
-IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SPLITS = ("train", "val")  # in the order of their archives' numbers in the index
+HEADER, DECODE = "header", "decode"  # how closely each image is looked at
+# Bytes of archives from which on several processes pay: below, starting them takes longer than the walk.
+_MANY = 16 << 30
+_TOGETHER = 500  # images of val that are decoded as one piece of work
 
 
 @dataclass(frozen=True)
@@ -37,21 +42,42 @@ class ClassTar:
 
 @dataclass(frozen=True)
 class Scan:
-    """What lies in the archives.
+    """What lies in the archives; the images of a split in archive order, those of a class of train together.
 
     Attributes:
-        splits: train and val, each of shape [images] and dtype `ENTRY`, in archive order.
-        class_tars: where the classes lie in the train archive, in archive order.
-        val_names: file names, in the order of the val split.
+        splits: each of shape [images] and dtype `ENTRY`.
+        facts: each of shape [images] and dtype `picture.FACTS`.
+        names: each of shape [images]: file names without folders, as bytes.
     """
 
     splits: dict[str, Index]
-    class_tars: list[ClassTar]
-    val_names: list[str]
+    facts: dict[str, Array]
+    names: dict[str, Array]
+
+    def corrupt(self) -> list[str]:
+        """Return the names of the images that cannot be decoded."""
+        bad = {split: facts["marks"] & picture.CORRUPT != 0 for split, facts in self.facts.items()}
+        return [os.fsdecode(name) for split in SPLITS for name in self.names[split][bad[split]].tolist()]
+
+    def without_corrupt(self) -> Scan:
+        """Return the same without those images."""
+        kept = {split: facts["marks"] & picture.CORRUPT == 0 for split, facts in self.facts.items()}
+        return replace(
+            self,
+            splits={split: of[kept[split]] for split, of in self.splits.items()},
+            facts={split: of[kept[split]] for split, of in self.facts.items()},
+            names={split: of[kept[split]] for split, of in self.names.items()},
+        )
 
 
 def scan(
-    train: Path, val: Path, devkit: Devkit, progress: Callable[[int, int], None] = lambda done, total: None
+    train: Path,
+    val: Path,
+    devkit: Devkit,
+    *,
+    check: str = HEADER,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scan:
     """Find every image of both splits.
 
@@ -59,6 +85,8 @@ def scan(
         train: the train archive.
         val: the val archive.
         devkit: its classes and ground truth.
+        check: HEADER: 4 kB of each image are read; DECODE: all of it, and it is decoded.
+        workers: processes that may be used.
         progress: told (archives walked, archives there are), counting each class as one and val as one.
 
     Raises:
@@ -68,18 +96,28 @@ def scan(
     if len(labels) - 1 > np.iinfo(ENTRY["label"]).max:
         raise UserError(f"{len(labels)} classes: an index holds at most {np.iinfo(ENTRY['label']).max + 1}")
     with opened(train) as descriptor:
+        size = os.fstat(descriptor).st_size
         tars = find_class_tars(descriptor, train, devkit)
-        parts = []
-        for number, tar in enumerate(tars):
-            found = list(class_members(descriptor, train, tar))
-            parts.append(_entries(found, [labels[tar.wnid]] * len(found), TRAIN_SHARD))
-            progress(number + 1, len(tars) + 1)
+    if check != DECODE and size < _MANY:
+        workers = 1
+    parts = []
+    one_class = functools.partial(_class, train, decode=check == DECODE)
+    for number, found in enumerate(pool.in_order(one_class, tars, workers)):
+        parts.append(found)
+        progress(number + 1, len(tars) + 1)
+    of_train = Found(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    train_labels = np.repeat([labels[tar.wnid] for tar in tars], [len(part.names) for part in parts])
     with opened(val) as descriptor:
-        images = list(_images(members(descriptor, 0, os.fstat(descriptor).st_size, str(val)), str(val)))
-    names = [posixpath.basename(image.name) for image in images]
-    val_labels = [labels[wnid] for wnid in _val_classes(names, devkit, val)]
+        of_val = walk.find(descriptor, 0, os.fstat(descriptor).st_size, str(val))
+    val_labels = np.array([labels[wnid] for wnid in _val_classes(of_val.names.tolist(), devkit, val)])
+    if check == DECODE:
+        _decode_val(val, of_val, workers)
     progress(len(tars) + 1, len(tars) + 1)
-    return Scan({"train": np.concatenate(parts), "val": _entries(images, val_labels, VAL_SHARD)}, tars, names)
+    return Scan(
+        {"train": _entries(of_train, train_labels, 0), "val": _entries(of_val, val_labels, 1)},
+        {"train": of_train.facts, "val": of_val.facts},
+        {"train": of_train.names, "val": of_val.names},
+    )
 
 
 def find_class_tars(descriptor: int, train: Path, devkit: Devkit) -> list[ClassTar]:
@@ -110,24 +148,9 @@ def find_class_tars(descriptor: int, train: Path, devkit: Devkit) -> list[ClassT
     return tars
 
 
-def class_members(descriptor: int, train: Path, tar: ClassTar) -> Iterator[Member]:
-    """Yield the images of one class of an open train archive.
-
-    Raises:
-        UserError: the class's tar is damaged or empty, or holds something that is no image.
-    """
-    where = f"{train}: {tar.wnid}.tar"
-    empty = True
-    for image in _images(members(descriptor, tar.begin, tar.end, where), where):
-        yield image
-        empty = False
-    if empty:
-        raise UserError(f"{where}: an empty archive")
-
-
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """Open a file for `pread`; tell the kernel not to read ahead of headers that lie 100 kB apart."""
+def opened(path: Path, ahead: bool = False) -> Iterator[int]:
+    """Open a file for `pread`; tell the kernel whether to read ahead: not of headers 100 kB apart."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -135,26 +158,45 @@ def opened(path: Path) -> Iterator[int]:
     try:
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                advice = os.POSIX_FADV_SEQUENTIAL if ahead else os.POSIX_FADV_RANDOM
+                os.posix_fadvise(descriptor, 0, 0, advice)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _images(found: Iterator[Member], where: str) -> Iterator[Member]:
-    limit = np.iinfo(ENTRY["length"]).max
-    for member in found:
-        if not member.name.lower().endswith(IMAGES):
-            raise UserError(f"{where}: holds {member.name}, which is no image ({' '.join(IMAGES)})")
-        if not 0 < member.length <= limit:
-            raise UserError(f"{where}: {member.name} has {member.length} bytes: an image has 1 to {limit}")
-        yield member
+def _class(train: Path, tar: ClassTar, decode: bool) -> Found:
+    with opened(train) as descriptor:
+        found = walk.find(descriptor, tar.begin, tar.end, f"{train}: {tar.wnid}.tar")
+        if decode:
+            _decode(descriptor, found)
+    return found
 
 
-def _val_classes(names: list[str], devkit: Devkit, val: Path) -> list[str]:
+def _decode(descriptor: int, found: Found) -> None:
+    """Mark the images that cannot be decoded."""
+    for i, (offset, length) in enumerate(zip(found.offsets.tolist(), found.lengths.tolist(), strict=True)):
+        if picture.flaw(os.pread(descriptor, length, offset)):
+            found.facts["marks"][i] |= picture.CORRUPT
+
+
+def _decode_val(val: Path, found: Found, workers: int) -> None:
+    pieces = [
+        Found(*(column[begin : begin + _TOGETHER] for column in found))
+        for begin in range(0, len(found.names), _TOGETHER)
+    ]
+    marks = list(pool.in_order(functools.partial(_marks, val), pieces, workers))
+    found.facts["marks"][:] = np.concatenate(marks)
+
+
+def _marks(val: Path, piece: Found) -> Array:
+    with opened(val) as descriptor:
+        _decode(descriptor, piece)
+    return piece.facts["marks"]
+
+
+def _val_classes(names: list[bytes], devkit: Devkit, val: Path) -> list[str]:
     """Return the class of every val image, in the order of `names`."""
-    if not names:
-        raise UserError(f"{val}: an empty archive")
     if len(names) != len(devkit.val_wnids):
         raise UserError(
             f"{val}: {len(names)} images, but the ground truth of the development kit has "
@@ -169,12 +211,10 @@ def _val_classes(names: list[str], devkit: Devkit, val: Path) -> list[str]:
     return classes
 
 
-def _entries(images: Sequence[Member], labels: Sequence[int], shard: int) -> Index:
-    entries = np.empty(len(images), ENTRY)
-    entries["offset"] = [image.offset for image in images]
-    entries["length"] = [image.length for image in images]
-    entries["label"] = labels
-    entries["shard"] = shard
+def _entries(found: Found, labels: Array, shard: int) -> Index:
+    entries = np.empty(len(found.names), ENTRY)
+    entries["offset"], entries["length"] = found.offsets, found.lengths
+    entries["label"], entries["shard"] = labels, shard
     return entries
 
 

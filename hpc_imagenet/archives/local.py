@@ -20,6 +20,8 @@ class Folder:
         source: how receipts call it.
     """
 
+    copies = False
+
     def __init__(self, folder: Path, source: str) -> None:
         self._folder = folder
         self._source = source
@@ -76,6 +78,9 @@ def vouch(path: Path, want: Wanted, target: Path, source: str, progress: Callabl
     """
     before = path.stat()
     md5 = hash_file(path, progress)
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise UserError(f"{path}: changed while it was read; ask again when it rests")
     check_whole(path, want, md5, str(path))
     receipt.write(target, md5, source, want.vouched, before)
 

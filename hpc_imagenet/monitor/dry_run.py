@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hpc_imagenet.plan import Job
 from hpc_imagenet.runs import Record
-from hpc_imagenet.sbatch import Part, arrays, script
+from hpc_imagenet.sbatch import Part, arrays, script, verdict
 from hpc_imagenet.submit import intend
 
 _VERDICTS = {
@@ -34,4 +34,5 @@ def describe(plan: Sequence[Job], record: Record, executor: str) -> None:
         print(f"\nsbatch would get, for {' '.join(part.run for part in array)}:")
         text = script(array, record.run(array[0].run).folder / "attempts" / "1")
         print("  " + text.strip().replace("\n", "\n  "))
+        print(f"sbatch --test-only: {verdict(text)}")
     print("\nnothing was submitted (dry_run=true)")

@@ -23,7 +23,7 @@ def rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """Return what is known of each run, in the given order.
 
     Each row has run, stage, model, state, reason, top1 (0 to 1, None before the end), dir, attempt,
-    created, seconds (since the job began, or how long it took) and progress (see `runs.Progress`).
+    requeued (times that Slurm has started the attempt again), created, seconds (since the job began, or how long it took) and progress (see `runs.Progress`).
     """
     runs = list(runs)
     told = states(runs)
@@ -44,6 +44,7 @@ def rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
                 "result": result,
                 "dir": str(run.folder),
                 "attempt": attempt.number if attempt else 0,
+                "requeued": told[run.id].restarts,
                 "created": info.get("created"),
                 "seconds": _seconds(began, outcome.time if outcome else None),
                 "progress": run.progress,
@@ -61,6 +62,8 @@ def render(table: Sequence[dict[str, Any]]) -> Table:
     for row in table:
         colour = _COLOURS[row["state"]]
         again = f" (attempt {row['attempt']})" if row["attempt"] > 1 else ""
+        if times := row["requeued"]:
+            again += f" (requeued {times} {'time' if times == 1 else 'times'})"
         drawn.add_row(
             row["run"],
             row["stage"],
@@ -130,8 +133,13 @@ def _words(row: dict[str, Any]) -> str:
         return "starting"
     share = f"{done / total:4.0%} " if total else ""
     note = row["progress"].get("note") or f"{_number(done)} {unit}"
+    if unit == "B" and total:
+        note += f" · {_amount(done, unit)} of {_amount(total, unit)}"
     rate = row["progress"].get("rate")
-    return f"{share}{note}" + (f" · {_number(rate)} {unit}/s" if rate else "")
+    if not rate:
+        return f"{share}{note}"
+    left = f" · {clock((total - done) / rate)} left" if total else ""
+    return f"{share}{note} · {_amount(rate, unit)}/s{left}"
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -149,6 +157,11 @@ def _number(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.1f} {letter}"
     return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
+
+
+def _amount(value: float, unit: str) -> str:
+    number = _number(value)
+    return f"{number}{unit}" if unit == "B" and number[-1].isalpha() else f"{number} {unit}"
 
 
 def _seconds(began: str | None, ended: str | None) -> float | None:

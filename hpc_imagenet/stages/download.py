@@ -11,10 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpc_imagenet.archives import receipt, space
-from hpc_imagenet.archives.fetch import Http
+from hpc_imagenet.archives import loose, parquet, receipt, space
+from hpc_imagenet.archives.fetch import Fetch
 from hpc_imagenet.archives.local import Folder, adopt
+from hpc_imagenet.archives.login import Login
+from hpc_imagenet.archives.part import allocated
+from hpc_imagenet.archives.remote import Remote
+from hpc_imagenet.archives.s3 import Bucket
 from hpc_imagenet.archives.wanted import SUMS, Wanted, archive_folder, parse_sums, wanted
+from hpc_imagenet.archives.web import Web
 from hpc_imagenet.config import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Progress, Run
@@ -22,7 +27,13 @@ from hpc_imagenet.world import World
 
 
 class Source(Protocol):
-    """Where archives come from: a URL prefix or a folder."""
+    """Where archives come from: a URL prefix, a bucket, a folder.
+
+    Attributes:
+        copies: whether they take room in the workspace; else they are linked.
+    """
+
+    copies: bool
 
     def text(self, file: str) -> str | None:
         """Return a small text file, or None where there is none."""
@@ -50,7 +61,7 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"workspace={config.workspace} cannot be written: {error}") from None
-    progress = Progress(run.folder)
+    progress = Progress(run)
     files = wanted(config.dataset, {})
     downloaded = 0
     if not all(_is_settled(folder, want, config) for want in files):
@@ -69,25 +80,72 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
 def open_source(config: Config) -> Source:
     """Return dataset.source, made first where dataset.make can and it is a folder that is not there.
 
+    A folder is looked at: archives are taken as they are, and of loose files archives are made.
+
     Raises:
-        UserError: it is neither a folder nor http(s).
+        UserError: neither a folder nor http(s) nor s3, or its files cannot have the MD5s that are asked.
     """
-    source, scheme = config.dataset.source, urllib.parse.urlsplit(config.dataset.source).scheme
+    asked, source = config.download, config.dataset.source
+    scheme = urllib.parse.urlsplit(source).scheme
     if scheme in ("http", "https"):
-        return Http(source, config.download.retries, config.download.timeout, config.dataset.hint)
+        return _fetched(Web(source, asked.timeout, asked.connections, Login(source, asked.login)), config)
+    if scheme == "s3":
+        return _fetched(Bucket(source, asked.timeout, asked.connections), config)
     if scheme == "file":
         source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
     elif re.match(r"[a-z][a-z0-9+.-]*://", source):
-        raise UserError(f"dataset.source={source}: a folder, http:// or https:// is read, not {scheme}://")
+        raise UserError(
+            f"dataset.source={source}: a folder, http://, https:// or s3:// is read, not {scheme}://"
+        )
     folder = Path(source).expanduser()
     if config.dataset.make and not folder.exists():
         _make(config.dataset.make, folder)
+    files = {split: archive.file for split, archive in config.dataset.archives.items()}
+    if not any((folder / file).exists() for file in files.values()):
+        if layout := loose.look(folder):
+            _unpinned(config, layout.kind)
+            return _fetched(loose.Loose(layout, config.dataset.source, files, asked.connections), config)
+        if shards := parquet.look(folder):
+            _unpinned(config, parquet.KIND)
+            return parquet.Parquet(shards, config.dataset.source, files)
     return Folder(folder, config.dataset.source)
+
+
+def _fetched(remote: Remote, config: Config) -> Fetch:
+    asked = config.download
+    return Fetch(
+        remote,
+        asked.retries,
+        asked.timeout,
+        connections=asked.connections,
+        limit=None if asked.limit is None else asked.limit * 1e6,
+        hint=config.dataset.hint,
+    )
+
+
+def _unpinned(config: Config, kind: str) -> None:
+    """Tell that archives are made of loose files; those have other bytes than the published ones."""
+    source = config.dataset.source
+    for split, archive in config.dataset.archives.items():
+        if archive.md5 or archive.bytes:
+            pin = "md5" if archive.md5 else "bytes"
+            raise UserError(
+                f"dataset.source={source} has {kind}; archives made of them cannot have "
+                f"dataset.archives.{split}.{pin}: dataset=ilsvrc dataset.name=NAME takes them without"
+            )
+    print(f"dataset.source={source} has {kind}: archives are made of them", flush=True)
 
 
 def _bring(files: list[Wanted], folder: Path, source: Source, config: Config, progress: Progress) -> int:
     sizes = [_size(folder, want, source) for want in files]
     total = None if None in sizes else sum(size or 0 for size in sizes)
+    if source.copies:
+        missing = [
+            max(0, (size or 0) - allocated(folder / want.file))
+            for want, size in zip(files, sizes, strict=True)
+            if not (folder / want.file).exists()
+        ]
+        space.require(folder, sum(missing), f"{len(missing)} archives", 2 * len(missing))
     done = downloaded = 0
     for want in files:
         tell = partial(_tell, progress, done, total, want.file)

@@ -1,140 +1,217 @@
 """The process stage: from verified archives to a dataset that training opens, in `datasets/<dataset>/`.
 
 By default no image is copied: the index holds the address of each in the archives as they lie.
-`process.layout=folders` writes class folders besides.
+`process.layout=shards` writes new tars, `process.layout=folders` class folders besides; both may be cut into
+parts, jobs that run side by side, and one more job that puts together what they made.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc_imagenet import __version__
-from hpc_imagenet.archives import folders, receipt, space
-from hpc_imagenet.archives.devkit import Devkit, read_devkit
-from hpc_imagenet.archives.ilsvrc import Scan, scan
-from hpc_imagenet.archives.receipt import Receipt
-from hpc_imagenet.archives.wanted import archive_folder
+from hpc_imagenet.archives import certificate, folders, meta_bin, shards, space
+from hpc_imagenet.archives.survey import Survey, forget, prepare, survey
+from hpc_imagenet.archives.walk import Array
 from hpc_imagenet.config import Config
-from hpc_imagenet.datastore.index import write_index
+from hpc_imagenet.datastore.index import Index, write_index
 from hpc_imagenet.datastore.manifest import FILE, Category, File, Manifest, Split
 from hpc_imagenet.durable import replacing
-from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Progress, Run, now
-from hpc_imagenet.world import World
+from hpc_imagenet.world import World, cpus
 
-SHARDS = ("train", "val")  # in the order of their numbers in the index
-META = "meta.bin"
+_SHARDS = ("train", "val")  # of an index over the archives, in the order of their numbers
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What the dataset's index shall hold, and of which shards."""
+
+    shards: tuple[File, ...]
+    splits: dict[str, Index]
+    facts: dict[str, Array]
+    names: dict[str, Array]
+    skipped: list[str]
+    tools: dict[str, str]
 
 
 def run(config: Config, run: Run, world: World) -> dict[str, Any]:
-    """Make the dataset of `config.dataset` from its archives in the workspace.
+    """Make the dataset of `config.dataset` from its archives in the workspace, or one part of it.
 
     Returns:
-        `images` in all, of `train` and of `val`, and the number of `classes`.
+        `images` in all, of `train` and of `val`, the number of `classes` and of images `skipped` as corrupt;
+        of a part: the number of its `images`.
 
     Raises:
-        UserError: the archives are missing, damaged, or do not belong to each other; no room.
+        UserError: the archives are missing, damaged, or do not belong to each other; an image is corrupt;
+            no room; parts are missing.
     """
     if not world.main:
         return {}
-    workspace = Path(config.workspace)
-    source = archive_folder(workspace, config.dataset)
-    archives = {split: source / archive.file for split, archive in config.dataset.archives.items()}
-    receipts = _receipts(archives)
-    progress = Progress(run.folder)
-    devkit = read_devkit(archives["devkit"])
-    found = scan(
-        archives["train"],
-        archives["val"],
-        devkit,
-        lambda done, total: progress(done, total, "archives", "index"),
-    )
+    workspace, stage = Path(config.workspace), config.stage
     folder = workspace / "datasets" / config.dataset.name
+    workers = config.process.workers or cpus(world)
+    progress = Progress(run)
     with space.telling_full(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except PermissionError as error:
-            raise UserError(f"workspace={config.workspace} cannot be written: {error}") from None
-        # From here to the end it is not a dataset: what is bad about the archives was found before.
-        (folder / FILE).unlink(missing_ok=True)
-        for draft in folder.glob(".*.tmp"):  # of a try that was killed
-            draft.unlink()
-        splits = {split: _write_split(folder, split, found) for split in SHARDS}
-        meta = _write_meta(folder, devkit)
-        if config.process.layout == "folders":
-            folders.write(
-                folder,
-                archives,
-                devkit,
-                found,
-                meta,
-                {split: got.md5 for split, got in receipts.items()},
-                lambda done, total, split: progress(done, total, "images", f"folders: {split}"),
-            )
-        if _receipts(archives) != receipts:
-            raise UserError(f"{source}: an archive changed while it was read; ask again")
-        _manifest(config, folder, archives, receipts, devkit, splits, meta).save(folder)
-    images = {split: of.images for split, of in splits.items()}
-    return {"images": sum(images.values()), **images, "classes": len(devkit.names)}
+        seen = survey(
+            config,
+            folder,
+            stage.parts > 1,
+            workers,
+            lambda done, total: progress(done, total, "archives", "index"),
+        )
+        prepare(folder)
+
+        def tell(done: int, total: int) -> None:
+            progress(done, total, "images", config.process.layout)
+
+        if stage.part is not None:
+            return {"images": _part(config, folder, seen, stage.part, stage.parts, workers, tell)}
+        if stage.parts == 1:
+            _part(config, folder, seen, 0, 1, workers, tell)
+        return _commit(config, folder, seen)
 
 
-def _receipts(archives: dict[str, Path]) -> dict[str, Receipt]:
-    found = {split: receipt.load(path) for split, path in archives.items()}
-    for split, path in archives.items():
-        if found[split] is None:
-            why = "changed since it was verified" if path.exists() else "is missing"
-            raise UserError(f"{path} {why}; +stage=download makes it whole")
-    return {split: got for split, got in found.items() if got is not None}
+def _part(
+    config: Config,
+    folder: Path,
+    seen: Survey,
+    part: int,
+    parts: int,
+    workers: int,
+    tell: Callable[[int, int], None],
+) -> int:
+    """Do one part's share of what takes time; return its images."""
+    if config.process.layout == "shards":
+        plan = shards.plan(folder, seen, config.process)
+        # Neighbours, so that a part reads one stretch of the archive.
+        begin, end = (len(plan.shards) * n // parts for n in (part, part + 1))
+        return shards.make(plan, plan.shards[begin:end], workers, tell)
+    if config.process.layout == "folders":
+        return folders.make(folder, seen, _identity(config, seen), part, parts, workers, tell)
+    return 0
 
 
-def _write_split(folder: Path, split: str, found: Scan) -> Split:
+def _identity(config: Config, seen: Survey) -> dict[str, Any]:
+    """Return whose images class folders hold."""
+    return {"archives": seen.md5s(), **config.process.identity()}
+
+
+def _commit(config: Config, folder: Path, seen: Survey) -> dict[str, Any]:
+    """Make a dataset of what is there: indexes, meta.bin, certificate, and last the manifest."""
+    images = _images(config, folder, seen)
+    meta = meta_bin.encode(seen.devkit.names, seen.devkit.val_wnids)
+    # From here to the end it is not a dataset: what is bad about the archives was found before.
+    (folder / FILE).unlink(missing_ok=True)
+    for draft in folder.glob(".*.tmp"):  # of a try that was killed
+        draft.unlink()
+    splits = {split: _write_split(folder, split, of) for split, of in images.splits.items()}
+    files = [_write(folder / meta_bin.FILE, meta)]
+    if config.process.layout == "folders":
+        folders.finish(folder, seen, _identity(config, seen), meta)
+    manifest = _manifest(config, seen, images, splits, files, folder)
+    files += _certify(folder, manifest, images)
+    seen.require_unchanged()
+    forget(folder)
+    _manifest(config, seen, images, splits, files, folder).save(folder)
+    counts = {split: of.images for split, of in splits.items()}
+    return {
+        "images": sum(counts.values()),
+        **counts,
+        "classes": len(seen.devkit.names),
+        "skipped": len(images.skipped),
+    }
+
+
+def _images(config: Config, folder: Path, seen: Survey) -> _Images:
+    found = seen.scan
+    if config.process.layout == "shards":
+        plan = shards.plan(folder, seen, config.process)
+        whole = shards.gather(plan)
+        return _Images(
+            whole.shards, whole.splits, whole.facts, whole.names, seen.skipped + whole.skipped, plan.tools
+        )
+    archives = tuple(
+        File(
+            _relative(seen.archives[split], folder),
+            seen.receipts[split].bytes,
+            f"md5:{seen.receipts[split].md5}",
+        )
+        for split in _SHARDS
+    )
+    return _Images(archives, found.splits, found.facts, found.names, seen.skipped, {})
+
+
+def _write_split(folder: Path, split: str, entries: Index) -> Split:
     path = folder / f"{split}.npy"
-    write_index(path, found.splits[split])
-    return Split(_file(path, path.read_bytes()), len(found.splits[split]))
+    write_index(path, entries)
+    return Split(_file(path, path.read_bytes()), len(entries))
 
 
-def _write_meta(folder: Path, devkit: Devkit) -> bytes:
-    # torch takes a second to import: not before the rest has proved good.
-    from hpc_imagenet.training import meta_bin
+def _write(path: Path, data: bytes) -> File:
+    with replacing(path) as file:
+        file.write(data)
+    return _file(path, data)
 
-    meta = meta_bin.encode(devkit.names, devkit.val_wnids)
-    with replacing(folder / META) as file:
-        file.write(meta)
-    return meta
+
+def _certify(folder: Path, manifest: Manifest, images: _Images) -> list[File]:
+    """Write the certificate of what the manifest lists."""
+    described = certificate.describe(
+        name=manifest.name,
+        content=manifest.content,
+        classes=manifest.classes,
+        splits=images.splits,
+        facts=images.facts,
+        names=images.names,
+        files=manifest.all_files(),
+        skipped=images.skipped,
+        provenance=manifest.provenance,
+        tools=images.tools,
+    )
+    page = certificate.page(described, manifest.classes)
+    return [
+        _write(folder / certificate.JSON, (json.dumps(described, indent=1) + "\n").encode()),
+        _write(folder / certificate.PAGE, page.encode("utf-8", "backslashreplace")),
+    ]
 
 
 def _manifest(
     config: Config,
-    folder: Path,
-    archives: dict[str, Path],
-    receipts: dict[str, Receipt],
-    devkit: Devkit,
+    seen: Survey,
+    images: _Images,
     splits: dict[str, Split],
-    meta: bytes,
+    files: Sequence[File],
+    folder: Path,
 ) -> Manifest:
-    md5s = {archives[split].name: got.md5 for split, got in receipts.items()}
-    fallback = hashlib.sha256(" ".join(md5s.values()).encode()).hexdigest()[:12]
+    md5s = {seen.archives[split].name: got.md5 for split, got in seen.receipts.items()}
+    fallback = hashlib.sha256(" ".join([*md5s.values(), *_words(config)]).encode()).hexdigest()[:12]
     return Manifest(
         name=config.dataset.name,
         content=config.datastore.content or fallback,
         created=now(),
-        classes=tuple(Category(wnid, names) for wnid, names in devkit.names.items()),
-        shards=tuple(
-            File(_relative(archives[split], folder), receipts[split].bytes, f"md5:{receipts[split].md5}")
-            for split in SHARDS
-        ),
+        classes=tuple(Category(wnid, names) for wnid, names in seen.devkit.names.items()),
+        shards=images.shards,
         splits=splits,
-        files=(_file(folder / META, meta),),
+        files=tuple(files),
         provenance={
-            "source": receipts["train"].source,
+            "source": seen.receipts["train"].source,
             "archives": md5s,
             "layout": config.process.layout,
+            "process": config.process.identity(),
             "version": __version__,
         },
     )
+
+
+def _words(config: Config) -> list[str]:
+    changed = config.process.pictures()
+    return [json.dumps(changed, sort_keys=True)] if changed else []
 
 
 def _file(path: Path, data: bytes) -> File:

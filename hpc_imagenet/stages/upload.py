@@ -35,7 +35,7 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
         return {}
     source = Path(config.workspace) / "datasets" / config.dataset.name
     manifest, written = _processed(source, config)
-    progress = runs.Progress(run.folder)
+    progress = runs.Progress(run)
     home = versions.locate(config.datastore.url) / versions.parse(config.datastore.name)[0]
     with folder.told("datastore.url", home):
         note = {"run": run.id, "host": socket.gethostname(), "time": runs.now()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,22 @@ class Checkpoint:
 
 
 class Writer(TorchCheckpointIO):
-    """How Lightning writes a checkpoint: the old one steps back when the new one is on disk."""
+    """How Lightning writes a checkpoint: the old one steps back when the new one is on disk.
+
+    Args:
+        before: called when all is written and nothing but the new name is left; raises where this job may
+            not write any more.
+    """
+
+    def __init__(self, before: Callable[[], object] | None = None) -> None:
+        super().__init__()
+        self._before = before
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write `checkpoint` to `path`, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with replacing(path, self._before) as file:
             torch.save(checkpoint, file)
             if path.exists():
                 aside = path.with_name(f".{PREVIOUS}.tmp")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hpc_imagenet.datastore.store import Split
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.sampler import PADDING, Key
-from hpc_imagenet.world import World
+from hpc_imagenet.world import cpus as cpus
 
 Batch = tuple[Tensor, Tensor]  # uint8 [images, 3, size, size] in channels_last order, int64 [images]
 
@@ -97,14 +96,3 @@ def _leave_signals(worker: int) -> None:
     # saved. So SIGTERM only sets a term: it is also how the training process ends a worker when it exits.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(LINGER))
-
-
-def cpus(world: World, env: Mapping[str, str] = os.environ) -> int:
-    """Return the CPUs this task may use: of its allocation, not of the host."""
-    for given in ("HPC_IMAGENET_CPUS", "SLURM_CPUS_PER_TASK"):  # by this machine's queue, by Slurm
-        if given in env:
-            return int(env[given])
-    mine = len(os.sched_getaffinity(0))
-    if "SLURM_PROCID" in env:  # srun has bound each task to its own
-        return mine
-    return max(1, mine // world.local_size)

@@ -120,6 +120,20 @@ def placement(world: World, place: torch.device) -> dict[str, Any]:
     }
 
 
+def lost(error: RuntimeError) -> str:
+    """Return in one line that a collective failed because another task is gone; empty for other errors."""
+    text = str(error)
+    names = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
+    if type(error).__name__ in names or any(word in text for word in _LOST):
+        line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+        return f"lost another task of this job: {line[:200]}"
+    return ""
+
+
+# What gloo says in a plain RuntimeError; NCCL's errors have a class of their own.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
+
+
 def share(config: Config, world: World) -> Share:
     """Cut the global batch for this world.
 

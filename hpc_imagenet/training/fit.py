@@ -7,7 +7,6 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,7 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.store import Split, Store
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.errors import Lost, UserError
 from hpc_imagenet.runs import Progress, Run
 from hpc_imagenet.training import data, environment, model
 from hpc_imagenet.training.account import Account
@@ -72,6 +71,8 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     Raises:
         UserError: bad input, in one line.
         Interrupted: a signal asked to stop; a checkpoint is saved.
+        Lost: another task of the job is gone.
+        Superseded: another copy of the job has taken the run over.
     """
     began = time.monotonic()
     recipe, checkpoints = config.recipe, run.folder / "checkpoints"
@@ -101,7 +102,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     set_norm_momentum(network, recipe.norm_momentum)
     module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs)
     loaders = Data(config, train, val, share, workers, place.type == "cuda")
-    account = Account(share.batch, Progress(run.folder) if world.main else None)
+    account = Account(share.batch, Progress(run) if world.main else None)
     start = newest(checkpoints)
     if start and start.accumulate != share.accumulate:
         raise UserError(
@@ -109,11 +110,12 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
             "finish the run with that"
         )
 
+    if start and world.main:
+        print(f"going on from step {start.step}", flush=True)
+
     with _quiet(), Asked() as asked:
         boundary = Boundary(checkpoints, asked, 60 * config.train.checkpoint_every_minutes)
-        trainer = _trainer(
-            config, run.folder, world, place, start, min(LOG_EVERY, steps), [account, boundary]
-        )
+        trainer = _trainer(config, run, world, place, start, min(LOG_EVERY, steps), [account, boundary])
         path = start.path if start else None
         try:
             trainer.fit(module, datamodule=loaders, ckpt_path=path, weights_only=True)
@@ -123,6 +125,10 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
         except UserError as error:
             # One from a loader's worker process comes as its whole traceback; the last line is ours.
             raise UserError(str(error).strip().splitlines()[-1].removeprefix(_PREFIX)) from None
+        except RuntimeError as error:
+            if world.size > 1 and (gone := environment.lost(error)):
+                raise Lost(gone) from error
+            raise
     if dist.is_initialized():
         dist.destroy_process_group()
     metrics = trainer.callback_metrics
@@ -150,7 +156,7 @@ def _split(store: Store, name: str, classes: int) -> Split:
 
 def _trainer(
     config: Config,
-    folder: Path,
+    run: Run,
     world: World,
     place: torch.device,
     start: Checkpoint | None,
@@ -159,7 +165,8 @@ def _trainer(
 ) -> pl.Trainer:
     step = start.step if start else 0
     arguments = environment.placement(world, place)
-    arguments["plugins"].append(Writer())
+    check = run.fence.check if run.fence else lambda: None
+    arguments["plugins"].append(Writer(check))
     precision: Any = config.recipe.precision
     if precision == "auto":
         precision = "bf16-mixed" if place.type == "cuda" else "32-true"
@@ -169,8 +176,8 @@ def _trainer(
         max_epochs=config.recipe.epochs,
         accumulate_grad_batches=config.train.accumulate,
         logger=[
-            Table(folder, step),
-            TensorBoardLogger(folder, name="", version="tensorboard", purge_step=step),
+            Table(run.folder, step, check),
+            TensorBoardLogger(run.folder, name="", version="tensorboard", purge_step=step),
         ],
         callbacks=callbacks,
         log_every_n_steps=log_every,

@@ -6,6 +6,7 @@ Lightning's own CSV logger begins a new file (or deletes the old one) whenever a
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ class Table(Logger):
     Args:
         folder: of the run.
         step: steps done when this attempt begins; lines about later ones are of lost work and go.
+        before: called before each line; raises where this job may not write any more.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, before: Callable[[], object] = lambda: None) -> None:
         super().__init__()
         self.path = folder / "metrics.csv"
+        self._before = before
         self._step = step
         self._ready = False
         self._validated = -1  # step of the last line about val
@@ -53,6 +56,7 @@ class Table(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one line."""
+        self._before()
         if not self._ready:
             self._prepare()
         values = {name: metrics[name] for name in COLUMNS if name in metrics}

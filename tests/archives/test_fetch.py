@@ -16,12 +16,16 @@ import pytest
 from faulty_server import Faults, faulty, serving
 
 from hpc_imagenet.archives import receipt
-from hpc_imagenet.archives.fetch import Http
+from hpc_imagenet.archives.fetch import LOOK
+from hpc_imagenet.archives.fetch import Fetch as Source
+from hpc_imagenet.archives.login import Login
 from hpc_imagenet.archives.receipt import Receipt
 from hpc_imagenet.archives.wanted import Wanted
+from hpc_imagenet.archives.web import Web
 from hpc_imagenet.errors import UserError
 
 FILE = "x.tar"
+ALL = 1 << 30  # a drop behind the end: none
 HINT = "ask your librarian"
 
 
@@ -42,10 +46,15 @@ def target(tmp_path: Path) -> Path:
 class Fetch:
     """One client; `slept` and `told` are what it did in between."""
 
-    def __init__(self, url: str, target: Path, retries: int = 3, timeout: float = 5.0) -> None:
+    def __init__(
+        self, url: str, target: Path, retries: int = 3, timeout: float = 5.0, connections: int = 1
+    ) -> None:
         self.slept: list[float] = []
         self.told: list[int] = []
-        self.http = Http(url, retries, timeout, HINT, self.slept.append)
+        remote = Web(url, timeout, connections, Login(url))
+        self.http = Source(
+            remote, retries, timeout, connections=connections, hint=HINT, sleep=self.slept.append
+        )
         self.target = target
         target.parent.mkdir(exist_ok=True)
 
@@ -86,31 +95,35 @@ def test_well(served: Path, target: Path) -> None:
 
 
 def test_goes_on_where_a_broken_connection_ended(served: Path, target: Path) -> None:
-    faults = Faults(drops=[700_000, 1, 300_000])
+    size = (served / FILE).stat().st_size
+    faults = Faults(drops=[ALL, 700_000, 1, 300_000])
     with serving(served, faulty(faults)) as url:
         fetch = Fetch(url, target)
-        assert fetch() == (served / FILE).stat().st_size, "a byte came twice"
+        assert fetch() == size, "a byte came twice"
         assert_whole(target, served, url)
-    assert [seen[2] for seen in faults.seen] == [None, "bytes=700000-", "bytes=700001-", "bytes=1000001-"]
+    begins = [LOOK, LOOK + 700_000, LOOK + 700_001, LOOK + 1_000_001]
+    asked = [f"bytes=0-{LOOK - 1}", *(f"bytes={begin}-{size - 1}" for begin in begins)]
+    assert [seen[2] for seen in faults.seen] == asked
     assert fetch.slept == [1, 1, 1], "each try brought new bytes"
 
 
 def test_goes_on_after_another_process(served: Path, target: Path) -> None:
-    with serving(served, faulty(Faults(drops=[700_000]))) as url:
+    with serving(served, faulty(Faults(drops=[ALL, 700_000]))) as url:
         assert "the connection" in Fetch(url, target, retries=-1).refused(), "retries=-1 tries once"
         part = target.with_name(f"{FILE}.part")
-        assert part.read_bytes() == (served / FILE).read_bytes()[:700_000]
+        assert part.read_bytes() == (served / FILE).read_bytes()[: LOOK + 700_000]
         assert not target.exists()
         second = Fetch(url, target)
-        assert second() == (served / FILE).stat().st_size - 700_000
+        assert second() == (served / FILE).stat().st_size - LOOK - 700_000
         assert_whole(target, served, url)
-    assert second.told[0] == 700_000, "the earlier bytes are hashed first"
+    assert second.told[0] == LOOK + 700_000
 
 
 def test_a_whole_part_needs_no_server(served: Path, target: Path) -> None:
     with serving(served) as url:
         Fetch(url, target)()
-    note = {"url": f"{url}/{FILE}", "etag": '"x"', "modified": None, "total": target.stat().st_size}
+    size = target.stat().st_size
+    note = {"url": f"{url}/{FILE}", "etag": '"x"', "total": size, "ranges": True, "spans": [[0, size]]}
     target.replace(target.with_name(f"{FILE}.part"))
     target.with_name(f"{FILE}.part.json").write_text(json.dumps(note))
     assert Fetch(url, target)() == 0
@@ -118,36 +131,44 @@ def test_a_whole_part_needs_no_server(served: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("faults", "words"),
+    ("faults", "words", "lost"),
     [
-        (Faults(drops=[700_000, 700_000], ranges=False), "the server cannot resume"),
-        (Faults(drops=[700_000, 700_000], etags=['"a"', '"b"', '"c"']), "has changed on the server"),
-        (Faults(drops=[700_000, 700_000], validators=False), "no ETag or date to resume by"),
+        (Faults(drops=[700_000, 700_000], ranges=False), "the server cannot resume", 1_400_000),
+        (Faults(etags=[*"abbcc"]), "has changed on the server", 2 * LOOK),
+        (
+            Faults(drops=[ALL, 700_000, ALL, ALL, 700_000], etags=[*"aabbbcc"]),
+            "has changed on the server",
+            2 * (LOOK + 700_000),
+        ),
+        # The first request is for a range; without an ETag or a date the file is asked for as a whole.
+        (Faults(drops=[0, 700_000, 0, 700_000], validators=False), "no ETag or date", 1_400_000),
     ],
 )
 def test_begins_anew_and_says_so(
-    served: Path, target: Path, faults: Faults, words: str, caplog: pytest.LogCaptureFixture
+    served: Path, target: Path, faults: Faults, words: str, lost: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(served, faulty(faults)) as url, caplog.at_level(logging.WARNING):
         fetch = Fetch(url, target)
-        assert fetch() == (served / FILE).stat().st_size + 1_400_000
+        assert fetch() == (served / FILE).stat().st_size + lost
         assert_whole(target, served, url)
     assert sum(words in line for line in caplog.messages) == 2
-    assert fetch.slept == [1, 1], "the second try came no further than the first"
 
 
-def test_a_changed_file_is_noticed_where_if_range_is_not_understood(served: Path, target: Path) -> None:
-    faults = Faults(drops=[700_000, 700_000], etags=['"a"', '"b"'], if_range=False)
+@pytest.mark.parametrize("connections", [1, 4])
+def test_a_changed_file_is_noticed_where_if_range_is_not_understood(
+    served: Path, target: Path, connections: int
+) -> None:
+    faults = Faults(etags=[*"ab"], if_range=False, pause=0.01)
     with serving(served, faulty(faults)) as url:
-        Fetch(url, target)()
+        Fetch(url, target, connections=connections)(md5=md5(served / FILE))
         assert_whole(target, served, url)
-    assert [seen[2] for seen in faults.seen] == [None, "bytes=700000-", None]
+    assert sum(seen[2] == f"bytes=0-{LOOK - 1}" for seen in faults.seen) == 2
 
 
 def test_begins_anew_where_the_url_is_another(
     served: Path, target: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with serving(served, faulty(Faults(drops=[700_000]))) as url:
+    with serving(served, faulty(Faults(drops=[ALL, 700_000]))) as url:
         Fetch(url, target, retries=-1).refused()
     with serving(served) as other:
         Fetch(other, target)()
@@ -156,13 +177,13 @@ def test_begins_anew_where_the_url_is_another(
 
 
 def test_gives_up_after_retries_without_a_new_byte(served: Path, target: Path) -> None:
-    with serving(served, faulty(Faults(drops=[700_000] + [0] * 99))) as url:
+    with serving(served, faulty(Faults(drops=[ALL, 700_000] + [0] * 99))) as url:
         fetch = Fetch(url, target, retries=7)
         told = fetch.refused()
     assert fetch.slept == [1, 1, 2, 4, 8, 16, 32, 60]
     assert "8 tries in a row" in told
     assert "download.retries" in told
-    assert target.with_name(f"{FILE}.part").stat().st_size == 700_000, "what came is kept"
+    assert target.with_name(f"{FILE}.part").stat().st_size == LOOK + 700_000, "what came is kept"
     assert not target.exists()
 
 
@@ -239,10 +260,13 @@ def test_a_server_that_promises_more(served: Path, target: Path) -> None:
 
 
 def test_a_server_that_promises_less(served: Path, target: Path) -> None:
-    with serving(served, faulty(Faults(lie=-20_000))) as url:
+    with serving(served, faulty(Faults(lie=-20_000, ranges=False))) as url:
         told = Fetch(url, target).refused()
-    assert "truncated" in told
-    assert [path.name for path in target.parent.iterdir()] == [f"{FILE}.bad"]
+        assert "truncated" in told
+        assert [path.name for path in target.parent.iterdir()] == [f"{FILE}.bad"]
+    with serving(served, faulty(Faults(lie=-20_000))) as url:
+        assert "tries in a row" in Fetch(url, target).refused()
+    assert not target.exists()
 
 
 def test_a_truncated_tar_without_md5(served: Path, target: Path, tmp_path: Path) -> None:
@@ -295,7 +319,7 @@ def test_nobody_there(target: Path) -> None:
     assert HINT in told
     assert fetch.slept == [1, 2], "who was never reached is not waited for as long"
     with pytest.raises(UserError, match=r"dataset\.source=http://a b:x"):
-        Http("http://a b:x", 0, 1).text("md5sums")
+        Fetch("http://a b:x", target).http.text("md5sums")
 
 
 def test_silence_counts_as_broken(target: Path) -> None:

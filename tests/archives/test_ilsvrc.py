@@ -10,6 +10,7 @@ import pytest
 from hpc_imagenet.archives import ilsvrc, shape
 from hpc_imagenet.archives.devkit import META, TRUTH, Devkit, read_devkit
 from hpc_imagenet.archives.shape import Synset
+from hpc_imagenet.archives.tar import BLOCK
 from hpc_imagenet.errors import UserError
 
 # In the kit's order, which is not that of the wnids; the last row is no class.
@@ -110,15 +111,16 @@ def test_scan(tmp_path: Path) -> None:
             assert shard == ("train", "val").index(split)
             got.append((paths[shard].read_bytes()[offset : offset + length], label))
         assert got == expected
-    assert [tar.wnid for tar in found.class_tars] == ["n001", "n003", "n002"]
-    assert found.val_names == [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 2, 3)]
+    train = [f"{wnid}_{i}.JPEG".encode() for wnid, images in TRAIN for i in range(len(images))]
+    assert found.names["train"].tolist() == train
+    assert found.names["val"].tolist() == [f"ILSVRC2012_val_{i:08d}.JPEG".encode() for i in (1, 2, 3)]
 
 
 def test_val_labels_follow_names_not_places(tmp_path: Path) -> None:
     write(tmp_path)
     repack(tmp_path / "val.tar", [("b.JPEG", b"2"), ("c.JPEG", b"3"), ("a.JPEG", b"1")])
     found = read(tmp_path)
-    assert found.val_names == ["b.JPEG", "c.JPEG", "a.JPEG"]
+    assert found.names["val"].tolist() == [b"b.JPEG", b"c.JPEG", b"a.JPEG"]
     # The truth, in the order of the names: n001, n002, n003.
     np.testing.assert_array_equal(found.splits["val"]["label"], [1, 2, 0])
 
@@ -162,11 +164,11 @@ def test_archives_that_do_not_fit(tmp_path: Path, harm, words: str) -> None:  # 
 
 def test_a_damaged_class_tar_is_named(tmp_path: Path) -> None:
     path, _, _ = write(tmp_path)
-    tar = read(tmp_path).class_tars[1]
+    begin = int(read(tmp_path).splits["train"]["offset"][2]) - BLOCK
     data = bytearray(path.read_bytes())
-    data[tar.begin : tar.begin + 5] = b"xxxxx"
+    data[begin : begin + 5] = b"xxxxx"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=rf"n003.tar: damaged at byte {tar.begin}"):
+    with pytest.raises(UserError, match=rf"n003.tar: damaged at byte {begin}"):
         read(tmp_path)
 
 

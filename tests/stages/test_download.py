@@ -1,18 +1,27 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
 import shutil
+import subprocess
+import tarfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import killing
 import pytest
 from asking import ask, config_of, refused, run_of
+from door import Door
 from faulty_server import Faults, faulty, serving
+from rich.console import Console
 
-from hpc_imagenet.archives import digits, receipt
+from hpc_imagenet.archives import digits, local, receipt
+from hpc_imagenet.monitor import table
 from hpc_imagenet.runs import Run
 from hpc_imagenet.stages import download
 from hpc_imagenet.world import World
@@ -167,7 +176,7 @@ def test_makes_the_source(tmp_path: Path) -> None:
 
 
 def test_settings_that_make_no_sense(tmp_path: Path, source: Path) -> None:
-    assert "s3://x" in refused(download, config_of(tmp_path, "s3://x/y"))
+    assert "not ftp://" in refused(download, config_of(tmp_path, "ftp://x/y"))
     assert "dataset.archives.val.md5=xyz" in refused(
         download, config_of(tmp_path, source, val={"md5": "xyz"})
     )
@@ -186,20 +195,34 @@ def test_only_one_process_of_a_job_works(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_jobs_shows_bytes_rate_and_the_time_that_is_left(tmp_path: Path) -> None:
+    run = Run(tmp_path / "abc-download")
+    run.folder.mkdir()
+    progress = {"done": 38.7e9, "total": 154.6e9, "unit": "B", "rate": 115.9e6, "note": FILES["train"]}
+    (run.folder / "progress.json").write_text(json.dumps(progress))
+    (row,) = table.rows([run])
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table.render([{**row, "state": "running", "reason": ""}]))
+    shown = console.export_text()
+    assert f"25% {FILES['train']} · 38.7 GB of 154.6 GB · 115.9 MB/s · 16:40 left" in shown
+
+
 def kill_and_ask_again(tmp_path: Path, source: Path, kills: int) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     moments = random.Random(seed)
-    # 3.6 MB in pieces of 64 kB, 3 ms each: about 0.25 s for all.
-    faults = Faults(pause=0.003, only="")
+    # 3.6 MB in pieces of 16 kB over 4 connections; killed when so many more bytes are sent.
+    faults = Faults(pause=0.005, piece=1 << 14, only="")
     with serving(source, faulty(faults)) as url:
         config = config_of(tmp_path, url)
+        config.download.connections = 4
         run = run_of(config)
         killed = resumed = 0
         deadline = time.monotonic() + 10 * kills
         while killed < kills and time.monotonic() < deadline:
+            asked, limit = len(faults.seen), faults.sent + moments.uniform(0, 4e6)
             child = killing.start("download", config, run)
-            hit = killing.kill_after(child, moments.uniform(0, 0.3))
+            hit = killing.kill_when(child, lambda limit=limit: faults.sent >= limit)
             killed += hit
             folder = tmp_path / "archives" / "numbers"
             for file in FILES.values():
@@ -207,9 +230,12 @@ def kill_and_ask_again(tmp_path: Path, source: Path, kills: int) -> None:
                     assert (folder / file).read_bytes() == (source / file).read_bytes(), (
                         "half, and looks whole"
                     )
+            # Whoever begins anew asks for the first bytes of each archive; who goes on does not.
+            begins = [path for _, path, said in faults.seen[asked:] if said and said.startswith("bytes=0-")]
+            others = {path for _, path, said in faults.seen[asked:] if said} - set(begins)
+            resumed += bool(others)
             if not hit:  # it came to its end: begin with nothing
                 shutil.rmtree(folder)
-            resumed = sum(seen[2] is not None for seen in faults.seen)
         last = killing.start("download", config, run)
         last.join(60)
         assert last.exitcode == 0
@@ -230,9 +256,125 @@ def test_what_a_killed_try_left_is_swept_up(tmp_path: Path, source: Path) -> Non
 
 @pytest.mark.slow
 def test_killed_and_asked_again(tmp_path: Path, source: Path) -> None:
-    kill_and_ask_again(tmp_path, source, kills=8)
+    kill_and_ask_again(tmp_path, source, kills=int(os.environ.get("HPC_IMAGENET_TEST_KILLS", "6")))
 
 
 @pytest.mark.slow
-def test_killed_fifty_times_and_asked_again(tmp_path: Path, source: Path) -> None:
-    kill_and_ask_again(tmp_path, source, kills=50)
+def test_killed_while_archives_are_made_of_folders(tmp_path: Path, source: Path) -> None:
+    folders = tmp_path / "folders"
+    with tarfile.open(source / FILES["val"]) as archive:
+        for number, member in enumerate(archive.getmembers()[:60]):
+            data = archive.extractfile(member)
+            assert data
+            for split in ("train", "val"):
+                path = folders / split / f"n{number % 3:08d}" / member.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data.read() if split == "train" else path.name.encode())
+    whole = config_of(tmp_path / "whole", folders)
+    ask(download, whole)
+    config = config_of(tmp_path / "killed", folders)
+    config.download.connections = 3
+    below = tmp_path / "killed" / "archives"
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    for _ in range(4):
+        killing.run_to_step("download", config, run_of(config), below, moments.randrange(1, 40))
+    assert killing.run_to_step("download", config, run_of(config), below) >= 0
+    but = tuple(f"{file}.receipt.json" for file in FILES.values())  # they hold times
+    assert killing.snapshot(below, but=but) == killing.snapshot(tmp_path / "whole/archives", but=but)
+    assert not receipt.missing(below / "numbers", FILES.values())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+@pytest.mark.parametrize("kind", ["tmpfs"])
+def test_a_disk_that_fills_up(tmp_path: Path, source: Path, kind: str) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", kind, "-o", "size=2600k", "none", str(small)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"this root may not mount: {mounted.stderr.decode().strip()}")
+    try:
+        with serving(source) as url:
+            size = sum((source / file).stat().st_size for file in FILES.values())
+            told = refused(download, config_of(small, url))
+            assert f"no room for 3 archives: it needs {size:,} bytes" in told
+            assert not list((small / "archives/numbers").iterdir())
+            # A server that does not say how much there is: the disk is full in the middle.
+            with serving(source, faulty(Faults(length=False, ranges=False, only=""))) as silent:
+                told = refused(download, config_of(small, silent))
+                assert "No space left on device (bytes or inodes)" in told
+                assert not list((small / "archives/numbers").glob("*.tar"))
+            subprocess.run(["mount", "-o", "remount,size=9M", str(small)], check=True)
+            ask(download, config_of(small, url))
+            assert_whole(small, source)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_archive_that_changes_while_it_is_read(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    real = local.hash_file
+
+    def hash_and_write(path: Path, progress: Callable[[int], None]) -> str:
+        found = real(path, progress)
+        with path.open("ab") as file:
+            file.write(b"more")
+        return found
+
+    monkeypatch.setattr(local, "hash_file", hash_and_write)
+    told = refused(download, config_of(tmp_path, copy))
+    assert "changed while it was read" in told
+    assert receipt.missing(tmp_path / "archives/numbers", FILES.values()) == list(FILES.values())
+
+
+@pytest.mark.slow
+def test_a_login_is_nowhere_but_in_the_requests(tmp_path: Path, source: Path, door: Door) -> None:
+    """All that is written anywhere, printed, and listed among the processes is searched for the secret."""
+    login = tmp_path / "login"
+    login.write_text("X-Token: s3cr3t-t0ken\nCookie: session=s3cr3t-t0ken\n")
+    faults = Faults(pause=0.01, only="", statuses=[(200, {}), (500, {})])
+    with serving(source, faulty(faults)) as url:
+        words = ["+stage=download", "dataset=ilsvrc", "dataset.name=numbers", f"dataset.source={url}"]
+        words += ["cluster=local", f"download.login={login}", "wait=true"]
+        login.chmod(0o644)
+        told = [door.process(*words, code=1), door("jobs"), door("jobs", "--json")]
+        assert "others may read it (mode 644)" in told[0].stdout
+        login.chmod(0o600)
+        listed: set[str] = set()
+        done = threading.Event()
+
+        def list_processes() -> None:
+            while not done.wait(0.02):
+                for path in Path("/proc").glob("[0-9]*/cmdline"):
+                    with contextlib.suppress(OSError):
+                        listed.add(path.read_text(errors="replace"))
+
+        watcher = threading.Thread(target=list_processes)
+        watcher.start()
+        told += [door.process(*words), door("jobs"), door("jobs", "--json")]
+        done.set()
+        watcher.join()
+    assert {headers.get("X-Token") for headers in faults.headers} == {"s3cr3t-t0ken"}
+    assert any("hpc_imagenet" in line for line in listed), "nothing was watched"
+    assert not [line for line in listed if "s3cr3t-t0ken" in line]
+    assert not [one for one in told if "s3cr3t-t0ken" in one.stdout + one.stderr]
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path != login:
+            assert b"s3cr3t-t0ken" not in path.read_bytes(), path
+    assert list(tmp_path.rglob("config.yaml")), "there is no frozen config to search"
+
+
+def test_a_login_in_the_source_is_refused_and_not_shown(door: Door) -> None:
+    for source in ("https://ada:s3cr3t@x.example/y", "https://x.example/y?token=s3cr3t"):
+        told = door.refused(
+            "+stage=download", "dataset=ilsvrc", "dataset.name=x", f"dataset.source='{source}'"
+        )
+        assert "a login is given by download.login" in told
+        assert "s3cr3t" not in told
+    assert not list(door.workspace.rglob("*.yaml"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -13,9 +14,10 @@ import killing
 import pytest
 import torch
 from asking import ask, config_of, refused, run_of
+from pictures import encoded, jpeg
 from torchvision.datasets import imagenet
 
-from hpc_imagenet.archives import digits, ilsvrc, shape
+from hpc_imagenet.archives import digits, ilsvrc, shape, survey
 from hpc_imagenet.archives.shape import Synset
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.manifest import load_manifest
@@ -33,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes with a handful of images of made-up bytes: enough where no image is looked at."""
+    """Three classes with a handful of images each, of some thousand bytes."""
     folder = tmp_path_factory.mktemp("sources") / "small"
     folder.mkdir()
     write_small(folder, random.Random(3))
@@ -44,9 +46,9 @@ def write_small(folder: Path, bits: random.Random) -> None:
     synsets = [Synset(3 - i, f"n{i}", f"word {i}, other {i}") for i in range(3)]
     shape.write_train(
         folder / shape.TRAIN,
-        [(s.wnid, [bits.randbytes(bits.randrange(1, 9000)) for _ in range(40)]) for s in synsets],
+        [(s.wnid, [jpeg(bits, bits.randrange(1, 9000)) for _ in range(40)]) for s in synsets],
     )
-    shape.write_val(folder / shape.VAL, [bits.randbytes(700) for _ in range(12)])
+    shape.write_val(folder / shape.VAL, [jpeg(bits) for _ in range(12)])
     shape.write_devkit(folder / shape.DEVKIT, synsets, [1 + i % 3 for i in range(12)])
     shape.write_sums(folder)
 
@@ -72,9 +74,11 @@ def made(config: Config) -> dict[str, bytes]:
 def test_index(tmp_path: Path, source: Path) -> None:
     config = downloaded(tmp_path, source)
     config.datastore.content = "abc"
-    assert ask(process, config) == {"images": 1797, "train": 1437, "val": 360, "classes": 10}
+    result = {"images": 1797, "train": 1437, "val": 360, "classes": 10, "skipped": 0}
+    assert ask(process, config) == result
     folder = dataset(config)
-    assert {path.name for path in folder.iterdir()} == {"train.npy", "val.npy", "meta.bin", "manifest.json"}
+    files = {"train.npy", "val.npy", "meta.bin", "certificate.json", "certificate.md", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == files
     manifest = load_manifest(folder)
     assert (manifest.name, manifest.content, manifest.images) == ("numbers", "abc", 1797)
     assert [shard.path for shard in manifest.shards] == [
@@ -246,12 +250,12 @@ def test_an_archive_that_changes_meanwhile(
     config = downloaded(tmp_path, small)
     scan = ilsvrc.scan
 
-    def disturbed(train: Path, *rest: object) -> ilsvrc.Scan:
-        found = scan(train, *rest)  # type: ignore[arg-type]
+    def disturbed(train: Path, *rest: object, **more: object) -> ilsvrc.Scan:
+        found = scan(train, *rest, **more)  # type: ignore[arg-type]
         os.utime(train)
         return found
 
-    monkeypatch.setattr(process, "scan", disturbed)
+    monkeypatch.setattr(survey, "scan", disturbed)
     assert "changed" in refused(process, config)
     assert not (dataset(config) / "manifest.json").exists()
 
@@ -263,7 +267,7 @@ def test_shards_are_found_through_links(tmp_path: Path, small: Path) -> None:
     (workspace / "datasets").symlink_to(tmp_path / "far" / "away")
     config = downloaded(workspace, small)
     ask(process, config)
-    assert len(Store(dataset(config)).split("val").read(0)[0]) == 700
+    assert Store(dataset(config)).split("val").read(0)[0][:2] == b"\xff\xd8"
 
 
 def test_bytes_and_inodes_are_asked_for_first(
@@ -323,70 +327,114 @@ def test_only_one_process_of_a_job_works(tmp_path: Path, small: Path) -> None:
     assert not (tmp_path / "datasets").exists()
 
 
-def references(tmp_path: Path, source: Path, layout: str) -> tuple[Config, dict[str, bytes], int]:
-    """Return a config to be killed, what must come of it, and how many steps of file work that takes."""
-    reference = downloaded(tmp_path / "reference", source, layout)
-    folder = tmp_path / "reference" / "datasets"
-    steps = killing.run_to_step("process", reference, run_of(reference), folder)
-    return downloaded(tmp_path / "killed", source, layout), made(reference), steps
+def test_a_quota_of_inodes(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=10m,nr_inodes=100", "tmpfs", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system of 100 inodes")
+    try:
+        workspace = tmp_path / "workspace"
+        workspace.mkdir()
+        (workspace / "datasets").symlink_to(mount)
+        config = downloaded(workspace, small, "folders")
+        assert "144 inodes and" in refused(process, config)
+        monkeypatch.setattr("hpc_imagenet.archives.space.require", lambda *_: None)
+        assert "No space left" in refused(process, config)
+        assert not (dataset(config) / "manifest.json").exists()
+        assert not (dataset(config) / "train").exists()
+        subprocess.run(["mount", "-o", "remount,nr_inodes=400", str(mount)], check=True)
+        assert ask(process, config)["images"] == 132
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
-def check_after_kill(config: Config, *whole: dict[str, bytes]) -> None:
-    """What looks whole is one of `whole`, whatever else lies about."""
-    there = killing.snapshot(dataset(config)) if dataset(config).exists() else {}
-    if "manifest.json" in there:
-        assert any(made(config).items() >= expected.items() for expected in whole)
-    for split in ("train", "val"):
-        if (dataset(config) / split).exists():
-            of_split = {name: data for name, data in whole[0].items() if name.startswith(f"{split}/")}
-            assert {name: data for name, data in there.items() if name.startswith(f"{split}/")} == of_split
+def part_of(config: Config, part: int | None, parts: int) -> Config:
+    config = copy.deepcopy(config)
+    config.stage.part, config.stage.parts = part, parts
+    return config
+
+
+@pytest.mark.parametrize("parts", [2, 4, 9])
+def test_folders_in_parts_are_the_same(tmp_path: Path, small: Path, parts: int) -> None:
+    whole = downloaded(tmp_path / "whole", small, "folders")
+    result = ask(process, whole)
+    cut = downloaded(tmp_path / "cut", small, "folders")
+    told = [ask(process, part_of(cut, part, parts))["images"] for part in range(parts)]
+    assert sum(told) == 132
+    assert not (dataset(cut) / "train").exists()
+    assert not (dataset(cut) / "manifest.json").exists()
+    assert ask(process, part_of(cut, None, parts)) == result
+    assert made(cut) == made(whole)
+
+
+def test_a_part_of_the_folders_that_is_missing_is_told(tmp_path: Path, small: Path) -> None:
+    config = downloaded(tmp_path, small, "folders")
+    ask(process, part_of(config, 0, 2))
+    told = refused(process, part_of(config, None, 2))
+    assert "of 3 classes 1 are not there, the first is n1: retry" in told
+    assert not (dataset(config) / "train").exists()
+    ask(process, part_of(config, 1, 2))
+    ask(process, part_of(config, None, 2))
+    assert len(list((dataset(config) / "train").rglob("*.JPEG"))) == 120
+
+
+def test_a_class_that_never_reached_the_disk_is_not_taken_for_whole(tmp_path: Path, small: Path) -> None:
+    config = downloaded(tmp_path, small, "folders")
+    ask(process, part_of(config, 0, 2))
+    ask(process, part_of(config, 1, 2))
+    (dataset(config) / ".folders-1-of-2.json").unlink()  # killed before it could say that all is on the disk
+    assert "classes 1 are not there" in refused(process, part_of(config, None, 2))
 
 
 @pytest.mark.slow
-def test_killed_at_each_step_and_asked_again(tmp_path: Path, small: Path) -> None:
-    (tmp_path / "source").mkdir()
-    write_small(tmp_path / "source", random.Random(4))
-    old = downloaded(tmp_path / "old", tmp_path / "source")
-    ask(process, old)
-    config, expected, steps = references(tmp_path, small, "index")
-    assert steps > 12, "these were not all: folder, manifest, two indexes, meta.bin, manifest again"
-    folder = tmp_path / "killed" / "datasets"
-    for step in range(1, steps + 1):
-        if step % 2:  # begin with the dataset of other archives; else go on from what the last kill left
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(dataset(old).parent, folder)
-        if killing.run_to_step("process", config, run_of(config), folder, step) < step:
-            assert step >= steps - 2
-        check_after_kill(config, expected, made(old))
+def test_folders_by_several_processes_are_the_same(tmp_path: Path, small: Path) -> None:
+    one, two = (downloaded(tmp_path / name, small, "folders") for name in ("one", "two"))
+    two.process.workers = 2
+    assert ask(process, one) == ask(process, two)
+    assert made(one) == made(two)
+
+
+def test_parts_share_one_scan(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = downloaded(tmp_path, small, "folders")
+    ask(process, part_of(config, 0, 2))
+    monkeypatch.setattr(survey, "scan", lambda *_, **__: pytest.fail("it was there already"))
+    ask(process, part_of(config, 1, 2))
+    (dataset(config) / ".scan.npz").write_bytes((dataset(config) / ".scan.npz").read_bytes()[:1000])
+    monkeypatch.undo()
+    ask(process, part_of(config, None, 2))
+    assert len(Store(dataset(config)).split("val")) == 12
+
+
+def test_the_certificate_says_what_is_there(tmp_path: Path, source: Path) -> None:
+    config = downloaded(tmp_path, source)
     ask(process, config)
-    assert made(config) == expected
+    certificate = json.loads((dataset(config) / "certificate.json").read_text())
+    assert certificate["images"] == {"train": 1437, "val": 360}
+    assert certificate["counts"]["n90000004"] == {"train": 145, "val": 36}
+    assert certificate["sizes"]["train"]["width"] == [32, 32, 32]
+    assert certificate["sizes"]["val"]["short_side"]["0 to 63"] == 360
+    assert certificate["oddities"] == {"train": {}, "val": {}}
+    manifest = load_manifest(dataset(config))
+    assert [file["hash"] for file in certificate["files"]] == [
+        file.hash for file in manifest.all_files()[:-2]
+    ]
+    page = (dataset(config) / "certificate.md").read_text()
+    assert "| images | 1,437 | 360 |" in page
+    assert "| 4 | n90000004 | four, 4 | 145 | 36 |" in page
+    assert "None." in page
 
 
-def kill_and_ask_again(tmp_path: Path, source: Path, kills: int) -> None:
-    """Kill at random steps, each try going on from the one before; begin with nothing once it is through."""
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")
-    moments = random.Random(seed)
-    config, expected, steps = references(tmp_path, source, "folders")
-    folder = tmp_path / "killed" / "datasets"
-    killed = 0
-    while killed < kills:
-        step = moments.randint(1, steps)
-        if killing.run_to_step("process", config, run_of(config), folder, step) == step:
-            killed += 1
-            check_after_kill(config, expected)
-        else:  # less was left to do than that many steps
-            assert made(config) == expected
-            shutil.rmtree(dataset(config))
-    ask(process, config)
-    assert made(config) == expected
-
-
-@pytest.mark.slow
-def test_killed_and_asked_again(tmp_path: Path, small: Path) -> None:
-    kill_and_ask_again(tmp_path, small, kills=8)
-
-
-@pytest.mark.slow
-def test_killed_fifty_times_and_asked_again(tmp_path: Path, small: Path) -> None:
-    kill_and_ask_again(tmp_path, small, kills=50)
+def test_the_certificate_names_the_odd_ones(tmp_path: Path, small: Path) -> None:
+    source, bits = tmp_path / "source", random.Random(1)
+    shutil.copytree(small, source)
+    odd = [encoded("PNG"), encoded(mode="CMYK"), encoded(mode="L"), encoded(progressive=True), encoded("BMP")]
+    shape.write_val(source / shape.VAL, [*odd, *(jpeg(bits) for _ in range(7))])
+    shape.write_sums(source)
+    config = downloaded(tmp_path, source)
+    assert ask(process, config)["images"] == 132, "none of them is dropped"
+    found = json.loads((dataset(config) / "certificate.json").read_text())["oddities"]["val"]
+    names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 6)]
+    assert [of["named"] for of in found.values()] == [[names[i]] for i in (0, 4, 2, 1, 3)]
+    assert [of["images"] for of in found.values()] == [1] * 5
+    assert names[0] in (dataset(config) / "certificate.md").read_text()

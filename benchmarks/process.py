@@ -1,0 +1,559 @@
+"""What it takes to get from ILSVRC-shaped archives to something that a loader reads, beside the usual ways.
+
+    python benchmarks/process.py [--train 8000] [--val 1000] [--folder DIR] [--peers PYTHON] [--repeats 3]
+
+The archives are made here: JPEGs of 500 x 375 px and 105 kB, in the shape of the real ones. Every way starts
+from them, in the page cache; ways take turns, so that a busy moment meets all of them. Times are of the work
+alone, without Python's start and imports, but for the row that says otherwise. Ours end with fsync, the
+others do not. `--peers` is an interpreter that has webdataset and litdata, if this one has not.
+
+The last rows index archives of ImageNet's full count: headers and ends of 1,331,167 images, the pictures
+between them holes of a sparse file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import os
+import platform
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image, features
+
+from hpc_imagenet.archives import receipt, shape
+from hpc_imagenet.archives.shape import Synset
+from hpc_imagenet.archives.wanted import hash_file
+from hpc_imagenet.datastore.pack import header
+
+WIDTH, HEIGHT, QUALITY = 500, 375, 88  # of the pictures: px, px, of libjpeg
+FULL = (1_281_167, 50_000, 1000)  # images of train and of val, classes
+PACKAGES = ("hpc-imagenet", "numpy", "pillow", "torch", "torchvision")
+PEERS = ("webdataset", "litdata")
+SAMPLE = 400  # images of the rows about single images
+
+# What is run in a process of its own; it prints the seconds of the work, or why it cannot.
+OURS = """
+import sys, time
+from pathlib import Path
+from hpc_imagenet.compose import compose
+from hpc_imagenet.runs import Run
+from hpc_imagenet.stages import process
+from hpc_imagenet.world import World
+import scipy.io, PIL.Image, PIL.JpegImagePlugin
+
+def main():
+    workspace, part, parts, *settings = sys.argv[1:]
+    words = ["dataset=ilsvrc", "dataset.name=x", "dataset.source=x", f"workspace={workspace}", *settings]
+    (config,) = compose(words)
+    config.stage.name, config.stage.parts = "process", int(parts)
+    config.stage.part = int(part) if part else None
+    run = Run(Path(workspace) / "runs" / f"bench{part}")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    begin, cpu = time.perf_counter(), time.process_time()
+    process.run(config, run, World())
+    print(time.perf_counter() - begin, time.process_time() - cpu)
+
+if __name__ == "__main__":
+    main()
+"""
+TORCHVISION = """
+import os, sys, time
+from torchvision.datasets import imagenet
+imagenet._verify_archive = lambda *_: None
+folder = sys.argv[1]
+begin, cpu = time.perf_counter(), time.process_time()
+imagenet.parse_devkit_archive(folder)
+imagenet.parse_train_archive(folder)
+imagenet.parse_val_archive(folder)
+print(time.perf_counter() - begin, time.process_time() - cpu)
+"""
+WEBDATASET = """
+import sys, time
+import numpy as np
+import webdataset
+index, shards, out = np.load(sys.argv[1]), sys.argv[2:4], sys.argv[4]
+files = [open(path, "rb") for path in shards]
+begin, cpu = time.perf_counter(), time.process_time()
+with webdataset.ShardWriter(f"{out}/%05d.tar", maxcount=10**9, maxsize=2**30, verbose=0) as writer:
+    for number, (offset, length, label, shard) in enumerate(index.tolist()):
+        files[shard].seek(offset)
+        writer.write({"__key__": f"{number:08d}", "jpg": files[shard].read(length), "cls": label})
+print(time.perf_counter() - begin, time.process_time() - cpu)
+"""
+LITDATA = """
+import resource, sys, time
+import numpy as np
+from litdata import optimize
+
+def image(row):
+    offset, length, label, shard = row
+    with open(sys.argv[2 + shard], "rb") as file:
+        file.seek(offset)
+        return {"image": file.read(length), "label": label}
+
+if __name__ == "__main__":
+    rows = np.load(sys.argv[1]).tolist()
+    begin = time.perf_counter()
+    optimize(image, rows, sys.argv[4], chunk_bytes="64MB", num_workers=1)
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(time.perf_counter() - begin, spent.ru_utime + spent.ru_stime)
+"""
+SINGLE = """
+import io, resource, sys, time
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+from torchvision.transforms.v2.functional import resize
+from hpc_imagenet.archives import picture
+from hpc_imagenet.archives.treat import Treatment
+torch.set_num_threads(1)
+rows, way = np.load(sys.argv[1])[: int(sys.argv[4])].tolist(), sys.argv[5]
+file = open(sys.argv[2], "rb")
+images = []
+for offset, length, *_ in rows:
+    file.seek(offset)
+    images.append(file.read(length))
+looks = [picture.examine(data) for data in images]
+small, tile = Treatment("short", 256, 90), Treatment(tile=True)
+
+def pillow(data, look):
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = 256 / min(picture.size)
+    buffer = io.BytesIO()
+    size = round(picture.width * scale), round(picture.height * scale)
+    picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+def torchvision(data, look):
+    picture = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    return encode_jpeg(resize(picture, 256, antialias=True), 90).numpy().tobytes()
+
+act = {"ours": small, "pillow": pillow, "torchvision": torchvision, "tile": tile}[way]
+begin = time.perf_counter()
+spent = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+for data, look in zip(images, looks):
+    act(data, look)
+wall, cpu = time.perf_counter() - begin, 0
+for of, before in zip((resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN), spent):
+    now = resource.getrusage(of)
+    cpu += now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
+print(wall, cpu)
+"""
+# As the scripts that people copy do it: all inner tars first, then each into its folder; val by a list of mv.
+BASH = """
+set -e
+mkdir -p {out}/train {out}/val
+tar -xf {source}/{train} -C {out}/train
+cd {out}/train
+find . -name '*.tar' | while read -r name; do
+    mkdir -p "${{name%.tar}}"
+    tar -xf "$name" -C "${{name%.tar}}"
+    rm -f "$name"
+done
+cd {out}/val
+tar -xf {source}/{val}
+bash {prepare}
+"""
+GNU_TAR = """
+set -e
+mkdir -p {out}/train {out}/val
+cd {out}/train
+export TO='mkdir -p "${{TAR_FILENAME%.tar}}" && tar -xf - -C "${{TAR_FILENAME%.tar}}"'
+tar -xf {source}/{train} --to-command="$TO"
+cd {out}/val
+tar -xf {source}/{val}
+bash {prepare}
+"""
+
+
+Spent = tuple[float, float]  # s, and s of CPU: the same on a busy machine as on a calm one
+
+
+@dataclass
+class Row:
+    """One way, measured."""
+
+    name: str
+    act: Callable[[], Spent | str]  # or why it cannot be
+    images: int
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    why: str = ""
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        """In s."""
+        return statistics.median(self.seconds)
+
+
+class Bench:
+    """Archives, a workspace with them, and a place for what the ways make of them."""
+
+    def __init__(self, folder: Path, train: int, val: int, classes: int, peers: str) -> None:
+        self.source, self.workspace, self.out = folder / "source", folder / "workspace", folder / "out"
+        self.train, self.val, self.peers = train, val, peers
+        self.images = train + val
+        make_archives(self.source, train, val, classes)
+        lay_out(self.source, self.workspace)
+        self.prepare = folder / "prepare.sh"
+        self.prepare.write_text(prepare_val(self.source, classes, val))
+        self.index = folder / "train.npy"
+
+    def clean(self) -> None:
+        """Remove what the last way made, and let the disk come to rest."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.rmtree(self.workspace / "datasets", ignore_errors=True)
+        self.out.mkdir()
+        os.sync()
+
+    def ours(self, *settings: str, tasks: int = 1) -> Spent | str:
+        """Run the process stage; with several tasks as so many processes and one that puts together."""
+        if tasks == 1:
+            return self.python(OURS, str(self.workspace), "", "1", "process.workers=1", *settings)
+        parts = [
+            subprocess.Popen(
+                [sys.executable, "-c", OURS, str(self.workspace), str(part), str(tasks), *settings],
+                stdout=subprocess.PIPE,
+            )
+            for part in range(tasks)
+        ]
+        told = [spent(part.communicate()[0].decode()) for part in parts]
+        last = self.python(OURS, str(self.workspace), "", str(tasks), *settings)
+        if isinstance(last, str):
+            return last
+        return max(wall for wall, _ in told) + last[0], sum(cpu for _, cpu in told) + last[1]
+
+    def python(self, code: str, *arguments: str, interpreter: str = sys.executable) -> Spent | str:
+        """Return what `code` prints, or the last line of what it complains of."""
+        done = subprocess.run([interpreter, "-c", code, *arguments], capture_output=True, text=True)
+        if done.returncode:
+            return (done.stderr.strip().splitlines() or ["failed"])[-1]
+        return spent(done.stdout)
+
+    def command(self) -> Spent:
+        """Run the whole command, as a user types it."""
+        words = ["dataset=ilsvrc", "dataset.name=x", f"dataset.source={self.source}", "cluster=here"]
+        said = timed(
+            [sys.executable, "-m", "hpc_imagenet", "+stage=process", *words, f"workspace={self.workspace}"]
+        )
+        shutil.rmtree(self.workspace / "runs")
+        return said
+
+    def bash(self, script: str) -> Spent:
+        """Run a shell script."""
+        text = script.format(
+            out=self.out, source=self.source, train=shape.TRAIN, val=shape.VAL, prepare=self.prepare
+        )
+        return timed(["bash", "-c", text])
+
+    def torchvision(self) -> Spent | str:
+        """Let torchvision extract, in a folder of links to the archives."""
+        for file in (shape.TRAIN, shape.VAL, shape.DEVKIT):
+            (self.out / file).symlink_to(self.source / file)
+        return self.python(TORCHVISION, str(self.out))
+
+    def copy(self) -> Spent:
+        """Copy the archives with cp."""
+        return timed(["cp", *(str(self.source / file) for file in (shape.TRAIN, shape.VAL)), str(self.out)])
+
+    def writer(self, code: str) -> Spent | str:
+        """Let a package write its own format from the images at their addresses."""
+        shards = [str(self.source / file) for file in (shape.TRAIN, shape.VAL)]
+        return self.python(code, str(self.index), *shards, str(self.out), interpreter=self.peers)
+
+    def single(self, way: str) -> Spent | str:
+        """Treat single images one after another, on one core."""
+        shards = [str(self.source / file) for file in (shape.TRAIN, shape.VAL)]
+        return self.python(SINGLE, str(self.index), *shards, str(SAMPLE), way)
+
+
+def spent(told: str) -> Spent:
+    """Read the two numbers that a process has printed last."""
+    wall, cpu = told.strip().splitlines()[-1].split()
+    return float(wall), float(cpu)
+
+
+def timed(command: list[str]) -> Spent:
+    """Run a command, and return its seconds and those of CPU that it and its children took."""
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def pictures(count: int) -> list[bytes]:
+    """Return different JPEGs, soft forms with grain, about as large as those of ImageNet."""
+    bits, made = np.random.default_rng(0), []
+    for _ in range(count):
+        coarse = bits.integers(0, 256, (HEIGHT // 6, WIDTH // 6, 3), np.uint8)
+        soft = np.asarray(Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), float)
+        grain = bits.normal(0, 13, (HEIGHT, WIDTH, 1))
+        buffer = io.BytesIO()
+        Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY)
+        made.append(buffer.getvalue())
+    return made
+
+
+def synsets(classes: int) -> list[Synset]:
+    return [Synset(classes - i, f"n{i:08d}", f"word {i}, other {i}") for i in range(classes)]
+
+
+def truth(val: int, classes: int) -> list[int]:
+    return [1 + i % classes for i in range(val)]
+
+
+def make_archives(folder: Path, train: int, val: int, classes: int) -> None:
+    """Write archives of that many images; the same at every call."""
+    folder.mkdir(parents=True)
+    pool, bits = pictures(64), random.Random(1)
+    sizes = [train * (n + 1) // classes - train * n // classes for n in range(classes)]
+    shape.write_train(
+        folder / shape.TRAIN,
+        (
+            (one.wnid, [bits.choice(pool) for _ in range(size)])
+            for one, size in zip(synsets(classes), sizes, strict=True)
+        ),
+    )
+    shape.write_val(folder / shape.VAL, (bits.choice(pool) for _ in range(val)))
+    shape.write_devkit(folder / shape.DEVKIT, synsets(classes), truth(val, classes))
+
+
+def make_hollow(folder: Path, train: int, val: int, classes: int) -> None:
+    """Write archives with every header and every image's first and last bytes; holes between them."""
+    folder.mkdir(parents=True)
+    pool, bits = [data[:700] for data in pictures(4)], random.Random(1)
+
+    def fill(file: io.BufferedRandom, at: int, name: str) -> int:
+        length, head = bits.randrange(60_000, 160_000), bits.choice(pool)
+        os.pwrite(file.fileno(), header(name, length) + head, at)
+        os.pwrite(file.fileno(), b"\xff\xd9", at + 512 + length - 2)
+        return at + 512 + length + -length % 512
+
+    with (folder / shape.TRAIN).open("w+b") as file:
+        at = 0
+        for number, one in enumerate(synsets(classes)):
+            begin, at = at, at + 512
+            for i in range(train * number // classes, train * (number + 1) // classes):
+                at = fill(file, at, f"{one.wnid}_{i}.JPEG")
+            at += 1024
+            os.pwrite(file.fileno(), header(f"{one.wnid}.tar", at - begin - 512), begin)
+        file.truncate(at + 1024)
+    with (folder / shape.VAL).open("w+b") as file:
+        at = 0
+        for i in range(1, val + 1):
+            at = fill(file, at, f"ILSVRC2012_val_{i:08d}.JPEG")
+        file.truncate(at + 1024)
+    shape.write_devkit(folder / shape.DEVKIT, synsets(classes), truth(val, classes))
+
+
+def lay_out(source: Path, workspace: Path, hashed: bool = True) -> None:
+    """Do what the download stage does with a folder: links, and receipts of what was verified."""
+    folder = workspace / "archives" / "x"
+    folder.mkdir(parents=True)
+    for file in (shape.TRAIN, shape.VAL, shape.DEVKIT):
+        os.link(source / file, folder / file)
+        md5 = hash_file(folder / file, lambda done: None) if hashed else "0" * 32
+        receipt.write(folder / file, md5, str(source), "", (folder / file).stat())
+
+
+def prepare_val(source: Path, classes: int, val: int) -> str:
+    """Return the usual script that sorts val: one mkdir a class, one mv an image."""
+    by_id = {one.id: one.wnid for one in synsets(classes)}
+    lines = [f"mkdir -p {one.wnid}" for one in synsets(classes)]
+    lines += [
+        f"mv ILSVRC2012_val_{i:08d}.JPEG {by_id[number]}/" for i, number in enumerate(truth(val, classes), 1)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def rows(bench: Bench) -> list[Row]:
+    small = "process.shard_size=0.25"
+    return [
+        Row("bash script: tar, tar of each class, mv", lambda: bench.bash(BASH), bench.images),
+        Row("torchvision's parse_*_archive", bench.torchvision, bench.images),
+        Row("GNU tar --to-command", lambda: bench.bash(GNU_TAR), bench.images),
+        Row("cp of the archives", bench.copy, bench.images),
+        Row("webdataset's ShardWriter (train)", lambda: bench.writer(WEBDATASET), bench.train),
+        Row("litdata's optimize, 1 worker (train)", lambda: bench.writer(LITDATA), bench.train),
+        Row("index", lambda: bench.ours("process.layout=index"), bench.images),
+        Row("index, the whole command", bench.command, bench.images),
+        Row("folders, 1 task", lambda: bench.ours("process.layout=folders"), bench.images),
+        Row(
+            "folders, 2 tasks",
+            lambda: bench.ours("process.layout=folders", "process.workers=1", "process.tasks=2", tasks=2),
+            bench.images,
+        ),
+        Row("shards, 1 task", lambda: bench.ours("process.layout=shards", small), bench.images),
+        Row(
+            "shards, 2 tasks",
+            lambda: bench.ours("process.layout=shards", small, "process.workers=1", tasks=2),
+            bench.images,
+        ),
+        Row(
+            "shards, shuffled, 1 task",
+            lambda: bench.ours("process.layout=shards", small, "process.order=shuffled"),
+            bench.images,
+        ),
+        Row("short side 256, Pillow, 1 core", lambda: bench.single("pillow"), SAMPLE),
+        Row("short side 256, torchvision, 1 core", lambda: bench.single("torchvision"), SAMPLE),
+        Row("short side 256, ours, 1 core", lambda: bench.single("ours"), SAMPLE),
+        Row("restart markers by jpegtran, 1 core", lambda: bench.single("tile"), SAMPLE),
+    ]
+
+
+def full_count(folder: Path, repeats: int) -> list[Row]:
+    """Index archives of ImageNet's count, with one CPU and with all; the memory is of all processes."""
+    make_hollow(folder / "hollow", *FULL)
+    workspace = folder / "full"
+    lay_out(folder / "hollow", workspace, hashed=False)
+    table = []
+    for workers in ("1", str(len(os.sched_getaffinity(0)))):
+        row = Row(f"index of {sum(FULL[:2]):,} images, {workers} process", lambda: "", sum(FULL[:2]))
+        peaks = []
+        for _ in range(repeats):
+            shutil.rmtree(workspace / "datasets", ignore_errors=True)
+            os.sync()
+            seconds, peak = watched(
+                [sys.executable, "-c", OURS, str(workspace), "", "1", f"process.workers={workers}"]
+            )
+            row.seconds.append(seconds[0])
+            row.cpu.append(seconds[1])
+            peaks.append(peak)
+        size = (workspace / "datasets" / "x" / "train.npy").stat().st_size
+        row.note = f"{max(peaks) / 1e6:.0f} MB of memory at most, train.npy {size / 1e6:.1f} MB"
+        table.append(row)
+    return table
+
+
+def watched(command: list[str]) -> tuple[Spent, int]:
+    """Return what a command prints, and the most memory that its processes had together, bytes."""
+    child = subprocess.Popen(command, stdout=subprocess.PIPE)
+    peak = 0
+    while child.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            whole = psutil.Process(child.pid)
+            peak = max(peak, sum(resident(one) for one in (whole, *whole.children(recursive=True))))
+        time.sleep(0.02)
+    if child.returncode:
+        raise SystemExit(f"{command} failed")
+    assert child.stdout is not None
+    return spent(child.stdout.read().decode()), peak
+
+
+def resident(process: psutil.Process) -> int:
+    """Bytes of a process's own; what it maps of the archives and libraries counts as well."""
+    with contextlib.suppress(psutil.Error):
+        return int(process.memory_info().rss)
+    return 0
+
+
+def measure(bench: Bench, table: list[Row], repeats: int) -> None:
+    bench.clean()
+    said = bench.ours("process.layout=index")
+    if isinstance(said, str):
+        raise SystemExit(said)
+    shutil.copy(bench.workspace / "datasets" / "x" / "train.npy", bench.index)
+    for _ in range(repeats):
+        for row in table:
+            if row.why:
+                continue
+            bench.clean()
+            said = row.act()
+            if isinstance(said, str):
+                row.why = said
+            else:
+                row.seconds.append(said[0])
+                row.cpu.append(said[1])
+
+
+def show(table: list[Row]) -> None:
+    done = {row.name: row.median for row in table if row.seconds}
+    width = max(len(row.name) for row in table)
+    base, copied = table[0].median, next(row.median for row in table if row.name.startswith("cp "))
+    print(f"{'':{width}}  median s     min     max   CPU s  images/s    x bash      x cp")
+    for row in table:
+        if not row.seconds:
+            print(f"{row.name:{width}}  {row.why}")
+            continue
+        whole = row.images == table[0].images
+        ratios = f"{base / row.median:10.2f}{copied / row.median:10.2f}" if whole else ""
+        print(
+            f"{row.name:{width}}  {row.median:8.3f}{min(row.seconds):8.3f}{max(row.seconds):8.3f}"
+            f"{statistics.median(row.cpu):8.3f}{row.images / row.median:10,.0f}{ratios}  {row.note}".rstrip()
+        )
+    print()
+    for mine, theirs in (
+        ("shards, 1 task", "webdataset's ShardWriter (train)"),
+        ("shards, 1 task", "litdata's optimize, 1 worker (train)"),
+        ("short side 256, ours, 1 core", "short side 256, Pillow, 1 core"),
+        ("short side 256, ours, 1 core", "short side 256, torchvision, 1 core"),
+    ):
+        if mine in done and theirs in done:
+            rates = {row.name: row.images / row.median for row in table if row.seconds}
+            print(f"{mine}: {rates[mine] / rates[theirs]:.2f} x the images/s of {theirs}")
+
+
+def machine(folder: Path) -> Iterator[str]:
+    memory, load = psutil.virtual_memory().total / 2**30, os.getloadavg()[0]
+    cores = len(os.sched_getaffinity(0))
+    kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True).stdout.strip()
+    yield f"{platform.machine()}, {cores} CPU cores, {memory:.0f} GiB, {kind}, load {load:.1f} at the start"
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in PACKAGES]
+    yield f"Python {platform.python_version()}, {', '.join(versions)}"
+    yield f"libjpeg-turbo {features.version('libjpeg_turbo')}"
+
+
+def versions_of_peers(interpreter: str) -> str:
+    code = (
+        "import importlib.metadata as m\nfor p in ('webdataset', 'litdata'):\n try: print(p, m.version(p))\n"
+    )
+    code += " except m.PackageNotFoundError: print(p, 'is not installed')"
+    done = subprocess.run([interpreter, "-c", code], capture_output=True, text=True)
+    return ", ".join(done.stdout.split("\n")).strip(", ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--train", type=int, default=8000, help="images of train (8000)")
+    parser.add_argument("--val", type=int, default=1000, help="images of val (1000)")
+    parser.add_argument("--classes", type=int, default=40, help="classes (40)")
+    parser.add_argument("--folder", type=Path, help="where to work; default: the system's temporary folder")
+    parser.add_argument("--peers", default=sys.executable, help="an interpreter with webdataset and litdata")
+    parser.add_argument("--repeats", type=int, default=3, help="times each way is measured (3)")
+    parser.add_argument("--full", action="store_true", help="also index the full count; takes 10 GB of disk")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hpc-imagenet-process-", dir=options.folder) as name:
+        folder = Path(name).resolve()
+        print(*machine(folder), versions_of_peers(options.peers), sep="\n")
+        bench = Bench(folder, options.train, options.val, options.classes, options.peers)
+        size = sum(path.stat().st_size for path in bench.source.iterdir())
+        print(
+            f"{options.train:,} + {options.val:,} images, {size / 1e9:.2f} GB; {options.repeats} times each\n"
+        )
+        table = rows(bench)
+        measure(bench, table, options.repeats)
+        bench.clean()
+        if options.full:
+            table += full_count(folder, options.repeats)
+        show(table)
+
+
+if __name__ == "__main__":
+    main()

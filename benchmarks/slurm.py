@@ -1,0 +1,221 @@
+"""What a cluster costs: the lab's start, an array of a hundred, the states, the first step after a requeue.
+
+    python benchmarks/slurm.py [--repeats 5]
+
+It brings up a private Slurm cluster (slurm/lab) of its own and takes it down again. The peers are submitit's
+own ways to submit a hundred functions, on the same cluster in the same run; commands take turns. All is done
+as a user does it, by starting a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+
+from hpc_imagenet.compose import compose
+from hpc_imagenet.durable import read_json
+from hpc_imagenet.plan import plan
+from hpc_imagenet.runs import FINISHED, Record
+
+LAB = Path(__file__).resolve().parent.parent / "slurm/lab/lab"
+JOBS, RUNS = 100, 1000
+PACKAGES = ("hpc-imagenet", "submitit", "hydra-core", "torch")
+TRAINING = ("dataset=digits", "model=squeezenet1_1", "cluster=lab")
+
+PEER = """
+import sys, time, submitit
+executor = submitit.SlurmExecutor(folder=sys.argv[1])
+executor.update_parameters(time=10, partition="debug", wckey=None, additional_parameters={"hold": True})
+if sys.argv[2] == "map_array":
+    jobs = executor.map_array(time.sleep, [0] * 100)
+else:
+    jobs = [executor.submit(time.sleep, 0) for _ in range(100)]
+print(len(jobs))
+"""
+
+
+@dataclass
+class Row:
+    """One thing, measured so often."""
+
+    name: str
+    measure: Callable[[int], float]  # s, of the repetition's number
+    peer: str = ""  # the row to compare with
+    seconds: list[float] = field(default_factory=list)
+
+
+class Site:
+    """A lab, and the package on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lab = folder, folder / "lab"
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HPC_IMAGENET_"))}
+        self.env |= {
+            "PATH": f"{self.lab}/bin:{os.environ['PATH']}",
+            "SLURM_CONF": f"{self.lab}/etc/slurm.conf",
+        }
+
+    def run(self, *command: str) -> tuple[float, str]:
+        """Return how long a command took, in s, and what it printed."""
+        begin = time.perf_counter()
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=self.folder, env=self.env, check=False
+        )
+        seconds = time.perf_counter() - begin
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        return seconds, done.stdout
+
+    def door(self, *words: str, workspace: str = "workspace") -> tuple[float, str]:
+        """Open the package's door on a workspace of this site."""
+        there = f"workspace={self.folder / workspace}"
+        return self.run(sys.executable, "-m", "hpc_imagenet", *words, there)
+
+    def up(self, _: int = 0) -> float:
+        """Start another lab, from nothing, and end it again."""
+        with tempfile.TemporaryDirectory(prefix="lab-") as folder:
+            seconds = self.run(str(LAB), "--dir", folder, "up")[0]
+            self.run(str(LAB), "--dir", folder, "down")
+        return seconds
+
+    def clear(self) -> None:
+        """End all jobs but those of `record`."""
+        self.run("scancel", "--partition=debug")
+        while self.run("squeue", "--noheader", "--partition=debug")[1]:
+            time.sleep(0.2)
+
+    def array(self, repeat: int) -> float:
+        """Submit a hundred trainings; they are held, so that nothing is trained meanwhile."""
+        seeds = f"seed=range({1000 + JOBS * repeat},{1000 + JOBS * (repeat + 1)})"
+        seconds, told = self.door("-m", *TRAINING, seeds, "+cluster.sbatch.hold=true")
+        assert told.count("submitted") == JOBS, told
+        self.clear()
+        return seconds
+
+    def submitit(self, how: str) -> float:
+        """Submit a hundred functions by submitit alone."""
+        seconds, told = self.run(sys.executable, "-c", PEER, str(self.folder / "submitit"), how)
+        assert told.strip() == str(JOBS), told
+        self.clear()
+        return seconds
+
+    def record(self) -> None:
+        """Record a thousand runs of which the last hundred wait in the queue."""
+        overrides = [*TRAINING, f"workspace={self.folder / 'recorded'}"]
+        (job,) = plan(compose(overrides), lambda _: None)
+        record = Record(self.folder / "recorded")
+        for number in range(RUNS - JOBS):
+            info = {"stage": job.stage, "label": job.label, "model": job.model, "needs": []}
+            attempt = record.create(f"{number:08x}-{job.label}", job.frozen(), info).new_attempt()
+            attempt.submit("slurm", job_id="1")
+            attempt.start()
+            attempt.end(FINISHED, result={"top1": number / RUNS, "images_per_second": 1.0, "seconds": 60.0})
+        url = f"datastore.url={self.folder / 'workspace/datastores'}"
+        held = ("cluster.partition=high", "+cluster.sbatch.hold=true")
+        self.door("-m", *TRAINING, f"seed=range({JOBS})", url, *held, workspace="recorded")
+
+    def jobs(self, *words: str) -> float:
+        """List the runs that `record` has made."""
+        seconds, told = self.door("jobs", *words, workspace="recorded")
+        assert told.count("squeezenet1_1") >= RUNS, told
+        return seconds
+
+    def requeue(self, repeat: int) -> float:
+        """Requeue a training at work, and wait for its next step; from the node's start, by Slurm's word."""
+        settings = ("recipe.epochs=500", "train.checkpoint_every_minutes=0.02", f"seed={repeat}")
+        self.door(*TRAINING, *settings)
+        run = self._training(repeat)
+        self._until(lambda: (run / "checkpoints/last.ckpt").exists())
+        job = (read_json(run / "attempts/1/submitted.json") or {})["job_id"]
+        self.run("scontrol", "requeue", job)
+        self._until(lambda: (read_json(run / "attempts/1/started.json") or {})["restarts"] == 1)
+        before = read_json(run / "progress.json") or {}
+        self._until(lambda: (read_json(run / "progress.json") or {}).get("done", 0) > before["done"])
+        first = datetime.fromisoformat((read_json(run / "progress.json") or {})["time"]).timestamp()
+        told = self.run("squeue", "--noheader", f"--jobs={job}", "--Format=StartTime:30")[1].strip()
+        self.run("scancel", job)
+        self.clear()
+        return first - datetime.fromisoformat(told).timestamp()
+
+    def _training(self, seed: int) -> Path:
+        rows = json.loads(self.door("jobs", "--json")[1])
+        return next(
+            Path(row["dir"])
+            for row in rows
+            if row["stage"] == "train"
+            and Record(self.folder / "workspace").run(row["run"]).config().seed == seed
+        )
+
+    def _until(self, true: Callable[[], bool]) -> None:
+        end = time.monotonic() + 180
+        while not true():
+            if time.monotonic() > end:
+                raise SystemExit("a training on the lab does not come along")
+            time.sleep(0.05)
+
+
+def rows(site: Site) -> list[Row]:
+    each, at_once = f"submitit: submit, {JOBS} times", f"submitit: map_array of {JOBS}"
+    return [
+        Row("lab up, from nothing to all nodes idle", site.up),
+        Row(each, lambda _: site.submitit("submit")),
+        Row(at_once, lambda _: site.submitit("map_array"), each),
+        Row(f"-m seed=range({JOBS}) cluster=lab", site.array, each),
+        Row(f"jobs, {RUNS:,} runs, {JOBS} in the queue", lambda _: site.jobs()),
+        Row("first step after a requeue, from the node's start", site.requeue),
+    ]
+
+
+def show(table: list[Row], repeats: int) -> None:
+    medians = {row.name: statistics.median(row.seconds) for row in table}
+    width = max(map(len, medians))
+    print(f"{'seconds':{width}}  median     min     max  / submit   ({repeats} times each)")
+    for row in table:
+        found = (medians[row.name], min(row.seconds), max(row.seconds))
+        ratio = f"{medians[row.name] / medians[row.peer]:10.2f}" if row.peer else ""
+        print(f"{row.name:{width}}  {'  '.join(f'{value:6.2f}' for value in found)}{ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=5, help="times each is measured (5)")
+    options = parser.parse_args()
+    memory = psutil.virtual_memory().total / 2**30
+    name, load = platform.processor() or platform.machine(), os.getloadavg()[0]
+    cores = len(os.sched_getaffinity(0))
+    print(f"{name}, {cores} CPU cores, {memory:.0f} GiB, load {load:.1f} at the start")
+    versions = (f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
+    slurm = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=False).stdout.strip()
+    print(f"Python {platform.python_version()}", slurm, *versions, sep=", ")
+    with tempfile.TemporaryDirectory(prefix="lab-") as folder:
+        site = Site(Path(folder))
+        try:
+            site.run(str(LAB), "--dir", str(site.lab), "up")
+            for stage in ("download", "process", "upload"):
+                site.door(f"+stage={stage}", "dataset=digits", "cluster=here")
+            site.record()
+            table = rows(site)
+            for repeat in range(options.repeats):
+                for row in table:
+                    row.seconds.append(row.measure(repeat))
+        finally:
+            site.run(str(LAB), "--dir", str(site.lab), "down")
+    show(table, options.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Behind srun, on the job's first node: has it ended, or is it to go on later?
+
+Tasks that Slurm or the kernel ends (a preemption, a time limit, kill -9, a lost node) can say nothing
+themselves, and a job's script sees all of them as srun's exit code. The script's last line therefore is
+
+    python -m hpc_imagenet.aftermath FOLDER CODE
+
+with submitit's folder of the job. What Slurm has taken into its own hands meanwhile is left to Slurm.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet import fence, slurm
+from hpc_imagenet.runs import FAILED, FINISHED, Attempt, Run
+
+LATER = 75  # exit code of a task that can go on when its job is started again (EX_TEMPFAIL of sysexits.h)
+
+_OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|out of memory", re.IGNORECASE)
+_NOT_STARTED = re.compile(r"^srun: error: .*(task launch|communication|node failure|not responding|timed out|"
+                          r"aborting|unable to)", re.IGNORECASE)  # fmt: skip
+
+
+def settle(run: Run, attempt: Attempt, code: int) -> int:
+    """Decide what becomes of this job, whose srun has ended with `code`.
+
+    Returns:
+        The exit code for the job's script: 0 finished, 1 failed, LATER requeued or in Slurm's hands.
+    """
+    if outcome := attempt.outcome:
+        return 0 if outcome.state == FINISHED else 1
+    if attempt.started and not fence.holds(run.folder, attempt.number):
+        return LATER  # an old copy, which another has superseded
+    if slurm.own_state() not in ("RUNNING", ""):
+        return LATER  # cancelled, requeued or timed out: Slurm says so itself
+    tail = _tail(attempt)
+    if any(_OUT_OF_MEMORY.search(line) for line in tail):
+        attempt.end(FAILED, "out of memory on the node: raise cluster.memory_gb, or lower loader.workers")
+        return 1
+    reason = _beyond_it(code, tail)
+    if not reason:
+        words = attempt.last_words() or (tail[-1] if tail else "it printed nothing")
+        attempt.end(FAILED, f"ended with exit code {code} before it could say why: {words}")
+        return 1
+    most = run.cluster().max_requeues
+    if fence.restarts() >= most:
+        attempt.end(FAILED, f"{reason}, and cluster.max_requeues={most} is used up: retry goes on from there")
+        return 1
+    print(f"{reason}: back to the queue", file=sys.stderr, flush=True)
+    if refused := slurm.requeue():
+        attempt.end(FAILED, f"{reason}, and Slurm would not requeue the job ({refused}): retry goes on")
+        return 1
+    return LATER
+
+
+def _beyond_it(code: int, tail: list[str]) -> str:
+    """Return why a job without an outcome may simply be started again; empty where it would fail again."""
+    if code == LATER:
+        return "stopped with its work saved"
+    if code == 128 + signal.SIGUSR2:
+        return "stopped near its time limit or by a preemption (SIGUSR2)"
+    if code > 128:
+        try:
+            return f"a task was ended by {signal.Signals(code - 128).name}"
+        except ValueError:
+            return ""
+    if any(_NOT_STARTED.search(line) for line in tail):
+        return "srun lost a node"
+    return ""
+
+
+def _tail(attempt: Attempt, lines: int = 20) -> list[str]:
+    """Return the last lines of the errors of rank 0, with which srun and Slurm have written theirs."""
+    for log in attempt.logs():
+        if log.suffix == ".err":
+            return log.read_text(errors="replace").strip().splitlines()[-lines:]
+    return []
+
+
+def _task(folder: Path) -> tuple[Run, Attempt]:
+    from submitit.core.utils import DelayedSubmission
+
+    task: Any = DelayedSubmission.load(folder / f"{slurm.this_job()}_submitted.pkl").function
+    run = Run(Path(task.run_folder))
+    return run, Attempt(run.folder / "attempts" / str(task.attempt))
+
+
+if __name__ == "__main__":
+    # Slurm may end this script's processes while it decides; what it has decided itself is left alone.
+    sys.exit(settle(*_task(Path(sys.argv[1])), int(sys.argv[2])))

@@ -1,0 +1,140 @@
+"""A bucket as a remote: `s3://bucket/prefix`, by boto3's own client.
+
+Credentials, region, proxy and endpoint come from where boto3 looks for them: the environment (AWS_PROFILE,
+AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL …), ~/.aws, the machine's role. Source: boto3's guide to credentials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+from hpc_imagenet.archives.remote import Broken, Changed, Origin, Refused
+from hpc_imagenet.errors import UserError
+
+
+class Bucket:
+    """A prefix in a bucket.
+
+    Args:
+        prefix: dataset.source.
+        timeout: s without a byte after which a connection counts as broken.
+        connections: how many are kept open.
+
+    Raises:
+        UserError: boto3 cannot make a client of what it finds.
+    """
+
+    def __init__(self, prefix: str, timeout: float, connections: int) -> None:
+        # Imported here: a second, which nobody else has to wait for.
+        from boto3.session import Session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        parts = urllib.parse.urlsplit(prefix)
+        self.prefix = prefix
+        self.reached = False
+        self._bucket, self._folder = parts.netloc, parts.path.strip("/")
+        try:
+            self._client: Any = Session().client(
+                "s3",
+                config=Config(
+                    connect_timeout=timeout,
+                    read_timeout=timeout,
+                    max_pool_connections=connections,
+                    retries={"total_max_attempts": 1},  # tried again by us
+                    response_checksum_validation="when_required",  # the MD5 of the whole is ours
+                ),
+            )
+        except (BotoCoreError, ValueError) as error:
+            raise UserError(f"dataset.source={prefix}: {error}") from None
+
+    def url(self, file: str) -> str:
+        """Return the object's name, s3:// in front."""
+        return f"{self.prefix.rstrip('/')}/{file}"
+
+    def size(self, file: str) -> int | None:
+        """Return the bytes of an object."""
+        with self._telling(file):
+            return int(self._client.head_object(**self._object(file))["ContentLength"])
+
+    @contextlib.contextmanager
+    def ask(
+        self, file: str, begin: int = 0, end: int | None = None, origin: Origin | None = None
+    ) -> Iterator[_Answer]:
+        """Ask for bytes [begin, end) of an object; see `remote.Remote`."""
+        asked = self._object(file)
+        if end is not None:
+            asked["Range"] = f"bytes={begin}-{end - 1}"
+            if origin and origin.etag:
+                asked["IfMatch"] = origin.etag
+        with self._telling(file):
+            found = self._client.get_object(**asked)
+        with contextlib.closing(found["Body"]):
+            answer = _Answer(found, self.url(file))
+            if origin and not origin.same(answer.origin):
+                raise Changed("the object has changed in the bucket")
+            yield answer
+
+    def _object(self, file: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": f"{self._folder}/{file}" if self._folder else file}
+
+    @contextlib.contextmanager
+    def _telling(self, file: str) -> Iterator[None]:
+        """Turn boto3's errors into ours."""
+        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+        from botocore.exceptions import ConnectionError as NotConnected
+
+        try:
+            yield
+        except ClientError as error:
+            self.reached = True
+            told = error.response.get("ResponseMetadata", {})
+            status = told.get("HTTPStatusCode", 500)
+            if status in (412, 416):
+                raise Changed("the object has changed in the bucket") from None
+            if status in (408, 429) or status >= 500:
+                wait = str(told.get("HTTPHeaders", {}).get("retry-after", ""))
+                raise Broken(
+                    f"the bucket answers {status}", float(wait) if wait.isdigit() else None
+                ) from None
+            raise Refused(status) from None
+        except (HTTPClientError, NotConnected) as error:
+            raise Broken(_one_line(error)) from None
+        except BotoCoreError as error:
+            raise UserError(f"{self.url(file)}: {_one_line(error)}") from None
+        self.reached = True
+
+
+class _Answer:
+    """The body of an object."""
+
+    def __init__(self, found: dict[str, Any], url: str) -> None:
+        self._body = found["Body"]
+        said = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", found.get("ContentRange", ""))
+        self.ranged = said is not None
+        self.kind = ""  # whoever put it there has chosen one, or not
+        self.end: int | None = int(said[2]) + 1 if said else found["ContentLength"]
+        total = int(said[3]) if said else found["ContentLength"]
+        modified = found["LastModified"].isoformat() if "LastModified" in found else None
+        self.origin = Origin(url, found.get("ETag"), modified, total, self.ranged)
+
+    def read(self, most: int) -> bytes:
+        """Return the next bytes; none at the end."""
+        from botocore.exceptions import BotoCoreError
+
+        try:
+            data: bytes = self._body.read(most)
+        except (BotoCoreError, OSError) as error:
+            raise Broken(_one_line(error)) from None
+        return data
+
+    def stop(self) -> None:
+        """Do nothing: a read ends by itself, at the latest when the time is out."""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,140 @@
+"""Score a published torchvision model on a val split: do these images and labels mean what they should?
+
+The weights are those that torchvision keeps in its cache, or a file; nothing is downloaded here. Pictures are
+prepared as the weights' own preset says, so that the published accuracy is what should come out.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import models
+from torchvision.transforms._presets import ImageClassification
+
+from hpc_imagenet.backbones import BACKBONES
+from hpc_imagenet.config import near
+from hpc_imagenet.datastore.store import Split, Store
+from hpc_imagenet.errors import UserError
+
+BATCH = 64  # images
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of 1 of the `images` of val; `published` those that torchvision states for ImageNet, if any."""
+
+    weights: str
+    images: int
+    top1: float
+    top5: float
+    published: tuple[float, float] | None
+
+
+def score(store: Store, wanted: str, workers: int) -> Score:
+    """Return how well a model does on the val split.
+
+    Args:
+        store: the dataset.
+        wanted: NAME, NAME:WEIGHTS (such as resnet50:IMAGENET1K_V1) or NAME=FILE, a file with its state.
+        workers: processes that decode.
+
+    Raises:
+        UserError: unknown, not on disk, or for another number of classes.
+    """
+    classes = len(store.manifest.classes)
+    title, model, prepare, published = _load(wanted, classes)
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(place)
+    split = store.split("val")
+    loader = DataLoader(_Pictures(split, prepare), BATCH, num_workers=workers if len(split) > BATCH else 0)
+    hits = torch.zeros(2, dtype=torch.long)
+    with torch.inference_mode():
+        for pictures, labels in loader:
+            ranked = model(pictures.to(place)).topk(min(5, classes)).indices.cpu()
+            right = ranked == labels[:, None]
+            hits += torch.stack([right[:, 0].sum(), right.any(1).sum()])
+    top1, top5 = (hits / len(split)).tolist()
+    return Score(title, len(split), top1, top5, published)
+
+
+class _Pictures(Dataset[tuple[Tensor, int]]):
+    def __init__(self, split: Split, prepare: Callable[[Image.Image], Tensor]) -> None:
+        self.split, self.prepare = split, prepare
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        data, label = self.split.read(i)
+        return self.prepare(Image.open(io.BytesIO(data)).convert("RGB")), label
+
+
+def _load(wanted: str, classes: int) -> tuple[str, nn.Module, Any, tuple[float, float] | None]:
+    head, _, file = wanted.partition("=")
+    name, _, version = head.partition(":")
+    if name not in BACKBONES:
+        raise UserError(f"--weights {wanted}: {name} is unknown{near(name, BACKBONES)}")
+    if file:
+        return f"{name} ({file})", _from_file(name, Path(file).expanduser(), classes), _preset(name), None
+    weights = _on_disk(name, version)
+    known = len(weights.meta["categories"])
+    if known != classes:
+        raise UserError(
+            f"--weights {wanted}: its weights know {known} classes, but the dataset has {classes}"
+        )
+    metrics = weights.meta["_metrics"].get("ImageNet-1K", {})
+    published = (metrics["acc@1"] / 100, metrics["acc@5"] / 100) if metrics else None
+    return f"{name}:{weights.name}", models.get_model(name, weights=weights), weights.transforms(), published
+
+
+def _on_disk(name: str, version: str) -> Any:
+    """Return the weights that torchvision would not have to download; the newest without a version."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    every = list(models.get_model_weights(name))
+    asked = [one for one in every if version in ("", one.name)]
+    if not asked:
+        raise UserError(f"--weights {name}:{version} is unknown; one of: {', '.join(w.name for w in every)}")
+    asked.sort(key=lambda one: one != models.get_model_weights(name).DEFAULT)
+    for one in asked:
+        if (folder / one.url.rsplit("/", 1)[-1]).is_file():
+            return one
+    raise UserError(
+        f"--weights {name}: not on disk: put {' or '.join(one.url for one in asked)} into {folder}, "
+        f"or give --weights {name}=FILE"
+    )
+
+
+def _from_file(name: str, path: Path, classes: int) -> nn.Module:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--weights {name}={path}: no such file") from None
+    except Exception as error:  # torch meets nonsense with errors of many kinds
+        raise UserError(f"--weights {name}={path}: not a file of weights ({_first_line(error)})") from None
+    model: nn.Module = models.get_model(name, weights=None, num_classes=classes)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--weights {name}={path}: is not {name} for {classes} classes ({_first_line(error)})"
+        ) from None
+    return model
+
+
+def _preset(name: str) -> Any:
+    """Return how the newest published weights want their pictures."""
+    published = list(models.get_model_weights(name))
+    return published[-1].transforms() if published else ImageClassification(crop_size=224)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[1] if len(lines) > 1 else lines[0]).rstrip(".") if lines else type(error).__name__

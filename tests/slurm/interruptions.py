@@ -1,0 +1,125 @@
+"""What may happen to a training on a cluster, and what must be left of it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from door import eventually
+from lab import Lab, LabDoor
+
+from hpc_imagenet.durable import read_json
+
+# 22 steps an epoch; a checkpoint about every second, so that there is something to go on from.
+TRAINING = (
+    *("dataset=digits", "model=squeezenet1_1", "train.checkpoint_every_minutes=0.02"),
+    *("cluster.tasks_per_node=2", "cluster.cpus_per_task=1"),
+)
+
+
+class Training:
+    """One training in a workspace of its own, on the datastore of another."""
+
+    def __init__(self, lab: Lab, workspace: Path, datastores: Path, *settings: str) -> None:
+        self.lab = lab
+        self.door = LabDoor(workspace, lab)
+        self.door(*TRAINING, f"datastore.url={datastores}", *settings)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        (row,) = self.door.jobs()
+        return row
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.row["dir"])
+
+    @property
+    def job(self) -> str:
+        return str((read_json(self.folder / "attempts/1/submitted.json") or {})["job_id"])
+
+    @property
+    def holder(self) -> dict[str, Any]:
+        return read_json(self.folder / "holder.json") or {}
+
+    def wait_for_a_checkpoint(self, restarts: int = 0) -> None:
+        """Return when this start of the job (0 is the first) has saved something."""
+        last = self.folder / "checkpoints/last.ckpt"
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        eventually(
+            lambda: (
+                self.holder.get("restarts") == restarts and last.exists() and last.stat().st_mtime_ns > before
+            ),
+            120,
+        )
+
+    def tasks(self) -> dict[int, psutil.Process]:
+        """Return the living processes of the tasks by rank; of the main processes, not their loaders."""
+        found: dict[int, psutil.Process] = {}
+        for process in self.door.processes():
+            try:
+                command, rank = process.cmdline(), process.environ().get("SLURM_PROCID")
+                parent = process.parent()
+                inner = parent is not None and "submitit.core._submit" in parent.cmdline()
+            except psutil.Error:
+                continue
+            if (
+                "submitit.core._submit" in command
+                and rank is not None
+                and not inner
+                and "srun" not in command[0]
+            ):
+                found[int(rank)] = process
+        return found
+
+    def signal(self, number: signal.Signals, *ranks: int) -> None:
+        tasks = self.tasks()
+        for rank in ranks:
+            os.kill(tasks[rank].pid, number)
+
+    def until_finished(self, seconds: float = 300) -> dict[str, Any]:
+        """Wait for the end, which must be a good one."""
+        eventually(lambda: self.row["state"] not in ("queued", "running"), seconds)
+        row = self.row
+        assert row["state"] == "finished", (row["reason"], self.log())
+        return row
+
+    def log(self, rank: int = 0) -> str:
+        """Return what one rank has printed in all its starts."""
+        return "".join(path.read_text() for path in sorted(self.folder.glob(f"attempts/1/*_{rank}_log.*")))
+
+    def losses(self) -> dict[int, str]:
+        """Return the losses of training by step; each step stands in the file once."""
+        with (self.folder / "metrics.csv").open() as file:
+            lines = [line for line in csv.DictReader(file) if line["train_loss"]]
+        steps = [int(line["step"]) for line in lines]
+        assert steps == sorted(set(steps))
+        return {int(line["step"]): line["train_loss"] for line in lines}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        content = torch.load(self.folder / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)
+        weights: dict[str, torch.Tensor] = content["state_dict"]
+        return weights
+
+    def steps_gone_on_from(self) -> list[int]:
+        return [int(step) for step in re.findall(r"going on from step (\d+)", self.log())]
+
+    def steps_stopped_after(self) -> list[int]:
+        return [int(step) for step in re.findall(r"stopped by \w+ after step (\d+)", self.log())]
+
+
+def assert_the_same(one: Training, other: Training) -> None:
+    """Fail unless two trainings ended with the same weights, bit by bit, and saw the same losses."""
+    mine, theirs = one.weights(), other.weights()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert one.losses() == other.losses()
+    assert one.row["top1"] == other.row["top1"]
+    # One logger, one version.
+    assert [path.name for path in one.folder.glob("tensorboard*")] == ["tensorboard"]

@@ -1,0 +1,190 @@
+"""The doctor on a real Slurm: what is well is told to be, and each thing that is made wrong is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from door import eventually
+from lab import Lab, LabDoor
+
+ROOT = Path(__file__).resolve().parents[2]
+Lines = dict[tuple[str, str], dict[str, str]]
+
+# Without bounds on a task's cores in the lab, the trap is laid by hand: the task is started on one of them.
+ONE_CORE = """\
+srun() {
+  local words=() word bind=taskset
+  for word in "$@"; do
+    if [[ $bind && $word == */python* ]]; then words+=($bind -c 0); bind=; fi
+    words+=("$word")
+  done
+  command srun "${words[@]}"
+}
+"""
+
+
+def doctor(cluster: LabDoor, *words: str, code: int = 0) -> Lines:
+    """Return the doctor's lines by place and matter."""
+    done = cluster("doctor", "cluster=lab", "dataset=digits", *words, "--json", code=code)
+    return {(line["where"], line["check"]): line for line in json.loads(done.stdout)}
+
+
+def wrong(lines: Lines) -> set[tuple[str, str]]:
+    return {key for key, line in lines.items() if line["mark"] == "wrong"}
+
+
+@pytest.fixture
+def source(lab: Lab) -> Iterator[str]:
+    """A server that the nodes reach, and its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with lab.listen() as listener:
+        server = HTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
+        server.socket.close()
+        server.socket = listener
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://login:{listener.getsockname()[1]}/archives"
+        server.shutdown()
+        thread.join()
+
+
+def test_all_is_well_on_two_nodes(lab: Lab, cluster: LabDoor, source: str) -> None:
+    words = ("cluster.nodes=2", "cluster.tasks_per_node=2", f"dataset.source={source}", "dataset.make=null")
+    lines = doctor(cluster, *words)
+    assert wrong(lines) == set(), lines
+    for where, check, found in (
+        ("login", "commands", "22.05"),
+        ("login", "sacct", "answers"),
+        ("login", "arrays", "128 jobs"),
+        ("login", "train", "on n[1-2] in partition debug"),
+        ("train", "probe", "ran on n1 n2"),
+        ("train", "workspace", "visible and writable from n1 n2"),
+        ("train", "packages", "can be imported"),
+        ("train", "cores", "a task (2 asked for)"),
+        ("train", "memory", "2.1 GB"),
+        ("train", "scratch", "/scratch"),
+        ("train", "clocks", "agree with this one within"),
+        ("train", "network", "n1 n2 reach one another by name"),
+        ("train", "sacct", "completed"),
+        ("download", "internet", "login answers n1 (HTTP 200)"),
+    ):
+        line = lines[where, check]
+        assert line["mark"] == "well", line
+        assert found in line["found"], line
+    assert list((cluster.workspace / "runs/.doctor").iterdir()) == []
+    assert cluster.jobs() == []
+
+
+def test_no_internet(cluster: LabDoor) -> None:
+    lines = doctor(cluster, "dataset.source=http://10.255.255.1:9/x", "dataset.make=null", code=1)
+    assert wrong(lines) == {("download", "internet")}
+    assert "cluster.stage.download.partition=" in lines["download", "internet"]["mend"]
+
+
+def test_a_wrong_partition_sends_nothing(lab: Lab, cluster: LabDoor) -> None:
+    lines = doctor(cluster, "cluster.partition=gpu", code=1)
+    assert wrong(lines) == {("login", stage) for stage in ("download", "process", "upload", "train")}
+    assert "cluster.partition=gpu (partitions: debug, low, high)" in lines["login", "train"]["mend"]
+    assert not lab.slurm("squeue", "--noheader")
+
+
+def test_one_core_is_found(cluster: LabDoor, tmp_path: Path) -> None:
+    (tmp_path / "one-core.sh").write_text(ONE_CORE)
+    lines = doctor(cluster, f"cluster.setup=[source {tmp_path}/one-core.sh]", code=1)
+    assert wrong(lines) == {("train", "cores")}
+    assert "a task gets 1 of the 2 that cluster.cpus_per_task asks for" in lines["train", "cores"]["found"]
+
+
+def test_a_workspace_that_the_nodes_do_not_see(cluster: LabDoor) -> None:
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))  # which is every node's own
+    try:
+        lines = doctor(cluster, f"workspace={folder}/workspace", code=1)
+    finally:
+        shutil.rmtree(folder)
+    assert wrong(lines) == {("train", "workspace"), ("download", "workspace")}
+    assert "is not shared with the nodes" in lines["train", "workspace"]["found"]
+
+
+def test_no_scratch_and_no_gpus(cluster: LabDoor) -> None:
+    lines = doctor(cluster, "cluster.scratch=/no/where", "cluster.gpus_per_node=2", code=1)
+    assert wrong(lines) == {("train", "scratch"), ("train", "GPUs")}
+    assert "/no/where on n1: no such folder" in lines["train", "scratch"]["found"]
+    assert "Slurm gave 2" in lines["train", "GPUs"]["found"]  # the lab's are pretended, and no driver answers
+
+
+def test_a_port_that_somebody_else_has(lab: Lab, cluster: LabDoor, tmp_path: Path) -> None:
+    """A training on two nodes would hang at a meeting point that is not its own."""
+    ready = tmp_path / "ready"
+    squatter = tmp_path / "squatter.py"
+    squatter.write_text(
+        "import os, pathlib, socket, time\n"
+        "from hpc_imagenet.world import _port\n"
+        "job = int(os.environ['SLURM_JOB_ID'])\n"
+        "kept = [socket.create_server(('', _port(job + n))) for n in range(1, 20)]\n"
+        f"pathlib.Path({str(ready)!r}, os.environ['SLURMD_NODENAME']).touch()\n"
+        "time.sleep(300)\n"
+    )
+    ready.mkdir()
+    lab.sbatch(f"PYTHONPATH={ROOT} srun {sys.executable} {squatter}", "--nodes=4")
+    eventually(lambda: len(list(ready.iterdir())) == 4, 60)
+    lines = doctor(cluster, "cluster.nodes=2", code=1)
+    assert wrong(lines) == {("train", "network")}
+    assert lines["train", "network"]["found"].count("Address already in use") == 2
+
+
+def test_a_full_queue_and_an_interrupt(lab: Lab, cluster: LabDoor) -> None:
+    lab.sbatch("sleep 600", "--nodes=4", "--exclusive")
+    eventually(lambda: "RUNNING" in lab.slurm("squeue", "--noheader", "--format=%T"), 60)
+    lines = doctor(cluster, "--timeout=3", code=1)
+    assert wrong(lines) == {("train", "probe"), ("download", "probe")}
+    assert "did not start within" in lines["train", "probe"]["found"]
+    assert len(lab.slurm("squeue", "--noheader").splitlines()) == 1
+
+    command = [sys.executable, "-m", "hpc_imagenet", "doctor", "cluster=lab", "dataset=digits"]
+    with subprocess.Popen(
+        command, env=cluster.env, cwd=cluster.cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        while "probes:" not in (line := process.stdout.readline()):
+            assert line, "it ended by itself"
+        assert len(lab.slurm("squeue", "--noheader").splitlines()) == 3
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(lab.slurm("squeue", "--noheader").splitlines()) == 1
+
+
+def test_inside_an_allocation_it_goes_by_srun(lab: Lab, cluster: LabDoor, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m hpc_imagenet doctor cluster=here dataset=digits --json"
+    options = (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=2",
+        "--mem=4G",
+        f"--output={tmp_path}/said",
+    )
+    said = tmp_path / "said"
+    script = f"HPC_IMAGENET_WORKSPACE={cluster.workspace} {command} > {said}; touch {said}.whole"
+    lab.sbatch(script, *options)
+    eventually(Path(f"{said}.whole").exists, 120)
+    lines = {line["check"]: line for line in json.loads(said.read_text())}
+    assert "wrong" not in {line["mark"] for line in lines.values()}
+    assert "n1 n2 reach one another" in lines["network"]["found"]

@@ -1,0 +1,121 @@
+"""Whatever ends a training before its time, it goes on by itself, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from door import eventually
+from interruptions import Training, assert_the_same
+from lab import Lab, LabDoor
+
+KINDS = ("kill", "requeue", "warning", "preemption", "crash", "freeze")
+
+
+@pytest.fixture(scope="module")
+def trainings(
+    lab: Lab, site: LabDoor, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Training]]:
+    """One training undisturbed and one for each kind of disturbance, all at a time, all at their end."""
+    folder = tmp_path_factory.mktemp("interruptions")
+
+    def begin(kind: str, node: str, *settings: str) -> Training:
+        words = ("recipe.epochs=6", f"+cluster.sbatch.nodelist={node}", *settings)
+        return Training(lab, folder / kind, site.workspace / "datastores", *words)
+
+    found = {
+        "calm": begin("calm", "n1"),
+        "kill": begin("kill", "n1"),
+        "requeue": begin("requeue", "n1"),
+        "preemption": begin("preemption", "n2", "cluster.partition=low"),
+        "crash": begin("crash", "n3"),
+        "freeze": begin("freeze", "n4"),
+        "warning": begin("warning", "n1"),
+    }
+    for kind in KINDS:
+        found[kind].wait_for_a_checkpoint()
+    found["kill"].signal(signal.SIGKILL, 1)
+    lab.scontrol("requeue", found["requeue"].job)
+    lab.slurm("scancel", "--signal=USR2", found["warning"].job)
+    lab.sbatch("sleep 1", "--partition=high", "--nodelist=n2", "--exclusive")
+    lab.crash("n3")
+    # A node that stands still and is cut off: Slurm takes it for dead and starts the job elsewhere.
+    found["freeze"].signal(signal.SIGSTOP, 0, 1)
+    lab.cut("n4")
+    lab.lose("n3")
+    lab.lose("n4")
+    for kind in ("crash", "freeze"):
+        eventually(lambda kind=kind: lab.job(found[kind].job)["Restarts"] == "1", 60)
+        lab.scontrol("update", f"jobid={found[kind].job}", "reqnodelist=n2")  # not only where it was
+    # Both copies at once: the old one wakes when the new one has begun.
+    found["freeze"].wait_for_a_checkpoint(restarts=1)
+    old = [task for task in found["freeze"].tasks().values() if task.status() == "stopped"]
+    for task in old:
+        task.resume()
+    for training in found.values():
+        training.until_finished()
+    yield found
+    for training in found.values():
+        training.door.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_on_and_ends_the_same(trainings: dict[str, Training], kind: str) -> None:
+    training = trainings[kind]
+    assert_the_same(training, trainings["calm"])
+    row = training.row
+    assert (row["attempt"], row["requeued"]) == (1, 1)
+    (step,) = training.steps_gone_on_from()
+    assert step > 0
+    assert training.log().count("epoch 6/6") == 1  # told once, by rank 0
+    assert "epoch" not in training.log(rank=1)
+
+
+@pytest.mark.parametrize("kind", ["requeue", "warning", "preemption"])
+def test_a_signal_costs_no_step(trainings: dict[str, Training], kind: str) -> None:
+    assert trainings[kind].steps_gone_on_from() == trainings[kind].steps_stopped_after()[:1]
+
+
+def test_an_undisturbed_one_was_not_requeued(trainings: dict[str, Training]) -> None:
+    assert trainings["calm"].row["requeued"] == 0
+
+
+def test_the_old_copy_of_a_job_steps_back(trainings: dict[str, Training]) -> None:
+    assert "stepping back: attempt 1, started 2 times, has taken over on n2" in trainings["freeze"].log()
+
+
+def test_twenty_interruptions_at_random_moments(lab: Lab, site: LabDoor, tmp_path: Path) -> None:
+    """HPC_IMAGENET_INTERRUPTIONS=20 is the nightly number; two keep a usual run short."""
+    times = int(os.environ.get("HPC_IMAGENET_INTERRUPTIONS", 2))
+    seed = int(os.environ.get("HPC_IMAGENET_SEED", random.randrange(1 << 32)))
+    print(f"HPC_IMAGENET_SEED={seed}")
+    draw = random.Random(seed)
+    settings = (f"recipe.epochs={3 + 3 * times}", "seed=7", f"cluster.max_requeues={times}")
+    store = site.workspace / "datastores"
+    # Apart: a job that preempts takes a whole node, and the calm one is not to be preempted.
+    calm = Training(lab, tmp_path / "calm", store, *settings, "+cluster.sbatch.nodelist=n4")
+    words = ("cluster.partition=low", "+cluster.sbatch.exclude=n4")
+    drill = Training(lab, tmp_path / "drill", store, *settings, *words)
+    for done in range(times):
+        eventually(lambda done=done: drill.holder.get("restarts") == done, 120)
+        if draw.random() < 0.8:  # else perhaps while it is still starting
+            drill.wait_for_a_checkpoint(restarts=done)
+        time.sleep(draw.uniform(0, 4))
+        kind = draw.choice(("kill", "requeue", "preemption"))
+        print(f"{done}: {kind} at {drill.row['progress'].get('done', 0)} images", flush=True)
+        if kind == "kill" and (tasks := drill.tasks()):
+            drill.signal(signal.SIGKILL, draw.choice(sorted(tasks)))
+        elif kind == "preemption":
+            node = lab.job(drill.job)["NodeList"]
+            lab.sbatch("sleep 1", "--partition=high", f"--nodelist={node}", "--exclusive")
+        else:
+            lab.scontrol("requeue", drill.job)
+        eventually(lambda done=done: lab.job(drill.job)["Restarts"] == str(done + 1), 120)
+    calm.until_finished()
+    assert drill.until_finished()["requeued"] == times
+    assert_the_same(drill, calm)

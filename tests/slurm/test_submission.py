@@ -1,0 +1,249 @@
+"""What is sent, from where, and what is told of it: on a real Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from door import Gate, eventually
+from lab import Lab, LabDoor
+
+from hpc_imagenet.durable import read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("dataset=digits", "recipe.epochs=1", "cluster.cpus_per_task=1")
+
+
+def job_id(row: dict[str, Any]) -> str:
+    return str((read_json(Path(row["dir"]) / "attempts/1/submitted.json") or {})["job_id"])
+
+
+def told(door: LabDoor, *states: str, seconds: float = 120) -> list[dict[str, Any]]:
+    return door.until(*states, seconds=seconds)
+
+
+@pytest.fixture
+def store(site: LabDoor) -> str:
+    return f"datastore.url={site.workspace}/datastores"
+
+
+def test_a_sweep_is_one_array_and_outlives_the_terminal(cluster: LabDoor, store: str) -> None:
+    words = ["-m", "model=mobilenet_v3_small,squeezenet1_1", *SMALL, store, "cluster=lab"]
+    # A terminal of its own: the command leads a session, and the session is hung up.
+    terminal = subprocess.Popen(
+        ["sh", "-c", f"{shlex.join([sys.executable, '-m', 'hpc_imagenet', *words])}; sleep 600"],
+        env=cluster.env,
+        cwd=cluster.cwd,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        eventually(
+            lambda: (
+                len(cluster.runs()) == 2
+                and all(row["reason"] != "is being submitted" for row in cluster.jobs())
+            ),
+            60,
+        )
+    finally:
+        os.killpg(terminal.pid, signal.SIGHUP)
+        terminal.wait()
+    ids = [job_id(row) for row in cluster.jobs()]
+    assert [job.partition("_")[2] for job in sorted(ids)] == ["0", "1"]
+    assert len({job.partition("_")[0] for job in ids}) == 1
+    told(cluster, "finished", "finished")
+
+
+def test_two_nodes_of_two_tasks_are_one_training(cluster: LabDoor, store: str) -> None:
+    cluster("model=squeezenet1_1", *SMALL, store, "cluster.nodes=2", "cluster.tasks_per_node=2")
+    (row,) = told(cluster, "finished")
+    attempt = Path(row["dir"]) / "attempts/1"
+    started = read_json(attempt / "started.json")
+    assert started is not None
+    assert (started["world_size"], started["restarts"]) == (4, 0)
+    assert len({path.name for path in attempt.glob("*_log.out")}) == 4
+    # Rank 0 alone tells; all of them trained.
+    told_by = [path.name for path in attempt.glob("*_log.out") if "epoch 1/1" in path.read_text()]
+    assert [re.search(r"_(\d)_log", name)[1] for name in told_by] == ["0"]  # type: ignore[index]
+    progress = row["progress"]
+    assert progress["done"] == progress["total"] == 22 * 64
+    assert [path.name for path in Path(row["dir"]).glob("*.csv")] == ["metrics.csv"]
+
+
+def test_two_trainings_share_a_node(cluster: LabDoor, store: str) -> None:
+    node = "+cluster.sbatch.nodelist=n1"
+    cluster("-m", "seed=1,2", "model=squeezenet1_1", *SMALL, store, "cluster.tasks_per_node=2", node)
+    told(cluster, "finished", "finished")
+
+
+def test_what_fails_ends_all_that_waits_for_it(cluster: LabDoor, lab: Lab) -> None:
+    cluster(
+        "-m", "+stage=pipeline", "dataset=ilsvrc", "dataset.name=x", "dataset.source=/nowhere", "seed=0,1"
+    )
+    rows = told(cluster, "failed", *["cancelled"] * 4)
+    assert "/nowhere" in rows[0]["reason"]
+    assert all("DependencyNeverSatisfied" in row["reason"] for row in rows[1:])
+    assert lab.slurm("squeue", "--noheader", "--states=PENDING") == ""
+    # Once mended, everything is taken up from the last one.
+    assert cluster("retry", rows[-1]["run"]).stdout.count("submitted") == 4
+
+
+def test_an_array_that_is_too_large_becomes_several(cluster: LabDoor, store: str) -> None:
+    held = "+cluster.sbatch.hold=true"
+    cluster("-m", "seed=range(130)", "model=squeezenet1_1", *SMALL, store, held)  # MaxArraySize is 128
+    rows = cluster.jobs()
+    arrays = [job_id(row).partition("_")[0] for row in rows]
+    assert sorted(arrays.count(array) for array in set(arrays)) == [2, 128]
+    assert {(row["state"], row["reason"]) for row in rows} == {("queued", "JobHeldUser")}
+    cluster("cancel", *(row["run"] for row in rows[:2]))
+    states = cluster.states()
+    assert (states[:2], set(states[2:])) == (["cancelled"] * 2, {"queued"})
+
+
+def test_from_within_an_allocation_and_from_elsewhere(cluster: LabDoor, lab: Lab, store: str) -> None:
+    words = [sys.executable, "-m", "hpc_imagenet", "model=squeezenet1_1", *SMALL, store, "cluster=lab"]
+    inner = f"cd / && export HPC_IMAGENET_WORKSPACE={cluster.workspace} && {shlex.join(words)}"
+    # The outer job has 2 tasks of 3 CPUs on 2 nodes; the inner one must know nothing of it.
+    lab.sbatch(inner, "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=3")
+    eventually(lambda: bool(cluster.runs()), 30)
+    (row,) = told(cluster, "finished")
+    job = lab.job(job_id(row))
+    assert (job["NumNodes"], job["NumCPUs"], job["CPUs/Task"]) == ("1", "1", "1")
+
+
+def test_the_cores_asked_for_reach_the_task(cluster: LabDoor, lab: Lab, store: str) -> None:
+    note = cluster.workspace.parent / "cores"
+    setup = f"cluster.setup=[\"srun --overlap sh -c 'echo $SLURM_CPUS_PER_TASK >> {note}'\"]"
+    cluster("+stage=download", "dataset=digits", "cluster.stage.download.cpus_per_task=3", setup)
+    told(cluster, "finished")
+    assert (
+        "cpus-per-task=3"
+        in cluster(
+            "+stage=process", "dataset=digits", "cluster.stage.process.cpus_per_task=3", "dry_run=true"
+        ).stdout
+    )
+
+
+def test_states_and_their_reasons(cluster: LabDoor, lab: Lab, gate: tuple[Gate, str]) -> None:
+    words = ("+stage=download", "dataset=ilsvrc", "dataset.source=/nowhere")
+    cluster(*words, "dataset.name=waits", "+cluster.sbatch.begin=now+1hour")
+    cluster(*words, "dataset.name=breaks", "cluster.setup=[exit 3]")
+    cluster(*words, "dataset.name=lost", "cluster.setup=['kill -9 $$']")
+    cluster(*words, "dataset.name=impossible")
+    cluster(*words, "dataset.name=scancelled", "+cluster.sbatch.hold=true")
+    lab.slurm("scancel", job_id(cluster.jobs()[-1]))
+    rows = told(cluster, "queued", "failed", "failed", "failed", "cancelled")
+    assert rows[0]["reason"] == "BeginTime"
+    assert rows[1]["reason"] == "Slurm: failed (exit code 3:0)"
+    assert rows[2]["reason"] == "Slurm: failed (exit code 0:9)"
+    assert "/nowhere" in rows[3]["reason"]
+    assert rows[4]["reason"] == "Slurm: cancelled"
+    # Without squeue and sacct it is what the record knows, and says so.
+    path = cluster.env["PATH"]
+    cluster.env["PATH"] = "/usr/bin/nowhere"
+    alone = cluster.jobs()
+    assert [row["state"] for row in alone] == ["queued", "queued", "queued", "failed", "queued"]
+    assert "no Slurm commands here" in alone[0]["reason"]
+    cluster.env["PATH"] = path
+
+
+def test_what_squeue_has_forgotten_is_known_to_sacct(cluster: LabDoor, lab: Lab) -> None:
+    words = ("+stage=download", "dataset=ilsvrc", "dataset.name=x", "dataset.source=/nowhere")
+    cluster(*words, "cluster.setup=[exit 3]")
+    told(cluster, "failed")
+    stubs = cluster.workspace.parent / "stubs"
+    stubs.mkdir()
+    (stubs / "squeue").write_text("#!/bin/sh\nexit 0\n")
+    (stubs / "squeue").chmod(0o755)
+    cluster.env["PATH"] = f"{stubs}:{cluster.env['PATH']}"
+    eventually(lambda: cluster.jobs()[0]["reason"] == "Slurm: failed (exit code 3:0)", 30)
+
+
+def test_dry_run_asks_when_it_would_start(cluster: LabDoor) -> None:
+    done = cluster("+stage=pipeline", "dataset=digits", "cluster.partition=low", "dry_run=true")
+    assert (
+        len(re.findall(r"sbatch --test-only: Job \d+ to start at \S+ using \d+ processors", done.stdout)) == 4
+    )
+    done = cluster("+stage=download", "dataset=digits", "cluster.partition=nowhere", "dry_run=true")
+    assert "invalid partition specified: nowhere" in done.stdout
+    assert not cluster.workspace.exists()
+
+
+def test_a_partition_that_is_not_there_is_one_line(cluster: LabDoor) -> None:
+    told = cluster("+stage=download", "dataset=digits", "cluster.partition=nowhere", code=2).stderr
+    assert told.splitlines() == [
+        "error: sbatch refused download-digits: " + told.partition("download-digits: ")[2].strip()
+    ]
+    assert "nowhere" in told
+
+
+def test_a_killed_submission_is_still_known(cluster: LabDoor, lab: Lab, gate: tuple[Gate, str]) -> None:
+    """The command dies between sbatch and its note; the job notes for itself who runs it."""
+    cluster("+stage=download", "dataset=digits")
+    (row,) = cluster.jobs()
+    note = Path(row["dir"]) / "attempts/1/submitted.json"
+    note.unlink()
+    told(cluster, "finished")
+    assert (read_json(note) or {}).get("executor") == "slurm"
+
+
+def test_a_requeued_job_with_no_requeue_left(cluster: LabDoor, lab: Lab, store: str) -> None:
+    cluster("model=squeezenet1_1", *SMALL, store, "cluster.max_requeues=0", "recipe.epochs=50")
+    (row,) = cluster.jobs()
+    eventually(lambda: bool(cluster.jobs()[0]["progress"].get("done")), 60)
+    lab.scontrol("requeue", job_id(row))
+    (row,) = told(cluster, "failed")
+    assert "cluster.max_requeues=0" in row["reason"]
+    assert row["requeued"] == 1
+
+
+@pytest.mark.parametrize("stage", ["download", "process", "upload", "train", "sweep"])
+def test_a_template_is_accepted_by_slurm(lab: Lab, stage: str) -> None:
+    told = subprocess.run(
+        ["sbatch", "--test-only", str(ROOT / f"slurm/{stage}.sbatch")],
+        env=lab.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr
+    assert "to start at" in told.stderr
+
+
+def test_the_templates_are_a_pipeline(cluster: LabDoor, lab: Lab) -> None:
+    """slurm/pipeline.sh chains all of them; the sweep at its end is an array over the models."""
+    env = {**cluster.env, "PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}"}
+    settings = ("dataset=digits", "model=squeezenet1_1,mobilenet_v3_small", "recipe.epochs=1")
+    done = subprocess.run(
+        [ROOT / "slurm/pipeline.sh", *settings, "cluster.gpus_per_node=0"],
+        env=env,
+        cwd=cluster.cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
+    eventually(lambda: cluster.states() == ["finished"] * 5, 180)
+    rows = cluster.jobs()
+    assert [row["stage"] for row in rows] == ["download", "process", "upload", "train", "train"]
+    assert {row["model"] for row in rows[3:]} == {"squeezenet1_1", "mobilenet_v3_small"}
+    assert (
+        "no model for array task 7"
+        in subprocess.run(
+            ["bash", ROOT / "slurm/sweep.sbatch", *settings],
+            env={**env, "SLURM_ARRAY_TASK_ID": "7"},
+            cwd=cluster.cwd,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stderr
+    )

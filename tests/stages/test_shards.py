@@ -1,0 +1,362 @@
+"""The process stage with process.layout=shards, whole and in parts."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from asking import ask, config_of, refused
+from pictures import encoded, jpeg
+from PIL import Image
+
+from hpc_imagenet.archives import shape, treat
+from hpc_imagenet.archives.shape import Synset
+from hpc_imagenet.config import Config
+from hpc_imagenet.datastore.manifest import load_manifest
+from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.stages import download, process
+
+SIZE = 40_000 / 2**30  # GiB of a shard: three images of train or so, all of val
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, with one image of each odd kind."""
+    folder, bits = tmp_path_factory.mktemp("sources") / "odd", random.Random(6)
+    folder.mkdir()
+    odd = [
+        encoded("PNG", size=(60, 40)),
+        encoded(mode="CMYK", size=(60, 40)),
+        encoded(mode="L", size=(60, 40)),
+        encoded(progressive=True, size=(60, 40)),
+    ]
+    plain = [encoded(size=(60 + i, 40)) for i in range(5)]
+    synsets = [Synset(3 - i, f"n{i}", f"word {i}") for i in range(3)]
+    shape.write_train(
+        folder / shape.TRAIN,
+        [
+            ("n1", odd + plain),
+            ("n0", [jpeg(bits, bits.randrange(500, 12_000)) for _ in range(10)]),
+            ("n2", [jpeg(bits, bits.randrange(500, 12_000)) for _ in range(9)]),
+        ],
+    )
+    shape.write_val(folder / shape.VAL, [jpeg(bits, 900) for _ in range(6)])
+    shape.write_devkit(folder / shape.DEVKIT, synsets, [1 + i % 3 for i in range(6)])
+    shape.write_sums(folder)
+    return folder
+
+
+def downloaded(workspace: Path, source: Path, **settings: object) -> Config:
+    config = config_of(workspace, source, layout="shards")
+    config.process.shard_size = SIZE
+    for name, value in settings.items():
+        setattr(config.process, name, value)
+    ask(download, config)
+    return config
+
+
+def dataset(config: Config) -> Path:
+    return Path(config.workspace) / "datasets" / config.dataset.name
+
+
+def part_of(config: Config, part: int | None, parts: int) -> Config:
+    config = copy.deepcopy(config)
+    config.stage.part, config.stage.parts = part, parts
+    return config
+
+
+def files(config: Config) -> dict[str, bytes]:
+    """Every byte of the dataset that is listed in its manifest."""
+    return {
+        file.path: (dataset(config) / file.path).read_bytes()
+        for file in load_manifest(dataset(config)).all_files()
+    }
+
+
+def images(folder: Path, split: str) -> list[tuple[str, bytes, int]]:
+    of = Store(folder).split(split)
+    return [(of.name(i), *of.read(i)) for i in range(len(of))]
+
+
+@pytest.mark.parametrize("order", ["archive", "shuffled"])
+def test_shards_hold_the_images_of_the_archives_in_their_order(
+    tmp_path: Path, source: Path, order: str
+) -> None:
+    config = downloaded(tmp_path / "shards", source, order=order)
+    assert ask(process, config)["images"] == 34
+    index = config_of(tmp_path / "index", source)
+    ask(download, index)
+    ask(process, index)
+    for split in ("train", "val"):
+        assert images(dataset(config), split) == images(dataset(index), split)
+    manifest = load_manifest(dataset(config))
+    assert len(manifest.shards) > 4
+    assert all(shard.bytes <= 40_000 + 12_000 for shard in manifest.shards)
+    shutil.rmtree(Path(config.workspace) / "archives")  # they are not needed any more
+    assert len(images(dataset(config), "train")) == 28
+    rows = Store(dataset(config)).split("train").index
+    in_order = all(np.diff(rows["shard"].astype(int)) >= 0)
+    assert in_order == (order == "archive")
+
+
+def names_of(path: Path) -> list[str]:
+    with tarfile.open(path) as archive:
+        return archive.getnames()
+
+
+def test_a_shuffle_is_its_seeds(tmp_path: Path, source: Path) -> None:
+    names = []
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        config = downloaded(tmp_path / folder, source, order="shuffled", seed=seed)
+        ask(process, config)
+        names.append([names_of(path) for path in sorted(dataset(config).rglob("train*.tar"))])
+    assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"order": "shuffled"}, {"resize": "short:20"}, {"resize": "long:33", "order": "shuffled"}],
+)
+def test_the_same_bytes_however_many_tasks(tmp_path: Path, source: Path, settings: dict[str, object]) -> None:
+    whole = downloaded(tmp_path / "whole", source, **settings)
+    result = ask(process, whole)
+    for parts in (2, 5, 40):
+        cut = downloaded(tmp_path / str(parts), source, **settings)
+        made = [ask(process, part_of(cut, part, parts))["images"] for part in reversed(range(parts))]
+        assert sum(made) == 34
+        assert not (dataset(cut) / "manifest.json").exists()
+        assert ask(process, part_of(cut, None, parts)) == result
+        assert files(cut) == files(whole)
+        assert not list(dataset(cut).glob(".*")), "what the parts shared is left behind"
+
+
+@pytest.mark.slow
+def test_the_same_bytes_however_many_processes(tmp_path: Path, source: Path) -> None:
+    one = downloaded(tmp_path / "one", source, resize="short:20")
+    two = downloaded(tmp_path / "two", source, resize="short:20", workers=2)
+    assert ask(process, one) == ask(process, two)
+    assert files(one) == files(two)
+
+
+def test_parts_that_are_missing_are_named(tmp_path: Path, source: Path) -> None:
+    config = downloaded(tmp_path, source)
+    ask(process, part_of(config, 0, 3))
+    ask(process, part_of(config, 2, 3))
+    told = refused(process, part_of(config, None, 3))
+    assert "are not there: retry the parts" in told
+    assert not (dataset(config) / "manifest.json").exists()
+    ask(process, part_of(config, 1, 3))
+    assert ask(process, part_of(config, None, 3))["images"] == 34
+
+
+def test_whole_shards_are_left_alone_and_others_made_again(tmp_path: Path, source: Path) -> None:
+    config = downloaded(tmp_path, source)
+    ask(process, config)
+    before = files(config)
+    shards = sorted(dataset(config).rglob("*.tar"))
+    inodes = [path.stat().st_ino for path in shards]
+    shards[1].with_suffix(".json").unlink()
+    shards[2].write_bytes(b"short")
+    (shards[0].parent / ".train-00003.tar.abc.tmp").write_bytes(b"left by a kill")
+    shards[3].unlink()
+    ask(process, config)
+    assert files(config) == before
+    kept = [path.stat().st_ino == inode for path, inode in zip(shards, inodes, strict=True)]
+    assert kept[0]
+    assert all(kept[4:])
+    assert not list(shards[0].parent.glob(".*"))
+
+
+def test_treatments_do_not_meet(tmp_path: Path, source: Path) -> None:
+    config = downloaded(tmp_path, source)
+    ask(process, config)
+    before = files(config)
+    small = downloaded(tmp_path, source, resize="short:20")
+    ask(process, part_of(small, 0, 2))
+    assert files(config) == before, "until the parts are put together it is the old dataset"
+    ask(process, part_of(small, 1, 2))
+    ask(process, part_of(small, None, 2))
+    assert all(min(Image.open(io.BytesIO(data)).size) <= 20 for _, data, _ in images(dataset(small), "train"))
+    assert load_manifest(dataset(small)).provenance["process"]["resize"] == "short:20"
+
+
+def test_resized_images(tmp_path: Path, source: Path) -> None:
+    config = downloaded(tmp_path, source, resize="short:20", quality=80)
+    ask(process, config)
+    index = config_of(tmp_path / "index", source)
+    ask(download, index)
+    ask(process, index)
+    for split in ("train", "val"):
+        pairs = zip(images(dataset(index), split), images(dataset(config), split), strict=True)
+        for (name, data, label), (new_name, new, new_label) in pairs:
+            assert (name, label) == (new_name, new_label)
+            before, after = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(new))
+            assert after.size == treat.Treatment("short", 20).size(*before.size)
+            assert (data == new) == (min(before.size) <= 20)
+    certificate = json.loads((dataset(config) / "certificate.json").read_text())
+    assert certificate["sizes"]["train"]["height"][2] == 20 or certificate["sizes"]["train"]["width"][2] <= 40
+    assert certificate["tools"]["pillow"].startswith(Image.__version__)
+
+
+@pytest.mark.skipif(not shutil.which("jpegtran"), reason="no jpegtran on the PATH")
+def test_normalised_and_tiled(tmp_path: Path, source: Path) -> None:
+    config = downloaded(tmp_path, source, normalise=True, tile=True)
+    ask(process, config)
+    for name, data, _ in images(dataset(config), "train"):
+        image = Image.open(io.BytesIO(data))
+        assert (image.format, "progressive" in image.info) == ("JPEG", False), name
+        assert image.mode in ("RGB", "L")
+        assert b"\xff\xdd\x00\x04\x00\x01" in data
+    certificate = json.loads((dataset(config) / "certificate.json").read_text())
+    assert certificate["restart_markers"] == {"train": 28, "val": 6}
+    assert list(certificate["oddities"]["train"]) == ["grey"]
+
+
+def test_gnu_tar_extracts_an_image_folder(tmp_path: Path, source: Path) -> None:
+    config = downloaded(tmp_path / "w", source)
+    ask(process, config)
+    target = tmp_path / "out"
+    target.mkdir()
+    for path in sorted(dataset(config).rglob("train-*.tar")):
+        subprocess.run(["tar", "xf", path], cwd=target, check=True)
+    out = {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*.JPEG")}
+    manifest = load_manifest(dataset(config))
+    mine = {f"{manifest.classes[label].wnid}/{n}": d for n, d, label in images(dataset(config), "train")}
+    assert out == mine
+    labels = {path.parent.name: path.read_text() for path in target.rglob("*.cls")}
+    assert labels == {f"n{i}": str(i) for i in range(3)}
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # it leaves that to the garbage collector
+def test_webdataset_reads_the_shards(tmp_path: Path, source: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    config = downloaded(tmp_path, source, order="shuffled")
+    ask(process, config)
+    urls = [str(path) for path in sorted(dataset(config).rglob("train-*.tar"))]
+    theirs = {}
+    for sample in wds.WebDataset(urls, shardshuffle=False):
+        theirs[sample["__key__"]] = (sample["jpeg"], int(sample["cls"]))
+    manifest = load_manifest(dataset(config))
+    mine = {
+        f"{manifest.classes[label].wnid}/{name.removesuffix('.JPEG')}": (data, label)
+        for name, data, label in images(dataset(config), "train")
+    }
+    assert theirs == mine
+
+
+def test_images_that_would_be_one_sample_are_refused(tmp_path: Path, source: Path) -> None:
+    other = tmp_path / "source"
+    shutil.copytree(source, other)
+    with tarfile.open(other / shape.VAL, "w") as archive:
+        for name in ("a.JPEG", "a.png", *(f"{i}.JPEG" for i in range(4))):
+            header, data = tarfile.TarInfo(name), encoded()
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    shape.write_devkit(
+        other / shape.DEVKIT, [Synset(3 - i, f"n{i}", f"word {i}") for i in range(3)], [1, 1, 1, 1, 2, 2]
+    )
+    shape.write_sums(other)
+    assert "are called a;" in refused(process, downloaded(tmp_path, other))
+
+
+@pytest.mark.parametrize("layout", ["index", "shards", "folders"])
+@pytest.mark.parametrize("check", ["header", "decode"])
+def test_corrupt_images_are_named_and_left_out_if_one_says_so(
+    tmp_path: Path, source: Path, layout: str, check: str
+) -> None:
+    other = tmp_path / "source"
+    shutil.copytree(source, other)
+    bits = random.Random(1)
+    whole = encoded(size=(200, 200), quality=95)
+    harmed = bytearray(whole)
+    harmed[len(harmed) // 2 : len(harmed) // 2 + 200] = bytes(200)  # header and end are as they should be
+    cut = whole[: len(whole) // 2]
+    shape.write_val(other / shape.VAL, [jpeg(bits), cut, jpeg(bits), b"no image", jpeg(bits), bytes(harmed)])
+    shape.write_sums(other)
+    config = downloaded(tmp_path, other, layout=layout, check=check)
+    told = refused(process, config)
+    assert "ILSVRC2012_val_00000002.JPEG, ILSVRC2012_val_00000004.JPEG" in told
+    assert "on_corrupt=skip" in told
+    assert not dataset(config).exists()
+    config.process.on_corrupt = "skip"
+    result = ask(process, config)
+    assert (result["val"], result["skipped"]) == (4, 2)
+    names = [name for name, _, _ in images(dataset(config), "val")]
+    assert names == [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 3, 5, 6)]
+    certificate = json.loads((dataset(config) / "certificate.json").read_text())
+    assert certificate["skipped"] == [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (2, 4)]
+    assert "ILSVRC2012_val_00000004.JPEG" in (dataset(config) / "certificate.md").read_text()
+    if layout == "folders":
+        assert len(list((dataset(config) / "val").rglob("*.JPEG"))) == 4
+
+
+def test_corrupt_images_that_only_decoding_finds(tmp_path: Path, source: Path) -> None:
+    other = tmp_path / "source"
+    shutil.copytree(source, other)
+    bits = random.Random(1)
+    whole = encoded(size=(200, 200), quality=95)
+    no_tables = whole.replace(b"\xff\xdb", b"\xff\xfe")
+    shape.write_val(other / shape.VAL, [jpeg(bits), no_tables, *(jpeg(bits) for _ in range(4))])
+    shape.write_sums(other)
+    lenient = downloaded(tmp_path / "header", other, layout="index")
+    assert ask(process, lenient)["images"] == 34, "header and end are there"
+    strict = downloaded(tmp_path / "decode", other, layout="index", check="decode")
+    assert "ILSVRC2012_val_00000002.JPEG cannot be decoded" in refused(process, strict)
+    resized = downloaded(tmp_path / "resized", other, resize="short:20")
+    assert "ILSVRC2012_val_00000002.JPEG cannot be decoded" in refused(process, resized)
+    assert not (dataset(resized) / "manifest.json").exists()
+    resized.process.on_corrupt = "skip"
+    result = ask(process, resized)
+    assert (result["val"], result["skipped"]) == (5, 1)
+    assert len(images(dataset(resized), "val")) == 5
+
+
+def test_an_archive_that_changes_while_shards_are_made(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = downloaded(tmp_path, source)
+    train = Path(config.workspace) / "archives" / config.dataset.name / shape.TRAIN
+    real, calls = os.preadv, []
+
+    def disturbed(descriptor: int, *rest: object) -> int:
+        calls.append(1)
+        if len(calls) == 60:
+            os.utime(train)
+        return real(descriptor, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", disturbed)
+    assert "changed while it was read" in refused(process, config)
+    assert len(calls) >= 60
+    assert not (dataset(config) / "manifest.json").exists()
+
+
+def test_a_full_disk(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system of 120 kB")
+    try:
+        workspace = tmp_path / "workspace"
+        workspace.mkdir()
+        (workspace / "datasets").symlink_to(mount)
+        config = downloaded(workspace, source)
+        assert "no room for the shards" in refused(process, config)
+        monkeypatch.setattr("hpc_imagenet.archives.space.require", lambda *_: None)
+        assert "No space left" in refused(process, config)
+        assert not (dataset(config) / "manifest.json").exists()
+        assert not list(dataset(config).rglob(".*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=10m", str(mount)], check=True)
+        assert ask(process, config)["images"] == 34
+        assert len(list(dataset(config).rglob("*.tar"))) > 4
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)

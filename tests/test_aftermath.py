@@ -1,0 +1,141 @@
+"""What a job's script makes of srun's exit code, with stub commands of Slurm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from door import Door
+
+from hpc_imagenet import aftermath, fence
+from hpc_imagenet.runs import FINISHED, Attempt, Record, Run
+
+
+class Job:
+    """A job whose srun has just ended."""
+
+    def __init__(self, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.run, self.monkeypatch = folder, run, monkeypatch
+        assert run.attempt is not None
+        self.attempt: Attempt = run.attempt
+        self.says("squeue", "echo RUNNING")
+        self.says("scontrol", f'echo "$@" >> {folder}/requeued')
+
+    def says(self, command: str, text: str) -> None:
+        path = self.folder / command
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    def ends(self, code: int, errors: str = "", restarts: int = 0) -> int:
+        self.monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        fence.take(self.run.folder, 1)
+        self.attempt.start()
+        (self.attempt.folder / "5_0_log.err").write_text(errors)
+        return aftermath.settle(self.run, self.attempt, code)
+
+    @property
+    def requeued(self) -> str:
+        path = self.folder / "requeued"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def reason(self) -> str:
+        assert self.attempt.outcome is not None
+        return self.attempt.outcome.reason
+
+
+@pytest.fixture
+def job(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    for name, text in (("sbatch", "echo Submitted batch job 5"), ("srun", "true"), ("squeue", "true")):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    door.env["PATH"] = f"{folder}:{door.env['PATH']}"
+    door("+stage=download", "dataset=digits", "cluster=slurm", "cluster.max_requeues=3")
+    (run,) = Record(door.workspace).all()
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    return Job(folder, run, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("code", "errors"),
+    [
+        (137, ""),  # kill -9
+        (143, ""),
+        (128 + 12, ""),  # SIGUSR2 before the time limit, in a stage that just dies of it
+        (aftermath.LATER, "stopped by SIGUSR2 after step 7, which is saved"),
+        (1, "srun: error: Task launch for StepId=5.0 failed on node n2: Communication connection failure"),
+        (1, "srun: error: Node failure on n2"),
+    ],
+)
+def test_what_is_beyond_the_job_sends_it_back_to_the_queue(job: Job, code: int, errors: str) -> None:
+    assert job.ends(code, errors) == aftermath.LATER
+    assert job.requeued == "requeue 5\n"
+    assert job.attempt.outcome is None
+
+
+@pytest.mark.parametrize(
+    ("code", "errors", "says"),
+    [
+        (1, "Traceback\nModuleNotFoundError: No module named 'hpc_imagenet'", "No module named"),
+        (127, "srun: error: n1: task 0: Exited with exit code 127\nbash: python: not found", "127"),
+        (2, "", "printed nothing"),
+        (137, "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.", "cluster.memory_gb"),
+        (1, "slurmstepd: error: task 0 was Out Of Memory", "cluster.memory_gb"),
+    ],
+)
+def test_what_would_happen_again_is_told_and_ends_it(job: Job, code: int, errors: str, says: str) -> None:
+    assert job.ends(code, errors) == 1
+    assert job.requeued == ""
+    assert says in job.reason
+    assert "\n" not in job.reason
+
+
+def test_an_outcome_is_all_there_is_to_say(job: Job) -> None:
+    job.attempt.end(FINISHED, result={})
+    assert job.ends(137) == 0
+    assert job.requeued == ""
+
+
+def test_a_failed_outcome_makes_the_script_fail_so_that_afterok_does(job: Job) -> None:
+    job.attempt.end("failed", "why")
+    assert job.ends(0) == 1
+
+
+@pytest.mark.parametrize("word", ["COMPLETING", "PENDING", "CANCELLED"])
+def test_what_slurm_has_taken_in_hand_is_left_to_it(job: Job, word: str) -> None:
+    job.says("squeue", f"echo {word}")
+    assert job.ends(143) == aftermath.LATER
+    assert job.requeued == ""
+    assert job.attempt.outcome is None
+
+
+def test_there_is_an_end_to_requeueing(job: Job) -> None:
+    assert job.ends(137, restarts=3) == 1
+    assert "cluster.max_requeues=3 is used up" in job.reason
+    assert "SIGKILL" in job.reason
+
+
+def test_a_slurm_that_refuses_is_told(job: Job) -> None:
+    job.says("scontrol", "echo 'Requested operation not supported' >&2; exit 1")
+    assert job.ends(137) == 1
+    assert "not supported" in job.reason
+
+
+def test_an_old_copy_decides_nothing(job: Job) -> None:
+    job.attempt.start()
+    job.monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    fence.take(job.run.folder, 1)
+    job.monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert aftermath.settle(job.run, job.attempt, 137) == aftermath.LATER
+    assert job.requeued == ""
+    assert job.attempt.outcome is None
+
+
+def test_it_finds_its_run_in_the_pickle(job: Job) -> None:
+    folder = job.attempt.folder
+    found: Any = aftermath._task(folder)
+    assert (found[0].id, found[1].number) == (job.run.id, 1)

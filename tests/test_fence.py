@@ -1,0 +1,104 @@
+"""Two copies of one job: the one that began last may write, the other must find out before it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hpc_imagenet import fence
+from hpc_imagenet.durable import replacing
+from hpc_imagenet.errors import Superseded
+from hpc_imagenet.runs import Progress, Run
+
+
+def started(folder: Path, attempt: int, restart: int) -> fence.Fence:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_RESTART_COUNT", str(restart))
+        return fence.take(folder, attempt)
+
+
+def test_a_later_start_takes_over(tmp_path: Path) -> None:
+    first = started(tmp_path, 1, 0)
+    first.check()
+    second = started(tmp_path, 1, 1)
+    second.check()
+    with pytest.raises(Superseded, match="attempt 1, started 2 times"):
+        first.check()
+    third = started(tmp_path, 2, 0)
+    third.check()
+    with pytest.raises(Superseded, match="attempt 2"):
+        second.check()
+
+
+def test_a_start_that_comes_too_late_does_not_take_over(tmp_path: Path) -> None:
+    mine = started(tmp_path, 2, 1)
+    for attempt, restart in ((1, 7), (2, 0)):
+        with pytest.raises(Superseded, match="attempt 2 has taken over"):
+            started(tmp_path, attempt, restart)
+    mine.check()
+
+
+def test_the_same_start_twice_is_the_second_ones(tmp_path: Path) -> None:
+    first, second = started(tmp_path, 1, 0), started(tmp_path, 1, 0)
+    second.check()
+    with pytest.raises(Superseded):
+        first.check()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3)), min_size=1, max_size=8))
+def test_exactly_the_newest_start_holds(
+    tmp_path_factory: pytest.TempPathFactory, starts: list[tuple[int, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    taken: list[tuple[tuple[int, int], fence.Fence]] = []
+    for attempt, restart in starts:
+        try:
+            taken.append(((attempt, restart), started(folder, attempt, restart)))
+        except Superseded:
+            assert (attempt, restart) < max(order for order, _ in taken)
+    holding = []
+    for order, mine in taken:
+        try:
+            mine.check()
+        except Superseded:
+            continue
+        holding.append((order, mine))
+    assert holding == [taken[-1]]
+    assert taken[-1][0] == max(starts)
+
+
+def test_nothing_takes_its_place_once_it_is_superseded(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.fence = started(tmp_path, 1, 0)
+    progress = Progress(run, every=0)
+    progress(1, 10)
+    started(tmp_path, 1, 1)
+    with pytest.raises(Superseded):
+        progress(2, 10)
+    assert run.progress["done"] == 1
+    path = tmp_path / "last.ckpt"
+    path.write_text("the new copy's")
+
+    def write() -> None:
+        with replacing(path, run.fence.check if run.fence else None) as file:
+            file.write(b"the old copy's")
+
+    with pytest.raises(Superseded):
+        write()
+    assert path.read_text() == "the new copy's"
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_whoever_holds_is_known_by_attempt_and_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not fence.holds(tmp_path, 1)
+    started(tmp_path, 1, 1)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert fence.holds(tmp_path, 1)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert not fence.holds(tmp_path, 1)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from asking import ask, config_of
+from door import Door
+from pictures import encoded
+from torchvision import models
+
+from hpc_imagenet.archives import shape
+from hpc_imagenet.archives.shape import Synset
+from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.stages import download, process
+from hpc_imagenet.training.score import score
+
+NAME = "mobilenet_v3_small"
+FILE = "mobilenet_v3_small-047dcff4.pth"  # as torchvision's cache calls it
+
+
+def made(workspace: Path, classes: int) -> Store:
+    """Process a dataset with one train image a class and 20 of val, those of the first five classes."""
+    source, bits = workspace / "source", random.Random(2)
+    source.mkdir()
+    synsets = [Synset(i + 1, f"n{i:04d}", f"word {i}") for i in range(classes)]
+    image = encoded()
+    shape.write_train(source / shape.TRAIN, [(synset.wnid, [image]) for synset in synsets])
+    sizes = [(bits.randrange(20, 60), bits.randrange(20, 60)) for _ in range(20)]
+    shape.write_val(source / shape.VAL, [encoded(size=size) for size in sizes])
+    shape.write_devkit(source / shape.DEVKIT, synsets, [1 + i % 5 for i in range(20)])
+    config = config_of(workspace, source)
+    ask(download, config)
+    ask(process, config)
+    return Store(workspace / "datasets" / config.dataset.name)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return made(tmp_path_factory.mktemp("few"), 6)
+
+
+def weights(classes: int, answer: int) -> dict[str, torch.Tensor]:
+    """Return the state of a network that always says the same class, then the others by number."""
+    model = models.get_model(NAME, weights=None, num_classes=classes)
+    last = model.classifier[-1]
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data = -torch.arange(classes, dtype=torch.float)
+    last.bias.data[answer] = 1
+    return model.state_dict()
+
+
+def test_scores_a_file(few: Store, tmp_path: Path) -> None:
+    torch.save(weights(6, answer=1), tmp_path / "w.pth")
+    of = score(few, f"{NAME}={tmp_path / 'w.pth'}", 0)
+    # A fifth of val is of class 1; of the five that rank highest only class 5 is missing, which val has not.
+    assert (of.images, of.top1, of.top5, of.published) == (20, pytest.approx(0.2), 1.0, None)
+    torch.save(weights(6, answer=5), tmp_path / "w.pth")
+    of = score(few, f"{NAME}={tmp_path / 'w.pth'}", 0)
+    assert (of.top1, of.top5) == (0.0, pytest.approx(0.8))
+
+
+@pytest.mark.slow
+def test_scores_what_lies_in_torchvisions_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(weights(1000, answer=2), folder / FILE)
+    store = made(tmp_path, 1000)
+    of = score(store, NAME, 0)
+    assert (of.weights, of.top1, of.top5) == (f"{NAME}:IMAGENET1K_V1", pytest.approx(0.2), pytest.approx(1.0))
+    assert of.published == pytest.approx((0.67668, 0.87402))
+    door = Door(tmp_path)
+    told = door("verify", "numbers", "--weights", NAME).stdout
+    assert "top-1 20.00%, top-5 100.00% of 20 images of val (published: 67.67% and 87.40%)" in told
+
+
+def test_refuses_in_one_line(few: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "text").write_text("no weights")
+    torch.save(weights(7, answer=0), tmp_path / "seven.pth")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / FILE).write_bytes(b"x")
+    for wanted, words in (
+        ("resnet5", "unknown; near: resnet50"),
+        ("resnet18", "not on disk: put https://"),
+        (f"{NAME}:V9", "one of: IMAGENET1K_V1"),
+        (NAME, "know 1000 classes, but the dataset has 6"),
+        (f"{NAME}={tmp_path / 'none.pth'}", "no such file"),
+        (f"{NAME}={tmp_path / 'text'}", "not a file of weights"),
+        (f"{NAME}={tmp_path / 'seven.pth'}", "is not mobilenet_v3_small for 6 classes"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            score(few, wanted, 0)
+        assert "\n" not in str(caught.value)
