@@ -177,6 +177,14 @@ class Process:
 
 
 @dataclass
+class Upload:
+    """The upload stage; changes the speed, never what arrives."""
+
+    tasks: int = 1  # parts that run side by side, as jobs of their own
+    connections: int = 8  # requests at a time a job, to S3
+
+
+@dataclass
 class Train:
     """The train stage, as far as it does not change the result."""
 
@@ -226,6 +234,7 @@ class Config:
     loader: Loader = field(default_factory=Loader)
     download: Download = field(default_factory=Download)
     process: Process = field(default_factory=Process)
+    upload: Upload = field(default_factory=Upload)
     train: Train = field(default_factory=Train)
 
 
@@ -306,6 +315,8 @@ def check(config: Config) -> None:
         ("train.accumulate", config.train.accumulate, 1),
         ("download.connections", config.download.connections, 1),
         ("download.retries", config.download.retries, 0),
+        ("upload.tasks", config.upload.tasks, 1),
+        ("upload.connections", config.upload.connections, 1),
         ("cluster.parallel", cluster.parallel, 1),
         ("cluster.nodes", cluster.nodes, 1),
         ("cluster.gpus_per_node", cluster.gpus_per_node, 0),
@@ -331,7 +342,8 @@ def check(config: Config) -> None:
     ):
         if above is not None and above <= 0:
             raise UserError(f"{name}={above} must be more than 0")
-    _no_secret(config.dataset.source)
+    _no_secret("dataset.source", config.dataset.source, "a login is given by download.login")
+    _no_secret("datastore.url", config.datastore.url, "boto3 and ssh find the login")
     if config.train.checkpoint_every_minutes <= 0:
         raise UserError("train.checkpoint_every_minutes must be more than 0")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.dataset.name):
@@ -346,13 +358,11 @@ def check(config: Config) -> None:
         cluster_for(config, stage)
 
 
-def _no_secret(source: str) -> None:
-    # The source is written into configs and logs; a login in it would be as well. It is not shown here either.
-    parts = urlsplit(source)
-    if "://" in source and ("@" in parts.netloc or parts.query or parts.fragment):
-        raise UserError(
-            "dataset.source is a URL prefix without a login, ? or #: a login is given by download.login"
-        )
+def _no_secret(setting: str, url: str, instead: str) -> None:
+    # It is written into configs and logs; a login in it would be as well. It is not shown here either.
+    parts = urlsplit(url)
+    if "://" in url and ("@" in parts.netloc or parts.query or parts.fragment):
+        raise UserError(f"{setting} is a URL prefix without a login, ? or #: {instead}")
 
 
 def _check_process(process: Process) -> None:

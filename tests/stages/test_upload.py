@@ -14,7 +14,7 @@ import pytest
 from sample_dataset import file_of, make_dataset
 
 from hpc_imagenet.config import Config, Dataset, Datastore
-from hpc_imagenet.datastore import folder, versions
+from hpc_imagenet.datastore import folder, transport, versions
 from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.store import Store
 from hpc_imagenet.durable import read_json
@@ -84,6 +84,7 @@ def test_a_dataset_becomes_a_version(house: House) -> None:
         "bytes": house.manifest.bytes,
         "copied": house.manifest.bytes - shards,
         "linked": shards,
+        "reused": 0,
         "kept": 0,
     }
     assert_whole(house.version(1))
@@ -260,7 +261,7 @@ def upload_and_die(house: House, links: bool, at: int | None) -> int:
     made = fork.Value("q", 0)
 
     def work() -> None:
-        folder.BLOCK = 1_000
+        transport.BLOCK = 1_000
         if not links:
             os.link = refuse
 
@@ -289,7 +290,7 @@ def test_a_cut_off_upload_sends_only_what_is_missing(house: House, monkeypatch: 
     monkeypatch.setattr(os, "link", refuse)
     real, copied = folder._copy, []
 
-    def cut(piece: folder.Piece, *rest: Any) -> None:
+    def cut(piece: transport.Piece, *rest: Any) -> None:
         if len(copied) == 2:
             raise KeyboardInterrupt
         copied.append(piece.file.bytes)
