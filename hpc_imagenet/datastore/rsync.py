@@ -80,7 +80,7 @@ class Host:
             words = shlex.split(self._shell)
             self._ssh: Any = sh.Command(words[0]).bake(*words[1:], self._host)
             self._rsync: Any = sh.Command("rsync").bake(
-                "-rtL", "--no-h", f"--timeout={TIMEOUT}", f"--partial-dir={PARTIAL}", "-e", self._shell
+                "-rtL", "--no-h", f"--timeout={TIMEOUT}", "--info=progress2", "-e", self._shell
             )
         except sh.CommandNotFound as error:
             raise UserError(
@@ -204,9 +204,6 @@ class Host:
                 f"fetching {path}",
                 lambda out: self._rsync(
                     "--inplace",
-                    "--partial-dir=",
-                    "--no-whole-file",
-                    "--info=progress2",
                     f"{self._host}:{self._at(path)}",
                     str(part),
                     _out=out,
@@ -277,7 +274,7 @@ class Host:
             self._again(
                 "sending",
                 lambda out: self._rsync(
-                    "--info=progress2",
+                    f"--partial-dir={PARTIAL}",
                     "--chmod=F444",
                     f"{staged}/",
                     f"{self._host}:{self._at(path)}/",

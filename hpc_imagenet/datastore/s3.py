@@ -278,7 +278,8 @@ class Bucket:
         if found["ContentLength"] != file.bytes:
             return False
         etag = "md5:" + found.get("ETag", "").strip('"')
-        return file.hash in (found.get("Metadata", {}).get(HASH), etag)
+        noted = {name.lower(): value for name, value in found.get("Metadata", {}).items()}  # some say Hash
+        return file.hash in (noted.get(HASH), etag)
 
     def _copy(self, older: str, path: str, file: File) -> None:
         """Let the server copy an object."""

@@ -85,7 +85,7 @@ class Claim:
         Raises:
             UserError: not all is there that it names, or the number is not held for this content any more.
         """
-        held = _json(self.place.read([f"{self.path}/{CLAIM}"]).get(f"{self.path}/{CLAIM}"))
+        held = note(self.place.read([f"{self.path}/{CLAIM}"]).get(f"{self.path}/{CLAIM}"))
         there = self.place.files(self.path)
         for file in manifest.all_files():
             if there.get(file.path, Stored(-1, 0)).bytes != file.bytes:
@@ -108,14 +108,14 @@ class Claim:
     def vouch(self, name: str, files: Mapping[str, File]) -> None:
         """Note, in `upload-<name>.json`, that these files are there and were proved; by paths in here."""
         there = self.place.files(self.path)
-        note = {
+        proved = {
             path: [file.hash, there[path].bytes, there[path].modified]
             for path, file in files.items()
             if path in there
         }
         path = f"{self.path}/upload-{name}.json"
         self.place.remove([path])
-        self.place.create(path, json.dumps(note).encode())
+        self.place.create(path, json.dumps(proved).encode())
 
     def vouched(self) -> dict[str, str]:
         """Return the hash of each file that such a note has and that was not touched since, by its path."""
@@ -124,7 +124,7 @@ class Claim:
         return {
             path: stamp[0]
             for data in self.place.read([f"{self.path}/{name}" for name in notes]).values()
-            for path, stamp in _json(data).items()
+            for path, stamp in note(data).items()
             if path in there and [there[path].bytes, there[path].modified] == stamp[1:]
         }
 
@@ -246,8 +246,8 @@ def open_version(datastore: Datastore) -> Version:
     )
 
 
-def claim(place: Place, datastore: Datastore, content: str, note: Mapping[str, str]) -> Claim:
-    """Hold the version that `content` is uploaded to; `note` says who does.
+def claim(place: Place, datastore: Datastore, content: str, by: Mapping[str, str]) -> Claim:
+    """Hold the version that `content` is uploaded to; `by` says who does.
 
     In this order: a complete version that has the content already; an upload of it that was cut off; the
     next free number. A pinned version is taken or refused. Uploads of different content at once get
@@ -270,7 +270,7 @@ def claim(place: Place, datastore: Datastore, content: str, note: Mapping[str, s
             )
         # Counted from the highest number ever begun, so that a number never means two things.
         free = number if number is not None else max(taken, default=0) + 1
-        data = json.dumps({"content": content, **note}, indent=2).encode() + b"\n"
+        data = json.dumps({"content": content, **by}, indent=2).encode() + b"\n"
         if place.claim(f"{name}/v{free}", CLAIM, data):
             return Claim(name, free, place)
 
@@ -297,7 +297,7 @@ def _contents(place: Place, name: str) -> dict[int, tuple[str | None, str]]:
         elif f"{path}/{DELETED}" in notes:
             found[_number(path)] = None, GONE
         else:
-            found[_number(path)] = _json(notes.get(f"{path}/{CLAIM}")).get("content"), PARTIAL
+            found[_number(path)] = note(notes.get(f"{path}/{CLAIM}")).get("content"), PARTIAL
     return found
 
 
@@ -319,7 +319,8 @@ def _only(place: Place, path: str) -> tuple[bytes, str]:
         raise UserError(f"{place.url}/{path} is missing") from None
 
 
-def _json(data: bytes | None) -> dict[str, Any]:
+def note(data: bytes | None) -> dict[str, Any]:
+    """Return what stands in a small file of an upload; nothing where there is none, or a broken one."""
     with contextlib.suppress(ValueError):
         value = json.loads(data or b"{}")
         if isinstance(value, dict):
