@@ -12,6 +12,7 @@ import socket
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -119,18 +120,26 @@ def sshd(folder: Path) -> Iterator[str]:
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     shutil.copy(folder / "user.pub", folder / "authorized")
-    port = free_port()
+    port, short = free_port(), tempfile.mkdtemp(prefix="ssh")
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\n"
-        f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\nMaxStartups 100\n"
+        f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\n"
+        "MaxStartups 100\nMaxSessions 100\n"
     )
     (folder / "ssh_config").write_text(
         f"Host there\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n"
         f" IdentityFile {folder}/user\n IdentitiesOnly yes\n UserKnownHostsFile {folder}/known\n"
         " StrictHostKeyChecking no\n LogLevel ERROR\n BatchMode yes\n"
+        # One connection for all calls, as the docs advise; a socket's name has to be short.
+        f" ControlMaster auto\n ControlPath {short}/%C\n ControlPersist 60\n"
     )
+    shell = f"ssh -F {folder / 'ssh_config'}"
     with running([SSHD, "-D", "-f", str(folder / "sshd_config")], port):
-        yield f"ssh -F {folder / 'ssh_config'}"
+        try:
+            yield shell
+        finally:
+            subprocess.run([*shell.split(), "-q", "-O", "exit", "there"], capture_output=True, check=False)
+            shutil.rmtree(short)
 
 
 @dataclass

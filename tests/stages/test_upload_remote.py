@@ -1,4 +1,4 @@
-"""Uploads to hosts and buckets, with everything that goes wrong between, and the verb `datastores` on them."""
+"""Uploads to hosts and buckets, with what goes wrong between, and the verb `datastores` on them."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_two_upload_the_same_at_once(house: House, url: str, tmp_path: Path) -> 
 CHILD = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_upload_remote import House
 from hpc_imagenet.datastore import s3
 s3.WHOLE, s3.PART = 1 << 20, 5 << 20
@@ -206,7 +206,7 @@ def test_killed_at_any_moment_it_goes_on(house: House, url: str, tmp_path: Path)
     moments = random.Random(seed)
     if not versions.remote(url):  # tests/stages/test_upload.py kills the folder's at every call
         pytest.skip("killed elsewhere")
-    code = CHILD.format(tests=str(Path(__file__).parent), workspace=str(house.workspace), url=url)
+    code = CHILD.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], workspace=str(house.workspace), url=url)
     for _ in range(KILLS):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
             assert child.stdout
