@@ -67,6 +67,7 @@ class Dataset:
 class Datastore:
     """A named, versioned dataset: `<url>/<name>/v<N>/`.
 
+    `url` is a folder, user@host:/path or s3://bucket/prefix.
     `name` may pin a version as `name@vN`. `version` and `content` are filled at submission.
     """
 
@@ -363,6 +364,8 @@ def _no_secret(setting: str, url: str, instead: str) -> None:
     parts = urlsplit(url)
     if "://" in url and ("@" in parts.netloc or parts.query or parts.fragment):
         raise UserError(f"{setting} is a URL prefix without a login, ? or #: {instead}")
+    if re.match(r"[^/@:]+:[^/@]*@", url):
+        raise UserError(f"{setting} has no place for a password: {instead}")
 
 
 def _check_process(process: Process) -> None:

@@ -123,8 +123,8 @@ def sshd(folder: Path) -> Iterator[str]:
     port, short = free_port(), tempfile.mkdtemp(prefix="ssh")
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\n"
-        f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\n"
-        "MaxStartups 100\nMaxSessions 100\n"
+        f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
+        "PidFile none\nPasswordAuthentication no\nMaxStartups 100\nMaxSessions 100\n"
     )
     (folder / "ssh_config").write_text(
         f"Host there\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n"

@@ -45,7 +45,7 @@ PARTIAL = ".sent-in-part"  # where rsync keeps a file that was cut off, beside i
 TRIES = 6  # of a connection that breaks: 1, 2, 4 … s apart
 TIMEOUT = 60  # s without a byte
 
-_URL = re.compile(r"((?:[^@:/]+@)?[^@:/][^@:/]*):(.+)", re.DOTALL)
+_URL = re.compile(r"((?:[^@:/]+@)?[^@:/][^@:/]*):(?!:|[^/]*@)(.+)", re.DOTALL)
 _PROGRESS = re.compile(rb"(?:^|\r|\n) *(\d+) +\d+%")
 _BROKEN = {10, 12, 30, 35, 255}  # rsync's and ssh's codes for a connection that failed or ended
 

@@ -165,8 +165,8 @@ def test_a_fetch_goes_on_and_mends_what_is_wrong(place: Place, tmp_path: Path) -
         assert target.read_bytes() == data
         assert not part.exists()
     target.unlink()
+    wrong = replace(one.file, hash="sha256:" + "0" * 64)
     with pytest.raises(UserError, match="other bytes than when it was made"):
-        wrong = replace(one.file, hash="sha256:" + "0" * 64)
         place.fetch(f"a/v1/{one.file.path}", wrong, target, lambda done: None)
     assert not target.exists()
 

@@ -46,7 +46,7 @@ def test_anything_else_is_refused(wrong: str) -> None:
         versions.parse(wrong)
 
 
-def test_a_url_is_a_folder_for_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_is_a_folder_a_host_or_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     for url, folder in {
         "/data/stores": "/data/stores",
@@ -57,9 +57,33 @@ def test_a_url_is_a_folder_for_now(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "~/x": "/home/me/x",
     }.items():
         assert versions.locate(url).folder == Path(folder)
-    for url in ("s3://bucket/prefix", "me@host:/data", "host:data", "https://host/data", "S3://bucket", ""):
+        assert not versions.remote(url)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for url in ("s3://bucket/prefix", "me@host:/data", "host:data"):
+        assert versions.remote(url)
+        assert versions.locate(url).folder is None
+    for url in (
+        "https://host/data",
+        "S3://bucket",
+        "me:word@host:/data",
+        "host::module",
+        "-o:/x",
+        "s3://",
+        "",
+    ):
         with pytest.raises(UserError, match=r"^datastore\.url"):
             versions.locate(url)
+    with pytest.raises(UserError, match="without a login") as caught:
+        versions.locate("s3://key:word@bucket/prefix")
+    assert "word" not in str(caught.value)
+
+
+def test_training_from_elsewhere_is_told_how_to_fetch_it() -> None:
+    with pytest.raises(
+        UserError, match=r"datastores fetch a DIR datastore\.url=host:/data, then datastore"
+    ) as caught:
+        versions.local(versions.locate("host:/data"), "a")
+    assert "\n" not in str(caught.value)
 
 
 def test_only_what_has_a_manifest_is_there(url: str) -> None:

@@ -206,7 +206,11 @@ def test_killed_at_any_moment_it_goes_on(house: House, url: str, tmp_path: Path)
     moments = random.Random(seed)
     if not versions.remote(url):  # tests/stages/test_upload.py kills the folder's at every call
         pytest.skip("killed elsewhere")
-    code = CHILD.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], workspace=str(house.workspace), url=url)
+    code = CHILD.format(
+        tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])],
+        workspace=str(house.workspace),
+        url=url,
+    )
     for _ in range(KILLS):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
             assert child.stdout
