@@ -2,11 +2,11 @@
 
     python benchmarks/transfer.py [--shards 32] [--mb 64] [--large-gb 4] [--repeats 3] [--folder DIR]
 
-S3 is `rclone serve s3` over a folder, ssh an sshd with keys that are thrown away, both on loopback: server and
-client share the CPUs, so that the client's CPU seconds a GB say more than the time. Every program gets as many
-files or requests at a time. Ours verifies each file's SHA-256, in both directions; the peers compare what their
-protocol does. All are whole processes, Python's start included, and take turns. Peers that are missing are
-said to be.
+S3 is `rclone serve s3` over a folder, ssh an sshd with keys that are thrown away, both on loopback: server
+and client share the CPUs, so that the client's CPU seconds a GB say more than the time. Every program gets as
+many files or requests at a time. Ours verifies each file's SHA-256, in both directions; the peers compare
+what their protocol does. All are whole processes, Python's start included, and take turns. Peers that are
+missing are said to be.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import random
@@ -32,17 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import servers
 
 CONNECTIONS = 8
-OURS = (
-    """
+URL = "s3://bucket/x"
+OURS = """
 import json, sys
 from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.transport import Known, Piece
-way, url, folder, files = sys.argv[1:]
+way, url, folder, files, connections = sys.argv[1:]
 files = [File(*entry) for entry in json.loads(Path(files).read_text())]
-place, folder = versions.locate(url, int(%d)), Path(folder)
+place, folder = versions.locate(url, int(connections)), Path(folder)
 if way == "up":
     place.claim("a/v1", "upload.json", b"{}")
     place.send([Piece(folder / f.path, f) for f in files], "a/v1", Known(0), lambda done, note: None)
@@ -50,8 +51,6 @@ else:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda f: place.fetch(f"a/v1/{f.path}", f, folder / f.path, lambda done: None), files))
 """
-    % CONNECTIONS
-)
 
 
 @dataclass
@@ -102,7 +101,7 @@ def compare(title: str, rows: list[Row], size: int, repeats: int, before: Callab
             before()
             os.sync()
             measure(row)
-    ours = statistics.median(present[0].seconds)
+    mine = statistics.median(present[0].seconds)
     best = min(statistics.median(row.seconds) for row in present[1:])
     lines = []
     for row in rows:
@@ -114,21 +113,29 @@ def compare(title: str, rows: list[Row], size: int, repeats: int, before: Callab
             f"{title:28} {row.name:22} {median:7.2f} {size / 1e6 / median:7.0f} "
             f"{statistics.median(row.cpu) / (size / 1e9):9.2f}"
         )
-    lines[0] += f"   {best / ours:5.2f} × the best peer's speed"
+    lines[0] += f"   {best / mine:5.2f} x the best peer's speed"
     return lines
 
 
-def s3_rows(way: str, url: str, local: Path, listed: Path, endpoint: str) -> list[Row]:
-    remote = f"{url}/a/v1"
+def s3_rows(way: str, local: Path, listed: Path, endpoint: str) -> list[Row]:
     s5cmd = ["s5cmd", f"--numworkers={CONNECTIONS}", f"--endpoint-url={endpoint}", "cp"]
     rclone = [servers.RCLONE or "rclone", "copy", f"--transfers={CONNECTIONS}", "--config="]
-    there = f":s3,provider=Other,env_auth=true,endpoint='{endpoint}':{remote.removeprefix('s3://')}"
+    there, remote = f"{rclone_name(endpoint)}/a/v1", f"{URL}/a/v1"
     ends = (f"{local}/", f"{remote}/") if way == "up" else (f"{remote}/*", f"{local}/")
     return [
-        Row("hpc_imagenet, SHA-256", [sys.executable, "-c", OURS, way, url, str(local), str(listed)]),
+        ours(way, URL, local, listed),
         Row("s5cmd cp", [*s5cmd, *ends]),
         Row("rclone copy", [*rclone, *((str(local), there) if way == "up" else (there, str(local)))]),
     ]
+
+
+def ours(way: str, url: str, local: Path, listed: Path) -> Row:
+    words = [way, url, str(local), str(listed), str(CONNECTIONS)]
+    return Row("hpc_imagenet, SHA-256", [sys.executable, "-c", OURS, *words])
+
+
+def rclone_name(endpoint: str) -> str:
+    return f":s3,provider=Other,env_auth=true,endpoint='{endpoint}':{URL.removeprefix('s3://')}"
 
 
 def main() -> None:
@@ -142,9 +149,8 @@ def main() -> None:
     os.environ["PATH"] = os.pathsep.join([servers.BIN, os.environ["PATH"]])
     with tempfile.TemporaryDirectory(prefix="transfer-", dir=options.folder) as name:
         table = run(Path(name), options)
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, Python {sys.version.split()[0]}"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} CPUs, Python {sys.version.split()[0]}")
     for line in versions():
         print(line)
     print(f"{'':28} {'':22} {'s':>7} {'MB/s':>7} {'CPU s/GB':>9}")
@@ -159,66 +165,60 @@ def versions() -> Iterator[str]:
 
 
 def run(top: Path, options: argparse.Namespace) -> list[str]:
-    import json
-
     table = []
     sets = {
-        f"{options.shards} × {options.mb} MB": (options.shards, options.mb * 10**6),
-        f"1 × {options.large_gb:g} GB": (1, int(options.large_gb * 1e9)),
+        f"{options.shards} x {options.mb} MB": (options.shards, options.mb * 10**6),
+        f"1 x {options.large_gb:g} GB": (1, int(options.large_gb * 1e9)),
     }
     for words, (count, size) in sets.items():
-        source, here = top / "source", top / "here"
-        listed = top / "files.json"
+        source, listed = top / "source", top / "files.json"
         listed.write_text(json.dumps(write(source, count, size)))
-        total, repeats = count * size, options.repeats
-
-        def clean(there: Path) -> None:
-            for folder in (here, there):
-                shutil.rmtree(folder, ignore_errors=True)
-            here.mkdir()
-
-        with servers.rclone(_bucket(top / "served")) as endpoint:
-            _environment(endpoint)
-            there = top / "served" / "bucket" / "x"
-            rows = s3_rows("up", "s3://bucket/x", source, listed, endpoint)
-            table += compare(f"to S3, {words}", rows, total, repeats, lambda there=there: clean(there))
-            rows = s3_rows("down", "s3://bucket/x", here, listed, endpoint)
-            table += compare(f"from S3, {words}", rows, total, repeats, lambda: clean(top / "none"))
-        if servers.SSHD:
-            keys = top / "keys"
-            keys.mkdir()
-            with servers.sshd(keys) as shell:
-                os.environ["RSYNC_RSH"] = shell
-                there = top / "ssh"
-                plain = ["rsync", "-rt", f"{source}/", f"there:{there}/a/v1/"]
-                rows = [
-                    _ours("up", f"there:{there}", source, listed),
-                    Row("rsync", ["sh", "-c", f"mkdir -p {there}/a/v1 && {' '.join(plain)}"]),
-                ]
-                table += compare(f"to ssh, {words}", rows, total, repeats, lambda there=there: clean(there))
-                back = ["rsync", "-rt", f"there:{there}/a/v1/", f"{here}/"]
-                rows = [_ours("down", f"there:{there}", here, listed), Row("rsync", back)]
-                table += compare(f"from ssh, {words}", rows, total, repeats, lambda: clean(top / "none"))
-            shutil.rmtree(keys)
-        else:
-            table.append(f"ssh, {words}: sshd is missing")
-        there = top / "folder"
-        rows = [
-            _ours("up", str(there), source, listed),
-            Row("cp", ["sh", "-c", f"mkdir -p {there}/a && cp -r {source} {there}/a/v1"]),
-            Row(
-                "cp, sync",
-                ["sh", "-c", f"mkdir -p {there}/a && cp -r {source} {there}/a/v1 && sync -f {there}"],
-            ),
-        ]
-        table += compare(f"to a folder, {words}", rows, total, repeats, lambda there=there: clean(there))
-        for folder in (source, here, there, top / "ssh", top / "served"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for title, rows, before in ways(top, source, listed):
+            table += compare(f"{title}, {words}", rows, count * size, options.repeats, before)
+        shutil.rmtree(source)
     return table
 
 
-def _ours(way: str, url: str, local: Path, listed: Path) -> Row:
-    return Row("hpc_imagenet, SHA-256", [sys.executable, "-c", OURS, way, url, str(local), str(listed)])
+def ways(top: Path, source: Path, listed: Path) -> Iterator[tuple[str, list[Row], Callable[[], None]]]:
+    """Yield what is compared: a title, the programs, and what has to be done before each of them."""
+    here, ssh, folder = top / "here", top / "ssh", top / "folder"
+
+    def fresh(*gone: Path) -> None:
+        for each in (here, *gone):
+            shutil.rmtree(each, ignore_errors=True)
+        here.mkdir()
+
+    with servers.rclone(_bucket(top / "served")) as endpoint:
+        _environment(endpoint)
+
+        def empty() -> None:
+            # Through the server, which remembers what lies in its folders.
+            purge = [servers.RCLONE or "rclone", "purge", "--config=", rclone_name(endpoint)]
+            subprocess.run(purge, capture_output=True, check=False)
+            fresh()
+
+        yield "to S3", s3_rows("up", source, listed, endpoint), empty
+        yield "from S3", s3_rows("down", here, listed, endpoint), fresh
+    shutil.rmtree(top / "served")
+    if servers.SSHD:
+        keys = top / "keys"
+        keys.mkdir()
+        with servers.sshd(keys) as shell:
+            os.environ["RSYNC_RSH"] = shell
+            at = f"there:{ssh}/a/v1/"
+            plain = Row("rsync", ["sh", "-c", f"mkdir -p {ssh}/a/v1 && rsync -rt {source}/ {at}"])
+            yield "to ssh", [ours("up", f"there:{ssh}", source, listed), plain], lambda: fresh(ssh)
+            back = Row("rsync", ["rsync", "-rt", at, f"{here}/"])
+            yield "from ssh", [ours("down", f"there:{ssh}", here, listed), back], fresh
+        shutil.rmtree(keys)
+    copy = f"mkdir -p {folder}/a && cp -r {source} {folder}/a/v1"
+    rows = [
+        ours("up", str(folder), source, listed),
+        Row("cp", ["sh", "-c", copy]),
+        Row("cp, sync", ["sh", "-c", f"{copy} && sync -f {folder}"]),
+    ]
+    yield "to a folder", rows, lambda: fresh(folder)
+    fresh(folder, ssh)
 
 
 def _bucket(folder: Path) -> Path:
