@@ -54,6 +54,7 @@ PART = 16 << 20  # bytes of a part, more where there would be more than PARTS
 PARTS = 10_000  # the most that S3 takes
 MEMORY = 256 << 20  # bytes that are read and not sent yet
 RANGE = 8 << 20  # bytes that are asked for at a time
+_PIECE = 256 << 10  # bytes, small enough for a CPU's cache
 ONE_COPY = 5 << 30  # bytes up to which the server copies in one request
 TRIES = 9  # of each request: 0.5, 1, 2 … 20 s apart, a minute and a half at most
 FIRST_TRIES = 3  # to reach a server that was not reached yet
@@ -391,25 +392,38 @@ class Bucket:
             return None
         return in_form(digest)
 
-    def _ranges(self, path: str, file: File, begin: int) -> Iterator[bytes]:
-        """Yield the bytes of an object from `begin` on, in order."""
+    def _ranges(self, path: str, file: File, begin: int) -> Iterator[memoryview]:
+        """Yield the bytes of an object from `begin` on, in order; each block until the next is asked for."""
+        starts = range(begin, file.bytes, RANGE)
+        free = deque(memoryview(bytearray(RANGE)) for _ in starts[: self._connections + 1])
+        waiting: deque[tuple[Future[memoryview], memoryview]] = deque()
         with _pool(self._connections) as threads:
-            waiting: deque[Future[bytes]] = deque()
-            for start in range(begin, file.bytes, RANGE):
-                waiting.append(threads.submit(self._range, path, start, min(file.bytes, start + RANGE)))
-                if len(waiting) > self._connections:
-                    yield waiting.popleft().result()
+            for start in starts:
+                if not free:
+                    future, block = waiting.popleft()
+                    yield future.result()
+                    free.append(block)
+                block = free.popleft()
+                size = min(file.bytes - start, RANGE)
+                waiting.append((threads.submit(self._range, path, start, block[:size]), block))
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
 
-    def _range(self, path: str, begin: int, end: int) -> bytes:
-        def get() -> bytes:
-            found = self._client.get_object(**self._at(path), Range=f"bytes={begin}-{end - 1}")
+    def _range(self, path: str, begin: int, block: memoryview) -> memoryview:
+        """Fill `block` with the bytes of an object from `begin` on."""
+
+        def get() -> memoryview:
+            last = begin + len(block) - 1
+            found, done = self._client.get_object(**self._at(path), Range=f"bytes={begin}-{last}"), 0
             with contextlib.closing(found["Body"]) as body:
-                data = bytes(body.read())
-            if len(data) != end - begin:
-                raise _Short(f"{len(data)} bytes came instead of {end - begin}")
-            return data
+                while data := body.read(_PIECE):
+                    if done + len(data) > len(block):
+                        raise _Short("more bytes came than were asked for")
+                    block[done : done + len(data)] = data
+                    done += len(data)
+            if done != len(block):
+                raise _Short(f"{done} bytes came instead of {len(block)}")
+            return block
 
         try:
             return self._ask(f"reading {path}", get)

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import IO, Any, Protocol
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
-BLOCK = 4 << 20  # bytes read at a time
+BLOCK = 1 << 20  # bytes read at a time
 
 Tell = Callable[[int, str], None]  # bytes that are done, a word about what is done now
 
@@ -180,15 +181,24 @@ def read_to_end(
     reader: IO[bytes],
     file: File,
     tell: Callable[[int], None],
-    hand_on: Callable[[bytes], object] = lambda block: None,
+    hand_on: Callable[[memoryview], object] = lambda block: None,
 ) -> str:
-    """Read to the end and return the hash, by the algorithm and in the form of the manifest's."""
-    digest, done = digest_of(file), 0
-    while block := reader.read(BLOCK):
-        hand_on(block)
-        digest.update(block)
-        done += len(block)
-        tell(done)
+    """Read to the end and return the hash, by the algorithm and in the form of the manifest's.
+
+    One thread hashes a block while this one hands it on and reads the next, from an unbuffered file.
+    """
+    digest, done, number = digest_of(file), 0, 0
+    blocks = [memoryview(bytearray(BLOCK)) for _ in range(2)]
+    hashed: Future[None] | None = None
+    with ThreadPoolExecutor(1) as hasher:
+        while got := reader.readinto(blocks[number % 2]):  # type: ignore[attr-defined]
+            block = blocks[number % 2][:got]
+            if hashed is not None:
+                hashed.result()  # so that its block is free for the next round
+            hashed = hasher.submit(digest.update, block)
+            hand_on(block)
+            done, number = done + got, number + 1
+            tell(done)
     return in_form(digest)
 
 
