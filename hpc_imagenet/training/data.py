@@ -119,6 +119,8 @@ class Loader:
         bound: CPUs that the threads keep to; none: wherever the process may run.
     """
 
+    batch_sampler = None  # Lightning asks whoever has a sampler
+
     def __init__(
         self,
         batches: Batches,

@@ -150,7 +150,7 @@ def _splice(data: bytes, frame: _Frame, box: Box) -> tuple[Pixels, int, int] | N
 
 
 def _turbo(data: bytes | bytearray | Pixels, width: int, height: int, strict: bool = True) -> Pixels:
-    """Decode all of a JPEG into this thread's memory: fresh memory would cost a sixth of the time."""
+    """Decode all of a JPEG into this thread's memory: half a megabyte of fresh memory each time is slow."""
     size = 3 * width * height
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.nbytes < size:

@@ -92,7 +92,7 @@ def render(pixels: Tensor, crop: Crop, out: Tensor) -> None:
     """
     size, resized = out.shape[-1], (crop.height, crop.width)
     if pixels.shape[-2:] != resized:
-        # What interpolate(antialias=True) calls; it has no `out`, and fresh memory costs a third of the time.
+        # What interpolate(antialias=True) calls; that has no `out`, and would write each image twice.
         exact = resized == (size, size)
         target = out if exact else torch.empty(0, dtype=torch.uint8)
         _resize(pixels, resized, False, None, None, out=target)
