@@ -209,12 +209,13 @@ def test_an_unreadable_image_is_one_line(config, tiny: Store, tmp_path: Path) ->
         file.write(b"\0" * length)
     asked = config()
     asked.loader.workers = 1
+    run = begin(tmp_path / "run")
     with pytest.raises(UserError) as caught:
-        train(asked, Store(tmp_path / "v1"), begin(tmp_path / "run"))
+        train(asked, Store(tmp_path / "v1"), run)
     assert str(caught.value).startswith(f"{tmp_path}/v1: image train_0007.JPEG cannot be read")
     assert "\n" not in str(caught.value)
     asked.loader.on_corrupt = "skip"
-    result = train(asked, Store(tmp_path / "v1"), begin(tmp_path / "run"))
+    result = train(asked, Store(tmp_path / "v1"), run)
     assert result["skipped"] == 1
     assert result["loss"] < 10
 
