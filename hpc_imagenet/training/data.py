@@ -70,7 +70,9 @@ class Batches(Dataset[Batch]):
             ) from None
 
 
-def loader(batches: Batches, sampler: Sampler[list[Key]], workers: int, pin: bool) -> DataLoader[Batch]:
+def loader(
+    batches: Dataset[Batch], sampler: Sampler[list[Key]], workers: int, pin: bool
+) -> DataLoader[Batch]:
     """Return what yields the batches of `sampler` in its order, whatever the number of workers.
 
     Args:

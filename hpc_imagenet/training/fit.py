@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,24 +14,45 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
+from torch import nn
+from torch.utils.data import Dataset
 
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.store import Split, Store
 from hpc_imagenet.errors import Lost, UserError
 from hpc_imagenet.runs import Progress, Run
-from hpc_imagenet.training import data, environment, model
+from hpc_imagenet.training import data, environment, model, weights
 from hpc_imagenet.training.account import Account
+from hpc_imagenet.training.average import Average
+from hpc_imagenet.training.blurpool import blur_before_halving
 from hpc_imagenet.training.boundary import Boundary
-from hpc_imagenet.training.checkpoint import Checkpoint, Writer, newest
-from hpc_imagenet.training.metrics import Table
+from hpc_imagenet.training.checkpoint import Checkpoint, Writer, differing, newest
+from hpc_imagenet.training.metrics import Table, write_classes
 from hpc_imagenet.training.module import Classifier
 from hpc_imagenet.training.preemption import Asked
 from hpc_imagenet.training.recipe import set_norm_momentum
-from hpc_imagenet.training.sampler import Share, TrainSampler, ValSampler
+from hpc_imagenet.training.sampler import Key, Share, TrainSampler, ValSampler, permutation
 from hpc_imagenet.training.transforms import TrainView, ValView
+from hpc_imagenet.training.verdict import Timed, Verdict
 from hpc_imagenet.world import World
 
 LOG_EVERY = 50  # steps
+
+
+class Growing(Dataset[data.Batch]):
+    """The train split, at each epoch in the size that the recipe gives it."""
+
+    def __init__(self, config: Config, train: Split) -> None:
+        recipe = config.recipe
+        self.sizes = recipe.sizes
+        self.batches = {
+            size: data.Batches(train, TrainView(size, recipe.crop_scale, recipe.flip), config.seed)
+            for size in sorted({*self.sizes})
+        }
+
+    def __getitem__(self, keys: Sequence[Key]) -> data.Batch:
+        """Return the images of `keys`, which are of one epoch."""
+        return self.batches[self.sizes[keys[0][0]]][keys]
 
 
 class Data(pl.LightningDataModule):
@@ -43,13 +64,13 @@ class Data(pl.LightningDataModule):
         super().__init__()
         recipe = config.recipe
         self.seed, self.share, self.workers, self.pin = config.seed, share, workers, pin
-        train_view = TrainView(recipe.size, recipe.crop_scale, recipe.flip)
-        self.train = data.Batches(train, train_view, config.seed)
+        self.images = len(train)
+        self.train = Timed(Growing(config, train), workers)
         self.val = data.Batches(val, ValView(recipe.val_size, recipe.val_resize), config.seed)
 
     def train_dataloader(self) -> Any:
         """Return the batches from here on."""
-        sampler = TrainSampler(len(self.train.split), self.seed, self.share)
+        sampler = TrainSampler(self.images, self.seed, self.share)
         assert self.trainer is not None
         sampler.epoch, sampler.start = divmod(self.trainer.global_step, sampler.steps)
         return data.loader(self.train, sampler, self.workers, self.pin)
@@ -89,33 +110,42 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     if not steps:
         raise UserError(f"recipe.global_batch={share.batch} is more than the {len(train)} images of train")
 
-    torch.manual_seed(config.seed)
-    options = config.model
-    network = model.build(
-        options.name,
-        classes,
-        stem=options.stem,
-        size=recipe.size,
-        val_size=recipe.val_size,
-        options=options.options,
-    )
-    set_norm_momentum(network, recipe.norm_momentum)
-    module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs)
-    loaders = Data(config, train, val, share, workers, place.type == "cuda")
-    account = Account(share.batch, Progress(run) if world.main else None)
     start = newest(checkpoints)
-    if start and start.accumulate != share.accumulate:
+    identity = {
+        **{"recipe": recipe.identity(), "model": config.model.identity(), "seed": config.seed},
+        "data": store.manifest.content,
+        "code": (run.attempt.submitted.get("code") or {}) if run.attempt else {},
+    }
+    if start and (other := differing(start.identity, identity)):
+        more = f" (and {len(other) - 1} more)" if other[1:] else ""
         raise UserError(
-            f"train.accumulate={share.accumulate}, but {start.path} was written with {start.accumulate}: "
-            "finish the run with that"
+            f"{start.path} is of another training: {other[0]}{more}: put it aside, or ask for what it is of"
         )
+
+    network = _network(config, classes, fresh=start is None)
+    look_every = min(LOG_EVERY, steps)
+    module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs, share, look_every)
+    if config.model.compile:
+        module.compile_networks()
+    loaders = Data(config, train, val, share, workers, place.type == "cuda")
+    verdict = Verdict(config, run.folder / "verdict.json", cpus, loaders.train, world.size, world.main)
+    account = Account(share.batch, Progress(run) if world.main else None, verdict)
+    callbacks: list[pl.Callback] = [verdict, account]
+    if recipe.ema is not None:
+        callbacks.append(Average(recipe.ema, recipe.ema_every, steps * recipe.warmup_epochs))
+
+    def names(step: int) -> list[str]:
+        epoch, place = divmod(step, steps)
+        chosen = permutation(len(train), config.seed, epoch)[place * share.batch : (place + 1) * share.batch]
+        return [train.name(i) for i in chosen.tolist()]
 
     if start and world.main:
         print(f"going on from step {start.step}", flush=True)
 
     with _quiet(), Asked() as asked:
-        boundary = Boundary(checkpoints, asked, 60 * config.train.checkpoint_every_minutes)
-        trainer = _trainer(config, run, world, place, start, min(LOG_EVERY, steps), [account, boundary])
+        every = 60 * config.train.checkpoint_every_minutes
+        callbacks.append(Boundary(checkpoints, asked, every, identity, names, world.main))
+        trainer = _trainer(config, run, world, place, start, look_every, callbacks)
         path = start.path if start else None
         try:
             trainer.fit(module, datamodule=loaders, ckpt_path=path, weights_only=True)
@@ -125,10 +155,15 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
         except UserError as error:
             # One from a loader's worker process comes as its whole traceback; the last line is ours.
             raise UserError(str(error).strip().splitlines()[-1].removeprefix(_PREFIX)) from None
+        except torch.OutOfMemoryError:
+            raise UserError(_too_much(share, trainer.global_step, place)) from None
         except RuntimeError as error:
             if world.size > 1 and (gone := environment.lost(error)):
                 raise Lost(gone) from error
             raise
+    counted = module.tally.compute()["counts"]
+    if world.main:
+        write_classes(run.folder / "val_classes.csv", store.manifest.classes, counted)
     if dist.is_initialized():
         dist.destroy_process_group()
     metrics = trainer.callback_metrics
@@ -141,6 +176,47 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
         "seconds": time.monotonic() - began,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
+
+
+def _network(config: Config, classes: int, fresh: bool) -> nn.Module:
+    """Return the backbone as the recipe wants it; `fresh` if no checkpoint follows that has its weights."""
+    torch.manual_seed(config.seed)
+    options, recipe = config.model, config.recipe
+    network = model.build(
+        options.name,
+        classes,
+        stem=options.stem,
+        size=recipe.size,
+        val_size=recipe.val_size,
+        start_size=recipe.start_size,
+        options=options.options,
+    )
+    if recipe.blurpool and not blur_before_halving(network):
+        raise UserError(f"recipe.blurpool=true: {options.name} has no convolution that it would change")
+    set_norm_momentum(network, recipe.norm_momentum)
+    fits = weights.load(network, options.name, options.weights) if options.weights and fresh else True
+    if not fits:
+        print(f"model.weights={options.weights}: of other classes, so the classifier begins anew", flush=True)
+    if recipe.freeze:
+        if not options.weights:
+            raise UserError(
+                "recipe.freeze=true trains the classifier only: give model.weights, such as "
+                "model.weights=IMAGENET1K_V1"
+            )
+        weights.freeze(network)
+    return network
+
+
+def _too_much(share: Share, step: int, place: torch.device) -> str:
+    """Say that the memory of the device is too small, and what would need about half of it."""
+    each = share.batch // share.size
+    smaller = [parts for parts in range(2 * share.accumulate, each + 1) if each % parts == 0]
+    mend = f"train.accumulate={smaller[0]} takes {each // smaller[0]}" if smaller else "take a smaller model"
+    device = torch.cuda.get_device_name(place) if place.type == "cuda" else "this machine"
+    return (
+        f"out of memory at step {step + 1}: {share.images} images at a time are too many for {device}: {mend}"
+        + (" at a time and is the same training" if smaller else "")
+    )
 
 
 _PREFIX = f"{UserError.__module__}.{UserError.__qualname__}: "

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hpc_imagenet.config import Config, from_dict
+from hpc_imagenet.compose import compose
+from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.index import ENTRY, write_index
 from hpc_imagenet.datastore.manifest import Category, File, Manifest, Split
 from hpc_imagenet.datastore.store import Store
@@ -60,24 +61,19 @@ def _file(path: Path) -> File:
 
 
 def tiny_config(**recipe: Any) -> Config:
-    return from_dict(
-        {
-            "seed": 3,
-            **{"workspace": "unused", "wait": False, "dry_run": False},
-            "dataset": {"name": "digits", "source": "unused"},
-            "datastore": {"name": "digits", "url": "unused"},
-            **{"download": {"retries": 0, "timeout": 1}, "process": {"layout": "index"}},
-            "stage": {"name": "train"},
-            "cluster": {"executor": "here", "gpus_per_node": 0},
-            # It has dropout, so that random states matter as well.
-            "model": {"name": "squeezenet1_1", "stem": "auto"},
-            "recipe": {
-                **{"epochs": 2, "global_batch": 8, "optimizer": "sgd", "learning_rate": 0.01},
-                **{"momentum": 0.9, "weight_decay": 1e-4, "norm_decay": False, "norm_momentum": None},
-                **{"warmup_epochs": 0.5, "label_smoothing": 0.1, "size": 16, "val_resize": 16},
-                **{"val_size": 16, "crop_scale": 0.5, "flip": 0.5, "precision": "auto", **recipe},
-            },
-            "loader": {"workers": 0},
-            "train": {"checkpoint_every_minutes": 60},
-        }
+    """Two epochs of five steps on images of 16 px; `recipe` changes that."""
+    values = {
+        **{"epochs": 2, "global_batch": 8, "optimizer": "sgd", "learning_rate": 0.01},
+        **{"momentum": 0.9, "weight_decay": 1e-4, "norm_decay": False, "norm_momentum": "null"},
+        **{"warmup_epochs": 0.5, "label_smoothing": 0.1, "size": 16, "val_resize": 16},
+        **{"val_size": 16, "crop_scale": 0.5, "flip": 0.5, "precision": "auto", **recipe},
+    }
+    (config,) = compose(
+        [
+            *("dataset=digits", "cluster=here", "cluster.gpus_per_node=0", "workspace=unused"),
+            "model=squeezenet1_1",  # it has dropout, so that random states matter as well
+            *("seed=3", "loader.workers=0", "train.checkpoint_every_minutes=60"),
+            *(f"recipe.{name}={value}" for name, value in values.items()),
+        ]
     )
+    return config
