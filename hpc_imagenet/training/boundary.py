@@ -129,7 +129,9 @@ class Boundary(pl.Callback):
         was, now = checkpoint["accumulate"], trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
-            counts |= {name: count // was * now for name, count in counts.items()}
+            late = counts["processed"] - counts["completed"]  # 1 within a hook: it counts the last behind it
+            counts |= {name: counts[name] // was * now for name in ("ready", "started", "processed")}
+            counts["completed"] = counts["processed"] - late
 
     def _due(self) -> bool:
         return time.monotonic() - self._saved > self._every

@@ -240,12 +240,12 @@ def _trainer(
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
     step = start.step if start else 0
-    arguments = environment.placement(world, place)
-    check = run.fence.check if run.fence else lambda: None
-    arguments["plugins"].append(Writer(check))
     precision: Any = config.recipe.precision
     if precision == "auto":
         precision = "bf16-mixed" if place.type == "cuda" else "32-true"
+    arguments = environment.placement(world, place, config.train.accumulate, precision)
+    check = run.fence.check if run.fence else lambda: None
+    arguments["plugins"].append(Writer(check))
     trainer = pl.Trainer(
         **arguments,
         precision=precision,

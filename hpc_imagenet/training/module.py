@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,8 +105,11 @@ class Classifier(pl.LightningModule):
         return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
 
     def on_validation_epoch_start(self) -> None:
-        """Count from zero."""
+        """Count from zero, on all ranks for the same network: that with rank 0's batch norm statistics."""
         self.tally.reset()
+        if self.trainer.world_size > 1:
+            for buffer in self.buffers():
+                dist.broadcast(buffer, 0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count one device batch; padding counts nothing."""

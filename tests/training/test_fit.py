@@ -264,7 +264,7 @@ def test_the_verdict_names_what_would_mend_it(
         return original(self, keys)
 
     monkeypatch.setattr(Growing, "__getitem__", slow)
-    asked, run = config(), begin(tmp_path / "run")
+    asked, run = config(epochs=3), begin(tmp_path / "run")
     asked.train.verdict_after_seconds = 0.01
     train(asked, tiny, run)
     told = json.loads((run.folder / "verdict.json").read_text())
@@ -475,6 +475,12 @@ def test_two_ranks_see_what_one_sees(tiny: Store, tmp_path: Path, whole) -> None
         torch.testing.assert_close(b["state_dict"][name], value, rtol=1e-3, atol=1e-4)
     assert two[0]["top1"] == pytest.approx(one["top1"])
     assert two[0]["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    # A step in parts on two ranks, with the treatment of images that all worlds have in common.
+    treated = {"recipe": {"augment": "trivial", "erase": 0.5, "ema": 0.8}, "dropout": 0}
+    (one_t,) = finish(tasks(tiny, begin(tmp_path / "a"), **treated))
+    two_t = finish(tasks(tiny, begin(tmp_path / "b"), size=2, accumulate=2, **treated))
+    assert one_t["loss"] != one["loss"]
+    assert two_t[0]["loss"] == pytest.approx(one_t["loss"], rel=1e-4)
     # Exact validation: the 13 images of one network, over one rank and over two.
     shutil.copytree(alone.folder, tmp_path / "copy")
     again = finish(tasks(tiny, Run(tmp_path / "copy"), size=2, dropout=0))
