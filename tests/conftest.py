@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from door import Door, Gate
 
-# Threads that wait by spinning make a training many times slower beside other work; read when torch is loaded.
+# Threads that wait by spinning make a training many times slower beside other work. Read with torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
