@@ -4,8 +4,8 @@
 
 Ours is the whole of `training.fit`: Lightning, metrics, boundary, verdict and record. Only its loader is
 replaced, by one batch that lies on the device already; the plain loop gets the same. Windows take turns, so
-that a busy moment of the machine meets both. On a GPU four backbones follow, eager and compiled, beside timm's
-own benchmark script where its path is given.
+that a busy moment of the machine meets both. On a GPU four backbones follow, eager and compiled, beside
+timm's own benchmark script where its path is given.
 """
 
 from __future__ import annotations

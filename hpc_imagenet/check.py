@@ -101,6 +101,10 @@ def _model(job: Job) -> None:
             f"model.name={job.config.model.name} is unknown{near(job.config.model.name, BACKBONES)}"
         )
     weights = job.config.model.weights
+    if job.stage == "train" and job.config.recipe.freeze and not weights:
+        raise UserError(
+            "recipe.freeze=true trains the classifier alone: say on what, by model.weights=IMAGENET1K_V1 or a file"
+        )
     if job.stage == "train" and weights and not names_weights(weights) and not Path(weights).is_file():
         raise UserError(
             f"model.weights={weights}: no such file; a name of torchvision's is like IMAGENET1K_V1"

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from hpc_imagenet.check import jobs
 from hpc_imagenet.compose import CONF, compose
 from hpc_imagenet.config import Recipe
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.plan import plan
+from hpc_imagenet.runs import Record
 
 NAMES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 IMAGES = 1_281_167
@@ -62,6 +64,20 @@ def test_weights_are_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     assert compose(["model.weights=IMAGENET1K_V2"])[0].model.weights == "IMAGENET1K_V2"
     assert compose(["model.weights=w.pth"])[0].model.weights == str(tmp_path / "w.pth")
+
+
+def test_the_door_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
+    def asked(*words: str) -> None:
+        jobs(plan(compose(["dataset=digits", *words]), lambda _: None), Record(tmp_path))
+
+    with pytest.raises(
+        UserError, match=r"^recipe.freeze=true trains the classifier alone: .* model.weights="
+    ):
+        asked("recipe=probe")
+    with pytest.raises(UserError, match=r"^model.weights=.*w.pth: no such file"):
+        asked("recipe=probe", f"model.weights={tmp_path / 'w.pth'}")
+    with pytest.raises(UserError, match="no datastore"):  # all else is well
+        asked("recipe=probe", "model.weights=IMAGENET1K_V1", f"datastore.url={tmp_path}")
 
 
 @pytest.mark.parametrize(

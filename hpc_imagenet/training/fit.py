@@ -130,7 +130,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     loaders = Data(config, train, val, share, workers, place.type == "cuda")
     verdict = Verdict(config, run.folder / "verdict.json", cpus, loaders.train, world.size, world.main)
     account = Account(share.batch, Progress(run) if world.main else None, verdict)
-    callbacks: list[pl.Callback] = [verdict, account]
+    callbacks: list[pl.Callback] = [account]
     if recipe.ema is not None:
         callbacks.append(Average(recipe.ema, recipe.ema_every, steps * recipe.warmup_epochs))
 
@@ -145,6 +145,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     with _quiet(), Asked() as asked:
         every = 60 * config.train.checkpoint_every_minutes
         callbacks.append(Boundary(checkpoints, asked, every, identity, names, world.main))
+        callbacks.append(verdict)  # last: all that the others do is no waiting for data
         trainer = _trainer(config, run, world, place, start, look_every, callbacks)
         path = start.path if start else None
         try:
@@ -198,11 +199,6 @@ def _network(config: Config, classes: int, fresh: bool) -> nn.Module:
     if not fits:
         print(f"model.weights={options.weights}: of other classes, so the classifier begins anew", flush=True)
     if recipe.freeze:
-        if not options.weights:
-            raise UserError(
-                "recipe.freeze=true trains the classifier only: give model.weights, such as "
-                "model.weights=IMAGENET1K_V1"
-            )
         weights.freeze(network)
     return network
 

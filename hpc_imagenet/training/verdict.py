@@ -65,9 +65,8 @@ class Verdict(pl.Callback):
     def __init__(self, config: Config, path: Path, cpus: int, loader: Timed, ranks: int, tell: bool) -> None:
         self._config, self._path, self._cpus, self._loader = config, path, cpus, loader
         self._ranks, self._tell = ranks, tell
-        self._steps: list[tuple[Moment, Moment, int]] = []  # batch there, step done, images
-        self._from: Moment | None = None  # when the wait for this batch began
-        self._waits: list[tuple[Moment, Moment]] = []
+        self._steps: list[tuple[Moment, Moment, Moment, int]] = []  # waits, has its batch, is done; images
+        self._from: Moment | None = None  # when the wait for the next batch began; None: not to be counted
         self._begun: Moment | None = None
         self._began, self._seen = 0.0, 0
         self._before = loader.spent.clone()
@@ -88,8 +87,6 @@ class Verdict(pl.Callback):
         if not self._tell or self.word:
             return
         self._begun = _now(module.device)
-        if self._from is not None and self._seen > WARM:
-            self._waits.append((self._from, self._begun))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -97,27 +94,28 @@ class Verdict(pl.Callback):
         """Note that its step is done; tell, when it is time."""
         if not self._tell or self.word:
             return
+        done = _now(module.device)
+        if self._seen >= WARM and self._from is not None and self._begun is not None:
+            self._steps.append((self._from, self._begun, done, len(batch[1])))
+        self._from = done
         self._seen += 1
-        self._from = _now(module.device)
         if self._seen == WARM:
             self._before = self._loader.spent.clone()
-        if self._seen > WARM and self._begun is not None:
-            self._steps.append((self._begun, self._from, len(batch[1])))
         late = time.monotonic() - self._began >= self._config.train.verdict_after_seconds
-        if (late and len(self._waits) > WARM) or len(self._steps) >= MOST:
+        if (late and len(self._steps) > WARM) or len(self._steps) >= MOST:
             self._judge(module.device)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Tell at the latest now, if there was anything to see."""
-        if self._tell and not self.word and self._waits:
+        if self._tell and not self.word and self._steps:
             self._judge(module.device)
 
     def _judge(self, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        working = sum(_between(begin, end) for begin, end, _ in self._steps)
-        waiting = sum(_between(begin, end) for begin, end in self._waits)
-        images = sum(count for _, _, count in self._steps)
+        waiting = sum(_between(waits, begins) for waits, begins, _, _ in self._steps)
+        working = sum(_between(begins, ends) for _, begins, ends, _ in self._steps)
+        images = sum(count for *_, count in self._steps)
         share = waiting / (waiting + working)
         device_rate = images / working
         loader_rate = self._loader.rate(self._before)
@@ -139,7 +137,7 @@ class Verdict(pl.Callback):
         write_json(self._path, told)
         if starved:
             print(f"{self.word}; {told['mend']} would mend it ({self._path.name})", flush=True)
-        self._steps, self._waits = [], []
+        self._steps = []
 
     @property
     def _workers(self) -> int:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.store import Store
 from hpc_imagenet.errors import Interrupted, UserError
 from hpc_imagenet.runs import Run
+from hpc_imagenet.training import verdict
 from hpc_imagenet.training.account import Account
 from hpc_imagenet.training.fit import Growing, fit
 from hpc_imagenet.training.metrics import Table
+from hpc_imagenet.training.model import build
 from hpc_imagenet.training.module import Classifier
 from hpc_imagenet.training.sampler import permutation
 from hpc_imagenet.world import World
@@ -203,6 +204,28 @@ def test_the_averaged_weights_are_judged(config, tiny: Store, tmp_path: Path, mo
     assert results(train(asked, tiny, begin(tmp_path / "next"))) == pytest.approx(results(result))
 
 
+def test_a_probe_trains_nothing_but_the_classifier(
+    config, tiny: Store, tmp_path: Path, signal_at, monkeypatch
+) -> None:
+    torch.manual_seed(1)
+    source = build("shufflenet_v2_x0_5", 7, size=16).state_dict()
+    torch.save(source, tmp_path / "w.pth")
+    asked = config(freeze=True, learning_rate=0.1)
+    asked.model.name, asked.model.weights = "shufflenet_v2_x0_5", str(tmp_path / "w.pth")
+    alone, run = begin(tmp_path / "alone"), begin(tmp_path / "run")
+    train(asked, tiny, alone)
+    state = saved(alone)["state_dict"]
+    changed = {key for key in source if not torch.equal(state[f"model.{key}"], source[key])}
+    assert changed == {"fc.weight", "fc.bias"}  # and no statistics of batch norm
+    signal_at(3)
+    with pytest.raises(Interrupted):
+        train(asked, tiny, run)
+    monkeypatch.undo()
+    (tmp_path / "w.pth").unlink()  # what it began with is not needed any more
+    train(asked, tiny, run)
+    assert_same_training(alone, run)
+
+
 def test_growing_images_are_that_large(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
     original, sizes = Classifier.normalised, []
 
@@ -251,28 +274,52 @@ def test_every_class_is_told(tiny: Store, whole: tuple[Run, dict[str, Any]]) -> 
         assert hits / 13 == pytest.approx(result[name], abs=1e-4)
 
 
-def test_the_verdict_names_what_would_mend_it(
-    config, tiny: Store, tmp_path: Path, whole, monkeypatch
-) -> None:
-    fed = json.loads((whole[0].folder / "verdict.json").read_text())
-    assert fed["steps"] == 5
-    assert fed["device_images_per_second"] >= fed["images_per_second"] > 0
-    original = Growing.__getitem__
+def test_the_verdict_names_what_would_mend_it(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
+    clock, wait = [0.0], [1.0]
+    read, step = Growing.__getitem__, Classifier.training_step
 
     def slow(self: Growing, keys: Any) -> Any:
-        time.sleep(0.3)
-        return original(self, keys)
+        clock[0] += wait[0]
+        return read(self, keys)
+
+    def working(self: Classifier, batch: Any, batch_idx: int) -> Any:
+        clock[0] += 0.25
+        return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Growing, "__getitem__", slow)
-    asked, run = config(epochs=3), begin(tmp_path / "run")
-    asked.train.verdict_after_seconds = 0.01
+    monkeypatch.setattr(Classifier, "training_step", working)
+    monkeypatch.setattr(verdict, "_now", lambda device: clock[0])
+    asked, run = config(epochs=4), begin(tmp_path / "run")
+    asked.train.verdict_after_seconds = 0
     train(asked, tiny, run)
     told = json.loads((run.folder / "verdict.json").read_text())
     assert told["verdict"] == "starved"
-    assert told["waiting"] > fed["waiting"]
-    assert told["loader_images_per_second"] == pytest.approx(told["images_per_second"], rel=0.5)
-    assert told["mend"].split("=")[0] in ("loader.workers", "process.layout", "cluster.cpus_per_task")
+    assert told["waiting"] == 0.8
+    assert told["device_images_per_second"] == 32
+    assert told["workers"] == 0
+    assert told["loader_images_per_second"] > 0
+    assert told["mend"].split("=")[0] in ("loader.workers", "process.layout")
     assert "waits for data" in run.progress["note"]
+    wait[0], fed = 0.001, begin(tmp_path / "fed")  # and told at the end, where it is over before
+    asked.train.verdict_after_seconds = 1000
+    train(asked, tiny, fed)
+    told = json.loads((fed.folder / "verdict.json").read_text())
+    assert (told["verdict"], told["mend"], told["steps"]) == ("fed", "", 3 * (STEPS - 1))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "loader", "executor", "right"),
+    [
+        (16, 4, 400.0, "slurm", "loader.workers=11"),  # 100 images/s each, 1,000 to reach, a tenth to spare
+        (8, 7, 700.0, "slurm", "cluster.cpus_per_task=12"),
+        (8, 3, 300.0, "local", "loader.workers=7"),
+        (8, 7, 700.0, "local", "process.layout=shards process.resize=short:256"),
+    ],
+)
+def test_one_override_would_mend_it(config, cpus, workers, loader, executor, right) -> None:
+    asked = config()
+    asked.cluster.executor = executor
+    assert verdict.mend(asked, cpus, workers, loader, 1000.0) == right
 
 
 def test_too_little_memory_names_the_parts_that_would_fit(
