@@ -103,7 +103,7 @@ def _model(job: Job) -> None:
     weights = job.config.model.weights
     if job.stage == "train" and job.config.recipe.freeze and not weights:
         raise UserError(
-            "recipe.freeze=true trains the classifier alone: say on what, by model.weights=IMAGENET1K_V1 or a file"
+            "recipe.freeze=true trains the classifier alone: on what? model.weights=IMAGENET1K_V1, or a file"
         )
     if job.stage == "train" and weights and not names_weights(weights) and not Path(weights).is_file():
         raise UserError(
