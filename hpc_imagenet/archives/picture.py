@@ -9,12 +9,17 @@ Source: ITU-T T.81 annex B (markers), PNG specification 5.3 and 11.2.2, Exif 2.3
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 HEAD = 1024  # bytes of its beginning that are looked at first: the header, but for a long Exif segment
 
@@ -77,7 +82,7 @@ def flaw(data: bytes) -> str:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with _opened(data) as picture:
             picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return str(error).split(" <_io")[0]  # Pillow names the buffer it was given
@@ -117,8 +122,7 @@ def _decoded(data: bytes) -> Look:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as picture:
-            warnings.simplefilter("ignore")  # of damaged Exif, which decoding does not need
+        with _opened(data) as picture:
             picture.load()
             marks = {"JPEG": 0, "MPO": 0, "PNG": PNG}.get(picture.format or "", OTHER)
             marks |= {"1": GREY, "L": GREY, "LA": GREY, "I;16": GREY, "CMYK": CMYK}.get(picture.mode, 0)
@@ -127,6 +131,16 @@ def _decoded(data: bytes) -> Look:
             return _look(picture.width, picture.height, marks)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return Look(0, 0, CORRUPT)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged Exif, which decoding does not need
+        with Image.open(io.BytesIO(data)) as picture:
+            yield picture
 
 
 def _look(width: int, height: int, marks: int) -> Look:
