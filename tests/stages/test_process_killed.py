@@ -1,6 +1,6 @@
 """The process stage under SIGKILL: what looks whole is whole, and asking again ends with the same bytes.
 
-HPC_IMAGENET_KILLS=50 sets how often a layout is killed; a failure prints the seed.
+HPC_IMAGENET_TEST_KILLS=50 sets how often a layout is killed; a failure prints the seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from test_process import dataset, downloaded, made, write_small
 from hpc_imagenet.config import Config
 from hpc_imagenet.stages import process
 
-KILLS = int(os.environ.get("HPC_IMAGENET_KILLS", "8"))
+KILLS = int(os.environ.get("HPC_IMAGENET_TEST_KILLS", "8"))
 LAYOUTS = ("index", "shards", "folders")
 
 
