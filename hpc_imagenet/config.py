@@ -113,9 +113,11 @@ class Recipe:
 
 @dataclass
 class Loader:
-    """How images reach the device; changes the speed, never the result."""
+    """How images reach the device; changes the speed, not the result, but for `decode=gpu`."""
 
-    workers: int | None = None  # processes a rank; null: the CPUs of the task less one
+    workers: int | None = None  # threads a rank; null: the CPUs of the task less one
+    decode: str = "cpu"  # cpu or gpu, whose pixels differ a little: it is in the signature
+    on_corrupt: str = "fail"  # fail or skip
 
 
 @dataclass
@@ -290,6 +292,8 @@ def check(config: Config) -> None:
     _one_of("process.on_corrupt", config.process.on_corrupt, ("fail", "skip"))
     _one_of("process.order", config.process.order, ("archive", "shuffled"))
     _check_process(config.process)
+    _one_of("loader.decode", config.loader.decode, ("cpu", "gpu"))
+    _one_of("loader.on_corrupt", config.loader.on_corrupt, ("fail", "skip"))
     _one_of("model.stem", config.model.stem, ("auto", "standard", "small"))
     _one_of("recipe.optimizer", config.recipe.optimizer, ("sgd", "adamw"))
     recipe, cluster = config.recipe, config.cluster

@@ -16,6 +16,7 @@ from typing import Any
 
 from hpc_imagenet.config import Cluster, Config, Dataset, Datastore, Process, cluster_for
 
+PIXELS = 2  # which way images are decoded and resized: 1 was Pillow's; another is another result
 PIPELINE = ("download", "process", "upload", "train")
 
 Found = Callable[[Datastore], Datastore | None]
@@ -117,7 +118,8 @@ def _job(stage: str, config: Config, found: Found) -> Job:
     if stage == "train":
         datastore = found(config.datastore) or datastore
         model = config.model.name
-        parts = (datastore.content, asdict(config.model), asdict(config.recipe), config.seed)
+        parts: tuple[Any, ...] = (datastore.content, asdict(config.model), asdict(config.recipe), config.seed)
+        parts += (PIXELS, *(["gpu"] if config.loader.decode == "gpu" else []))
         run = f"{signature('train', *parts)}-{model}"
         needs = (ids["upload"],)
     else:

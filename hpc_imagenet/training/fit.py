@@ -29,7 +29,7 @@ from hpc_imagenet.training.preemption import Asked
 from hpc_imagenet.training.recipe import set_norm_momentum
 from hpc_imagenet.training.sampler import Share, TrainSampler, ValSampler
 from hpc_imagenet.training.transforms import TrainView, ValView
-from hpc_imagenet.world import World
+from hpc_imagenet.world import World, own_cpus
 
 LOG_EVERY = 50  # steps
 
@@ -38,27 +38,42 @@ class Data(pl.LightningDataModule):
     """The loaders of one rank. The training one begins at the trainer's step, which a checkpoint has set."""
 
     def __init__(
-        self, config: Config, train: Split, val: Split, share: Share, workers: int, pin: bool
+        self, config: Config, train: Split, val: Split, share: Share, world: World, place: torch.device
     ) -> None:
         super().__init__()
         recipe = config.recipe
-        self.seed, self.share, self.workers, self.pin = config.seed, share, workers, pin
-        train_view = TrainView(recipe.size, recipe.crop_scale, recipe.flip)
-        self.train = data.Batches(train, train_view, config.seed)
-        self.val = data.Batches(val, ValView(recipe.val_size, recipe.val_resize), config.seed)
+        self.seed, self.share, self.world, self.place = config.seed, share, world, place
+        asked = config.loader.workers
+        self.workers = data.cpus(world) - 1 if asked is None else asked
+        options = config.seed, config.loader.on_corrupt == "skip", config.loader.decode == "gpu"
+        self.train = data.Batches(train, TrainView(recipe.size, recipe.crop_scale, recipe.flip), *options)
+        self.val = data.Batches(val, ValView(recipe.val_size, recipe.val_resize), *options)
 
     def train_dataloader(self) -> Any:
         """Return the batches from here on."""
         sampler = TrainSampler(len(self.train.split), self.seed, self.share)
         assert self.trainer is not None
         sampler.epoch, sampler.start = divmod(self.trainer.global_step, sampler.steps)
-        return data.loader(self.train, sampler, self.workers, self.pin)
+        return self._loader(self.train, sampler)
 
     def val_dataloader(self) -> Any:
         """Return every image of the val split once over all ranks."""
         share = self.share
         sampler = ValSampler(len(self.val.split), share.images, share.rank, share.size)
-        return data.loader(self.val, sampler, self.workers, self.pin)
+        return self._loader(self.val, sampler)
+
+    def _loader(self, batches: data.Batches, sampler: Any) -> data.Loader:
+        bound = own_cpus(self.world)
+        return data.Loader(batches, sampler, self.workers, self.place, bound)
+
+    def skipped(self) -> int:
+        """Return how many images of both splits this attempt could not read, over all ranks."""
+        names = self.train.skipped | self.val.skipped
+        if dist.is_initialized():
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, names)
+            names = set().union(*gathered)
+        return len(names)
 
 
 def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
@@ -66,7 +81,8 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
 
     Returns:
         top1 and top5 (0 to 1) and loss (mean cross-entropy) on val; images_per_second of training, over all
-        ranks; epochs; seconds this attempt took; parameters of the network.
+        ranks; images skipped because they could not be read; epochs; seconds this attempt took; parameters
+        of the network.
 
     Raises:
         UserError: bad input, in one line.
@@ -77,9 +93,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     began = time.monotonic()
     recipe, checkpoints = config.recipe, run.folder / "checkpoints"
     place, share = environment.device(config, world), environment.share(config, world)
-    cpus = data.cpus(world)
-    workers = cpus - 1 if config.loader.workers is None else config.loader.workers
-    torch.set_num_threads(cpus)
+    torch.set_num_threads(data.cpus(world))
     main: Any = rank_zero_only
     main.rank = world.rank  # else Lightning guesses from variables that another job may have left
 
@@ -101,7 +115,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     )
     set_norm_momentum(network, recipe.norm_momentum)
     module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs)
-    loaders = Data(config, train, val, share, workers, place.type == "cuda")
+    loaders = Data(config, train, val, share, world, place)
     account = Account(share.batch, Progress(run) if world.main else None)
     start = newest(checkpoints)
     if start and start.accumulate != share.accumulate:
@@ -122,13 +136,11 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
             if "val_top1" not in trainer.callback_metrics:  # it was finished before
                 trainer.loggers = []  # who know it
                 trainer.validate(module, datamodule=loaders, verbose=False)
-        except UserError as error:
-            # One from a loader's worker process comes as its whole traceback; the last line is ours.
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix(_PREFIX)) from None
         except RuntimeError as error:
             if world.size > 1 and (gone := environment.lost(error)):
                 raise Lost(gone) from error
             raise
+    skipped = loaders.skipped()
     if dist.is_initialized():
         dist.destroy_process_group()
     metrics = trainer.callback_metrics
@@ -137,13 +149,11 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
         "top5": float(metrics["val_top5"]),
         "loss": float(metrics["val_loss"]),
         "images_per_second": account.images_per_second,
+        "skipped": skipped,
         "epochs": recipe.epochs,
         "seconds": time.monotonic() - began,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
-
-
-_PREFIX = f"{UserError.__module__}.{UserError.__qualname__}: "
 
 
 def _split(store: Store, name: str, classes: int) -> Split:

@@ -70,7 +70,8 @@ class Classifier(pl.LightningModule):
         return loss
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        smoothing = self.recipe.label_smoothing
+        return F.cross_entropy(logits, labels, ignore_index=PADDING, label_smoothing=smoothing)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count one device batch; padding counts nothing."""
