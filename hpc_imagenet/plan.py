@@ -16,7 +16,6 @@ from typing import Any
 
 from hpc_imagenet.config import Cluster, Config, Dataset, Datastore, Process, cluster_for
 
-PIXELS = 2  # which way images are decoded and resized: 1 was Pillow's; another is another result
 PIPELINE = ("download", "process", "upload", "train")
 
 Found = Callable[[Datastore], Datastore | None]
@@ -118,9 +117,7 @@ def _job(stage: str, config: Config, found: Found) -> Job:
     if stage == "train":
         datastore = found(config.datastore) or datastore
         model = config.model.name
-        parts: tuple[Any, ...] = (datastore.content, asdict(config.model), asdict(config.recipe), config.seed)
-        parts += (PIXELS, *(["gpu"] if config.loader.decode == "gpu" else []))
-        run = f"{signature('train', *parts)}-{model}"
+        run = f"{signature('train', datastore.content, config.training())}-{model}"
         needs = (ids["upload"],)
     else:
         run = ids[stage]

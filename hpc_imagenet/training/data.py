@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,6 @@ from hpc_imagenet.training.decode import Encoded
 from hpc_imagenet.training.gpu import Piece
 from hpc_imagenet.training.sampler import PADDING, Key
 from hpc_imagenet.training.transforms import View, render
-from hpc_imagenet.world import cpus as cpus
 
 Batch = tuple[Tensor, Tensor]  # uint8 [images, 3, size, size] in channels_last order, int64 [images]
 _Prepared = tuple[Batch, list[Key], list[Piece]]  # a batch, what it is of, what is left to be decoded
@@ -41,7 +41,7 @@ class Batches:
 
     Args:
         split: the images.
-        view: what of each is looked at.
+        view: what of each is looked at; or several, one an epoch.
         seed: of its randomness.
         skip: whether an image that cannot be read becomes black, with the label of padding, which counts
             nowhere; or is an error.
@@ -49,22 +49,42 @@ class Batches:
 
     Attributes:
         skipped: names of the images that could not be read.
+        spent: images so far, and the seconds that threads have worked on them, added up.
     """
 
-    def __init__(self, split: Split, view: View, seed: int, skip: bool = False, on_gpu: bool = False) -> None:
-        self.split, self.view, self.seed, self.skip, self.on_gpu = split, view, seed, skip, on_gpu
+    def __init__(
+        self, split: Split, view: View | Sequence[View], seed: int, skip: bool = False, on_gpu: bool = False
+    ) -> None:
+        self.split, self.seed, self.skip, self.on_gpu = split, seed, skip, on_gpu
+        self._views = view
         self.skipped: set[str] = set()
+        self.spent = 0, 0.0
         self._lock = threading.Lock()
 
-    def empty(self, images: int, pin: bool = False) -> Batch:
-        """Return a batch that `fill` has still to write; `pin`: in page-locked memory, for a GPU."""
-        size = self.view.size
-        pixels = torch.empty(images, size, size, 3, dtype=torch.uint8, pin_memory=pin)
-        labels = torch.full((images,), PADDING, pin_memory=pin)
+    def view(self, epoch: int) -> View:
+        """Return what is looked at in an epoch."""
+        return self._views[epoch] if isinstance(self._views, Sequence) else self._views
+
+    def empty(self, keys: Sequence[Key], pin: bool = False) -> Batch:
+        """Return a batch that `fill` has still to write; `pin`: in page-locked memory, for a GPU.
+
+        Its images are of one epoch, and so of one size.
+        """
+        size = self.view(keys[0][0]).size
+        pixels = torch.empty(len(keys), size, size, 3, dtype=torch.uint8, pin_memory=pin)
+        labels = torch.full((len(keys),), PADDING, pin_memory=pin)
         return pixels.permute(0, 3, 1, 2), labels  # a view: channels_last without a copy
 
-    def fill(self, batch: Batch, keys: Sequence[Key], places: Sequence[int]) -> list[Piece]:
+    def fill(
+        self, batch: Batch, keys: Sequence[Key], places: Sequence[int], here: bool = False
+    ) -> list[Piece]:
         """Write the images of `places` into their batch; padding is black and has the label -1.
+
+        Args:
+            batch: as `empty` made it.
+            keys: of all its images.
+            places: in the batch, of the images to be written.
+            here: whether all are decoded here, whatever `on_gpu` says.
 
         Returns:
             those that are left to be decoded on the device.
@@ -72,7 +92,7 @@ class Batches:
         Raises:
             UserError: an image that cannot be read, by its name.
         """
-        pixels, labels = batch
+        begin, (pixels, labels) = time.perf_counter(), batch
         left: list[Piece] = []
         for place in places:
             (epoch, index), out = keys[place], pixels[place : place + 1]
@@ -83,8 +103,8 @@ class Batches:
             try:
                 image = Encoded(data)
                 rng = random.Random(f"{self.seed}/{epoch}/{index}")
-                crop = self.view(image.width, image.height, rng)
-                if self.on_gpu and image.plain:
+                crop = self.view(epoch)(image.width, image.height, rng)
+                if self.on_gpu and image.plain and not here:
                     left.append(Piece(place, data, crop))
                 else:
                     render(torch.from_numpy(image.pixels(crop.source)).permute(2, 0, 1)[None], crop, out)
@@ -92,6 +112,9 @@ class Batches:
             except ValueError as error:
                 self._corrupt(index, str(error))
                 out.zero_()
+        with self._lock:
+            images, seconds = self.spent
+            self.spent = images + len(places), seconds + time.perf_counter() - begin
         return left
 
     def _corrupt(self, index: int, reason: str) -> None:
@@ -178,7 +201,7 @@ class Loader:
         return batch, keys, [self._threads.submit(self.batches.fill, batch, keys, part) for part in parts]
 
     def _empty(self, keys: list[Key]) -> Batch:
-        return self.batches.empty(len(keys), self.device.type == "cuda")
+        return self.batches.empty(keys, self.device.type == "cuda")
 
     def _finish(self, prepared: _Prepared) -> Batch:
         """Put a batch on its device, and decode there what is left of it."""
@@ -189,9 +212,7 @@ class Loader:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # it does not say which image it is
-            here = Batches(self.batches.split, self.batches.view, self.batches.seed, self.batches.skip)
-            here.skipped = self.batches.skipped
-            here.fill(batch, keys, [piece.place for piece in pieces])
+            self.batches.fill(batch, keys, [piece.place for piece in pieces], here=True)
             pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         return pixels, labels
 

@@ -16,17 +16,17 @@ from torch.nn import functional as F
 
 from hpc_imagenet.datastore.store import Split, Store
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.training.data import Batch, Batches, Loader, cpus
+from hpc_imagenet.training.data import Batch, Batches, Loader
 from hpc_imagenet.training.sampler import PADDING, Key, Share, TrainSampler, ValSampler
 from hpc_imagenet.training.transforms import Crop, TrainView, ValView, View, random_box, render
-from hpc_imagenet.world import World, own_cpus
+from hpc_imagenet.world import World, cpus, own_cpus
 
 VIEW = TrainView(16, 0.3, 0.5)
 
 
 def batch(split: Split, view: View, seed: int, keys: list[Key]) -> Batch:
     batches = Batches(split, view, seed)
-    made = batches.empty(len(keys))
+    made = batches.empty(keys)
     assert not batches.fill(made, keys, range(len(keys)))
     return made
 
