@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hpc_imagenet.archives import receipt
 from hpc_imagenet.backbones import BACKBONES
-from hpc_imagenet.config import Config, Datastore, near
+from hpc_imagenet.config import Config, Datastore, names_weights, near
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import Manifest, load_manifest
 from hpc_imagenet.errors import UserError
@@ -99,6 +99,15 @@ def _model(job: Job) -> None:
     if job.stage == "train" and job.config.model.name not in BACKBONES:
         raise UserError(
             f"model.name={job.config.model.name} is unknown{near(job.config.model.name, BACKBONES)}"
+        )
+    weights = job.config.model.weights
+    if job.stage == "train" and job.config.recipe.freeze and not weights:
+        raise UserError(
+            "recipe.freeze=true trains the classifier alone: on what? model.weights=IMAGENET1K_V1, or a file"
+        )
+    if job.stage == "train" and weights and not names_weights(weights) and not Path(weights).is_file():
+        raise UserError(
+            f"model.weights={weights}: no such file; a name of torchvision's is like IMAGENET1K_V1"
         )
 
 

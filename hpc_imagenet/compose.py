@@ -33,7 +33,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from hpc_imagenet.backbones import BACKBONES
-from hpc_imagenet.config import FREE, Config, check, near, one_line
+from hpc_imagenet.config import FREE, Config, check, names_weights, near, one_line
 from hpc_imagenet.errors import UserError
 
 VERSION_BASE = "1.3"  # of Hydra's behaviour
@@ -144,6 +144,8 @@ def _typed(composed: DictConfig) -> Config:
     config.datastore.url = _absolute(config.datastore.url)
     if config.download.login is not None:
         config.download.login = _absolute(config.download.login)
+    if config.model.weights is not None and not names_weights(config.model.weights):
+        config.model.weights = _absolute(config.model.weights)
     return config
 
 

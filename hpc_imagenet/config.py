@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ from hpc_imagenet.errors import UserError
 
 STAGES = ("download", "process", "upload", "train", "pipeline")
 EXECUTORS = ("local", "slurm", "here")
+PIXELS = 2  # which way images are decoded and resized: 1 was Pillow's; another is another result
 FREE = ("cluster.stage", "cluster.sbatch", "dataset.archives", "model.options")  # mappings with any key
 
 
@@ -81,17 +83,28 @@ class Model:
     """A torchvision classification backbone.
 
     `stem` is standard, small (stride 1 and no max-pool in front, for images up to 64 px) or auto (small
-    where recipe.size ≤ 64). `options` go to the torchvision constructor as they are.
+    where recipe.size ≤ 64). `options` go to the torchvision constructor as they are. `weights` to begin with
+    are a name of torchvision's, such as IMAGENET1K_V2, or a file. `compile` changes the speed alone.
     """
 
     name: str = MISSING
     stem: str = MISSING
     options: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None  # null: drawn from the seed
+    compile: bool = False  # torch.compile
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        named = {"name": self.name, "stem": self.stem, "options": self.options}
+        return named | ({"weights": self.weights} if self.weights else {})
 
 
 @dataclass
 class Recipe:
-    """How a backbone is trained; everything here decides the result."""
+    """How a backbone is trained; everything here decides the result.
+
+    Each recipe states the first group; those of the second are left out of what does without them.
+    """
 
     epochs: int = MISSING
     global_batch: int = MISSING  # images a step over all devices: the invariant
@@ -101,7 +114,7 @@ class Recipe:
     weight_decay: float = MISSING
     norm_decay: bool = MISSING  # whether it decays norms and biases as well
     norm_momentum: float | None = MISSING  # batch norm: a step's share in its statistics; null: the model's
-    warmup_epochs: float = MISSING  # linear, then cosine to zero
+    warmup_epochs: float = MISSING  # linear, then as `schedule` says
     label_smoothing: float = MISSING  # 0 to 1
     size: int = MISSING  # px, side of the training crop
     val_resize: int = MISSING  # px, short side before the centre crop
@@ -109,13 +122,48 @@ class Recipe:
     crop_scale: float = MISSING  # least share of the area in a random crop, 0 to 1
     flip: float = MISSING  # probability of a horizontal flip
     precision: str = MISSING  # of Lightning, such as bf16-mixed or 32-true; auto: bf16-mixed on GPUs
+    schedule: str = "cosine"  # or linear: how the learning rate falls to zero
+    start_size: int | None = None  # px, side of the training crop at first; null: `size` from the start
+    grow_from: float = 0.0  # the last epoch (from 0) of start_size
+    grow_to: float = 0.0  # the first epoch of `size`; in between straight, rounded to what divides both
+    mixup: float = 0.0  # alpha of the Beta distribution; 0: none
+    cutmix: float = 0.0  # the same; with both, each batch takes one of them
+    augment: str = "none"  # or trivial: TrivialAugment, wide
+    erase: float = 0.0  # probability that a rectangle of an image is erased
+    blurpool: bool = False  # blur before each convolution that halves
+    ema: float | None = None  # decay of the averaged weights at each update; they are what is evaluated
+    ema_every: int = 1  # steps between two updates
+    val_flip: bool = False  # judge the mean of an image and its mirror image
+    freeze: bool = False  # train the classifier only
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is said, without the ingredients of the second group that are left out."""
+        plain = {entry.name: entry.default for entry in fields(self) if entry.default is not MISSING}
+        return {k: v for k, v in asdict(self).items() if k not in plain or v != plain[k]}
+
+    @property
+    def sizes(self) -> list[int]:
+        """Px of the training crops, epoch by epoch."""
+        if self.start_size is None or self.start_size == self.size:
+            return [self.size] * self.epochs
+        step = math.gcd(self.start_size, self.size)
+        sizes = []
+        for epoch in range(self.epochs):
+            share = 1.0 if epoch >= self.grow_to else 0.0
+            if self.grow_from < epoch < self.grow_to:
+                share = (epoch - self.grow_from) / (self.grow_to - self.grow_from)
+            exact = self.start_size + share * (self.size - self.start_size)
+            sizes.append(math.floor(exact / step + 0.5) * step)
+        return sizes
 
 
 @dataclass
 class Loader:
-    """How images reach the device; changes the speed, never the result."""
+    """How images reach the device; changes the speed, not the result, but for `decode=gpu`."""
 
-    workers: int | None = None  # processes a rank; null: the CPUs of the task less one
+    workers: int | None = None  # threads a rank; null: the CPUs of the task less one
+    decode: str = "cpu"  # cpu or gpu, whose pixels differ a little: it is in the signature
+    on_corrupt: str = "fail"  # fail or skip
 
 
 @dataclass
@@ -182,6 +230,7 @@ class Train:
 
     checkpoint_every_minutes: float = MISSING
     accumulate: int = 1  # parts of a step, where a device's share of the global batch exceeds its memory
+    verdict_after_seconds: float = 120  # until it is told what the training waits for
 
 
 @dataclass
@@ -227,6 +276,11 @@ class Config:
     download: Download = field(default_factory=Download)
     process: Process = field(default_factory=Process)
     train: Train = field(default_factory=Train)
+
+    def training(self) -> dict[str, Any]:
+        """Return what decides the result of a training, beside its data."""
+        pixels = {"pixels": PIXELS} | ({"decode": "gpu"} if self.loader.decode == "gpu" else {})
+        return {"model": self.model.identity(), "recipe": self.recipe.identity(), "seed": self.seed, **pixels}
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -290,8 +344,10 @@ def check(config: Config) -> None:
     _one_of("process.on_corrupt", config.process.on_corrupt, ("fail", "skip"))
     _one_of("process.order", config.process.order, ("archive", "shuffled"))
     _check_process(config.process)
+    _one_of("loader.decode", config.loader.decode, ("cpu", "gpu"))
+    _one_of("loader.on_corrupt", config.loader.on_corrupt, ("fail", "skip"))
     _one_of("model.stem", config.model.stem, ("auto", "standard", "small"))
-    _one_of("recipe.optimizer", config.recipe.optimizer, ("sgd", "adamw"))
+    _check_recipe(config.recipe)
     recipe, cluster = config.recipe, config.cluster
     for name, value, least in (
         ("recipe.epochs", recipe.epochs, 1),
@@ -302,6 +358,11 @@ def check(config: Config) -> None:
         ("recipe.learning_rate", recipe.learning_rate, 0),
         ("recipe.weight_decay", recipe.weight_decay, 0),
         ("recipe.warmup_epochs", recipe.warmup_epochs, 0),
+        ("recipe.start_size", recipe.start_size, 8),
+        ("recipe.mixup", recipe.mixup, 0),
+        ("recipe.cutmix", recipe.cutmix, 0),
+        ("recipe.ema_every", recipe.ema_every, 1),
+        ("train.verdict_after_seconds", config.train.verdict_after_seconds, 0),
         ("loader.workers", config.loader.workers, 0),
         ("train.accumulate", config.train.accumulate, 1),
         ("download.connections", config.download.connections, 1),
@@ -322,6 +383,8 @@ def check(config: Config) -> None:
         ("recipe.crop_scale", recipe.crop_scale),
         ("recipe.flip", recipe.flip),
         ("recipe.norm_momentum", recipe.norm_momentum),
+        ("recipe.erase", recipe.erase),
+        ("recipe.ema", recipe.ema),
     ):
         if share is not None and not 0 <= share <= 1:
             raise UserError(f"{name}={share} is not between 0 and 1")
@@ -353,6 +416,21 @@ def _no_secret(source: str) -> None:
         raise UserError(
             "dataset.source is a URL prefix without a login, ? or #: a login is given by download.login"
         )
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    _one_of("recipe.optimizer", recipe.optimizer, ("sgd", "adamw"))
+    _one_of("recipe.schedule", recipe.schedule, ("cosine", "linear"))
+    _one_of("recipe.augment", recipe.augment, ("none", "trivial"))
+    if recipe.start_size is not None and recipe.grow_to < recipe.grow_from:
+        raise UserError(
+            f"recipe.grow_to={recipe.grow_to:g} comes before recipe.grow_from={recipe.grow_from:g}"
+        )
+
+
+def names_weights(weights: str) -> bool:
+    """Whether `model.weights` is a name of torchvision's, such as IMAGENET1K_V2; else it is a file."""
+    return re.fullmatch(r"[A-Z][A-Z0-9_]*", weights) is not None
 
 
 def _check_process(process: Process) -> None:

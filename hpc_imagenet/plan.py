@@ -117,8 +117,7 @@ def _job(stage: str, config: Config, found: Found) -> Job:
     if stage == "train":
         datastore = found(config.datastore) or datastore
         model = config.model.name
-        parts = (datastore.content, asdict(config.model), asdict(config.recipe), config.seed)
-        run = f"{signature('train', *parts)}-{model}"
+        run = f"{signature('train', datastore.content, config.training())}-{model}"
         needs = (ids["upload"],)
     else:
         run = ids[stage]

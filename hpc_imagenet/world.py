@@ -65,6 +65,19 @@ def cpus(world: World, env: Mapping[str, str] = os.environ) -> int:
     return max(1, mine // world.local_size)
 
 
+def own_cpus(world: World, env: Mapping[str, str] = os.environ) -> frozenset[int]:
+    """Return the CPUs that are this task's alone; none where that cannot be told, or srun has seen to it.
+
+    Tasks that srun did not bind share all CPUs of their job on the node: each takes its part. Whether others
+    use them as well is certain only where they are as many as the job was given.
+    """
+    shared, mine = sorted(os.sched_getaffinity(0)), cpus(world, env)
+    ours = "SLURM_PROCID" in env and env.get("SLURM_CPUS_ON_NODE") == str(len(shared))
+    if not ours or world.local_size == 1 or mine * world.local_size > len(shared):
+        return frozenset()
+    return frozenset(shared[world.local_rank * mine : (world.local_rank + 1) * mine])
+
+
 def _port(job: int, step: int = 0, restart: int = 0) -> int:
     # Jobs that share a node need different ports, below the ephemeral range: 20,000 jobs in a row have
     # each its own. A restart takes another, should a stranger sit on the first.

@@ -50,6 +50,7 @@ def test_the_same_asked_twice_is_one_job() -> None:
         "model.stem=standard",
         "dataset.revision=2",
         "recipe=standard90",
+        "loader.decode=gpu",
     ],
 )
 def test_what_decides_a_result_changes_the_signature(change: str) -> None:
@@ -63,6 +64,7 @@ def test_what_decides_a_result_changes_the_signature(change: str) -> None:
         "workspace=/elsewhere",
         "wait=true",
         "loader.workers=3",
+        "loader.on_corrupt=skip",
         "train.checkpoint_every_minutes=1",
         "datastore.url=/other",
         "dataset.source=http://127.0.0.1:1",

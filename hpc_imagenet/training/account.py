@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from hpc_imagenet.runs import Progress
+from hpc_imagenet.training.verdict import Verdict
 
 
 class Account(pl.Callback):
@@ -17,10 +18,11 @@ class Account(pl.Callback):
     Args:
         batch: images a step over all ranks.
         tell: the record's progress; None on ranks that keep quiet.
+        verdict: what the training waits for.
     """
 
-    def __init__(self, batch: int, tell: Progress | None) -> None:
-        self._batch, self._tell = batch, tell
+    def __init__(self, batch: int, tell: Progress | None, verdict: Verdict) -> None:
+        self._batch, self._tell, self._verdict = batch, tell, verdict
         self._rates: list[float] = []  # images/s, one an epoch
         self._begin = 0.0
         self._first = 0
@@ -76,7 +78,9 @@ class Account(pl.Callback):
     def _note(self, trainer: pl.Trainer) -> str:
         epochs = trainer.max_epochs or 0
         note = f"epoch {min(trainer.current_epoch + 1, epochs)}/{epochs}"
-        return note if self._top1 is None else f"{note}, top-1 {100 * self._top1:.1f} %"
+        if self._top1 is not None:
+            note += f", top-1 {100 * self._top1:.1f} %"
+        return f"{note}, {self._verdict.word}" if self._verdict.word else note
 
     def _progress(self, trainer: pl.Trainer) -> None:
         if self._tell is not None:

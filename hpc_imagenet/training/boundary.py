@@ -7,19 +7,23 @@ the CPU, so that no GPU is waited for.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from hpc_imagenet.config import Recipe
+from hpc_imagenet.durable import replacing
 from hpc_imagenet.errors import Interrupted, UserError
 from hpc_imagenet.training.checkpoint import LAST
 from hpc_imagenet.training.preemption import Asked
 
 LOOK_EVERY = 50  # steps between two looks at a loss on a GPU: each makes the CPU wait for it
+NEVER = 2**31 - 1
 
 
 class Boundary(pl.Callback):
@@ -29,11 +33,24 @@ class Boundary(pl.Callback):
         folder: of the checkpoints.
         asked: whether this rank was asked to stop.
         every: s between two checkpoints within an epoch.
+        identity: what a later attempt must find the same, as plain values; see `checkpoint.differing`.
+        names: of the images of a step, in all ranks.
+        writes: whether this rank writes into the run's folder.
     """
 
-    def __init__(self, folder: Path, asked: Asked, every: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        asked: Asked,
+        every: float,
+        identity: dict[str, Any],
+        names: Callable[[int], list[str]],
+        writes: bool,
+    ) -> None:
         self._path, self._asked, self._every = folder / LAST, asked, every
+        self._identity, self._names, self._writes = identity, names, writes
         self._group: Any = None
+        self._bad: Tensor | None = None  # the first step whose loss is no number, on the device
         self._saved = time.monotonic()
         self._validating = False
 
@@ -48,20 +65,19 @@ class Boundary(pl.Callback):
     ) -> None:
         """Decide, if this batch ended a step."""
         done = batch_idx + 1
+        self._note(outputs, trainer.global_step + (done % trainer.accumulate_grad_batches > 0))
         if done % trainer.accumulate_grad_batches:
             return
         # The epoch's last step is followed by validation; Lightning takes up that state only from there.
         last = done == trainer.num_training_batches
         look = module.device.type == "cpu" or last or trainer.global_step % LOOK_EVERY == 0
-        asked, due, bad = self._agree(bool(self._asked), self._due(), look and _bad(outputs))
-        if (asked or due) and not look and not last:
-            (bad,) = self._agree(_bad(outputs))
+        asked, due, bad = self._agree(self._asked, self._due(), self._badness() if look else 0)
+        if (asked or due) and not look:
+            (bad,) = self._agree(self._badness())
         if bad:
-            rate = f"recipe.learning_rate={module.recipe.learning_rate:g}"
-            where = f"the loss at step {trainer.global_step} (epoch {trainer.current_epoch + 1}) is no number"
-            raise UserError(f"{rate}: {where}: lower it, or raise recipe.warmup_epochs")
+            self._give_up(module.recipe, NEVER - bad, trainer.current_epoch)
         if not last:
-            self._act(trainer, asked, due)
+            self._act(trainer, bool(asked), bool(due))
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Forget that an earlier attempt began this validation; it would be noted as begun twice."""
@@ -82,22 +98,23 @@ class Boundary(pl.Callback):
             return
         self._validating = True
         try:
-            asked, due = self._agree(bool(self._asked), self._due())
-            self._act(trainer, asked, due)
+            asked, due = self._agree(self._asked, self._due())
+            self._act(trainer, bool(asked), bool(due))
         finally:
             self._validating = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save, and stop if asked to and something is left to do."""
-        (asked,) = self._agree(bool(self._asked))
+        (asked,) = self._agree(self._asked)
         more = trainer.current_epoch + 1 < (trainer.max_epochs or 0)
-        self._act(trainer, asked and more, True)
+        self._act(trainer, bool(asked) and more, True)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what a later attempt must know."""
         checkpoint["accumulate"] = trainer.accumulate_grad_batches
+        checkpoint["identity"] = self._identity
         if self._validating:
             # Note it as one that was cut off in its first step: Lightning then runs it all again.
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
@@ -105,16 +122,52 @@ class Boundary(pl.Callback):
             progress["total"], progress["current"] = {**nothing, "ready": 1, "started": 1}, nothing
             progress["is_last_batch"] = False
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count in parts of a step as there are now. It is saved between steps, so they come out whole."""
+        was, now = checkpoint["accumulate"], trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            late = counts["processed"] - counts["completed"]  # 1 within a hook: it counts the last behind it
+            counts |= {name: counts[name] // was * now for name in ("ready", "started", "processed")}
+            counts["completed"] = counts["processed"] - late
+
     def _due(self) -> bool:
         return time.monotonic() - self._saved > self._every
 
-    def _agree(self, *mine: bool) -> list[bool]:
-        """Return for each question whether any rank says yes."""
+    def _agree(self, *mine: object) -> list[int]:
+        """Return for each question the largest answer of any rank; an answer is an integer, or yes or no."""
+        answers = [answer if type(answer) is int else int(bool(answer)) for answer in mine]
         if self._group is None:
-            return list(mine)
-        votes = torch.tensor(mine, dtype=torch.int32)
+            return answers
+        votes = torch.tensor(answers, dtype=torch.int32)
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
-        return [bool(vote) for vote in votes.tolist()]
+        return [int(vote) for vote in votes.tolist()]
+
+    def _note(self, outputs: Any, step: int) -> None:
+        """Keep the first bad step on the device, so that nobody waits for a loss."""
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if self._bad is None:
+            self._bad = torch.full((), NEVER, device=loss.device)
+        self._bad = torch.where(torch.isfinite(loss.detach()), self._bad, self._bad.clamp(max=step))
+
+    def _badness(self) -> int:
+        """Return 0, or more the earlier a loss was no number. Waits for the device."""
+        return 0 if self._bad is None else NEVER - int(self._bad)
+
+    def _give_up(self, recipe: Recipe, step: int, epoch: int) -> None:
+        names = self._names(step - 1)
+        path = self._path.parents[1] / "bad_batch.txt"
+        if self._writes:
+            with replacing(path) as file:
+                file.write(("\n".join(names) + "\n").encode())
+        some = ", ".join(names[:2]) + (f" and {len(names) - 2} more in {path}" if len(names) > 2 else "")
+        raise UserError(
+            f"recipe.learning_rate={recipe.learning_rate:g}: the loss at step {step} (epoch {epoch + 1}) is "
+            "no number: lower it, or raise recipe.warmup_epochs; the checkpoint from before stands; "
+            f"the step's images: {some}"
+        )
 
     def _act(self, trainer: pl.Trainer, asked: bool, due: bool) -> None:
         if asked or due:
@@ -123,8 +176,3 @@ class Boundary(pl.Callback):
         if asked:
             by = self._asked.signal.name if self._asked.signal else "a signal to another rank"
             raise Interrupted(f"stopped by {by} after step {trainer.global_step}, which is saved")
-
-
-def _bad(outputs: Any) -> bool:
-    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-    return not bool(torch.isfinite(loss))

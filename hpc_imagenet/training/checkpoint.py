@@ -28,7 +28,25 @@ class Checkpoint:
 
     path: Path
     step: int  # steps done
-    accumulate: int  # parts of a step; Lightning counts parts
+    identity: dict[
+        str, Any
+    ]  # of what it is a training: recipe, model, data, seed; and code, which may differ
+
+
+def differing(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return what two identities do not have in common, each as `recipe.epochs is 90 there and 30 here`.
+
+    The state of the code is told, not compared: a run outlives a fix.
+    """
+    found = []
+    for name in sorted({*there, *here} - ({"code"} if not prefix else set())):
+        one, other = there.get(name), here.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differing(one, other, f"{prefix}{name}.")
+        elif one != other:
+            words = ["not set" if value is None else str(value) for value in (one, other)]
+            found.append(f"{prefix}{name} is {words[0]} there and {words[1]} here")
+    return found
 
 
 class Writer(TorchCheckpointIO):
@@ -69,7 +87,7 @@ def newest(folder: Path) -> Checkpoint | None:
         try:
             # Mapped, not read: enough to see that the archive has its end and where the training was.
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return Checkpoint(path, int(content["global_step"]), int(content["accumulate"]))
+            return Checkpoint(path, int(content["global_step"]), dict(content["identity"]))
         except Exception as error:  # a damaged file may make unpickling raise anything
             broken.append(f"{path} cannot be read ({(str(error).splitlines() or [''])[0][:80]})")
             print(f"warning: {broken[-1]}: trying the one before", file=sys.stderr, flush=True)

@@ -1,98 +1,235 @@
-"""From keys to batches: read by address, decode, transform, stack; by worker processes or right here."""
+"""From keys to batches: read by address, decode, resize, each image written once into its batch.
+
+Threads do it, not processes: reading, decoding and resizing leave Python free, so that a batch is made where
+it is wanted, in page-locked memory where there is a GPU. Nothing is pickled, copied or left in /dev/shm, and
+the index is there once. `python benchmarks/loader.py` measures both.
+"""
 
 from __future__ import annotations
 
-import io
+import os
 import random
-import signal
-from collections.abc import Sequence
-from typing import Protocol
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 from hpc_imagenet.datastore.store import Split
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.training import gpu
+from hpc_imagenet.training.decode import Encoded
+from hpc_imagenet.training.gpu import Piece
 from hpc_imagenet.training.sampler import PADDING, Key
-from hpc_imagenet.world import cpus as cpus
+from hpc_imagenet.training.transforms import View, render
 
 Batch = tuple[Tensor, Tensor]  # uint8 [images, 3, size, size] in channels_last order, int64 [images]
+_Prepared = tuple[Batch, list[Key], list[Piece]]  # a batch, what it is of, what is left to be decoded
+
+AHEAD = 2  # batches in the making while one is worked on
+CPU = torch.device("cpu")
+PART = 8  # images that a thread takes at a time, so that all work on the batch that is wanted next
 
 
-LINGER = 30  # s that a worker outlives SIGTERM; Slurm's own KillWait is as long
+class Batches:
+    """A split of which batches are made.
 
+    Args:
+        split: the images.
+        view: what of each is looked at; or several, one an epoch.
+        seed: of its randomness.
+        skip: whether an image that cannot be read becomes black, with the label of padding, which counts
+            nowhere; or is an error.
+        on_gpu: whether ordinary JPEGs are left to be decoded on the device.
 
-class View(Protocol):
-    """What turns a decoded picture into the one that is trained on."""
+    Attributes:
+        skipped: names of the images that could not be read.
+        spent: images so far, and the seconds that threads have worked on them, added up.
+    """
 
-    @property
-    def size(self) -> int:
-        """Px, both sides of the result."""
+    def __init__(
+        self, split: Split, view: View | Sequence[View], seed: int, skip: bool = False, on_gpu: bool = False
+    ) -> None:
+        self.split, self.seed, self.skip, self.on_gpu = split, seed, skip, on_gpu
+        self._views = view
+        self.skipped: set[str] = set()
+        self.spent = 0, 0.0
+        self._lock = threading.Lock()
 
-    def __call__(self, picture: Image.Image, rng: random.Random) -> Image.Image:
-        """Return an RGB picture of `size` px a side."""
+    def view(self, epoch: int) -> View:
+        """Return what is looked at in an epoch."""
+        return self._views[epoch] if isinstance(self._views, Sequence) else self._views
 
+    def empty(self, keys: Sequence[Key], pin: bool = False) -> Batch:
+        """Return a batch that `fill` has still to write; `pin`: in page-locked memory, for a GPU.
 
-class Batches(Dataset[Batch]):
-    """A split as batches: indexed by a list of keys, not by one, so that a batch is written only once."""
+        Its images are of one epoch, and so of one size.
+        """
+        size = self.view(keys[0][0]).size
+        pixels = torch.empty(len(keys), size, size, 3, dtype=torch.uint8, pin_memory=pin)
+        labels = torch.full((len(keys),), PADDING, pin_memory=pin)
+        return pixels.permute(0, 3, 1, 2), labels  # a view: channels_last without a copy
 
-    def __init__(self, split: Split, view: View, seed: int) -> None:
-        self.split, self.view, self.seed = split, view, seed
+    def fill(
+        self, batch: Batch, keys: Sequence[Key], places: Sequence[int], here: bool = False
+    ) -> list[Piece]:
+        """Write the images of `places` into their batch; padding is black and has the label -1.
 
-    def __getitem__(self, keys: Sequence[Key]) -> Batch:
-        """Return the images of `keys` in order; padding is black and has the label -1.
+        Args:
+            batch: as `empty` made it.
+            keys: of all its images.
+            places: in the batch, of the images to be written.
+            here: whether all are decoded here, whatever `on_gpu` says.
+
+        Returns:
+            those that are left to be decoded on the device.
 
         Raises:
             UserError: an image that cannot be read, by its name.
         """
-        size = self.view.size
-        pixels = torch.zeros(len(keys), size, size, 3, dtype=torch.uint8)
-        labels = torch.full((len(keys),), PADDING)
-        target = pixels.numpy()
-        for place, (epoch, index) in enumerate(keys):
-            if index != PADDING:
-                data, labels[place] = self.split.read(index)
+        begin, (pixels, labels) = time.perf_counter(), batch
+        left: list[Piece] = []
+        for place in places:
+            (epoch, index), out = keys[place], pixels[place : place + 1]
+            if index == PADDING:
+                out.zero_()
+                continue
+            data, label = self.split.read(index)
+            try:
+                image = Encoded(data)
                 rng = random.Random(f"{self.seed}/{epoch}/{index}")
-                target[place] = np.asarray(self.view(self._decode(data, index), rng))
-        return pixels.permute(0, 3, 1, 2), labels  # a view: channels_last without a copy
+                crop = self.view(epoch)(image.width, image.height, rng)
+                if self.on_gpu and image.plain and not here:
+                    left.append(Piece(place, data, crop))
+                else:
+                    render(torch.from_numpy(image.pixels(crop.source)).permute(2, 0, 1)[None], crop, out)
+                labels[place] = label
+            except ValueError as error:
+                self._corrupt(index, str(error))
+                out.zero_()
+        with self._lock:
+            images, seconds = self.spent
+            self.spent = images + len(places), seconds + time.perf_counter() - begin
+        return left
 
-    def _decode(self, data: bytes, index: int) -> Image.Image:
-        try:
-            return Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).split(" <_io")[0]  # PIL names the buffer it was given
+    def _corrupt(self, index: int, reason: str) -> None:
+        name = self.split.name(index)
+        told = f"{self.split.store.folder}: image {name} cannot be read ({reason})"
+        if not self.skip:
             raise UserError(
-                f"{self.split.store.folder}: image {self.split.name(index)} cannot be read ({reason}):"
-                " the archive it came from is damaged; download and process it again"
+                f"{told}: the archive it came from is damaged; download and process it again, or leave out"
+                " what cannot be read: loader.on_corrupt=skip"
             ) from None
+        with self._lock:
+            if name not in self.skipped:
+                self.skipped.add(name)
+                print(f"{told}: left out", flush=True)
 
 
-def loader(batches: Batches, sampler: Sampler[list[Key]], workers: int, pin: bool) -> DataLoader[Batch]:
-    """Return what yields the batches of `sampler` in its order, whatever the number of workers.
+class Loader:
+    """The batches of a sampler in its order, whatever the number of threads.
 
     Args:
         batches: the images.
-        sampler: which make up each batch.
-        workers: processes that decode; 0: the training process itself does.
-        pin: whether to put batches into page-locked memory, for a GPU.
+        sampler: which make up each batch; Lightning tells it the epoch.
+        workers: threads that decode; 0: the one that asks for a batch does.
+        device: where the batches are wanted.
+        bound: CPUs that the threads keep to; none: wherever the process may run.
     """
-    return DataLoader(
-        batches,
-        sampler=sampler,
-        batch_size=None,  # an item is a batch already
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin,
-        worker_init_fn=_leave_signals if workers else None,
-        generator=torch.Generator(),  # its own: torch's global one belongs to the model
-    )
+
+    batch_sampler = None  # Lightning asks whoever has a sampler
+
+    def __init__(
+        self,
+        batches: Batches,
+        sampler: Sampler[list[Key]],
+        workers: int,
+        device: torch.device = CPU,
+        bound: frozenset[int] = frozenset(),
+    ) -> None:
+        self.batches, self.sampler, self.workers = batches, sampler, workers
+        self.device, self.bound = device, bound
+        self._threads: ThreadPoolExecutor | None = None  # they stay over epochs
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        sampler: Any = self.sampler
+        return len(sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches from where the sampler begins.
+
+        Raises:
+            UserError: an image that cannot be read, by its name.
+        """
+        if self.device.type == "cuda":
+            return gpu.ahead(self._prepared(), self.device, self._finish)
+        return map(self._finish, self._prepared())
+
+    def _prepared(self) -> Iterator[_Prepared]:
+        """Yield batches on the host, as far as they are made there."""
+        wanted = iter(self.sampler)
+        if not self.workers:
+            for keys in wanted:
+                batch = self._empty(keys)
+                yield batch, keys, self.batches.fill(batch, keys, range(len(keys)))
+            return
+        begun: deque[tuple[Batch, list[Key], list[Future[list[Piece]]]]] = deque()
+        try:
+            while True:
+                while len(begun) <= AHEAD and (keys := next(wanted, [])):
+                    begun.append(self._begin(keys))
+                if not begun:
+                    return
+                batch, keys, parts = begun.popleft()
+                yield batch, keys, [piece for part in parts for piece in part.result()]
+        finally:  # whoever asked may have had enough
+            for _, _, parts in begun:
+                for part in parts:
+                    part.cancel()
+
+    def _begin(self, keys: list[Key]) -> tuple[Batch, list[Key], list[Future[list[Piece]]]]:
+        if self._threads is None:
+            self._threads = _threads(self.workers, self.bound)
+        batch, places = self._empty(keys), range(len(keys))
+        parts = [places[at : at + PART] for at in range(0, len(keys), PART)]
+        return batch, keys, [self._threads.submit(self.batches.fill, batch, keys, part) for part in parts]
+
+    def _empty(self, keys: list[Key]) -> Batch:
+        return self.batches.empty(keys, self.device.type == "cuda")
+
+    def _finish(self, prepared: _Prepared) -> Batch:
+        """Put a batch on its device, and decode there what is left of it."""
+        batch, keys, pieces = prepared
+        pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        try:
+            gpu.decode(pieces, pixels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # it does not say which image it is
+            self.batches.fill(batch, keys, [piece.place for piece in pieces], here=True)
+            pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        return pixels, labels
 
 
-def _leave_signals(worker: int) -> None:
-    # Slurm signals every process of a step, and a worker that dies of it takes down the step that is to be
-    # saved. So SIGTERM only sets a term: it is also how the training process ends a worker when it exits.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(LINGER))
+def _threads(count: int, bound: frozenset[int]) -> ThreadPoolExecutor:
+    """Return threads that decode: on their CPUs, and without threads of torch's own behind each."""
+    threads, before = ThreadPoolExecutor(count, "loader"), torch.get_num_threads()
+    ready = threading.Barrier(count + 1)
+
+    def settle() -> None:
+        torch.set_num_threads(1)
+        if bound:
+            os.sched_setaffinity(0, bound)  # 0: the thread that calls
+        ready.wait()
+
+    for _ in range(count):
+        threads.submit(settle)
+    ready.wait()
+    torch.set_num_threads(before)  # it is a thread's own, but new ones get what was set last
+    return threads

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from hpc_imagenet.config import Config, cluster_for
 from hpc_imagenet.errors import UserError
@@ -94,8 +95,15 @@ def device(config: Config, world: World) -> torch.device:
     )
 
 
-def placement(world: World, place: torch.device) -> dict[str, Any]:
-    """Return the trainer's arguments that put every task on its device and let them work together."""
+def placement(world: World, place: torch.device, accumulate: int, precision: str) -> dict[str, Any]:
+    """Return the trainer's arguments that put every task on its device and let them work together.
+
+    Args:
+        world: the tasks.
+        place: this task's device.
+        accumulate: parts of a step.
+        precision: Lightning's word; gradients travel in bf16 on GPUs where the network computes in it.
+    """
     on_gpu, index = place.type == "cuda", place.index or 0
     if world.nodes == 1:  # gloo then needs no name of this host, which may resolve to nothing
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -103,13 +111,15 @@ def placement(world: World, place: torch.device) -> dict[str, Any]:
         devices: int | list[int] = [index] if on_gpu else 1
     else:
         devices = list(range(max(index + 1, torch.cuda.device_count()))) if on_gpu else world.local_size
-    # Rank 0's batch norm statistics are everyone's at each step, also of validation: the checkpoint holds
-    # the whole truth, and all ranks judge the same network.
+    # Batch norm's statistics are not sent at every step: `Classifier` sends those of rank 0 before each
+    # validation, so the checkpoint holds the whole truth, and all ranks judge the same network.
     together = DDPStrategy(
         process_group_backend="nccl" if on_gpu else "gloo",
         timeout=PATIENCE,
-        broadcast_buffers=True,
+        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        static_graph=accumulate == 1,  # else the parts of a step differ: only the last one sends
+        ddp_comm_hook=bf16_compress_hook if on_gpu and precision == "bf16-mixed" else None,
     )
     return {
         "accelerator": "gpu" if on_gpu else "cpu",

@@ -14,51 +14,28 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
+from torch import nn
 
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.store import Split, Store
 from hpc_imagenet.errors import Lost, UserError
 from hpc_imagenet.runs import Progress, Run
-from hpc_imagenet.training import data, environment, model
+from hpc_imagenet.training import environment, model, weights
 from hpc_imagenet.training.account import Account
+from hpc_imagenet.training.average import Average
+from hpc_imagenet.training.blurpool import blur_before_halving
 from hpc_imagenet.training.boundary import Boundary
-from hpc_imagenet.training.checkpoint import Checkpoint, Writer, newest
-from hpc_imagenet.training.metrics import Table
+from hpc_imagenet.training.checkpoint import Checkpoint, Writer, differing, newest
+from hpc_imagenet.training.loaders import Loaders
+from hpc_imagenet.training.metrics import Table, write_classes
 from hpc_imagenet.training.module import Classifier
 from hpc_imagenet.training.preemption import Asked
 from hpc_imagenet.training.recipe import set_norm_momentum
-from hpc_imagenet.training.sampler import Share, TrainSampler, ValSampler
-from hpc_imagenet.training.transforms import TrainView, ValView
-from hpc_imagenet.world import World
+from hpc_imagenet.training.sampler import Share
+from hpc_imagenet.training.verdict import Verdict
+from hpc_imagenet.world import World, cpus
 
 LOG_EVERY = 50  # steps
-
-
-class Data(pl.LightningDataModule):
-    """The loaders of one rank. The training one begins at the trainer's step, which a checkpoint has set."""
-
-    def __init__(
-        self, config: Config, train: Split, val: Split, share: Share, workers: int, pin: bool
-    ) -> None:
-        super().__init__()
-        recipe = config.recipe
-        self.seed, self.share, self.workers, self.pin = config.seed, share, workers, pin
-        train_view = TrainView(recipe.size, recipe.crop_scale, recipe.flip)
-        self.train = data.Batches(train, train_view, config.seed)
-        self.val = data.Batches(val, ValView(recipe.val_size, recipe.val_resize), config.seed)
-
-    def train_dataloader(self) -> Any:
-        """Return the batches from here on."""
-        sampler = TrainSampler(len(self.train.split), self.seed, self.share)
-        assert self.trainer is not None
-        sampler.epoch, sampler.start = divmod(self.trainer.global_step, sampler.steps)
-        return data.loader(self.train, sampler, self.workers, self.pin)
-
-    def val_dataloader(self) -> Any:
-        """Return every image of the val split once over all ranks."""
-        share = self.share
-        sampler = ValSampler(len(self.val.split), share.images, share.rank, share.size)
-        return data.loader(self.val, sampler, self.workers, self.pin)
 
 
 def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
@@ -66,7 +43,8 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
 
     Returns:
         top1 and top5 (0 to 1) and loss (mean cross-entropy) on val; images_per_second of training, over all
-        ranks; epochs; seconds this attempt took; parameters of the network.
+        ranks; images skipped because they could not be read; epochs; seconds this attempt took; parameters
+        of the network.
 
     Raises:
         UserError: bad input, in one line.
@@ -77,9 +55,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     began = time.monotonic()
     recipe, checkpoints = config.recipe, run.folder / "checkpoints"
     place, share = environment.device(config, world), environment.share(config, world)
-    cpus = data.cpus(world)
-    workers = cpus - 1 if config.loader.workers is None else config.loader.workers
-    torch.set_num_threads(cpus)
+    torch.set_num_threads(cpus(world))
     main: Any = rank_zero_only
     main.rank = world.rank  # else Lightning guesses from variables that another job may have left
 
@@ -89,46 +65,55 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     if not steps:
         raise UserError(f"recipe.global_batch={share.batch} is more than the {len(train)} images of train")
 
-    torch.manual_seed(config.seed)
-    options = config.model
-    network = model.build(
-        options.name,
-        classes,
-        stem=options.stem,
-        size=recipe.size,
-        val_size=recipe.val_size,
-        options=options.options,
-    )
-    set_norm_momentum(network, recipe.norm_momentum)
-    module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs)
-    loaders = Data(config, train, val, share, workers, place.type == "cuda")
-    account = Account(share.batch, Progress(run) if world.main else None)
     start = newest(checkpoints)
-    if start and start.accumulate != share.accumulate:
+    identity = {
+        **config.training(),
+        "data": store.manifest.content,
+        "code": (run.attempt.submitted.get("code") or {}) if run.attempt else {},
+    }
+    if start and (other := differing(start.identity, identity)):
+        more = f" (and {len(other) - 1} more)" if other[1:] else ""
         raise UserError(
-            f"train.accumulate={share.accumulate}, but {start.path} was written with {start.accumulate}: "
-            "finish the run with that"
+            f"{start.path} is of another training: {other[0]}{more}: put it aside, or ask for what it is of"
         )
+
+    network = _network(config, classes, fresh=start is None)
+    look_every = min(LOG_EVERY, steps)
+    module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs, share, look_every)
+    if config.model.compile:
+        module.compile_networks()
+    loaders = Loaders(config, train, val, share, world, place)
+    told = run.folder / "verdict.json"
+    verdict = Verdict(config, told, cpus(world), loaders.workers, loaders.train, world)
+    account = Account(share.batch, Progress(run) if world.main else None, verdict)
+    callbacks: list[pl.Callback] = [account]
+    if recipe.ema is not None:
+        callbacks.append(Average(recipe.ema, recipe.ema_every, steps * recipe.warmup_epochs))
 
     if start and world.main:
         print(f"going on from step {start.step}", flush=True)
 
     with _quiet(), Asked() as asked:
-        boundary = Boundary(checkpoints, asked, 60 * config.train.checkpoint_every_minutes)
-        trainer = _trainer(config, run, world, place, start, min(LOG_EVERY, steps), [account, boundary])
+        every = 60 * config.train.checkpoint_every_minutes
+        callbacks.append(Boundary(checkpoints, asked, every, identity, loaders.names, world.main))
+        callbacks.append(verdict)  # last: all that the others do is no waiting for data
+        trainer = _trainer(config, run, world, place, start, look_every, callbacks)
         path = start.path if start else None
         try:
             trainer.fit(module, datamodule=loaders, ckpt_path=path, weights_only=True)
             if "val_top1" not in trainer.callback_metrics:  # it was finished before
                 trainer.loggers = []  # who know it
                 trainer.validate(module, datamodule=loaders, verbose=False)
-        except UserError as error:
-            # One from a loader's worker process comes as its whole traceback; the last line is ours.
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix(_PREFIX)) from None
+        except torch.OutOfMemoryError:
+            raise UserError(_too_much(share, trainer.global_step, place)) from None
         except RuntimeError as error:
             if world.size > 1 and (gone := environment.lost(error)):
                 raise Lost(gone) from error
             raise
+    skipped = loaders.skipped()
+    counted = module.tally.compute()["counts"]
+    if world.main:
+        write_classes(run.folder / "val_classes.csv", store.manifest.classes, counted)
     if dist.is_initialized():
         dist.destroy_process_group()
     metrics = trainer.callback_metrics
@@ -137,13 +122,47 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
         "top5": float(metrics["val_top5"]),
         "loss": float(metrics["val_loss"]),
         "images_per_second": account.images_per_second,
+        "skipped": skipped,
         "epochs": recipe.epochs,
         "seconds": time.monotonic() - began,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
 
 
-_PREFIX = f"{UserError.__module__}.{UserError.__qualname__}: "
+def _network(config: Config, classes: int, fresh: bool) -> nn.Module:
+    """Return the backbone as the recipe wants it; `fresh` if no checkpoint follows that has its weights."""
+    torch.manual_seed(config.seed)
+    options, recipe = config.model, config.recipe
+    network = model.build(
+        options.name,
+        classes,
+        stem=options.stem,
+        size=recipe.size,
+        val_size=recipe.val_size,
+        start_size=recipe.start_size,
+        options=options.options,
+    )
+    if recipe.blurpool and not blur_before_halving(network):
+        raise UserError(f"recipe.blurpool=true: {options.name} has no convolution that it would change")
+    set_norm_momentum(network, recipe.norm_momentum)
+    fits = weights.load(network, options.name, options.weights) if options.weights and fresh else True
+    if not fits:
+        print(f"model.weights={options.weights}: of other classes, so the classifier begins anew", flush=True)
+    if recipe.freeze:
+        weights.freeze(network)
+    return network
+
+
+def _too_much(share: Share, step: int, place: torch.device) -> str:
+    """Say that the memory of the device is too small, and what would need about half of it."""
+    each = share.batch // share.size
+    smaller = [parts for parts in range(2 * share.accumulate, each + 1) if each % parts == 0]
+    mend = f"train.accumulate={smaller[0]} takes {each // smaller[0]}" if smaller else "take a smaller model"
+    device = torch.cuda.get_device_name(place) if place.type == "cuda" else "this machine"
+    return (
+        f"out of memory at step {step + 1}: {share.images} images at a time are too many for {device}: {mend}"
+        + (" at a time and is the same training" if smaller else "")
+    )
 
 
 def _split(store: Store, name: str, classes: int) -> Split:
@@ -164,12 +183,12 @@ def _trainer(
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
     step = start.step if start else 0
-    arguments = environment.placement(world, place)
-    check = run.fence.check if run.fence else lambda: None
-    arguments["plugins"].append(Writer(check))
     precision: Any = config.recipe.precision
     if precision == "auto":
         precision = "bf16-mixed" if place.type == "cuda" else "32-true"
+    arguments = environment.placement(world, place, config.train.accumulate, precision)
+    check = run.fence.check if run.fence else lambda: None
+    arguments["plugins"].append(Writer(check))
     trainer = pl.Trainer(
         **arguments,
         precision=precision,
@@ -213,6 +232,7 @@ def _quiet() -> Iterator[None]:
                 ".*dataloader is not resumable.*",  # the sampler is
                 ".*`srun` command is available.*",  # the world is known
                 ".*LeafSpec.*is deprecated.*",  # torch to Lightning
+                ".*in eval mode at the start of training.*",  # by recipe.freeze
             ):
                 warnings.filterwarnings("ignore", message=advice)
             yield

@@ -1,25 +1,82 @@
-"""metrics.csv: one line a look at the training, the same file over all attempts at a run.
+"""What is counted in a validation, and the two tables that tell it.
 
-Lightning's own CSV logger begins a new file (or deletes the old one) whenever a run goes on.
+metrics.csv      one line a look at the training, the same file over all attempts at a run: Lightning's own
+                 CSV logger begins a new file (or deletes the old one) whenever a run goes on
+val_classes.csv  one line a class, of the last validation
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+from torchmetrics import Metric
 
+from hpc_imagenet.datastore.manifest import Category
 from hpc_imagenet.durable import replacing
+from hpc_imagenet.training.sampler import PADDING
 
 COLUMNS = (
     *("step", "epoch"),  # steps done; epoch from 0
     *("train_loss", "learning_rate", "images_per_second"),
     *("val_top1", "val_top5", "val_loss"),  # shares of 1; mean cross-entropy
 )
+
+
+class Tally(Metric):
+    """Images, hits among the first and the first five, and loss, class by class; exact over all ranks."""
+
+    full_state_update = False
+    counts: Tensor
+    loss: Tensor
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(3, classes, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("loss", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            logits: [batch, classes].
+            labels: [batch]; what is `PADDING` does not count.
+            losses: [batch].
+        """
+        known = labels != PADDING
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        hits = torch.stack([known, ranked[:, 0] & known, ranked.any(1) & known]).long()
+        self.counts.index_add_(1, labels.clamp(min=0), hits)
+        self.loss += losses.where(known, 0).double().sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return top1 and top5 (shares of 1), the mean loss and counts [3: images, top-1, top-5; classes]."""
+        images, top1, top5 = self.counts.sum(1).double()
+        return {
+            "top1": top1 / images,
+            "top5": top5 / images,
+            "loss": self.loss / images,
+            "counts": self.counts,
+        }
+
+
+def write_classes(path: Path, classes: Sequence[Category], counts: Tensor) -> None:
+    """Write `val_classes.csv`: id, names and images of each class, and the shares of 1 that were right."""
+    text = io.StringIO()
+    lines = csv.writer(text)
+    lines.writerow(["label", "id", "names", "images", "top1", "top5"])
+    for label, (category, (images, *hits)) in enumerate(zip(classes, counts.T.tolist(), strict=True)):
+        shares = [f"{hit / images:.4f}" if images else "" for hit in hits]
+        lines.writerow([label, category.wnid, ", ".join(category.names), images, *shares])
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
 
 
 class Table(Logger):

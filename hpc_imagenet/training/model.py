@@ -36,6 +36,7 @@ def build(
     stem: str = "auto",
     size: int = 224,
     val_size: int | None = None,
+    start_size: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Return the untrained backbone, drawn from torch's global generator.
@@ -46,6 +47,7 @@ def build(
         stem: standard, small or auto (small where `size` ≤ 64).
         size: px, side of the training images.
         val_size: px, side of the validation images; None: the same.
+        start_size: px, side of the training images at first; None: the same.
         options: for torchvision's constructor.
 
     Returns:
@@ -72,6 +74,7 @@ def build(
             _shrink_stem(model)
     _check_size(model, name, "recipe.size", size)
     _check_size(model, name, "recipe.val_size", val_size or size)
+    _check_size(model, name, "recipe.start_size", start_size or size)
     return model
 
 

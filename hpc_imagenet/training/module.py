@@ -1,22 +1,22 @@
-"""What one step does: normalise, forward, loss, metrics. Where and how often is the trainer's matter."""
+"""What one step does: augment, normalise, forward, loss. Where and how often is the trainer's matter."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from hpc_imagenet.config import Recipe
+from hpc_imagenet.training.average import averaging
 from hpc_imagenet.training.data import Batch
+from hpc_imagenet.training.metrics import Tally
+from hpc_imagenet.training.mixing import Mixing
 from hpc_imagenet.training.recipe import optimizer, rate
-from hpc_imagenet.training.sampler import PADDING
+from hpc_imagenet.training.sampler import PADDING, Share
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, RGB, 0 to 1
 AUXILIARY = 0.3  # weight of an auxiliary head's loss, Szegedy et al. 2014
@@ -31,61 +31,118 @@ class Classifier(pl.LightningModule):
         recipe: what decides the result.
         seed: of dropout and its like; every step draws from (seed, step, rank).
         steps: of the whole training.
+        share: of this rank in a step.
+        look_every: steps between two looks at loss and learning rate; each may make a GPU wait.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, classes: int, recipe: Recipe, seed: int, steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: int,
+        recipe: Recipe,
+        seed: int,
+        steps: int,
+        share: Share,
+        look_every: int = 1,
+    ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.recipe, self.seed, self.steps = recipe, seed, steps
+        self.average = averaging(self.model) if recipe.ema is not None else None
+        self.recipe, self.seed, self.steps, self.look_every = recipe, seed, steps, look_every
+        self.parts = share.accumulate
+        self.mixing = Mixing(recipe, classes, seed, share)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
-        exact: dict[str, Any] = {"average": "micro", "ignore_index": PADDING, "validate_args": False}
-        self.top1 = MulticlassAccuracy(classes, top_k=1, **exact)
-        self.top5 = MulticlassAccuracy(classes, top_k=min(5, classes), **exact)
-        self.loss = MeanMetric()
+        self.tally = Tally(classes)
+        self.train()
 
-    def forward(self, images: Tensor) -> Any:
-        """Return what the backbone makes of uint8 images [batch, 3, size, size]."""
-        return self.model((images - self.mean) / self.std)
+    def compile_networks(self) -> None:
+        """Let torch compile the forward passes, at each one's first call; names of weights stay."""
+        for network in (self.model, self.average):
+            if network is not None:
+                network.compile(dynamic=False)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Switch as usual; where only the classifier trains, all else stays as in evaluation.
+
+        Norms would go on counting otherwise, and dropout would hide what the classifier learns from.
+        """
+        super().train(mode)
+        if self.recipe.freeze:
+            self.model.eval()
+        return self
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Return uint8 images as float with mean 0 and deviation 1, on ImageNet's average."""
+        return (images - self.mean) / self.std
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make dropout and its like a function of where we are, so that nothing of it needs saving."""
-        place = [self.seed, self.trainer.current_epoch, batch_idx, self.global_rank]
+        place = [self.seed, self.trainer.global_step, batch_idx % self.parts, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one device batch."""
         images, labels = batch
-        heads = self(images)
+        step = self.trainer.global_step
+        images = self.normalised(self.mixing.pixels(images, step, batch_idx % self.parts))
+        images, labels = self.mixing.normalised(images, labels, step, batch_idx % self.parts)
+        heads = self.model(images)
         logits, *others = heads if isinstance(heads, tuple) else (heads,)
         loss = self._cross_entropy(logits, labels)
         for auxiliary in others:
             if auxiliary is not None:
                 loss = loss + AUXILIARY * self._cross_entropy(auxiliary, labels)
-        self.log("train_loss", loss.detach())
-        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        if (step + 1) % self.look_every == 0:
+            self.log("train_loss", loss.detach())
+            self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        """Return the mean over what counts: not what was left out, nor its share of a mix."""
+        if labels.ndim == 1:
+            counts = (labels != PADDING).float()
+        else:
+            counts = labels.sum(1)
+            labels = labels / counts.clamp(min=1e-6)[:, None]
+        smoothing = self.recipe.label_smoothing
+        losses = F.cross_entropy(
+            logits, labels, reduction="none", ignore_index=PADDING, label_smoothing=smoothing
+        )
+        return (losses * counts).sum() / counts.sum().clamp(min=1)
+
+    def on_validation_epoch_start(self) -> None:
+        """Count from zero, on all ranks for the same network: that with rank 0's batch norm statistics."""
+        self.tally.reset()
+        if self.trainer.world_size > 1:
+            for buffer in self.buffers():
+                dist.broadcast(buffer, 0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count one device batch; padding counts nothing."""
         images, labels = batch
-        logits = self(images).float()
+        network = self.model if self.average is None else self.average
+        images = self.normalised(images)
+        logits = network(images).float()
+        if self.recipe.val_flip:
+            logits = (logits + network(images.flip(-1)).float()) / 2
         losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=PADDING)
-        self.loss.update(losses, (labels != PADDING).float())
-        self.top1.update(logits, labels)
-        self.top5.update(logits, labels)
-        for name, metric in (("top1", self.top1), ("top5", self.top5), ("loss", self.loss)):
-            self.log(f"val_{name}", metric, on_step=False, on_epoch=True)
+        self.tally.update(logits, labels, losses)
+
+    def on_validation_epoch_end(self) -> None:
+        """Add up over all ranks."""
+        counted = self.tally.compute()
+        self.log_dict({f"val_{name}": counted[name] for name in ("top1", "top5", "loss")})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the recipe's optimizer, its learning rate set anew at every step."""
-        chosen = optimizer(self.model, self.recipe)
-        warmup = self.recipe.warmup_epochs * self.steps / self.recipe.epochs
-        schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: rate(step, self.steps, warmup))
+        recipe, steps = self.recipe, self.steps
+        chosen = optimizer(self.model, recipe)
+        warmup = recipe.warmup_epochs * steps / recipe.epochs
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            chosen, lambda step: rate(step, steps, warmup, recipe.schedule)
+        )
         return {"optimizer": chosen, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

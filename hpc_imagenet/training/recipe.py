@@ -21,22 +21,25 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": spared, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    fused = all(p.is_cuda for p in parameters)  # one kernel for all tensors
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate)
-    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=fused)
+    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, fused=fused)
 
 
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Return the learning rate of a step as a share of its peak: linear up, then half a cosine to zero.
+def rate(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
+    """Return the learning rate of a step as a share of its peak: straight up, then down to zero.
 
     Args:
         step: from 0.
         steps: of the whole training.
-        warmup: steps of the linear part, which begins at one step's rise, not at 0.
+        warmup: steps of the rise, which begins at one step's rise, not at 0.
+        schedule: cosine (half a wave) or linear, of the way down.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
+    done = (step - warmup) / max(1.0, steps - warmup)
+    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_norm_momentum(model: nn.Module, momentum: float | None) -> None:

@@ -23,6 +23,7 @@ from hpc_imagenet.backbones import BACKBONES
 from hpc_imagenet.config import near
 from hpc_imagenet.datastore.store import Split, Store
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.training import weights
 
 BATCH = 64  # images
 
@@ -84,47 +85,27 @@ def _load(wanted: str, classes: int) -> tuple[str, nn.Module, Any, tuple[float, 
         raise UserError(f"--weights {wanted}: {name} is unknown{near(name, BACKBONES)}")
     if file:
         return f"{name} ({file})", _from_file(name, Path(file).expanduser(), classes), _preset(name), None
-    weights = _on_disk(name, version)
-    known = len(weights.meta["categories"])
+    published, _ = weights.cached(name, version, f"--weights {wanted}")
+    known = len(published.meta["categories"])
     if known != classes:
         raise UserError(
             f"--weights {wanted}: its weights know {known} classes, but the dataset has {classes}"
         )
-    metrics = weights.meta["_metrics"].get("ImageNet-1K", {})
-    published = (metrics["acc@1"] / 100, metrics["acc@5"] / 100) if metrics else None
-    return f"{name}:{weights.name}", models.get_model(name, weights=weights), weights.transforms(), published
-
-
-def _on_disk(name: str, version: str) -> Any:
-    """Return the weights that torchvision would not have to download; the newest without a version."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    every = list(models.get_model_weights(name))
-    asked = [one for one in every if version in ("", one.name)]
-    if not asked:
-        raise UserError(f"--weights {name}:{version} is unknown; one of: {', '.join(w.name for w in every)}")
-    asked.sort(key=lambda one: one != models.get_model_weights(name).DEFAULT)
-    for one in asked:
-        if (folder / one.url.rsplit("/", 1)[-1]).is_file():
-            return one
-    raise UserError(
-        f"--weights {name}: not on disk: put {' or '.join(one.url for one in asked)} into {folder}, "
-        f"or give --weights {name}=FILE"
-    )
+    metrics = published.meta["_metrics"].get("ImageNet-1K", {})
+    told = (metrics["acc@1"] / 100, metrics["acc@5"] / 100) if metrics else None
+    model: nn.Module = models.get_model(name, weights=published)
+    return f"{name}:{published.name}", model, published.transforms(), told
 
 
 def _from_file(name: str, path: Path, classes: int) -> nn.Module:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"--weights {name}={path}: no such file") from None
-    except Exception as error:  # torch meets nonsense with errors of many kinds
-        raise UserError(f"--weights {name}={path}: not a file of weights ({_first_line(error)})") from None
+    said = f"--weights {name}={path}"
+    state = weights.read(path, said)
     model: nn.Module = models.get_model(name, weights=None, num_classes=classes)
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--weights {name}={path}: is not {name} for {classes} classes ({_first_line(error)})"
+            f"{said}: is not {name} for {classes} classes ({weights.first_line(error)})"
         ) from None
     return model
 
@@ -133,8 +114,3 @@ def _preset(name: str) -> Any:
     """Return how the newest published weights want their pictures."""
     published = list(models.get_model_weights(name))
     return published[-1].transforms() if published else ImageClassification(crop_size=224)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 else lines[0]).rstrip(".") if lines else type(error).__name__

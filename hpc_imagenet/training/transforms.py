@@ -1,6 +1,8 @@
-"""What happens to a picture between its file and the batch; all of it on the CPU, in 8 bits.
+"""What happens to a picture between its file and the batch; all of it in 8 bits.
 
-The random ones take their randomness as an argument, so a picture looks the same whoever decodes it.
+A view says where the result comes from before anything is decoded, so that only that part need be. The random
+ones take their randomness as an argument, so a picture looks the same whoever decodes it. Resizing is torch's
+antialiased bilinear filter, on average 0.02 grey levels from Pillow's: `python benchmarks/loader.py`.
 """
 
 from __future__ import annotations
@@ -8,13 +10,41 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-from PIL import Image
+import torch
+from torch import Tensor
 
 Box = tuple[int, int, int, int]  # px: left, upper, right, lower
 
 ASPECT = (3 / 4, 4 / 3)  # of a random crop, Szegedy et al. 2015
 TRIES = 10
+
+
+class Crop(NamedTuple):
+    """From a picture to a square of it.
+
+    The pixels within `source` are resized to `width` x `height`; of that the square whose upper left corner
+    is `left`, `upper` is taken (px), and mirrored or not.
+    """
+
+    source: Box
+    width: int
+    height: int
+    left: int = 0
+    upper: int = 0
+    mirrored: bool = False
+
+
+class View(Protocol):
+    """What of a picture is looked at, and how."""
+
+    @property
+    def size(self) -> int:
+        """Px, both sides of the result."""
+
+    def __call__(self, width: int, height: int, rng: random.Random) -> Crop:
+        """Return what is taken of a picture of that size (px)."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +55,10 @@ class TrainView:
     scale: float
     flip: float
 
-    def __call__(self, picture: Image.Image, rng: random.Random) -> Image.Image:
-        """Return a picture of `size` px a side."""
-        box = random_box(picture.width, picture.height, self.scale, rng)
-        view = picture.crop(box).resize((self.size, self.size), Image.Resampling.BILINEAR)
-        mirrored = rng.random() < self.flip
-        return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else view
+    def __call__(self, width: int, height: int, rng: random.Random) -> Crop:
+        """Return what is taken of a picture of that size (px)."""
+        box = random_box(width, height, self.scale, rng)
+        return Crop(box, self.size, self.size, mirrored=rng.random() < self.flip)
 
 
 @dataclass(frozen=True)
@@ -40,19 +68,43 @@ class ValView:
     size: int
     resize: int
 
-    def __call__(self, picture: Image.Image, rng: random.Random) -> Image.Image:
-        """Return a picture of `size` px a side."""
-        width, height = picture.size
+    def __call__(self, width: int, height: int, rng: random.Random) -> Crop:
+        """Return what is taken of a picture of that size (px)."""
         # The long side is cut to whole px and the crop rounded as in torchvision, whose weights' published
-        # accuracies we want to meet. PIL's bilinear filter is antialiased.
+        # accuracies we want to meet.
         if width <= height:
-            width, height = self.resize, int(self.resize * height / width)
+            wide, high = self.resize, int(self.resize * height / width)
         else:
-            width, height = int(self.resize * width / height), self.resize
-        left, upper = round((width - self.size) / 2), round((height - self.size) / 2)
-        if (width, height) != picture.size:
-            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-        return picture.crop((left, upper, left + self.size, upper + self.size))
+            wide, high = int(self.resize * width / height), self.resize
+        left, upper = round((wide - self.size) / 2), round((high - self.size) / 2)
+        if (wide, high) == (width, height):  # nothing to resize, so the rest need not be decoded
+            return Crop((left, upper, left + self.size, upper + self.size), self.size, self.size)
+        return Crop((0, 0, width, height), wide, high, left, upper)
+
+
+def render(pixels: Tensor, crop: Crop, out: Tensor) -> None:
+    """Write what `crop` makes of the pixels of its source.
+
+    Args:
+        pixels: uint8 [1, 3, height, width] of the source, in channels_last order, on the CPU.
+        crop: what to make of them.
+        out: uint8 [1, 3, size, size], in channels_last order.
+    """
+    size, resized = out.shape[-1], (crop.height, crop.width)
+    if pixels.shape[-2:] != resized:
+        # What interpolate(antialias=True) calls; that has no `out`, and would write each image twice.
+        exact = resized == (size, size)
+        target = out if exact else torch.empty(0, dtype=torch.uint8)
+        _resize(pixels, resized, False, None, None, out=target)
+        pixels = target
+    view = pixels[..., crop.upper : crop.upper + size, crop.left : crop.left + size]
+    if crop.mirrored:
+        out.copy_(view.flip(-1))
+    elif view.data_ptr() != out.data_ptr():
+        out.copy_(view)
+
+
+_resize = torch.ops.aten._upsample_bilinear2d_aa.out
 
 
 def random_box(width: int, height: int, scale: float, rng: random.Random) -> Box:

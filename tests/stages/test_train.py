@@ -57,7 +57,9 @@ def test_a_training_from_the_datastore_to_the_result(tmp_path: Path, run: Run) -
     write_version(tmp_path / "datastores" / "digits" / "v1")
     result = train.run(config_of(tmp_path), run, World())
     assert json.loads(json.dumps(result)) == result
-    assert {"top1", "top5", "loss", "images_per_second", "epochs", "seconds", "parameters"} == set(result)
+    assert {"top1", "top5", "loss", "images_per_second", "skipped", "epochs", "seconds", "parameters"} == set(
+        result
+    )
     assert result["top5"] == 1  # of two classes
     assert (run.folder / "checkpoints" / "last.ckpt").exists()
 

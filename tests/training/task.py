@@ -26,6 +26,10 @@ def main(store: str, folder: str, place: str) -> None:
         config.model.options = {"dropout": setting["dropout"]}
     if "model" in setting:
         config.model.name = setting["model"]
+    for name, value in setting.get("recipe", {}).items():
+        setattr(config.recipe, name, value)
+    if "accumulate" in setting:
+        config.train.accumulate = setting["accumulate"]
     if setting.get("save_every_step"):
         config.train.checkpoint_every_minutes = 1e-9
     original = Boundary.on_train_batch_end

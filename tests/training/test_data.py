@@ -1,29 +1,67 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import shutil
+import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
-from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.datastore.store import Split, Store
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.training.data import Batches, cpus, loader
-from hpc_imagenet.training.sampler import PADDING, Share, TrainSampler
-from hpc_imagenet.training.transforms import TrainView, ValView, random_box
-from hpc_imagenet.world import World
+from hpc_imagenet.training.data import Batch, Batches, Loader
+from hpc_imagenet.training.sampler import PADDING, Key, Share, TrainSampler, ValSampler
+from hpc_imagenet.training.transforms import Crop, TrainView, ValView, View, random_box, render
+from hpc_imagenet.world import World, cpus, own_cpus
 
 VIEW = TrainView(16, 0.3, 0.5)
 
 
+def batch(split: Split, view: View, seed: int, keys: list[Key]) -> Batch:
+    batches = Batches(split, view, seed)
+    made = batches.empty(keys)
+    assert not batches.fill(made, keys, range(len(keys)))
+    return made
+
+
+def drawn(picture: Image.Image, crop: Crop, size: int) -> np.ndarray:
+    """What `crop` makes of a picture, [size, size, 3]."""
+    source = np.array(picture.crop(crop.source))
+    out = torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    render(torch.from_numpy(source).permute(2, 0, 1)[None], crop, out)
+    return out[0].permute(1, 2, 0).numpy()
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Soft forms with hard edges and grain."""
+    bits = np.random.default_rng(width)
+    coarse = bits.integers(0, 256, (height // 20 + 2, width // 20 + 2, 3), np.uint8)
+    soft = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), float)
+    soft[height // 3 :, width // 2 :] = 255 - soft[height // 3 :, width // 2 :]
+    return Image.fromarray((soft + bits.normal(0, 8, (height, width, 1))).clip(0, 255).astype(np.uint8))
+
+
+def spoil(store: Store, folder: Path, split: str, *images: int) -> Store:
+    """Copy a datastore, and overwrite some of its images."""
+    shutil.copytree(store.folder, folder)
+    for image in images:
+        offset, length, *_ = store.split(split).index[image].item()
+        with (folder / f"{split}.tar").open("r+b") as file:
+            file.seek(offset)
+            file.write(b"\0" * length)
+    return Store(folder)
+
+
 def test_a_batch_holds_the_pictures_of_its_keys(tiny: Store) -> None:
     split = tiny.split("val")
-    pixels, labels = Batches(split, ValView(32, 32), 0)[[(0, 4), (0, PADDING), (0, 2)]]
+    pixels, labels = batch(split, ValView(32, 32), 0, [(0, 4), (0, PADDING), (0, 2)])
     assert pixels.shape == (3, 3, 32, 32)
     assert pixels.dtype == torch.uint8
     assert pixels.is_contiguous(memory_format=torch.channels_last)
@@ -35,23 +73,120 @@ def test_a_batch_holds_the_pictures_of_its_keys(tiny: Store) -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone(tiny: Store) -> None:
     split = tiny.split("train")
-    once = Batches(split, VIEW, 7)[[(1, 5), (1, 6)]][0]
-    again = Batches(split, VIEW, 7)[[(1, 6), (1, 5)]][0]
+    once = batch(split, VIEW, 7, [(1, 5), (1, 6)])[0]
+    again = batch(split, VIEW, 7, [(1, 6), (1, 5)])[0]
     assert torch.equal(once[0], again[1])
     assert torch.equal(once[1], again[0])
-    for other in (Batches(split, VIEW, 8)[[(1, 5)]][0], Batches(split, VIEW, 7)[[(2, 5)]][0]):
+    for other in (batch(split, VIEW, 8, [(1, 5)])[0], batch(split, VIEW, 7, [(2, 5)])[0]):
         assert not torch.equal(once[0], other[0])
 
 
-def test_workers_change_nothing(tiny: Store) -> None:
-    def seen(workers: int) -> list[torch.Tensor]:
-        batches = Batches(tiny.split("train"), VIEW, 0)
-        return [p for p, _ in loader(batches, TrainSampler(40, 0, Share(8)), workers, pin=False)]
+def test_the_number_of_threads_changes_nothing(tiny: Store) -> None:
+    split = tiny.split("train")
 
-    here, there = seen(0), seen(2)
-    assert len(here) == len(there) == 5
-    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
-    assert there[0].is_contiguous(memory_format=torch.channels_last)
+    def seen(workers: int) -> list[Batch]:
+        loader = Loader(Batches(split, VIEW, 0), TrainSampler(40, 0, Share(20)), workers)
+        assert len(loader) == 2
+        return [one for _ in range(2) for one in loader]  # an epoch twice over
+
+    here = seen(0)
+    for workers in (1, 2, 5):
+        there = seen(workers)
+        assert len(here) == len(there) == 4
+        for (pixels, labels), (others, names) in zip(here, there, strict=True):
+            assert torch.equal(pixels, others)
+            assert torch.equal(labels, names)
+            assert others.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_that_were_handed_out_stay_as_they_are(tiny: Store) -> None:
+    loader = Loader(Batches(tiny.split("train"), VIEW, 0), TrainSampler(40, 0, Share(4)), 2)
+    kept, copies = [], []
+    for pixels, _ in loader:
+        kept.append(pixels)
+        copies.append(pixels.clone())
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_no_more_is_made_ahead_than_two_batches(tiny: Store) -> None:
+    asked: list[int] = []
+
+    class Told(TrainSampler):
+        def __iter__(self):
+            for keys in super().__iter__():
+                asked.append(len(keys))
+                yield keys
+
+    iterator = iter(Loader(Batches(tiny.split("train"), VIEW, 0), Told(40, 0, Share(4)), 2))
+    next(iterator)
+    assert len(asked) == 3
+    next(iterator)
+    assert len(asked) == 4
+
+
+def test_epochs_leave_nothing_behind(tiny: Store) -> None:
+    """Neither threads, files nor memory, also where an epoch was left in its middle."""
+    loader = Loader(Batches(tiny.split("train"), VIEW, 0), TrainSampler(40, 0, Share(8)), 2)
+    process = psutil.Process()
+
+    def epoch() -> tuple[int, int]:
+        list(loader)
+        next(iter(loader))
+        return threading.active_count(), process.num_fds()
+
+    first = epoch()
+    before = process.memory_info().rss
+    assert {epoch() for _ in range(15)} == {first}
+    assert process.memory_info().rss - before < 8e6  # 600 images and 150 batches later
+
+
+def test_torchs_own_threads_stay_the_trainings(tiny: Store) -> None:
+    torch.set_num_threads(2)
+    list(Loader(Batches(tiny.split("train"), VIEW, 0), TrainSampler(40, 0, Share(8)), 2))
+    counts = [torch.get_num_threads()]
+    other = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert counts == [2, 2]
+
+
+def test_threads_keep_to_their_cpus(tiny: Store) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    seen = set()
+
+    class Watched(Batches):
+        def fill(self, batch, keys, places):
+            seen.add(frozenset(os.sched_getaffinity(0)))
+            return super().fill(batch, keys, places)
+
+    before = os.sched_getaffinity(0)
+    batches = Watched(tiny.split("train"), VIEW, 0)
+    list(Loader(batches, TrainSampler(40, 0, Share(8)), 2, bound=frozenset({cpu})))
+    assert seen == {frozenset({cpu})}
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (30, 20), (1, 1), (700, 9)])
+def test_pictures_are_resized_as_by_pillow(size: tuple[int, int]) -> None:
+    """On average within 0.25 grey levels, and nowhere more than 3 off."""
+    picture, rng = photo(*size), random.Random(1)
+    for _ in range(8):
+        crop = TrainView(96, 0.08, 0.5)(*size, rng)
+        expected = picture.crop(crop.source).resize((96, 96), Image.Resampling.BILINEAR)
+        if crop.mirrored:
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        off = np.abs(drawn(picture, crop, 96).astype(int) - np.asarray(expected).astype(int))
+        assert off.mean() < 0.25
+        assert off.max() <= 3
+
+
+def test_resizing_is_torchs_own() -> None:
+    """The operator is not public, the function in front of it is."""
+    picture = photo(120, 90)
+    source = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    expected = F.interpolate(source, (64, 64), mode="bilinear", antialias=True)
+    found = drawn(picture, Crop((0, 0, 120, 90), 64, 64), 64)
+    assert np.array_equal(found, expected[0].permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (64, 64), (640, 10), (1, 1)])
@@ -68,37 +203,94 @@ def test_random_boxes_lie_inside_and_have_the_area(size: tuple[int, int]) -> Non
         assert len(set(boxes)) > 250
 
 
-def test_val_view_is_torchvisions() -> None:
+@pytest.mark.parametrize("size", [(50, 37), (37, 51), (40, 40), (32, 41), (45, 32)])
+def test_val_view_is_torchvisions(size: tuple[int, int]) -> None:
     from torchvision.transforms import v2
 
-    rng = np.random.default_rng(0)
-    for width, height in ((50, 37), (37, 51), (40, 40)):
-        picture = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
-        expected = v2.CenterCrop(28)(v2.Resize(32)(picture))
-        assert np.array_equal(np.asarray(ValView(28, 32)(picture, random.Random(0))), np.asarray(expected))
+    picture = photo(*size)
+    expected = np.asarray(v2.CenterCrop(28)(v2.Resize(32)(picture)))
+    found = drawn(picture, ValView(28, 32)(*size, random.Random(0)), 28)
+    off = np.abs(found.astype(int) - expected.astype(int))
+    assert off.mean() < 0.25
+    assert off.max() <= (0 if min(size) == 32 else 3)
 
 
 def test_flip_is_a_mirror_with_its_chance() -> None:
-    picture = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
-    plain, mirror = (np.asarray(TrainView(16, 1, flip)(picture, random.Random(1))) for flip in (0, 1))
+    picture = photo(16, 16)
+    plain, mirror = (drawn(picture, TrainView(16, 1, flip)(16, 16, random.Random(1)), 16) for flip in (0, 1))
     assert np.array_equal(plain[:, ::-1], mirror)
+    rng = random.Random(2)
+    chances = [TrainView(16, 1, 0.3)(16, 16, rng).mirrored for _ in range(1000)]
+    assert 250 < sum(chances) < 350
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_named(tiny: Store, tmp_path: Path, workers: int) -> None:
-    shutil.copytree(tiny.folder, tmp_path / "v1")
-    offset, length, *_ = tiny.split("train").index[7].item()
-    with (tmp_path / "v1" / "train.tar").open("r+b") as file:
-        file.seek(offset)
-        file.write(b"\0" * length)
-    batches = Batches(Store(tmp_path / "v1").split("train"), VIEW, 0)
-    iterator: Any = iter(loader(batches, TrainSampler(40, 0, Share(8)), workers, pin=False))
+    split = spoil(tiny, tmp_path / "v1", "train", 7).split("train")
     with pytest.raises(UserError) as caught:
-        list(iterator)
-    if workers:
-        iterator._shutdown_workers()
-    line = str(caught.value).splitlines()[-1]
-    assert f"{tmp_path}/v1: image train_0007.JPEG cannot be read (cannot identify image file)" in line
+        list(Loader(Batches(split, VIEW, 0), TrainSampler(40, 0, Share(8)), workers))
+    line = f"{tmp_path}/v1: image train_0007.JPEG cannot be read (cannot identify image file): "
+    assert str(caught.value).startswith(line)
+    assert "loader.on_corrupt=skip" in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_left_out_and_counted(
+    tiny: Store, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = spoil(tiny, tmp_path / "v1", "val", 3, 12).split("val")
+    batches = Batches(split, ValView(32, 32), 0, skip=True)
+    loader = Loader(batches, ValSampler(13, 4), workers)
+    for _ in range(2):
+        pixels, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        expected = [tiny.split("val").read(i)[1] for i in range(13)]
+        expected[3] = expected[12] = PADDING
+        assert labels.tolist() == expected
+        assert [i for i, image in enumerate(pixels) if not image.any()] == [3, 12]
+    assert batches.skipped == {"val_0003.JPEG", "val_0012.JPEG"}
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2  # once each
+    assert all("cannot be read (cannot identify image file): left out" in line for line in told)
+
+
+class Tampered(Split):
+    """A split of which one image is another one."""
+
+    def __init__(self, split: Split, image: int, data: bytes) -> None:
+        super().__init__(split.store, split.index)
+        self.image, self.data = image, data
+
+    def read(self, i: int) -> tuple[bytes, int]:
+        return (self.data, 9) if i == self.image else super().read(i)
+
+
+def through(split: Split, on_gpu: bool, skip: bool = False) -> Batch:
+    batches = Batches(split, TrainView(24, 0.3, 0.5), 0, skip, on_gpu)
+    return next(iter(Loader(batches, TrainSampler(40, 0, Share(40)), 2)))
+
+
+def test_what_is_left_to_a_gpu_is_the_same_batch(tiny: Store) -> None:
+    """The way of `loader.decode=gpu`, with a CPU as the device: floats instead of bytes when resizing."""
+    buffer = io.BytesIO()
+    photo(40, 30).save(buffer, "PNG")  # which no GPU decodes
+    split = Tampered(tiny.split("train"), 11, buffer.getvalue())
+    (pixels, labels), (others, names) = through(split, False), through(split, True)
+    assert torch.equal(labels, names)
+    off = (pixels.int() - others.int()).abs()
+    assert off.max() <= 3
+    assert off.float().mean() < 0.25
+    assert pixels.float().std() > 10
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_gpu_names_an_unreadable_image_as_well(tiny: Store, on_gpu: bool) -> None:
+    split = tiny.split("train")
+    cut = Tampered(split, 5, split.read(5)[0][:300])
+    with pytest.raises(UserError, match=r"image train_0005.JPEG cannot be read"):
+        through(cut, on_gpu)
+    pixels, labels = through(cut, on_gpu, skip=True)
+    assert (labels == PADDING).sum() == 1
+    assert not pixels[labels == PADDING].any()
 
 
 def test_cpus_are_those_of_the_allocation() -> None:
@@ -109,3 +301,14 @@ def test_cpus_are_those_of_the_allocation() -> None:
     )  # Slurm may be told of more than there are
     assert cpus(World(size=2, local_size=2), {}) == max(1, mine // 2)
     assert cpus(World(size=2, local_size=2), {"SLURM_PROCID": "0"}) == mine
+
+
+def test_tasks_that_are_not_bound_share_the_cpus_of_their_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7, 12, 13, 14, 15})
+    env = {"SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "4", "SLURM_CPUS_ON_NODE": "8"}
+    assert own_cpus(World(2, 4, 0, 2, 1), env) == {4, 5, 6, 7}
+    assert own_cpus(World(3, 4, 1, 2, 1), env) == {12, 13, 14, 15}
+    assert not own_cpus(World(), env)  # alone
+    assert not own_cpus(World(0, 2, 0, 2), {})  # nobody says that others keep off
+    assert not own_cpus(World(0, 2, 0, 2), {**env, "SLURM_CPUS_ON_NODE": "16"})  # bound by srun, or not ours
+    assert not own_cpus(World(0, 4, 0, 4), env)  # they do not go round

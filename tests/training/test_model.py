@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -9,7 +10,10 @@ from torchvision import models
 
 from hpc_imagenet.backbones import BACKBONES
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.training.average import averaging, update
+from hpc_imagenet.training.blurpool import blur_before_halving
 from hpc_imagenet.training.model import _probe, build
+from hpc_imagenet.training.weights import classifier, freeze
 
 # One of each family, small enough to run a step here.
 SMALL = (
@@ -34,6 +38,15 @@ def test_small_backbones_take_a_step_on_small_images(name: str) -> None:
     assert logits.shape == (2, 7)
     logits.square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+    # And with every option that changes the network.
+    blur_before_halving(model)
+    average = averaging(model)
+    update(average, model, 0.9)
+    freeze(model)
+    model.zero_grad()
+    model.eval()(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    learning = {key for key, p in model.named_parameters() if p.grad is not None}
+    assert learning == {f"{classifier(model)}.weight", f"{classifier(model)}.bias"}
 
 
 @pytest.mark.slow
@@ -46,6 +59,9 @@ def test_large_backbones_have_the_right_shapes(name: str, size: int) -> None:
         model = build(name, 7, size=size)
     assert _probe(model, size).shape == (2, 7)
     assert model.training
+    assert model.get_submodule(classifier(model)).weight.shape[0] == 7
+    blur_before_halving(model)
+    assert _probe(model, size).shape == (2, 7)
 
 
 def test_windows_that_must_divide_are_told() -> None:
@@ -131,3 +147,34 @@ def test_no_warning_reaches_the_log() -> None:
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("error")
         build("googlenet", 10)
+
+
+@pytest.mark.parametrize(("name", "halvings"), [("resnet50", 6), ("mobilenet_v3_small", 4), ("vit_b_16", 0)])
+def test_blur_stands_before_what_halves(name: str, halvings: int) -> None:
+    with torch.device("meta"):
+        model = build(name, 7, size=224)
+    before = list(model.state_dict())
+    assert blur_before_halving(model) == halvings
+    assert list(model.state_dict()) == before  # published weights still fit
+    assert _probe(model, 224).shape == (2, 7)
+
+
+def test_blur_makes_a_shift_matter_less() -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(16, 4, 1, stride=2)
+    blurred = copy.deepcopy(plain)
+    assert blur_before_halving(nn.Sequential(blurred)) == 1
+    images = torch.randn(1, 16, 32, 32)
+    constant = torch.ones(1, 16, 9, 9)
+    torch.testing.assert_close(blurred(constant)[..., 1:-1, 1:-1], plain(constant)[..., 1:-1, 1:-1])
+
+    def change(layer: nn.Module) -> float:
+        with torch.no_grad():
+            return float((layer(images) - layer(images.roll(1, -1)))[..., 1:-1, 1:-1].abs().mean())
+
+    assert change(blurred) < 0.5 * change(plain)
+
+
+def test_a_size_to_begin_with_must_fit_too() -> None:
+    with pytest.raises(UserError, match=r"recipe.start_size=160 .*vit_b_16"), torch.device("meta"):
+        build("vit_b_16", 7, size=224, start_size=160)

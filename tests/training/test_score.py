@@ -85,7 +85,7 @@ def test_refuses_in_one_line(few: Store, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "hub" / "checkpoints" / FILE).write_bytes(b"x")
     for wanted, words in (
         ("resnet5", "unknown; near: resnet50"),
-        ("resnet18", "not on disk: put https://"),
+        ("resnet18", "not on disk, .* wget -P .* https://"),
         (f"{NAME}:V9", "one of: IMAGENET1K_V1"),
         (NAME, "know 1000 classes, but the dataset has 6"),
         (f"{NAME}={tmp_path / 'none.pth'}", "no such file"),

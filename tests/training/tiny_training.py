@@ -71,6 +71,7 @@ def _composed() -> Config:
 
 
 def tiny_config(**recipe: Any) -> Config:
+    """Two epochs of five steps on images of 16 px; `recipe` changes that."""
     config = copy.deepcopy(_composed())
     config.seed, config.workspace = 3, "unused"
     config.stage.name, config.loader.workers = "train", 0

@@ -1,0 +1,310 @@
+"""What our training loop costs beside a plain PyTorch loop, and what saving and going on cost.
+
+    python benchmarks/train_step.py [--windows 3] [--steps 20] [--timm-benchmark PATH/benchmark.py]
+
+Ours is the whole of `training.fit`: Lightning, metrics, boundary, verdict and record. Only its loader is
+replaced, by one batch that lies on the device already; the plain loop gets the same. Windows take turns, so
+that a busy moment of the machine meets both. On a GPU four backbones follow, eager and compiled, beside
+timm's own benchmark script where its path is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the stage does
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpc_imagenet.compose import compose
+from hpc_imagenet.config import Config
+from hpc_imagenet.errors import Interrupted
+from hpc_imagenet.runs import Run
+from hpc_imagenet.training import fit as training
+from hpc_imagenet.training import model
+from hpc_imagenet.training.account import Account
+from hpc_imagenet.training.module import MEAN, STD
+from hpc_imagenet.training.recipe import optimizer, rate
+from hpc_imagenet.world import World
+
+CLASSES = 1000
+WARM = 3  # steps before a window begins
+BACKBONES = ("resnet18", "resnet50", "convnext_tiny", "vit_b_16")
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A step to be measured."""
+
+    name: str  # of the backbone
+    batch: int  # images
+    size: int  # px
+    device: torch.device
+    steps: int  # a window
+    compiled: bool = False
+
+    def config(self) -> Config:
+        """Return a run's config, of one epoch."""
+        steps = {"epochs": 1, "global_batch": self.batch, "warmup_epochs": 0}
+        sizes = {"size": self.size, "val_size": self.size, "val_resize": self.size}
+        words = [f"recipe.{key}={value}" for key, value in {**steps, **sizes}.items()]
+        gpus = int(self.device.type == "cuda")
+        place = ["cluster=here", f"cluster.gpus_per_node={gpus}", "loader.workers=0", "dataset=digits"]
+        named = [f"model={self.name}", f"model.compile={self.compiled}", "model.stem=standard"]
+        return compose([*place, *named, "recipe=standard90", *words])[0]
+
+    def data(self) -> Batch:
+        """Return the batch, on the device."""
+        torch.manual_seed(0)
+        images = torch.randint(0, 256, (self.batch, 3, self.size, self.size), dtype=torch.uint8)
+        images = images.to(self.device, memory_format=torch.channels_last)
+        return images, torch.randint(0, CLASSES, (self.batch,)).to(self.device)
+
+    def wait(self) -> None:
+        """Let the device finish what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Resident:
+    """A loader of one batch, again and again."""
+
+    def __init__(self, batch: Batch, length: int) -> None:
+        self.batch, self.length = batch, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter([self.batch] * self.length)
+
+
+class Images:
+    """As much of a datastore as a training looks at when its loader is another."""
+
+    def __init__(self, count: int) -> None:
+        self.folder = Path("memory")
+        names = [SimpleNamespace(wnid=f"n{i:08d}", names=(str(i),)) for i in range(CLASSES)]
+        self.manifest = SimpleNamespace(classes=names, content="memory")
+        self.index = {"label": np.zeros(count, np.int64)}
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def split(self, name: str) -> Images:
+        """Return itself, for either."""
+        return self
+
+
+def fit(
+    task: Task, config: Config, steps: int, run: Run, hook: Callable[[Account, Any], None]
+) -> dict[str, Any]:
+    """Train `steps` steps by ours; `hook` is called behind each."""
+    batch, original = task.data(), Account.on_train_batch_end
+
+    def noting(self: Account, trainer: Any, *rest: Any) -> None:
+        original(self, trainer, *rest)
+        hook(self, trainer)
+
+    def loader(self: training.Loaders) -> Resident:
+        return Resident(batch, steps)
+
+    with (
+        mock.patch.object(Account, "on_train_batch_end", noting),
+        mock.patch.object(training.Loaders, "train_dataloader", loader),
+        mock.patch.object(training.Loaders, "val_dataloader", return_value=Resident(batch, 1)),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        store: Any = Images(steps * task.batch)
+        return training.fit(config, store, run, World())
+
+
+@contextlib.contextmanager
+def new_run() -> Iterator[Run]:
+    with tempfile.TemporaryDirectory(prefix="hpc-imagenet-step-") as folder:
+        yield Run(Path(folder))
+
+
+def ours(task: Task) -> float:
+    """Return the s a step of one window of ours."""
+    times: dict[int, float] = {}
+
+    def hook(_: Account, trainer: Any) -> None:
+        if trainer.global_step in (WARM, WARM + task.steps):
+            task.wait()
+            times[trainer.global_step] = time.perf_counter()
+
+    with new_run() as run:
+        fit(task, task.config(), WARM + task.steps, run, hook)
+    return (times[WARM + task.steps] - times[WARM]) / task.steps
+
+
+def plain(task: Task) -> float:
+    """Return the s a step of one window of a loop of a dozen lines."""
+    recipe, steps = task.config().recipe, WARM + task.steps
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    network = model.build(task.name, CLASSES, stem="standard", size=task.size)
+    network = network.to(task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if task.compiled:
+        network.compile(dynamic=False)
+    mean, std = (255 * torch.tensor(value, device=task.device).view(3, 1, 1) for value in (MEAN, STD))
+    chosen = optimizer(network, recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: rate(step, steps, 0))
+    on_gpu, begin = task.device.type == "cuda", 0.0
+    for step, (images, labels) in enumerate(Resident(task.data(), steps)):
+        if step == WARM:
+            task.wait()
+            begin = time.perf_counter()
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
+            loss = F.cross_entropy(network((images - mean) / std), labels)
+        chosen.zero_grad()
+        loss.backward()
+        chosen.step()
+        schedule.step()
+    task.wait()
+    return (time.perf_counter() - begin) / task.steps
+
+
+@dataclass
+class Row:
+    """One thing measured."""
+
+    name: str
+    ways: dict[str, Callable[[], float]]  # name of the way: one window, in s a step
+    images: int
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def measure(self, windows: int) -> None:
+        """Let the ways take turns."""
+        for _ in range(windows):
+            for way, window in self.ways.items():
+                self.seconds.setdefault(way, []).append(window())
+
+    def tell(self) -> None:
+        """Print a line a way; the last figure is the time beside the first way's."""
+        medians = {way: statistics.median(times) for way, times in self.seconds.items()}
+        first = next(iter(medians.values()))
+        for way, times in self.seconds.items():
+            spread = f"{min(times) * 1000:9.1f} {max(times) * 1000:9.1f}"
+            figures = f"{medians[way] * 1000:9.1f} {spread} {self.images / medians[way]:10.1f}"
+            print(f"{self.name:32} {way:22} {figures} {medians[way] / first:9.3f}", flush=True)
+
+
+def saving(task: Task, repeats: int) -> None:
+    """Print what a checkpoint costs, and going on from it beyond a fresh start."""
+    saves, fresh, again, megabytes = [], [], [], 0.0
+    for _ in range(repeats):
+        with new_run() as run:
+            begun: list[float] = []
+            fit_begins = time.perf_counter()
+
+            def hook(_: Account, trainer: Any, begun: list[float] = begun) -> None:
+                begun.append(time.perf_counter())
+                if len(begun) == 2:
+                    os.kill(os.getpid(), signal.SIGUSR2)
+
+            with contextlib.suppress(Interrupted):
+                fit(task, task.config(), 4, run, hook)
+            saves.append(time.perf_counter() - begun[1])
+            fresh.append(begun[0] - fit_begins)
+            megabytes = (run.folder / "checkpoints" / "last.ckpt").stat().st_size / 1e6
+            begun.clear()
+            begun.append(0.0)  # so that nothing stops it again
+            begun.append(0.0)
+            fit_begins = time.perf_counter()
+            fit(task, task.config(), 4, run, hook)
+            again.append(begun[2] - fit_begins)
+    save, first, on = (statistics.median(times) for times in (saves, fresh, again))
+    print(
+        f"{task.name}: saved ({megabytes:.0f} MB) and stopped in {save:.2f} s; until the end of a first step"
+    )
+    print(f"  {first:.2f} s from nothing, {on:.2f} s from the checkpoint")
+    print(
+        f"  save + resume: {save + max(0.0, on - first):.2f} s beyond the process start (median of {repeats})"
+    )
+
+
+def timm_rate(script: Path, task: Task) -> float:
+    """Return the s a step of timm's own benchmark script."""
+    words = ["--bench", "train", "--model", task.name, "-b", str(task.batch), "--img-size", str(task.size)]
+    words += ["--amp", "--amp-dtype", "bfloat16", "--channels-last", "--opt", "momentum"]
+    words += ["--torchcompile"] if task.compiled else []
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout[done.stdout.index("--result") + len("--result") :])
+    return task.batch / float(result["train_samples_per_sec"])
+
+
+def on_gpu(device: torch.device, batch: int, size: int, options: argparse.Namespace) -> list[Row]:
+    rows = []
+    for name in BACKBONES:
+        for compiled in (False, True):
+            task = Task(name, batch, size, device, options.steps, compiled)
+            ways = {"plain PyTorch": lambda task=task: plain(task), "ours": lambda task=task: ours(task)}
+            if options.timm_benchmark:
+                ways["timm's benchmark.py"] = lambda task=task: timm_rate(options.timm_benchmark, task)
+            kind = "compiled" if compiled else "eager"
+            rows.append(Row(f"{name}, {batch} x {size} px, {kind}", ways, batch))  # type: ignore[arg-type]
+    return rows
+
+
+def machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{cpu}, {cores} CPU cores, {memory:.0f} GiB, {gpu}, load {load:.1f} at the start"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--windows", type=int, default=3, help="of each row (3)")
+    parser.add_argument("--steps", type=int, default=20, help="of a window (20)")
+    parser.add_argument("--batch", type=int, default=16, help="images of a step on the CPU (16)")
+    parser.add_argument("--size", type=int, default=128, help="px of the images on the CPU (128)")
+    parser.add_argument("--gpu-batch", type=int, default=256, help="images of a step on a GPU (256)")
+    parser.add_argument("--timm-benchmark", type=Path, help="timm's benchmark.py, as a peer on a GPU")
+    options = parser.parse_args()
+    versions = (torch.__version__, __import__("pytorch_lightning").__version__)
+    print(machine())
+    print(f"Python {platform.python_version()}, torch {versions[0]}, pytorch-lightning {versions[1]}")
+    columns = " ".join(f"{name:>9}" for name in ("median", "min", "max"))
+    print(f"{'ms a step':32} {'':22} {columns} {'images/s':>10} {'/ plain':>9}   ({options.windows} windows)")
+    cpu = Task("resnet18", options.batch, options.size, torch.device("cpu"), options.steps)
+    kind = f"resnet18, {cpu.batch} x {cpu.size} px, CPU"
+    rows = [Row(kind, {"plain PyTorch": lambda: plain(cpu), "ours": lambda: ours(cpu)}, cpu.batch)]
+    if torch.cuda.is_available():
+        rows += on_gpu(torch.device("cuda", 0), options.gpu_batch, 224, options)
+    for row in rows:
+        row.measure(options.windows)
+        row.tell()
+    if not torch.cuda.is_available():
+        for name in BACKBONES:
+            print(f"{name}, {options.gpu_batch} x 224 px, eager and compiled: no GPU")
+    saving(Task("resnet50", 4, 64, torch.device("cpu"), 1), options.windows)
+
+
+if __name__ == "__main__":
+    main()

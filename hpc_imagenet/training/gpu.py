@@ -1,0 +1,86 @@
+"""Batches on their way into a GPU: copied while it works on the one before; decoded there, if so asked for.
+
+nvJPEG decodes a list of JPEGs at once. It rounds and smooths colours in its own way, so its pixels are not
+quite those of libjpeg-turbo: a training that decodes there is another run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from hpc_imagenet.training.transforms import Crop
+
+Batch = tuple[Tensor, Tensor]
+Prepared = TypeVar("Prepared")
+
+
+class Piece(NamedTuple):
+    """An image that is still to be decoded into its place in a batch."""
+
+    place: int
+    data: bytes
+    crop: Crop
+
+
+def ahead(
+    prepared: Iterable[Prepared], device: torch.device, finish: Callable[[Prepared], Batch]
+) -> Iterator[Batch]:
+    """Yield what `finish` makes of each batch, on a stream of its own while the one before is worked on.
+
+    Args:
+        prepared: batches on the host.
+        device: a GPU.
+        finish: puts one there, without waiting for it.
+    """
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting: tuple[Batch, torch.cuda.Event] | None = None
+    for one in prepared:
+        with torch.cuda.stream(stream):
+            sent = finish(one), stream.record_event()
+        if waiting:
+            yield _received(*waiting)
+        waiting = sent
+    if waiting:
+        yield _received(*waiting)
+
+
+def _received(batch: Batch, sent: torch.cuda.Event) -> Batch:
+    now = torch.cuda.current_stream(batch[0].device)
+    now.wait_event(sent)
+    for tensor in batch:
+        tensor.record_stream(now)  # else its memory is given away while this stream still reads it
+    return batch
+
+
+def decode(pieces: Sequence[Piece], pixels: Tensor) -> None:
+    """Decode and resize images where `pixels` lies, and write them into their places.
+
+    Args:
+        pieces: JPEGs.
+        pixels: uint8 [images, 3, size, size].
+
+    Raises:
+        RuntimeError: one of them cannot be decoded.
+    """
+    if not pieces:
+        return
+    encoded = [torch.frombuffer(bytearray(piece.data), dtype=torch.uint8) for piece in pieces]
+    size = pixels.shape[-1]
+    images = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=pixels.device)
+    for piece, image in zip(pieces, images, strict=True):
+        crop = piece.crop
+        left, upper, right, lower = crop.source
+        source = image[None, :, upper:lower, left:right]
+        if source.shape[-2:] != (crop.height, crop.width):
+            shape = (crop.height, crop.width)
+            # The antialiased filter knows no bytes on a GPU.
+            resized = F.interpolate(source.float(), shape, mode="bilinear", antialias=True)
+            source = resized.round_().clamp_(0, 255)
+        view = source[..., crop.upper : crop.upper + size, crop.left : crop.left + size]
+        pixels[piece.place : piece.place + 1] = view.flip(-1) if crop.mirrored else view

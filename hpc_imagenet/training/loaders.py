@@ -1,0 +1,76 @@
+"""The batches of one rank: which images, how they are looked at, on whose threads, for which device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+
+from hpc_imagenet.config import Config
+from hpc_imagenet.datastore.store import Split
+from hpc_imagenet.training.data import Batches, Loader
+from hpc_imagenet.training.sampler import Share, TrainSampler, ValSampler, permutation
+from hpc_imagenet.training.transforms import TrainView, ValView
+from hpc_imagenet.world import World, cpus, own_cpus
+
+
+class Loaders(pl.LightningDataModule):
+    """The loaders of one rank. The training one begins at the trainer's step, which a checkpoint has set.
+
+    Args:
+        config: of the run.
+        train: the images to train on; each epoch looks at them in the size that the recipe gives it.
+        val: the images to judge by.
+        share: of this rank in a step.
+        world: the tasks.
+        place: where the batches are wanted.
+
+    Attributes:
+        workers: threads that decode; 0: the training's own does.
+    """
+
+    def __init__(
+        self, config: Config, train: Split, val: Split, share: Share, world: World, place: torch.device
+    ) -> None:
+        super().__init__()
+        recipe, asked = config.recipe, config.loader.workers
+        self.seed, self.share, self.world, self.place = config.seed, share, world, place
+        self.workers = cpus(world) - 1 if asked is None else asked
+        options = config.seed, config.loader.on_corrupt == "skip", config.loader.decode == "gpu"
+        views = [TrainView(size, recipe.crop_scale, recipe.flip) for size in recipe.sizes]
+        self.train = Batches(train, views, *options)
+        self.val = Batches(val, ValView(recipe.val_size, recipe.val_resize), *options)
+
+    def train_dataloader(self) -> Any:
+        """Return the batches from here on."""
+        sampler = TrainSampler(len(self.train.split), self.seed, self.share)
+        assert self.trainer is not None
+        sampler.epoch, sampler.start = divmod(self.trainer.global_step, sampler.steps)
+        return self._loader(self.train, sampler)
+
+    def val_dataloader(self) -> Any:
+        """Return every image of the val split once over all ranks."""
+        share = self.share
+        sampler = ValSampler(len(self.val.split), share.images, share.rank, share.size)
+        return self._loader(self.val, sampler)
+
+    def _loader(self, batches: Batches, sampler: Any) -> Loader:
+        return Loader(batches, sampler, self.workers, self.place, own_cpus(self.world))
+
+    def names(self, step: int) -> list[str]:
+        """Return the names of the images of a step (from 0), in all ranks."""
+        split, batch = self.train.split, self.share.batch
+        epoch, place = divmod(step, len(split) // batch)
+        chosen = permutation(len(split), self.seed, epoch)[place * batch : (place + 1) * batch]
+        return [split.name(i) for i in chosen.tolist()]
+
+    def skipped(self) -> int:
+        """Return how many images of both splits this attempt could not read, over all ranks."""
+        names = self.train.skipped | self.val.skipped
+        if dist.is_initialized():
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, names)
+            names = set().union(*gathered)
+        return len(names)

@@ -1,0 +1,173 @@
+"""Decoding a part of an image gives the pixels that Pillow has there."""
+
+from __future__ import annotations
+
+import io
+import random
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import encoded
+from PIL import Image
+
+from hpc_imagenet.training.decode import Encoded
+
+JPEGTRAN = shutil.which("jpegtran")
+needs_jpegtran = pytest.mark.skipif(JPEGTRAN is None, reason="no jpegtran (libjpeg-turbo-progs)")
+
+
+def pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def noisy(size: tuple[int, int], subsampling: int, **options: object) -> bytes:
+    """A JPEG whose colours differ from pixel to pixel, so that a row or a colour that is off shows."""
+    bits = np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    soft = Image.fromarray(bits).resize((2 * size[0], size[1])).crop((0, 0, *size))
+    buffer = io.BytesIO()
+    soft.save(buffer, "JPEG", quality=90, subsampling=subsampling, **options)
+    return buffer.getvalue()
+
+
+def tiled(data: bytes, interval: str) -> bytes:
+    assert JPEGTRAN
+    command = [JPEGTRAN, "-copy", "all", "-optimize", "-restart", interval]
+    return subprocess.run(command, input=data, capture_output=True, check=True).stdout
+
+
+sizes = st.tuples(st.integers(1, 90), st.integers(1, 90))
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """A picture's size, and a box inside of it."""
+    width, height = draw(sizes)
+    left, upper = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    return (width, height), (
+        left,
+        upper,
+        draw(st.integers(left + 1, width)),
+        draw(st.integers(upper + 1, height)),
+    )
+
+
+def same(data: bytes, box: tuple[int, int, int, int]) -> bool:
+    return np.array_equal(Encoded(data).pixels(box), pillow(data)[box[1] : box[3], box[0] : box[2]])
+
+
+@settings(max_examples=50, deadline=None)
+@given(parts(), st.sampled_from([0, 1, 2]), st.booleans())
+def test_a_part_has_the_pixels_of_the_whole(part, subsampling: int, progressive: bool) -> None:
+    size, box = part
+    assert same(noisy(size, subsampling, progressive=progressive), box)
+
+
+@needs_jpegtran
+@settings(max_examples=25, deadline=None)
+@given(parts(), st.sampled_from([0, 1, 2]), st.sampled_from(["1B", "2B", "3B", "1", "2"]))
+def test_a_part_of_a_tiled_picture_has_them_too(part, subsampling: int, interval: str) -> None:
+    size, box = part
+    assert same(tiled(noisy(size, subsampling), interval), box)
+
+
+@needs_jpegtran
+def test_of_a_tiled_picture_only_what_is_wanted_is_decoded() -> None:
+    """What lies outside the part may be destroyed."""
+    data = tiled(noisy((160, 160), 2), "1B")
+    scan, box = Encoded(data)._frame.scan, (100, 100, 130, 130)
+    marks = [at for at in range(scan, len(data)) if data[at] == 0xFF and 0xD0 <= data[at + 1] <= 0xD7]
+    assert len(marks) == 99
+    spoilt = bytearray(data)
+    for at in range(marks[4] + 2, marks[5]):  # in the first row of blocks
+        spoilt[at] = 0
+    left, upper, right, lower = box
+    expected = pillow(data)[upper:lower, left:right]
+    assert np.array_equal(Encoded(bytes(spoilt)).pixels(box), expected)
+    assert not np.array_equal(Encoded(bytes(spoilt)).pixels((60, 0, 100, 16)), pillow(data)[:16, 60:100])
+
+
+@needs_jpegtran
+@pytest.mark.parametrize("harm", ["missing", "number"])
+def test_damaged_restart_markers_are_left_to_pillow(harm: str) -> None:
+    data = bytearray(tiled(noisy((64, 64), 0), "1B"))
+    at = data.index(b"\xff\xd3")
+    if harm == "missing":
+        del data[at : at + 2]
+    else:
+        data[at + 1] = 0xD6
+    whole = pillow(bytes(data))
+    assert np.array_equal(Encoded(bytes(data)).pixels((40, 40, 64, 64)), whole[40:64, 40:64])
+
+
+ODD = {
+    "png named jpeg": encoded("PNG"),
+    "png with alpha": encoded("PNG", "RGBA"),
+    "bmp": encoded("BMP"),
+    "cmyk": encoded(mode="CMYK"),
+    "grey": encoded(mode="L", size=(60, 60)),
+    "progressive": encoded(size=(60, 60), progressive=True),
+    "comments behind the image": encoded(size=(60, 60)) + b"behind" * 300,
+    "restart markers that Pillow writes": encoded(size=(60, 60), restart_marker_blocks=1),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_unusual_images_are_decoded_as_pillow_does(kind: str) -> None:
+    data = ODD[kind]
+    image = Encoded(data)
+    width, height = Image.open(io.BytesIO(data)).size
+    assert (image.width, image.height) == (width, height)
+    for box in ((0, 0, width, height), (2, 3, width // 2, height // 2)):
+        assert same(data, box), box
+
+
+def test_a_turned_picture_is_not_turned() -> None:
+    """As in training so far, and everywhere: what EXIF says of the camera's position is left aside."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(size=(48, 32), exif=exif)
+    assert (Encoded(data).width, Encoded(data).height) == (48, 32)
+    assert same(data, (0, 0, 48, 32))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\0" * 5000, b"\xff\xd8", b"\xff\xd8\xff\xe0", encoded()[:200], b"BM"]
+)
+def test_what_is_no_image_is_an_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        Encoded(data).pixels((0, 0, 1, 1))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
+@pytest.mark.parametrize("lower", [16, 120])
+def test_a_picture_that_was_cut_off_is_an_error(share: float, lower: int) -> None:
+    """Even where the part that is wanted is there: every epoch would meet another part of it."""
+    data = noisy((120, 120), 2)
+    with pytest.raises(ValueError, match="truncated"):
+        Encoded(data[: int(share * len(data))]).pixels((0, 0, 16, lower))
+
+
+def test_random_damage_is_judged_as_by_pillow() -> None:
+    """The same files are errors and the others the same pictures; nothing crashes."""
+    bits = random.Random(5)
+    plain = noisy((96, 96), 2)
+    for _ in range(60):
+        data = bytearray(plain)
+        for _ in range(bits.randrange(1, 4)):
+            data[bits.randrange(len(data))] = bits.randrange(256)
+        try:
+            expected = pillow(bytes(data))
+        except (OSError, SyntaxError, ValueError):
+            expected = None
+        try:
+            image = Encoded(bytes(data))
+            found = image.pixels((0, 0, image.width, image.height)) if image.width < 1000 else None
+        except ValueError:
+            assert expected is None
+            continue
+        if found is not None and expected is not None:
+            assert np.array_equal(found, expected)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.training import weights
+from hpc_imagenet.training.model import build
+
+NAME = "shufflenet_v2_x0_5"
+FILE = "shufflenetv2_x0.5-f707e7126e.pth"  # as torchvision's cache calls it
+
+
+def network(classes: int, seed: int = 0, **options: object) -> nn.Module:
+    torch.manual_seed(seed)
+    return build(NAME, classes, size=224, **options)  # type: ignore[arg-type]
+
+
+def same(one: nn.Module, other: nn.Module) -> dict[str, bool]:
+    a, b = one.state_dict(), other.state_dict()
+    return {key: a[key].shape == b[key].shape and torch.equal(a[key], b[key]) for key in a}
+
+
+def test_a_file_gives_all_its_weights(tmp_path: Path) -> None:
+    source, target = network(7), network(7, seed=1)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    assert not all(same(source, target).values())
+    assert weights.load(target, NAME, str(tmp_path / "w.pth"))
+    assert all(same(source, target).values())
+
+
+def test_a_classifier_for_other_classes_begins_anew(tmp_path: Path) -> None:
+    source, target, fresh = network(7), network(5, seed=1), network(5, seed=1)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    assert not weights.load(target, NAME, str(tmp_path / "w.pth"))
+    told = same(source, target)
+    assert {key for key, is_same in told.items() if not is_same} == {"fc.weight", "fc.bias"}
+    assert torch.equal(target.fc.weight, fresh.fc.weight)
+
+
+def test_a_run_gives_its_average_if_it_kept_one(tmp_path: Path) -> None:
+    plain, average, target = network(7), network(7, seed=2), network(7, seed=1)
+    state = {f"model.{key}": value for key, value in plain.state_dict().items()}
+    torch.save({"state_dict": state, "global_step": 3}, tmp_path / "last.ckpt")
+    weights.load(target, NAME, str(tmp_path / "last.ckpt"))
+    assert all(same(plain, target).values())
+    state |= {f"average.{key}": value for key, value in average.state_dict().items()}
+    torch.save({"state_dict": state, "global_step": 3}, tmp_path / "last.ckpt")
+    weights.load(target, NAME, str(tmp_path / "last.ckpt"))
+    assert all(same(average, target).values())
+
+
+def test_what_torchvisions_cache_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder, target = tmp_path / "hub" / "checkpoints", network(1000, seed=1)
+    with pytest.raises(
+        UserError, match=rf"^model.weights=IMAGENET1K_V1: not on .*wget -P {folder} https://.*{FILE}$"
+    ):
+        weights.load(target, NAME, "IMAGENET1K_V1")
+    folder.mkdir(parents=True)
+    source = network(1000)
+    torch.save(source.state_dict(), folder / FILE)
+    assert weights.load(target, NAME, "IMAGENET1K_V1")
+    assert all(same(source, target).values())
+    with pytest.raises(UserError, match=rf"IMAGENET1K_V9 is unknown to {NAME}; one of: IMAGENET1K_V1"):
+        weights.load(target, NAME, "IMAGENET1K_V9")
+
+
+def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    torch.save(network(7, stem="small").state_dict(), tmp_path / "small.pth")
+    torch.save({"conv1.0.weight": torch.zeros(3)}, tmp_path / "part.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    other = build("squeezenet1_1", 7, size=224)
+    for name, line in (
+        ("part.pth", r"conv1.0.weight is 3 there and 24x3x3x3 in .*"),
+        ("list.pth", r"not a file of weights"),
+        ("text.pth", r"not a file of weights"),
+        ("none.pth", r"no such file"),
+    ):
+        with pytest.raises(UserError, match=f"model.weights={tmp_path / name}: .*{line}") as caught:
+            weights.load(network(7), NAME, str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"missing"):
+        weights.load(other, "squeezenet1_1", str(tmp_path / "small.pth"))
