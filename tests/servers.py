@@ -125,6 +125,7 @@ def sshd(folder: Path) -> Iterator[str]:
         f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\n"
         f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
         "PidFile none\nPasswordAuthentication no\nMaxStartups 100\nMaxSessions 100\n"
+        f"SetEnv HOME={folder}\n"  # whose shell reads no start-up files: they take their time, and may talk
     )
     (folder / "ssh_config").write_text(
         f"Host there\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n"

@@ -1,33 +1,28 @@
-"""A host behind ssh as the place of datastores: `user@host:/path`, by rsync, which `sh` calls.
+"""A host behind ssh as the place of datastores: `user@host:/path`, by rsync.
 
-How to reach the host (port, keys, jump hosts, shared connections) stands in ~/.ssh/config, or RSYNC_RSH names
-another command; nothing of it is a setting here, and no password is asked for. The other side needs rsync, a
-POSIX shell and the find, stat, mv and md5sum or sha256sum of GNU.
+`ssh.py` asks the host. The other side needs rsync, a POSIX shell and the find, stat, mv and md5sum or
+sha256sum of GNU.
 
 Files travel through rsync, which compares what arrived with what it read; the hash is computed here at the
 same time. What was sent before is proved over there, where it lies.
-Sources: rsync(1), "--partial-dir", "--info=progress2", "EXIT VALUES"; ssh(1), "EXIT STATUS".
+Source: rsync(1), "--partial-dir", "--ignore-times".
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
-import random
 import re
-import shlex
 import tarfile
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.ssh import Shell
 from hpc_imagenet.datastore.transport import (
     Known,
     Piece,
@@ -42,25 +37,15 @@ from hpc_imagenet.datastore.transport import (
 from hpc_imagenet.durable import sync_folder
 from hpc_imagenet.errors import UserError
 
-log = logging.getLogger(__name__)
-
 PARTIAL = ".sent-in-part"  # where rsync keeps a file that was cut off, beside its place
-PAUSE = 1.0  # s before the second try of a connection that broke, twice as long before each further one …
-LONGEST = 20.0  # … up to this
-TRIES = 7  # in a row without a byte more: about a minute in all
-FIRST_TRIES = 3  # to reach a host that was not reached yet
-TIMEOUT = 60  # s without a byte
 
-_URL = re.compile(r"((?:[^@:/]+@)?[^@:/][^@:/]*):(?!:|[^/]*@)(.+)", re.DOTALL)
-_PROGRESS = re.compile(rb"(?:^|\r|\n) *(\d+) +\d+%")
-_BROKEN = {10, 12, 30, 35, 255}  # rsync's and ssh's codes for a connection that failed or ended
+_VERSION = re.compile(r"[^/.][^/]*/v[1-9][0-9]{0,8}")
+# A file "$1" of "$3" bytes from standard input: what a broken connection leaves of it is not taken for it.
+_WRITE = 'cat > "$1" && test "$(wc -c < "$1")" -eq "$3" && sync "$1"'
 
 
 class Host:
     """A folder on another host; see `transport.Place`.
-
-    Args:
-        url: user@host:/path or host:path.
 
     Raises:
         UserError: the url has another form, or ssh or rsync is missing here.
@@ -69,63 +54,47 @@ class Host:
     folder: Path | None = None
 
     def __init__(self, url: str) -> None:
-        match = _URL.fullmatch(url)
-        if match is None or match[1].startswith("-") or "\n" in url:
-            raise UserError(
-                "datastore.url is no user@host:/path: a password, a port and :: have no place in it"
-            )
-        self.url = url.rstrip("/")
-        self._host, self._root = match[1], match[2].rstrip("/") or "/"
-        self._shell = os.environ.get("RSYNC_RSH") or "ssh -o BatchMode=yes"
-        self._reached = False
-        import sh
+        self._shell = Shell(url)
+        self.url = self._shell.url
 
-        self._errors: Any = sh.ErrorReturnCode
-        try:
-            words = shlex.split(self._shell)
-            self._ssh: Any = sh.Command(words[0]).bake(*words[1:], self._host)
-            self._rsync: Any = sh.Command("rsync").bake(
-                "-rtL", "--no-h", f"--timeout={TIMEOUT}", "--info=progress2", "-e", self._shell
-            )
-        except sh.CommandNotFound as error:
-            raise UserError(
-                f"datastore.url={url} needs {error} here: install openssh-client and rsync"
-            ) from None
+    def _run(self, script: str, *words: str, data: bytes = b"") -> bytes:
+        return self._shell.run(script, *words, data=data)
+
+    def _at(self, path: str) -> str:
+        return self._shell.at(path)
 
     def versions(self, name: str | None = None) -> list[str]:
         """Return the paths of all versions that were begun."""
-        at = f"{self._root}/{name}" if name else self._root
-        depth = 1 if name else 2
         told = self._run(
-            f"test -d {_q(at)} || exit 0; cd {_q(at)} && "
-            f"find . -mindepth {depth} -maxdepth {depth} -type d -name 'v[1-9]*' -print0"
+            'test -d "$1" || exit 0; cd "$1" && find . -mindepth $2 -maxdepth $2 -type d -printf "%P\\0"',
+            *([self._at(name), "1"] if name else [self._shell.root, "2"]),
         )
-        found = [entry.decode().removeprefix("./") for entry in told.split(b"\0") if entry]
+        found = [entry.decode() for entry in told.split(b"\0") if entry]
         paths = [f"{name}/{entry}" if name else entry for entry in found]
-        return sorted(path for path in paths if re.fullmatch(r"[^/.][^/]*/v[1-9][0-9]{0,8}", path))
+        return sorted(path for path in paths if _VERSION.fullmatch(path))
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:
         """Return the bytes of those of the files that are there, in one go, as a tar."""
         if not paths:
             return {}
         told = self._run(
-            f"cd {_q(self._root)} 2>/dev/null || exit 0; "
+            'cd "$1" 2>/dev/null || exit 0; '
             'while IFS= read -r f; do test -f "$f" && printf "%s\\0" "$f"; done | '
             "tar -cf - --null --no-recursion -T -",
-            "".join(f"{path}\n" for path in paths).encode(),
+            self._shell.root,
+            data=_lines(paths),
         )
         found = {}
         with tarfile.open(fileobj=io.BytesIO(told or bytes(1024))) as archive:
             for member in archive:
                 if file := archive.extractfile(member):
-                    found[member.name.removeprefix("./")] = file.read()
+                    found[member.name] = file.read()
         return found
 
     def files(self, path: str) -> dict[str, Stored]:
         """Return all files below `path`."""
         told = self._run(
-            f"test -d {_q(self._at(path))} || exit 0; cd {_q(self._at(path))} && "
-            "find . -type f -printf '%s %T@ %P\\0'"
+            'test -d "$1" || exit 0; cd "$1" && find . -type f -printf "%s %T@ %P\\0"', self._at(path)
         )
         entries = (entry.decode().split(" ", 2) for entry in told.split(b"\0") if entry)
         return {name: Stored(int(size), float(when)) for size, when, name in entries}
@@ -135,22 +104,21 @@ class Host:
         folder = self._at(path)
         draft = _draft(folder)
         told = self._run(
-            f"mkdir -p {_q(draft)} && cat > {_q(f'{draft}/{name}')} && sync {_q(f'{draft}/{name}')} && "
-            f"if mv -T {_q(draft)} {_q(folder)} 2>/dev/null; then echo mine; "
-            f"else rm -rf {_q(draft)}; test -d {_q(folder)}; fi",
-            data,
+            f'mkdir -p "$2" && {_WRITE} && '
+            'if mv -T "$2" "$4"; then echo mine; else rm -rf "$2"; test -d "$4"; fi',
+            *(f"{draft}/{name}", draft, str(len(data)), folder),
+            data=data,
         )
         return told == b"mine\n"
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a small file unless it is there, by a second name for one that is written."""
         target = self._at(path)
-        draft = _draft(target)
         told = self._run(
-            f"cat > {_q(draft)} && sync {_q(draft)} && "
-            f"if ln -T {_q(draft)} {_q(target)} 2>/dev/null; then echo mine; else test -e {_q(target)}; fi; "
-            f"was=$?; rm -f {_q(draft)}; exit $was",
-            data,
+            f'{_WRITE} && if ln -T "$1" "$2"; then echo mine; else test -e "$2"; fi; '
+            'was=$?; rm -f "$1"; exit $was',
+            *(_draft(target), target, str(len(data))),
+            data=data,
         )
         # The answer to a try of ours may have been lost, and the next one come too late.
         return told == b"mine\n" or self.read([path]).get(path) == data
@@ -158,16 +126,18 @@ class Host:
     def remove(self, paths: Sequence[str]) -> None:
         """Remove files, in this order."""
         self._run(
-            f'cd {_q(self._root)} && while IFS= read -r f; do rm -f "$f" || exit 1; done', _lines(paths)
+            'cd "$1" && while IFS= read -r f; do rm -f "$f" || exit 1; done',
+            self._shell.root,
+            data=_lines(paths),
         )
 
     def tidy(self, path: str) -> None:
         """Remove what rsync has kept of files that were cut off."""
-        self._run(f"cd {_q(self._at(path))} && find . -type d -name {PARTIAL} -prune -exec rm -rf {{}} +")
+        self._run('find "$1" -type d -name "$2" -prune -exec rm -rf {} +', self._at(path), PARTIAL)
 
     def clear(self, path: str, keep: str) -> None:
         """Remove all below `path` but the file `keep`."""
-        self._run(f"cd {_q(self._at(path))} && find . -mindepth 1 -not -path {_q(f'./{keep}')} -delete")
+        self._run('cd "$1" && find . -mindepth 1 -not -path "./$2" -delete', self._at(path), keep)
 
     @contextlib.contextmanager
     def turn(self, path: str, waiting: Callable[[], None]) -> Iterator[None]:
@@ -209,16 +179,9 @@ class Host:
         for again in (True, False):
             before = part.stat().st_size if part.exists() else 0
             # Compared with what is there by rsync's own sums; the hash is taken from the disk's cache.
-            self._again(
+            self._shell.rsync(
                 f"fetching {path}",
-                lambda out: self._rsync(
-                    "--inplace",
-                    f"{self._host}:{self._at(path)}",
-                    str(part),
-                    _out=out,
-                    _out_bufsize=0,
-                    _env=_environment(),
-                ),
+                ["--inplace", self._shell.there(path), str(part)],
                 lambda done, before=before: tell(max(before, done)),  # type: ignore[misc]
             )
             found = hash_of(part, file, lambda done: None)
@@ -246,10 +209,11 @@ class Host:
         for algorithm in sorted({digest_of(file).name for file in files}):
             mine = [file.path for file in files if file.hash.startswith(f"{algorithm}:")]
             told = self._run(
-                f"command -v {algorithm}sum >/dev/null || {{ echo no {algorithm}sum there >&2; exit 1; }}; "
-                f"cd {_q(self._at(path))} 2>/dev/null || exit 0; tr '\\n' '\\0' | "
-                f"xargs -0 -n 1 -P 4 {algorithm}sum -b 2>/dev/null; true",
-                _lines(mine),
+                'command -v "$2" >/dev/null || { echo "no $2 there" >&2; exit 1; }; '
+                'cd "$1" 2>/dev/null || exit 0; '
+                'tr "\\n" "\\0" | xargs -0 -n 1 -P 4 "$2" -b 2>/dev/null; true',
+                *(self._at(path), f"{algorithm}sum"),
+                data=_lines(mine),
             )
             for line in told.decode().splitlines():
                 value, _, name = line.partition(" *")
@@ -264,8 +228,8 @@ class Host:
                 continue
             target = self._at(f"{path}/{file.path}")
             told = self._run(
-                f"mkdir -p {_q(target.rpartition('/')[0])} && ln -fT {_q(self._at(older))} {_q(target)} "
-                "2>/dev/null && echo linked; true"
+                'mkdir -p "$1" && ln -fT "$2" "$3" && echo linked; true',
+                *(target.rpartition("/")[0], self._at(older), target),
             )
             if told == b"linked\n":
                 return True
@@ -282,20 +246,10 @@ class Host:
                 link.symlink_to(piece.source.absolute())
             hashing = [threads.submit(hash_of, p.source, p.file, lambda done: None) for p in pieces]
             try:
-                self._again(
-                    "sending",
-                    lambda out: self._rsync(
-                        "--ignore-times",  # what looks the same was found to be something else
-                        f"--partial-dir={PARTIAL}",
-                        "--chmod=F444",
-                        f"{staged}/",
-                        f"{self._host}:{self._at(path)}/",
-                        _out=out,
-                        _out_bufsize=0,
-                        _env=_environment(),
-                    ),
-                    tell,
-                )
+                # What looks the same was found to be something else: --ignore-times.
+                options = ["--ignore-times", f"--partial-dir={PARTIAL}", "--chmod=F444"]
+                ends = [f"{staged}/", f"{self._shell.there(path)}/"]
+                self._shell.rsync("sending", [*options, *ends], tell)
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -309,93 +263,11 @@ class Host:
                     self.remove([f"{path}/{piece.file.path}"])
                     raise changed(piece, how)
 
-    def _at(self, path: str) -> str:
-        return f"{self._root.rstrip('/')}/{path}"
-
-    def _run(self, script: str, data: bytes = b"") -> bytes:
-        """Run a script over there and return what it prints."""
-
-        def call(out: Any) -> Any:
-            return self._ssh(_q_all(script), _in=data, _return_cmd=True, _decode_errors="surrogateescape")
-
-        return bytes(self._again("asking", call, None).stdout)
-
-    def _again(self, what: str, call: Callable[[Any], Any], tell: Callable[[int], None] | None) -> Any:
-        """Call ssh or rsync, and call again while the connection breaks.
-
-        Raises:
-            UserError: it ended badly, with the last line of what it said.
-        """
-        furthest, failures = 0, 0
-
-        def out(chunk: bytes | str) -> None:
-            nonlocal furthest, failures
-            data = chunk.encode() if isinstance(chunk, str) else chunk
-            if (found := _PROGRESS.findall(data)) and tell is not None:
-                if int(found[-1]) > furthest:
-                    furthest, failures = int(found[-1]), 0
-                tell(int(found[-1]))
-
-        while True:
-            try:
-                result = call(out)
-                self._reached = True
-                return result
-            except self._errors as error:
-                words = _last_line(error.stderr)
-                code = error.exit_code
-                if code in _BROKEN and not _for_good(words):
-                    failures += 1
-                    if failures < (TRIES if self._reached else FIRST_TRIES):
-                        wait = min(LONGEST, PAUSE * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)
-                        log.warning("%s: %s: %s; again in %.1f s", self.url, what, words, wait)
-                        time.sleep(wait)
-                        continue
-                    words = f"{words}, {failures} tries in a row; what is there stays: ask again to go on"
-                raise UserError(f"datastore.url={self.url}: {what}: {words or f'exit code {code}'}") from None
-
-
-def _for_good(words: str) -> bool:
-    """Whether it makes no sense to try again."""
-    return any(
-        said in words
-        for said in (
-            "Permission denied",
-            "verification failed",
-            "Could not resolve",
-            "No space left",
-            "quota",
-        )
-    )
-
-
-def _last_line(said: bytes) -> str:
-    """Return the line that says why: the last one, or the one before rsync's own summary."""
-    lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
-    telling = [
-        line for line in lines if not line.startswith(("rsync error:", "rsync: connection unexpectedly"))
-    ]
-    full = [line for line in lines if "No space left" in line or "quota" in line]
-    return (full or telling or lines or [""])[-1]
-
 
 def _draft(path: str) -> str:
     folder, _, name = path.rpartition("/")
     return f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "LC_ALL": "C"}
-
-
 def _lines(paths: Sequence[str]) -> bytes:
     return "".join(f"{path}\n" for path in paths).encode()
-
-
-def _q(word: str) -> str:
-    return shlex.quote(word)
-
-
-def _q_all(script: str) -> str:
-    # The login shell over there may be no POSIX shell.
-    return f"exec sh -c {shlex.quote(script)}"
