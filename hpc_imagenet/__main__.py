@@ -28,7 +28,7 @@ Submit (returns at once, the work goes on in the background):
   dataset=   imagenet, digits, ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
   model=     any classification model of torchvision.models
   recipe=    standard90, demo                  seed=0        workspace=FOLDER
-  datastore.name=NAME[@vN]                     datastore.url=FOLDER
+  datastore.name=NAME[@vN]                     datastore.url=FOLDER, user@host:/path, s3://bucket/prefix
   wait=true      stay, with a live table; exit code 1 if a job failed
   dry_run=true   print what would be submitted, submit nothing
 
@@ -39,6 +39,7 @@ Look and act:
   python -m hpc_imagenet retry RUN …           go on from where it stopped
   python -m hpc_imagenet report [--json]       the leaderboard
   python -m hpc_imagenet verify [NAME …] [--quick] [--weights MODEL]   is all there, and as it was made
+  python -m hpc_imagenet datastores [list | show NAME | verify NAME | fetch NAME DIR | delete NAME@vN | sweep]
   python -m hpc_imagenet doctor [cluster=mine] is the cluster set up: a probe on its nodes, and what to set
 
 More: --cfg job (the composed config)   --config-dir FOLDER (your own conf/ beside ours)

@@ -77,6 +77,7 @@ def jobs(plan: Sequence[Job], record: Record) -> None:
     for job in plan:
         _model(job)
         _shape(job)
+        _readable(job)
         _pinned_version(job)
         if any(need in planned for need in job.needs):
             continue
@@ -131,6 +132,12 @@ def _shape(job: Job) -> None:
         )
 
 
+def _readable(job: Job) -> None:
+    """Refuse a training that would read from where no files can be opened."""
+    if job.stage == "train" and versions.remote(job.config.datastore.url):
+        versions.local(versions.locate(job.config.datastore.url), job.config.datastore.name)
+
+
 def _archives(config: Config) -> None:
     folder = Path(config.workspace) / "archives" / config.dataset.name
     files = [archive.file for archive in config.dataset.archives.values()]
@@ -168,7 +175,7 @@ def _pinned_version(job: Job) -> None:
     """Refuse an upload to a version that stands, and a datastore's name that is none."""
     store = job.config.datastore
     name, number = versions.parse(store.name)
-    if job.stage != "upload" or number not in versions.complete(store.url, name):
+    if job.stage != "upload" or number is None or number not in versions.complete(store.url, name):
         return
     if versions.open_version(replace(store, content=None)).manifest.content != store.content:
         raise UserError(

@@ -69,6 +69,7 @@ class Dataset:
 class Datastore:
     """A named, versioned dataset: `<url>/<name>/v<N>/`.
 
+    `url` is a folder, user@host:/path or s3://bucket/prefix.
     `name` may pin a version as `name@vN`. `version` and `content` are filled at submission.
     """
 
@@ -225,6 +226,14 @@ class Process:
 
 
 @dataclass
+class Upload:
+    """The upload stage; changes the speed, never what arrives."""
+
+    tasks: int = 1  # parts that run side by side, as jobs of their own
+    connections: int = 8  # requests at a time a job, to S3
+
+
+@dataclass
 class Train:
     """The train stage, as far as it does not change the result."""
 
@@ -275,6 +284,7 @@ class Config:
     loader: Loader = field(default_factory=Loader)
     download: Download = field(default_factory=Download)
     process: Process = field(default_factory=Process)
+    upload: Upload = field(default_factory=Upload)
     train: Train = field(default_factory=Train)
 
     def training(self) -> dict[str, Any]:
@@ -346,6 +356,7 @@ def check(config: Config) -> None:
     _check_process(config.process)
     _one_of("loader.decode", config.loader.decode, ("cpu", "gpu"))
     _one_of("loader.on_corrupt", config.loader.on_corrupt, ("fail", "skip"))
+    _between("upload.tasks", config.upload.tasks, 1, 9999)
     _one_of("model.stem", config.model.stem, ("auto", "standard", "small"))
     _check_recipe(config.recipe)
     recipe, cluster = config.recipe, config.cluster
@@ -367,6 +378,7 @@ def check(config: Config) -> None:
         ("train.accumulate", config.train.accumulate, 1),
         ("download.connections", config.download.connections, 1),
         ("download.retries", config.download.retries, 0),
+        ("upload.connections", config.upload.connections, 1),
         ("cluster.parallel", cluster.parallel, 1),
         ("cluster.nodes", cluster.nodes, 1),
         ("cluster.gpus_per_node", cluster.gpus_per_node, 0),
@@ -394,7 +406,8 @@ def check(config: Config) -> None:
     ):
         if above is not None and above <= 0:
             raise UserError(f"{name}={above} must be more than 0")
-    _no_secret(config.dataset.source)
+    _no_secret("dataset.source", config.dataset.source, "a login is given by download.login")
+    _no_secret("datastore.url", config.datastore.url, "boto3 and ssh find the login")
     if config.train.checkpoint_every_minutes <= 0:
         raise UserError("train.checkpoint_every_minutes must be more than 0")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.dataset.name):
@@ -409,13 +422,13 @@ def check(config: Config) -> None:
         cluster_for(config, stage)
 
 
-def _no_secret(source: str) -> None:
-    # The source is written into configs and logs, and a login in it would be as well. Nor is it shown here.
-    parts = urlsplit(source)
-    if "://" in source and ("@" in parts.netloc or parts.query or parts.fragment):
-        raise UserError(
-            "dataset.source is a URL prefix without a login, ? or #: a login is given by download.login"
-        )
+def _no_secret(setting: str, url: str, instead: str) -> None:
+    # It is written into configs and logs; a login in it would be as well. It is not shown here either.
+    parts = urlsplit(url)
+    if "://" in url and ("@" in parts.netloc or parts.query or parts.fragment):
+        raise UserError(f"{setting} is a URL prefix without a login, ? or #: {instead}")
+    if re.match(r"[^/@:]+:[^/@]*@", url):
+        raise UserError(f"{setting} has no place for a password: {instead}")
 
 
 def _check_recipe(recipe: Recipe) -> None:
@@ -440,8 +453,7 @@ def _check_process(process: Process) -> None:
         ("seed", process.seed, 0, 2**32 - 1),
         ("quality", process.quality, 1, 100),
     ):
-        if value is not None and not least <= value <= most:
-            raise UserError(f"process.{name}={value} is not between {least} and {most}")
+        _between(f"process.{name}", value, least, most)
     if process.shard_size <= 0:
         raise UserError(f"process.shard_size={process.shard_size} must be more than 0 GiB")
     if process.resize is not None and not re.fullmatch(r"(short|long):[1-9][0-9]{0,4}", process.resize):
@@ -457,6 +469,11 @@ def _check_process(process: Process) -> None:
                 raise UserError(
                     f"process.{name}={value} needs process.layout=shards: the others change no image"
                 )
+
+
+def _between(setting: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        raise UserError(f"{setting}={value} is not between {least} and {most}")
 
 
 def near(name: str, valid: tuple[str, ...] | list[str]) -> str:

@@ -81,7 +81,7 @@ def _parts(job: Job) -> list[Job]:
 
     With parts the job itself only puts together what they made; its signature is the same as without.
     """
-    count = {"process": job.config.process.tasks}.get(job.stage, 1)
+    count = {"process": job.config.process.tasks, "upload": job.config.upload.tasks}.get(job.stage, 1)
     if count == 1:
         return [job]
     parts = [

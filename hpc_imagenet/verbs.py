@@ -16,7 +16,7 @@ from hpc_imagenet.runs import Record, Run
 if TYPE_CHECKING:
     from rich.table import Table
 
-VERBS = ("jobs", "logs", "cancel", "retry", "report", "verify", "doctor")
+VERBS = ("jobs", "logs", "cancel", "retry", "report", "verify", "datastores", "doctor")
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:
@@ -24,11 +24,16 @@ def main(verb: str, arguments: Sequence[str]) -> int:
     if verb == "doctor":
         return _doctor(arguments)
     settings = [word for word in arguments if word.startswith("workspace=")]
-    options = _parser(verb).parse_args([word for word in arguments if word not in settings])
+    places = [word for word in arguments if verb == "datastores" and word.startswith("datastore.url=")]
+    options = _parser(verb).parse_args([word for word in arguments if word not in settings + places])
     default = os.environ.get("HPC_IMAGENET_WORKSPACE", "workspace")
     record = Record(Path(settings[-1].partition("=")[2] if settings else default).expanduser().absolute())
-    if not record.folder.is_dir() and verb not in ("jobs", "report", "verify"):
+    if not record.folder.is_dir() and verb not in ("jobs", "report", "verify", "datastores"):
         raise UserError(f"no runs in {record.folder.parent}: say which workspace=FOLDER holds them")
+    if verb == "datastores":
+        from hpc_imagenet import datastores
+
+        return datastores.main(record, places[-1].partition("=")[2] if places else None, options)
     act = {
         "jobs": _jobs,
         "logs": _logs,
@@ -53,6 +58,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         "retry": "Take up runs that failed or were cancelled, from where they stopped.",
         "report": "Show the leaderboard of all trainings.",
         "verify": "Hold datasets and datastores against their certificates; exit code 1 where one is wrong.",
+        "datastores": "Show datasets that jobs can train on, verify, fetch, delete them.",
         "doctor": "Say whether the cluster is set up: ask Slurm, and send a probe of a minute to its nodes.",
     }[verb]
     parser = _Parser(
@@ -71,6 +77,10 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             metavar="MODEL[:WEIGHTS][=FILE]",
             help="score torchvision's weights of a model, as they lie in its cache or in FILE, on val",
         )
+    elif verb == "datastores":
+        from hpc_imagenet import datastores
+
+        datastores.add(parser)
     elif verb == "doctor":
         parser.epilog = "The settings are those of a submission, such as cluster=mine workspace=FOLDER."
         parser.add_argument("settings", metavar="SETTING=VALUE", nargs="*")

@@ -27,7 +27,11 @@ def one(*overrides: str) -> Config:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_file_of_conf_composes_and_is_short(group: str, choice: str) -> None:
-    more = ["dataset.name=x", "dataset.source=/x"] if choice == "ilsvrc" else []
+    more = {
+        "ilsvrc": ["dataset.name=x", "dataset.source=/x"],
+        "s3": ["datastore.url=s3://bucket/x"],
+        "ssh": ["datastore.url=host:/x"],
+    }.get(choice, [])
     if choice == "auto":
         return  # stands for another file; see test_slurm.py
     plus = "+" if group == "stage" else ""

@@ -132,3 +132,13 @@ def test_parts_run_side_by_side_and_one_job_puts_them_together() -> None:
     assert last.run == next(job.run for job in whole if job.stage == "process")
     assert [job.run for job in cut if job.stage in ("upload", "train")] == [job.run for job in whole[2:]]
     assert len({job.run for job in cut}) == len(cut)
+
+
+def test_an_upload_in_parts_needs_them_all() -> None:
+    words = ["+stage=pipeline", "dataset=digits"]
+    whole, cut = jobs(*words), jobs(*words, "upload.tasks=2")
+    *parts, last = [job for job in cut if job.stage == "upload"]
+    assert [(job.config.stage.part, job.config.stage.parts) for job in parts] == [(0, 2), (1, 2)]
+    assert last.needs == tuple(job.run for job in parts)
+    assert (last.run, last.config.stage.part) == (whole[2].run, None)
+    assert cut[-1].needs == (last.run,)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hpc_imagenet.archives.remote import Broken, Changed, Origin, Refused
+from hpc_imagenet.datastore.s3 import client, one_line
 from hpc_imagenet.errors import UserError
 
 
@@ -29,28 +30,11 @@ class Bucket:
     """
 
     def __init__(self, prefix: str, timeout: float, connections: int) -> None:
-        # Imported here: a second, which nobody else has to wait for.
-        from boto3.session import Session
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-
         parts = urllib.parse.urlsplit(prefix)
         self.prefix = prefix
         self.reached = False
         self._bucket, self._folder = parts.netloc, parts.path.strip("/")
-        try:
-            self._client: Any = Session().client(
-                "s3",
-                config=Config(
-                    connect_timeout=timeout,
-                    read_timeout=timeout,
-                    max_pool_connections=connections,
-                    retries={"total_max_attempts": 1},  # tried again by us
-                    response_checksum_validation="when_required",  # the MD5 of the whole is ours
-                ),
-            )
-        except (BotoCoreError, ValueError) as error:
-            raise UserError(f"dataset.source={prefix}: {error}") from None
+        self._client: Any = client(f"dataset.source={prefix}", timeout, connections)
 
     def url(self, file: str) -> str:
         """Return the object's name, s3:// in front."""
@@ -103,9 +87,9 @@ class Bucket:
                 ) from None
             raise Refused(status) from None
         except (HTTPClientError, NotConnected) as error:
-            raise Broken(_one_line(error)) from None
+            raise Broken(one_line(error)) from None
         except BotoCoreError as error:
-            raise UserError(f"{self.url(file)}: {_one_line(error)}") from None
+            raise UserError(f"{self.url(file)}: {one_line(error)}") from None
         self.reached = True
 
 
@@ -129,12 +113,8 @@ class _Answer:
         try:
             data: bytes = self._body.read(most)
         except (BotoCoreError, OSError) as error:
-            raise Broken(_one_line(error)) from None
+            raise Broken(one_line(error)) from None
         return data
 
     def stop(self) -> None:
         """Do nothing: a read ends by itself, at the latest when the time is out."""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

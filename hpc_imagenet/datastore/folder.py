@@ -1,130 +1,215 @@
-"""The transport to a folder: hard links where the file system allows, else verified copies.
+"""A folder as the place of datastores: hard links where the file system allows, else verified copies.
 
 Asked again after a cut, it sends what is missing and keeps what is there. A file of the target is whole or
 absent: a copy is hashed while it is written under a temporary name, compared with the manifest, flushed to
 the disk and renamed; a link is one step.
 
-A link costs no space and no time, so that a datastore beside its archives is free; the link and its source
-are one file then, which is made read-only, because versions never change. Its size is compared; its bytes
-are hashed again only where it was written after the dataset's manifest, since everything older was hashed on
-its way to that manifest.
+A link costs no space and no time, so that a datastore beside its archives is free. The link and its source
+are one file then, and it may have further names that are nobody's business here, so that its mode stays as
+it is. Its bytes are hashed only where it was written after the dataset's manifest, since everything older was
+hashed on its way to that manifest; whoever opens the version sees by the time of change whether it was
+written to later.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
+import re
+import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-
-from filelock import FileLock, Timeout
 
 from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.transport import (
+    Known,
+    Piece,
+    Sent,
+    Stored,
+    Tell,
+    changed,
+    check_size,
+    hash_of,
+    read_to_end,
+)
 from hpc_imagenet.durable import replacing, sync_folder
 from hpc_imagenet.errors import UserError
 
-BLOCK = 4 << 20  # bytes read at a time
-
-Tell = Callable[[int, str], None]  # bytes that are done, a word about what is done now
-
 # What link() answers where it cannot, though a copy can.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_VERSION = re.compile(r"v[1-9][0-9]{0,8}")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One file to send: where it lies, and what and where it shall be (`file.path` within the target)."""
+class Folder:
+    """A folder of this machine, or of a file system that it shares; see `transport.Place`."""
 
-    source: Path
-    file: File
-    link: bool = False  # whether a hard link may do
+    def __init__(self, folder: Path) -> None:
+        self.folder: Path | None = folder
+        self.url = str(folder)
+        self._root = folder
+
+    def versions(self, name: str | None = None) -> list[str]:
+        """Return the paths of all versions that were begun."""
+        homes = [self._root / name] if name else _folders(self._root)
+        return [
+            f"{home.name}/{version.name}"
+            for home in homes
+            for version in _folders(home)
+            if _VERSION.fullmatch(version.name)
+        ]
+
+    def read(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """Return the bytes of those of the files that are there."""
+        found = {}
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found[path] = (self._root / path).read_bytes()
+        return found
+
+    def files(self, path: str) -> dict[str, Stored]:
+        """Return all files below `path`."""
+        top = self._root / path
+        found = {}
+        for file in top.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = file.stat()
+                if file.is_file():
+                    found[file.relative_to(top).as_posix()] = Stored(status.st_size, status.st_mtime)
+        return found
+
+    def claim(self, path: str, name: str, data: bytes) -> bool:
+        """Make the folder `path` with a file in it, by renaming one that has it."""
+        folder = self._root / path
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+        draft.mkdir()
+        try:
+            with replacing(draft / name) as file:
+                file.write(data)
+            draft.rename(folder)  # refused where the folder is there and not empty, and ours never is
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)
+            if folder.exists():
+                return False
+            raise
+        sync_folder(folder.parent)
+        return True
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small file unless it is there; whoever holds the version's `turn` is alone."""
+        target = self._root / path
+        if target.exists():
+            return False
+        with replacing(target) as file:
+            file.write(data)
+        return True
+
+    def remove(self, paths: Sequence[str]) -> None:
+        """Remove files, in this order."""
+        for path in paths:
+            (self._root / path).unlink(missing_ok=True)
+        for folder in {(self._root / path).parent for path in paths}:
+            if folder.is_dir():
+                sync_folder(folder)
+
+    def tidy(self, path: str) -> None:
+        """Do nothing: whoever sends a file removes what earlier tries have left of it."""
+
+    def clear(self, path: str, keep: str) -> None:
+        """Remove all below `path` but the file `keep`."""
+        for entry in (self._root / path).iterdir():
+            if entry.name == keep:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def turn(self, path: str, waiting: Callable[[], None]) -> Iterator[None]:
+        """Hold the lock `path`; a holder that dies gives it back."""
+        from filelock import FileLock, Timeout
+
+        held = FileLock(self._root / path)
+        try:
+            held.acquire(blocking=False)
+        except Timeout:
+            waiting()
+            held.acquire(poll_interval=0.5)
+        try:
+            yield
+        finally:
+            held.release()
+
+    def send(self, pieces: Sequence[Piece], path: str, known: Known, tell: Tell) -> Sent:
+        """Bring all pieces into the folder `path`, whose `turn` is held."""
+        sent, missing, target = Sent(), [], self._root / path
+        for piece in pieces:
+            destination = target / piece.file.path
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in destination.parent.glob(f".{destination.name}.*.tmp"):  # of one that was cut off
+                leftover.unlink(missing_ok=True)
+            check_size(piece)
+            checking = _from(sent.total, f"checking {piece.file.path}", tell)
+            if piece.link and _link(piece, destination, known.written, checking):
+                sent.linked += piece.file.bytes
+            elif _is_there(piece, destination, known, checking):
+                sent.kept += piece.file.bytes
+            elif self._reuse(piece.file, destination, known):
+                sent.reused += piece.file.bytes
+            else:
+                missing.append(piece)
+        _check_room(sum(piece.file.bytes for piece in missing), target)
+        for piece in missing:
+            _copy(piece, target / piece.file.path, _from(sent.total, f"copying {piece.file.path}", tell))
+            sent.copied += piece.file.bytes
+        tell(sent.total, "")
+        return sent
+
+    def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
+        """Copy a file to `target`; it is hashed on the way."""
+        part = target.with_name(f".{target.name}.part")
+        try:
+            with (self._root / path).open("rb", buffering=0) as reader, part.open("wb") as writer:
+                found = read_to_end(reader, file, tell, writer.write)
+                writer.flush()
+                os.fsync(writer.fileno())
+        except FileNotFoundError:
+            raise UserError(f"{self.url}/{path} is missing") from None
+        if found != file.hash:
+            part.unlink()
+            raise UserError(f"{self.url}/{path} has other bytes than when it was made: {found}")
+        part.replace(target)
+        sync_folder(target.parent)
+
+    def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
+        """Return the file's hash."""
+        try:
+            return hash_of(self._root / path, file, tell)
+        except FileNotFoundError:
+            return None
+
+    def _reuse(self, file: File, destination: Path, known: Known) -> bool:
+        """Make `destination` a second name of the same file of an older version."""
+        for path in known.older.get(File("", file.bytes, file.hash), ()):
+            older = self._root / path
+            with contextlib.suppress(OSError):
+                status = older.stat()
+                # One that has further names outside may have been written to by one of them.
+                if status.st_size == file.bytes and not status.st_mode & 0o222:
+                    os.link(older, destination)
+                    sync_folder(destination.parent)
+                    return True
+        return False
 
 
-@dataclass
-class Sent:
-    """Bytes, by how they came to be in the target."""
-
-    copied: int = 0
-    linked: int = 0
-    kept: int = 0  # were there already
-
-    @property
-    def total(self) -> int:
-        """All bytes that are there and verified."""
-        return self.copied + self.linked + self.kept
-
-
-def send(pieces: Sequence[Piece], target: Path, written: float, tell: Tell) -> Sent:
-    """Bring all `pieces` into the folder `target`, whose `turn` is held.
-
-    Args:
-        pieces: what to send.
-        target: an existing folder.
-        written: when the manifest that vouches for the sources was written, s since 1970.
-        tell: is called as bytes arrive.
-
-    Raises:
-        UserError: a source is missing or is not what its manifest says, or there is no room.
-    """
-    sent = Sent()
-    for leftover in target.rglob(".*.tmp"):  # of an upload that was cut off
-        leftover.unlink()
-    missing = []
-    for piece in pieces:
-        destination = target / piece.file.path
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        _check_size(piece)
-        checking = _from(sent.total, f"checking {piece.file.path}", tell)
-        if piece.link and _link(piece, destination, written, checking):
-            sent.linked += piece.file.bytes
-        elif _is_there(piece, destination, checking):
-            sent.kept += piece.file.bytes
-        else:
-            missing.append(piece)
-    _check_room(sum(piece.file.bytes for piece in missing), target)
-    for piece in missing:
-        _copy(piece, target / piece.file.path, _from(sent.total, f"copying {piece.file.path}", tell))
-        sent.copied += piece.file.bytes
-    tell(sent.total, "")
-    return sent
-
-
-@contextlib.contextmanager
-def turn(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the only right to write into the folder of `lock`; a holder that dies gives it back.
-
-    Calls `waiting` once where another process holds it, then waits.
-    """
-    held = FileLock(lock)
+def _folders(folder: Path) -> list[Path]:
     try:
-        held.acquire(blocking=False)
-    except Timeout:
-        waiting()
-        held.acquire(poll_interval=0.5)
-    try:
-        yield
-    finally:
-        held.release()
-
-
-@contextlib.contextmanager
-def told(setting: str, folder: Path) -> Iterator[None]:
-    """Turn a full disk, or a path that cannot be read or written, into a line that names the setting."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise UserError(f"{setting}: no space left in {folder}; free some and ask again") from None
-        if error.errno in _CLOSED:
-            path = error.filename or folder
-            raise UserError(f"{setting}: cannot fill {folder}: {path}: {error.strerror}") from None
-        raise
+        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _from(before: int, note: str, tell: Tell) -> Callable[[int], None]:
@@ -132,21 +217,12 @@ def _from(before: int, note: str, tell: Tell) -> Callable[[int], None]:
     return lambda done: tell(before + done, note)
 
 
-def _check_size(piece: Piece) -> None:
-    try:
-        found = piece.source.stat().st_size
-    except FileNotFoundError:
-        raise UserError(f"{piece.source} is missing: +stage=download and +stage=process make it") from None
-    if found != piece.file.bytes:
-        raise _changed(piece, f"{found} bytes instead of {piece.file.bytes}")
-
-
 def _link(piece: Piece, destination: Path, written: float, tell: Callable[[int], None]) -> bool:
     """Make `destination` a second name of the source; False where that cannot be or must not be."""
     source = piece.source.resolve()  # link() would link a symbolic link itself
     if not _same_file(source, destination):
         if source.stat().st_uid != os.geteuid():
-            return False  # another's file: it cannot be made read-only, and so may change
+            return False  # another's file: not ours to hold on to
         try:
             os.link(source, destination)
         except OSError as error:
@@ -157,22 +233,23 @@ def _link(piece: Piece, destination: Path, written: float, tell: Callable[[int],
     with destination.open("rb", buffering=0) as linked:
         status = os.fstat(linked.fileno())
         if status.st_size != piece.file.bytes or (
-            status.st_mtime > written and _read(linked, piece.file, tell) != piece.file.hash
+            status.st_mtime > written and read_to_end(linked, piece.file, tell) != piece.file.hash
         ):
             destination.unlink()
-            raise _changed(piece, "other bytes")
-        os.fchmod(linked.fileno(), status.st_mode & ~0o222)
+            raise changed(piece, "other bytes")
     sync_folder(destination.parent)
     return True
 
 
-def _is_there(piece: Piece, destination: Path, tell: Callable[[int], None]) -> bool:
+def _is_there(piece: Piece, destination: Path, known: Known, tell: Callable[[int], None]) -> bool:
     """Say whether an earlier upload left the whole file; anything else by that name is removed."""
     try:
         size = destination.stat().st_size
     except FileNotFoundError:
         return False
-    if size == piece.file.bytes and _hash_of(destination, piece.file, tell) == piece.file.hash:
+    if size == piece.file.bytes and (
+        piece.file.path in known.vouched or hash_of(destination, piece.file, tell) == piece.file.hash
+    ):
         return True
     destination.unlink()
     return False
@@ -181,12 +258,12 @@ def _is_there(piece: Piece, destination: Path, tell: Callable[[int], None]) -> b
 def _copy(piece: Piece, destination: Path, tell: Callable[[int], None]) -> None:
     with piece.source.open("rb", buffering=0) as reader, replacing(destination) as writer:
         before = os.fstat(reader.fileno())
-        found = _read(reader, piece.file, tell, writer.write)
+        found = read_to_end(reader, piece.file, tell, writer.write)
         after = os.fstat(reader.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise _changed(piece, "written to while it was read")
+            raise changed(piece, "written to while it was read")
         if found != piece.file.hash:
-            raise _changed(piece, "other bytes")
+            raise changed(piece, "other bytes")
         os.fchmod(writer.fileno(), os.fstat(writer.fileno()).st_mode & ~0o222)
 
 
@@ -204,32 +281,3 @@ def _same_file(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except FileNotFoundError:
         return False
-
-
-def _hash_of(path: Path, file: File, tell: Callable[[int], None]) -> str:
-    with path.open("rb", buffering=0) as reader:
-        return _read(reader, file, tell)
-
-
-def _read(
-    reader: IO[bytes],
-    file: File,
-    tell: Callable[[int], None],
-    hand_on: Callable[[bytes], object] = lambda block: None,
-) -> str:
-    """Read to the end and return the hash, by the algorithm and in the form of the manifest's."""
-    algorithm = file.hash.partition(":")[0]
-    if algorithm not in ("md5", "sha256"):
-        raise UserError(f"{file.path}: the manifest gives {file.hash!r} as its hash, not md5:… or sha256:…")
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    done = 0
-    while block := reader.read(BLOCK):
-        hand_on(block)
-        digest.update(block)
-        done += len(block)
-        tell(done)
-    return f"{algorithm}:{digest.hexdigest()}"
-
-
-def _changed(piece: Piece, how: str) -> UserError:
-    return UserError(f"{piece.source} is not what +stage=process saw ({how}): run +stage=process again")

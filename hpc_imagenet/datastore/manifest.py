@@ -7,6 +7,7 @@ either.
 
 from __future__ import annotations
 
+import builtins
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,7 +79,14 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write the manifest into `folder`; from now on the folder counts as whole."""
-        write_json(folder / FILE, {"format": FORMAT, **asdict(self)})
+        write_json(folder / FILE, self._plain())
+
+    def encode(self) -> builtins.bytes:
+        """Return the bytes of the manifest's file, the same as `save` writes."""
+        return (json.dumps(self._plain(), indent=2) + "\n").encode()
+
+    def _plain(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -89,8 +97,17 @@ def load_manifest(folder: Path) -> Manifest:
         UserError: it cannot be understood.
     """
     path = folder / FILE
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(data: bytes, path: Path | str) -> Manifest:
+    """Return the manifest that was read from `path`.
+
+    Raises:
+        UserError: it cannot be understood.
+    """
     try:
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(data)
         if raw["format"] != FORMAT:
             raise UserError(f"{path}: format {raw['format']}, but this version reads format {FORMAT}")
         return Manifest(

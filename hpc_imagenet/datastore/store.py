@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from hpc_imagenet.datastore import links
 from hpc_imagenet.datastore.index import Index, open_index
 from hpc_imagenet.datastore.manifest import Manifest, load_manifest
 from hpc_imagenet.errors import UserError
@@ -17,7 +18,8 @@ class Store:
     """A folder with a manifest, opened for reading. Cheap to open, to pickle and to fork.
 
     Raises:
-        UserError: the folder is no dataset, or a shard is missing or has another size than recorded.
+        UserError: the folder is no dataset, or a shard is missing, has another size than recorded
+            or was written to.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,6 +34,7 @@ class Store:
             if found != shard.bytes:
                 was = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
                 raise UserError(f"{path} {was}: make the dataset again")
+        links.check(folder, self.manifest)
         self._descriptors: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, object]:

@@ -3,32 +3,34 @@
     <url>/<name>/v<N>/
         manifest.json      written last: the version is complete and never changes again
         upload.json        until then: which content is being uploaded, by which run
+        deleted.json       all that is left of a version that was deleted: its number is not used again
 
-A number is claimed by renaming a folder that holds its upload.json to `v<N>`: of several at once one
-succeeds, on every file system that has an atomic rename, and no claim is ever seen without its content. An
-upload that was cut off is found by that content and taken up again under its number.
+A number is claimed by its upload.json: of several at once one succeeds. An upload that was cut off is found
+by that content and taken up again under its number.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpc_imagenet.config import Datastore, near
-from hpc_imagenet.datastore.manifest import FILE, Manifest, load_manifest
-from hpc_imagenet.durable import read_json, sync_folder, write_json
+from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
+from hpc_imagenet.datastore.transport import Place, Stored
 from hpc_imagenet.errors import UserError
 
-CLAIM, LOCK = "upload.json", "upload.lock"
+CLAIM, LOCK, DELETED = "upload.json", "upload.lock", "deleted.json"
+COMPLETE, PARTIAL, GONE = "complete", "partial", "deleted"  # states of a version
+CONNECTIONS = 8  # requests at a time, of places that are asked by requests
 
 _REFERENCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:@v([1-9][0-9]{0,8}))?")
-_NUMBER = re.compile(r"v([1-9][0-9]{0,8})")
-_REMOTE = re.compile(r"[a-z0-9]+://.*|[^/]+:.*", re.DOTALL | re.IGNORECASE)  # s3://… and user@host:…
+_SCHEME = re.compile(r"[a-z0-9]+://.*", re.DOTALL | re.IGNORECASE)
+_HOST = re.compile(r"[^/]+:.*", re.DOTALL)  # user@host:…, as rsync and scp have it
 
 
 @dataclass(frozen=True)
@@ -37,33 +39,95 @@ class Version:
 
     name: str  # of the datastore
     number: int
-    folder: Path
+    place: Place
     manifest: Manifest
+
+    @property
+    def path(self) -> str:
+        """Where it lies within its place."""
+        return f"{self.name}/v{self.number}"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that training opens.
+
+        Raises:
+            UserError: it lies where jobs can open no files.
+        """
+        return local(self.place, f"{self.name}@v{self.number}") / self.path
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A version number held for one content; `complete` where an earlier upload finished it."""
+    """A version number held for one content."""
 
     name: str
     number: int
-    folder: Path
+    place: Place
+
+    @property
+    def path(self) -> str:
+        """Where it lies within its place."""
+        return f"{self.name}/v{self.number}"
 
     @property
     def complete(self) -> bool:
-        """Whether its manifest is written."""
-        return (self.folder / FILE).exists()
+        """Whether an upload has finished it."""
+        return bool(self.place.read([f"{self.path}/{FILE}"]))
 
-    @property
-    def lock(self) -> Path:
-        """The file by which uploads of the same content take turns."""
-        return self.folder / LOCK
+    def manifest(self) -> Manifest:
+        """Return the manifest of a version that is complete."""
+        return parse_manifest(*_only(self.place, f"{self.path}/{FILE}"))
+
+    def commit(self, manifest: Manifest) -> None:
+        """Write the manifest, and with it make the version complete.
+
+        Raises:
+            UserError: not all is there that it names, or the number is not held for this content any more.
+        """
+        held = note(self.place.read([f"{self.path}/{CLAIM}"]).get(f"{self.path}/{CLAIM}"))
+        there = self.place.files(self.path)
+        for file in manifest.all_files():
+            if there.get(file.path, Stored(-1, 0)).bytes != file.bytes:
+                raise UserError(f"{self.place.url}/{self.path}/{file.path} did not arrive whole: ask again")
+        if not self.complete:
+            if held.get("content") != manifest.content or DELETED in there:
+                raise UserError(
+                    f"{self.place.url}/{self.path} was taken away from this upload meanwhile: ask again"
+                )
+            self.place.create(f"{self.path}/{FILE}", manifest.encode())
+        if self.manifest().content != manifest.content:
+            raise UserError(f"{self.place.url}/{self.path} was taken by other images meanwhile: ask again")
 
     def settle(self) -> None:
         """Take away what only an upload needs, once the manifest is written."""
-        with contextlib.suppress(OSError):  # such as a colleague's version: theirs to tidy
-            (self.folder / CLAIM).unlink(missing_ok=True)
-            self.lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, UserError):  # such as a colleague's version: theirs to tidy
+            there = [name for name in self.place.files(self.path) if re.fullmatch(r"upload[^/]*", name)]
+            self.place.remove([f"{self.path}/{name}" for name in there])
+            self.place.tidy(self.path)
+
+    def vouch(self, name: str, files: Mapping[str, File]) -> None:
+        """Note, in `upload-<name>.json`, that these files are there and were proved; by paths in here."""
+        there = self.place.files(self.path)
+        proved = {
+            path: [file.hash, there[path].bytes, there[path].modified]
+            for path, file in files.items()
+            if path in there
+        }
+        path = f"{self.path}/upload-{name}.json"
+        self.place.remove([path])
+        self.place.create(path, json.dumps(proved).encode())
+
+    def vouched(self) -> dict[str, str]:
+        """Return the hash of each file that such a note has and that was not touched since, by its path."""
+        there = self.place.files(self.path)
+        notes = [name for name in there if re.fullmatch(r"upload-[^/]*\.json", name)]
+        return {
+            path: stamp[0]
+            for data in self.place.read([f"{self.path}/{name}" for name in notes]).values()
+            for path, stamp in note(data).items()
+            if path in there and [there[path].bytes, there[path].modified] == stamp[1:]
+        }
 
 
 def parse(reference: str) -> tuple[str, int | None]:
@@ -80,35 +144,62 @@ def parse(reference: str) -> tuple[str, int | None]:
     return match[1], int(match[2]) if match[2] else None
 
 
-def locate(url: str) -> Path:
-    """Return the folder that `datastore.url` stands for. Every transport's door is here.
+def locate(url: str, connections: int = CONNECTIONS) -> Place:
+    """Return the place that `datastore.url` stands for. Every transport's door is here.
 
     Raises:
-        UserError: the url names a place that is not a folder.
+        UserError: the url names a place of another kind, or its transport cannot begin.
     """
+    if url.startswith("s3://"):
+        from hpc_imagenet.datastore.bucket import Bucket
+
+        return Bucket(url, connections)
     if url.startswith("file:"):
         path = url.removeprefix("file:")
         url = "/" + path.lstrip("/") if path.startswith("/") else path
-    elif _REMOTE.fullmatch(url):
-        raise UserError(f"datastore.url={url} is not supported yet: give a folder that the jobs can read")
+    elif _SCHEME.fullmatch(url):
+        raise UserError(
+            f"datastore.url={url} is of no known kind: a folder, user@host:/path or s3://bucket/prefix"
+        )
+    elif _HOST.fullmatch(url):
+        from hpc_imagenet.datastore.rsync import Host
+
+        return Host(url)
     if not url:
         raise UserError("datastore.url is empty: give a folder that the jobs can read")
-    return Path(url).expanduser()
+    from hpc_imagenet.datastore.folder import Folder
+
+    return Folder(Path(url).expanduser())
+
+
+def remote(url: str) -> bool:
+    """Whether no files can be opened at `url`; nobody is asked."""
+    return not url.startswith("file:") and bool(_SCHEME.fullmatch(url) or _HOST.fullmatch(url))
+
+
+def local(place: Place, name: str) -> Path:
+    """Return the folder of a place, for jobs to open files in.
+
+    Raises:
+        UserError: it is a remote one; and how its datastore `name` is fetched.
+    """
+    if place.folder is None:
+        raise UserError(
+            f"training reads from a folder, and datastore.url={place.url} is none: fetch it first with "
+            f"python -m hpc_imagenet datastores fetch {name} DIR datastore.url={place.url}, "
+            "then datastore.url=DIR"
+        )
+    return place.folder
 
 
 def complete(url: str, name: str) -> list[int]:
     """Return the numbers of all versions of `name` that have a manifest, ascending."""
-    home = locate(url) / name
-    return [number for number in _numbers(home) if (home / f"v{number}" / FILE).exists()]
+    return sorted(_manifests(locate(url), name))
 
 
 def names(url: str) -> list[str]:
     """Return the datastores at `url` that have a complete version, sorted."""
-    root = locate(url)
-    if not root.is_dir():
-        return []
-    found = (folder.name for folder in root.iterdir() if _REFERENCE.fullmatch(folder.name))
-    return sorted(name for name in found if complete(url, name))
+    return _names(locate(url))
 
 
 def pinned(datastore: Datastore) -> tuple[str, int | None]:
@@ -134,95 +225,121 @@ def open_version(datastore: Datastore) -> Version:
         UserError: there is no such datastore or version, or the pinned version holds other content.
     """
     name, number = pinned(datastore)
-    there = complete(datastore.url, name)
+    place = locate(datastore.url)
+    there = _manifests(place, name)
+    listed = _listed(sorted(there))
     if not there:
-        raise UserError(_missing(datastore.url, name))
+        raise UserError(_missing(place, name))
     if number is not None and number not in there:
-        raise UserError(f"datastore {name}@v{number} does not exist; complete: {_listed(there)}")
-    for candidate in reversed(there) if number is None else [number]:
-        folder = locate(datastore.url) / name / f"v{candidate}"
-        manifest = load_manifest(folder)
+        raise UserError(f"datastore {name}@v{number} does not exist; complete: {listed}")
+    for candidate in sorted(there, reverse=True) if number is None else [number]:
+        manifest = parse_manifest(there[candidate], f"{place.url}/{name}/v{candidate}/{FILE}")
         if datastore.content in (None, manifest.content):
-            return Version(name, candidate, folder, manifest)
+            return Version(name, candidate, place, manifest)
     if number is not None:
         raise UserError(
             f"datastore {name}@v{number} holds other images than datastore.content={datastore.content}: "
             f"drop @v{number}, or give the dataset that it was made from"
         )
     raise UserError(
-        f"no version of datastore {name} ({_listed(there)}) has datastore.content={datastore.content}: "
+        f"no version of datastore {name} ({listed}) has datastore.content={datastore.content}: "
         "+stage=upload makes one"
     )
 
 
-def claim(datastore: Datastore, content: str, note: Mapping[str, str]) -> Claim:
-    """Hold the version that `content` is uploaded to; `note` says who does.
+def claim(place: Place, datastore: Datastore, content: str, by: Mapping[str, str]) -> Claim:
+    """Hold the version that `content` is uploaded to; `by` says who does.
 
     In this order: a complete version that has the content already; an upload of it that was cut off; the
     next free number. A pinned version is taken or refused. Uploads of different content at once get
-    different numbers; uploads of the same content get the same one, and take turns by `folder.turn`.
+    different numbers; uploads of the same content get the same one.
 
     Raises:
         UserError: the pinned version holds something else.
     """
     name, number = pinned(datastore)
-    home = locate(datastore.url) / name
-    home.mkdir(parents=True, exist_ok=True)
     while True:
-        taken = _numbers(home)
-        meant = [Claim(name, n, home / f"v{n}") for n in taken if number in (None, n)]
-        same = [version for version in meant if _content(version.folder) == content]
+        taken = _contents(place, name)
+        same = [n for n, (holds, _) in taken.items() if holds == content and number in (None, n)]
         if same:
-            return max(same, key=lambda version: (version.complete, version.number))
+            return Claim(name, max(same, key=lambda n: (taken[n][1] == COMPLETE, n)), place)
         if number in taken:
-            state = "exists" if number in complete(datastore.url, name) else "is taken by another upload"
+            states = {COMPLETE: "exists", PARTIAL: "is taken by another upload", GONE: "was deleted"}
+            state = states[taken[number][1]]
             raise UserError(
                 f"datastore {name}@v{number} {state}; versions never change; drop @v{number} for the next one"
             )
         # Counted from the highest number ever begun, so that a number never means two things.
         free = number if number is not None else max(taken, default=0) + 1
-        if _take(home / f"v{free}", {"content": content, **note}):
-            return Claim(name, free, home / f"v{free}")
+        data = json.dumps({"content": content, **by}, indent=2).encode() + b"\n"
+        if place.claim(f"{name}/v{free}", CLAIM, data):
+            return Claim(name, free, place)
 
 
-def _take(folder: Path, claim: Mapping[str, str]) -> bool:
-    """Make `folder` with its upload.json in it; False where another was faster."""
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    draft.mkdir()
+def older(place: Place, name: str) -> dict[File, list[str]]:
+    """Return where files lie that complete versions have, by their bytes and hashes (and no path)."""
+    found: dict[File, list[str]] = {}
+    for number, data in _manifests(place, name).items():
+        for file in parse_manifest(data, f"{place.url}/{name}/v{number}/{FILE}").all_files():
+            same = File("", file.bytes, file.hash)
+            found.setdefault(same, []).append(f"{name}/v{number}/{file.path}")
+    return found
+
+
+def _contents(place: Place, name: str) -> dict[int, tuple[str | None, str]]:
+    """Return which content each version holds or is being given, and its state."""
+    begun = place.versions(name)
+    notes = place.read([f"{path}/{file}" for path in begun for file in (FILE, CLAIM, DELETED)])
+    found: dict[int, tuple[str | None, str]] = {}
+    for path in begun:
+        if manifest := notes.get(f"{path}/{FILE}"):
+            holds = parse_manifest(manifest, f"{place.url}/{path}/{FILE}").content
+            found[_number(path)] = holds, COMPLETE
+        elif f"{path}/{DELETED}" in notes:
+            found[_number(path)] = None, GONE
+        else:
+            found[_number(path)] = note(notes.get(f"{path}/{CLAIM}")).get("content"), PARTIAL
+    return found
+
+
+def _manifests(place: Place, name: str) -> dict[int, bytes]:
+    begun = place.versions(name)
+    there = place.read([f"{path}/{FILE}" for path in begun])
+    return {_number(path.rpartition("/")[0]): data for path, data in there.items()}
+
+
+def _names(place: Place) -> list[str]:
+    there = place.read([f"{path}/{FILE}" for path in place.versions()])
+    return sorted({path.partition("/")[0] for path in there})
+
+
+def _only(place: Place, path: str) -> tuple[bytes, str]:
     try:
-        write_json(draft / CLAIM, claim)
-        draft.rename(folder)  # refused where the folder is there and not empty, and ours never is
-    except OSError:
-        shutil.rmtree(draft, ignore_errors=True)
-        if folder.exists():
-            return False
-        raise
-    sync_folder(folder.parent)
-    return True
+        return place.read([path])[path], f"{place.url}/{path}"
+    except KeyError:
+        raise UserError(f"{place.url}/{path} is missing") from None
 
 
-def _content(folder: Path) -> str | None:
-    """Return which content a version holds or is being given; None where nothing says so."""
-    try:
-        return load_manifest(folder).content
-    except FileNotFoundError:
-        return (read_json(folder / CLAIM) or {}).get("content")
+def note(data: bytes | None) -> dict[str, Any]:
+    """Return what stands in a small file of an upload; nothing where there is none, or a broken one."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(data or b"{}")
+        if isinstance(value, dict):
+            return value
+    return {}
 
 
-def _numbers(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    matches = (_NUMBER.fullmatch(path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in matches if match)
+def _number(path: str) -> int:
+    return int(path.rpartition("/v")[2])
 
 
-def _missing(url: str, name: str) -> str:
-    begun = _numbers(locate(url) / name)
+def _missing(place: Place, name: str) -> str:
+    begun = [number for number, (holds, _) in _contents(place, name).items() if holds]
     if begun:
         return f"datastore {name} has no complete version yet: +stage=upload finishes {_listed(begun)}"
-    there = names(url)
-    return f"no datastore {name} in {url}: +stage=upload makes it{near(name, there) if there else ''}"
+    there = _names(place)
+    return f"no datastore {name} in {place.url}: +stage=upload makes it{near(name, there) if there else ''}"
 
 
 def _listed(numbers: list[int]) -> str:
-    return ", ".join(f"v{number}" for number in numbers)
+    return ", ".join(f"v{number}" for number in sorted(numbers))

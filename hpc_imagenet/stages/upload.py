@@ -1,19 +1,21 @@
 """Upload: a processed dataset becomes the next version of a datastore.
 
 Shards, indexes and further files first, the manifest last: a version is seen when it is whole. The same
-content is never uploaded twice, and what was cut off goes on where it was.
+content is never uploaded twice, and what was cut off goes on where it was. `upload.tasks` jobs share the
+files, and one more sees that all are there and writes the manifest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import socket
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hpc_imagenet import __version__, runs
 from hpc_imagenet.config import Config
-from hpc_imagenet.datastore import folder, versions
+from hpc_imagenet.datastore import links, transport, versions
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, Split, load_manifest
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Run
@@ -21,43 +23,53 @@ from hpc_imagenet.world import World
 
 
 def run(config: Config, run: Run, world: World) -> dict[str, Any]:
-    """Bring `workspace/datasets/<dataset.name>/` into the datastore, and return where it is.
+    """Bring `workspace/datasets/<dataset.name>/`, or one part of it, into the datastore.
 
     Returns:
-        version: the number; datastore: `name@vN`; images and bytes of the version; copied, linked and kept:
-        bytes that were written, that are shared with the archives by hard links, and that were there
-        already. Only the first process of a job does this; the others return nothing.
+        version: the number; datastore: `name@vN`; images and bytes of the version, of a part only its bytes;
+        copied (or sent), linked, reused and kept: bytes that were written, that are shared with the archives
+        by hard links, that an older version had, and that were there already. Only the first process of a
+        job does this; the others return nothing.
 
     Raises:
-        UserError: the input is missing or has changed, the version is taken, or there is no room.
+        UserError: the input is missing or has changed, the version is taken, there is no room, or the place
+            cannot be reached.
     """
     if not world.main:
         return {}
     source = Path(config.workspace) / "datasets" / config.dataset.name
     manifest, written = _processed(source, config)
     progress = runs.Progress(run)
-    home = versions.locate(config.datastore.url) / versions.parse(config.datastore.name)[0]
-    with folder.told("datastore.url", home):
+    place = versions.locate(config.datastore.url, config.upload.connections)
+    with transport.told("datastore.url", place.url):
         note = {"run": run.id, "host": socket.gethostname(), "time": runs.now()}
-        claim = versions.claim(config.datastore, manifest.content, note)
-        sent = folder.Sent()
+        claim = versions.claim(place, config.datastore, manifest.content, note)
+        sent, part = transport.Sent(), config.stage.part
         if not claim.complete:
-            with folder.turn(
-                claim.lock, lambda: progress(0, None, note="another upload of the same images is at work")
+            with place.turn(
+                f"{claim.path}/{_lock(config)}",
+                lambda: progress(0, None, note="another upload of the same images is at work"),
             ):
                 sent = _fill(claim, source, manifest, written, config, run, progress)
+        result = {"version": claim.number, "datastore": f"{claim.name}@v{claim.number}"}
+        if part is not None:
+            return {**result, "bytes": sent.total, **_by(sent)}
         claim.settle()
-        done = load_manifest(claim.folder)
+        done = claim.manifest()
     progress(done.bytes, done.bytes, "bytes")
-    return {
-        "version": claim.number,
-        "datastore": f"{claim.name}@v{claim.number}",
-        "images": done.images,
-        "bytes": done.bytes,
-        "copied": sent.copied,
-        "linked": sent.linked,
-        "kept": done.bytes - sent.copied - sent.linked,
-    }
+    sent.kept = done.bytes - sent.copied - sent.linked - sent.reused
+    return {**result, "images": done.images, "bytes": done.bytes, **_by(sent)}
+
+
+def _by(sent: transport.Sent) -> dict[str, int]:
+    return dataclasses.asdict(sent)
+
+
+def _lock(config: Config) -> str:
+    """Return the file by which uploads of the same files take turns; parts have no file in common."""
+    if config.stage.part is None:
+        return versions.LOCK
+    return f"upload-{config.stage.part}-of-{config.stage.parts}.lock"
 
 
 def _processed(source: Path, config: Config) -> tuple[Manifest, float]:
@@ -84,28 +96,57 @@ def _fill(
     config: Config,
     run: Run,
     progress: runs.Progress,
-) -> folder.Sent:
+) -> transport.Sent:
     if claim.complete:  # by whoever had the turn before
-        return folder.Sent()
-    target = placed(manifest)
+        return transport.Sent()
+    target, stage = placed(manifest), config.stage
     pieces = [
-        folder.Piece(source / old.path, new, link=number < len(manifest.shards))
+        transport.Piece(source / old.path, new, link=number < len(manifest.shards))
         for number, (old, new) in enumerate(zip(manifest.all_files(), target.all_files(), strict=True))
     ]
-    sent = folder.send(
-        pieces, claim.folder, written, lambda done, note: progress(done, manifest.bytes, "bytes", note)
+    proved = claim.vouched()
+    vouched = [file.path for file in target.all_files() if proved.get(file.path) == file.hash]
+    known = transport.Known(written, versions.older(claim.place, claim.name), frozenset(vouched))
+    if stage.part is not None:
+        pieces = share(pieces, stage.part, stage.parts)
+    total = sum(piece.file.bytes for piece in pieces)
+    sent = claim.place.send(
+        pieces, claim.path, known, lambda done, note: progress(done, total, "bytes", note)
     )
-    details = {
+    if stage.part is not None:
+        claim.vouch(f"{stage.part}-of-{stage.parts}", {piece.file.path: piece.file for piece in pieces})
+        progress(total, total, "bytes")
+        return sent
+    details: dict[str, Any] = {
         "version": claim.number,
         "time": runs.now(),
         "run": run.id,
         "dataset": config.dataset.name,
         "package": __version__,
     }
-    dataclasses.replace(
-        target, name=claim.name, created=runs.now(), provenance={**manifest.provenance, "upload": details}
-    ).save(claim.folder)
+    if claim.place.folder is not None:
+        details[links.STAMPS] = links.stamps(claim.place.folder / claim.path, target.shards)
+    claim.commit(
+        dataclasses.replace(
+            target,
+            name=claim.name,
+            created=runs.now(),
+            provenance={**manifest.provenance, "upload": details},
+        )
+    )
     return sent
+
+
+def share(pieces: Sequence[transport.Piece], part: int, parts: int) -> list[transport.Piece]:
+    """Return the pieces of one part: all parts have about as many bytes, and each piece is of one part."""
+    loads = [0] * parts
+    mine = []
+    for piece in sorted(pieces, key=lambda piece: -piece.file.bytes):
+        least = loads.index(min(loads))
+        loads[least] += piece.file.bytes
+        if least == part:
+            mine.append(piece)
+    return mine
 
 
 def placed(manifest: Manifest) -> Manifest:

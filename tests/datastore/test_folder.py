@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_imagenet.datastore import folder
+from hpc_imagenet.datastore import folder, transport
+from hpc_imagenet.datastore.folder import Folder
 from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.transport import Known, Piece, Sent, Tell, told
 from hpc_imagenet.errors import UserError
 
 FUTURE = 4e9  # a manifest of then vouches for every file of now
@@ -21,6 +23,10 @@ def silent(done: int, note: str) -> None:
     pass
 
 
+def send(pieces: list[Piece], target: Path, written: float, tell: Tell, **known: object) -> Sent:
+    return Folder(target.parent).send(pieces, target.name, Known(written, **known), tell)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     (tmp_path / "v1").mkdir()
@@ -28,7 +34,7 @@ def target(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def piece(tmp_path: Path) -> folder.Piece:
+def piece(tmp_path: Path) -> Piece:
     return make_piece(tmp_path / "a.tar", b"x" * 10_000, "md5")
 
 
@@ -40,23 +46,25 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", refuse)
 
 
-def make_piece(source: Path, data: bytes, algorithm: str = "sha256", link: bool = True) -> folder.Piece:
+def make_piece(source: Path, data: bytes, algorithm: str = "sha256", link: bool = True) -> Piece:
     source.write_bytes(data)
     found = hashlib.new(algorithm, data).hexdigest()
-    return folder.Piece(source, File(f"shards/{source.name}", len(data), f"{algorithm}:{found}"), link)
+    return Piece(source, File(f"shards/{source.name}", len(data), f"{algorithm}:{found}"), link)
 
 
-def test_a_link_is_the_same_file_and_read_only(piece: folder.Piece, target: Path) -> None:
-    assert folder.send([piece], target, FUTURE, silent) == folder.Sent(linked=10_000)
+@pytest.mark.parametrize("mode", [0o644, 0o664, 0o400])
+def test_a_link_is_the_same_file_and_keeps_its_mode(piece: Piece, target: Path, mode: int) -> None:
+    piece.source.chmod(mode)
+    assert send([piece], target, FUTURE, silent) == Sent(linked=10_000)
     there = target / "shards" / "a.tar"
     assert there.samefile(piece.source)
-    assert stat.S_IMODE(there.stat().st_mode) & 0o222 == 0
+    assert stat.S_IMODE(there.stat().st_mode) == mode  # it may have names that are none of our business
 
 
-def test_a_symbolic_link_is_followed(piece: folder.Piece, target: Path, tmp_path: Path) -> None:
+def test_a_symbolic_link_is_followed(piece: Piece, target: Path, tmp_path: Path) -> None:
     named = tmp_path / "named.tar"
     named.symlink_to(piece.source)
-    folder.send([folder.Piece(named, piece.file, link=True)], target, FUTURE, silent)
+    send([Piece(named, piece.file, link=True)], target, FUTURE, silent)
     there = target / "shards" / "a.tar"
     assert not there.is_symlink()
     assert there.samefile(piece.source)
@@ -66,7 +74,7 @@ def test_a_symbolic_link_is_followed(piece: folder.Piece, target: Path, tmp_path
 @pytest.mark.usefixtures("no_links")
 def test_a_copy_is_another_file_and_read_only(tmp_path: Path, target: Path, algorithm: str) -> None:
     piece = make_piece(tmp_path / "a.tar", os.urandom(10_000), algorithm)
-    assert folder.send([piece], target, FUTURE, silent) == folder.Sent(copied=10_000)
+    assert send([piece], target, FUTURE, silent) == Sent(copied=10_000)
     there = target / "shards" / "a.tar"
     assert there.read_bytes() == piece.source.read_bytes()
     assert not there.samefile(piece.source)
@@ -76,59 +84,59 @@ def test_a_copy_is_another_file_and_read_only(tmp_path: Path, target: Path, algo
 
 def test_what_may_not_be_linked_is_copied(tmp_path: Path, target: Path) -> None:
     piece = make_piece(tmp_path / "meta.bin", b"abc", link=False)
-    assert folder.send([piece], target, FUTURE, silent) == folder.Sent(copied=3)
+    assert send([piece], target, FUTURE, silent) == Sent(copied=3)
 
 
-def test_what_is_there_is_kept(target: Path, piece: folder.Piece, no_links: None) -> None:
-    folder.send([piece], target, FUTURE, silent)
+def test_what_is_there_is_kept(target: Path, piece: Piece, no_links: None) -> None:
+    send([piece], target, FUTURE, silent)
     there = target / "shards" / "a.tar"
     before = there.stat()
     (target / "shards" / ".a.tar.x1.tmp").write_bytes(b"x" * 5_000)
-    assert folder.send([piece], target, FUTURE, silent) == folder.Sent(kept=10_000)
+    assert send([piece], target, FUTURE, silent) == Sent(kept=10_000)
     assert (there.stat().st_ino, there.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert [path.name for path in (target / "shards").iterdir()] == ["a.tar"]
 
 
 @pytest.mark.parametrize("bad", [b"", b"x" * 9_999, b"y" * 10_000])
 def test_what_is_there_and_wrong_is_sent_again(
-    target: Path, piece: folder.Piece, bad: bytes, no_links: None
+    target: Path, piece: Piece, bad: bytes, no_links: None
 ) -> None:
     there = target / "shards" / "a.tar"
     there.parent.mkdir()
     there.write_bytes(bad)
-    assert folder.send([piece], target, FUTURE, silent) == folder.Sent(copied=10_000)
+    assert send([piece], target, FUTURE, silent) == Sent(copied=10_000)
     assert there.read_bytes() == piece.source.read_bytes()
 
 
 @pytest.mark.parametrize("link", [True, False])
 @pytest.mark.parametrize("data", [b"x" * 9_999, b"x" * 10_001, b"", b"x" * 9_999 + b"y"])
-def test_a_source_that_changed_is_refused(target: Path, piece: folder.Piece, data: bytes, link: bool) -> None:
+def test_a_source_that_changed_is_refused(target: Path, piece: Piece, data: bytes, link: bool) -> None:
     written = piece.source.stat().st_mtime
     piece.source.write_bytes(data)
     os.utime(piece.source, (written + 1, written + 1))
-    piece = folder.Piece(piece.source, piece.file, link)
+    piece = Piece(piece.source, piece.file, link)
     with pytest.raises(UserError, match=r"a\.tar is not what \+stage=process saw"):
-        folder.send([piece], target, written, silent)
+        send([piece], target, written, silent)
     assert files(target) == []
 
 
-def test_a_source_that_was_only_touched_is_taken(target: Path, piece: folder.Piece) -> None:
+def test_a_source_that_was_only_touched_is_taken(target: Path, piece: Piece) -> None:
     written = piece.source.stat().st_mtime
     os.utime(piece.source, (written + 1, written + 1))
-    assert folder.send([piece], target, written, silent).linked == 10_000
+    assert send([piece], target, written, silent).linked == 10_000
 
 
-def test_a_source_that_is_gone_is_told(target: Path, piece: folder.Piece) -> None:
+def test_a_source_that_is_gone_is_told(target: Path, piece: Piece) -> None:
     piece.source.unlink()
     with pytest.raises(UserError, match=r"a\.tar is missing: \+stage=download and \+stage=process"):
-        folder.send([piece], target, FUTURE, silent)
+        send([piece], target, FUTURE, silent)
 
 
 @pytest.mark.parametrize("change", ["append", "rewrite"])
 def test_a_source_written_to_while_it_is_read_is_refused(
-    target: Path, piece: folder.Piece, change: str, no_links: None, monkeypatch: pytest.MonkeyPatch
+    target: Path, piece: Piece, change: str, no_links: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "BLOCK", 1_000)
+    monkeypatch.setattr(transport, "BLOCK", 1_000)
 
     def tell(done: int, note: str) -> None:
         if done == 5_000:  # the same bytes where "rewrite": only the time gives it away
@@ -137,29 +145,29 @@ def test_a_source_written_to_while_it_is_read_is_refused(
             os.utime(piece.source)
 
     with pytest.raises(UserError, match=r"a\.tar is not what .* \(written to while it was read\)"):
-        folder.send([piece], target, FUTURE, tell)
+        send([piece], target, FUTURE, tell)
     assert files(target) == []
 
 
-def test_an_unknown_hash_is_refused(target: Path, piece: folder.Piece) -> None:
-    odd = folder.Piece(piece.source, File("a.tar", 10_000, "crc:1"))
+def test_an_unknown_hash_is_refused(target: Path, piece: Piece) -> None:
+    odd = Piece(piece.source, File("a.tar", 10_000, "crc:1"))
     with pytest.raises(UserError, match=r"'crc:1' as its hash, not md5:… or sha256:…"):
-        folder.send([odd], target, FUTURE, silent)
+        send([odd], target, FUTURE, silent)
 
 
 def test_progress_counts_every_byte_once(
     tmp_path: Path, target: Path, no_links: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "BLOCK", 100)
+    monkeypatch.setattr(transport, "BLOCK", 100)
     pieces = [make_piece(tmp_path / f"{i}.tar", bytes([i]) * 1_000) for i in range(3)]
-    folder.send(pieces[:1], target, FUTURE, silent)
+    send(pieces[:1], target, FUTURE, silent)
     told: list[int] = []
-    folder.send(pieces, target, FUTURE, lambda done, note: told.append(done))
+    send(pieces, target, FUTURE, lambda done, note: told.append(done))
     assert told == [*range(100, 3_001, 100), 3_000]
 
 
 def test_room_is_checked_before_anything_is_copied(
-    target: Path, piece: folder.Piece, no_links: None, monkeypatch: pytest.MonkeyPatch
+    target: Path, piece: Piece, no_links: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.statvfs(target)
 
@@ -169,7 +177,7 @@ def test_room_is_checked_before_anything_is_copied(
 
     monkeypatch.setattr(os, "statvfs", lambda path: Small)
     with pytest.raises(UserError, match=r"datastore\.url: .*v1 needs 0\.000 GB more, but 0\.000 GB are free"):
-        folder.send([piece], target, FUTURE, silent)
+        send([piece], target, FUTURE, silent)
     assert files(target) == []
 
 
@@ -191,20 +199,20 @@ def test_a_disk_that_fills_up_is_told_and_goes_on_later(
 ) -> None:
     pieces = [make_piece(tmp_path / f"{i}.tar", os.urandom(600_000)) for i in range(2)]
     with pytest.raises(UserError, match=r"needs .* GB more"):
-        folder.send(pieces, small_disk, FUTURE, silent)
+        send(pieces, small_disk, FUTURE, silent)
     # Another job takes the room after the check.
     monkeypatch.setattr(folder, "_check_room", lambda needed, target: None)
     line = r"datastore\.url: no space left in /store; free some and ask again"
-    with pytest.raises(UserError, match=line), folder.told("datastore.url", Path("/store")):
-        folder.send(pieces, small_disk, FUTURE, silent)
+    with pytest.raises(UserError, match=line), told("datastore.url", Path("/store")):
+        send(pieces, small_disk, FUTURE, silent)
     assert files(small_disk) == ["shards/0.tar"]
     subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
-    assert folder.send(pieces, small_disk, FUTURE, silent) == folder.Sent(copied=600_000, kept=600_000)
+    assert send(pieces, small_disk, FUTURE, silent) == Sent(copied=600_000, kept=600_000)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_or_quota_leaves_no_half(
-    number: int, target: Path, piece: folder.Piece, no_links: None, monkeypatch: pytest.MonkeyPatch
+    number: int, target: Path, piece: Piece, no_links: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -212,9 +220,9 @@ def test_a_full_disk_or_quota_leaves_no_half(
     monkeypatch.setattr(os, "fsync", full)
     with (
         pytest.raises(UserError, match="no space left in /store"),
-        folder.told("datastore.url", Path("/store")),
+        told("datastore.url", Path("/store")),
     ):
-        folder.send([piece], target, FUTURE, silent)
+        send([piece], target, FUTURE, silent)
     assert files(target) == []
 
 
@@ -222,22 +230,21 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     store = tmp_path / "file" / "a"
     line = r"^datastore\.url: cannot fill .*file/a: .*: Not a directory"
-    with pytest.raises(UserError, match=line), folder.told("datastore.url", store):
+    with pytest.raises(UserError, match=line), told("datastore.url", store):
         store.mkdir(parents=True)
 
 
 def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="Input/output"), folder.told("datastore.url", tmp_path):
+    with pytest.raises(OSError, match="Input/output"), told("datastore.url", tmp_path):
         raise OSError(errno.EIO, "Input/output error")
 
 
 def test_a_dead_holder_gives_its_turn_back(tmp_path: Path) -> None:
-    lock = tmp_path / "upload.lock"
     waited: list[bool] = []
     code = f"""
 import pathlib, time
-from hpc_imagenet.datastore import folder
-with folder.turn(pathlib.Path({str(lock)!r}), print):
+from hpc_imagenet.datastore.folder import Folder
+with Folder(pathlib.Path({str(tmp_path)!r})).turn("upload.lock", print):
     print("mine", flush=True)
     time.sleep(60)
 """
@@ -246,7 +253,7 @@ with folder.turn(pathlib.Path({str(lock)!r}), print):
         assert holder.stdout.readline() == b"mine\n"
         timer = threading.Timer(0.3, holder.kill)
         timer.start()
-        with folder.turn(lock, lambda: waited.append(True)):
+        with Folder(tmp_path).turn("upload.lock", lambda: waited.append(True)):
             assert waited == [True]
             assert holder.wait(timeout=10) == -9
 

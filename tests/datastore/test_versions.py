@@ -21,6 +21,10 @@ def url(tmp_path: Path) -> str:
     return str(tmp_path / "datastores")
 
 
+def claim(datastore: Datastore, content: str, note: dict[str, str]) -> versions.Claim:
+    return versions.claim(versions.locate(datastore.url), datastore, content, note)
+
+
 def put(url: str, name: str, number: int, content: str) -> None:
     folder = Path(url) / name / f"v{number}"
     folder.mkdir(parents=True)
@@ -42,7 +46,7 @@ def test_anything_else_is_refused(wrong: str) -> None:
         versions.parse(wrong)
 
 
-def test_a_url_is_a_folder_for_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_is_a_folder_a_host_or_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     for url, folder in {
         "/data/stores": "/data/stores",
@@ -52,10 +56,34 @@ def test_a_url_is_a_folder_for_now(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "file:/data/x": "/data/x",
         "~/x": "/home/me/x",
     }.items():
-        assert versions.locate(url) == Path(folder)
-    for url in ("s3://bucket/prefix", "me@host:/data", "host:data", "https://host/data", "S3://bucket", ""):
+        assert versions.locate(url).folder == Path(folder)
+        assert not versions.remote(url)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for url in ("s3://bucket/prefix", "me@host:/data", "host:data"):
+        assert versions.remote(url)
+        assert versions.locate(url).folder is None
+    for url in (
+        "https://host/data",
+        "S3://bucket",
+        "me:word@host:/data",
+        "host::module",
+        "-o:/x",
+        "s3://",
+        "",
+    ):
         with pytest.raises(UserError, match=r"^datastore\.url"):
             versions.locate(url)
+    with pytest.raises(UserError, match="without a login") as caught:
+        versions.locate("s3://key:word@bucket/prefix")
+    assert "word" not in str(caught.value)
+
+
+def test_training_from_elsewhere_is_told_how_to_fetch_it() -> None:
+    with pytest.raises(
+        UserError, match=r"datastores fetch a DIR datastore\.url=host:/data, then datastore"
+    ) as caught:
+        versions.local(versions.locate("host:/data"), "a")
+    assert "\n" not in str(caught.value)
 
 
 def test_only_what_has_a_manifest_is_there(url: str) -> None:
@@ -108,47 +136,47 @@ def test_the_newest_the_pinned_or_that_of_the_content_is_opened(url: str) -> Non
 def test_what_is_not_there_is_told(url: str, settings: dict[str, object], line: str) -> None:
     put(url, "imagenet", 1, "one")
     put(url, "imagenet", 2, "two")
-    versions.claim(Datastore("begun", url), "one", {})
+    claim(Datastore("begun", url), "one", {})
     with pytest.raises(UserError, match=line) as caught:
         versions.open_version(dataclasses.replace(Datastore("imagenet", url), **settings))
     assert "\n" not in str(caught.value)
 
 
 def test_a_claim_takes_the_next_number(url: str) -> None:
-    first = versions.claim(Datastore("a", url), "one", {"run": "r"})
+    first = claim(Datastore("a", url), "one", {"run": "r"})
     assert (first.number, first.complete) == (1, False)
-    assert first.folder == Path(url) / "a" / "v1"
+    assert first.path == "a/v1"
     assert versions.complete(url, "a") == []
-    assert versions.claim(Datastore("a", url), "two", {}).number == 2
-    assert versions.claim(Datastore("a@v9", url), "three", {}).number == 9
-    assert versions.claim(Datastore("a", url), "four", {}).number == 10
+    assert claim(Datastore("a", url), "two", {}).number == 2
+    assert claim(Datastore("a@v9", url), "three", {}).number == 9
+    assert claim(Datastore("a", url), "four", {}).number == 10
     assert sorted(path.name for path in (Path(url) / "a").iterdir()) == ["v1", "v10", "v2", "v9"]
 
 
 def test_the_same_content_finds_its_cut_off_upload_again(url: str) -> None:
-    versions.claim(Datastore("a", url), "one", {})
-    versions.claim(Datastore("a", url), "two", {})
-    assert versions.claim(Datastore("a", url), "one", {}).number == 1
-    assert versions.claim(Datastore("a@v2", url), "two", {}).number == 2
-    assert versions.claim(Datastore("a@v3", url), "two", {}).number == 3  # the pin is what was asked for
+    claim(Datastore("a", url), "one", {})
+    claim(Datastore("a", url), "two", {})
+    assert claim(Datastore("a", url), "one", {}).number == 1
+    assert claim(Datastore("a@v2", url), "two", {}).number == 2
+    assert claim(Datastore("a@v3", url), "two", {}).number == 3  # the pin is what was asked for
 
 
 def test_the_same_content_finds_its_complete_version_first(url: str) -> None:
     put(url, "a", 1, "one")
-    versions.claim(Datastore("a@v2", url), "one", {})
-    found = versions.claim(Datastore("a", url), "one", {})
+    claim(Datastore("a@v2", url), "one", {})
+    found = claim(Datastore("a", url), "one", {})
     assert (found.number, found.complete) == (1, True)
 
 
 def test_a_version_that_exists_is_never_claimed(url: str) -> None:
     put(url, "a", 1, "one")
-    versions.claim(Datastore("a@v2", url), "two", {})
+    claim(Datastore("a@v2", url), "two", {})
     (Path(url) / "a" / "v3").mkdir()
     (Path(url) / "a" / "v3" / "something").touch()
     for number, state in ((1, "exists"), (2, "is taken"), (3, "is taken")):
         with pytest.raises(UserError, match=rf"a@v{number} {state}.*drop @v{number} for the next one"):
-            versions.claim(Datastore(f"a@v{number}", url), "new", {})
-    assert versions.claim(Datastore("a", url), "new", {}).number == 4
+            claim(Datastore(f"a@v{number}", url), "new", {})
+    assert claim(Datastore("a", url), "new", {}).number == 4
 
 
 def test_of_claims_at_once_each_content_gets_its_own_number(url: str) -> None:
@@ -159,7 +187,7 @@ def test_of_claims_at_once_each_content_gets_its_own_number(url: str) -> None:
     def take(content: str) -> None:
         barrier.wait()
         for _ in range(5):
-            results.put((content, versions.claim(Datastore("a", url), content, {}).number))
+            results.put((content, claim(Datastore("a", url), content, {}).number))
 
     processes = [context.Process(target=take, args=(content,)) for content in contents]
     for process in processes:

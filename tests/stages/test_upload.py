@@ -14,7 +14,7 @@ import pytest
 from sample_dataset import file_of, make_dataset
 
 from hpc_imagenet.config import Config, Dataset, Datastore
-from hpc_imagenet.datastore import folder, versions
+from hpc_imagenet.datastore import folder, transport, versions
 from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.store import Store
 from hpc_imagenet.durable import read_json
@@ -84,6 +84,7 @@ def test_a_dataset_becomes_a_version(house: House) -> None:
         "bytes": house.manifest.bytes,
         "copied": house.manifest.bytes - shards,
         "linked": shards,
+        "reused": 0,
         "kept": 0,
     }
     assert_whole(house.version(1))
@@ -260,7 +261,7 @@ def upload_and_die(house: House, links: bool, at: int | None) -> int:
     made = fork.Value("q", 0)
 
     def work() -> None:
-        folder.BLOCK = 1_000
+        transport.BLOCK = 1_000
         if not links:
             os.link = refuse
 
@@ -289,7 +290,7 @@ def test_a_cut_off_upload_sends_only_what_is_missing(house: House, monkeypatch: 
     monkeypatch.setattr(os, "link", refuse)
     real, copied = folder._copy, []
 
-    def cut(piece: folder.Piece, *rest: Any) -> None:
+    def cut(piece: transport.Piece, *rest: Any) -> None:
         if len(copied) == 2:
             raise KeyboardInterrupt
         copied.append(piece.file.bytes)
@@ -305,3 +306,51 @@ def test_a_cut_off_upload_sends_only_what_is_missing(house: House, monkeypatch: 
     assert result["kept"] == sum(copied)
     assert result["copied"] == house.manifest.bytes - sum(copied)
     assert_whole(house.version(1))
+
+
+def test_a_linked_archive_keeps_its_mode_and_is_watched(house: House) -> None:
+    archive = house.dataset / house.manifest.shards[0].path
+    archive.chmod(0o664)
+    house.upload()
+    assert archive.stat().st_mode & 0o777 == 0o664
+    Store(house.version(1))
+    before = archive.stat()
+    with archive.open("r+b") as file:
+        file.seek(600)
+        file.write(b"other")
+    os.utime(archive, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+    with pytest.raises(UserError, match=r"train-0\.tar was written to after its upload: .*verify digits@v1"):
+        Store(house.version(1))
+    copy = house.url / "digits" / "v2"
+    make_dataset(house.workspace)  # the archive of this name is another file now
+    shutil.copytree(house.version(1), copy)  # with other times, and not a link of anything
+    Store(copy)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_every_file_is_of_one_part(house: House, parts: int) -> None:
+    pieces = [transport.Piece(Path(file.path), file) for file in house.manifest.all_files()]
+    shares = [upload.share(pieces, part, parts) for part in range(parts)]
+    assert sorted(piece.file.path for share in shares for piece in share) == sorted(
+        piece.file.path for piece in pieces
+    )
+    loads = [sum(piece.file.bytes for piece in share) for share in shares]
+    assert max(loads) - min(loads) <= max(piece.file.bytes for piece in pieces)
+
+
+def test_what_an_older_version_has_is_linked(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def only_within(source: Any, destination: Any) -> None:
+        if not str(source).startswith(str(house.url)):
+            refuse(source, destination)
+        link(source, destination)
+
+    monkeypatch.setattr(os, "link", only_within)
+    house.upload()
+    dataclasses.replace(house.manifest, content="2nd").save(house.dataset)
+    result = house.upload()
+    assert (result["version"], result["copied"], result["reused"]) == (2, 0, house.manifest.bytes)
+    assert_whole(house.version(2))
+    shutil.rmtree(house.version(1))
+    assert house.images(house.version(2)) == house.images(house.dataset)

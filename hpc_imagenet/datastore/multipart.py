@@ -1,0 +1,248 @@
+"""Sending files to a bucket: small ones whole, large ones in parts.
+
+One thread reads a file, in order, and hashes it; others send what it has read. An object appears when its
+last byte is there, so it is sent whole in one request, or in parts that are put together only after the hash
+was found right: an object that is there has the hash that stands in its metadata. Parts of an upload that was
+cut off are taken up again where their MD5, which is their ETag, is that of the file's bytes.
+Source: the S3 API reference, "Multipart upload".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Container, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.s3 import HASH, Held, Missing, Server, Unable, check
+from hpc_imagenet.datastore.transport import Piece, Tally, changed, digest_of, in_form
+from hpc_imagenet.errors import UserError
+
+WHOLE = 64 << 20  # bytes up to which a file is sent in one request
+PART = 16 << 20  # bytes of a part, more where there would be more than PARTS
+PARTS = 10_000  # the most that S3 takes
+MEMORY = 256 << 20  # bytes that are read and not sent yet
+
+
+@dataclass
+class Begun:
+    """A multipart upload: its id and the ETags of its parts that are there, by number."""
+
+    upload: str
+    etags: dict[int, str] = field(default_factory=dict)
+
+
+def begun(server: Server, path: str) -> dict[str, Begun]:
+    """Return the uploads that were cut off below `path`, the newest of each path relative to it."""
+    begin = len(server.key(path))
+    found = {}
+    for upload in sorted(uploads(server, path), key=lambda each: str(each.get("Initiated", ""))):
+        if upload.get("ChecksumAlgorithm") and not server.checksums:
+            continue  # begun under another setting: it takes no parts without checksums
+        with contextlib.suppress(Missing, Unable):
+            key, upload_id = upload["Key"], upload["UploadId"]
+            pages = server.pages("list_parts", Key=key, UploadId=upload_id)
+            parts = [part for page in pages for part in page.get("Parts", ())]
+            found[key[begin:]] = Begun(
+                upload_id, {part["PartNumber"]: part["ETag"].strip('"') for part in parts}
+            )
+    return found
+
+
+def uploads(server: Server, path: str) -> list[dict[str, Any]]:
+    """Return all uploads below `path` that are not put together; none where the server does not tell."""
+    begin = server.key(path)
+    try:
+        pages = server.pages("list_multipart_uploads", Prefix=begin)
+    except (Missing, Unable, UserError):  # not every server has the list, nor may everybody see it
+        return []
+    return [each for page in pages for each in page.get("Uploads", ()) if each["Key"].startswith(begin)]
+
+
+def abort(server: Server, path: str) -> None:
+    """Remove the parts of all uploads below `path` that are not put together."""
+    for upload in uploads(server, path):
+        with contextlib.suppress(Missing, Unable):
+            server.ask(
+                "removing parts",
+                server.client.abort_multipart_upload,
+                Bucket=server.bucket,
+                Key=upload["Key"],
+                UploadId=upload["UploadId"],
+            )
+
+
+class Sending:
+    """Files on their way. Use as a context; all is there when it has ended well.
+
+    Args:
+        path: the folder, within the prefix, that they go to.
+        there: paths in it of objects that are there and may be replaced.
+        taken_up: uploads that were cut off, by path in it.
+        tally: told of the bytes that are sent.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        path: str,
+        there: Container[str],
+        taken_up: Mapping[str, Begun],
+        tally: Tally,
+    ) -> None:
+        self._server, self._path, self._there, self._begun = server, path, there, taken_up
+        self._tally = tally
+        self._senders = ThreadPoolExecutor(server.connections)
+        self._finishers = ThreadPoolExecutor(server.connections)
+        self._room = threading.Semaphore(MEMORY // PART)
+        self._waiting: deque[Future[Any]] = deque()
+
+    def __enter__(self) -> Sending:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            while error is None and self._waiting:
+                self._waiting.popleft().result()
+        finally:
+            for pool in (self._senders, self._finishers):
+                pool.shutdown(cancel_futures=True)
+
+    def file(self, piece: Piece) -> None:
+        """Send a file; return when it is read.
+
+        Raises:
+            UserError: it is not what its manifest says, or an earlier one could not be sent.
+        """
+        with piece.source.open("rb", buffering=0) as reader:
+            before = os.fstat(reader.fileno())
+            digest = digest_of(piece.file)
+
+            def verify() -> None:
+                after = os.fstat(reader.fileno())
+                if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                    raise changed(piece, "written to while it was read")
+                if in_form(digest) != piece.file.hash:
+                    raise changed(piece, "other bytes")
+
+            if piece.file.bytes <= WHOLE:
+                data = self._read(reader, piece.file.bytes, digest, verify)
+                self._later(self._senders.submit(self._put, piece.file, data))
+            else:
+                self._parts(piece.file, reader, digest, verify)
+
+    def _read(self, reader: Any, size: int, digest: Any, verify: Callable[[], None] = lambda: None) -> bytes:
+        """Read so many bytes, or less at the end of the file, once there is room for them in memory."""
+        self._take(size)
+        try:
+            data, done = bytearray(size), 0
+            with memoryview(data) as view:
+                while done < size and (got := reader.readinto(view[done:])):
+                    done += got
+            del data[done:]
+            digest.update(data)
+            verify()
+        except BaseException:
+            self._give(size)
+            raise
+        return data  # type: ignore[return-value]
+
+    def _put(self, file: File, data: bytes) -> None:
+        path = f"{self._path}/{file.path}"
+        try:
+            self._server.put(path, data, new=file.path not in self._there, file=file)
+        except Held:
+            self._by_another(path, file)
+        finally:
+            self._give(len(data))
+        self._tally(len(data), f"sending {file.path}")
+
+    def _parts(self, file: File, reader: Any, digest: Any, verify: Callable[[], None]) -> None:
+        server = self._server
+        at = server.at(f"{self._path}/{file.path}")
+        size = max(PART, -(-file.bytes // PARTS >> 20 << 20))  # whole MiB
+        begun = self._begun.get(file.path)
+        if begun is None:
+            made = server.ask(
+                f"beginning {file.path}",
+                server.client.create_multipart_upload,
+                **at,
+                Metadata={HASH: file.hash},
+                **({"ChecksumAlgorithm": "CRC32"} if server.checksums else {}),
+            )
+            begun = Begun(made["UploadId"])
+        parts = []
+        for number, start in enumerate(range(0, file.bytes, size), 1):
+            data = self._read(reader, min(size, file.bytes - start), digest)
+            parts.append(self._senders.submit(self._part, at, file, begun, number, data))
+            self._later(parts[-1])
+        verify()  # else nothing is put together, and the parts are found and replaced by the next try
+        self._later(self._finishers.submit(self._finish, at, file, begun, parts))
+
+    def _part(self, at: dict[str, str], file: File, begun: Begun, number: int, data: bytes) -> dict[str, Any]:
+        """Send a part, unless it is there; return how the server knows it."""
+        server = self._server
+
+        def send() -> dict[str, Any]:
+            sums = server.sums(data)
+            answer = server.client.upload_part(
+                **at, UploadId=begun.upload, PartNumber=number, Body=data, **sums
+            )
+            check(answer, sums)
+            return {name: answer[name] for name in ("ETag", *sums) if name in answer}
+
+        try:
+            there = begun.etags.get(number)
+            if there and there == hashlib.md5(data, usedforsecurity=False).hexdigest():
+                return {"PartNumber": number, "ETag": f'"{there}"'}
+            return {"PartNumber": number, **server.ask(f"sending {file.path}", send)}
+        except Missing:  # put together, or swept, by another; what there is is looked at in the end
+            return {"PartNumber": number, "ETag": ""}
+        finally:
+            self._give(len(data))
+            self._tally(len(data), f"sending {file.path}")
+
+    def _finish(
+        self, at: dict[str, str], file: File, begun: Begun, parts: list[Future[dict[str, Any]]]
+    ) -> None:
+        server, path = self._server, f"{self._path}/{file.path}"
+        told = {"Parts": [part.result() for part in parts]}
+        new = file.path not in self._there
+
+        def complete() -> None:
+            only = {"IfNoneMatch": "*"} if new and server.conditional else {}
+            server.client.complete_multipart_upload(**at, UploadId=begun.upload, MultipartUpload=told, **only)
+
+        try:
+            server.conditionally(f"completing {file.path}", complete, new)
+        except (Missing, Held):
+            self._by_another(path, file)
+
+    def _by_another(self, path: str, file: File) -> None:
+        """Accept an object that another upload, or a try of ours whose answer was lost, has put there."""
+        if not self._server.proved(path, file):
+            raise UserError(f"{self._server.url}/{path} was written by another upload meanwhile: ask again")
+
+    def _later(self, future: Future[Any]) -> None:
+        """Look at what has ended, and note one more that has to."""
+        self._waiting.append(future)
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
+
+    def _take(self, size: int) -> None:
+        # Only the caller's thread takes, so that it cannot hold some and wait for ever for the rest.
+        for _ in range(_units(size)):
+            self._room.acquire()
+
+    def _give(self, size: int) -> None:
+        self._room.release(_units(size))
+
+
+def _units(size: int) -> int:
+    return max(1, min(-(-size // PART), MEMORY // PART))

@@ -1,0 +1,185 @@
+"""What stands at a place, and what can be done with it: look, verify, fetch, delete, sweep.
+
+A version is deleted in an order that can be cut off anywhere: a note that it goes, the manifest, and then
+the rest. Without its manifest it is no version any more, and the note keeps its number from being used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from hpc_imagenet.config import Datastore
+from hpc_imagenet.datastore import links, versions
+from hpc_imagenet.datastore.manifest import FILE, Manifest, parse_manifest
+from hpc_imagenet.datastore.transport import Place, Tally, Tell, told
+from hpc_imagenet.datastore.versions import COMPLETE, DELETED, GONE, PARTIAL
+from hpc_imagenet.errors import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A version as it stands: complete, partial, or deleted with something left of it."""
+
+    name: str
+    number: int
+    state: str
+    manifest: Manifest | None = None
+    begun: str = ""  # of a partial one: when; ISO 8601, UTC
+    by: str = ""  # of a partial one: which run, on which host
+
+    @property
+    def reference(self) -> str:
+        """Return `name@vN`."""
+        return f"{self.name}@v{self.number}"
+
+    @property
+    def path(self) -> str:
+        """Where it lies within its place."""
+        return f"{self.name}/v{self.number}"
+
+
+def entries(place: Place, name: str | None = None) -> list[Entry]:
+    """Return all versions, of one datastore or of all, by name and number; deleted ones left out."""
+    begun = place.versions(name)
+    notes = place.read(
+        [f"{path}/{file}" for path in begun for file in (FILE, versions.CLAIM, versions.DELETED)]
+    )
+    found = []
+    for path in begun:
+        of, _, number = path.partition("/v")
+        if data := notes.get(f"{path}/{FILE}"):
+            manifest = parse_manifest(data, f"{place.url}/{path}/{FILE}")
+            found.append(Entry(of, int(number), COMPLETE, manifest, manifest.created))
+        elif f"{path}/{DELETED}" in notes:
+            if set(place.files(path)) != {DELETED}:
+                found.append(Entry(of, int(number), GONE))
+        else:
+            claim = versions.note(notes.get(f"{path}/{versions.CLAIM}"))
+            by = " on ".join(claim[key] for key in ("run", "host") if key in claim)
+            found.append(Entry(of, int(number), PARTIAL, None, claim.get("time", ""), by))
+    return sorted(found, key=lambda entry: (entry.name, entry.number))
+
+
+def find(place: Place, reference: str) -> Entry:
+    """Return the complete version that `NAME[@vN]` means, the newest without a number.
+
+    Raises:
+        UserError: there is none.
+    """
+    version = versions.open_version(Datastore(reference, place.url))
+    return Entry(version.name, version.number, COMPLETE, version.manifest, version.manifest.created)
+
+
+def verify(place: Place, entry: Entry, threads: int, tell: Tell) -> list[str]:
+    """Read every file of a complete version, several at a time; return what is wrong, a line each."""
+    assert entry.manifest is not None
+    tally, wrong = Tally(tell), []
+    files = entry.manifest.all_files()
+    with ThreadPoolExecutor(threads) as pool:
+        hashes = pool.map(
+            lambda file: place.hash(f"{entry.path}/{file.path}", file, tally.of(file.path)), files
+        )
+        for file, found in zip(files, hashes, strict=True):
+            if found is None:
+                wrong.append(f"{place.url}/{entry.path}/{file.path} is missing")
+            elif found != file.hash:
+                wrong.append(
+                    f"{place.url}/{entry.path}/{file.path} has other bytes than when it was made: {found}"
+                )
+    return wrong
+
+
+def fetch(place: Place, entry: Entry, target: Path, threads: int, tell: Tell) -> Path:
+    """Bring a version to `target/<name>/v<N>/`, so that `target` is a datastore.url that training can read.
+
+    Asked again it goes on; what is there already is proved by its hash. The manifest comes last.
+
+    Raises:
+        UserError: another version of that number is there, no room, or bytes that are not what they were.
+    """
+    assert entry.manifest is not None
+    here = versions.locate(str(target))
+    folder = target / entry.path
+    manifest = entry.manifest
+    with told(f"fetch {entry.reference}", target):
+        note = {"run": "fetch", "from": place.url, "time": _now()}
+        claim = versions.claim(here, Datastore(entry.reference, str(target)), manifest.content, note)
+        if claim.complete:
+            return folder
+        with here.turn(f"{claim.path}/{versions.LOCK}", lambda: tell(0, "another fetch of it is at work")):
+            _room(manifest, folder, target)
+            tally = Tally(tell)
+
+            def one(number: int) -> None:
+                file = manifest.all_files()[number]
+                path = folder / file.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                told_of = tally.of(file.path)
+                if not path.exists() or here.hash(f"{entry.path}/{file.path}", file, told_of) != file.hash:
+                    place.fetch(f"{entry.path}/{file.path}", file, path, told_of)
+                path.chmod(path.stat().st_mode & ~0o222)
+
+            with ThreadPoolExecutor(threads) as pool:
+                try:
+                    for _ in pool.map(one, range(len(manifest.all_files()))):
+                        pass
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+            upload = {**(manifest.provenance.get("upload") or {})}
+            upload.pop(links.STAMPS, None)  # of other files
+            claim.commit(replace(manifest, provenance={**manifest.provenance, "upload": upload}))
+        claim.settle()
+    return folder
+
+
+def delete(place: Place, entry: Entry) -> None:
+    """Remove a version, manifest first; asked again it goes on."""
+    note = {"time": _now(), "content": entry.manifest.content if entry.manifest else None}
+    with told("datastore.url", place.url):
+        place.create(f"{entry.path}/{DELETED}", json.dumps(note).encode())
+        place.remove([f"{entry.path}/{FILE}"])
+        place.clear(entry.path, DELETED)
+
+
+def idle(place: Place, entry: Entry, seconds: float) -> bool:
+    """Whether nothing of a partial version was written for so long; deleted ones are always idle."""
+    if entry.state == GONE:
+        return True
+    newest = max((stored.modified for stored in place.files(entry.path).values()), default=0.0)
+    return time.time() - newest > seconds
+
+
+@contextlib.contextmanager
+def alone(place: Place, entry: Entry) -> Iterator[None]:
+    """Hold the turn of a partial version, where the place has turns.
+
+    Raises:
+        UserError: an upload is at work on it.
+    """
+
+    def refuse() -> None:
+        raise UserError(f"{entry.reference}: an upload is at work on it")
+
+    with place.turn(f"{entry.path}/{versions.LOCK}", refuse):
+        yield
+
+
+def _room(manifest: Manifest, folder: Path, target: Path) -> None:
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    status = os.statvfs(target)
+    needed, free = manifest.bytes - there, status.f_bavail * status.f_frsize
+    if needed > free:
+        raise UserError(f"{target} needs {needed / 1e9:.3f} GB more, but {free / 1e9:.3f} GB are free")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

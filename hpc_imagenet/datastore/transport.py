@@ -1,0 +1,244 @@
+"""What a place must do so that datastores can live there: a folder, a host behind ssh, a bucket.
+
+All paths are relative to the place and have `/` between: `imagenet/v3/shards/train-000.tar`. A file of a
+version is whole or absent under its name, whatever is killed while it is sent. The rest of this room asks
+for nothing but what stands here, so that versions mean the same everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.errors import UserError
+
+BLOCK = 1 << 20  # bytes read at a time
+
+Tell = Callable[[int, str], None]  # bytes that are done, a word about what is done now
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file to send: where it lies, and what and where it shall be (`file.path` within the version)."""
+
+    source: Path
+    file: File
+    link: bool = False  # whether a hard link may do
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file that is there."""
+
+    bytes: int
+    modified: float  # s since 1970, by the clock over there
+
+
+@dataclass
+class Sent:
+    """Bytes, by how they came to be in the version."""
+
+    copied: int = 0
+    linked: int = 0  # with the source
+    reused: int = 0  # of an older version, without being sent
+    kept: int = 0  # were there already
+
+    @property
+    def total(self) -> int:
+        """All bytes that are there and verified."""
+        return self.copied + self.linked + self.reused + self.kept
+
+
+@dataclass(frozen=True)
+class Known:
+    """What need not be read, or not be sent.
+
+    `written` is when the manifest that vouches for the sources was written, s since 1970. `older` has the
+    paths, within the place, of files of complete versions. `vouched` has the paths, within the version, of
+    files that were proved there before and have not been touched since.
+    """
+
+    written: float
+    older: Mapping[File, Sequence[str]] = field(default_factory=dict)  # by bytes and hash, with no path
+    vouched: frozenset[str] = frozenset()
+
+
+class Place(Protocol):
+    """Where datastores live.
+
+    Raises:
+        UserError: it cannot be reached or is forbidden; from any method.
+        OSError: of a folder; see `told`.
+    """
+
+    url: str
+    folder: Path | None  # where jobs can open the files; None: they have to be fetched first
+
+    def versions(self, name: str | None = None) -> list[str]:
+        """Return the paths of all versions that were ever begun, of one datastore or of all."""
+
+    def read(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """Return the bytes of those of the small files that are there."""
+
+    def files(self, path: str) -> dict[str, Stored]:
+        """Return all files below `path`, hidden ones too, by their paths relative to it."""
+
+    def claim(self, path: str, name: str, data: bytes) -> bool:
+        """Make the folder `path` with the file `name` in it; False where another was faster."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small file, whole or not at all, unless it is there; False where it was."""
+
+    def remove(self, paths: Sequence[str]) -> None:
+        """Remove files; those that are not there are no trouble."""
+
+    def tidy(self, path: str) -> None:
+        """Remove what uploads that were cut off have left of half-sent files below `path`."""
+
+    def clear(self, path: str, keep: str) -> None:
+        """Remove all that is below `path`, half-sent files too, but for the file `keep`."""
+
+    def turn(self, path: str, waiting: Callable[[], None]) -> AbstractContextManager[None]:
+        """Hold the only right to send what the lock `path` stands for, where the place has locks.
+
+        Calls `waiting` once where another process holds it, then waits. Places without locks take the same
+        file from several senders at once, and keep one.
+        """
+
+    def send(self, pieces: Sequence[Piece], path: str, known: Known, tell: Tell) -> Sent:
+        """Bring all pieces into the version's folder `path`; what is there already, by its hash, stays.
+
+        Raises:
+            UserError: a source is missing or is not what its manifest says, or there is no room.
+        """
+
+    def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
+        """Bring the file at `path` to `target`, whole and with the hash of `file`, or not at all.
+
+        What an earlier try has brought is used; it lies beside the target, as `.<name>.part`.
+
+        Raises:
+            UserError: it is missing, or its bytes are not what `file` says.
+        """
+
+    def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
+        """Read the file at `path` and return its hash, in the form of `file.hash`; None without one."""
+
+
+class Tally:
+    """Tells of the bytes of many files that are read at once, as one number that grows."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def __call__(self, more: int, note: str) -> None:
+        """Count `more` bytes."""
+        with self._lock:
+            self._done += more
+            self._tell(self._done, note)
+
+    def of(self, note: str) -> Callable[[int], None]:
+        """Return what is told how many bytes of one file are done."""
+        before = 0
+
+        def told(done: int) -> None:
+            nonlocal before
+            self(done - before, note)
+            before = done
+
+        return told
+
+
+def digest_of(file: File) -> Any:
+    """Return a new hash of the algorithm that the manifest has for `file`.
+
+    Raises:
+        UserError: it is one that nobody here computes.
+    """
+    algorithm = file.hash.partition(":")[0]
+    if algorithm not in ("md5", "sha256"):
+        raise UserError(f"{file.path}: the manifest gives {file.hash!r} as its hash, not md5:… or sha256:…")
+    return hashlib.new(algorithm, usedforsecurity=False)
+
+
+def in_form(digest: Any) -> str:
+    """Return a hash as a manifest has it."""
+    return f"{digest.name}:{digest.hexdigest()}"
+
+
+def read_to_end(
+    reader: IO[bytes],
+    file: File,
+    tell: Callable[[int], None],
+    hand_on: Callable[[memoryview], object] = lambda block: None,
+) -> str:
+    """Read to the end and return the hash, by the algorithm and in the form of the manifest's.
+
+    One thread hashes a block while this one hands it on and reads the next, from an unbuffered file.
+    """
+    digest, done, number = digest_of(file), 0, 0
+    blocks = [memoryview(bytearray(BLOCK)) for _ in range(2)]
+    hashed: Future[None] | None = None
+    with ThreadPoolExecutor(1) as hasher:
+        while got := reader.readinto(blocks[number % 2]):  # type: ignore[attr-defined]
+            block = blocks[number % 2][:got]
+            if hashed is not None:
+                hashed.result()  # so that its block is free for the next round
+            hashed = hasher.submit(digest.update, block)
+            hand_on(block)
+            done, number = done + got, number + 1
+            tell(done)
+    return in_form(digest)
+
+
+def hash_of(path: Path, file: File, tell: Callable[[int], None]) -> str:
+    """Return the hash of a file of this machine."""
+    with path.open("rb", buffering=0) as reader:
+        return read_to_end(reader, file, tell)
+
+
+def check_size(piece: Piece) -> None:
+    """Refuse a source that is gone or has grown.
+
+    Raises:
+        UserError: it is not what the manifest says.
+    """
+    try:
+        found = piece.source.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{piece.source} is missing: +stage=download and +stage=process make it") from None
+    if found != piece.file.bytes:
+        raise changed(piece, f"{found} bytes instead of {piece.file.bytes}")
+
+
+def changed(piece: Piece, how: str) -> UserError:
+    """Return the error that says so of a source."""
+    return UserError(f"{piece.source} is not what +stage=process saw ({how}): run +stage=process again")
+
+
+@contextlib.contextmanager
+def told(setting: str, place: str | Path) -> Iterator[None]:
+    """Turn a full disk, or a path that cannot be read or written, into a line that names the setting."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(f"{setting}: no space left in {place}; free some and ask again") from None
+        if error.errno in _CLOSED:
+            path = error.filename or place
+            raise UserError(f"{setting}: cannot fill {place}: {path}: {error.strerror}") from None
+        raise
