@@ -1,0 +1,129 @@
+"""Copying a version's shards to the node's own disk while training reads them already.
+
+One thread a node does it, at a low priority of its own, so that it takes the CPU time that decoding leaves. A job
+that shares the node shares the work: a shard that another process is bringing is left to it, and looked at
+again later.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hpc_imagenet.datastore.cache import Brought, Cache
+from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.shards import Staged
+from hpc_imagenet.datastore.transport import hash_of
+from hpc_imagenet.errors import UserError
+
+NICE = 10  # of the copying thread: a tenth of a core's time beside one that wants all of it
+POLL = 1.0  # s between two looks at a shard that another process is bringing
+AGAIN = 60.0  # s between two tries at a shard that cannot be read or written
+
+Bring = Callable[[File, Path, Callable[[int], None]], None]  # a place's fetch; tells how many bytes are done
+
+
+class _Stopped(Exception):
+    """Nobody needs the copies any more."""
+
+
+class Staging:
+    """The copying of one version's shards; `with` it, they come.
+
+    Args:
+        staged: who reads them.
+        cache: where they go.
+        shards: of the manifest.
+        bring: copies one of them.
+        needed: whether reading waits for the copies, so that one that fails is the reader's trouble.
+    """
+
+    def __init__(
+        self, staged: Staged, cache: Cache, shards: Sequence[File], bring: Bring, needed: bool
+    ) -> None:
+        self._staged, self._cache, self._shards = staged, cache, shards
+        self._bring, self._needed = bring, needed
+        self._stop = threading.Event()
+        self._through = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="staging", daemon=True)
+
+    def __enter__(self) -> Staging:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._staged.doubted.set()  # wakes it
+        self._thread.join()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until nothing more will come, unless a copy turns out to be damaged; False after `seconds`."""
+        return self._through.wait(seconds)
+
+    def _work(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICE, os.nice(0)))
+        try:
+            while not self._stop.is_set():
+                self._staged.doubted.clear()
+                self._all()
+                self._through.set()
+                self._staged.doubted.wait()
+        except _Stopped:
+            pass
+        finally:
+            self._through.set()
+
+    def _all(self) -> None:
+        """Bring all shards that there is room for, however often it takes."""
+        began, left, told = time.monotonic(), list(range(len(self._shards))), set()
+        full: list[int] = []
+        while left:
+            busy, failed = [], []
+            for number in left:
+                try:
+                    came = self._one(number)
+                except (UserError, OSError) as error:
+                    failed.append(number)
+                    if number not in told:
+                        told.add(number)
+                        self._trouble(f"{error}")
+                else:
+                    busy += [number] if came is Brought.BUSY else []
+                    full += [number] if came is Brought.FULL else []
+            left = busy + failed
+            if left and self._stop.wait(POLL if busy else AGAIN):
+                raise _Stopped
+        size = sum(shard.bytes for n, shard in enumerate(self._shards) if n not in full)
+        print(
+            f"staging: {size / 1e9:.3f} GB are in {self._cache.folder} after "
+            f"{time.monotonic() - began:.1f} s",
+            flush=True,
+        )
+        if full:
+            self._trouble(f"no room for {len(full)} of {len(self._shards)} shards in {self._cache.folder}")
+
+    def _one(self, number: int) -> Brought:
+        file = self._shards[number]
+        came = self._cache.bring(file, self._fetch, self._prove)
+        if came is Brought.HERE:
+            self._staged.look(number)  # from now on it is in use
+        return came
+
+    def _fetch(self, file: File, path: Path) -> None:
+        self._bring(file, path, self._tell)
+
+    def _prove(self, file: File, path: Path) -> bool:
+        return hash_of(path, file, self._tell) == file.hash
+
+    def _tell(self, done: int) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+
+    def _trouble(self, why: str) -> None:
+        if self._needed:
+            self._staged.fail(UserError(f"staging: {why}: make room, or give another cluster.scratch"))
+        else:
+            print(f"staging: {why}; it is read from where it lies", flush=True)
