@@ -133,9 +133,10 @@ def _shape(job: Job) -> None:
 
 
 def _readable(job: Job) -> None:
-    """Refuse a training that would read from where no files can be opened."""
+    """Refuse a training that could not read where its datastore lies."""
     if job.stage == "train" and versions.remote(job.config.datastore.url):
-        versions.local(versions.locate(job.config.datastore.url), job.config.datastore.name)
+        store = job.config.datastore
+        versions.check_readable(versions.locate(store.url), job.cluster.scratch, store.name)
 
 
 def _archives(config: Config) -> None:

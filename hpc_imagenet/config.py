@@ -263,7 +263,8 @@ class Cluster:
     setup: list[str] = field(default_factory=list)  # shell lines before the job: module load …
     sbatch: dict[str, Any] = field(default_factory=dict)  # more options of sbatch, by their long names
     srun: list[str] = field(default_factory=list)  # more arguments of srun
-    scratch: str | None = None  # folder on each node's own disk
+    scratch: str | None = None  # folder on each node's own disk; variables are put in on the node
+    scratch_gb: float | None = None  # GB that copies of shards may take there; None: what is free
     stage: dict[str, dict[str, Any]] = field(default_factory=dict)  # any of the above, for one stage
 
 
@@ -384,6 +385,7 @@ def check(config: Config) -> None:
         ("cluster.gpus_per_node", cluster.gpus_per_node, 0),
         ("cluster.tasks_per_node", cluster.tasks_per_node, 1),
         ("cluster.time", cluster.time, 1),
+        ("cluster.scratch_gb", cluster.scratch_gb, 0),
         ("seed", config.seed, 0),
     ):
         if value is not None and value < least:

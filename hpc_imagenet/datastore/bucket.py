@@ -14,7 +14,9 @@ from pathlib import Path
 
 from hpc_imagenet.datastore import multipart, ranges
 from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.ranged import Ranged
 from hpc_imagenet.datastore.s3 import HASH, Held, Missing, Server, Unable
+from hpc_imagenet.datastore.shards import Shards
 from hpc_imagenet.datastore.transport import Known, Piece, Sent, Stored, Tally, Tell, check_size
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Bucket:
     """
 
     folder: Path | None = None
+    ranged = True
 
     def __init__(self, url: str, connections: int) -> None:
         self._server = Server(url, connections)
@@ -155,6 +158,10 @@ class Bucket:
     def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
         """Bring an object to `target`, in ranges."""
         ranges.fetch(self._server, path, file, target, tell)
+
+    def shards(self, path: str, shards: Sequence[File]) -> Shards:
+        """Return a reader of ranges of the shards."""
+        return Ranged(self._server, path, shards)
 
     def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
         """Read an object and return its hash."""

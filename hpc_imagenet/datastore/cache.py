@@ -5,9 +5,9 @@
         sha256-<hex>.json        that it was proved: when, and its size, times and inode at that moment
         .sha256-<hex>.lock       held by whoever brings it
 
-Locks are those of the kernel (flock): they go with the process that holds them. Whoever reads a file holds it
-shared, so that what is in use is not evicted; a file that was evicted all the same stays readable to those who
-have it open.
+Locks are those of the kernel (flock): they go with the process that holds them. Whoever reads a file holds
+it shared, so that what is in use is not evicted; a file that was evicted all the same stays readable to those
+who have it open.
 """
 
 from __future__ import annotations

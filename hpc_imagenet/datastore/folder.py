@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.shards import Shards
 from hpc_imagenet.datastore.transport import (
     Known,
     Piece,
@@ -44,6 +45,8 @@ _VERSION = re.compile(r"v[1-9][0-9]{0,8}")
 
 class Folder:
     """A folder of this machine, or of a file system that it shares; see `transport.Place`."""
+
+    ranged = False  # files are opened instead
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path | None = folder
@@ -183,6 +186,10 @@ class Folder:
             raise UserError(f"{self.url}/{path} has other bytes than when it was made: {found}")
         part.replace(target)
         sync_folder(target.parent)
+
+    def shards(self, path: str, shards: Sequence[File]) -> Shards:
+        """Not this place's way: see `ranged`."""
+        raise NotImplementedError
 
     def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
         """Return the file's hash."""

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.shards import Shards
 from hpc_imagenet.datastore.ssh import Shell
 from hpc_imagenet.datastore.transport import (
     Known,
@@ -52,6 +53,7 @@ class Host:
     """
 
     folder: Path | None = None
+    ranged = False
 
     def __init__(self, url: str) -> None:
         self._shell = Shell(url)
@@ -195,6 +197,10 @@ class Host:
             part.unlink()
             if not again:
                 raise UserError(f"{self.url}/{path} has other bytes than when it was made: {found}")
+
+    def shards(self, path: str, shards: Sequence[File]) -> Shards:
+        """Not this place's way: see `ranged`."""
+        raise NotImplementedError
 
     def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
         """Let the other side read the file."""

@@ -78,6 +78,7 @@ def client(setting: str, timeout: float, connections: int) -> Any:
                 read_timeout=timeout,
                 max_pool_connections=connections,
                 retries={"total_max_attempts": 1},
+                signature_version="s3v4",  # also of addresses, which would else have the old form
                 response_checksum_validation="when_required",  # the hash of the whole is ours
                 s3={"payload_signing_enabled": False},  # a further hash of the same bytes
             ),

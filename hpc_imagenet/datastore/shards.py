@@ -1,7 +1,8 @@
-"""Reading the bytes of shards: from files of a folder, or from a node's copies of them as far as they are there."""
+"""Reading the bytes of shards: from files of a folder, or from a node's copies as far as they are there."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -27,7 +28,7 @@ class Shards(Protocol):
         """
 
     def again(self, shard: int, offset: int, length: int, data: bytes) -> bytes:
-        """Return the same bytes once more, of what is least likely to be damaged; `data` could not be used."""
+        """Return the same bytes from what is least likely to be damaged; `data` could not be used."""
 
     def far(self) -> bool:
         """Whether reading is worth doing ahead: a wait, rather than work."""
@@ -40,10 +41,9 @@ class Files:
         UserError: a shard is missing or has another size than recorded.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[File], far: bool = False) -> None:
-        self._paths = [folder / shard.path for shard in shards]
-        self._far = far
-        for path, shard in zip(self._paths, shards, strict=True):
+    def __init__(self, folder: Path, shards: Sequence[File]) -> None:
+        self.paths = [folder / shard.path for shard in shards]
+        for path, shard in zip(self.paths, shards, strict=True):
             found = path.stat().st_size if path.exists() else None
             if found != shard.bytes:
                 was = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
@@ -58,10 +58,10 @@ class Files:
         """Return `length` bytes of a shard from `offset`: one pread."""
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
-            descriptor = self._descriptors.setdefault(shard, os.open(self._paths[shard], os.O_RDONLY))
+            descriptor = self._descriptors.setdefault(shard, os.open(self.paths[shard], os.O_RDONLY))
         data = os.pread(descriptor, length, offset)
         if len(data) != length:
-            raise UserError(f"{self._paths[shard]}: ends inside the image at byte {offset}")
+            raise UserError(f"{self.paths[shard]}: ends inside the image at byte {offset}")
         return data
 
     def again(self, shard: int, offset: int, length: int, data: bytes) -> bytes:
@@ -69,8 +69,8 @@ class Files:
         return data
 
     def far(self) -> bool:
-        """Whether the folder was said to be far."""
-        return self._far
+        """The page cache reads ahead by itself."""
+        return False
 
 
 class Staged:
@@ -106,10 +106,8 @@ class Staged:
             time.sleep(LOOK_AGAIN)
             descriptor = self._look(shard)
         data = b""
-        try:
+        with contextlib.suppress(OSError):  # a bad disk: what it was copied from may be better
             data = os.pread(descriptor, length, offset)
-        except OSError:  # a bad disk: what it was copied from may be better
-            pass
         return data if len(data) == length else self.again(shard, offset, length, data)
 
     def again(self, shard: int, offset: int, length: int, data: bytes) -> bytes:

@@ -1,8 +1,8 @@
 """Copying a version's shards to the node's own disk while training reads them already.
 
-One thread a node does it, at a low priority of its own, so that it takes the CPU time that decoding leaves. A job
-that shares the node shares the work: a shard that another process is bringing is left to it, and looked at
-again later.
+One thread a node does it, at a low priority of its own, so that it takes the CPU time that decoding leaves.
+A job that shares the node shares the work: a shard that another process is bringing is left to it, and looked
+at again later.
 """
 
 from __future__ import annotations

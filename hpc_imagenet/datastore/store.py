@@ -1,45 +1,39 @@
-"""Reading images by their address: one `pread` an image, from any worker, process or thread."""
+"""Reading images by their address, from any worker, process or thread."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from hpc_imagenet.datastore import links
 from hpc_imagenet.datastore.index import Index, open_index
 from hpc_imagenet.datastore.manifest import Manifest, load_manifest
+from hpc_imagenet.datastore.shards import Files, Shards
 from hpc_imagenet.errors import UserError
 
 TAR_BLOCK = 512
 
 
 class Store:
-    """A folder with a manifest, opened for reading. Cheap to open, to pickle and to fork.
+    """A dataset, opened for reading.
+
+    Args:
+        folder: has the manifest and the indexes.
+        shards: who reads the shards; None: they are files, where the manifest says. Then a store is cheap
+            to open, to pickle and to fork.
 
     Raises:
         UserError: the folder is no dataset, or a shard is missing, has another size than recorded
             or was written to.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shards: Shards | None = None) -> None:
         self.folder = folder
         try:
             self.manifest: Manifest = load_manifest(folder)
         except FileNotFoundError:
             raise UserError(f"{folder}: no dataset here (no manifest.json)") from None
-        self.shards = [folder / shard.path for shard in self.manifest.shards]
-        for path, shard in zip(self.shards, self.manifest.shards, strict=True):
-            found = path.stat().st_size if path.exists() else None
-            if found != shard.bytes:
-                was = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
-                raise UserError(f"{path} {was}: make the dataset again")
-        links.check(folder, self.manifest)
-        self._descriptors: dict[int, int] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave the open files behind: another process opens its own."""
-        return {**self.__dict__, "_descriptors": {}}
+        self.shards: Shards = shards or files(folder, self.manifest)
 
     def split(self, name: str) -> Split:
         """Open one split, `train` or `val`."""
@@ -53,13 +47,18 @@ class Store:
         Raises:
             UserError: the shard ends before.
         """
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            descriptor = self._descriptors.setdefault(shard, os.open(self.shards[shard], os.O_RDONLY))
-        data = os.pread(descriptor, length, offset)
-        if len(data) != length:
-            raise UserError(f"{self.shards[shard]}: ends inside the image at byte {offset}")
-        return data
+        return self.shards.read(shard, offset, length)
+
+
+def files(folder: Path, manifest: Manifest) -> Files:
+    """Open the shards of a manifest as files of its folder.
+
+    Raises:
+        UserError: one is missing, has another size than recorded or was written to.
+    """
+    opened = Files(folder, manifest.shards)
+    links.check(folder, manifest)
+    return opened
 
 
 class Split:
@@ -83,6 +82,11 @@ class Split:
         """Return image `i` as encoded bytes, and its label."""
         offset, length, label, shard = self.index[i].item()
         return self.store.read(shard, offset, length), label
+
+    def again(self, i: int, data: bytes) -> bytes:
+        """Return image `i` once more, from where its copy on this node came; `data` cannot be decoded."""
+        offset, length, _, shard = self.index[i].item()
+        return self.store.shards.again(shard, offset, length, data)
 
     def name(self, i: int) -> str:
         """Return the file name of image `i`, from its tar header (at most 100 bytes are kept there)."""

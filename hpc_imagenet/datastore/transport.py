@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.shards import Shards
 from hpc_imagenet.errors import UserError
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -84,7 +85,8 @@ class Place(Protocol):
     """
 
     url: str
-    folder: Path | None  # where jobs can open the files; None: they have to be fetched first
+    folder: Path | None  # where jobs can open the files; None: nowhere
+    ranged: bool  # whether `shards` reads a few bytes of a large file in a moment
 
     def versions(self, name: str | None = None) -> list[str]:
         """Return the paths of all versions that were ever begun, of one datastore or of all."""
@@ -132,6 +134,9 @@ class Place(Protocol):
         Raises:
             UserError: it is missing, or its bytes are not what `file` says.
         """
+
+    def shards(self, path: str, shards: Sequence[File]) -> Shards:
+        """Return a reader of the shards of the version at `path`; of places that are `ranged`."""
 
     def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
         """Read the file at `path` and return its hash, in the form of `file.hash`; None without one."""

@@ -48,13 +48,9 @@ class Version:
         return f"{self.name}/v{self.number}"
 
     @property
-    def folder(self) -> Path:
-        """The folder that training opens.
-
-        Raises:
-            UserError: it lies where jobs can open no files.
-        """
-        return local(self.place, f"{self.name}@v{self.number}") / self.path
+    def folder(self) -> Path | None:
+        """The folder with its files; None where files cannot be opened."""
+        return self.place.folder and self.place.folder / self.path
 
 
 @dataclass(frozen=True)
@@ -177,19 +173,18 @@ def remote(url: str) -> bool:
     return not url.startswith("file:") and bool(_SCHEME.fullmatch(url) or _HOST.fullmatch(url))
 
 
-def local(place: Place, name: str) -> Path:
-    """Return the folder of a place, for jobs to open files in.
+def check_readable(place: Place, scratch: str | None, name: str) -> None:
+    """Refuse a training that could not read: behind ssh no byte can be had but by fetching a file.
 
     Raises:
-        UserError: it is a remote one; and how its datastore `name` is fetched.
+        UserError: there are no files at `place`, no ranges of them, and no folder to fetch them to.
     """
-    if place.folder is None:
+    if place.folder is None and not place.ranged and not scratch:
         raise UserError(
-            f"training reads from a folder, and datastore.url={place.url} is none: fetch it first with "
-            f"python -m hpc_imagenet datastores fetch {name} DIR datastore.url={place.url}, "
-            "then datastore.url=DIR"
+            f"training cannot read at datastore.url={place.url}: give cluster.scratch, a folder on the nodes "
+            f"where it is copied to, or python -m hpc_imagenet datastores fetch {name} DIR "
+            f"datastore.url={place.url}, then datastore.url=DIR"
         )
-    return place.folder
 
 
 def complete(url: str, name: str) -> list[int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from hpc_imagenet.config import Config
-from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.config import Config, cluster_for
+from hpc_imagenet.datastore.opening import opened
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs import Run
 from hpc_imagenet.world import World
@@ -25,4 +25,5 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
     from hpc_imagenet.training.fit import fit
 
     version = open_version(config.datastore)
-    return fit(config, Store(version.folder), run, world)
+    with opened(version, cluster_for(config, "train"), stages=world.local_rank == 0) as store:
+        return fit(config, store, run, world)

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from hpc_imagenet.datastore.ahead import ReadAhead
 from hpc_imagenet.datastore.store import Split
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training import gpu
 from hpc_imagenet.training.decode import Encoded
 from hpc_imagenet.training.gpu import Piece
 from hpc_imagenet.training.sampler import PADDING, Key
-from hpc_imagenet.training.transforms import View, render
+from hpc_imagenet.training.transforms import Crop, View, render
 
+Read = Callable[[int], tuple[bytes, int]]
 Batch = tuple[Tensor, Tensor]  # uint8 [images, 3, size, size] in channels_last order, int64 [images]
 _Prepared = tuple[Batch, list[Key], list[Piece]]  # a batch, what it is of, what is left to be decoded
 
@@ -76,7 +78,12 @@ class Batches:
         return pixels.permute(0, 3, 1, 2), labels  # a view: channels_last without a copy
 
     def fill(
-        self, batch: Batch, keys: Sequence[Key], places: Sequence[int], here: bool = False
+        self,
+        batch: Batch,
+        keys: Sequence[Key],
+        places: Sequence[int],
+        read: Read | None = None,
+        here: bool = False,
     ) -> list[Piece]:
         """Write the images of `places` into their batch; padding is black and has the label -1.
 
@@ -84,6 +91,7 @@ class Batches:
             batch: as `empty` made it.
             keys: of all its images.
             places: in the batch, of the images to be written.
+            read: returns an image and its label, by its number; None: the split does.
             here: whether all are decoded here, whatever `on_gpu` says.
 
         Returns:
@@ -95,19 +103,21 @@ class Batches:
         begin, (pixels, labels) = time.perf_counter(), batch
         left: list[Piece] = []
         for place in places:
-            (epoch, index), out = keys[place], pixels[place : place + 1]
+            (_, index), out = keys[place], pixels[place : place + 1]
             if index == PADDING:
                 out.zero_()
                 continue
-            data, label = self.split.read(index)
+            data, label = (read or self.split.read)(index)
             try:
-                image = Encoded(data)
-                rng = random.Random(f"{self.seed}/{epoch}/{index}")
-                crop = self.view(epoch)(image.width, image.height, rng)
-                if self.on_gpu and image.plain and not here:
+                try:
+                    crop = self._render(data, keys[place], out, here)
+                except ValueError:  # a copy of the shard on this node may be damaged, and not the image
+                    whole = self.split.again(index, data)
+                    if whole == data:
+                        raise
+                    data, crop = whole, self._render(whole, keys[place], out, here)
+                if crop:
                     left.append(Piece(place, data, crop))
-                else:
-                    render(torch.from_numpy(image.pixels(crop.source)).permute(2, 0, 1)[None], crop, out)
                 labels[place] = label
             except ValueError as error:
                 self._corrupt(index, str(error))
@@ -116,6 +126,20 @@ class Batches:
             images, seconds = self.spent
             self.spent = images + len(places), seconds + time.perf_counter() - begin
         return left
+
+    def _render(self, data: bytes, key: Key, out: Tensor, here: bool) -> Crop | None:
+        """Write one image, or return what the device has to look at of it.
+
+        Raises:
+            ValueError: it cannot be decoded.
+        """
+        epoch, index = key
+        image = Encoded(data)
+        crop = self.view(epoch)(image.width, image.height, random.Random(f"{self.seed}/{epoch}/{index}"))
+        if self.on_gpu and image.plain and not here:
+            return crop
+        render(torch.from_numpy(image.pixels(crop.source)).permute(2, 0, 1)[None], crop, out)
+        return None
 
     def _corrupt(self, index: int, reason: str) -> None:
         name = self.split.name(index)
@@ -173,17 +197,28 @@ class Loader:
 
     def _prepared(self) -> Iterator[_Prepared]:
         """Yield batches on the host, as far as they are made there."""
-        wanted = iter(self.sampler)
+        split = self.batches.split
+        if not split.store.shards.far():
+            yield from self._made(iter(self.sampler), split.read)
+            return
+        ahead = ReadAhead(split)
+        try:
+            known = ((keys, [index for _, index in keys if index != PADDING]) for keys in self.sampler)
+            yield from self._made(ahead.over(known), ahead.read)
+        finally:
+            ahead.close()
+
+    def _made(self, wanted: Iterator[list[Key]], read: Read) -> Iterator[_Prepared]:
         if not self.workers:
             for keys in wanted:
                 batch = self._empty(keys)
-                yield batch, keys, self.batches.fill(batch, keys, range(len(keys)))
+                yield batch, keys, self.batches.fill(batch, keys, range(len(keys)), read)
             return
         begun: deque[tuple[Batch, list[Key], list[Future[list[Piece]]]]] = deque()
         try:
             while True:
                 while len(begun) <= AHEAD and (keys := next(wanted, [])):
-                    begun.append(self._begin(keys))
+                    begun.append(self._begin(keys, read))
                 if not begun:
                     return
                 batch, keys, parts = begun.popleft()
@@ -193,12 +228,13 @@ class Loader:
                 for part in parts:
                     part.cancel()
 
-    def _begin(self, keys: list[Key]) -> tuple[Batch, list[Key], list[Future[list[Piece]]]]:
+    def _begin(self, keys: list[Key], read: Read) -> tuple[Batch, list[Key], list[Future[list[Piece]]]]:
         if self._threads is None:
             self._threads = _threads(self.workers, self.bound)
         batch, places = self._empty(keys), range(len(keys))
         parts = [places[at : at + PART] for at in range(0, len(keys), PART)]
-        return batch, keys, [self._threads.submit(self.batches.fill, batch, keys, part) for part in parts]
+        fill = self.batches.fill
+        return batch, keys, [self._threads.submit(fill, batch, keys, part, read) for part in parts]
 
     def _empty(self, keys: list[Key]) -> Batch:
         return self.batches.empty(keys, self.device.type == "cuda")

@@ -51,9 +51,9 @@ def folder(tmp_path: Path) -> Path:
 def test_another_process_opens_its_own_files(folder: Path) -> None:
     store = Store(folder)
     images = list(store.split("train"))
-    assert store._descriptors
+    assert store.shards._descriptors
     copy = pickle.loads(pickle.dumps(store))
-    assert copy._descriptors == {}
+    assert copy.shards._descriptors == {}
     assert list(copy.split("train")) == images
 
 
@@ -73,7 +73,9 @@ def test_forked_processes_read_at_once(folder: Path) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert {os.lseek(descriptor, 0, os.SEEK_CUR) for descriptor in split.store._descriptors.values()} == {0}
+    assert {
+        os.lseek(descriptor, 0, os.SEEK_CUR) for descriptor in split.store.shards._descriptors.values()
+    } == {0}
 
 
 def test_a_missing_or_short_shard_is_told(folder: Path) -> None:
@@ -97,6 +99,6 @@ def test_what_is_no_dataset_is_told(tmp_path: Path, folder: Path) -> None:
 
 def test_an_image_beyond_the_end_is_told(folder: Path) -> None:
     store = Store(folder)
-    size = store.shards[0].stat().st_size
+    size = store.shards.paths[0].stat().st_size
     with pytest.raises(UserError, match="ends inside the image"):
         store.read(0, size - 10, 11)

@@ -198,7 +198,7 @@ def test_shards_of_the_same_name_keep_apart(house: House) -> None:
 def test_gnu_tar_reads_the_shards(house: House) -> None:
     house.upload()
     listed = []
-    for shard in Store(house.version(1)).shards:
+    for shard in Store(house.version(1)).shards.paths:
         done = subprocess.run(["tar", "tf", shard], capture_output=True, text=True, check=True)
         listed += done.stdout.split()
     assert sorted(listed) == sorted(name for _, _, name in house.images(house.version(1)))

@@ -312,3 +312,37 @@ def test_tasks_that_are_not_bound_share_the_cpus_of_their_job(monkeypatch: pytes
     assert not own_cpus(World(0, 2, 0, 2), {})  # nobody says that others keep off
     assert not own_cpus(World(0, 2, 0, 2), {**env, "SLURM_CPUS_ON_NODE": "16"})  # bound by srun, or not ours
     assert not own_cpus(World(0, 4, 0, 4), env)  # they do not go round
+
+
+class Far:
+    """Shards behind a network: reading them is worth doing ahead."""
+
+    def __init__(self, store: Store) -> None:
+        self._shards = store.shards
+        self.threads: set[str] = set()
+        self.damaged: set[int] = set()  # offsets of images whose copy here cannot be decoded
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        self.threads.add(threading.current_thread().name.rpartition("_")[0])
+        return b"x" * length if offset in self.damaged else self._shards.read(shard, offset, length)
+
+    def again(self, shard: int, offset: int, length: int, data: bytes) -> bytes:
+        return self._shards.read(shard, offset, length)
+
+    def far(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_from_afar_are_read_ahead_and_are_the_same(tiny: Store, workers: int) -> None:
+    far = Far(tiny)
+    split = Store(tiny.folder, far).split("train")
+    far.damaged = {int(offset) for offset in split.index["offset"][:20:3]}
+    sampler = TrainSampler(40, 0, Share(10))
+    there = list(Loader(Batches(split, VIEW, 0), sampler, workers))
+    here = list(Loader(Batches(tiny.split("train"), VIEW, 0), sampler, workers))
+    assert far.threads == {"read-ahead"}
+    for (pixels, labels), (others, names) in zip(here, there, strict=True):
+        assert torch.equal(pixels, others)
+        assert torch.equal(labels, names)
+    assert len(here) == 4

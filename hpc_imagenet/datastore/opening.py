@@ -1,0 +1,88 @@
+"""Opening a version where a job runs: as it lies, or with its shards coming to the node's own disk.
+
+| where it lies | without cluster.scratch | with it |
+|---|---|---|
+| a folder | read from there | copied to the node; what has not come is read from there |
+| a bucket | read from there, by ranges | the same |
+| behind ssh | refused | copied to the node; reading waits |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hpc_imagenet.config import Cluster
+from hpc_imagenet.datastore.cache import Cache
+from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.shards import Shards, Staged
+from hpc_imagenet.datastore.staging import Staging
+from hpc_imagenet.datastore.store import Store, files
+from hpc_imagenet.datastore.transport import told
+from hpc_imagenet.datastore.versions import Version, check_readable
+from hpc_imagenet.errors import UserError
+
+
+@contextlib.contextmanager
+def opened(version: Version, cluster: Cluster, stages: bool) -> Iterator[Store]:
+    """Open a version for reading.
+
+    Args:
+        version: which one.
+        cluster: its scratch and scratch_gb say whether and where copies are kept.
+        stages: whether this process makes the copies, as one of each node must.
+
+    Raises:
+        UserError: it cannot be read from here, or the scratch folder cannot be used.
+    """
+    place, manifest = version.place, version.manifest
+    check_readable(place, cluster.scratch, f"{version.name}@v{version.number}")
+    with contextlib.ExitStack() as stack:
+        source: Shards | None = None
+        if version.folder is not None:
+            folder = version.folder
+            source = files(folder, manifest)
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hpc_imagenet-")))
+            _indexes(version, folder)
+            if place.ranged:
+                source = place.shards(version.path, manifest.shards)
+        if not cluster.scratch:  # one that cannot be read was refused
+            yield Store(folder, source)
+            return
+        cache = Cache(_scratch(cluster.scratch), _limit(cluster))
+        staged = Staged(source, cache, manifest.shards)
+        stack.callback(staged.close)
+        if stages:
+
+            def bring(file: File, path: Path, tell: Callable[[int], None]) -> None:
+                with told("cluster.scratch", cache.folder):
+                    place.fetch(f"{version.path}/{file.path}", file, path, tell)
+
+            stack.enter_context(Staging(staged, cache, manifest.shards, bring, needed=source is None))
+        yield Store(folder, staged)
+
+
+def _indexes(version: Version, folder: Path) -> None:
+    """Bring what is opened as files: the indexes, and the manifest."""
+    for split in version.manifest.splits.values():
+        path = folder / split.index.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        version.place.fetch(f"{version.path}/{split.index.path}", split.index, path, lambda done: None)
+    version.manifest.save(folder)
+
+
+def _scratch(setting: str) -> Path:
+    """Return the folder, with the node's own variables put in: $SLURM_TMPDIR differs from job to job."""
+    path = os.path.expandvars(setting)
+    if "$" in path:
+        raise UserError(f"cluster.scratch={setting}: {platform.node()} has no such variable")
+    return Path(path).expanduser()
+
+
+def _limit(cluster: Cluster) -> int | None:
+    return None if cluster.scratch_gb is None else int(cluster.scratch_gb * 1e9)

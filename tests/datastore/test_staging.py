@@ -1,0 +1,224 @@
+"""Training reads while the shards come: always the right bytes, wherever they are read from."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sample_dataset import make_dataset
+
+from hpc_imagenet.config import Cluster, Datastore
+from hpc_imagenet.datastore import opening, shards, staging, versions
+from hpc_imagenet.datastore.ahead import ReadAhead
+from hpc_imagenet.datastore.cache import Cache
+from hpc_imagenet.datastore.folder import Folder
+from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.shards import Staged
+from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.datastore.versions import Version
+from hpc_imagenet.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(staging, "POLL", 0.02)
+    monkeypatch.setattr(staging, "AGAIN", 0.02)
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> Version:
+    """Version 1 of a datastore in a folder; its shards have paths of their own in there."""
+    make_dataset(tmp_path / "workspace")
+    home = tmp_path / "stores" / "digits"
+    home.mkdir(parents=True)
+    dataset = tmp_path / "workspace" / "datasets" / "digits"
+    (home / "v1").symlink_to(dataset)
+    return versions.open_version(Datastore("digits", str(tmp_path / "stores")))
+
+
+def images(store: Store) -> list[tuple[bytes, int]]:
+    return [image for split in ("train", "val") for image in store.split(split)]
+
+
+def expected(version: Version) -> list[tuple[bytes, int]]:
+    assert version.folder is not None
+    return images(Store(version.folder))
+
+
+def cached(scratch: Path) -> list[Path]:
+    folder = scratch / f"hpc_imagenet-{os.getuid()}"
+    return [path for path in folder.iterdir() if path.name[0] != "." and path.suffix != ".json"]
+
+
+def until(true: Callable[[], bool]) -> None:
+    waiting = threading.Event()
+    for _ in range(3000):
+        if true():
+            return
+        waiting.wait(0.01)
+    raise AssertionError("it never came")
+
+
+class Held(Folder):
+    """A folder that gives files only when it is told to."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.go = threading.Semaphore(0)
+        self.fails = 0
+
+    def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
+        while not self.go.acquire(timeout=0.01):
+            tell(0)
+        if self.fails:
+            self.fails -= 1
+            raise UserError("the server is away")
+        super().fetch(path, file, target, tell)
+
+
+@pytest.fixture
+def held(version: Version, tmp_path: Path) -> Iterator[tuple[Version, Held]]:
+    place = Held(tmp_path / "stores")
+    return Version(version.name, version.number, place, version.manifest), place
+
+
+def test_reading_begins_at_once_and_goes_on_from_the_copies(
+    held: tuple[Version, Held], tmp_path: Path
+) -> None:
+    version, place = held
+    wanted = expected(version)
+    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
+        assert images(store) == wanted
+        assert store.shards.far()
+        place.go.release()
+        until(lambda: len(cached(tmp_path / "disk")) == 1)
+        assert images(store) == wanted
+        assert store.shards.far()
+        place.go.release(2)
+        until(lambda: not store.shards.far())
+        # What they were copied from is not needed any more.
+        for path in (tmp_path / "workspace" / "archives" / "digits").iterdir():
+            path.write_bytes(b"")
+        assert images(store) == wanted
+
+
+def test_a_second_rank_reads_what_the_first_copies(version: Version, tmp_path: Path) -> None:
+    cluster = Cluster(scratch=str(tmp_path / "disk"))
+    with (
+        opening.opened(version, cluster, stages=True),
+        opening.opened(version, cluster, stages=False) as second,
+    ):
+        until(lambda: len(cached(tmp_path / "disk")) == 3)
+        images(second)
+        until(lambda: bool(images(second)) and not second.shards.far())
+        assert images(second) == expected(version)
+
+
+def test_the_end_of_a_job_stops_its_copying(held: tuple[Version, Held], tmp_path: Path) -> None:
+    version, _ = held
+    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True):
+        pass
+    assert cached(tmp_path / "disk") == []
+    assert not [thread for thread in threading.enumerate() if thread.name == "staging"]
+
+
+def test_a_damaged_copy_is_found_by_the_image_that_cannot_be_decoded(
+    version: Version, tmp_path: Path
+) -> None:
+    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
+        until(lambda: not store.shards.far() or not images(store))
+        train = store.split("train")
+        right, _ = train.read(3)
+        shard = int(train.index[3]["shard"])
+        copy = Cache(tmp_path / "disk").path(version.manifest.shards[shard])
+        with copy.open("r+b") as writer:  # behind the back of a job that has it open
+            writer.seek(int(train.index[3]["offset"]))
+            writer.write(b"\0" * 100)
+        wrong, _ = train.read(3)
+        assert wrong != right
+        assert train.again(3, wrong) == right
+        assert train.read(3)[0] == right
+        until(lambda: copy.exists() and bool(train.read(3)) and not store.shards.far())
+        assert images(store) == expected(version)
+
+
+def test_a_sound_copy_of_an_undecodable_image_stays(version: Version, tmp_path: Path) -> None:
+    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
+        until(lambda: bool(images(store)) and not store.shards.far())
+        train = store.split("train")
+        assert train.again(3, train.read(3)[0]) == train.read(3)[0]
+        assert not store.shards.far()
+
+
+def test_what_has_no_room_is_read_from_where_it_lies(
+    version: Version, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    room = version.manifest.shards[0].bytes + 10_000
+    cluster = Cluster(scratch=str(tmp_path / "disk"), scratch_gb=room / 1e9)
+    with opening.opened(version, cluster, stages=True) as store:
+        until(lambda: "no room for 2 of 3 shards" in capfd.readouterr().out)
+        assert images(store) == expected(version)
+    assert len(cached(tmp_path / "disk")) == 1
+
+
+def test_trouble_that_passes_is_waited_for(held: tuple[Version, Held], tmp_path: Path) -> None:
+    version, place = held
+    place.fails = 2
+    place.go.release(10)
+    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
+        until(lambda: bool(images(store)) and not store.shards.far())
+    assert len(cached(tmp_path / "disk")) == 3
+
+
+def test_without_a_way_to_read_ranges_reading_waits_or_says_why_not(version: Version, tmp_path: Path) -> None:
+    cache, files = Cache(tmp_path / "disk", limit=1000), version.manifest.shards
+    staged = Staged(None, cache, files)
+    place = Folder(tmp_path / "stores")
+
+    def bring(file: File, path: Path, tell: Callable[[int], None]) -> None:
+        place.fetch(f"{version.path}/{file.path}", file, path, tell)
+
+    with (
+        staging.Staging(staged, cache, files, bring, needed=True),
+        pytest.raises(UserError, match=r"no room for 3 of 3 shards.*cluster\.scratch"),
+    ):
+        staged.read(0, 512, 100)
+    roomy = Cache(tmp_path / "disk")
+    staged = Staged(None, roomy, files)
+    with staging.Staging(staged, roomy, files, bring, needed=True):
+        assert staged.read(1, 512, 100) == Store(version.folder or tmp_path).read(1, 512, 100)
+
+
+def test_a_scratch_of_a_variable_that_the_node_lacks_is_named(
+    version: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    with (
+        pytest.raises(UserError, match=r"cluster\.scratch=\$SLURM_TMPDIR: .* no such variable"),
+        opening.opened(version, Cluster(scratch="$SLURM_TMPDIR"), stages=True),
+    ):
+        pass
+
+
+def test_read_ahead_gives_the_same_images_within_its_memory(version: Version) -> None:
+    assert version.folder is not None
+    split = Store(version.folder).split("train")
+    size = int(split.index["length"][0])
+    order = [5, 3, 3, 8, 0, 1, 2, 23, 5, 5, 7, 4]
+    batches = [order[at : at + 3] for at in range(0, len(order), 3)]
+    ahead = ReadAhead(split, threads=4, memory=5 * size)
+    try:
+        most, got = 0, []
+        for batch in ahead.over((batch, batch) for batch in batches):
+            most = max(most, ahead._bytes)
+            got += [ahead.read(image) for image in batch]
+        assert got == [split.read(image) for image in order]
+        assert ahead.read(6) == split.read(6)  # one that nobody announced
+        assert 0 < most < 7 * size
+        assert ahead._bytes == 0
+    finally:
+        ahead.close()
