@@ -11,13 +11,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc_imagenet.datastore import multipart, ranges
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.ranged import Ranged
 from hpc_imagenet.datastore.s3 import HASH, Held, Missing, Server, Unable
-from hpc_imagenet.datastore.shards import Shards
 from hpc_imagenet.datastore.transport import Known, Piece, Sent, Stored, Tally, Tell, check_size
+
+if TYPE_CHECKING:  # it needs packages that a look-up does not
+    from hpc_imagenet.datastore.shards import Shards
 
 log = logging.getLogger(__name__)
 

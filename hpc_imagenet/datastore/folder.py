@@ -21,9 +21,9 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.shards import Shards
 from hpc_imagenet.datastore.transport import (
     Known,
     Piece,
@@ -37,6 +37,9 @@ from hpc_imagenet.datastore.transport import (
 )
 from hpc_imagenet.durable import replacing, sync_folder
 from hpc_imagenet.errors import UserError
+
+if TYPE_CHECKING:  # it needs packages that a look-up does not
+    from hpc_imagenet.datastore.shards import Shards
 
 # What link() answers where it cannot, though a copy can.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}

@@ -20,9 +20,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.shards import Shards
 from hpc_imagenet.datastore.ssh import Shell
 from hpc_imagenet.datastore.transport import (
     Known,
@@ -37,6 +37,9 @@ from hpc_imagenet.datastore.transport import (
 )
 from hpc_imagenet.durable import sync_folder
 from hpc_imagenet.errors import UserError
+
+if TYPE_CHECKING:  # it needs packages that a look-up does not
+    from hpc_imagenet.datastore.shards import Shards
 
 PARTIAL = ".sent-in-part"  # where rsync keeps a file that was cut off, beside its place
 

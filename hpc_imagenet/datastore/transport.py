@@ -16,11 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.shards import Shards
 from hpc_imagenet.errors import UserError
+
+if TYPE_CHECKING:  # it needs packages that a look-up does not
+    from hpc_imagenet.datastore.shards import Shards
 
 BLOCK = 1 << 20  # bytes read at a time
 

@@ -78,12 +78,14 @@ def test_a_url_is_a_folder_a_host_or_a_bucket(tmp_path: Path, monkeypatch: pytes
     assert "word" not in str(caught.value)
 
 
-def test_training_from_elsewhere_is_told_how_to_fetch_it() -> None:
+def test_training_from_a_host_is_told_what_it_needs() -> None:
     with pytest.raises(
-        UserError, match=r"datastores fetch a DIR datastore\.url=host:/data, then datastore"
+        UserError,
+        match=r"give cluster\.scratch.*datastores fetch a DIR datastore\.url=host:/data, then datastore",
     ) as caught:
-        versions.local(versions.locate("host:/data"), "a")
+        versions.check_readable(versions.locate("host:/data"), None, "a")
     assert "\n" not in str(caught.value)
+    versions.check_readable(versions.locate("host:/data"), "/scratch", "a")
 
 
 def test_only_what_has_a_manifest_is_there(url: str) -> None:

@@ -155,9 +155,9 @@ def test_threads_keep_to_their_cpus(tiny: Store) -> None:
     seen = set()
 
     class Watched(Batches):
-        def fill(self, batch, keys, places):
+        def fill(self, *args, **kwargs):
             seen.add(frozenset(os.sched_getaffinity(0)))
-            return super().fill(batch, keys, places)
+            return super().fill(*args, **kwargs)
 
     before = os.sched_getaffinity(0)
     batches = Watched(tiny.split("train"), VIEW, 0)
