@@ -58,7 +58,7 @@ class Bucket:
 
         def one(path: str) -> bytes | None:
             def get() -> bytes:
-                with contextlib.closing(server.client.get_object(**server.at(path))["Body"]) as body:
+                with server.opened(path) as body:
                     return bytes(body.read())
 
             try:

@@ -169,14 +169,7 @@ class Sending:
         size = max(PART, -(-file.bytes // PARTS >> 20 << 20))  # whole MiB
         begun = self._begun.get(file.path)
         if begun is None:
-            made = server.ask(
-                f"beginning {file.path}",
-                server.client.create_multipart_upload,
-                **at,
-                Metadata={HASH: file.hash},
-                **({"ChecksumAlgorithm": "CRC32"} if server.checksums else {}),
-            )
-            begun = Begun(made["UploadId"])
+            begun = server.ask(f"beginning {file.path}", lambda: self._begin(at, file))
         parts = []
         for number, start in enumerate(range(0, file.bytes, size), 1):
             data = self._read(reader, min(size, file.bytes - start), digest)
@@ -184,6 +177,12 @@ class Sending:
             self._later(parts[-1])
         verify()  # else nothing is put together, and the parts are found and replaced by the next try
         self._later(self._finishers.submit(self._finish, at, file, begun, parts))
+
+    def _begin(self, at: dict[str, str], file: File) -> Begun:
+        more = {"ChecksumAlgorithm": "CRC32"} if self._server.checksums else {}
+        made = self._server.client.create_multipart_upload(**at, Metadata={HASH: file.hash}, **more)
+        check(made, has="UploadId")
+        return Begun(made["UploadId"])
 
     def _part(self, at: dict[str, str], file: File, begun: Begun, number: int, data: bytes) -> dict[str, Any]:
         """Send a part, unless it is there; return how the server knows it."""
@@ -217,7 +216,8 @@ class Sending:
 
         def complete() -> None:
             only = {"IfNoneMatch": "*"} if new and server.conditional else {}
-            server.client.complete_multipart_upload(**at, UploadId=begun.upload, MultipartUpload=told, **only)
+            words = {"UploadId": begun.upload, "MultipartUpload": told, **only}
+            check(server.client.complete_multipart_upload(**at, **words))
 
         try:
             server.conditionally(f"completing {file.path}", complete, new)
@@ -227,7 +227,10 @@ class Sending:
     def _by_another(self, path: str, file: File) -> None:
         """Accept an object that another upload, or a try of ours whose answer was lost, has put there."""
         if not self._server.proved(path, file):
-            raise UserError(f"{self._server.url}/{path} was written by another upload meanwhile: ask again")
+            raise UserError(
+                f"datastore.url={self._server.url}: {path} did not arrive whole, or another upload wrote it "
+                "meanwhile; what is there stays: ask again to go on"
+            )
 
     def _later(self, future: Future[Any]) -> None:
         """Look at what has ended, and note one more that has to."""

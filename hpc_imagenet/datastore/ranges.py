@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -47,7 +46,7 @@ def fetch(server: Server, path: str, file: File, target: Path, tell: Callable[[i
 def hash_of(server: Server, path: str, file: File, tell: Callable[[int], None]) -> str | None:
     """Read an object and return its hash; see `transport.Place.hash`."""
     try:
-        found = server.ask(f"looking at {path}", server.client.head_object, **server.at(path))
+        found = server.head(path)
     except Missing:
         return None
     digest, done = digest_of(file), 0
@@ -88,8 +87,7 @@ def _range(server: Server, path: str, begin: int, block: memoryview) -> memoryvi
 
     def get() -> None:
         words, done = f"bytes={begin}-{begin + len(block) - 1}", 0
-        found = server.client.get_object(**server.at(path), Range=words)
-        with contextlib.closing(found["Body"]) as body:
+        with server.opened(path, Range=words) as body:
             while data := body.read(_PIECE):
                 if done + len(data) > len(block):
                     raise Damaged("more bytes came than were asked for")

@@ -10,13 +10,14 @@ Sources: the guide to boto3's credentials; the S3 API reference, "Error response
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import logging
 import random
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from hpc_imagenet.datastore.manifest import File
@@ -135,15 +136,44 @@ class Server:
     def pages(self, operation: str, **words: Any) -> list[dict[str, Any]]:
         """Return all pages of a list."""
         paginator = self.client.get_paginator(operation)
-        return self.ask("listing", lambda: list(paginator.paginate(Bucket=self.bucket, **words)))
+
+        def pages() -> list[dict[str, Any]]:
+            found = list(paginator.paginate(Bucket=self.bucket, **words))
+            for page in found:
+                check(page, has="IsTruncated")
+            return found
+
+        return self.ask("listing", pages)
+
+    @contextlib.contextmanager
+    def opened(self, path: str, **words: Any) -> Iterator[Any]:
+        """Return the body of an object; to be called by what is given to `ask`."""
+        found = self.client.get_object(**self.at(path), **words)
+        check(found)
+        with contextlib.closing(found["Body"]) as body:
+            yield body
+
+    def head(self, path: str) -> dict[str, Any]:
+        """Return what is noted of an object.
+
+        Raises:
+            Missing: there is none.
+        """
+
+        def head() -> dict[str, Any]:
+            found: dict[str, Any] = self.client.head_object(**self.at(path))
+            check(found)
+            return found
+
+        return self.ask(f"looking at {path}", head)
 
     def proved(self, path: str, file: File) -> bool:
         """Whether an object has the hash: by its metadata, or by its ETag where that is the MD5."""
         try:
-            found = self.ask(f"looking at {path}", self.client.head_object, **self.at(path))
+            found = self.head(path)
         except Missing:
             return False
-        etag = "md5:" + found.get("ETag", "").strip('"')
+        etag = "md5:" + found["ETag"].strip('"')
         noted = {name.lower(): value for name, value in found.get("Metadata", {}).items()}  # some say Hash
         return found["ContentLength"] == file.bytes and file.hash in (noted.get(HASH), etag)
 
@@ -257,13 +287,17 @@ class Server:
         raise UserError(f"datastore.url={self.url}: {what}: {code} {words}".rstrip())
 
 
-def check(answer: Mapping[str, Any], sums: Mapping[str, str]) -> None:
-    """Hold the checksums that a server gives back against those of the bytes that were sent.
+def check(answer: Mapping[str, Any], sums: Mapping[str, str] | None = None, has: str = "ETag") -> None:
+    """Look whether an answer is whole, and hold the checksums in it against those of what was sent.
+
+    An answer that was cut off, or that comes from a proxy between, may look like a good one that says little.
 
     Raises:
-        Damaged: it has other bytes.
+        Damaged: it lacks what every good one has, or the server has other bytes.
     """
-    for name, value in sums.items():
+    if has not in answer:
+        raise Damaged(f"the server's answer has no {has}")
+    for name, value in (sums or {}).items():
         if answer.get(name, value) != value:
             raise Damaged(f"the server has other bytes than were sent, by their {name}")
 

@@ -28,7 +28,7 @@ FIRST_TRIES = 3  # to reach a host that was not reached yet
 TIMEOUT = 60  # s without a byte
 
 _URL = re.compile(r"((?:[^@:/]+@)?[^@:/][^@:/]*):(?!:|[^/]*@)(.+)", re.DOTALL)
-_PROGRESS = re.compile(rb"(?:^|\r|\n) *(\d+) +\d+%")
+_PROGRESS = re.compile(rb"^ *(\d+) +\d+%", re.MULTILINE)
 _BROKEN = {10, 12, 30, 35, 255}  # rsync's and ssh's codes for a connection that failed or ended
 _FOR_GOOD = ("Permission denied", "verification failed", "Could not resolve", "No space left", "quota")
 
@@ -106,14 +106,15 @@ class Shell:
         Raises:
             UserError: it ended badly, with the line of what it said that tells why.
         """
-        furthest, failures = 0, 0
+        line, furthest, failures = b"", 0, 0
 
-        def out(chunk: bytes | str) -> None:
-            nonlocal furthest, failures
-            data = chunk.encode() if isinstance(chunk, str) else chunk
-            if (found := _PROGRESS.findall(data)) and int(found[-1]) > furthest:
-                furthest, failures = int(found[-1]), 0
+        def out(chunk: bytes | str) -> None:  # unbuffered, so that progress comes when there is some
+            nonlocal line, furthest, failures
+            line += chunk.encode() if isinstance(chunk, str) else chunk
+            if (found := _PROGRESS.search(line)) and int(found[1]) > furthest:
+                furthest, failures = int(found[1]), 0
                 tell(furthest)
+            line = re.split(rb"[\r\n]", line)[-1]
 
         while True:
             try:

@@ -1,0 +1,60 @@
+"""Places of datastores as they are elsewhere: two servers of S3 and a host behind ssh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import servers
+from remote_house import House
+
+from hpc_imagenet.datastore import multipart, s3, ssh
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    with servers.moto() as endpoint:
+        servers.bucket_client(endpoint).create_bucket(Bucket="bucket")  # type: ignore[attr-defined]
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("rclone")
+    (folder / "bucket").mkdir()
+    with servers.rclone(folder) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with servers.sshd(tmp_path_factory.mktemp("sshd")) as shell:
+        yield shell
+
+
+@pytest.fixture(params=["moto", "rclone", "host", "folder"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "folder":
+        return str(tmp_path / "stores")
+    how = request.getfixturevalue(request.param)
+    if request.param == "host":
+        monkeypatch.setenv("RSYNC_RSH", how)
+        return f"there:{tmp_path}/stores"
+    servers.credentials(monkeypatch, how)
+    return f"s3://bucket/{tmp_path.name}"
+
+
+@pytest.fixture
+def remote_house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits between tries are short, and what is large is small."""
+    for room in (s3, ssh):
+        monkeypatch.setattr(room, "PAUSE", room.PAUSE / 50)
+        monkeypatch.setattr(room, "LONGEST", room.LONGEST / 50)
+    monkeypatch.setattr(multipart, "WHOLE", 1 << 20)
+    monkeypatch.setattr(multipart, "PART", 5 << 20)  # the least that S3 takes
