@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import servers
+from faulty_s3 import Faults, proxy
 from sample_dataset import make_dataset
-from servers import Faults
 
 from hpc_imagenet.config import Cluster, Config, Dataset, Datastore, Stage, Upload
 from hpc_imagenet.datastore import s3, shards, versions
@@ -120,7 +120,7 @@ def test_reading_ahead_from_a_bucket_survives_faults(
 ) -> None:
     impatient(monkeypatch)
     faults = Faults(seed=1, share=0.3, kinds=(kind,), only=b"shards/")
-    with servers.proxy(where[1], faults) as endpoint:
+    with proxy(where[1], faults) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         version = versions.open_version(Datastore("digits", url))
         with opened(version, Cluster(), stages=True) as store:
@@ -139,7 +139,7 @@ def test_a_server_that_stays_away_is_one_line_without_the_signature(
     where: tuple[str, str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impatient(monkeypatch)
-    with servers.proxy(where[1], Faults(share=1.0, kinds=("503",), only=b"shards/")) as endpoint:
+    with proxy(where[1], Faults(share=1.0, kinds=("503",), only=b"shards/")) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         version = versions.open_version(Datastore("digits", url))
         with opened(version, Cluster(), stages=True) as store, pytest.raises(UserError) as caught:
