@@ -12,10 +12,11 @@ from pathlib import Path
 
 from hpc_imagenet.archives import receipt
 from hpc_imagenet.backbones import BACKBONES
-from hpc_imagenet.config import Config, Datastore, names_weights, near
+from hpc_imagenet.config import Config, Datastore, near
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import Manifest, load_manifest
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.experiment import names_weights
 from hpc_imagenet.plan import Job
 from hpc_imagenet.runs import Record
 from hpc_imagenet.states import states

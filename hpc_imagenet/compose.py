@@ -33,8 +33,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from hpc_imagenet.backbones import BACKBONES
-from hpc_imagenet.config import FREE, Config, check, names_weights, near, one_line
+from hpc_imagenet.config import FREE, Config, check, near, one_line
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.experiment import names_weights
 
 VERSION_BASE = "1.3"  # of Hydra's behaviour
 _HERE = Path(__file__).resolve().parent

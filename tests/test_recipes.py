@@ -8,8 +8,8 @@ import pytest
 
 from hpc_imagenet.check import jobs
 from hpc_imagenet.compose import CONF, compose
-from hpc_imagenet.config import Recipe
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.experiment import Recipe
 from hpc_imagenet.plan import plan
 from hpc_imagenet.runs import Record
 

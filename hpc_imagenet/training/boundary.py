@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpc_imagenet.config import Recipe
 from hpc_imagenet.durable import replacing
 from hpc_imagenet.errors import Interrupted, UserError
+from hpc_imagenet.experiment import Recipe
 from hpc_imagenet.training.checkpoint import LAST
 from hpc_imagenet.training.preemption import Asked
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from hpc_imagenet.config import Recipe
+from hpc_imagenet.experiment import Recipe
 from hpc_imagenet.training import trivial
 from hpc_imagenet.training.sampler import PADDING, Share
 

@@ -10,7 +10,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpc_imagenet.config import Recipe
+from hpc_imagenet.experiment import Recipe
 from hpc_imagenet.training.average import averaging
 from hpc_imagenet.training.data import Batch
 from hpc_imagenet.training.metrics import Tally

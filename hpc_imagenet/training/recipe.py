@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from hpc_imagenet.config import Recipe
+from hpc_imagenet.experiment import Recipe
 
 
 def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

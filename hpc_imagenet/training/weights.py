@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from hpc_imagenet.config import names_weights
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.experiment import names_weights
 
 State = Mapping[str, Tensor]
 

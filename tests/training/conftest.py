@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from outcomes import begin, train
 from tiny_training import tiny_config, write_store
 
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.runs import Run
+from hpc_imagenet.training.account import Account
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +32,27 @@ def one_thread() -> None:
 @pytest.fixture
 def config() -> Callable[..., Config]:
     return tiny_config
+
+
+@pytest.fixture(scope="session")
+def whole(tiny: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
+    """The uninterrupted training that the others are compared with."""
+    run = begin(tmp_path_factory.mktemp("whole") / "run")
+    return run, train(tiny_config(), tiny, run)
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Send this process SIGUSR2 within that step."""
+
+    def arrange(step: int) -> None:
+        original = Account.on_train_batch_end
+
+        def noisy(self: Account, trainer: Any, *rest: Any) -> None:
+            original(self, trainer, *rest)
+            if trainer.global_step == step:
+                os.kill(os.getpid(), signal.SIGUSR2)
+
+        monkeypatch.setattr(Account, "on_train_batch_end", noisy)
+
+    return arrange

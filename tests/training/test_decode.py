@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from pictures import encoded
 from PIL import Image
 
+from hpc_imagenet.archives.picture import TILED, examine
+from hpc_imagenet.archives.treat import Treatment
 from hpc_imagenet.training.decode import Encoded
 
 JPEGTRAN = shutil.which("jpegtran")
@@ -77,7 +79,9 @@ def test_a_part_of_a_tiled_picture_has_them_too(part, subsampling: int, interval
 @needs_jpegtran
 def test_of_a_tiled_picture_only_what_is_wanted_is_decoded() -> None:
     """What lies outside the part may be destroyed."""
-    data = tiled(noisy((160, 160), 2), "1B")
+    plain = noisy((160, 160), 2)
+    data, look = Treatment(tile=True)(plain, examine(plain))  # what process.tile=true writes
+    assert look.marks & TILED
     scan, box = Encoded(data)._frame.scan, (100, 100, 130, 130)
     marks = [at for at in range(scan, len(data)) if data[at] == 0xFF and 0xD0 <= data[at + 1] <= 0xD7]
     assert len(marks) == 99

@@ -1,0 +1,150 @@
+"""The images that loader.py measures with: made of free photos, and written in the form of each way.
+
+They are crops with the grain of a sensor, JPEGs of 500 x 375 px and about 105 kB, as ImageNet's are.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WIDTH, HEIGHT = 500, 375  # px
+QUALITY = 96  # of libjpeg; together with the grain it makes the size of ImageNet's files
+PHOTOS = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "hubble_deep_field",
+    "motorcycle_left",
+    "motorcycle_right",
+    "rocket",
+)
+POOL = 128  # different images
+
+
+def photos() -> list[Any]:
+    """Free photos: those of scikit-learn, and of scikit-image where it is installed."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    found = [Image.fromarray(image) for image in load_sample_images().images]
+    try:
+        import skimage
+    except ImportError:
+        return found
+    data = Path(skimage.__file__).parent / "data"
+    paths = sorted(path for path in data.iterdir() if path.stem in PHOTOS)
+    return found + [Image.open(path).convert("RGB") for path in paths]
+
+
+def pictures(count: int) -> list[bytes]:
+    """Return different JPEGs of WIDTH x HEIGHT px that look and weigh like ImageNet's."""
+    from PIL import Image
+
+    bits, sources, made = np.random.default_rng(0), photos(), []
+    for number in range(count):
+        source = sources[number % len(sources)]
+        wide = int(min(source.width, source.height * WIDTH / HEIGHT) * bits.uniform(0.6, 1))
+        high = wide * HEIGHT // WIDTH
+        left, upper = bits.integers(source.width - wide + 1), bits.integers(source.height - high + 1)
+        part = source.crop((left, upper, left + wide, upper + high))
+        part = part.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        grain = bits.normal(0, 4, (HEIGHT, WIDTH, 1))
+        buffer = io.BytesIO()
+        whole = (np.asarray(part, float) + grain).clip(0, 255).astype(np.uint8)
+        Image.fromarray(whole).save(buffer, "JPEG", quality=QUALITY)
+        made.append(buffer.getvalue())
+    return made
+
+
+def write_store(folder: Path, images: list[tuple[bytes, int]]) -> None:
+    """Write a datastore of one tar."""
+    from hpc_imagenet.datastore.index import ENTRY, write_index
+    from hpc_imagenet.datastore.manifest import Category, File, Manifest, Split
+    from hpc_imagenet.datastore.pack import header
+
+    folder.mkdir()
+    entries = np.zeros(len(images), ENTRY)
+    with (folder / "train.tar").open("wb") as tar:
+        for number, (data, label) in enumerate(images):
+            tar.write(header(f"{number}.JPEG", len(data)))
+            entries[number] = (tar.tell(), len(data), label, 0)
+            tar.write(data + bytes(-len(data) % 512))
+        tar.write(bytes(1024))
+    write_index(folder / "train.npy", entries)
+    files = [File(name, (folder / name).stat().st_size, "") for name in ("train.tar", "train.npy")]
+    classes = tuple(Category(f"n{i:08d}", (str(i),)) for i in range(10))
+    Manifest("bench", "0", "", classes, (files[0],), {"train": Split(files[1], len(images))}).save(folder)
+
+
+def make(folder: Path, images: int) -> str:
+    """Write all the forms of the data that need no peer; return what they weigh."""
+    from hpc_imagenet.archives import picture
+    from hpc_imagenet.archives.treat import Treatment
+
+    pool, bits, said = pictures(min(POOL, images)), random.Random(0), []
+    order = [bits.randrange(len(pool)) for _ in range(images)]
+    treatments = {
+        "archive": Treatment(),
+        "tiled": Treatment(tile=True),
+        "short256": Treatment("short", 256, 90),
+        "short256-tiled": Treatment("short", 256, 90, tile=True),
+    }
+    for name, treatment in treatments.items():
+        treated = [treatment(data, picture.examine(data))[0] for data in pool]
+        write_store(folder / name, [(treated[one], number % 10) for number, one in enumerate(order)])
+        said.append(f"{name} {statistics.mean(map(len, treated)) / 1e3:.0f} kB")
+    for number, one in enumerate(order):
+        path = folder / "folders" / f"n{number % 10:08d}" / f"{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pool[one])
+    return ", ".join(said)
+
+
+LITDATA = """
+import io, sys
+from pathlib import Path
+from PIL import Image
+from litdata import optimize
+
+def sample(path):
+    data = Path(path).read_bytes()
+    image = Image.open(io.BytesIO(data)) if sys.argv[3] == "image" else data
+    if sys.argv[3] == "image":
+        image.filename = path  # as if it had been opened by its name: then the file's bytes are kept
+    return {"image": image, "label": int(Path(path).parent.name[1:])}
+
+if __name__ == "__main__":
+    paths = sorted(str(path) for path in Path(sys.argv[1]).rglob("*.JPEG"))
+    optimize(sample, paths, sys.argv[2], chunk_bytes="64MB", num_workers=1)
+"""
+WEBDATASET = """
+import sys
+from pathlib import Path
+import webdataset
+with webdataset.ShardWriter(f"{sys.argv[2]}/%05d.tar", maxcount=100, verbose=0) as writer:
+    for number, path in enumerate(sorted(Path(sys.argv[1]).rglob("*.JPEG"))):
+        writer.write({"__key__": f"{number:08d}", "jpg": path.read_bytes(), "cls": int(path.parent.name[1:])})
+"""
+
+
+def convert(folder: Path, peers: str) -> None:
+    """Let the peers write their own forms; what fails is said where it is to be read."""
+    for name, code, kind in (
+        ("litdata", LITDATA, "image"),
+        ("litdata-bytes", LITDATA, "bytes"),
+        ("webdataset", WEBDATASET, ""),
+    ):
+        (folder / name).mkdir()
+        script = folder / f"write-{name}.py"
+        script.write_text(code)
+        command = [peers, str(script), str(folder / "folders"), str(folder / name), kind]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")

@@ -1,0 +1,307 @@
+"""The ways from images in a folder to batches: ours, and packages', each in a process of its own.
+
+    python loader_ways.py NAME FOLDER WORKERS IMAGES
+
+loader.py runs it. The process binds itself to as many CPUs as it has workers, and prints what came out as
+JSON: images/s, CPU ms an image, s to the first batch, and grey levels from the same crops by Pillow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH, SIZE, SCALE = 64, 224, 0.08
+CHECKED = 48  # images that are held against Pillow
+
+Draw = Callable[[bytes, tuple[int, int, int, int]], Any]  # a crop of an image, [SIZE, SIZE, 3]
+
+
+@dataclass
+class Way:
+    """Batches without end, and what a crop looks like that way."""
+
+    batches: Iterator[Any]
+    draw: Draw | None = None  # None: nothing is drawn, or by Pillow itself
+
+
+def pillow(data: bytes, box: tuple[int, int, int, int]) -> Any:
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(data)).convert("RGB").crop(box)
+    return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+
+
+def by_torchvision(data: bytes, box: tuple[int, int, int, int]) -> Any:
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms.v2 import functional
+
+    picture = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    left, upper, right, lower = box
+    size = [SIZE, SIZE]
+    drawn = functional.resized_crop(picture, upper, left, lower - upper, right - left, size, antialias=True)
+    return drawn.permute(1, 2, 0).numpy()
+
+
+def by_us(data: bytes, box: tuple[int, int, int, int]) -> Any:
+    import torch
+
+    from hpc_imagenet.training.decode import Encoded
+    from hpc_imagenet.training.transforms import Crop, render
+
+    out = torch.empty(1, SIZE, SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(Encoded(data).pixels(box)).permute(2, 0, 1)[None]
+    render(pixels, Crop(box, SIZE, SIZE), out)
+    return out[0].permute(1, 2, 0).numpy()
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def image_folder(folder: Path, workers: int, floats: bool) -> Way:
+    import torch
+    from torchvision import datasets, transforms
+
+    torch.set_num_threads(1)
+    last = (
+        [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        if floats
+        else [transforms.PILToTensor()]
+    )
+    crop = transforms.RandomResizedCrop(SIZE, (SCALE, 1))
+    change = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])
+    images = datasets.ImageFolder(str(folder / "folders"), change)
+    loader = torch.utils.data.DataLoader(
+        images, BATCH, shuffle=True, num_workers=workers, persistent_workers=True, drop_last=True
+    )
+    return Way(endless(loader))
+
+
+def ours(folder: Path, workers: int, variant: str, processes: bool = False) -> Way:
+    import torch
+
+    from hpc_imagenet.datastore.store import Store
+    from hpc_imagenet.training.data import Batches, Loader
+    from hpc_imagenet.training.sampler import Share, TrainSampler
+    from hpc_imagenet.training.transforms import TrainView
+
+    torch.set_num_threads(1)
+    split = Store(folder / variant).split("train")
+    batches = Batches(split, TrainView(SIZE, SCALE, 0.5), 0)
+    sampler = TrainSampler(len(split), 0, Share(BATCH))
+    if not processes:
+        return Way(endless(Loader(batches, sampler, workers)), by_us)
+    from torch.utils.data import DataLoader
+
+    whole: Any = Whole(split)
+    loader: Any = DataLoader(
+        whole, sampler=sampler, batch_size=None, num_workers=workers, persistent_workers=True
+    )
+    return Way(endless(loader), by_us)
+
+
+class Whole:
+    """Our batches for PyTorch's worker processes, written into shared memory at once."""
+
+    def __init__(self, split: Any) -> None:
+        self.split = split
+
+    def __getitem__(self, keys: Any) -> Any:
+        import torch
+
+        from hpc_imagenet.training.data import Batches
+        from hpc_imagenet.training.transforms import TrainView
+
+        shape = (len(keys), SIZE, SIZE, 3)
+        storage = torch.UntypedStorage._new_shared(len(keys) * SIZE * SIZE * 3)
+        pixels = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape).permute(0, 3, 1, 2)  # type: ignore[call-overload]
+        labels = torch.zeros(len(keys), dtype=torch.int64)
+        Batches(self.split, TrainView(SIZE, SCALE, 0.5), 0).fill((pixels, labels), keys, range(len(keys)))
+        return pixels, labels
+
+
+def ours_reading(folder: Path, workers: int) -> Way:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from hpc_imagenet.datastore.store import Store
+
+    split = Store(folder / "archive").split("train")
+    order = np.random.default_rng(0).permutation(len(split)).tolist()
+    threads = ThreadPoolExecutor(workers)
+
+    def read() -> Iterator[Any]:
+        while True:
+            for at in range(0, len(order) - BATCH + 1, BATCH):
+                yield list(threads.map(split.read, order[at : at + BATCH]))
+
+    return Way(read())
+
+
+def litdata(folder: Path, workers: int, decode: bool) -> Way:
+    import torch
+    from litdata import StreamingDataLoader, StreamingDataset
+    from torchvision.transforms import v2
+
+    torch.set_num_threads(1)
+    change = v2.Compose([v2.RandomResizedCrop(SIZE, (SCALE, 1), antialias=True), v2.RandomHorizontalFlip()])
+
+    class Images(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, index: Any) -> Any:
+            sample = super().__getitem__(index)
+            return (change(sample["image"]), sample["label"]) if decode else sample
+
+    name = "litdata" if decode else "litdata-bytes"
+    data = Images(str(folder / name), shuffle=True, drop_last=True)
+    collate = None if decode else list
+    loader = StreamingDataLoader(
+        data,
+        batch_size=BATCH,
+        num_workers=workers,
+        persistent_workers=True,
+        drop_last=True,
+        collate_fn=collate,
+    )
+    return Way(endless(loader), by_torchvision if decode else None)
+
+
+def webdataset(folder: Path, workers: int, decode: bool) -> Way:
+    import torch
+    import webdataset as wds
+    from torchvision import transforms
+
+    torch.set_num_threads(1)
+    change = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, (SCALE, 1)),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+    shards = [str(path) for path in sorted((folder / "webdataset").iterdir())]
+    data: Any = wds.WebDataset(shards, shardshuffle=len(shards)).shuffle(500)
+    if decode:
+        data = data.decode("pil").to_tuple("jpg", "cls").map_tuple(change, lambda label: label).batched(BATCH)
+    else:
+        data = data.to_tuple("jpg", "cls").batched(BATCH, collation_fn=list)
+    loader = wds.WebLoader(data.repeat(), batch_size=None, num_workers=workers)
+    return Way(iter(loader))
+
+
+def dali(folder: Path, workers: int) -> Way:
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=BATCH, num_threads=workers, device_id=None, seed=0)  # type: ignore[untyped-decorator]
+    def pipeline() -> Any:
+        data, label = fn.readers.file(file_root=str(folder / "folders"), random_shuffle=True)
+        pictures = fn.decoders.image_random_crop(data, random_area=[SCALE, 1], output_type=types.RGB)
+        pictures = fn.resize(pictures, size=[SIZE, SIZE], interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.flip(pictures, horizontal=fn.random.coin_flip()), label
+
+    built = pipeline()
+    built.build()
+
+    def run() -> Iterator[Any]:
+        while True:
+            yield built.run()
+
+    return Way(run())
+
+
+def ffcv(folder: Path, workers: int) -> Way:
+    import ffcv as found  # it has to be built with OpenCV's headers; where it was, say so and write this way
+
+    raise SystemExit(f"ffcv {found.__version__} is installed, and this way is not written")
+
+
+WAYS: dict[str, tuple[str, Callable[[Path, int], Way]]] = {
+    "folder-float": ("ImageFolder + PIL, float", lambda f, w: image_folder(f, w, True)),
+    "folder-bytes": ("ImageFolder + PIL, uint8", lambda f, w: image_folder(f, w, False)),
+    "webdataset": ("webdataset + PIL, uint8", lambda f, w: webdataset(f, w, True)),
+    "litdata": ("litdata + its decoder, uint8", lambda f, w: litdata(f, w, True)),
+    "dali": ("DALI on CPU, uint8", dali),
+    "ffcv": ("FFCV", ffcv),
+    "ours": ("ours", lambda f, w: ours(f, w, "archive")),
+    "ours-processes": ("ours, worker processes", lambda f, w: ours(f, w, "archive", processes=True)),
+    "ours-tiled": ("ours, tiled shards", lambda f, w: ours(f, w, "tiled")),
+    "ours-short256": ("ours, short side 256", lambda f, w: ours(f, w, "short256")),
+    "ours-short256-tiled": ("ours, short side 256, tiled", lambda f, w: ours(f, w, "short256-tiled")),
+    "read-ours": ("reading only: ours", ours_reading),
+    "read-litdata": ("reading only: litdata", lambda f, w: litdata(f, w, False)),
+    "read-webdataset": ("reading only: webdataset", lambda f, w: webdataset(f, w, False)),
+}
+
+
+def child(name: str, folder: Path, workers: int, images: int) -> None:
+    """Measure one way once, and print what came out as JSON."""
+    import psutil
+    import torch  # noqa: F401 - imports are not measured
+
+    if name in ("litdata", "webdataset"):
+        importlib.import_module(name)
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cpus[:workers])
+    begin = time.perf_counter()
+    way = WAYS[name][1](folder, workers)
+    next(way.batches)
+    first = time.perf_counter() - begin
+    for _ in range(2):  # what was made while the first one was waited for
+        next(way.batches)
+    spent, begin, done = cpu(), time.perf_counter(), 0
+    while done < images:
+        next(way.batches)
+        done += BATCH
+    wall = time.perf_counter() - begin
+    told = {"rate": done / wall, "cpu": (cpu() - spent) / done * 1e3, "first": first}
+    if way.draw:
+        told |= fidelity(way.draw, folder)
+    print(json.dumps(told), flush=True)
+    for one in psutil.Process().children(recursive=True):  # workers of loaders without end
+        one.kill()
+    os._exit(0)
+
+
+def cpu() -> float:
+    """Seconds of this process and of its living children."""
+    import psutil
+
+    whole = psutil.Process()
+    return sum(
+        sum(one.cpu_times()[:2]) for one in (whole, *whole.children(recursive=True)) if one.is_running()
+    )
+
+
+def fidelity(draw: Draw, folder: Path) -> dict[str, float]:
+    """Hold crops of the archive's images against Pillow's."""
+    import torch
+    from PIL import Image
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    means, worst = [], 0
+    for path in sorted((folder / "folders").rglob("*.JPEG"))[:CHECKED]:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            upper, left, high, wide = RandomResizedCrop.get_params(picture, [SCALE, 1.0], [3 / 4, 4 / 3])
+        box = (left, upper, left + wide, upper + high)
+        off = np.abs(np.asarray(draw(data, box)).astype(int) - pillow(data, box).astype(int))
+        means.append(float(off.mean()))
+        worst = max(worst, int(off.max()))
+    return {"off": statistics.mean(means), "worst": worst}
+
+
+if __name__ == "__main__":
+    child(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outcomes import STEPS, begin, train
+
+from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.training import verdict
+from hpc_imagenet.training.data import Batches
+from hpc_imagenet.training.module import Classifier
+
+
+def test_the_verdict_names_what_would_mend_it(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
+    clock, wait = [0.0], [1.0]
+    fill, step = Batches.fill, Classifier.training_step
+
+    def slow(self: Batches, *rest: Any, **more: Any) -> Any:
+        clock[0] += wait[0]
+        return fill(self, *rest, **more)
+
+    def working(self: Classifier, batch: Any, batch_idx: int) -> Any:
+        clock[0] += 0.25
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Batches, "fill", slow)
+    monkeypatch.setattr(Classifier, "training_step", working)
+    monkeypatch.setattr(verdict, "_now", lambda device: clock[0])
+    asked, run = config(epochs=4), begin(tmp_path / "run")
+    asked.train.verdict_after_seconds = 0
+    train(asked, tiny, run)
+    told = json.loads((run.folder / "verdict.json").read_text())
+    assert told["verdict"] == "starved"
+    assert told["waiting"] == 0.8
+    assert told["device_images_per_second"] == 32
+    assert told["workers"] == 0
+    assert told["loader_images_per_second"] > 0
+    assert told["mend"].split("=")[0] in ("loader.workers", "process.layout")
+    assert "waits for data" in run.progress["note"]
+    wait[0], fed = 0.001, begin(tmp_path / "fed")  # and told at the end, where it is over before
+    asked.train.verdict_after_seconds = 1000
+    train(asked, tiny, fed)
+    told = json.loads((fed.folder / "verdict.json").read_text())
+    assert (told["verdict"], told["mend"], told["steps"]) == ("fed", "", 3 * (STEPS - 1))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "loader", "executor", "right"),
+    [
+        (16, 4, 400.0, "slurm", "loader.workers=11"),  # 100 images/s each, 1,000 to reach, a tenth to spare
+        (8, 7, 700.0, "slurm", "cluster.cpus_per_task=12"),
+        (8, 3, 300.0, "local", "loader.workers=7"),
+        (8, 7, 700.0, "local", "process.layout=shards process.resize=short:256"),
+    ],
+)
+def test_one_override_would_mend_it(config, cpus, workers, loader, executor, right) -> None:
+    asked = config()
+    asked.cluster.executor = executor
+    assert verdict.mend(asked, cpus, workers, loader, 1000.0) == right
