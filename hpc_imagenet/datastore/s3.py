@@ -140,7 +140,7 @@ class Server:
         def pages() -> list[dict[str, Any]]:
             found = list(paginator.paginate(Bucket=self.bucket, **words))
             for page in found:
-                check(page, has="IsTruncated")
+                check(page, has="Name" if operation == "list_objects_v2" else "Bucket")
             return found
 
         return self.ask("listing", pages)
