@@ -230,7 +230,7 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
     (rf"{DOOR} logs RUN( -f)?", run_verb),
     (rf"{DOOR} (cancel|retry) RUN", run_verb),
     (rf"{DOOR} verify( [\w.@-]+)*( --quick)?", run_as_it_stands),
-    (rf"{DOOR} datastores( \w+)*", run_as_it_stands),
+    (rf"{DOOR} datastores( [\w.@-]+| datastore\.url=\w+)*", run_as_it_stands),
     (rf"{DOOR} doctor( --config-dir [\w/-]+| --timeout=\d+| --json| \+?[\w.]+=\S+)*", run_doctor),
     (rf"{DOOR}( -m| --config-dir [\w/-]+| \+?[\w.]+=\S+)+", run_submission),
 )

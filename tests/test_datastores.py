@@ -1,0 +1,145 @@
+"""The verb `datastores`: what it shows, and what it refuses to take away."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from door import Door, Gate, eventually
+from sample_dataset import make_dataset
+
+from hpc_imagenet import datastores
+from hpc_imagenet.config import Config, Dataset, Datastore
+from hpc_imagenet.datastore import versions
+from hpc_imagenet.runs import Record, Run
+from hpc_imagenet.stages import upload
+from hpc_imagenet.world import World
+
+
+@pytest.fixture
+def url(door: Door) -> str:
+    """A folder with digits@v1."""
+    make_dataset(door.workspace)
+    run = Run(door.cwd / "upload")
+    run.folder.mkdir()
+    url = str(door.workspace / "datastores")
+    upload.run(
+        Config(workspace=str(door.workspace), dataset=Dataset("digits"), datastore=Datastore("digits", url)),
+        run,
+        World(),
+    )
+    return url
+
+
+def begin(url: str, content: str, days: float) -> None:
+    """Begin an upload, as long ago as that."""
+    claim = versions.claim(
+        versions.locate(url), Datastore("digits", url), content, {"run": "abc", "host": "n1"}
+    )
+    then = time.time() - days * 86400
+    os.utime(Path(url) / claim.path / "upload.json", (then, then))
+
+
+def test_what_there_is_is_shown(door: Door, url: str) -> None:
+    begin(url, "other", days=1)
+    table = door("datastores").stdout
+    assert "digits@v1  complete" in table
+    assert "digits@v2  partial" in table
+    first, second = json.loads(door("datastores", "list", "--json").stdout)
+    assert (first["version"], first["state"], first["images"], first["used_by"]) == (1, "complete", 36, [])
+    assert (second["version"], second["state"], second["by"]) == (2, "partial", "abc on n1")
+    shown = door("datastores", "show", "digits@v1").stdout
+    assert '"train": 24' in shown
+    assert "digits@v2" not in shown
+    (row,) = json.loads(door("datastores", "show", "digits@v1", "--json").stdout)
+    assert row["provenance"]["upload"]["version"] == 1
+    assert door("datastores", "verify", "digits").stdout.startswith("digits@v1 is whole")
+
+
+def test_an_empty_place_is_no_error(door: Door, tmp_path: Path) -> None:
+    assert "no datastores in" in door("datastores", f"datastore.url={tmp_path}/none").stdout
+    assert json.loads(door("datastores", "--json", f"datastore.url={tmp_path}/none").stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["shwo"], "list, show NAME, verify"),
+        (["show", "birds"], "no datastore birds in "),
+        (["verify", "digts"], "no datastore digts in .*digits"),
+        (["verify", "digits@v7"], "datastore digits@v7 does not exist; complete: v1"),
+        (["delete", "digits"], "delete takes one version, such as digits@v1"),
+        (["delete", "digits@v7", "--yes"], "no digits@v7 in "),
+        (["delete", "digits@v1"], "nobody is there to be asked; --yes means it"),
+        (["fetch", "a b", "x"], "is not NAME or NAME@vN"),
+        (["list", "datastore.url=ftp://x/y"], "of no known kind"),
+        (["list", "datastore.url=s3://key:secret@bucket/x"], "without a login"),
+        (["list", "datastore.url=me:secret@host:/x"], "a password, a port"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(door: Door, url: str, words: list[str], line: str) -> None:
+    told = door.refused("datastores", *words)
+    assert re.search(line, told)
+    assert "secret" not in told
+    assert versions.complete(url, "digits") == [1]
+
+
+def test_a_sweep_takes_what_lies_still(door: Door, url: str) -> None:
+    begin(url, "old", days=8)
+    begin(url, "young", days=6)
+    assert door("datastores", "sweep", "--yes").stdout == "removed  digits@v2\n"
+    assert [row["version"] for row in json.loads(door("datastores", "--json").stdout)] == [1, 3]
+    assert "nothing to sweep" in door("datastores", "sweep").stdout
+    assert door("datastores", "sweep", "--yes", "--days=5").stdout == "removed  digits@v3\n"
+    claim = versions.claim(versions.locate(url), Datastore("digits", url), "new", {})
+    assert claim.number == 4  # a number never means two things
+
+
+def test_a_sweep_leaves_an_upload_at_work(door: Door, url: str) -> None:
+    begin(url, "old", days=8)
+    place = versions.locate(url)
+    with place.turn(f"digits/v2/{versions.LOCK}", lambda: None):
+        os.utime(Path(url) / "digits/v2" / versions.LOCK, (0, 0))
+        assert "digits@v2: an upload is at work on it" in door.refused("datastores", "sweep", "--yes")
+    assert (Path(url) / "digits/v2/upload.json").exists()
+
+
+def test_a_delete_that_is_cut_off_goes_on(door: Door, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(versions.locate(url)), "clear", cut)
+        door("datastores", "delete", "digits@v1", "--yes", code=None)
+    assert versions.complete(url, "digits") == []
+    assert "digits@v1  deleted" in door("datastores").stdout
+    door("datastores", "sweep", "--yes")
+    assert "no datastores in" in door("datastores").stdout
+    assert [path.name for path in (Path(url) / "digits/v1").iterdir()] == [versions.DELETED]
+
+
+@pytest.mark.slow
+def test_a_version_that_a_queued_training_reads_is_not_deleted(
+    door: Door, url: str, gate: tuple[Gate, str]
+) -> None:
+    held, server = gate
+    door("+stage=download", "dataset=ilsvrc", "dataset.name=a", f"dataset.source={server}/a", "cluster=local")
+    eventually(lambda: held.waiting == ["a"])  # the only place of the queue is taken
+    door("dataset=digits", "model=resnet18", "cluster=local")
+    (run,) = [name for name in door.runs() if name.endswith("resnet18")]
+    (row,) = json.loads(door("datastores", "--json").stdout)
+    assert row["used_by"] == [run]
+    told = door.refused("datastores", "delete", "digits@v1", "--yes")
+    assert f"digits@v1 is in use by {run}: cancel them, or wait until they have ended" in told
+    assert versions.complete(url, "digits") == [1]
+    # By another way to the same folder as well.
+    link = door.workspace.parent / "link"
+    link.symlink_to(url)
+    assert datastores.used_by(Record(door.workspace), versions.locate(str(link))) == {"digits@v1": [run]}
+    door("cancel", run)
+    assert door("datastores", "delete", "digits@v1", "--yes").stdout == "deleted  digits@v1\n"
+    assert versions.complete(url, "digits") == []
