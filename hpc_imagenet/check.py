@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc_imagenet.archives import receipt
+from hpc_imagenet.archives.login import Login
 from hpc_imagenet.backbones import BACKBONES
 from hpc_imagenet.config import Config, Datastore, near
 from hpc_imagenet.datastore import versions
@@ -140,6 +141,12 @@ def _readable(job: Job) -> None:
         versions.check_readable(versions.locate(store.url), job.cluster.scratch, store.name)
 
 
+def _login(config: Config) -> None:
+    """Read a login before a job waits hours in a queue for saying that it cannot."""
+    if config.download.login is not None:
+        Login(config.dataset.source, config.download.login)
+
+
 def _archives(config: Config) -> None:
     folder = Path(config.workspace) / "archives" / config.dataset.name
     files = [archive.file for archive in config.dataset.archives.values()]
@@ -185,12 +192,8 @@ def _pinned_version(job: Job) -> None:
         )
 
 
-def _nothing(_: Config) -> None:
-    return None
-
-
 _INPUTS: dict[str, Callable[[Config], object]] = {
-    "download": _nothing,
+    "download": _login,
     "process": _archives,
     "upload": _dataset,
     "train": _version,
@@ -199,5 +202,5 @@ _OUTPUTS: dict[str, Callable[[Config], object]] = {
     "download": _archives,
     "process": _layout,
     "upload": _version,
-    "train": _nothing,
+    "train": lambda config: None,
 }

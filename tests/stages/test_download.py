@@ -343,8 +343,9 @@ def test_a_login_is_nowhere_but_in_the_requests(tmp_path: Path, source: Path, do
         words = ["+stage=download", "dataset=ilsvrc", "dataset.name=numbers", f"dataset.source={url}"]
         words += ["cluster=local", f"download.login={login}", "wait=true"]
         login.chmod(0o644)
-        told = [door.process(*words, code=1), door("jobs"), door("jobs", "--json")]
-        assert "others may read it (mode 644)" in told[0].stdout
+        told = [door.process(*words, code=2), door("jobs"), door("jobs", "--json")]
+        assert "others may read it (mode 644)" in told[0].stderr
+        assert not list(door.workspace.rglob("config.yaml")), "it was submitted"
         login.chmod(0o600)
         listed: set[str] = set()
         done = threading.Event()
