@@ -67,7 +67,8 @@ class Task:
 
     def config(self) -> Config:
         """Return a run's config, of one epoch."""
-        steps = {"epochs": 1, "global_batch": self.batch, "warmup_epochs": 0}
+        # No step costs more at a higher rate, but some networks diverge.
+        steps = {"epochs": 1, "global_batch": self.batch, "warmup_epochs": 0, "learning_rate": 1e-4}
         sizes = {"size": self.size, "val_size": self.size, "val_resize": self.size}
         words = [f"recipe.{key}={value}" for key, value in {**steps, **sizes}.items()]
         gpus = int(self.device.type == "cuda")
@@ -120,26 +121,34 @@ class Images:
 
 
 def fit(
-    task: Task, config: Config, steps: int, run: Run, hook: Callable[[Account, Any], None]
+    task: Task,
+    config: Config,
+    steps: int,
+    run: Run,
+    hook: Callable[[Account, Any], None],
+    store: Any = None,
 ) -> dict[str, Any]:
-    """Train `steps` steps by ours; `hook` is called behind each."""
+    """Train `steps` steps by ours; `hook` is called behind each. With a `store`: by our loader."""
     batch, original = task.data(), Account.on_train_batch_end
 
     def noting(self: Account, trainer: Any, *rest: Any) -> None:
         original(self, trainer, *rest)
         hook(self, trainer)
 
-    def loader(self: training.Loaders) -> Resident:
-        return Resident(batch, steps)
+    def loader(self: training.Loaders) -> Any:
+        return Resident(batch, steps) if store is None else loads(self)
 
+    def judged(self: training.Loaders) -> Resident:
+        return Resident(batch, 1)
+
+    loads = training.Loaders.train_dataloader
     with (
         mock.patch.object(Account, "on_train_batch_end", noting),
         mock.patch.object(training.Loaders, "train_dataloader", loader),
-        mock.patch.object(training.Loaders, "val_dataloader", return_value=Resident(batch, 1)),
+        mock.patch.object(training.Loaders, "val_dataloader", judged),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        store: Any = Images(steps * task.batch)
-        return training.fit(config, store, run, World())
+        return training.fit(config, store or Images(steps * task.batch), run, World())  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -148,18 +157,18 @@ def new_run() -> Iterator[Run]:
         yield Run(Path(folder))
 
 
-def ours(task: Task) -> float:
+def ours(task: Task, config: Config | None = None, store: Any = None, warm: int = WARM) -> float:
     """Return the s a step of one window of ours."""
     times: dict[int, float] = {}
 
     def hook(_: Account, trainer: Any) -> None:
-        if trainer.global_step in (WARM, WARM + task.steps):
+        if trainer.global_step in (warm, warm + task.steps):
             task.wait()
             times[trainer.global_step] = time.perf_counter()
 
     with new_run() as run:
-        fit(task, task.config(), WARM + task.steps, run, hook)
-    return (times[WARM + task.steps] - times[WARM]) / task.steps
+        fit(task, config or task.config(), warm + task.steps, run, hook, store)
+    return (times[warm + task.steps] - times[warm]) / task.steps
 
 
 def plain(task: Task) -> float:

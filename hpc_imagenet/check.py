@@ -126,6 +126,8 @@ def _shape(job: Job) -> None:
     parts = (
         cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1) * job.config.train.accumulate
     )
+    if job.config.loader.decode == "gpu" and cluster.gpus_per_node == 0:
+        raise UserError("loader.decode=gpu, but cluster.gpus_per_node=0: set loader.decode=cpu")
     if batch % parts:
         above = (batch // parts + 1) * parts
         raise UserError(
@@ -180,6 +182,13 @@ def _version(config: Config) -> None:
     versions.open_version(config.datastore)
 
 
+def _images(config: Config) -> None:
+    train = versions.open_version(config.datastore).manifest.splits.get("train")
+    batch = config.recipe.global_batch
+    if train and train.images < batch:
+        raise UserError(f"recipe.global_batch={batch} is more than the {train.images} images of train")
+
+
 def _pinned_version(job: Job) -> None:
     """Refuse an upload to a version that stands, and a datastore's name that is none."""
     store = job.config.datastore
@@ -196,7 +205,7 @@ _INPUTS: dict[str, Callable[[Config], object]] = {
     "download": _login,
     "process": _archives,
     "upload": _dataset,
-    "train": _version,
+    "train": _images,
 }
 _OUTPUTS: dict[str, Callable[[Config], object]] = {
     "download": _archives,

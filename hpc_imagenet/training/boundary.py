@@ -163,10 +163,10 @@ class Boundary(pl.Callback):
             with replacing(path) as file:
                 file.write(("\n".join(names) + "\n").encode())
         some = ", ".join(names[:2]) + (f" and {len(names) - 2} more in {path}" if len(names) > 2 else "")
+        kept = "the checkpoint from before stands; " if self._path.exists() else ""
         raise UserError(
             f"recipe.learning_rate={recipe.learning_rate:g}: the loss at step {step} (epoch {epoch + 1}) is "
-            "no number: lower it, or raise recipe.warmup_epochs; the checkpoint from before stands; "
-            f"the step's images: {some}"
+            f"no number: lower it, or raise recipe.warmup_epochs; {kept}the step's images: {some}"
         )
 
     def _act(self, trainer: pl.Trainer, asked: bool, due: bool) -> None:

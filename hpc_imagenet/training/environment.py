@@ -76,10 +76,12 @@ def device(config: Config, world: World) -> torch.device:
     """Return the device of this task: its GPU, or the CPU where none was asked for or none is there.
 
     Raises:
-        UserError: GPUs are asked for and missing, or fewer than tasks.
+        UserError: GPUs are asked for, to train or to decode, and missing, or fewer than tasks.
     """
     asked, found = cluster_for(config, "train").gpus_per_node, torch.cuda.device_count()
     if asked == 0 or (asked is None and not found):
+        if config.loader.decode == "gpu":
+            raise UserError("loader.decode=gpu, but this training is on CPUs: set loader.decode=cpu")
         return torch.device("cpu")
     if not found:
         raise UserError(
@@ -130,7 +132,13 @@ def placement(world: World, place: torch.device, accumulate: int, precision: str
     }
 
 
-def lost(error: RuntimeError) -> str:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or this machine, has no memory left for what a step wants."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)  # as torch says of a CPU
+
+
+def lost(error: BaseException) -> str:
     """Return in one line that a collective failed because another task is gone; empty for other errors."""
     text = str(error)
     names = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")

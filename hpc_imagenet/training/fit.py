@@ -104,9 +104,9 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
             if "val_top1" not in trainer.callback_metrics:  # it was finished before
                 trainer.loggers = []  # who know it
                 trainer.validate(module, datamodule=loaders, verbose=False)
-        except torch.OutOfMemoryError:
-            raise UserError(_too_much(share, trainer.global_step, place)) from None
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if environment.out_of_memory(error):
+                raise UserError(_too_much(share, trainer.global_step, place)) from None
             if world.size > 1 and (gone := environment.lost(error)):
                 raise Lost(gone) from error
             raise

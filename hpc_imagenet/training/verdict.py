@@ -109,23 +109,28 @@ class Verdict(pl.Callback):
             "loader_images_per_second": loader_rate and round(self._ranks * loader_rate, 1),
             "device_images_per_second": round(self._ranks * device_rate, 1),
             "steps": len(self._steps),
-            "mend": mend(self._config, self._cpus, self._workers, loader_rate, device_rate)
-            if starved
-            else "",
+            "mend": "",
         }
+        if starved:
+            on_gpu = device.type == "cuda"
+            told["mend"] = mend(self._config, self._cpus, self._workers, loader_rate, device_rate, on_gpu)
         write_json(self._path, told)
         if starved:
             print(f"{self.word}; {told['mend']} would mend it ({self._path.name})", flush=True)
         self._steps = []
 
     def _made(self) -> float | None:
-        """Return the images/s of all threads together; None if nothing was made."""
+        """Return the images/s of all threads together; None if nothing was made, or not by threads alone."""
+        if self._config.loader.decode == "gpu":
+            return None
         (before, earlier), (images, seconds) = self._before, self._batches.spent
         return max(1, self._workers) * (images - before) / (seconds - earlier) if images > before else None
 
 
-def mend(config: Config, cpus: int, workers: int, loader: float | None, device: float) -> str:
+def mend(config: Config, cpus: int, workers: int, loader: float | None, device: float, on_gpu: bool) -> str:
     """Return the one override that would bring the loader to the device's speed.
+
+    The last two resorts are another run each: the pictures are not quite the same then.
 
     Args:
         config: of the run.
@@ -133,7 +138,11 @@ def mend(config: Config, cpus: int, workers: int, loader: float | None, device: 
         workers: threads that decode.
         loader: images/s of those together; None: not known.
         device: images/s that the device could take.
+        on_gpu: whether it is a GPU, which can decode as well.
     """
+    less = "process.layout=shards process.resize=short:256"  # less to decode
+    if config.loader.decode == "gpu":
+        return less
     each = loader / max(1, workers) if loader else device / (2 * max(1, workers))
     needed = math.ceil(1.1 * device / each)
     if needed + 1 <= cpus:
@@ -142,7 +151,7 @@ def mend(config: Config, cpus: int, workers: int, loader: float | None, device: 
         return f"loader.workers={cpus - 1}"
     if config.cluster.executor == "slurm" and needed + 1 <= 8 * cpus:
         return f"cluster.cpus_per_task={needed + 1}"
-    return "process.layout=shards process.resize=short:256"
+    return "loader.decode=gpu" if on_gpu else less
 
 
 def _now(device: torch.device) -> Moment:

@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 from sample_dataset import file_of, write_tar
 
+from hpc_imagenet import check
 from hpc_imagenet.compose import compose
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.index import ENTRY, write_index
 from hpc_imagenet.datastore.manifest import Category, Manifest, Split
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import Run
+from hpc_imagenet.plan import plan
+from hpc_imagenet.runs import Record, Run
 from hpc_imagenet.stages import train
 from hpc_imagenet.world import World
 
@@ -62,6 +64,17 @@ def test_a_training_from_the_datastore_to_the_result(tmp_path: Path, run: Run) -
     )
     assert result["top5"] == 1  # of two classes
     assert (run.folder / "checkpoints" / "last.ckpt").exists()
+
+
+def test_more_images_a_step_than_there_are_is_told_before_anything_is_submitted(tmp_path: Path) -> None:
+    write_version(tmp_path / "datastores" / "digits" / "v1")
+    for batch in (8, 12):
+        asked = plan([config_of(tmp_path, f"recipe.global_batch={batch}")], check.finder())
+        if batch == 8:
+            check.jobs(asked, Record(tmp_path))
+            continue
+        with pytest.raises(UserError, match=r"^recipe.global_batch=12 is more than the 8 images of train$"):
+            check.jobs(asked, Record(tmp_path))
 
 
 def test_without_a_datastore_it_says_which_stage_makes_one(tmp_path: Path, run: Run) -> None:

@@ -72,6 +72,17 @@ def test_gpus_that_are_not_there(config, monkeypatch) -> None:
         environment.device(asked, World())
     asked.cluster.gpus_per_node = None
     assert environment.device(asked, World()).type == "cpu"
+    asked.loader.decode = "gpu"
+    with pytest.raises(UserError, match=r"^loader.decode=gpu, but .* on CPUs: set loader.decode=cpu$"):
+        environment.device(asked, World())
+
+
+def test_too_little_memory_of_this_machine_is_known_by_what_torch_says() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert environment.out_of_memory(caught.value)
+    assert environment.out_of_memory(torch.OutOfMemoryError())
+    assert not environment.out_of_memory(RuntimeError("shape mismatch"))
 
 
 def test_gpus_that_are_there(config, monkeypatch) -> None:

@@ -47,15 +47,18 @@ def test_the_verdict_names_what_would_mend_it(config, tiny: Store, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("cpus", "workers", "loader", "executor", "right"),
+    ("cpus", "workers", "loader", "place", "right"),
     [
         (16, 4, 400.0, "slurm", "loader.workers=11"),  # 100 images/s each, 1,000 to reach, a tenth to spare
         (8, 7, 700.0, "slurm", "cluster.cpus_per_task=12"),
         (8, 3, 300.0, "local", "loader.workers=7"),
         (8, 7, 700.0, "local", "process.layout=shards process.resize=short:256"),
+        (8, 7, 700.0, "local gpu", "loader.decode=gpu"),
+        (8, 7, None, "local gpu decode", "process.layout=shards process.resize=short:256"),
     ],
 )
-def test_one_override_would_mend_it(config, cpus, workers, loader, executor, right) -> None:
-    asked = config()
-    asked.cluster.executor = executor
-    assert verdict.mend(asked, cpus, workers, loader, 1000.0) == right
+def test_one_override_would_mend_it(config, cpus, workers, loader, place, right) -> None:
+    asked, words = config(), place.split()
+    asked.cluster.executor = words[0]
+    asked.loader.decode = "gpu" if "decode" in words else "cpu"
+    assert verdict.mend(asked, cpus, workers, loader, 1000.0, "gpu" in words) == right
