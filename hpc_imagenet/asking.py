@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_imagenet import check, submit
+from hpc_imagenet import check, submission
 from hpc_imagenet.config import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.plan import Job, plan
 from hpc_imagenet.runs import Record
-from hpc_imagenet.submit import Sent
+from hpc_imagenet.submission import Sent
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Asked:
     first: Config
 
     def send(self) -> list[Sent]:
-        """Submit what is not finished and not under way; see `submit.submit`.
+        """Submit what is not finished and not under way; see `submission.submit`.
 
         Raises:
             UserError: the workspace cannot be written, or Slurm refused a job.
         """
         check.workspace(self.record.folder.parent)
         try:
-            return submit.submit(self.jobs, self.record, self.executor)
+            return submission.submit(self.jobs, self.record, self.executor)
         except OSError as error:  # a disk that fills up under our hands
             raise UserError(
                 f"workspace={self.first.workspace}: {error.strerror or error}: mend it, then ask again"

@@ -167,7 +167,7 @@ def _logs(record: Record, options: argparse.Namespace) -> int:
 
 
 def _cancel(record: Record, options: argparse.Namespace) -> int:
-    from hpc_imagenet.submit import cancel
+    from hpc_imagenet.submission import cancel
 
     for run in _named(record, options.runs):
         was = cancel(run)
@@ -176,7 +176,7 @@ def _cancel(record: Record, options: argparse.Namespace) -> int:
 
 
 def _retry(record: Record, options: argparse.Namespace) -> int:
-    from hpc_imagenet.submit import retry
+    from hpc_imagenet.submission import retry
 
     for run in _named(record, options.runs):
         for entry in retry(record, run):
@@ -191,7 +191,7 @@ def _connect(record: Record, options: argparse.Namespace) -> int:
 
 
 def _pause(record: Record, options: argparse.Namespace) -> int:
-    from hpc_imagenet.submit import cancel
+    from hpc_imagenet.submission import cancel
 
     for run in [_session(run) for run in _named(record, options.runs)]:
         was = cancel(run, "paused: resume goes on")
