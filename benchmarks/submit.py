@@ -32,7 +32,7 @@ from hpc_imagenet.compose import compose
 from hpc_imagenet.durable import create_json
 from hpc_imagenet.plan import plan
 from hpc_imagenet.runs import FINISHED, Record
-from hpc_imagenet.submit import cancel
+from hpc_imagenet.submission import cancel
 
 DIGITS = ("dataset=digits", "cluster=local")
 JOBS = 100

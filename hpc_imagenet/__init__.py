@@ -1,8 +1,25 @@
-"""From the ImageNet archives to a table of trained backbones, on a Slurm cluster or one machine."""
+"""From the ImageNet archives to a table of trained backbones, on a Slurm cluster or one machine.
 
+From Python: `submit`, `jobs`, `verb`, `Handle` and `UserError`; see `hpc_imagenet.api`.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpc_imagenet.api import Handle, UserError, jobs, submit, verb
+
+__all__ = ["Handle", "UserError", "jobs", "submit", "verb"]
 
 try:
     __version__ = version("hpc-imagenet")
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the package costs nothing; the names come when one is asked for.
+    if name in __all__:
+        return getattr(import_module("hpc_imagenet.api"), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

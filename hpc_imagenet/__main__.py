@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from hpc_imagenet import __version__
 from hpc_imagenet.errors import UserError
@@ -28,6 +27,7 @@ Submit (returns at once, the work goes on in the background):
   dataset=   imagenet, digits, ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
   model=     any classification model of torchvision.models
   recipe=    standard90, demo                  seed=0        workspace=FOLDER
+  +stage=session [session.datastore=NAME] [session.gpus=N] [session.time=MINUTES]: Jupyter Lab on a node
   datastore.name=NAME[@vN]                     datastore.url=FOLDER, user@host:/path, s3://bucket/prefix
   wait=true      stay, with a live table; exit code 1 if a job failed
   dry_run=true   print what would be submitted, submit nothing
@@ -37,6 +37,8 @@ Look and act:
   python -m hpc_imagenet logs RUN [-f]         what it printed
   python -m hpc_imagenet cancel RUN …          stop it
   python -m hpc_imagenet retry RUN …           go on from where it stopped
+  python -m hpc_imagenet connect RUN           how to reach a session, as soon as it runs
+  python -m hpc_imagenet pause RUN · resume RUN [SETTING=VALUE …]   a session ends; its folder goes on
   python -m hpc_imagenet report [--json]       the leaderboard
   python -m hpc_imagenet verify [NAME …] [--quick] [--weights MODEL]   is all there, and as it was made
   python -m hpc_imagenet datastores [list | show NAME | verify NAME | fetch NAME DIR | delete NAME@vN | sweep]
@@ -111,44 +113,32 @@ def _split(words: list[str]) -> tuple[list[str], bool, str | None]:
 
 
 def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int:
-    from hpc_imagenet import check, submit
+    from hpc_imagenet.asking import asked
     from hpc_imagenet.compose import compose
-    from hpc_imagenet.plan import plan
-    from hpc_imagenet.runs import Record
 
-    configs = compose(overrides, multirun, config_dir)
-    first = configs[0]
-    for setting in ("workspace", "wait", "dry_run"):
-        if any(getattr(config, setting) != getattr(first, setting) for config in configs):
-            raise UserError(f"{setting} cannot be swept: one value for the whole command")
-    if len({config.cluster.executor for config in configs}) > 1:
-        raise UserError("cluster cannot be swept over executors: one command a cluster")
-    executor = check.executor(first.cluster.executor)
-    record = Record(Path(first.workspace))
-    jobs = plan(configs, check.finder())
-    check.jobs(jobs, record)
+    wanted = asked(compose(overrides, multirun, config_dir))
     named = any(word.startswith("cluster=") and word != "cluster=auto" for word in overrides)
-    why = "" if named else f" ({'sbatch' if executor == 'slurm' else 'no sbatch'} is on the PATH)"
-    print(f"cluster: {executor}{why} · workspace: {first.workspace}")
-    if first.dry_run:
+    why = "" if named else f" ({'sbatch' if wanted.executor == 'slurm' else 'no sbatch'} is on the PATH)"
+    print(f"cluster: {wanted.executor}{why} · workspace: {wanted.first.workspace}")
+    if wanted.first.dry_run:
         from hpc_imagenet.monitor.dry_run import describe
 
-        describe(jobs, record, executor)
+        describe(wanted.jobs, wanted.record, wanted.executor)
         return 0
-    check.workspace(record.folder.parent)
-    try:
-        sent = submit.submit(jobs, record, executor)
-    except OSError as error:  # a disk that fills up under our hands
-        raise UserError(
-            f"workspace={first.workspace}: {error.strerror or error}: mend it, then ask again"
-        ) from None
+    sent = wanted.send()
     for entry in sent:
         print(f"{WORDS[entry.what]:9}  {entry.run.id}  {entry.run.folder}", flush=True)
-    if first.wait or executor == "here":
+    sessions = all(job.stage == "session" for job in wanted.jobs)
+    if wanted.executor != "here" and sessions and wanted.first.wait:
+        from hpc_imagenet.session.reach import connect
+
+        return max(connect(entry.run) for entry in sent)
+    if wanted.first.wait or wanted.executor == "here":
         from hpc_imagenet.monitor.table import terminal, watch
 
         return 0 if watch([entry.run for entry in sent], terminal()) else 1
-    print("python -m hpc_imagenet jobs · logs RUN -f · cancel RUN · report")
+    more = "connect RUN · pause RUN" if sessions else "logs RUN -f · cancel RUN · report"
+    print(f"python -m hpc_imagenet jobs · {more}")
     return 0
 
 

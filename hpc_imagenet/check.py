@@ -8,12 +8,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from hpc_imagenet.archives import receipt
 from hpc_imagenet.archives.login import Login
 from hpc_imagenet.backbones import BACKBONES
-from hpc_imagenet.config import Config, Datastore, near
+from hpc_imagenet.config import Config, Datastore, cluster_for, near
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import Manifest, load_manifest
 from hpc_imagenet.errors import UserError
@@ -201,15 +202,35 @@ def _pinned_version(job: Job) -> None:
         )
 
 
+def _machine(config: Config) -> None:
+    """Refuse a session without Jupyter, or with a datastore that is not there."""
+    if not find_spec("jupyter_server") or not find_spec("jupyterlab"):
+        raise UserError("a session needs Jupyter: pip install 'hpc-imagenet[session]'")
+    if not config.session.datastore:
+        return
+    version = versions.open_version(config.datastore)
+    if version.folder is None and not cluster_for(config, "session").scratch:
+        raise UserError(
+            f"session.datastore={config.session.datastore} lies at {version.place.url}, where no files "
+            "can be linked: cluster.scratch=FOLDER brings it to the node"
+        )
+
+
+def _over(_: Config) -> None:
+    raise UserError("a session that has ended makes nothing that stands: asked for again it goes on")
+
+
 _INPUTS: dict[str, Callable[[Config], object]] = {
     "download": _login,
     "process": _archives,
     "upload": _dataset,
     "train": _images,
+    "session": _machine,
 }
 _OUTPUTS: dict[str, Callable[[Config], object]] = {
     "download": _archives,
     "process": _layout,
     "upload": _version,
     "train": lambda config: None,
+    "session": _over,
 }

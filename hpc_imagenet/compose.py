@@ -98,6 +98,33 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
     return composed
 
 
+def amended(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a frozen config with single values changed, such as `session.gpus=4`; it is checked.
+
+    Raises:
+        UserError: a key, a value, or a choice of a group, which was made when the run was first asked for.
+    """
+    node = OmegaConf.structured(config)
+    for line in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([line])
+            key = override.key_or_group
+            if override.is_sweep_override() or override.is_delete() or key not in _settings(node):
+                raise UserError(
+                    f"{line}: give single values, such as session.gpus=4 or cluster.partition=gpu"
+                )
+            if isinstance(OmegaConf.select(node, key), DictConfig):
+                raise UserError(f"{line} chooses a file of conf/: that is done when a run is first asked for")
+            OmegaConf.update(node, key, override.value(), merge=True)
+        except OverrideParseException as error:
+            raise UserError(_explain(error)) from None
+        except OmegaConfBaseException as error:
+            raise UserError(_explain_value(error)) from None
+    typed = _typed(node)
+    check(typed)
+    return typed
+
+
 def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     for override in parsed:

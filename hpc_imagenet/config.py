@@ -22,9 +22,10 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.experiment import Model, Recipe
 
-STAGES = ("download", "process", "upload", "train", "pipeline")
+STAGES = ("download", "process", "upload", "train", "pipeline", "session")
 EXECUTORS = ("local", "slurm", "here")
 PIXELS = 2  # which way images are decoded and resized: 1 was Pillow's; another is another result
+LISTEN = ("auto", "loopback", "socket", "address")
 FREE = ("cluster.stage", "cluster.sbatch", "dataset.archives", "model.options")  # mappings with any key
 
 
@@ -166,6 +167,19 @@ class Train:
 
 
 @dataclass
+class Session:
+    """The session stage: Jupyter Lab on a node. What is asked for by the same name is the same session."""
+
+    name: str = "me"
+    datastore: str | None = None  # NAME or NAME@vN at datastore.url, linked into the session's folder
+    gpus: int | None = None  # null: as the cluster says
+    time: int = 240  # minutes
+    idle_minutes: float | None = 60  # without activity, until it ends; null: it does not
+    listen: str = "auto"  # one of LISTEN
+    port: int | None = None  # null: a free one
+
+
+@dataclass
 class Cluster:
     """Where jobs run and what they may use. Null leaves a value to the cluster's own default."""
 
@@ -186,6 +200,9 @@ class Cluster:
     setup: list[str] = field(default_factory=list)  # shell lines before the job: module load …
     sbatch: dict[str, Any] = field(default_factory=dict)  # more options of sbatch, by their long names
     srun: list[str] = field(default_factory=list)  # more arguments of srun
+    login: str | None = (
+        None  # how your own machine calls the login node, for tunnels; null: as it calls itself
+    )
     scratch: str | None = None  # folder on each node's own disk; variables are put in on the node
     scratch_gb: float | None = None  # GB that copies of shards may take there; None: what is free
     stage: dict[str, dict[str, Any]] = field(default_factory=dict)  # any of the above, for one stage
@@ -210,6 +227,7 @@ class Config:
     process: Process = field(default_factory=Process)
     upload: Upload = field(default_factory=Upload)
     train: Train = field(default_factory=Train)
+    session: Session = field(default_factory=Session)
 
     def training(self) -> dict[str, Any]:
         """Return what decides the result of a training, beside its data."""
@@ -265,6 +283,9 @@ def _cluster(values: str, stage: str) -> Cluster:
         raise UserError(f"cluster.stage.{stage}.{one_line(error)}") from None
 
 
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of what becomes a folder
+
+
 def check(config: Config) -> None:
     """Refuse values that have the right type and still make no sense.
 
@@ -281,6 +302,7 @@ def check(config: Config) -> None:
     _one_of("loader.decode", config.loader.decode, ("cpu", "gpu"))
     _one_of("loader.on_corrupt", config.loader.on_corrupt, ("fail", "skip"))
     _between("upload.tasks", config.upload.tasks, 1, 9999)
+    _one_of("session.listen", config.session.listen, LISTEN)
     _one_of("model.stem", config.model.stem, ("auto", "standard", "small"))
     _check_recipe(config.recipe)
     recipe, cluster = config.recipe, config.cluster
@@ -303,6 +325,8 @@ def check(config: Config) -> None:
         ("download.connections", config.download.connections, 1),
         ("download.retries", config.download.retries, 0),
         ("upload.connections", config.upload.connections, 1),
+        ("session.time", config.session.time, 1),
+        ("session.gpus", config.session.gpus, 0),
         ("cluster.parallel", cluster.parallel, 1),
         ("cluster.nodes", cluster.nodes, 1),
         ("cluster.gpus_per_node", cluster.gpus_per_node, 0),
@@ -328,6 +352,7 @@ def check(config: Config) -> None:
     for name, above in (
         ("download.limit", config.download.limit),
         ("download.timeout", config.download.timeout),
+        ("session.idle_minutes", config.session.idle_minutes),
     ):
         if above is not None and above <= 0:
             raise UserError(f"{name}={above} must be more than 0")
@@ -335,10 +360,15 @@ def check(config: Config) -> None:
     _no_secret("datastore.url", config.datastore.url, "boto3 and ssh find the login")
     if config.train.checkpoint_every_minutes <= 0:
         raise UserError("train.checkpoint_every_minutes must be more than 0")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.dataset.name):
+    if not re.fullmatch(_NAME, config.dataset.name):
         raise UserError(
             f"dataset.name={config.dataset.name} names a folder: letters, digits and . _ - make one"
         )
+    if config.stage.name == "session" and not re.fullmatch(_NAME, config.session.name):
+        raise UserError(
+            f"session.name={config.session.name} names a folder: letters, digits and . _ - make one"
+        )
+    _between("session.port", config.session.port, 1024, 65535)
     for split in ("train", "val", "devkit"):
         if split not in config.dataset.archives:
             raise UserError(f"dataset.archives.{split} is missing: give its file name (and md5)")

@@ -15,14 +15,16 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 @contextlib.contextmanager
-def replacing(path: Path, before: Callable[[], object] | None = None) -> Iterator[IO[bytes]]:
+def replacing(
+    path: Path, before: Callable[[], object] | None = None, secret: bool = False
+) -> Iterator[IO[bytes]]:
     """Open a temporary file that takes the place of `path` when the block ends well.
 
     Readers see the old bytes or the new ones, never a part, also after a power cut. An exception leaves
     `path` as it was and no temporary file behind; also one of `before`, which is called when all bytes are on
-    the disk and nothing but the rename is left.
+    the disk and nothing but the rename is left. A `secret` can be read by its owner alone, from the start.
     """
-    with _temporary(path) as (file, name):
+    with _temporary(path, secret) as (file, name):
         yield file
         _sync(file)
         if before is not None:
@@ -82,13 +84,14 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+def _temporary(path: Path, secret: bool = False) -> Iterator[tuple[IO[bytes], Path]]:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         # mkstemp makes 0600; these files are read by colleagues as far as the umask lets them.
         umask = os.umask(0)
         os.umask(umask)
-        os.fchmod(descriptor, 0o666 & ~umask)
+        if not secret:
+            os.fchmod(descriptor, 0o666 & ~umask)
         with os.fdopen(descriptor, "wb") as file:
             yield file, Path(name)
     finally:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hpc_imagenet.config import Cluster, Config, Dataset, Datastore, Process, cluster_for
+from hpc_imagenet.config import STAGES, Cluster, Config, Dataset, Datastore, Process, cluster_for
 
 PIPELINE = ("download", "process", "upload", "train")
+TO_END = 2  # minutes that Slurm gives a session beyond session.time, in which it ends in order
 
 Found = Callable[[Datastore], Datastore | None]
 """Looks a datastore up: the same with version and content filled in, or None where there is none yet."""
@@ -56,7 +57,7 @@ def plan(configs: Sequence[Config], found: Found) -> list[Job]:
             job = _job(stage, config, found if not whole else _nothing)
             for each in _parts(job):
                 jobs.setdefault(each.run, each)
-    return sorted(jobs.values(), key=lambda job: PIPELINE.index(job.stage))
+    return sorted(jobs.values(), key=lambda job: STAGES.index(job.stage))
 
 
 def signature(*parts: Any) -> str:
@@ -101,7 +102,26 @@ def _nothing(_: Datastore) -> None:
     return None
 
 
+def _session(config: Config, found: Found) -> Job:
+    """Return the job of a session; its identity is its name alone, so that it may change its size."""
+    asked = config.session
+    size = {"time": asked.time + TO_END} | ({} if asked.gpus is None else {"gpus_per_node": asked.gpus})
+    mine = {**config.cluster.stage.get("session", {}), **size}
+    cluster = replace(config.cluster, stage={**config.cluster.stage, "session": mine})
+    datastore = config.datastore
+    if asked.datastore:
+        datastore = replace(datastore, name=asked.datastore, version=None, content=None)
+        datastore = found(datastore) or datastore
+    frozen = replace(config, cluster=cluster, datastore=datastore, wait=False, dry_run=False)
+    label = f"session-{asked.name}"
+    return Job(
+        "session", label, signature("session", asked.name), (), None, cluster_for(frozen, "session"), frozen
+    )
+
+
 def _job(stage: str, config: Config, found: Found) -> Job:
+    if stage == "session":
+        return _session(config, found)
     dataset, workspace = config.dataset, config.workspace
     archives, images = content(dataset), content(dataset, config.process)
     datastore = replace(config.datastore, content=images)

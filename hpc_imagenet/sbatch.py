@@ -206,8 +206,9 @@ def _warning(cluster: Cluster) -> int:
 
 @contextlib.contextmanager
 def _without_slurm_variables() -> Iterator[None]:
-    """Keep an outer allocation's SLURM_* out of the jobs that are submitted from inside it."""
-    kept = {k: v for k, v in os.environ.items() if k.startswith("SLURM_") and k != "SLURM_CONF"}
+    """Keep what belongs to an outer job, SLURM_* and its CPUs, out of those submitted from inside it."""
+    outer = (k for k in os.environ if k.startswith("SLURM_") or k == local.CPUS)
+    kept = {k: os.environ[k] for k in outer if k != "SLURM_CONF"}
     for name in kept:
         del os.environ[name]
     try:

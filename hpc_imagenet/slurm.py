@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import CANCELLED, ENDED, FAILED, FINISHED, QUEUED, RUNNING
@@ -103,6 +104,26 @@ def own_state() -> str:
     if job is None or not reachable():
         return ""
     return _say(["squeue", "--noheader", "--format=%T", f"--jobs={job}"]).stdout.strip()
+
+
+def ends() -> float | None:
+    """Return when Slurm will end the job that this process is part of, s since 1970; None if it will not."""
+    job = this_job()
+    return (
+        None if job is None else _time(_say(["squeue", "--noheader", "--format=%e", f"--jobs={job}"]).stdout)
+    )
+
+
+def starts(job_id: str) -> float | None:
+    """Return when Slurm expects to start a job that waits, s since 1970; None where it does not say."""
+    return _time(_say(["squeue", "--noheader", "--start", "--format=%S", f"--jobs={job_id}"]).stdout)
+
+
+def _time(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text.strip()).timestamp()  # Slurm tells local time
+    except ValueError:  # N/A, or nothing
+        return None
 
 
 def requeue() -> str:

@@ -16,7 +16,19 @@ from hpc_imagenet.runs import Record, Run
 if TYPE_CHECKING:
     from rich.table import Table
 
-VERBS = ("jobs", "logs", "cancel", "retry", "report", "verify", "datastores", "doctor")
+VERBS = (
+    "jobs",
+    "logs",
+    "cancel",
+    "retry",
+    "connect",
+    "pause",
+    "resume",
+    "report",
+    "verify",
+    "datastores",
+    "doctor",
+)
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:
@@ -39,6 +51,9 @@ def main(verb: str, arguments: Sequence[str]) -> int:
         "logs": _logs,
         "cancel": _cancel,
         "retry": _retry,
+        "connect": _connect,
+        "pause": _pause,
+        "resume": _resume,
         "report": _report,
         "verify": _verify,
     }[verb]
@@ -56,6 +71,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         "logs": "Print what a run's newest attempt has printed.",
         "cancel": "Stop runs, queued or running; retry takes them up again.",
         "retry": "Take up runs that failed or were cancelled, from where they stopped.",
+        "connect": "Print how to reach a session, as soon as it runs.",
+        "pause": "End sessions; their folders stay, and resume goes on with them.",
+        "resume": "Start a session again in its folder, of another size if settings say so.",
         "report": "Show the leaderboard of all trainings.",
         "verify": "Hold datasets and datastores against their certificates; exit code 1 where one is wrong.",
         "datastores": "Show datasets that jobs can train on, verify, fetch, delete them.",
@@ -89,6 +107,11 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             "--timeout", type=float, default=300, metavar="S", help="s that a probe may queue (300)"
         )
         parser.add_argument("--json", action="store_true", help="a list of objects instead of lines")
+    elif verb == "connect":
+        parser.add_argument("run", metavar="RUN")
+    elif verb == "resume":
+        parser.add_argument("run", metavar="RUN")
+        parser.add_argument("settings", metavar="SETTING=VALUE", nargs="*", help="such as session.gpus=4")
     elif verb == "logs":
         parser.add_argument("run", metavar="RUN")
         parser.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
@@ -144,7 +167,7 @@ def _logs(record: Record, options: argparse.Namespace) -> int:
 
 
 def _cancel(record: Record, options: argparse.Namespace) -> int:
-    from hpc_imagenet.submit import cancel
+    from hpc_imagenet.submission import cancel
 
     for run in _named(record, options.runs):
         was = cancel(run)
@@ -153,12 +176,60 @@ def _cancel(record: Record, options: argparse.Namespace) -> int:
 
 
 def _retry(record: Record, options: argparse.Namespace) -> int:
-    from hpc_imagenet.submit import retry
+    from hpc_imagenet.submission import retry
 
     for run in _named(record, options.runs):
         for entry in retry(record, run):
             print(f"{WORDS[entry.what]}  {entry.run.id}")
     return 0
+
+
+def _connect(record: Record, options: argparse.Namespace) -> int:
+    from hpc_imagenet.session.reach import connect
+
+    return connect(record.find(options.run))
+
+
+def _pause(record: Record, options: argparse.Namespace) -> int:
+    from hpc_imagenet.submission import cancel
+
+    for run in [_session(run) for run in _named(record, options.runs)]:
+        was = cancel(run, "paused: resume goes on")
+        print(f"{'paused' if was.active else f'was {was.name} already'}  {run.id}")
+    return 0
+
+
+def _resume(record: Record, options: argparse.Namespace) -> int:
+    from hpc_imagenet.asking import asked
+    from hpc_imagenet.compose import amended
+    from hpc_imagenet.states import state
+
+    run = _session(record.find(options.run))
+    wait = [word for word in options.settings if word in ("wait=true", "wait=false")]
+    settings = [word for word in options.settings if word not in wait]
+    if state(run).active and settings:
+        raise UserError(f"{run.id} is under way: pause it first, then resume it with {' '.join(settings)}")
+    frozen = run.config()
+    again = asked([amended(frozen, [f"workspace={record.folder.parent}", *settings])])
+    if again.jobs[0].run != run.id:
+        raise UserError(
+            f"session.name={again.first.session.name} is another session: +stage=session begins it"
+        )
+    if again.executor == "here":
+        raise UserError(f"{run.id} was run by cluster=here: give that command again, and it goes on")
+    for entry in again.send():
+        print(f"{WORDS[entry.what]}  {entry.run.id}")
+    if "wait=true" in wait:
+        from hpc_imagenet.session.reach import connect
+
+        return connect(run)
+    return 0
+
+
+def _session(run: Run) -> Run:
+    if run.info.get("stage") != "session":
+        raise UserError(f"{run.id} is no session: cancel stops it, and retry goes on with it")
+    return run
 
 
 def _verify(record: Record, options: argparse.Namespace) -> int:

@@ -62,6 +62,9 @@ class Worker:
         self.handles = [job for job in self.handles if not job.done()]
         waiting: list[tuple[Run, Attempt]] = []
         running: list[Attempt] = []
+        sessions: list[
+            Attempt
+        ] = []  # in nobody's way: the jobs that are sent from them would wait for their end
         for path in sorted(local.queue_folder(self.record).glob("*.entry")):
             entry = read_json(path)
             if entry is None:
@@ -69,7 +72,7 @@ class Worker:
             run = self.record.run(entry["run"])
             attempt = Attempt(run.folder / "attempts" / str(entry["attempt"]))
             if local.alive(attempt):
-                running.append(attempt)
+                (sessions if _is_session(run) else running).append(attempt)
             elif attempt.outcome or not attempt.folder.exists():
                 path.unlink()
             elif local.launched(attempt):
@@ -82,14 +85,19 @@ class Worker:
             else:
                 waiting.append((run, attempt))
         for run, attempt in waiting:
+            if _is_session(run) and self._start(run, attempt, running + sessions):
+                sessions.append(attempt)
+        for run, attempt in waiting:
+            if _is_session(run):
+                continue
             if len(running) >= self._parallel(run, attempt):
                 break  # in order: nobody overtakes who waits for room
             blocked = self._blocked(run)
             if blocked:
                 attempt.end(CANCELLED, blocked)
-            elif blocked is None and self._start(run, attempt, running):
+            elif blocked is None and self._start(run, attempt, running + sessions):
                 running.append(attempt)
-        return bool(waiting or running)
+        return bool(waiting or running or sessions)
 
     def _parallel(self, run: Run, attempt: Attempt) -> int:
         """Return how many jobs may run beside each other for this attempt to be one of them."""
@@ -116,13 +124,14 @@ class Worker:
         if len(free) < wanted <= len(all_gpus):
             return False  # its turn comes when GPUs are back; a wish beyond the machine fails in the job
         mine = free[:wanted]
-        tasks = cluster.tasks_per_node or max(1, wanted)
+        shared = _is_session(run) and cluster.gpus_per_node is None  # it sees all GPUs and holds none
+        tasks = 1 if _is_session(run) else cluster.tasks_per_node or max(1, wanted)
         os.environ[local.CPUS] = str(_share(run, cluster, tasks))
         executor = submitit.LocalExecutor(folder=attempt.folder)
         executor.update_parameters(
             timeout_min=cluster.time or _ENDLESS,
-            gpus_per_node=len(mine),
-            visible_gpus=mine,
+            gpus_per_node=len(all_gpus if shared else mine),
+            visible_gpus=all_gpus if shared else mine,
             tasks_per_node=tasks,
             setup=cluster.setup,
         )
@@ -132,6 +141,10 @@ class Worker:
         if attempt.outcome:  # cancelled between our look and the launch, when there was nothing to kill yet
             local.kill(attempt)
         return True
+
+
+def _is_session(run: Run) -> bool:
+    return run.info.get("stage") == "session"
 
 
 def gpus_of(cluster: Cluster, stage: str, there: int) -> int:

@@ -54,7 +54,7 @@ def opened(version: Version, cluster: Cluster, stages: bool) -> Iterator[Store]:
         if not cluster.scratch:  # one that cannot be read was refused
             yield Store(folder, source)
             return
-        cache = Cache(_scratch(cluster.scratch), _limit(cluster))
+        cache = Cache(scratch(cluster.scratch), _limit(cluster))
         staged = Staged(source, cache, manifest.shards)
         stack.callback(staged.close)
         if stages:
@@ -76,7 +76,7 @@ def _indexes(version: Version, folder: Path) -> None:
     version.manifest.save(folder)
 
 
-def _scratch(setting: str) -> Path:
+def scratch(setting: str) -> Path:
     """Return the folder, with the node's own variables put in: $SLURM_TMPDIR differs from job to job."""
     path = os.path.expandvars(setting)
     if "$" in path:

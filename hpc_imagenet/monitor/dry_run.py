@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hpc_imagenet.plan import Job
 from hpc_imagenet.runs import Record
 from hpc_imagenet.sbatch import Part, arrays, script, verdict
-from hpc_imagenet.submit import intend
+from hpc_imagenet.submission import intend
 
 _VERDICTS = {
     "submitted": "would be submitted",

@@ -127,8 +127,8 @@ def _unfinished(record: Record, run: Run, found: dict[str, Run]) -> None:
     found[run.id] = run
 
 
-def cancel(run: Run) -> State:
-    """Stop a run wherever it is.
+def cancel(run: Run, reason: str = "by the cancel command") -> State:
+    """Stop a run wherever it is; `reason` is noted.
 
     Returns:
         The state it had before.
@@ -142,7 +142,7 @@ def cancel(run: Run) -> State:
         raise UserError(f"{run.id} is a Slurm job, and there is no scancel here: ask on a login node")
     if on_slurm:  # a job that Slurm ends leaves no outcome of its own
         slurm.cancel(str(attempt.submitted["job_id"]))
-    attempt.end(CANCELLED, "by the cancel command")  # before its end can be taken for a failure
+    attempt.end(CANCELLED, reason)  # before its end can be taken for a failure
     if not on_slurm:
         local.kill(attempt)
     return was

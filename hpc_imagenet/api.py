@@ -1,0 +1,183 @@
+"""The package from Python: what the command line does, with handles on the runs instead of their names.
+
+    import hpc_imagenet
+    (run,) = hpc_imagenet.submit("dataset=digits model=resnet18")
+    run.state(), run.result()["top1"]
+
+`hpc_imagenet` itself has the five names of this module, and imports none of it before one is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs import Record, Run
+
+__all__ = ["Handle", "UserError", "jobs", "submit", "verb"]
+
+_EVERY = 0.5  # s
+
+
+class Handle:
+    """One run: a thing to be made, in its newest attempt. Two handles of the same run are equal.
+
+    Attributes:
+        id: of the run, such as `c0ffee00-resnet18`.
+        folder: its record: frozen config, logs, metrics, checkpoints.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._run = Run(folder)
+        self.id = self._run.id
+        self.folder = folder
+
+    def __repr__(self) -> str:
+        return f"<{self.id}: {self.state()}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Handle) and other.folder == self.folder
+
+    def __hash__(self) -> int:
+        return hash(self.folder)
+
+    def state(self) -> str:
+        """Return queued, running, finished, failed or cancelled."""
+        from hpc_imagenet.states import state
+
+        return state(self._run).name
+
+    def reason(self) -> str:
+        """Return in one line why it is in that state: what it waits for, why it failed; else nothing."""
+        from hpc_imagenet.states import state
+
+        return state(self._run).reason
+
+    def progress(self) -> dict[str, Any]:
+        """Return how far it is: done, total, unit, rate (a second), note, time; empty before the first word."""
+        return self._run.progress
+
+    def result(self, seconds: float | None = None) -> dict[str, Any]:
+        """Wait until it has ended and return what came out: of a training top1 and top5 (0 to 1) and more.
+
+        Args:
+            seconds: to wait at most; None: as long as it takes.
+
+        Raises:
+            UserError: it failed or was cancelled, and why.
+            TimeoutError: it has not ended by then; it goes on.
+        """
+        from hpc_imagenet.states import state
+
+        end = None if seconds is None else time.monotonic() + seconds
+        while (was := state(self._run)).active:
+            if end is not None and time.monotonic() >= end:
+                raise TimeoutError(f"{self.id} is {was.name} after {seconds:g} s")
+            time.sleep(_EVERY)
+        if not was.finished:
+            raise UserError(f"{self.id} {was.name}: {was.reason}")
+        attempt = self._run.attempt
+        outcome = attempt.outcome if attempt else None
+        return (outcome.result if outcome else None) or {}
+
+    def logs(self) -> str:
+        """Return what its newest attempt has printed so far, stdout before stderr."""
+        attempt = self._run.attempt
+        return "".join(log.read_text(errors="replace") for log in attempt.logs()) if attempt else ""
+
+    def cancel(self) -> None:
+        """Stop it, queued or running; one that has ended stays as it is.
+
+        Raises:
+            UserError: it is a Slurm job, and Slurm cannot be asked from here.
+        """
+        from hpc_imagenet.submission import cancel
+
+        cancel(self._run)
+
+    def retry(self) -> None:
+        """Take it up again from where it stopped, with the runs it needs that did not end well.
+
+        Raises:
+            UserError: it was no job of a queue, or Slurm refused it.
+        """
+        from hpc_imagenet.submission import retry
+
+        retry(Record(self.folder.parents[1]), self._run)
+
+
+def submit(overrides: str | Sequence[str], config_dir: str | None = None) -> list[Handle]:
+    """Submit what overrides ask for, as the command line does; commas sweep. Returns at once.
+
+    Args:
+        overrides: such as `"+stage=pipeline dataset=digits"`, or a list of them.
+        config_dir: a folder of your own conf/ beside ours.
+
+    Returns:
+        One run a job, each before those that need it: new ones, those that go on, and those that were
+        finished or under way already. With `cluster=here` they have ended by then, and with `wait=true` too.
+
+    Raises:
+        UserError: one line that says what is wrong; nothing was submitted.
+    """
+    from hpc_imagenet.asking import asked
+    from hpc_imagenet.compose import compose
+
+    words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    wanted = asked(compose(words, multirun=True, config_dir=config_dir))
+    if wanted.first.dry_run:
+        raise UserError("dry_run=true is of the command line: python -m hpc_imagenet … dry_run=true")
+    handles = [Handle(entry.run.folder) for entry in wanted.send()]
+    if wanted.first.wait:
+        for handle in handles:
+            with contextlib.suppress(UserError):  # its state says so
+                handle.result()
+    return handles
+
+
+def jobs(name: str | None = None, workspace: str | Path | None = None) -> list[Handle]:
+    """Return the runs of a workspace, oldest first.
+
+    Args:
+        name: of one run, as `jobs` shows it, or the beginning of its id or label; None: all.
+        workspace: its folder; None: HPC_IMAGENET_WORKSPACE, else ./workspace.
+
+    Raises:
+        UserError: no run is called so, or several are.
+    """
+    folder = Path(workspace or os.environ.get("HPC_IMAGENET_WORKSPACE", "workspace")).expanduser().absolute()
+    record = Record(folder)
+    found = record.all() if name is None else [record.find(name)]
+    return [Handle(run.folder) for run in found]
+
+
+def verb(name: str, *words: str) -> Any:
+    """Carry out a verb of the command line, such as `verb("report", "--json")` or `verb("retry", "resnet18")`.
+
+    Returns:
+        With `--json` the list of objects, else the text that it printed.
+
+    Raises:
+        UserError: what was wrong, in one line; also where the verb finds something wrong, such as `verify`.
+    """
+    from hpc_imagenet.config import near
+    from hpc_imagenet.verbs import VERBS, main
+
+    if name not in VERBS:
+        raise UserError(f"{name} is no verb{near(name, VERBS)}")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = main(name, words)
+    if "--json" in words:
+        return json.loads(printed.getvalue())
+    if code:
+        raise UserError(f"{name}: {(printed.getvalue().strip().splitlines() or ['it failed'])[-1].strip()}")
+    return printed.getvalue()

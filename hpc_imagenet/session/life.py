@@ -1,0 +1,106 @@
+"""How long a session lasts: until its time is over, nobody does anything, or somebody says so."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from hpc_imagenet.errors import Interrupted, UserError
+from hpc_imagenet.session.server import Server
+
+WARNING = 600.0  # s before its end
+_NEAR = 180.0  # s before its end, in which Slurm's signal of a time limit comes
+_LOOK = 5.0  # s between two looks at what is done in it
+_TICK = 0.5  # s
+
+
+class Asked:
+    """Set by SIGTERM and SIGUSR2 while it is entered; `name` is that of the signal."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._event = threading.Event()
+
+    @contextmanager
+    def listening(self) -> Iterator[Asked]:
+        """Take the two signals over, and give them back."""
+        before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGUSR2)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def wait(self, seconds: float) -> bool:
+        """Return as soon as a signal has come, or after `seconds`; whether one has."""
+        return self._event.wait(seconds)
+
+    def _take(self, number: int, _: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self._event.set()
+
+
+@dataclass
+class Life:
+    """Watches a server.
+
+    Args:
+        server: answers.
+        ends: when its time is over, s since 1970.
+        idle_minutes: without activity, until it ends; None: it does not.
+        tell: called every second or so with minutes left and idle ones (0: busy).
+        warn: called once, with a line, when its end is near.
+    """
+
+    server: Server
+    ends: float
+    idle_minutes: float | None
+    tell: Callable[[float, float], None]
+    warn: Callable[[str], None]
+
+    def watch(self, asked: Asked) -> str:
+        """Return why it has ended; the server may still run.
+
+        Raises:
+            Interrupted: a signal came that was not about its time.
+            UserError: Jupyter broke down.
+        """
+        began = last = time.time()
+        looked, warned = 0.0, False
+        while True:
+            if (code := self.server.ended()) is not None:
+                if code and not asked.name:
+                    raise UserError(f"Jupyter ended with exit code {code}: its last words are in the log")
+                return "shut down from within"
+            now = time.time()
+            left = self.ends - now
+            if asked.name:
+                if asked.name == "SIGUSR2" and left < _NEAR:
+                    return "its time was over"
+                raise Interrupted(f"stopped by {asked.name}; its folder stays")
+            if left <= 0:
+                return "its time was over"
+            if now - looked > min(_LOOK, 6 * (self.idle_minutes or 1)):
+                looked = now
+                try:
+                    active = self.server.active()
+                    last = now if active is None else max(began, active)
+                except OSError:  # a server that is too busy to answer is not idle
+                    last = now
+                if self.idle_minutes is not None and now - last > 60 * self.idle_minutes:
+                    return f"{self.idle_minutes:g} minutes without activity"
+            if left < WARNING and not warned:
+                warned = True
+                clock = time.strftime("%H:%M", time.localtime(self.ends))
+                minutes = max(1, round(left / 60))
+                self.warn(
+                    f"this session ends in {minutes} {'minute' if minutes == 1 else 'minutes'}, at {clock}: "
+                    "save your work; resume takes it up again"
+                )
+            self.tell(left / 60, (now - last) / 60)
+            asked.wait(_TICK)

@@ -1,0 +1,48 @@
+"""What a running session tells of itself in its attempt's folder; no secret is in it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.durable import read_json, write_json
+from hpc_imagenet.runs import Attempt
+
+NOTE = "session.json"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Where a session's server listens, and until when.
+
+    `way` is loopback, socket or address; `fingerprint` is the SHA-256 of its certificate where it speaks TLS.
+    """
+
+    host: str
+    way: str
+    port: int  # with a socket: the one that a tunnel takes on the other side
+    socket: str | None
+    fingerprint: str | None
+    notebooks: str  # the folder that Jupyter shows
+    ends: float  # s since 1970
+    idle_minutes: float | None
+    restarts: int  # of the attempt when this was written
+    warned: str = ""  # once its end is near
+
+    def save(self, attempt: Attempt) -> None:
+        """Write it into the attempt's folder."""
+        write_json(attempt.folder / NOTE, asdict(self))
+
+
+def note(attempt: Attempt) -> Note | None:
+    """Return the note of the attempt's present start; None until its server answers."""
+    values: dict[str, Any] | None = read_json(attempt.folder / NOTE)
+    if values is None or values["restarts"] != attempt.started.get("restarts", 0):
+        return None
+    return Note(**values)
+
+
+def notebooks(run_folder: Path) -> Path:
+    """Return the folder that Jupyter shows: it stays from one start of a session to the next."""
+    return run_folder / "notebooks"

@@ -1,0 +1,108 @@
+"""How a session is reached: the tunnel, the address for the browser, VSCode, a shell."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+from hpc_imagenet import slurm
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs import RUNNING, Attempt, Run
+from hpc_imagenet.session import keys
+from hpc_imagenet.session.note import Note, note
+from hpc_imagenet.states import State, state
+
+_EVERY = 0.5  # s
+
+
+def connect(run: Run) -> int:
+    """Wait until a session runs and print how to reach it; what it waits for is told meanwhile.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: it is no session, or has ended.
+    """
+    if run.info.get("stage") != "session":
+        raise UserError(f"{run.id} is no session: +stage=session makes one, logs shows what others print")
+    attempt, told = _running(run)
+    ways = reach(run, attempt, told)
+    width = max(map(len, ways))
+    print(f"{run.id} runs on {told.host}{_until(told)}")
+    for name, line in ways.items():
+        print(f"  {name:{width}}  {line}", flush=True)
+    return 0
+
+
+def reach(run: Run, attempt: Attempt, told: Note) -> dict[str, str]:
+    """Return the ways to a session by their names: tunnel, browser, VSCode, shell.
+
+    The address for the browser has the token in it; it is read from its file, which others cannot.
+    """
+    token, user = keys.token(run.folder), getpass.getuser()
+    login = f"{user}@{run.cluster().login or socket.gethostname()}"
+    job = attempt.submitted.get("job_id") if attempt.submitted.get("executor") == "slurm" else None
+    scheme, host = ("https", "localhost") if told.fingerprint else ("http", "127.0.0.1")
+    browser = f"{scheme}://{host}:{told.port}/lab?token={token}"
+    ways: dict[str, str] = {}
+    if told.way == "socket":
+        ways["tunnel"] = f"ssh -N -L {told.port}:{told.socket} -J {login} {user}@{told.host}"
+    elif told.way == "address":
+        ways["tunnel"] = f"ssh -N -L {told.port}:{told.host}:{told.port} {login}"
+    elif job:
+        ways["tunnel"] = f"ssh -N -L {told.port}:127.0.0.1:{told.port} -J {login} {user}@{told.host}"
+    elif "SSH_CONNECTION" in os.environ:  # the browser is elsewhere
+        ways["tunnel"] = f"ssh -N -L {told.port}:127.0.0.1:{told.port} {login}"
+    ways["browser"] = browser
+    if told.fingerprint:
+        ways["certificate"] = f"its own; the browser asks, and shows SHA-256 {told.fingerprint}"
+    if told.way == "address":
+        ways["VSCode"] = "Jupyter: Select Kernel, Existing Jupyter Server: the line for the browser"
+    elif job:
+        ways["VSCode"] = f"code --remote ssh-remote+{told.host} {told.notebooks}"
+        ways["~/.ssh/config"] = f"Host {told.host}, with ProxyJump {login} and User {user}: once, for VSCode"
+    else:
+        ways["VSCode"] = f"code {told.notebooks}"
+    if job:
+        ways["shell"] = f"srun --overlap --jobid {job} --pty bash"
+    if told.warned:
+        ways["mind"] = told.warned
+    return ways
+
+
+def _running(run: Run) -> tuple[Attempt, Note]:
+    said = ""
+    while True:
+        was, attempt = state(run), run.attempt
+        if not was.active or attempt is None:
+            why = f": {was.reason}" if was.reason else ""
+            raise UserError(f"{run.id} has ended ({was.name}{why}): resume {run.id} takes it up again")
+        told = note(attempt) if was.name == RUNNING else None
+        if told is not None:
+            return attempt, told
+        words = _waits(was, attempt.submitted)
+        if words != said:
+            print(words, file=sys.stderr, flush=True)
+            said = words
+        time.sleep(_EVERY)
+
+
+def _waits(was: State, submitted: dict[str, Any]) -> str:
+    if was.name == RUNNING:
+        return "it has begun, and Jupyter starts"
+    words = f"{was.name}: {was.reason}" if was.reason else was.name
+    if submitted.get("executor") == "slurm" and (start := slurm.starts(str(submitted["job_id"]))):
+        words += f"; Slurm expects it to start at {time.strftime('%Y-%m-%d %H:%M', time.localtime(start))}"
+    return words
+
+
+def _until(told: Note) -> str:
+    left = max(0, int(told.ends - time.time()) // 60)
+    idle = f", or after {told.idle_minutes:g} minutes without activity" if told.idle_minutes else ""
+    clock = time.strftime("%H:%M", time.localtime(told.ends))
+    return f" until {clock} ({left // 60}:{left % 60:02} h left){idle}"

@@ -1,0 +1,177 @@
+"""Session: Jupyter Lab on this node, until its time is over or nobody uses it.
+
+What is made in it, and Lab's settings, lie in the run's folder and are there again when it is resumed.
+Kernels and terminals are not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet import fence, slurm
+from hpc_imagenet.config import Config, cluster_for
+from hpc_imagenet.datastore import shelf, versions
+from hpc_imagenet.datastore.opening import scratch
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs import Attempt, Progress, Run
+from hpc_imagenet.session.life import Asked, Life
+from hpc_imagenet.session.note import Note, notebooks
+from hpc_imagenet.session.server import Server
+from hpc_imagenet.world import World, cpus
+
+_IN_ORDER = 120.0  # s before Slurm's own end, so that the outcome can be written
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def run(config: Config, run: Run, world: World) -> dict[str, Any]:
+    """Serve until the end, and return how it came: ended (in words), minutes.
+
+    Raises:
+        UserError: no Jupyter, no such datastore here, a port that is taken.
+        Interrupted: a signal asked to stop.
+    """
+    if not world.main:
+        return {}
+    asked, attempt, began = config.session, run.attempt, time.time()
+    assert attempt is not None
+    if not importlib.util.find_spec("jupyter_server") or not importlib.util.find_spec("jupyterlab"):
+        raise UserError(
+            f"{socket.gethostname()} has no Jupyter in {sys.prefix}: pip install 'hpc-imagenet[session]'"
+        )
+    _enough_gpus(asked.gpus)
+    progress = Progress(run, every=5)
+    folder = notebooks(run.folder)
+    folder.mkdir(exist_ok=True)
+    _examples(folder)
+    environment = {"HPC_IMAGENET_WORKSPACE": config.workspace, "HPC_IMAGENET_CPUS": str(cpus(world))}
+    if store := _datastore(config, folder / "datastore", progress):
+        environment["HPC_IMAGENET_DATASTORE"] = str(store)
+    ends = min(began + 60 * asked.time, (slurm.ends() or float("inf")) - _IN_ORDER)
+    way = _way(asked.listen)
+    with Asked().listening() as signals:
+        server = Server(run.folder, folder, way, asked.port, (ends - began) / 3600)
+        try:
+            server.start(environment)
+            told = _note(server, folder, ends, config)
+            told.save(attempt)
+            print(f"serving {folder}; how to reach it: python -m hpc_imagenet connect {run.id}", flush=True)
+            life = Life(
+                server,
+                ends,
+                asked.idle_minutes,
+                lambda left, idle: progress(0, note=_state(told.host, left, idle)),
+                lambda line: _warn(line, server, told, attempt),
+            )
+            return {"ended": life.watch(signals), "minutes": round((time.time() - began) / 60, 1)}
+        finally:
+            server.close()
+
+
+def _way(listen: str) -> str:
+    """Return where to listen: a tunnel reaches a node's own socket only where the node answers ssh."""
+    if listen != "auto":
+        return listen
+    if slurm.this_job() is None:
+        return "loopback"
+    return "socket" if _answers_ssh() else "address"
+
+
+def _answers_ssh() -> bool:
+    try:
+        with socket.create_connection((socket.gethostname(), 22), timeout=3) as connection:
+            connection.settimeout(3)
+            return connection.recv(4) == b"SSH-"
+    except OSError:
+        return False
+
+
+def _note(server: Server, folder: Path, ends: float, config: Config) -> Note:
+    return Note(
+        host=socket.gethostname(),
+        way=server.way,
+        port=server.port,
+        socket=server.socket,
+        fingerprint=server.fingerprint,
+        notebooks=str(folder),
+        ends=ends,
+        idle_minutes=config.session.idle_minutes,
+        restarts=fence.restarts(),
+    )
+
+
+def _state(host: str, left: float, idle: float) -> str:
+    soon = "ends soon: " if left < 10 else ""
+    quiet = f" · idle for {idle:.0f} min" if idle >= 1 else ""
+    return f"{soon}{int(left) // 60}:{int(left) % 60:02} h left on {host}{quiet}"
+
+
+def _warn(line: str, server: Server, told: Note, attempt: Attempt) -> None:
+    print(line, flush=True)
+    replace(told, warned=line).save(attempt)
+    server.tell(line)
+
+
+def _enough_gpus(wanted: int | None) -> None:
+    # Slurm gives what was asked for, or nothing; this machine gives what it has.
+    if wanted and slurm.this_job() is None:
+        there = len([gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu])
+        if there < wanted:
+            raise UserError(f"session.gpus={wanted}, but {socket.gethostname()} gives {there}")
+
+
+def _examples(folder: Path) -> None:
+    """Put the notebook of the package into a session's folder; one that is there is its owner's."""
+    for source in (_PACKAGE / "notebooks", _PACKAGE.parent / "notebooks"):
+        for path in sorted(source.glob("*.ipynb")):
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+
+
+def _datastore(config: Config, link: Path, progress: Progress) -> Path | None:
+    """Link the version that was asked for into the session's folder, and return where it is.
+
+    Its files cannot be written: versions never change. What lies behind ssh or in a bucket is brought to the
+    node's own disk first.
+
+    Raises:
+        UserError: it is not to be had from this node.
+    """
+    link.unlink(missing_ok=True)
+    if not config.session.datastore:
+        return None
+    try:
+        version = versions.open_version(config.datastore)
+        folder = version.folder
+        if folder is None:
+            folder = _brought(config, version, progress)
+        if not os.access(folder / "manifest.json", os.R_OK):
+            raise UserError(f"{folder} cannot be read")
+    except UserError as error:
+        raise UserError(
+            f"{socket.gethostname()} has no datastore {config.session.datastore}: {error}"
+        ) from None
+    link.symlink_to(folder, target_is_directory=True)
+    return link
+
+
+def _brought(config: Config, version: versions.Version, progress: Progress) -> Path:
+    setting = cluster_for(config, "session").scratch
+    if not setting:
+        raise UserError(f"it lies at {version.place.url}: cluster.scratch=FOLDER brings it to the node")
+    entry = shelf.find(version.place, f"{version.name}@v{version.number}")
+    target = scratch(setting) / "datastores"
+    target.mkdir(parents=True, exist_ok=True)
+    total = version.manifest.bytes
+
+    def tell(done: int, _: str) -> None:
+        progress(done, total, "B", f"bringing {entry.reference} to this node")
+
+    return shelf.fetch(version.place, entry, target, 4, tell)

@@ -1,0 +1,105 @@
+"""The package from Python: five names, the same runs as the command line's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from door import Door, Gate
+
+import hpc_imagenet
+from hpc_imagenet import Handle, UserError
+
+
+@pytest.fixture
+def python(door: Door) -> Iterator[Door]:
+    """A workspace that this process and the command line both mean."""
+    with mock.patch.dict(os.environ, door.env, clear=True):
+        yield door
+
+
+def held(url: str, name: str) -> str:
+    """Return overrides of a download that waits until the gate is opened, and then fails."""
+    return (
+        f"+stage=download dataset=ilsvrc dataset.name={name} dataset.source={url}/birds cluster=local "
+        "download.retries=0 cluster.parallel=2"
+    )
+
+
+def test_importing_it_imports_nothing_else() -> None:
+    code = (
+        "import sys, hpc_imagenet; before = set(sys.modules); "
+        "print([m for m in ('torch', 'hydra', 'omegaconf', 'submitit') if m in sys.modules]); "
+        "hpc_imagenet.submit, hpc_imagenet.jobs; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "False"]
+
+
+def test_five_names_and_no_module_stands_in_their_way() -> None:
+    import hpc_imagenet.__main__  # imports what the command line needs
+
+    assert len(hpc_imagenet.__all__) == 5
+    assert all(callable(getattr(hpc_imagenet, name)) for name in hpc_imagenet.__all__)
+    with pytest.raises(AttributeError):
+        _ = hpc_imagenet.nothing
+
+
+def test_a_handle_is_the_run_that_the_command_line_shows(python: Door, gate: tuple[Gate, str]) -> None:
+    door, url = gate
+    (run,) = hpc_imagenet.submit(held(url, "birds"))
+    (again,) = hpc_imagenet.submit(held(url, "birds").split())
+    assert run == again == hpc_imagenet.jobs("download-birds")[0] == hpc_imagenet.jobs()[0]
+    assert [row["run"] for row in python.jobs()] == [run.id]
+    assert run.state() in ("queued", "running")
+    with pytest.raises(TimeoutError, match="after 0 s"):
+        run.result(0)
+    door.open.set()
+    with pytest.raises(UserError, match=f"{run.id} failed: "):
+        run.result(60)
+    assert "404" in run.reason()
+    assert run.reason() in run.logs()
+    assert run.state() == "failed" == hpc_imagenet.verb("jobs", "--json")[0]["state"]
+
+
+def test_a_sweep_is_a_run_a_combination_and_can_be_cancelled(python: Door, gate: tuple[Gate, str]) -> None:
+    _, url = gate
+    sweep = hpc_imagenet.submit(held(url, "birds,cats"))
+    assert [type(run) for run in sweep] == [Handle, Handle]
+    for run in sweep:
+        run.cancel()
+    assert {run.state() for run in sweep} == {"cancelled"} == set(python.states())
+    assert {run.reason() for run in sweep} == {"by the cancel command"}
+    sweep[0].retry()
+    assert sweep[0].state() in ("queued", "running")
+    sweep[0].cancel()
+
+
+def test_a_result_is_what_the_stage_returned(python: Door, tmp_path: Path) -> None:
+    (run,) = hpc_imagenet.submit("+stage=download dataset=digits cluster=local wait=true")
+    assert run.state() == "finished"
+    assert run.result()["bytes"] > 0
+    assert f"finished before  {run.id}" in python("+stage=download", "dataset=digits", "cluster=local").stdout
+    assert "digits" in hpc_imagenet.verb("jobs")
+
+
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        (lambda: hpc_imagenet.submit("model=resnet81 cluster=local"), "resnet18"),
+        (lambda: hpc_imagenet.submit("+stage=download dataset=digits cluster=local dry_run=true"), "dry_run"),
+        (lambda: hpc_imagenet.jobs("nothing"), "no run nothing"),
+        (lambda: hpc_imagenet.verb("repport"), "near: report"),
+    ],
+)
+def test_what_is_wrong_is_one_line(python: Door, act: object, told: str) -> None:
+    assert callable(act)
+    with pytest.raises(UserError, match=told) as error:
+        act()
+    assert "\n" not in str(error.value)
+    assert not python.runs()
