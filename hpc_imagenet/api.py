@@ -62,7 +62,7 @@ class Handle:
         return state(self._run).reason
 
     def progress(self) -> dict[str, Any]:
-        """Return how far it is: done, total, unit, rate (a second), note, time; empty before the first word."""
+        """Return how far it is: done, total, unit, rate (a second), note, time; empty at first."""
         return self._run.progress
 
     def result(self, seconds: float | None = None) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def jobs(name: str | None = None, workspace: str | Path | None = None) -> list[H
 
 
 def verb(name: str, *words: str) -> Any:
-    """Carry out a verb of the command line, such as `verb("report", "--json")` or `verb("retry", "resnet18")`.
+    """Carry out a verb of the command line, such as `verb("report", "--json")`.
 
     Returns:
         With `--json` the list of objects, else the text that it printed.

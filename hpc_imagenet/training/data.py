@@ -73,8 +73,10 @@ class Batches:
         Its images are of one epoch, and so of one size.
         """
         size = self.view(keys[0][0]).size
-        pixels = torch.empty(len(keys), size, size, 3, dtype=torch.uint8, pin_memory=pin)
-        labels = torch.full((len(keys),), PADDING, pin_memory=pin)
+        # Whoever asks may be in inference mode, as Lightning is; the threads that write the batch are not.
+        with torch.inference_mode(False):
+            pixels = torch.empty(len(keys), size, size, 3, dtype=torch.uint8, pin_memory=pin)
+            labels = torch.full((len(keys),), PADDING, pin_memory=pin)
         return pixels.permute(0, 3, 1, 2), labels  # a view: channels_last without a copy
 
     def fill(

@@ -77,7 +77,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
             f"{start.path} is of another training: {other[0]}{more}: put it aside, or ask for what it is of"
         )
 
-    network = _network(config, classes, fresh=start is None)
+    network = backbone(config, classes, fresh=start is None)
     look_every = min(LOG_EVERY, steps)
     module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs, share, look_every)
     if config.model.compile:
@@ -93,7 +93,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     if start and world.main:
         print(f"going on from step {start.step}", flush=True)
 
-    with _quiet(), Asked() as asked:
+    with quiet(), Asked() as asked:
         every = 60 * config.train.checkpoint_every_minutes
         callbacks.append(Boundary(checkpoints, asked, every, identity, loaders.names, world.main))
         callbacks.append(verdict)  # last: all that the others do is no waiting for data
@@ -129,7 +129,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     }
 
 
-def _network(config: Config, classes: int, fresh: bool) -> nn.Module:
+def backbone(config: Config, classes: int, fresh: bool) -> nn.Module:
     """Return the backbone as the recipe wants it; `fresh` if no checkpoint follows that has its weights."""
     torch.manual_seed(config.seed)
     options, recipe = config.model, config.recipe
@@ -217,7 +217,7 @@ def _trainer(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Lightning's banners and its advice, which does not apply here, out of the log."""
     loggers = [
         logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")

@@ -108,6 +108,14 @@ def test_batches_that_were_handed_out_stay_as_they_are(tiny: Store) -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
 
 
+def test_threads_write_for_somebody_in_inference_mode(tiny: Store) -> None:
+    batches = Batches(tiny.split("val"), ValView(16, 16), 0)
+    plain = list(Loader(batches, ValSampler(13, 4), 2))
+    with torch.inference_mode():
+        there = list(Loader(batches, ValSampler(13, 4), 2))
+    assert [torch.equal(a, b) for (a, _), (b, _) in zip(plain, there, strict=True)] == [True] * 4
+
+
 def test_no_more_is_made_ahead_than_two_batches(tiny: Store) -> None:
     asked: list[int] = []
 

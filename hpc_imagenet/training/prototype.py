@@ -1,0 +1,118 @@
+"""A training by hand, for a notebook: the sweep's own batches, network and steps, without its record."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from hpc_imagenet.config import Config
+from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.training import environment
+from hpc_imagenet.training.data import Loader
+from hpc_imagenet.training.fit import backbone, quiet
+from hpc_imagenet.training.loaders import Loaders
+from hpc_imagenet.training.module import Classifier
+from hpc_imagenet.training.sampler import TrainSampler
+from hpc_imagenet.world import World, cpus
+
+_JUDGED = 20  # batches of val
+
+
+class Prototype:
+    """What a training of `config` would do, in this process, on its first GPU or else on its CPUs.
+
+    Attributes:
+        config: composed, as a run is frozen.
+        device: where batches and network are.
+        module: the network with its loss and optimizer; `module.model` is torchvision's.
+
+    Raises:
+        UserError: the batch does not come out even, or the model cannot be built so.
+    """
+
+    def __init__(self, config: Config, store: Store) -> None:
+        world, classes = World(), len(store.manifest.classes)
+        self.config, self.device = config, torch.device("cuda", 0) if torch.cuda.is_available() else _CPU
+        torch.set_num_threads(cpus(world))
+        share, train = environment.share(config, world), store.split("train")
+        steps = max(1, len(train) // share.batch)
+        network = backbone(config, classes, fresh=True)
+        self.module = Classifier(
+            network, classes, config.recipe, config.seed, steps * config.recipe.epochs, share
+        )
+        self.loaders = Loaders(config, train, store.split("val"), share, world, self.device)
+        self._share = share
+
+    def loader(self) -> Loader:
+        """Return the batches of the first epoch: uint8 [images, 3, size, size] and int64 [images]."""
+        batches = self.loaders.train
+        sampler = TrainSampler(len(batches.split), self.config.seed, self._share)
+        return Loader(batches, sampler, self.loaders.workers, self.device)
+
+    def speed(self, seconds: float = 10) -> float:
+        """Return how many images a second the loader makes, over about so many seconds or one epoch."""
+        batches = iter(self.loader())
+        next(batches)  # threads and caches are there from here on
+        images, began = 0, time.monotonic()
+        for pixels, _ in batches:
+            images += len(pixels)
+            if time.monotonic() - began > seconds:
+                break
+        return images / (time.monotonic() - began)
+
+    def train(self, minutes: float = 1) -> dict[str, Any]:
+        """Train from the beginning for so long, as the recipe says; it comes no further than its first steps.
+
+        Returns:
+            losses, one a step; images_per_second; top1, top5 (0 to 1) and loss on some batches of val.
+        """
+        seen = _Seen()
+        precision: Any = self.config.recipe.precision
+        if precision == "auto":
+            precision = "bf16-mixed" if self.device.type == "cuda" else "32-true"
+        accumulate = self.config.train.accumulate
+        with quiet():
+            trainer = pl.Trainer(
+                **environment.placement(World(), self.device, accumulate, precision),
+                precision=precision,
+                max_epochs=self.config.recipe.epochs,
+                max_time=timedelta(minutes=minutes),
+                accumulate_grad_batches=accumulate,
+                callbacks=[seen],
+                limit_val_batches=_JUDGED,
+                check_val_every_n_epoch=self.config.recipe.epochs,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(self.module, datamodule=self.loaders)
+            (judged,) = trainer.validate(self.module, datamodule=self.loaders, verbose=False)
+        images = self._share.images * max(0, len(seen.losses) - 1)
+        return {
+            "losses": seen.losses,
+            "images_per_second": images / max(seen.last - seen.first, 1e-9),
+            **{name.removeprefix("val_"): value for name, value in judged.items()},
+        }
+
+
+class _Seen(pl.Callback):
+    """Keeps the loss of every step, and when the first and the last of them ended."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.first = self.last = 0.0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics.get("train_loss", float("nan"))))
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+
+
+_CPU = torch.device("cpu")
