@@ -25,14 +25,15 @@ KINDS = {
 
 @dataclass
 class Faults:
-    """What goes wrong, by chance; `seed` decides when."""
+    """What goes wrong; `seed` decides with which request it begins."""
 
     seed: int = 0
-    share: float = 0.0  # of requests that meet one of `kinds`
+    every: int = 0  # so many requests one meets one of `kinds`; 0: none
     kinds: tuple[str, ...] = tuple(KINDS)
     only: bytes = b""  # requests whose first line contains this
     answers: list[bytes] = field(default_factory=list)  # each instead of the server's, from the front
     away: float = 0.0  # until then (monotonic) nobody answers at all
+    seen: int = 0  # requests that could have met one
     made: dict[str, int] = field(default_factory=dict)
     lines: list[bytes] = field(default_factory=list)  # the first line of each request
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -40,10 +41,12 @@ class Faults:
     def draw(self, line: bytes) -> str | None:
         with self.lock:
             self.lines.append(line)
-            chance = random.Random(f"{self.seed} {len(self.lines)}")
-            if self.only not in line or chance.random() >= self.share:
+            if self.only not in line or not self.every:
                 return None
-            return chance.choice(self.kinds)
+            self.seen += 1
+            if self.seen % self.every != self.seed % self.every:
+                return None
+            return random.Random(f"{self.seed} {self.seen}").choice(self.kinds)
 
     def count(self, kind: str) -> None:
         with self.lock:

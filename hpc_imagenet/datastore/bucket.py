@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # it needs packages that a look-up does not
 
 log = logging.getLogger(__name__)
 
+SETTLE = 2.0  # s in which others that claim the same number at the same moment have written it
 ONE_COPY = 5 << 30  # bytes up to which the server copies in one request
 
 _VERSION = re.compile(r"v[1-9][0-9]{0,8}")
@@ -94,6 +96,8 @@ class Bucket:
                 "at the same moment one may fail, and has to be asked for again",
                 self.url,
             )
+            time.sleep(SETTLE)
+            return self.read([f"{path}/{name}"]) == {f"{path}/{name}": data}  # the last one has it
         return created
 
     def create(self, path: str, data: bytes) -> bool:
@@ -154,6 +158,7 @@ class Bucket:
         with multipart.Sending(self._server, path, there, cut_off, tally) as sending:
             for piece in missing:
                 sending.file(piece)
+        self._look_again(missing, path)
         sent.copied += sum(piece.file.bytes for piece in missing)
         tally(0, "")
         return sent
@@ -180,6 +185,16 @@ class Bucket:
                 if self._server.proved(older, file) and self._copy(older, f"{path}/{file.path}", file):
                     return "reused"
         return ""
+
+    def _look_again(self, sent: Sequence[Piece], path: str) -> None:
+        """Refuse what another upload has written over; servers without conditional writes let it."""
+        with ThreadPoolExecutor(self._server.connections) as threads:
+            proved = threads.map(
+                lambda each: self._server.proved(f"{path}/{each.file.path}", each.file), sent
+            )
+            for piece, holds in zip(sent, proved, strict=True):
+                if not holds:
+                    raise multipart.overtaken(self._server, f"{path}/{piece.file.path}")
 
     def _copy(self, older: str, path: str, file: File) -> bool:
         """Let the server copy an object."""

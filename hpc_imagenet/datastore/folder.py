@@ -121,7 +121,9 @@ class Folder:
                 sync_folder(folder)
 
     def tidy(self, path: str) -> None:
-        """Do nothing: whoever sends a file removes what earlier tries have left of it."""
+        """Remove temporary files."""
+        for leftover in (self._root / path).rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
 
     def clear(self, path: str, keep: str) -> None:
         """Remove all below `path` but the file `keep`."""

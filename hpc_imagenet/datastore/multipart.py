@@ -78,6 +78,14 @@ def abort(server: Server, path: str) -> None:
             )
 
 
+def overtaken(server: Server, path: str) -> UserError:
+    """Return the error that says so of an object."""
+    return UserError(
+        f"datastore.url={server.url}: {path} did not arrive whole, or another upload wrote it meanwhile; "
+        "what is there stays: ask again to go on"
+    )
+
+
 class Sending:
     """Files on their way. Use as a context; all is there when it has ended well.
 
@@ -227,10 +235,7 @@ class Sending:
     def _by_another(self, path: str, file: File) -> None:
         """Accept an object that another upload, or a try of ours whose answer was lost, has put there."""
         if not self._server.proved(path, file):
-            raise UserError(
-                f"datastore.url={self._server.url}: {path} did not arrive whole, or another upload wrote it "
-                "meanwhile; what is there stays: ask again to go on"
-            )
+            raise overtaken(self._server, path)
 
     def _later(self, future: Future[Any]) -> None:
         """Look at what has ended, and note one more that has to."""

@@ -137,8 +137,10 @@ class Host:
         )
 
     def tidy(self, path: str) -> None:
-        """Remove what rsync has kept of files that were cut off."""
-        self._run('find "$1" -type d -name "$2" -prune -exec rm -rf {} +', self._at(path), PARTIAL)
+        """Remove temporary files, and what rsync has kept of files that were cut off."""
+        self._run(
+            'find "$1" \\( -name "$2" -o -name ".*.tmp" \\) -prune -exec rm -rf {} +', self._at(path), PARTIAL
+        )
 
     def clear(self, path: str, keep: str) -> None:
         """Remove all below `path` but the file `keep`."""

@@ -9,7 +9,7 @@ import pytest
 import servers
 from remote_house import House
 
-from hpc_imagenet.datastore import multipart, s3, ssh
+from hpc_imagenet.datastore import bucket, multipart, s3, ssh
 
 
 @pytest.fixture(scope="session")
@@ -56,5 +56,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for room in (s3, ssh):
         monkeypatch.setattr(room, "PAUSE", room.PAUSE / 50)
         monkeypatch.setattr(room, "LONGEST", room.LONGEST / 50)
+    monkeypatch.setattr(bucket, "SETTLE", bucket.SETTLE / 50)
     monkeypatch.setattr(multipart, "WHOLE", 1 << 20)
     monkeypatch.setattr(multipart, "PART", 5 << 20)  # the least that S3 takes
