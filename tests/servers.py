@@ -106,6 +106,25 @@ def bucket_client(endpoint: str) -> object:
     )
 
 
+def keys_for_ssh(folder: Path, server: str, client: str) -> None:
+    """Write keys, `sshd_config` and `ssh_config`, which knows a host `there`; with more lines for each."""
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    shutil.copy(folder / "user.pub", folder / "authorized")
+    (folder / "sshd_config").write_text(
+        f"{server}HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
+        "PidFile none\nPasswordAuthentication no\nMaxStartups 100\nMaxSessions 100\n"
+        f"SetEnv HOME={folder}\n"  # whose shell reads no start-up files: they take their time, and may talk
+    )
+    (folder / "ssh_config").write_text(
+        f"Host there\n{client} User {getpass.getuser()}\n"
+        f" IdentityFile {folder}/user\n IdentitiesOnly yes\n UserKnownHostsFile {folder}/known\n"
+        " StrictHostKeyChecking no\n LogLevel ERROR\n BatchMode yes\n"
+    )
+
+
 @contextlib.contextmanager
 def sshd(folder: Path, relay: Relay | None = None) -> Iterator[str]:
     """Let whoever runs this log in from here, with keys that are thrown away; yield RSYNC_RSH.
@@ -114,27 +133,13 @@ def sshd(folder: Path, relay: Relay | None = None) -> Iterator[str]:
     """
     if SSHD is None or not shutil.which("rsync"):
         pytest.skip("sshd or rsync is missing: apt-get install openssh-server rsync")
-    if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    shutil.copy(folder / "user.pub", folder / "authorized")
     port, short = free_port(), tempfile.mkdtemp(prefix="ssh")
-    (folder / "sshd_config").write_text(
-        f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\n"
-        f"AuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
-        "PidFile none\nPasswordAuthentication no\nMaxStartups 100\nMaxSessions 100\n"
-        f"SetEnv HOME={folder}\n"  # whose shell reads no start-up files: they take their time, and may talk
-    )
+    # One connection for all calls, as the docs advise; a socket's name has to be short.
+    shared = f" ControlMaster auto\n ControlPath {short}/%C\n ControlPersist 60\n"
     if relay:
         relay.to = port
-    (folder / "ssh_config").write_text(
-        f"Host there\n HostName 127.0.0.1\n Port {relay.port if relay else port}\n User {getpass.getuser()}\n"
-        f" IdentityFile {folder}/user\n IdentitiesOnly yes\n UserKnownHostsFile {folder}/known\n"
-        " StrictHostKeyChecking no\n LogLevel ERROR\n BatchMode yes\n"
-        # One connection for all calls, as the docs advise; a socket's name has to be short.
-        f" ControlMaster auto\n ControlPath {short}/%C\n ControlPersist 60\n"
-    )
+    reached = f" HostName 127.0.0.1\n Port {relay.port if relay else port}\n{shared}"
+    keys_for_ssh(folder, f"ListenAddress 127.0.0.1\nPort {port}\n", reached)
     shell = f"ssh -F {folder / 'ssh_config'}"
     with running([SSHD, "-D", "-f", str(folder / "sshd_config")], port):
         try:

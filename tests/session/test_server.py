@@ -1,0 +1,319 @@
+"""Jupyter's server as sessions start it: who gets in, who does not, what it tells, how it ends.
+
+The servers are real, and started once a way of listening.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import websocket
+from door import eventually
+from servers import free_port
+
+from hpc_imagenet.errors import Interrupted, UserError
+from hpc_imagenet.session import keys, life
+from hpc_imagenet.session.life import Asked, Life
+from hpc_imagenet.session.server import Server
+
+pytestmark = pytest.mark.slow
+
+
+@contextlib.contextmanager
+def serving(folder: Path, way: str = "loopback", port: int | None = None) -> Iterator[Server]:
+    (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    server = Server(folder, folder / "notebooks", way, port, 1)
+    try:
+        server.start({})
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("here")) as server:
+        yield server
+
+
+def connection(server: Server) -> http.client.HTTPConnection:
+    """Return a connection as a browser behind a tunnel has it."""
+    if server.socket:
+        over = http.client.HTTPConnection("localhost")
+        over.sock = socket.socket(socket.AF_UNIX)
+        over.sock.connect(server.socket)
+        return over
+    if server.fingerprint:
+        return http.client.HTTPSConnection(
+            "localhost", server.port, context=ssl._create_unverified_context(), timeout=30
+        )
+    return http.client.HTTPConnection("localhost", server.port, timeout=30)
+
+
+def ask(server: Server, path: str, token: str | None, method: str = "GET", body: str | None = None) -> Any:
+    """Return the JSON of an answer, or its status where that is not a good one."""
+    over = connection(server)
+    over.request(method, path, body, {"Authorization": f"token {token}"} if token else {})
+    answer = over.getresponse()
+    data = answer.read()
+    over.close()
+    return json.loads(data or b"null") if answer.status < 300 else answer.status
+
+
+def post(server: Server, path: str, **body: Any) -> Any:
+    return ask(server, path, keys.token(server.run_folder), "POST", json.dumps(body))
+
+
+def talk(server: Server, path: str) -> websocket.WebSocket:
+    header = [f"Authorization: token {keys.token(server.run_folder)}"]
+    return websocket.create_connection(f"ws://127.0.0.1:{server.port}{path}", header=header, timeout=30)
+
+
+def execute(server: Server, code: str) -> websocket.WebSocket:
+    """Run code in a new kernel, and return what listens to it."""
+    kernel = post(server, "/api/kernels", name="python3")["id"]
+    over = talk(server, f"/api/kernels/{kernel}/channels")
+    header = {"msg_id": uuid.uuid4().hex, "msg_type": "execute_request", "version": "5.3"}
+    header |= {"session": uuid.uuid4().hex, "username": "", "date": ""}
+    content = {"code": code, "silent": False, "store_history": False, "allow_stdin": False}
+    over.send(
+        json.dumps(
+            {
+                "header": header,
+                "parent_header": {},
+                "metadata": {},
+                "content": content,
+                "channel": "shell",
+                "buffers": [],
+            }
+        )
+    )
+    return over
+
+
+def printed(over: websocket.WebSocket, text: str) -> str:
+    """Return what comes from a kernel or a terminal until `text` is there."""
+    said = ""
+    while text not in said:
+        said += str(over.recv())
+    return said
+
+
+@pytest.mark.parametrize("way", ["loopback", "socket", "address"])
+def test_the_token_opens_it_and_nothing_else_does(tmp_path: Path, way: str) -> None:
+    with serving(tmp_path, way) as server:
+        token = keys.token(tmp_path)
+        assert ask(server, "/api/contents", token)["type"] == "directory"
+        for wrong in (None, "wrong", token[:-1], token.upper()):
+            assert ask(server, "/api/contents", wrong) == 403
+            assert ask(server, "/api/terminals", wrong, "POST") == 403
+        if way == "address":
+            over = connection(server)
+            over.connect()
+            shown = over.sock.getpeercert(binary_form=True)
+            over.close()
+            digest = subprocess.run(
+                ["openssl", "x509", "-inform", "der", "-noout", "-fingerprint", "-sha256"],
+                input=shown,
+                capture_output=True,
+                check=True,
+            )
+            assert digest.stdout.decode().strip().endswith(f"={server.fingerprint}")
+        else:
+            assert server.fingerprint is None
+        folder = server.folder
+    assert not folder.exists()
+    assert not (tmp_path / keys.TOKEN).exists()
+
+
+def test_each_start_has_a_token_of_its_own_that_its_owner_alone_can_read(tmp_path: Path) -> None:
+    tokens = {keys.new_token(tmp_path) for _ in range(20)}
+    assert len(tokens) == 20
+    assert all(len(token) == 64 for token in tokens)
+    assert (tmp_path / keys.TOKEN).stat().st_mode & 0o777 == 0o600
+    assert keys.token(tmp_path) in tokens
+
+
+def test_the_token_is_in_no_process_and_no_output(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from hpc_imagenet.session.server import Server; "
+        "f = Path(sys.argv[1]); (f / 'notebooks').mkdir(); s = Server(f, f / 'notebooks', 'loopback', None, 1); "
+        "s.start({}); print(s.port, flush=True); input(); s.close()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert process.stdin
+        lines = []
+        while not (lines and lines[-1].strip().isdigit()):
+            lines.append(process.stdout.readline())
+        token = keys.token(tmp_path)
+        with socket.create_connection(("127.0.0.1", int(lines[-1]))) as over:  # as a browser's first visit
+            over.sendall(f"GET /lab?token={token} HTTP/1.0\r\n\r\n".encode())
+            assert b"200 OK" in over.recv(4096)
+        told = []
+        for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            told += [" ".join(each.cmdline()), " ".join(each.environ().values())]
+        lines += process.communicate("\n")[0].splitlines()
+    assert len(told) >= 4
+    assert not any(token in line for line in [*told, *lines])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_text("latin-1")]
+
+
+def test_kernels_are_reached_by_sockets_that_are_nobody_elses(here: Server) -> None:
+    over = execute(here, "print(6 * 7)")
+    printed(over, "42")
+    over.close()
+    runtime = here.folder / "runtime"
+    sockets = [path for path in runtime.iterdir() if path.is_socket()]
+    assert len(sockets) >= 5
+    assert here.folder.stat().st_mode & 0o777 == 0o700
+    if os.geteuid() == 0 and shutil.which("setpriv"):
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "ls", str(runtime)]
+        done = subprocess.run(nobody, capture_output=True, text=True, check=False)
+        assert done.returncode
+        assert "Permission denied" in done.stderr
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"session\.port={port} on .*: Address already in use"):
+            Server(tmp_path, tmp_path, "loopback", port, 1)
+    assert not (tmp_path / keys.TOKEN).exists()
+
+
+def test_two_of_them_have_a_port_each_and_one_that_is_asked_for_is_taken(
+    tmp_path: Path, here: Server
+) -> None:
+    port = free_port()
+    with serving(tmp_path, port=port) as server:
+        assert server.port == port != here.port
+        assert ask(server, "/api/status", keys.token(here.run_folder)) == 403
+
+
+def test_jupyter_that_breaks_down_at_once_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif 'jupyter_server' in sys.orig_argv: sys.exit(3)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(UserError, match="exit code 1 before it answered"), serving(tmp_path / "run"):
+        pass
+
+
+def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from hpc_imagenet.session.server import Server; "
+        "f = Path(sys.argv[1]); (f / 'notebooks').mkdir(); s = Server(f, f / 'notebooks', 'socket', None, 1); "
+        "s.start({}); print(s._process.pid, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        jupyter = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+        process.wait()
+        eventually(lambda: not jupyter.is_running() or jupyter.status() == psutil.STATUS_ZOMBIE, 30)
+
+
+def lives(server: Server, asked: Asked, **more: Any) -> tuple[threading.Thread, list[str], list[str]]:
+    """Watch a server in a thread; return it, the warnings, and how it ended."""
+    warned: list[str] = []
+    ended: list[str] = []
+    settings: dict[str, Any] = {"ends": time.time() + 3600, "idle_minutes": None, **more}
+
+    def warn(line: str) -> None:
+        warned.append(line)
+        server.tell(line)
+
+    def watch() -> None:
+        try:
+            ended.append(Life(server, tell=lambda *_: None, warn=warn, **settings).watch(asked))
+        except (Interrupted, UserError) as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread, warned, ended
+
+
+def test_its_terminals_are_warned_before_it_ends(here: Server) -> None:
+    terminal = post(here, "/api/terminals")["name"]
+    with contextlib.closing(talk(here, f"/terminals/websocket/{terminal}")) as over:
+        printed(over, '"stdout"')  # the shell is there
+        asked = Asked()
+        thread, warned, ended = lives(here, asked, ends=time.time() + life.WARNING + 2)
+        assert "this session ends in 10 minutes" in printed(over, "takes it up again")
+        asked._take(signal.SIGTERM, None)
+        thread.join()
+    assert len(warned) == 1
+    assert ended == ["stopped by SIGTERM; its folder stays"]
+
+
+def test_time_that_is_over_ends_it(here: Server) -> None:
+    thread, warned, ended = lives(here, Asked(), ends=time.time() + 1)
+    thread.join()
+    assert warned
+    assert ended == ["its time was over"]
+
+
+def test_the_signal_of_a_time_limit_is_no_interruption(here: Server) -> None:
+    for left, told in ((100, "its time was over"), (3600, "stopped by SIGUSR2; its folder stays")):
+        asked = Asked()
+        asked._take(signal.SIGUSR2, None)
+        thread, _, ended = lives(here, asked, ends=time.time() + left)
+        thread.join()
+        assert ended == [told]
+
+
+def test_a_cell_that_runs_is_activity_and_an_open_tab_is_not(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        over = execute(server, "import time; print('be' + 'gun', flush=True); time.sleep(600)")
+        printed(over, "begun")
+        asked = Asked()
+        thread, _, ended = lives(server, asked, idle_minutes=0.03)
+        time.sleep(4)  # twice as long as it may be idle
+        assert not ended
+        (kernel,) = server.ask("/api/kernels")
+        ask(server, f"/api/kernels/{kernel['id']}/interrupt", keys.token(tmp_path), "POST")
+        while not ended:  # a tab asks all the time
+            ask(server, "/api/sessions", keys.token(tmp_path))
+            time.sleep(0.1)
+        thread.join()
+        over.close()
+    assert ended == ["0.03 minutes without activity"]
+
+
+def test_shut_down_from_within(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        thread, _, ended = lives(server, Asked())
+        post(server, "/api/shutdown")
+        thread.join()
+    assert ended == ["shut down from within"]

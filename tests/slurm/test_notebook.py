@@ -1,0 +1,235 @@
+"""A session on a real Slurm: a browser behind a tunnel runs its notebook, and another user gets nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import chromium
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from door import eventually
+from lab import LAB, Lab, LabDoor
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from servers import SSHD, keys_for_ssh
+
+ASK = (
+    "+stage=session",
+    "dataset=digits",
+    "session.datastore=digits",
+    "session.name=ana",
+    "cluster.login=there",
+)
+
+
+@pytest.fixture
+def session(site: LabDoor, lab: Lab) -> Iterator[LabDoor]:
+    """A workspace that others may look into, with the datastore of the site."""
+    folder = Path(tempfile.mkdtemp(prefix="session-"))
+    folder.chmod(0o755)
+    door = LabDoor(folder / "workspace", lab)
+    yield door
+    door.close()
+    lab.calm()
+    shutil.rmtree(folder)
+
+
+def ask(door: LabDoor, site: LabDoor, *more: str) -> Path:
+    door(*ASK, f"datastore.url={site.workspace}/datastores", *more)
+    return Path(door.jobs()[0]["dir"])
+
+
+def ways(told: str) -> dict[str, str]:
+    return dict(re.findall(r"^  (\S+) +(.*)$", told, re.MULTILINE))
+
+
+class Tunnel:
+    """The line that connect prints, typed on a machine that reaches nothing but the login node."""
+
+    def __init__(self, lab: Lab, folder: Path, line: str) -> None:
+        if SSHD is None:
+            pytest.skip("sshd is missing: apt-get install openssh-server")
+        # There is no way from here into the lab, so sshd speaks over a pipe.
+        inside = f"{LAB} --dir {lab.folder} login {SSHD} -i -f {folder}/sshd_config"
+        keys_for_ssh(folder, "", f" ProxyCommand {inside}\n")
+        words = line.split()
+        assert words[:3] == ["ssh", "-N", "-L"]
+        self.port = int(words[3].partition(":")[0])
+        self.process = subprocess.Popen(
+            ["ssh", "-F", str(folder / "ssh_config"), "-o", "ExitOnForwardFailure=yes", *words[1:]]
+        )
+        eventually(self.stands)
+
+    def stands(self) -> bool:
+        assert self.process.poll() is None, "the tunnel broke down"
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def edit(path: Path) -> None:
+    """Make a session's notebook short: seconds of training, and a sweep of one run of an epoch, on the lab."""
+    text = path.read_text()
+    for long, short in (
+        ('CLUSTER = \\"auto\\"', 'CLUSTER = \\"lab\\"'),
+        ("seconds=10", "seconds=1"),
+        ("MINUTES = 1", "MINUTES = 0.1"),
+        ("model=resnet18,mobilenet_v3_small", "model=mobilenet_v3_small"),
+        ('\\"seed=0\\"', '\\"seed=0\\", \\"recipe.epochs=1\\"'),
+    ):
+        assert text.count(long) == 1, long
+        text = text.replace(long, short)
+    path.write_text(text)
+
+
+def click(page: Chrome, selector: str, text: str = "") -> None:
+    def found() -> bool:
+        for element in page.find_elements(By.CSS_SELECTOR, selector):
+            if element.is_displayed() and text in element.text:
+                element.click()
+                return True
+        return False
+
+    eventually(found, 120)
+
+
+def said(page: Chrome) -> str:
+    return "\n".join(e.text for e in page.find_elements(By.CSS_SELECTOR, ".jp-OutputArea-output"))
+
+
+def test_a_browser_runs_the_notebook_through_a_tunnel(
+    session: LabDoor, site: LabDoor, lab: Lab, tmp_path: Path
+) -> None:
+    folder = ask(session, site)
+    told = ways(session("connect", "session-ana").stdout)
+    edit(folder / "notebooks/prototype.ipynb")
+    tunnel = Tunnel(lab, tmp_path, told["tunnel"])
+    try:
+        shown = ssl.get_server_certificate(("localhost", tunnel.port))
+        certificate = x509.load_pem_x509_certificate(shown.encode())
+        assert told["certificate"].endswith(certificate.fingerprint(hashes.SHA256()).hex(":").upper())
+        key = certificate.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        pinned = base64.b64encode(hashlib.sha256(key).digest()).decode()
+        with chromium(f"--ignore-certificate-errors-spki-list={pinned}") as page:
+            page.get(told["browser"][:-8])  # eight digits of the token are missing
+            assert page.find_elements(By.CSS_SELECTOR, "input[type=password]")
+            assert not page.find_elements(By.CSS_SELECTOR, "#jp-top-panel, .jp-LabShell")
+            page.get(told["browser"].replace("/lab?", "/lab/tree/prototype.ipynb?"))
+            click(page, ".lm-MenuBar-itemLabel", "Run")
+            click(page, "[data-command='runmenu:run-all']")
+            # The last cell tells of the sweep, which was sent from the first of them on.
+            done = r"mobilenet_v3_small\s+finished\s+\d+\.\d+%"
+            eventually(lambda: bool(re.search(done, said(page))), 300)
+            text = said(page)
+            pictures = page.find_elements(By.CSS_SELECTOR, ".jp-OutputArea-output img")
+            drawn = [page.execute_script("return arguments[0].naturalWidth", each) for each in pictures]
+            assert drawn
+            assert min(drawn) > 100
+            assert not page.find_elements(By.CSS_SELECTOR, "[data-mime-type='application/vnd.jupyter.error']")
+        assert "train: 1,437 images of 10 classes" in text
+        assert "images/s with" in text
+        assert "top-1" in text
+    finally:
+        tunnel.close()
+    # Without its tunnel it goes on, and the sweep is a run as any other.
+    time.sleep(1)
+    states = {row["stage"]: row["state"] for row in session.jobs()}
+    assert states == {"session": "running", "train": "finished"}
+    token = (folder / "token").read_text()
+    assert token not in session("logs", "session-ana").stdout
+    assert token not in session("jobs", "--json").stdout
+    assert token not in (folder / "config.yaml").read_text()
+    assert session("pause", "session-ana").stdout.startswith("paused")
+    eventually(lambda: not lab.slurm("squeue", "--noheader"), 60)
+    assert session.jobs()[0]["reason"] == "paused: resume goes on"
+
+
+STRANGER = """
+import json, os, socket, ssl, sys, urllib.error, urllib.request
+run, attempt = sys.argv[1:]
+note = json.load(open(f"{attempt}/session.json"))  # no secret is in it
+got = {"uid": os.getuid(), "host": socket.gethostname()}
+for name in ("token", "folders"):
+    try:
+        got[name] = open(f"{run}/token").read() if name == "token" else [
+            os.listdir(f"/tmp/{each}") for each in os.listdir("/tmp")
+            if each.startswith("hpc_imagenet-") and os.stat(f"/tmp/{each}").st_uid != os.getuid()]
+    except OSError as error:
+        got[name] = type(error).__name__
+context = ssl._create_unverified_context()
+for path in ("/api/contents", "/api/kernels", "/files/prototype.ipynb", "/terminals/websocket/1"):
+    try:
+        answer = urllib.request.urlopen(f"https://localhost:{note['port']}{path}", context=context, timeout=20)
+        got[path] = "login" if "/login" in answer.url else answer.status
+    except urllib.error.HTTPError as error:
+        got[path] = error.code
+with open("/proc/net/tcp") as table:
+    rows = [line.split() for line in table.readlines()[1:]]
+got["listens"] = [int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A"]
+print(json.dumps(got))
+"""
+
+
+def test_another_user_of_the_node_gets_nothing(session: LabDoor, site: LabDoor, lab: Lab) -> None:
+    if os.geteuid() != 0 or not Path("/usr/bin/python3").exists():
+        pytest.skip("only root can be somebody else")
+    folder = ask(session, site)
+    told = ways(session("connect", "session-ana").stdout)
+    job = told["shell"].split()[3]
+    stranger = (
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "/usr/bin/python3",
+        "-c",
+        STRANGER,
+    )
+    step = ("srun", "--overlap", f"--jobid={job}", "--chdir=/")
+    got = json.loads(lab.login(*step, *stranger, str(folder), str(folder / "attempts/1")).stdout)
+    port = int(told["browser"].split("/")[2].partition(":")[2])
+    assert got["uid"] == 65534
+    assert got["host"] == json.loads((folder / "attempts/1/session.json").read_text())["host"]
+    assert port in got.pop("listens")
+    assert got["token"] == got["folders"] == "PermissionError"
+    assert got["/api/contents"] == got["/api/kernels"] == got["/terminals/websocket/1"] == 403
+    assert got["/files/prototype.ipynb"] in ("login", 403)
+
+
+def test_a_session_that_waits_says_for_what_and_for_how_long(
+    session: LabDoor, site: LabDoor, lab: Lab
+) -> None:
+    lab.sbatch("sleep 600", "--nodes=4", "--exclusive", "--time=5")
+    ask(session, site)
+    command = [sys.executable, "-m", "hpc_imagenet", "connect", "session-ana"]
+    with subprocess.Popen(
+        command, env=session.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as connect:
+        assert connect.stderr
+        line = connect.stderr.readline()
+        while "expects it to start" not in line:
+            assert line.startswith("queued"), line
+            line = connect.stderr.readline()
+        assert re.match(r"queued: \w+; Slurm expects it to start at \d{4}-\d\d-\d\d \d\d:\d\d", line)
+        session("pause", "session-ana")
+        assert connect.wait(60) == 2
+        assert "paused" in connect.stderr.read()
