@@ -36,6 +36,7 @@ class Begun:
 
     upload: str
     etags: dict[int, str] = field(default_factory=dict)
+    taken_up: bool = False  # begun by an earlier try
 
 
 def begun(server: Server, path: str) -> dict[str, Begun]:
@@ -50,7 +51,7 @@ def begun(server: Server, path: str) -> dict[str, Begun]:
             pages = server.pages("list_parts", Key=key, UploadId=upload_id)
             parts = [part for page in pages for part in page.get("Parts", ())]
             found[key[begin:]] = Begun(
-                upload_id, {part["PartNumber"]: part["ETag"].strip('"') for part in parts}
+                upload_id, {part["PartNumber"]: part["ETag"].strip('"') for part in parts}, taken_up=True
             )
     return found
 
@@ -209,6 +210,13 @@ class Sending:
             if there and there == hashlib.md5(data, usedforsecurity=False).hexdigest():
                 return {"PartNumber": number, "ETag": f'"{there}"'}
             return {"PartNumber": number, **server.ask(f"sending {file.path}", send)}
+        except UserError:
+            if begun.taken_up:
+                # It may be what is broken, for ever: the next try begins anew. Where the server is away, or
+                # the login not good any more, it stays.
+                with contextlib.suppress(Exception):
+                    server.client.abort_multipart_upload(**at, UploadId=begun.upload)
+            raise
         except Missing:  # put together, or swept, by another; what there is is looked at in the end
             return {"PartNumber": number, "ETag": ""}
         finally:
