@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
@@ -25,8 +26,8 @@ FLAGS = (
 
 
 @contextlib.contextmanager
-def chromium(*more: str) -> Iterator[Chrome]:
-    """Open a browser with a new, empty profile; `more` are flags."""
+def chromium(picture: Path, *more: str) -> Iterator[Chrome]:
+    """Open a browser with a new, empty profile; `more` are flags. Should we fail, `picture` shows it."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip("no Chromium: apt-get install chromium chromium-driver")
@@ -39,6 +40,9 @@ def chromium(*more: str) -> Iterator[Chrome]:
     try:
         opened.set_page_load_timeout(120)
         yield opened
+    except BaseException:
+        opened.save_screenshot(str(picture))
+        raise
     finally:
         opened.quit()
         shutil.rmtree(profile, ignore_errors=True)

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -165,6 +166,30 @@ def run_verb(command: str, reader: Reader) -> None:
         reader.door("cancel", run)
 
 
+def run_session(command: str, reader: Reader) -> None:
+    """As the page says, and reached; one that runs already is left alone."""
+    if not (reader.door.workspace / "datastores/digits").exists():
+        for stage in STAGES[:3]:
+            reader.door(f"+stage={stage}", "dataset=digits", "cluster=here")
+    assert "/lab?token=" in reader.types(f"{command} cluster=local wait=true")
+
+
+def run_session_verb(command: str, reader: Reader) -> None:
+    run = next(row["run"] for row in reader.door.jobs() if row["stage"] == "session")
+    told = reader.types(command.replace("RUN", run))
+    verb = shlex.split(command)[-2 if command.endswith("RUN") else -3]
+    assert {"connect": "/lab?token=", "pause": "paused", "resume": "submitted"}[verb] in told
+    if verb == "resume":
+        reader.types(f"python -m hpc_imagenet connect {run}")
+
+
+def check_extra(command: str, reader: Reader) -> None:
+    """Only that there is such an extra."""
+    extra = re.search(r"\[(\w+)\]", command)
+    assert extra
+    assert f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text()
+
+
 def run_doctor(command: str, reader: Reader) -> None:
     """About this machine; tests/slurm has the same about a Slurm."""
     told = reader.types(f"{command.replace('cluster=mine', 'cluster=local')} dataset=digits")
@@ -229,6 +254,9 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
     (rf"{DOOR} (jobs|report)( --json)?", run_verb),
     (rf"{DOOR} logs RUN( -f)?", run_verb),
     (rf"{DOOR} (cancel|retry) RUN", run_verb),
+    (r"pip install 'hpc-imagenet\[\w+\]'", check_extra),
+    (rf"{DOOR} \+stage=session( \S+=\S+)*", run_session),
+    (rf"{DOOR} (connect|pause|resume) RUN( \S+=\S+)*", run_session_verb),
     (rf"{DOOR} verify( [\w.@-]+)*( --quick)?", run_as_it_stands),
     (rf"{DOOR} datastores( [\w.@-]+| datastore\.url=\w+)*", run_as_it_stands),
     (rf"{DOOR} doctor( --config-dir [\w/-]+| --timeout=\d+| --json| \+?[\w.]+=\S+)*", run_doctor),
@@ -260,6 +288,33 @@ def test_every_command_of_a_page_works(page: Path, reader: Reader) -> None:
         rule(command, reader)
 
 
+@pytest.mark.slow
+def test_the_python_of_the_pages_works(tmp_path: Path) -> None:
+    """As it stands, with trainings of one epoch on this machine."""
+    reader = Reader(tmp_path)
+    try:
+        for stage in STAGES[:3]:
+            reader.door(f"+stage={stage}", "dataset=digits", "cluster=here")
+        code = "".join(text for page in PAGES for text in blocks(page, "python"))
+        (tmp_path / "page.py").write_text(
+            code.replace(' dataset=digits"', ' dataset=digits cluster=local recipe.epochs=1"')
+        )
+        told = reader.types("python page.py")
+        assert re.search(r"^\w{8}-(resnet18|mobilenet_v3_small) 0\.\d+ ", told, re.MULTILINE)
+        assert "epoch 1/1" in told
+        assert "model=resnet81 is unknown; near: resnet" in told
+    finally:
+        reader.door.close()
+
+
+def test_notebooks_are_those_of_their_scripts() -> None:
+    make: typing.Any = runpy.run_path(str(ROOT / "notebooks/make.py"))
+    assert make["scripts"]()
+    for script in make["scripts"]():
+        written = script.with_suffix(".ipynb").read_text()
+        assert written == make["notebook"](script.read_text()), "python notebooks/make.py makes it anew"
+
+
 def test_the_readme_begins_with_the_two_commands() -> None:
     assert commands(ROOT / "README.md")[:2] == ["make demo", "make test"]
     assert len((ROOT / "README.md").read_text().splitlines()) < 250
@@ -286,8 +341,8 @@ def test_the_templates_run_their_stages_and_submit_nothing(tmp_path: Path) -> No
     reader = Reader(tmp_path)
     reader.stub("srun", SRUN)
     reader.stub("squeue", "printf '%-48s%-24s%-12s%-12s%-160s\\n' 1 RUNNING 0 0 None")
-    # That of a sweep is tried on a real Slurm, in tests/slurm.
-    assert {path.stem for path in (ROOT / "slurm").glob("*.sbatch")} == {*STAGES, "sweep"}
+    # Those of a sweep and a session are tried on a real Slurm, in tests/slurm.
+    assert {path.stem for path in (ROOT / "slurm").glob("*.sbatch")} == {*STAGES, "sweep", "session"}
     try:
         for stage in STAGES:
             template = f"slurm/{stage}.sbatch"
@@ -306,7 +361,7 @@ def test_the_templates_run_their_stages_and_submit_nothing(tmp_path: Path) -> No
         reader.door.close()
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "sweep"])
+@pytest.mark.parametrize("stage", [*STAGES, "sweep", "session"])
 def test_a_template_is_bash_and_names_its_own_command(stage: str) -> None:
     path = ROOT / "slurm" / f"{stage}.sbatch"
     subprocess.run(["bash", "-n", str(path)], check=True)

@@ -154,7 +154,8 @@ def test_each_start_has_a_token_of_its_own_that_its_owner_alone_can_read(tmp_pat
 def test_the_token_is_in_no_process_and_no_output(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from hpc_imagenet.session.server import Server; "
-        "f = Path(sys.argv[1]); (f / 'notebooks').mkdir(); s = Server(f, f / 'notebooks', 'loopback', None, 1); "
+        "f = Path(sys.argv[1]); (f / 'notebooks').mkdir(); "
+        "s = Server(f, f / 'notebooks', 'loopback', None, 1); "
         "s.start({}); print(s.port, flush=True); input(); s.close()"
     )
     with subprocess.Popen(
@@ -230,7 +231,8 @@ def test_jupyter_that_breaks_down_at_once_is_one_line(
 def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from hpc_imagenet.session.server import Server; "
-        "f = Path(sys.argv[1]); (f / 'notebooks').mkdir(); s = Server(f, f / 'notebooks', 'socket', None, 1); "
+        "f = Path(sys.argv[1]); (f / 'notebooks').mkdir(); "
+        "s = Server(f, f / 'notebooks', 'socket', None, 1); "
         "s.start({}); print(s._process.pid, flush=True); input()"
     )
     with subprocess.Popen(

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import chromium
@@ -27,6 +28,7 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from servers import SSHD, keys_for_ssh
 
+ROOT = Path(__file__).resolve().parents[2]
 ASK = (
     "+stage=session",
     "dataset=digits",
@@ -85,7 +87,7 @@ class Tunnel:
 
 
 def edit(path: Path) -> None:
-    """Make a session's notebook short: seconds of training, and a sweep of one run of an epoch, on the lab."""
+    """Make a notebook short: seconds of training, and a sweep of one run of an epoch, on the lab."""
     text = path.read_text()
     for long, short in (
         ('CLUSTER = \\"auto\\"', 'CLUSTER = \\"lab\\"'),
@@ -110,8 +112,15 @@ def click(page: Chrome, selector: str, text: str = "") -> None:
     eventually(found, 120)
 
 
+def outputs(page: Chrome, of: str, what: str) -> list[Any]:
+    """Return something of all outputs, in one go: they change while one looks at them."""
+    script = "return [...document.querySelectorAll(arguments[0])].map(each => each[arguments[1]])"
+    found: list[Any] = page.execute_script(script, f".jp-OutputArea-output{of}", what)
+    return found
+
+
 def said(page: Chrome) -> str:
-    return "\n".join(e.text for e in page.find_elements(By.CSS_SELECTOR, ".jp-OutputArea-output"))
+    return "\n".join(outputs(page, "", "innerText"))
 
 
 def test_a_browser_runs_the_notebook_through_a_tunnel(
@@ -129,22 +138,23 @@ def test_a_browser_runs_the_notebook_through_a_tunnel(
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         pinned = base64.b64encode(hashlib.sha256(key).digest()).decode()
-        with chromium(f"--ignore-certificate-errors-spki-list={pinned}") as page:
+        with chromium(tmp_path / "page.png", f"--ignore-certificate-errors-spki-list={pinned}") as page:
             page.get(told["browser"][:-8])  # eight digits of the token are missing
             assert page.find_elements(By.CSS_SELECTOR, "input[type=password]")
             assert not page.find_elements(By.CSS_SELECTOR, "#jp-top-panel, .jp-LabShell")
             page.get(told["browser"].replace("/lab?", "/lab/tree/prototype.ipynb?"))
+            idle = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
+            eventually(lambda: bool(page.find_elements(By.CSS_SELECTOR, idle)), 120)
             click(page, ".lm-MenuBar-itemLabel", "Run")
-            click(page, "[data-command='runmenu:run-all']")
+            click(page, "[data-command='runmenu:run-all']:not(.lm-mod-disabled)")
             # The last cell tells of the sweep, which was sent from the first of them on.
             done = r"mobilenet_v3_small\s+finished\s+\d+\.\d+%"
-            eventually(lambda: bool(re.search(done, said(page))), 300)
+            eventually(lambda: bool(re.search(done, said(page))), 240)
             text = said(page)
-            pictures = page.find_elements(By.CSS_SELECTOR, ".jp-OutputArea-output img")
-            drawn = [page.execute_script("return arguments[0].naturalWidth", each) for each in pictures]
+            drawn = outputs(page, " img", "naturalWidth")
             assert drawn
             assert min(drawn) > 100
-            assert not page.find_elements(By.CSS_SELECTOR, "[data-mime-type='application/vnd.jupyter.error']")
+            assert not outputs(page, "[data-mime-type='application/vnd.jupyter.error']", "innerText")
         assert "train: 1,437 images of 10 classes" in text
         assert "images/s with" in text
         assert "top-1" in text
@@ -178,7 +188,8 @@ for name in ("token", "folders"):
 context = ssl._create_unverified_context()
 for path in ("/api/contents", "/api/kernels", "/files/prototype.ipynb", "/terminals/websocket/1"):
     try:
-        answer = urllib.request.urlopen(f"https://localhost:{note['port']}{path}", context=context, timeout=20)
+        url = f"https://localhost:{note['port']}{path}"
+        answer = urllib.request.urlopen(url, context=context, timeout=20)
         got[path] = "login" if "/login" in answer.url else answer.status
     except urllib.error.HTTPError as error:
         got[path] = error.code
@@ -213,6 +224,25 @@ def test_another_user_of_the_node_gets_nothing(session: LabDoor, site: LabDoor, 
     assert got["token"] == got["folders"] == "PermissionError"
     assert got["/api/contents"] == got["/api/kernels"] == got["/terminals/websocket/1"] == 403
     assert got["/files/prototype.ipynb"] in ("login", 403)
+
+
+def test_the_template_is_a_session_as_any_other(session: LabDoor, site: LabDoor, lab: Lab) -> None:
+    settings = (*ASK[1:], f"datastore.url={site.workspace}/datastores", "session.listen=socket")
+    options = ("--gpus-per-node=0", "--cpus-per-task=2", "--mem=1G", "--time=10", "--signal=USR2@30")
+    command = ["sbatch", "--parsable", "--output=out", *options, ROOT / "slurm/session.sbatch", *settings]
+    env = {**session.env, "PATH": f"{Path(sys.executable).parent}:{session.env['PATH']}"}
+    done = subprocess.run(
+        command, env=env, cwd=session.cwd, capture_output=True, text=True, timeout=60, check=True
+    )
+    eventually(lambda: bool(session.runs()), 60)
+    eventually(lambda: session.states() == ["running"], 60)
+    told = ways(session("connect", "session-ana").stdout)
+    assert told["shell"] == f"srun --overlap --jobid {done.stdout.strip()} --pty bash"
+    assert re.fullmatch(r"ssh -N -L \d+:/tmp/hpc_imagenet-\w+/jupyter -J \S+@there \S+@n\d", told["tunnel"])
+    # The allocation's end comes before session.time, and the session's own before that.
+    assert re.match(r"this session ends in [78] minutes", told["mind"])
+    assert "token=" not in (session.cwd / "out").read_text()
+    session("pause", "session-ana")
 
 
 def test_a_session_that_waits_says_for_what_and_for_how_long(
