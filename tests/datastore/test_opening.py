@@ -119,7 +119,7 @@ def test_reading_ahead_from_a_bucket_survives_faults(
     kind: str,
 ) -> None:
     impatient(monkeypatch)
-    faults = Faults(seed=1, share=0.3, kinds=(kind,), only=b"shards/")
+    faults = Faults(seed=1, every=3, kinds=(kind,), only=b"shards/")
     with proxy(where[1], faults) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         version = versions.open_version(Datastore("digits", url))
@@ -139,7 +139,7 @@ def test_a_server_that_stays_away_is_one_line_without_the_signature(
     where: tuple[str, str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impatient(monkeypatch)
-    with proxy(where[1], Faults(share=1.0, kinds=("503",), only=b"shards/")) as endpoint:
+    with proxy(where[1], Faults(every=1, kinds=("503",), only=b"shards/")) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         version = versions.open_version(Datastore("digits", url))
         with opened(version, Cluster(), stages=True) as store, pytest.raises(UserError) as caught:
