@@ -129,7 +129,7 @@ def test_a_version_that_a_queued_training_reads_is_not_deleted(
     held, server = gate
     door("+stage=download", "dataset=ilsvrc", "dataset.name=a", f"dataset.source={server}/a", "cluster=local")
     eventually(lambda: held.waiting == ["a"])  # the only place of the queue is taken
-    door("dataset=digits", "model=resnet18", "cluster=local")
+    door("dataset=digits", "model=resnet18", "recipe.global_batch=8", "cluster=local")
     (run,) = [name for name in door.runs() if name.endswith("resnet18")]
     (row,) = json.loads(door("datastores", "--json").stdout)
     assert row["used_by"] == [run]
