@@ -102,7 +102,7 @@ def _split(words: list[str]) -> tuple[list[str], bool, str | None]:
         elif word.startswith("--config-dir="):
             config_dir = word.partition("=")[2]
         elif word.startswith("-") or ("=" not in word and not word.startswith("~")):
-            from hpc_imagenet.config import near
+            from hpc_imagenet.errors import near
 
             raise UserError(
                 f"{word} is no verb, no option and no SETTING=VALUE{near(word, VERBS)}; see --help"

@@ -168,7 +168,7 @@ def verb(name: str, *words: str) -> Any:
     Raises:
         UserError: what was wrong, in one line; also where the verb finds something wrong, such as `verify`.
     """
-    from hpc_imagenet.config import near
+    from hpc_imagenet.errors import near
     from hpc_imagenet.verbs import VERBS, main
 
     if name not in VERBS:

@@ -14,10 +14,10 @@ from pathlib import Path
 from hpc_imagenet.archives import receipt
 from hpc_imagenet.archives.login import Login
 from hpc_imagenet.backbones import BACKBONES
-from hpc_imagenet.config import Config, Datastore, cluster_for, near
+from hpc_imagenet.config import Config, Datastore, cluster_for
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import Manifest, load_manifest
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.errors import UserError, near
 from hpc_imagenet.experiment import names_weights
 from hpc_imagenet.plan import Job
 from hpc_imagenet.runs import Record

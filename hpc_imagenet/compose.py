@@ -33,9 +33,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from hpc_imagenet.backbones import BACKBONES
-from hpc_imagenet.config import FREE, Config, check, near, one_line
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.config import FREE, Config, one_line
+from hpc_imagenet.errors import UserError, near
 from hpc_imagenet.experiment import names_weights
+from hpc_imagenet.limits import check
 
 VERSION_BASE = "1.3"  # of Hydra's behaviour
 _HERE = Path(__file__).resolve().parent

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 
 class UserError(Exception):
     """Something a user can mend: one line that says what is wrong, where, and what would be right.
@@ -21,3 +23,11 @@ class Lost(Exception):
 
 class Superseded(Exception):
     """Another copy of this job, begun later, has the run: this one writes nothing more and ends."""
+
+
+def near(name: str, valid: tuple[str, ...] | list[str]) -> str:
+    """Return the words `; near: a, b` for a misspelt name, or all valid names where there are few."""
+    close = difflib.get_close_matches(name, valid, n=4, cutoff=0.5)
+    if close:
+        return f"; near: {', '.join(close)}"
+    return f"; one of: {', '.join(valid)}" if len(valid) <= 12 else ""

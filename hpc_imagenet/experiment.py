@@ -1,6 +1,6 @@
 """Which network is trained and how: the part of the schema that decides what a training is worth.
 
-The values live in conf/model/ and conf/recipe/; `config.check` looks at what a type cannot say.
+The values live in conf/model/ and conf/recipe/; `limits.check` looks at what a type cannot say.
 """
 
 from __future__ import annotations

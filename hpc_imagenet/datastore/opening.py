@@ -22,7 +22,7 @@ from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.shards import Shards, Staged
 from hpc_imagenet.datastore.staging import Staging
 from hpc_imagenet.datastore.store import Store, files
-from hpc_imagenet.datastore.transport import told
+from hpc_imagenet.datastore.transport import Ranges, told
 from hpc_imagenet.datastore.versions import Version, check_readable
 from hpc_imagenet.errors import UserError
 
@@ -49,7 +49,7 @@ def opened(version: Version, cluster: Cluster, stages: bool) -> Iterator[Store]:
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hpc_imagenet-")))
             _indexes(version, folder)
-            if place.ranged:
+            if isinstance(place, Ranges):
                 source = place.shards(version.path, manifest.shards)
         if not cluster.scratch:  # one that cannot be read was refused
             yield Store(folder, source)

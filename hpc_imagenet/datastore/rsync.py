@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.ssh import Shell
@@ -38,9 +37,6 @@ from hpc_imagenet.datastore.transport import (
 from hpc_imagenet.durable import sync_folder
 from hpc_imagenet.errors import UserError
 
-if TYPE_CHECKING:  # it needs packages that a look-up does not
-    from hpc_imagenet.datastore.shards import Shards
-
 PARTIAL = ".sent-in-part"  # where rsync keeps a file that was cut off, beside its place
 
 _VERSION = re.compile(r"[^/.][^/]*/v[1-9][0-9]{0,8}")
@@ -56,7 +52,6 @@ class Host:
     """
 
     folder: Path | None = None
-    ranged = False
 
     def __init__(self, url: str) -> None:
         self._shell = Shell(url)
@@ -202,10 +197,6 @@ class Host:
             part.unlink()
             if not again:
                 raise UserError(f"{self.url}/{path} has other bytes than when it was made: {found}")
-
-    def shards(self, path: str, shards: Sequence[File]) -> Shards:
-        """Not this place's way: see `ranged`."""
-        raise NotImplementedError
 
     def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
         """Let the other side read the file."""

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
@@ -88,7 +88,6 @@ class Place(Protocol):
 
     url: str
     folder: Path | None  # where jobs can open the files; None: nowhere
-    ranged: bool  # whether `shards` reads a few bytes of a large file in a moment
 
     def versions(self, name: str | None = None) -> list[str]:
         """Return the paths of all versions that were ever begun, of one datastore or of all."""
@@ -137,11 +136,16 @@ class Place(Protocol):
             UserError: it is missing, or its bytes are not what `file` says.
         """
 
-    def shards(self, path: str, shards: Sequence[File]) -> Shards:
-        """Return a reader of the shards of the version at `path`; of places that are `ranged`."""
-
     def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
         """Read the file at `path` and return its hash, in the form of `file.hash`; None without one."""
+
+
+@runtime_checkable
+class Ranges(Protocol):
+    """A place without files to open that still reads a few bytes of a large file in a moment."""
+
+    def shards(self, path: str, shards: Sequence[File]) -> Shards:
+        """Return a reader of the shards of the version at `path`."""
 
 
 class Tally:

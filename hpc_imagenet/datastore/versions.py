@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.config import Datastore, near
+from hpc_imagenet.config import Datastore
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
-from hpc_imagenet.datastore.transport import Place, Stored
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.datastore.transport import Place, Ranges, Stored
+from hpc_imagenet.errors import UserError, near
 
 CLAIM, LOCK, DELETED = "upload.json", "upload.lock", "deleted.json"
 COMPLETE, PARTIAL, GONE = "complete", "partial", "deleted"  # states of a version
@@ -179,7 +179,7 @@ def check_readable(place: Place, scratch: str | None, name: str) -> None:
     Raises:
         UserError: there are no files at `place`, no ranges of them, and no folder to fetch them to.
     """
-    if place.folder is None and not place.ranged and not scratch:
+    if place.folder is None and not isinstance(place, Ranges) and not scratch:
         raise UserError(
             f"training cannot read at datastore.url={place.url}: give cluster.scratch, a folder on the nodes "
             f"where it is copied to, or python -m hpc_imagenet datastores fetch {name} DIR "

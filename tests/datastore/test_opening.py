@@ -16,6 +16,7 @@ from hpc_imagenet.datastore import s3, shards, versions
 from hpc_imagenet.datastore.ahead import ReadAhead
 from hpc_imagenet.datastore.opening import opened
 from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.datastore.transport import Ranges
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Run
 from hpc_imagenet.stages import upload
@@ -30,18 +31,8 @@ def where(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
     """Kind of place, and the endpoint or RSYNC_RSH."""
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "ssh":
-        with servers.sshd(folder) as shell:
-            yield "ssh", shell
-    elif request.param == "rclone":
-        (folder / "bucket").mkdir()
-        with servers.rclone(folder) as endpoint:
-            yield "rclone", endpoint
-    else:
-        with servers.moto() as endpoint:
-            servers.bucket_client(endpoint).create_bucket(Bucket="bucket")  # type: ignore[attr-defined]
-            yield "moto", endpoint
+    with servers.place(request.param, tmp_path_factory.mktemp(request.param)) as how:
+        yield request.param, how
 
 
 @pytest.fixture
@@ -88,7 +79,7 @@ def test_images_are_the_same_from_there_and_from_the_node(
 ) -> None:
     monkeypatch.setattr(shards, "LOOK_AGAIN", 0.01)
     version = versions.open_version(Datastore("digits", url))
-    if version.place.ranged:
+    if isinstance(version.place, Ranges):
         with opened(version, Cluster(), stages=True) as store:
             assert images(store) == expected
             assert store.shards.far()

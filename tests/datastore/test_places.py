@@ -29,20 +29,8 @@ def where(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
     """Kind of place, and the endpoint or RSYNC_RSH."""
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "rclone":
-        (folder / "bucket").mkdir()
-        with servers.rclone(folder) as endpoint:
-            yield "rclone", endpoint
-    elif request.param == "moto":
-        with servers.moto() as endpoint:
-            servers.bucket_client(endpoint).create_bucket(Bucket="bucket")  # type: ignore[attr-defined]
-            yield "moto", endpoint
-    elif request.param == "ssh":
-        with servers.sshd(folder) as shell:
-            yield "ssh", shell
-    else:
-        yield "folder", ""
+    with servers.place(request.param, tmp_path_factory.mktemp(request.param)) as how:
+        yield request.param, how
 
 
 @pytest.fixture

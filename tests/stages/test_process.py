@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import killing
@@ -270,83 +269,10 @@ def test_shards_are_found_through_links(tmp_path: Path, small: Path) -> None:
     assert Store(dataset(config)).split("val").read(0)[0][:2] == b"\xff\xd8"
 
 
-def test_bytes_and_inodes_are_asked_for_first(
-    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = downloaded(tmp_path, small, "folders")
-    Room = namedtuple("Room", "f_bavail f_frsize f_files f_favail")
-    sizes = [member.stat().st_size for member in small.iterdir()]
-    room = Room(sum(sizes), 1, 10**6, 10**6)  # too little once each file is rounded up to blocks
-    monkeypatch.setattr(os, "statvfs", lambda _: room)
-    assert "bytes and" in refused(process, config)
-    inodes = 3 * 40 + 12 + 2 * (3 + 3)
-    room = Room(10**9, 1, 10**6, inodes - 1)
-    told = refused(process, config)
-    assert f"{inodes} inodes and {inodes - 1} are free" in told
-    assert not list(dataset(config).rglob("*.JPEG"))
-    assert not (dataset(config) / "manifest.json").exists()
-    room = Room(10**9, 1, 10**6, inodes)
-    ask(process, config)
-    (dataset(config) / "train").rename(dataset(config) / ".train.partial")
-    room = Room(10**9, 1, 10**6, 3)  # of train nothing is left to do but meta.bin
-    ask(process, config)
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(mount)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no right to mount a file system of 300 kB")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
-
-
-def test_a_disk_that_fills_up(
-    tmp_path: Path, small: Path, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workspace = tmp_path / "workspace"
-    workspace.mkdir()
-    (workspace / "datasets").symlink_to(tiny_disk)
-    config = downloaded(workspace, small, "folders")
-    assert "no room for the class folders" in refused(process, config)
-    # Free when asked, taken by somebody else meanwhile.
-    monkeypatch.setattr("hpc_imagenet.archives.space.require", lambda *_: None)
-    assert "No space left" in refused(process, config)
-    assert not (dataset(config) / "manifest.json").exists()
-    assert not (dataset(config) / "train").exists()
-    subprocess.run(["mount", "-o", "remount,size=10m", str(tiny_disk)], check=True)
-    ask(process, config)
-    assert len(Store(dataset(config)).split("train")) == 120
-
-
 def test_only_one_process_of_a_job_works(tmp_path: Path, small: Path) -> None:
     config = config_of(tmp_path, small)
     assert process.run(config, run_of(config), World(rank=1, size=2)) == {}
     assert not (tmp_path / "datasets").exists()
-
-
-def test_a_quota_of_inodes(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=10m,nr_inodes=100", "tmpfs", str(mount)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no right to mount a file system of 100 inodes")
-    try:
-        workspace = tmp_path / "workspace"
-        workspace.mkdir()
-        (workspace / "datasets").symlink_to(mount)
-        config = downloaded(workspace, small, "folders")
-        assert "144 inodes and" in refused(process, config)
-        monkeypatch.setattr("hpc_imagenet.archives.space.require", lambda *_: None)
-        assert "No space left" in refused(process, config)
-        assert not (dataset(config) / "manifest.json").exists()
-        assert not (dataset(config) / "train").exists()
-        subprocess.run(["mount", "-o", "remount,nr_inodes=400", str(mount)], check=True)
-        assert ask(process, config)["images"] == 132
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
 def part_of(config: Config, part: int | None, parts: int) -> Config:

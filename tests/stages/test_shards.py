@@ -337,26 +337,3 @@ def test_an_archive_that_changes_while_shards_are_made(
     assert "changed while it was read" in refused(process, config)
     assert len(calls) >= 60
     assert not (dataset(config) / "manifest.json").exists()
-
-
-def test_a_full_disk(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(mount)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no right to mount a file system of 120 kB")
-    try:
-        workspace = tmp_path / "workspace"
-        workspace.mkdir()
-        (workspace / "datasets").symlink_to(mount)
-        config = downloaded(workspace, source)
-        assert "no room for the shards" in refused(process, config)
-        monkeypatch.setattr("hpc_imagenet.archives.space.require", lambda *_: None)
-        assert "No space left" in refused(process, config)
-        assert not (dataset(config) / "manifest.json").exists()
-        assert not list(dataset(config).rglob(".*.tmp"))
-        subprocess.run(["mount", "-o", "remount,size=10m", str(mount)], check=True)
-        assert ask(process, config)["images"] == 34
-        assert len(list(dataset(config).rglob("*.tar"))) > 4
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
