@@ -43,7 +43,7 @@ class Bucket:
     def size(self, file: str) -> int | None:
         """Return the bytes of an object."""
         with self._telling(file):
-            return int(self._client.head_object(**self._object(file))["ContentLength"])
+            return int(_whole(self._client.head_object(**self._object(file)))["ContentLength"])
 
     @contextlib.contextmanager
     def ask(
@@ -56,7 +56,7 @@ class Bucket:
             if origin and origin.etag:
                 asked["IfMatch"] = origin.etag
         with self._telling(file):
-            found = self._client.get_object(**asked)
+            found = _whole(self._client.get_object(**asked))
         with contextlib.closing(found["Body"]):
             answer = _Answer(found, self.url(file))
             if origin and not origin.same(answer.origin):
@@ -91,6 +91,13 @@ class Bucket:
         except BotoCoreError as error:
             raise UserError(f"{self.url(file)}: {one_line(error)}") from None
         self.reached = True
+
+
+def _whole(found: dict[str, Any]) -> dict[str, Any]:
+    """Refuse an answer whose headers were cut off: it looks like a good one that says little."""
+    if "ContentLength" not in found:
+        raise Broken("the bucket's answer has no length")
+    return found
 
 
 class _Answer:

@@ -163,6 +163,7 @@ class Server:
         def head() -> dict[str, Any]:
             found: dict[str, Any] = self.client.head_object(**self.at(path))
             check(found)
+            check(found, has="ContentLength")
             return found
 
         return self.ask(f"looking at {path}", head)

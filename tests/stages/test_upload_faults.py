@@ -91,6 +91,20 @@ def test_a_byte_that_changes_once_on_its_way_is_fetched_again(
     assert faults.made == {"flip": 1}
 
 
+@pytest.mark.usefixtures("quick")
+def test_headers_that_are_cut_off_are_asked_for_again(
+    house: House, faults: Faults, bucket: str, tmp_path: Path
+) -> None:
+    house.upload(bucket)
+    faults.only = b"HEAD"
+    faults.answers = [
+        b'HTTP/1.1 200 OK\r\nETag: "x"\r\n\r\n',
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n",
+    ]
+    assert house.verb(bucket, "verify", "digits") == 0
+    assert not faults.answers
+
+
 def stop_after_one(faults: Faults) -> None:
     while not faults.made:
         time.sleep(0.001)
