@@ -13,28 +13,29 @@ import contextlib
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from hpc_imagenet.config import Cluster
 from hpc_imagenet.datastore.cache import Cache
-from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.copier import Copier
 from hpc_imagenet.datastore.shards import Shards, Staged
-from hpc_imagenet.datastore.staging import Staging
+from hpc_imagenet.datastore.staging import Copies, Staging
 from hpc_imagenet.datastore.store import Store, files
-from hpc_imagenet.datastore.transport import Ranges, told
+from hpc_imagenet.datastore.transport import Ranges
 from hpc_imagenet.datastore.versions import Version, check_readable
 from hpc_imagenet.errors import UserError
 
 
 @contextlib.contextmanager
-def opened(version: Version, cluster: Cluster, stages: bool) -> Iterator[Store]:
+def opened(version: Version, cluster: Cluster, stages: bool, copies: Copies | None = None) -> Iterator[Store]:
     """Open a version for reading.
 
     Args:
         version: which one.
         cluster: its scratch and scratch_gb say whether and where copies are kept.
-        stages: whether this process makes the copies, as one of each node must.
+        stages: whether this process sees to the copies, as one of each node must.
+        copies: who makes them; None: a process of its own.
 
     Raises:
         UserError: it cannot be read from here, or the scratch folder cannot be used.
@@ -58,12 +59,8 @@ def opened(version: Version, cluster: Cluster, stages: bool) -> Iterator[Store]:
         staged = Staged(source, cache, manifest.shards)
         stack.callback(staged.close)
         if stages:
-
-            def bring(file: File, path: Path, tell: Callable[[int], None]) -> None:
-                with told("cluster.scratch", cache.folder):
-                    place.fetch(f"{version.path}/{file.path}", file, path, tell)
-
-            stack.enter_context(Staging(staged, cache, manifest.shards, bring, needed=source is None))
+            copies = copies or Copier(place.url, version.path, cache.folder)
+            stack.enter_context(Staging(staged, cache, manifest.shards, copies, needed=source is None))
         yield Store(folder, staged)
 
 

@@ -1,29 +1,41 @@
 """Copying a version's shards to the node's own disk while training reads them already.
 
-One thread a node does it, at a low priority of its own, so that it takes the CPU time that decoding leaves.
+One thread a node sees to it, and leaves the work to a process of low priority (`copier.py`), so that it takes
+the CPU time that decoding leaves.
 A job that shares the node shares the work: a shard that another process is bringing is left to it, and looked
 at again later.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from hpc_imagenet.datastore.cache import Brought, Cache
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.shards import Staged
-from hpc_imagenet.datastore.transport import hash_of
 from hpc_imagenet.errors import UserError
 
-NICE = 10  # of the copying thread: a tenth of a core's time beside one that wants all of it
 POLL = 1.0  # s between two looks at a shard that another process is bringing
 AGAIN = 60.0  # s between two tries at a shard that cannot be read or written
 
-Bring = Callable[[File, Path, Callable[[int], None]], None]  # a place's fetch; tells how many bytes are done
+Tell = Callable[[int], None]  # how many bytes are done
+
+
+class Copies(Protocol):
+    """Whoever copies the shards of a version; `copier.Copier` does."""
+
+    def bring(self, file: File, target: Path, tell: Tell) -> None:
+        """Bring a shard, whole and with its hash, or not at all."""
+
+    def hash(self, path: Path, file: File, tell: Tell) -> str:
+        """Return the hash of a copy that was made long ago, in the form of `file.hash`."""
+
+    def close(self) -> None:
+        """Let go of what is under way."""
 
 
 class _Stopped(Exception):
@@ -37,15 +49,15 @@ class Staging:
         staged: who reads them.
         cache: where they go.
         shards: of the manifest.
-        bring: copies one of them.
+        copies: who makes them.
         needed: whether reading waits for the copies, so that one that fails is the reader's trouble.
     """
 
     def __init__(
-        self, staged: Staged, cache: Cache, shards: Sequence[File], bring: Bring, needed: bool
+        self, staged: Staged, cache: Cache, shards: Sequence[File], copies: Copies, needed: bool
     ) -> None:
         self._staged, self._cache, self._shards = staged, cache, shards
-        self._bring, self._needed = bring, needed
+        self._copies, self._needed = copies, needed
         self._stop = threading.Event()
         self._through = threading.Event()
         self._thread = threading.Thread(target=self._work, name="staging", daemon=True)
@@ -56,6 +68,7 @@ class Staging:
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
+        self._copies.close()
         self._staged.doubted.set()  # wakes it
         self._thread.join()
 
@@ -64,7 +77,6 @@ class Staging:
         return self._through.wait(seconds)
 
     def _work(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICE, os.nice(0)))
         try:
             while not self._stop.is_set():
                 self._staged.doubted.clear()
@@ -86,6 +98,8 @@ class Staging:
                 try:
                     came = self._one(number)
                 except (UserError, OSError) as error:
+                    if self._stop.is_set():
+                        raise _Stopped from None
                     failed.append(number)
                     if number not in told:
                         told.add(number)
@@ -113,10 +127,10 @@ class Staging:
         return came
 
     def _fetch(self, file: File, path: Path) -> None:
-        self._bring(file, path, self._tell)
+        self._copies.bring(file, path, self._tell)
 
     def _prove(self, file: File, path: Path) -> bool:
-        return hash_of(path, file, self._tell) == file.hash
+        return self._copies.hash(path, file, self._tell) == file.hash
 
     def _tell(self, done: int) -> None:
         if self._stop.is_set():

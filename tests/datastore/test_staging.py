@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,11 @@ from hpc_imagenet.config import Cluster, Datastore
 from hpc_imagenet.datastore import opening, shards, staging, versions
 from hpc_imagenet.datastore.ahead import ReadAhead
 from hpc_imagenet.datastore.cache import Cache
-from hpc_imagenet.datastore.folder import Folder
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.shards import Staged
+from hpc_imagenet.datastore.staging import Tell
 from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.datastore.transport import hash_of
 from hpc_imagenet.datastore.versions import Version
 from hpc_imagenet.errors import UserError
 
@@ -63,42 +64,47 @@ def until(true: Callable[[], bool]) -> None:
     raise AssertionError("it never came")
 
 
-class Held(Folder):
-    """A folder that gives files only when it is told to."""
+class Held:
+    """Copies files only when it is told to."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, version: Version) -> None:
+        self.version = version
         self.go = threading.Semaphore(0)
         self.fails = 0
+        self.closed = False
 
-    def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
+    def bring(self, file: File, target: Path, tell: Tell) -> None:
         while not self.go.acquire(timeout=0.01):
             tell(0)
         if self.fails:
             self.fails -= 1
             raise UserError("the server is away")
-        super().fetch(path, file, target, tell)
+        self.version.place.fetch(f"{self.version.path}/{file.path}", file, target, tell)
+
+    def hash(self, path: Path, file: File, tell: Tell) -> str:
+        return hash_of(path, file, tell)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture
-def held(version: Version, tmp_path: Path) -> Iterator[tuple[Version, Held]]:
-    place = Held(tmp_path / "stores")
-    return Version(version.name, version.number, place, version.manifest), place
+def held(version: Version) -> Held:
+    return Held(version)
 
 
 def test_reading_begins_at_once_and_goes_on_from_the_copies(
-    held: tuple[Version, Held], tmp_path: Path
+    version: Version, held: Held, tmp_path: Path
 ) -> None:
-    version, place = held
     wanted = expected(version)
-    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
+    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copies=held) as store:
         assert images(store) == wanted
         assert store.shards.far()
-        place.go.release()
+        held.go.release()
         until(lambda: len(cached(tmp_path / "disk")) == 1)
         assert images(store) == wanted
         assert store.shards.far()
-        place.go.release(2)
+        held.go.release(2)
         until(lambda: not store.shards.far())
         # What they were copied from is not needed any more.
         for path in (tmp_path / "workspace" / "archives" / "digits").iterdir():
@@ -118,10 +124,10 @@ def test_a_second_rank_reads_what_the_first_copies(version: Version, tmp_path: P
         assert images(second) == expected(version)
 
 
-def test_the_end_of_a_job_stops_its_copying(held: tuple[Version, Held], tmp_path: Path) -> None:
-    version, _ = held
-    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True):
+def test_the_end_of_a_job_stops_its_copying(version: Version, held: Held, tmp_path: Path) -> None:
+    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copies=held):
         pass
+    assert held.closed
     assert cached(tmp_path / "disk") == []
     assert not [thread for thread in threading.enumerate() if thread.name == "staging"]
 
@@ -165,11 +171,10 @@ def test_what_has_no_room_is_read_from_where_it_lies(
     assert len(cached(tmp_path / "disk")) == 1
 
 
-def test_trouble_that_passes_is_waited_for(held: tuple[Version, Held], tmp_path: Path) -> None:
-    version, place = held
-    place.fails = 2
-    place.go.release(10)
-    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
+def test_trouble_that_passes_is_waited_for(version: Version, held: Held, tmp_path: Path) -> None:
+    held.fails = 2
+    held.go.release(10)
+    with opening.opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copies=held) as store:
         until(lambda: bool(images(store)) and not store.shards.far())
     assert len(cached(tmp_path / "disk")) == 3
 
@@ -177,19 +182,17 @@ def test_trouble_that_passes_is_waited_for(held: tuple[Version, Held], tmp_path:
 def test_without_a_way_to_read_ranges_reading_waits_or_says_why_not(version: Version, tmp_path: Path) -> None:
     cache, files = Cache(tmp_path / "disk", limit=1000), version.manifest.shards
     staged = Staged(None, cache, files)
-    place = Folder(tmp_path / "stores")
-
-    def bring(file: File, path: Path, tell: Callable[[int], None]) -> None:
-        place.fetch(f"{version.path}/{file.path}", file, path, tell)
+    copies = Held(version)
+    copies.go.release(10)
 
     with (
-        staging.Staging(staged, cache, files, bring, needed=True),
+        staging.Staging(staged, cache, files, copies, needed=True),
         pytest.raises(UserError, match=r"no room for 3 of 3 shards.*cluster\.scratch"),
     ):
         staged.read(0, 512, 100)
     roomy = Cache(tmp_path / "disk")
     staged = Staged(None, roomy, files)
-    with staging.Staging(staged, roomy, files, bring, needed=True):
+    with staging.Staging(staged, roomy, files, copies, needed=True):
         assert staged.read(1, 512, 100) == Store(version.folder or tmp_path).read(1, 512, 100)
 
 
