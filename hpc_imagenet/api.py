@@ -123,23 +123,32 @@ def submit(overrides: str | Sequence[str], config_dir: str | None = None) -> lis
 
     Returns:
         One run a job, each before those that need it: new ones, those that go on, and those that were
-        finished or under way already. With `cluster=here` they have ended by then, and with `wait=true` too.
+        finished or under way already. With `cluster=here` they have ended by then, and with `wait=true` too;
+        sessions then run. With `dry_run=true` there are none: what would be submitted is printed.
 
     Raises:
         UserError: one line that says what is wrong; nothing was submitted.
     """
     from hpc_imagenet.asking import asked
     from hpc_imagenet.compose import compose
+    from hpc_imagenet.session.reach import running
 
     words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
     wanted = asked(compose(words, multirun=True, config_dir=config_dir))
     if wanted.first.dry_run:
-        raise UserError("dry_run=true is of the command line: python -m hpc_imagenet … dry_run=true")
-    handles = [Handle(entry.run.folder) for entry in wanted.send()]
+        from hpc_imagenet.monitor.dry_run import describe
+
+        describe(wanted.jobs, wanted.record, wanted.executor)
+        return []
+    runs = [entry.run for entry in wanted.send()]
+    handles = [Handle(run.folder) for run in runs]
     if wanted.first.wait:
-        for handle in handles:
+        for run, handle in zip(runs, handles, strict=True):
             with contextlib.suppress(UserError):  # its state says so
-                handle.result()
+                if run.info.get("stage") == "session" and wanted.executor != "here":
+                    running(run)
+                else:
+                    handle.result()
     return handles
 
 
@@ -160,24 +169,34 @@ def jobs(name: str | None = None, workspace: str | Path | None = None) -> list[H
 
 
 def verb(name: str, *words: str) -> Any:
-    """Carry out a verb of the command line, such as `verb("report", "--json")`.
+    """Carry out a verb of the command line, such as `verb("report", "--json")` or `verb("jobs", "--help")`.
 
     Returns:
         With `--json` the list of objects, else the text that it printed.
 
     Raises:
         UserError: what was wrong, in one line; also where the verb finds something wrong, such as `verify`.
+            Its `printed` is the text until then.
     """
     from hpc_imagenet.errors import near
     from hpc_imagenet.verbs import VERBS, main
 
     if name not in VERBS:
         raise UserError(f"{name} is no verb{near(name, VERBS)}")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        code = main(name, words)
+    out, code = io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(out):
+            code = main(name, words)
+    except SystemExit as end:  # --help
+        code = int(end.code or 0)
+    except UserError as error:
+        error.printed = out.getvalue()
+        raise
+    printed = out.getvalue()
     if "--json" in words:
-        return json.loads(printed.getvalue())
+        return json.loads(printed)
     if code:
-        raise UserError(f"{name}: {(printed.getvalue().strip().splitlines() or ['it failed'])[-1].strip()}")
-    return printed.getvalue()
+        wrong = UserError(f"{name}: {(printed.strip().splitlines() or ['it failed'])[-1].strip()}")
+        wrong.printed = printed
+        raise wrong
+    return printed

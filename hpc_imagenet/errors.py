@@ -10,7 +10,12 @@ class UserError(Exception):
 
     The door prints `error: <line>` and exits with 2; a job writes the line into its outcome and exits
     with 1. Raise it for bad input only: a defect of this package keeps its traceback.
+
+    Attributes:
+        printed: from Python, what a verb had printed by then, such as all that the doctor found.
     """
+
+    printed = ""
 
 
 class Interrupted(Exception):

@@ -108,7 +108,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         )
         parser.add_argument("--json", action="store_true", help="a list of objects instead of lines")
     elif verb == "connect":
-        parser.add_argument("run", metavar="RUN")
+        parser.add_argument("run", metavar="RUN", help="also the session.name of a session")
     elif verb == "resume":
         parser.add_argument("run", metavar="RUN")
         parser.add_argument("settings", metavar="SETTING=VALUE", nargs="*", help="such as session.gpus=4")
@@ -187,13 +187,13 @@ def _retry(record: Record, options: argparse.Namespace) -> int:
 def _connect(record: Record, options: argparse.Namespace) -> int:
     from hpc_imagenet.session.reach import connect
 
-    return connect(record.find(options.run))
+    return connect(_find(record, options.run))
 
 
 def _pause(record: Record, options: argparse.Namespace) -> int:
     from hpc_imagenet.submission import cancel
 
-    for run in [_session(run) for run in _named(record, options.runs)]:
+    for run in [_session(_find(record, name)) for name in options.runs]:
         was = cancel(run, "paused: resume goes on")
         print(f"{'paused' if was.active else f'was {was.name} already'}  {run.id}")
     return 0
@@ -204,7 +204,7 @@ def _resume(record: Record, options: argparse.Namespace) -> int:
     from hpc_imagenet.compose import amended
     from hpc_imagenet.states import state
 
-    run = _session(record.find(options.run))
+    run = _session(_find(record, options.run))
     wait = [word for word in options.settings if word in ("wait=true", "wait=false")]
     settings = [word for word in options.settings if word not in wait]
     if state(run).active and settings:
@@ -224,6 +224,12 @@ def _resume(record: Record, options: argparse.Namespace) -> int:
 
         return connect(run)
     return 0
+
+
+def _find(record: Record, name: str) -> Run:
+    """Return the run that is called so, or the session of that session.name."""
+    label = f"session-{name}"
+    return record.find(label if any(run.info.get("label") == label for run in record.all()) else name)
 
 
 def _session(run: Run) -> Run:

@@ -23,7 +23,7 @@ MODEL = "mobilenet_v3_small"
 SETTINGS = [
     f"cluster={CLUSTER}",
     f"dataset={store.manifest.name}",  # it chooses a recipe; add recipe=NAME for another
-    f"datastore.url={folder.parents[1]}",
+    f"datastore.url={os.environ['HPC_IMAGENET_DATASTORE_URL']}",  # where the jobs of the sweep find it
     f"datastore.name={folder.parent.name}@{folder.name}",
 ]
 (config,) = compose([*SETTINGS, f"model={MODEL}"])

@@ -30,10 +30,10 @@ def connect(run: Run) -> int:
     """
     if run.info.get("stage") != "session":
         raise UserError(f"{run.id} is no session: +stage=session makes one, logs shows what others print")
-    attempt, told = _running(run)
+    attempt, told = running(run)
     ways = reach(run, attempt, told)
     width = max(map(len, ways))
-    print(f"{run.id} runs on {told.host}{_until(told)}")
+    print(f"{run.id} runs on {told.host}{_until(told)}{_again(told)}")
     for name, line in ways.items():
         print(f"  {name:{width}}  {line}", flush=True)
     return 0
@@ -51,7 +51,8 @@ def reach(run: Run, attempt: Attempt, told: Note) -> dict[str, str]:
     browser = f"{scheme}://{host}:{told.port}/lab?token={token}"
     ways: dict[str, str] = {}
     if told.way == "socket":
-        ways["tunnel"] = f"ssh -N -L {told.port}:{told.socket} -J {login} {user}@{told.host}"
+        node = f"-J {login} {user}@{told.host}" if job else login
+        ways["tunnel"] = f"ssh -N -L {told.port}:{told.socket} {node}"
     elif told.way == "address":
         ways["tunnel"] = f"ssh -N -L {told.port}:{told.host}:{told.port} {login}"
     elif job:
@@ -75,7 +76,12 @@ def reach(run: Run, attempt: Attempt, told: Note) -> dict[str, str]:
     return ways
 
 
-def _running(run: Run) -> tuple[Attempt, Note]:
+def running(run: Run) -> tuple[Attempt, Note]:
+    """Wait until a session answers; what it waits for is told on stderr.
+
+    Raises:
+        UserError: it has ended.
+    """
     said = ""
     while True:
         was, attempt = state(run), run.attempt
@@ -85,20 +91,31 @@ def _running(run: Run) -> tuple[Attempt, Note]:
         told = note(attempt) if was.name == RUNNING else None
         if told is not None:
             return attempt, told
-        words = _waits(was, attempt.submitted)
+        words = _waits(was, run, attempt)
         if words != said:
             print(words, file=sys.stderr, flush=True)
             said = words
         time.sleep(_EVERY)
 
 
-def _waits(was: State, submitted: dict[str, Any]) -> str:
+def _waits(was: State, run: Run, attempt: Attempt) -> str:
+    submitted: dict[str, Any] = attempt.submitted
     if was.name == RUNNING:
+        far = run.progress
+        if far.get("total") and far["time"] > attempt.started.get("time", ""):  # of this start
+            return f"it has begun: {far['note']}, {10 * int(10 * far['done'] / far['total'])}%"
         return "it has begun, and Jupyter starts"
     words = f"{was.name}: {was.reason}" if was.reason else was.name
     if submitted.get("executor") == "slurm" and (start := slurm.starts(str(submitted["job_id"]))):
         words += f"; Slurm expects it to start at {time.strftime('%Y-%m-%d %H:%M', time.localtime(start))}"
     return words
+
+
+def _again(told: Note) -> str:
+    if not told.restarts:
+        return ""
+    times = "once" if told.restarts == 1 else f"{told.restarts} times"
+    return f"; Slurm has started it again {times}, and earlier addresses are void"
 
 
 def _until(told: Note) -> str:

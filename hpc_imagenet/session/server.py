@@ -12,13 +12,11 @@ import contextlib
 import http.client
 import json
 import os
-import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -29,6 +27,7 @@ import psutil
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.session import keys
+from hpc_imagenet.session.place import Place
 
 _STARTS = (
     120.0  # s that it may take to answer; on a cold network file system Python's imports take their time
@@ -58,13 +57,13 @@ class Server:
 
     def __init__(self, run_folder: Path, notebooks: Path, way: str, port: int | None, hours: float) -> None:
         self.run_folder, self.notebooks, self.way = run_folder, notebooks, way
-        # Not $TMPDIR: the address of a socket has at most 107 bytes.
-        self.folder = Path(tempfile.mkdtemp(prefix="hpc_imagenet-", dir="/tmp"))
-        self.socket = str(self.folder / "jupyter") if way == "socket" else None
-        self.fingerprint: str | None = None
-        self.port = port or _free_port("" if way == "address" else "127.0.0.1")
         if port and way != "socket":
             _refuse_taken(port, "" if way == "address" else "127.0.0.1")
+        self.port = port or _free_port("" if way == "address" else "127.0.0.1")
+        self._place = Place()
+        self.folder = self._place.folder
+        self.socket = str(self.folder / "jupyter") if way == "socket" else None
+        self.fingerprint: str | None = None
         self._token = keys.new_token(run_folder)
         self._tls: ssl.SSLContext | None = None
         settings: dict[str, Any] = {
@@ -197,7 +196,7 @@ class Server:
                     child.kill()
         with contextlib.suppress(OSError):
             os.close(self._ends)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._place.close()
         (self.run_folder / keys.TOKEN).unlink(missing_ok=True)
 
     def _answers(self) -> bool:

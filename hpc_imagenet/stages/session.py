@@ -19,11 +19,13 @@ from typing import Any
 from hpc_imagenet import fence, slurm
 from hpc_imagenet.config import Config, cluster_for
 from hpc_imagenet.datastore import shelf, versions
+from hpc_imagenet.datastore.cache import Cache
 from hpc_imagenet.datastore.opening import scratch
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Attempt, Progress, Run
 from hpc_imagenet.session.life import Asked, Life
 from hpc_imagenet.session.note import Note, notebooks
+from hpc_imagenet.session.place import private
 from hpc_imagenet.session.server import Server
 from hpc_imagenet.world import World, cpus
 
@@ -52,8 +54,7 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     _examples(folder)
     environment = {"HPC_IMAGENET_WORKSPACE": config.workspace, "HPC_IMAGENET_CPUS": str(cpus(world))}
-    if store := _datastore(config, folder / "datastore", progress):
-        environment["HPC_IMAGENET_DATASTORE"] = str(store)
+    environment |= _datastore(config, folder / "datastore", progress)
     ends = min(began + 60 * asked.time, (slurm.ends() or float("inf")) - _IN_ORDER)
     way = _way(asked.listen)
     with Asked().listening() as signals:
@@ -76,12 +77,16 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
 
 
 def _way(listen: str) -> str:
-    """Return where to listen: a tunnel reaches a node's own socket only where the node answers ssh."""
+    """Return where to listen: a tunnel reaches what is the node's own only where the node answers ssh."""
+    job = slurm.this_job()
     if listen != "auto":
         return listen
-    if slurm.this_job() is None:
+    if job is None:
         return "loopback"
-    return "socket" if _answers_ssh() else "address"
+    if not _answers_ssh():
+        return "address"
+    # An array's task has an id of its own there.
+    return "loopback" if private(os.environ.get("SLURM_JOB_ID", job)) else "socket"
 
 
 def _answers_ssh() -> bool:
@@ -135,21 +140,21 @@ def _examples(folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _datastore(config: Config, link: Path, progress: Progress) -> Path | None:
-    """Link the version that was asked for into the session's folder, and return where it is.
+def _datastore(config: Config, link: Path, progress: Progress) -> dict[str, str]:
+    """Link the version that was asked for into the session's folder, and return the variables that tell of it.
 
-    Its files cannot be written: versions never change. What lies behind ssh or in a bucket is brought to the
-    node's own disk first.
+    What lies behind ssh or in a bucket is brought to the node's own disk first; jobs that are sent from the
+    session run on other nodes, so they are told where it came from.
 
     Raises:
         UserError: it is not to be had from this node.
     """
     link.unlink(missing_ok=True)
     if not config.session.datastore:
-        return None
+        return {}
     try:
         version = versions.open_version(config.datastore)
-        folder = version.folder
+        folder, url = version.folder, version.place.url
         if folder is None:
             folder = _brought(config, version, progress)
         if not os.access(folder / "manifest.json", os.R_OK):
@@ -159,7 +164,7 @@ def _datastore(config: Config, link: Path, progress: Progress) -> Path | None:
             f"{socket.gethostname()} has no datastore {config.session.datastore}: {error}"
         ) from None
     link.symlink_to(folder, target_is_directory=True)
-    return link
+    return {"HPC_IMAGENET_DATASTORE": str(link), "HPC_IMAGENET_DATASTORE_URL": url}
 
 
 def _brought(config: Config, version: versions.Version, progress: Progress) -> Path:
@@ -167,8 +172,9 @@ def _brought(config: Config, version: versions.Version, progress: Progress) -> P
     if not setting:
         raise UserError(f"it lies at {version.place.url}: cluster.scratch=FOLDER brings it to the node")
     entry = shelf.find(version.place, f"{version.name}@v{version.number}")
-    target = scratch(setting) / "datastores"
-    target.mkdir(parents=True, exist_ok=True)
+    # Beside the copies that trainings make there, of which the cache throws away what it has no room for.
+    target = Cache(scratch(setting)).folder / ".datastores"
+    target.mkdir(exist_ok=True)
     total = version.manifest.bytes
 
     def tell(done: int, _: str) -> None:
