@@ -33,6 +33,11 @@ def replacing(
         sync_folder(path.parent)
 
 
+def seal(descriptor: int) -> None:
+    """Let nobody write an open file any more who has not opened it yet; root is not held back."""
+    os.fchmod(descriptor, os.fstat(descriptor).st_mode & ~0o222)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` as indented JSON."""
     with replacing(path) as file:

@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 from door import Door, Gate
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 # Threads that wait by spinning make a training many times slower beside other work. Read with torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpc_imagenet.archives.remote import Origin
-from hpc_imagenet.durable import read_json, sync_folder, write_json
+from hpc_imagenet.durable import read_json, seal, sync_folder, write_json
 from hpc_imagenet.errors import UserError
 
 SUFFIX = ".part"
@@ -156,7 +156,8 @@ class Part:
         return os.fstat(self.file)
 
     def become_whole(self) -> None:
-        """Take the final name."""
+        """Take the final name, and be written no more."""
+        seal(self.file)
         self.path.replace(self.target)
         self.forget()
         sync_folder(self.target.parent)

@@ -30,7 +30,7 @@ from hpc_imagenet.datastore.index import ENTRY, Index
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.pack import Packer
 from hpc_imagenet.datastore.store import TAR_BLOCK
-from hpc_imagenet.durable import read_json, replacing, write_json
+from hpc_imagenet.durable import read_json, replacing, seal, write_json
 from hpc_imagenet.errors import UserError
 
 # Where an image of a shard lies; `row` is its place in the index. One left out as corrupt has length 0.
@@ -268,6 +268,7 @@ def _make(work: _Work, images: _Images) -> int:
                     placed[i] = (shard.rows[i], *put)
         if os.fstat(descriptor).st_mtime_ns != work.mtimes[shard.split]:
             raise _changed(work.archives[shard.split])
+        seal(file.fileno())  # a datastore will have it by a second name
     with replacing(path.with_suffix(".npy")) as file:
         np.save(file, placed, allow_pickle=False)
     made = Made(work.key, packer.size, packer.hash, len(shard.rows) - len(skipped), skipped)

@@ -34,7 +34,7 @@ from hpc_imagenet.datastore.transport import (
     hash_of,
     read_to_end,
 )
-from hpc_imagenet.durable import replacing, sync_folder
+from hpc_imagenet.durable import replacing, seal, sync_folder
 from hpc_imagenet.errors import UserError
 
 # What link() answers where it cannot, though a copy can.
@@ -104,6 +104,7 @@ class Folder:
             return False
         with replacing(target) as file:
             file.write(data)
+            seal(file.fileno())
         return True
 
     def remove(self, paths: Sequence[str]) -> None:

@@ -32,7 +32,8 @@ class Place:
         while True:
             self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=top))
             self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # no locks on this file system: then nobody sweeps it
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
             if os.fstat(self._lock).st_nlink:
                 return
             os.close(self._lock)  # another start has swept it before it was locked

@@ -29,7 +29,7 @@ from door import eventually
 from servers import free_port
 
 from hpc_imagenet.errors import Interrupted, UserError
-from hpc_imagenet.session import keys, life
+from hpc_imagenet.session import keys, life, place
 from hpc_imagenet.session.life import Asked, Life
 from hpc_imagenet.session.server import Server
 
@@ -49,7 +49,9 @@ def serving(folder: Path, way: str = "loopback", port: int | None = None) -> Ite
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("here")) as server:
+    port = free_port()
+    with serving(tmp_path_factory.mktemp("here"), port=port) as server:
+        assert server.port == port
         yield server
 
 
@@ -116,29 +118,44 @@ def printed(over: websocket.WebSocket, text: str) -> str:
     return said
 
 
-@pytest.mark.parametrize("way", ["loopback", "socket", "address"])
-def test_the_token_opens_it_and_nothing_else_does(tmp_path: Path, way: str) -> None:
-    with serving(tmp_path, way) as server:
-        token = keys.token(tmp_path)
-        assert ask(server, "/api/contents", token)["type"] == "directory"
-        for wrong in (None, "wrong", token[:-1], token.upper()):
-            assert ask(server, "/api/contents", wrong) == 403
-            assert ask(server, "/api/terminals", wrong, "POST") == 403
-        if way == "address":
-            over = connection(server)
-            over.connect()
-            shown = over.sock.getpeercert(binary_form=True)
-            over.close()
-            digest = subprocess.run(
-                ["openssl", "x509", "-inform", "der", "-noout", "-fingerprint", "-sha256"],
-                input=shown,
-                capture_output=True,
-                check=True,
-            )
-            assert digest.stdout.decode().strip().endswith(f"={server.fingerprint}")
-        else:
-            assert server.fingerprint is None
+def opens(server: Server) -> None:
+    """Nothing but the token opens a server."""
+    token = keys.token(server.run_folder)
+    assert ask(server, "/api/contents", token)["type"] == "directory"
+    for wrong in (None, "wrong", token[:-1], token.upper()):
+        assert ask(server, "/api/contents", wrong) == 403
+        assert ask(server, "/api/terminals", wrong, "POST") == 403
+
+
+def test_the_token_opens_it_and_nothing_else_does(here: Server) -> None:
+    opens(here)
+    assert here.fingerprint is None
+
+
+def test_at_an_address_it_has_a_certificate_and_a_port_of_its_own(tmp_path: Path, here: Server) -> None:
+    with serving(tmp_path, "address") as server:
+        opens(server)
+        over = connection(server)
+        over.connect()
+        shown = over.sock.getpeercert(binary_form=True)
+        over.close()
+        command = ["openssl", "x509", "-inform", "der", "-noout", "-fingerprint", "-sha256"]
+        digest = subprocess.run(command, input=shown, capture_output=True, check=True)
+        assert digest.stdout.decode().strip().endswith(f"={server.fingerprint}")
+        assert server.port != here.port
+        assert ask(server, "/api/status", keys.token(here.run_folder)) == 403
+
+
+def test_at_a_socket_it_is_shut_down_from_within_and_leaves_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path, "socket") as server:
+        opens(server)
+        assert server.fingerprint is None
+        thread, _, ended = lives(server, Asked())
+        post(server, "/api/shutdown")
+        thread.join()
         folder = server.folder
+        assert folder.exists()
+    assert ended == ["shut down from within"]
     assert not folder.exists()
     assert not (tmp_path / keys.TOKEN).exists()
 
@@ -151,12 +168,12 @@ def test_each_start_has_a_token_of_its_own_that_its_owner_alone_can_read(tmp_pat
     assert keys.token(tmp_path) in tokens
 
 
-def test_the_token_is_in_no_process_and_no_output(tmp_path: Path) -> None:
+def test_the_token_is_in_no_process_and_no_output_and_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from hpc_imagenet.session.server import Server; "
         "f = Path(sys.argv[1]); (f / 'notebooks').mkdir(); "
         "s = Server(f, f / 'notebooks', 'loopback', None, 1); "
-        "s.start({}); print(s.port, flush=True); input(); s.close()"
+        "s.start({}); print(s.folder, s.port, flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, tmp_path],
@@ -166,21 +183,27 @@ def test_the_token_is_in_no_process_and_no_output(tmp_path: Path) -> None:
         text=True,
     ) as process:
         assert process.stdout
-        assert process.stdin
         lines = []
-        while not (lines and lines[-1].strip().isdigit()):
+        while not (lines and lines[-1].startswith(f"{place.TOP}/")):
             lines.append(process.stdout.readline())
+        folder, port = Path(lines[-1].split()[0]), int(lines[-1].split()[1])
         token = keys.token(tmp_path)
-        with socket.create_connection(("127.0.0.1", int(lines[-1]))) as over:  # as a browser's first visit
+        with socket.create_connection(("127.0.0.1", port)) as over:  # as a browser's first visit
             over.sendall(f"GET /lab?token={token} HTTP/1.0\r\n\r\n".encode())
             assert b"200 OK" in over.recv(4096)
         told = []
         for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             told += [" ".join(each.cmdline()), " ".join(each.environ().values())]
-        lines += process.communicate("\n")[0].splitlines()
+        assert folder not in place.sweep()
+        process.kill()
+        lines += process.stdout.readlines()  # until the last of them has ended
     assert len(told) >= 4
     assert not any(token in line for line in [*told, *lines])
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_text("latin-1")]
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_text("latin-1")]
+    assert written == [tmp_path / keys.TOKEN]  # of a killed one; the next start replaces it
+    # Another session of this user may have been quicker.
+    assert folder in place.sweep() or not folder.exists()
+    assert not folder.exists()
 
 
 def test_kernels_are_reached_by_sockets_that_are_nobody_elses(here: Server) -> None:
@@ -208,15 +231,6 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / keys.TOKEN).exists()
 
 
-def test_two_of_them_have_a_port_each_and_one_that_is_asked_for_is_taken(
-    tmp_path: Path, here: Server
-) -> None:
-    port = free_port()
-    with serving(tmp_path, port=port) as server:
-        assert server.port == port != here.port
-        assert ask(server, "/api/status", keys.token(here.run_folder)) == 403
-
-
 def test_jupyter_that_breaks_down_at_once_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,23 +240,6 @@ def test_jupyter_that_breaks_down_at_once_is_one_line(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with pytest.raises(UserError, match="exit code 1 before it answered"), serving(tmp_path / "run"):
         pass
-
-
-def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from hpc_imagenet.session.server import Server; "
-        "f = Path(sys.argv[1]); (f / 'notebooks').mkdir(); "
-        "s = Server(f, f / 'notebooks', 'socket', None, 1); "
-        "s.start({}); print(s._process.pid, flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        jupyter = psutil.Process(int(process.stdout.readline()))
-        process.kill()
-        process.wait()
-        eventually(lambda: not jupyter.is_running() or jupyter.status() == psutil.STATUS_ZOMBIE, 30)
 
 
 def lives(server: Server, asked: Asked, **more: Any) -> tuple[threading.Thread, list[str], list[str]]:
@@ -295,27 +292,18 @@ def test_the_signal_of_a_time_limit_is_no_interruption(here: Server) -> None:
         assert ended == [told]
 
 
-def test_a_cell_that_runs_is_activity_and_an_open_tab_is_not(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        over = execute(server, "import time; print('be' + 'gun', flush=True); time.sleep(600)")
-        printed(over, "begun")
-        asked = Asked()
-        thread, _, ended = lives(server, asked, idle_minutes=0.03)
-        time.sleep(4)  # twice as long as it may be idle
-        assert not ended
-        (kernel,) = server.ask("/api/kernels")
-        ask(server, f"/api/kernels/{kernel['id']}/interrupt", keys.token(tmp_path), "POST")
-        while not ended:  # a tab asks all the time
-            ask(server, "/api/sessions", keys.token(tmp_path))
-            time.sleep(0.1)
-        thread.join()
-        over.close()
-    assert ended == ["0.03 minutes without activity"]
-
-
-def test_shut_down_from_within(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        thread, _, ended = lives(server, Asked())
-        post(server, "/api/shutdown")
-        thread.join()
-    assert ended == ["shut down from within"]
+def test_a_cell_that_runs_is_activity_and_an_open_tab_is_not(here: Server) -> None:
+    over = execute(here, "import time; print('be' + 'gun', flush=True); time.sleep(600)")
+    printed(over, "begun")
+    asked = Asked()
+    thread, _, ended = lives(here, asked, idle_minutes=0.02)
+    time.sleep(2.4)  # twice as long as it may be idle
+    assert not ended
+    (kernel,) = [each for each in here.ask("/api/kernels") if each["execution_state"] == "busy"]
+    ask(here, f"/api/kernels/{kernel['id']}/interrupt", keys.token(here.run_folder), "POST")
+    while not ended:  # a tab asks all the time
+        ask(here, "/api/sessions", keys.token(here.run_folder))
+        time.sleep(0.1)
+    thread.join()
+    over.close()
+    assert ended == ["0.02 minutes without activity"]

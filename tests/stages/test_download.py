@@ -55,6 +55,8 @@ def test_over_http(tmp_path: Path, source: Path) -> None:
         config = config_of(tmp_path, url)
         assert ask(download, config) == {"bytes": size, "files": 3, "downloaded": size}
         assert_whole(tmp_path, source)
+        made = [tmp_path / "archives/numbers" / file for file in FILES.values()]
+        assert not [path for path in made if path.stat().st_mode & 0o222]
         got = receipt.load(tmp_path / "archives/numbers" / FILES["train"])
         assert got
         assert (got.verified, got.source) == ("md5sums", url)

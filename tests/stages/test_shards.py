@@ -165,6 +165,8 @@ def test_whole_shards_are_left_alone_and_others_made_again(tmp_path: Path, sourc
     shards = sorted(dataset(config).rglob("*.tar"))
     inodes = [path.stat().st_ino for path in shards]
     shards[1].with_suffix(".json").unlink()
+    assert not [path for path in shards if path.stat().st_mode & 0o222]
+    shards[2].unlink()
     shards[2].write_bytes(b"short")
     (shards[0].parent / ".train-00003.tar.abc.tmp").write_bytes(b"left by a kill")
     shards[3].unlink()

@@ -66,6 +66,8 @@ def assert_whole(version: Path) -> None:
         assert file_of(version / file.path, file.path, file.hash.partition(":")[0]) == file
     there = {str(path.relative_to(version)) for path in version.rglob("*") if path.is_file()}
     assert there == {"manifest.json", *(file.path for file in manifest.all_files())}
+    linked = {shard.path for shard in manifest.shards}  # they have the mode of their archive
+    assert not [path for path in there - linked if (version / path).stat().st_mode & 0o222]
 
 
 def snapshot(at: Path) -> dict[str, tuple[int, int, int]]:
