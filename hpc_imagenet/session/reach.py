@@ -89,7 +89,8 @@ def running(run: Run) -> tuple[Attempt, Note]:
             why = f": {was.reason}" if was.reason else ""
             raise UserError(f"{run.id} has ended ({was.name}{why}): resume {run.id} takes it up again")
         told = note(attempt) if was.name == RUNNING else None
-        if told is not None:
+        # Slurm may have begun it again already, while what stands there is still of the start before.
+        if told is not None and told.restarts >= was.restarts:
             return attempt, told
         words = _waits(was, run, attempt)
         if words != said:

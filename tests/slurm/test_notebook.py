@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,17 +64,12 @@ def ways(told: str) -> dict[str, str]:
 class Tunnel:
     """The line that connect prints, typed on a machine that reaches nothing but the login node."""
 
-    def __init__(self, lab: Lab, folder: Path, line: str) -> None:
-        if SSHD is None:
-            pytest.skip("sshd is missing: apt-get install openssh-server")
-        # There is no way from here into the lab, so sshd speaks over a pipe.
-        inside = f"{LAB} --dir {lab.folder} login {SSHD} -i -f {folder}/sshd_config"
-        keys_for_ssh(folder, "", f" ProxyCommand {inside}\n")
+    def __init__(self, config: Path, line: str) -> None:
         words = line.split()
         assert words[:3] == ["ssh", "-N", "-L"]
         self.port = int(words[3].partition(":")[0])
         self.process = subprocess.Popen(
-            ["ssh", "-F", str(folder / "ssh_config"), "-o", "ExitOnForwardFailure=yes", *words[1:]]
+            ["ssh", "-F", str(config), "-o", "ExitOnForwardFailure=yes", *words[1:]]
         )
         eventually(self.stands)
 
@@ -86,13 +83,26 @@ class Tunnel:
         self.process.wait()
 
 
+def client(lab: Lab, folder: Path) -> Path:
+    """Return the ~/.ssh/config of such a machine: keys, and a login node that is called `there`."""
+    if SSHD is None:
+        pytest.skip("sshd is missing: apt-get install openssh-server")
+    # There is no way from here into the lab, so sshd speaks over a pipe.
+    inside = f"{LAB} --dir {lab.folder} login {SSHD} -i -f {folder}/sshd_config"
+    keys_for_ssh(folder, "", f" ProxyCommand {inside}\n")
+    config = folder / "ssh_config"
+    keys = [line for line in config.read_text().splitlines() if not line.startswith(("Host", " ProxyCommand"))]
+    config.write_text("\n".join([config.read_text(), "Host n*", *keys, ""]))
+    return config
+
+
 def edit(path: Path) -> None:
     """Make a notebook short: seconds of training, and a sweep of one run of an epoch, on the lab."""
     text = path.read_text()
     for long, short in (
         ('CLUSTER = \\"auto\\"', 'CLUSTER = \\"lab\\"'),
         ("seconds=10", "seconds=1"),
-        ("MINUTES = 1", "MINUTES = 0.1"),
+        ("MINUTES = 1", "MINUTES = 0.03"),
         ("model=resnet18,mobilenet_v3_small", "model=mobilenet_v3_small"),
         ('\\"seed=0\\"', '\\"seed=0\\", \\"recipe.epochs=1\\"'),
     ):
@@ -123,13 +133,19 @@ def said(page: Chrome) -> str:
     return "\n".join(outputs(page, "", "innerText"))
 
 
+def connected(page: Chrome) -> bool:
+    """Whether the notebook listens to its kernel; Lab asks which one is meant where it is run before."""
+    asked = "return fetch('/api/kernels').then(answer => answer.json())"
+    return [each["connections"] for each in page.execute_script(asked)] == [1]
+
+
 def test_a_browser_runs_the_notebook_through_a_tunnel(
     session: LabDoor, site: LabDoor, lab: Lab, tmp_path: Path
 ) -> None:
     folder = ask(session, site)
     told = ways(session("connect", "session-ana").stdout)
     edit(folder / "notebooks/prototype.ipynb")
-    tunnel = Tunnel(lab, tmp_path, told["tunnel"])
+    tunnel = Tunnel(client(lab, tmp_path), told["tunnel"])
     try:
         shown = ssl.get_server_certificate(("localhost", tunnel.port))
         certificate = x509.load_pem_x509_certificate(shown.encode())
@@ -143,8 +159,7 @@ def test_a_browser_runs_the_notebook_through_a_tunnel(
             assert page.find_elements(By.CSS_SELECTOR, "input[type=password]")
             assert not page.find_elements(By.CSS_SELECTOR, "#jp-top-panel, .jp-LabShell")
             page.get(told["browser"].replace("/lab?", "/lab/tree/prototype.ipynb?"))
-            idle = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
-            eventually(lambda: bool(page.find_elements(By.CSS_SELECTOR, idle)), 120)
+            eventually(lambda: connected(page), 120)
             click(page, ".lm-MenuBar-itemLabel", "Run")
             click(page, "[data-command='runmenu:run-all']:not(.lm-mod-disabled)")
             # The last cell tells of the sweep, which was sent from the first of them on.
@@ -226,23 +241,92 @@ def test_another_user_of_the_node_gets_nothing(session: LabDoor, site: LabDoor, 
     assert got["/files/prototype.ipynb"] in ("login", 403)
 
 
-def test_the_template_is_a_session_as_any_other(session: LabDoor, site: LabDoor, lab: Lab) -> None:
-    settings = (*ASK[1:], f"datastore.url={site.workspace}/datastores", "session.listen=socket")
+def get(url: str, token: str) -> Any:
+    """Return the JSON behind a tunnel, or the status of a refusal."""
+    request = urllib.request.Request(url, headers={"Authorization": f"token {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_a_node_that_answers_ssh_is_reached_by_it_and_again_after_a_preemption(
+    session: LabDoor, site: LabDoor, lab: Lab, tmp_path: Path
+) -> None:
+    """By the template: a socket through a tunnel, VSCode's way, and both once more after Slurm's second start."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may listen at a node's port 22")
+    config = client(lab, tmp_path)
+    lab.sbatch(f"exec {SSHD} -D -f {tmp_path}/sshd_config", "--partition=high", "--nodelist=n1", "--mem=100")
     options = ("--gpus-per-node=0", "--cpus-per-task=2", "--mem=1G", "--time=10", "--signal=USR2@30")
-    command = ["sbatch", "--parsable", "--output=out", *options, ROOT / "slurm/session.sbatch", *settings]
-    env = {**session.env, "PATH": f"{Path(sys.executable).parent}:{session.env['PATH']}"}
+    where = ("--partition=low", "--nodelist=n1", "--output=out")
+    settings = (*ASK[1:], f"datastore.url={site.workspace}/datastores")
     done = subprocess.run(
-        command, env=env, cwd=session.cwd, capture_output=True, text=True, timeout=60, check=True
+        ["sbatch", "--parsable", *where, *options, ROOT / "slurm/session.sbatch", *settings],
+        env={**session.env, "PATH": f"{Path(sys.executable).parent}:{session.env['PATH']}"},
+        cwd=session.cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
+    job = done.stdout.strip()
     eventually(lambda: bool(session.runs()), 60)
     eventually(lambda: session.states() == ["running"], 60)
-    told = ways(session("connect", "session-ana").stdout)
-    assert told["shell"] == f"srun --overlap --jobid {done.stdout.strip()} --pty bash"
-    assert re.fullmatch(r"ssh -N -L \d+:/tmp/hpc_imagenet-\w+/jupyter -J \S+@there \S+@n\d", told["tunnel"])
-    # The allocation's end comes before session.time, and the session's own before that.
-    assert re.match(r"this session ends in [78] minutes", told["mind"])
+    tokens = []
+    for start in range(2):
+        shown = session("connect", "ana").stdout
+        told = ways(shown)
+        assert told["shell"] == f"srun --overlap --jobid {job} --pty bash"
+        assert re.fullmatch(
+            r"ssh -N -L \d+:/tmp/hpc_imagenet-session-\w+/jupyter -J \S+@there \S+@n1", told["tunnel"]
+        )
+        # The allocation's end comes before session.time, and the session's own before that.
+        assert re.match(r"this session ends in [78] minutes", told["mind"])
+        base, _, token = told["browser"].partition("/lab?token=")
+        tokens.append(token)
+        tunnel = Tunnel(config, told["tunnel"])
+        try:
+            names = {entry["name"] for entry in get(f"{base}/api/contents", token)["content"]}
+            assert get(f"{base}/api/contents", tokens[0][::-1]) == 403
+            if start:
+                assert get(f"{base}/api/contents", tokens[0]) == 403
+        finally:
+            tunnel.close()
+        assert names >= {"prototype.ipynb", "datastore"} | ({"mine.txt"} if start else set())
+        assert ("Slurm has started it again once" in shown) == bool(start)
+        assert session.jobs()[0]["requeued"] == start
+        if not start:
+            over_ssh(config, told)
+            # As many CPUs as are there without this session's two.
+            lab.sbatch("sleep 1", "--partition=high", "--nodelist=n1", "--cpus-per-task=6", "--mem=100")
+            eventually(lambda: lab.job(job)["Restarts"] == "1", 60)
+    assert len(set(tokens)) == 2
     assert "token=" not in (session.cwd / "out").read_text()
-    session("pause", "session-ana")
+    session("pause", "ana")
+
+
+def over_ssh(config: Path, told: dict[str, str]) -> None:
+    """Do what VSCode does: a shell on the node, by the lines for ~/.ssh/config."""
+    line = re.fullmatch(
+        r"Host (\S+), with ProxyJump (\S+) and User (\S+): once, for VSCode", told["~/.ssh/config"]
+    )
+    assert line
+    with config.open("a") as file:
+        file.write("Host {0}\n ProxyJump {1}\n User {2}\n".format(*line.groups()))
+    *_, host, folder = told["VSCode"].split()
+    assert told["VSCode"] == f"code --remote {host} {folder}"
+    shell = subprocess.run(
+        ["ssh", "-T", "-F", config, host.removeprefix("ssh-remote+"), "bash"],
+        input=f"hostname; cd {folder} && ls; echo kept > mine.txt",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert shell.stdout.split()[0] == "n1"
+    assert "prototype.ipynb" in shell.stdout
 
 
 def test_a_session_that_waits_says_for_what_and_for_how_long(
