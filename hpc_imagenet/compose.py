@@ -170,7 +170,8 @@ def _typed(composed: DictConfig) -> Config:
     # A job stands elsewhere: what is relative is relative to where the command was given.
     config.workspace = _absolute(config.workspace)
     config.dataset.source = _absolute(config.dataset.source)
-    config.datastore.url = _absolute(config.datastore.url)
+    if not re.match(r"[^/]+:", config.datastore.url):  # s3://…, file:…, user@host:…, a host of ~/.ssh/config
+        config.datastore.url = _absolute(config.datastore.url)
     if config.download.login is not None:
         config.download.login = _absolute(config.download.login)
     if config.model.weights is not None and not names_weights(config.model.weights):
@@ -192,7 +193,7 @@ def _refuse_strangers(node: Any, prefix: str = "") -> None:
 
 
 def _absolute(place: str) -> str:
-    remote = "://" in place or place.startswith("file:") or re.match(r"[^/]+@[^/]+:", place)
+    remote = "://" in place or place.startswith("file:")
     return place if remote else str(Path(place).expanduser().absolute())
 
 

@@ -157,8 +157,8 @@ def test_relative_places_are_those_of_the_caller(tmp_path: Path, monkeypatch: py
     assert config.workspace == str(tmp_path / "w")
     assert config.dataset.source == str(tmp_path / "in")
     assert config.datastore.url == str(tmp_path / "w" / "datastores")
-    assert one("datastore.url=s3://bucket/prefix").datastore.url == "s3://bucket/prefix"
-    assert one("datastore.url=me@host:/data").datastore.url == "me@host:/data"
+    for url in ("me@host:/data", "host:/data", "s3://bucket/prefix"):
+        assert one(f"datastore.url={url}").datastore.url == url
 
 
 def test_a_users_own_folder_of_groups(tmp_path: Path) -> None:

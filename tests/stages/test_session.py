@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
 import subprocess
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 from door import Door, eventually
+from servers import credentials, rclone, sshd
 
+import hpc_imagenet
 from hpc_imagenet import check
+from hpc_imagenet.compose import compose
+from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.runs import Progress, Record, Run
+from hpc_imagenet.stages import session
 
 ASK = ("+stage=session", "dataset=digits", "cluster=local", "session.name=ana")
 
@@ -38,13 +47,28 @@ def api(url: str, path: str = "/api/contents") -> str:
     return f"{base}{path}?{query}"
 
 
+@pytest.fixture
+def bucket(door: Door) -> Iterator[str]:
+    """A bucket that the jobs of the door know, too."""
+    (door.cwd / "bucket").mkdir()
+    with rclone(door.cwd) as endpoint, pytest.MonkeyPatch.context() as patch:
+        credentials(patch, endpoint)
+        door.env |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        yield "datastore.url=s3://bucket/stores"
+
+
 @pytest.mark.slow
-def test_a_session_is_reached_paused_and_resumed_in_another_size(door: Door) -> None:
-    for stage in ("download", "process", "upload"):
-        door(f"+stage={stage}", "dataset=digits", "cluster=here")
+def test_a_session_is_reached_paused_and_resumed_with_other_settings(door: Door, bucket: str) -> None:
+    for words in (["+stage=download"], ["+stage=process"], ["+stage=upload"], ["+stage=upload", bucket]):
+        door(*words, "dataset=digits", "cluster=here")
     told = door.process(*ASK, "session.datastore=digits", "wait=true").stdout
     url = browser(told)
-    (row,) = [row for row in door.jobs() if row["stage"] == "session"]
+
+    def now() -> dict[str, Any]:
+        (row,) = [row for row in door.jobs() if row["stage"] == "session"]
+        return row
+
+    row = now()
     run, folder = row["run"], Path(row["dir"])
     assert row["state"] == "running"
     assert url.startswith("http://127.0.0.1:")
@@ -68,38 +92,70 @@ def test_a_session_is_reached_paused_and_resumed_in_another_size(door: Door) -> 
     (folder / "notebooks/mine.txt").write_text("kept")
     (folder / "notebooks/prototype.ipynb").write_text("{}")
 
+    # What is sent from a session need not wait for its end.
+    door("+stage=download", "dataset=digits", "dataset.name=more", "cluster=local", "wait=true")
+    assert door.states()[4:] == ["running", "finished"]
+
+    with mock.patch.dict(os.environ, door.env, clear=True):
+        assert hpc_imagenet.verb("connect", "ana") == door("connect", "ana").stdout
+        assert hpc_imagenet.submit(" ".join([*ASK, "wait=true"]))[0].id == run  # it waits for no end
+
     assert "under way already" in door(*ASK).stdout
     assert "pause it first" in door.refused("resume", run, "session.time=30")
-    assert door("pause", "session-ana").stdout.startswith("paused")
-    row = door.jobs()[-1]
+    assert door("pause", "ana").stdout.startswith("paused")
+    row = now()
     assert (row["state"], row["reason"]) == ("cancelled", "paused: resume goes on")
     eventually(lambda: not [p for p in door.processes() if "jupyter_server" in p.cmdline()])
     assert "has ended" in door("connect", run, code=2).stderr
 
-    told = door.process("resume", run, "session.time=30", "wait=true").stdout
+    far = ("session.time=5", bucket, f"cluster.scratch={door.cwd}/scratch")
+    done = door.process("resume", run, *far, "wait=true")
+    told = done.stdout
+    assert re.search(r"bringing digits@v1 to this node, \d+%", done.stderr)
+    brought = (folder / "notebooks/datastore").resolve()
+    assert brought.is_relative_to(door.cwd / "scratch")
+    assert Store(brought).manifest.images == 1797
+    assert not [path for path in brought.rglob("*") if path.is_file() and path.stat().st_mode & 0o222]
+    eventually(lambda: "mind" in door("connect", run).stdout)
+    assert "this session ends in 5 minutes" in door("connect", run).stdout
+    assert now()["progress"]["note"].startswith("ends soon: 0:04 h left")
     assert (folder / "notebooks/mine.txt").read_text() == "kept"
     assert (folder / "notebooks/prototype.ipynb").read_text() == "{}"
     assert browser(told) != url
     assert opens(browser(told)) == 200
     frozen = yaml.safe_load((folder / "config.yaml").read_text())
-    assert frozen["session"]["time"] == 30
+    assert frozen["session"]["time"] == 5
     assert frozen["datastore"]["version"] == 1
-    assert door.jobs()[-1]["attempt"] == 2
+    assert now()["attempt"] == 2
     door("cancel", run)
 
-    shutil.move(door.workspace / "datastores", door.workspace / "elsewhere")
+    door("datastores", "delete", "digits@v1", "--yes", bucket)
     door("retry", run)
-    door.until("finished", "finished", "finished", "failed")
-    assert re.match(r"\S+ has no datastore digits: no datastore digits in ", door.jobs()[-1]["reason"])
+    eventually(lambda: now()["state"] == "failed", 60)
+    assert re.match(r"\S+ has no datastore digits: no datastore digits in s3://", now()["reason"])
     assert not (folder / "notebooks/datastore").is_symlink()
 
 
 @pytest.mark.slow
-def test_jobs_that_are_sent_from_a_session_need_not_wait_for_its_end(door: Door) -> None:
-    door.process(*ASK, "wait=true")
-    door("+stage=download", "dataset=digits", "cluster=local", "wait=true")
-    assert door.states() == ["running", "finished"]
-    door("cancel", "session-ana")
+def test_a_datastore_behind_ssh_is_brought_to_the_node(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sshd(door.cwd) as shell:
+        monkeypatch.setenv("RSYNC_RSH", shell)
+        door.env["RSYNC_RSH"] = shell
+        url = f"datastore.url=there:{door.cwd}/stores"
+        for words in (["+stage=download"], ["+stage=process"], ["+stage=upload", url]):
+            door(*words, "dataset=digits", "cluster=here")
+        told = door.refused(*ASK, "session.datastore=digits", url)
+        assert f"lies at there:{door.cwd}/stores, where no files can be linked: cluster.scratch=FOLDER" in told
+        words = [*ASK, "session.datastore=digits", url, f"cluster.scratch={door.cwd}/scratch"]
+        (config,) = compose([*words, f"workspace={door.workspace}"])
+        link = door.cwd / "datastore"
+        variables = session._datastore(config, link, Progress(Run(door.cwd)))
+    assert variables == {
+        "HPC_IMAGENET_DATASTORE": str(link),
+        "HPC_IMAGENET_DATASTORE_URL": f"there:{door.cwd}/stores",
+    }
+    assert link.resolve().is_relative_to(door.cwd / "scratch")
+    assert Store(link).manifest.images == 1797
 
 
 @pytest.mark.slow
@@ -124,7 +180,8 @@ def test_a_session_that_could_not_work_is_refused(door: Door, monkeypatch: pytes
 
 
 def test_verbs_of_sessions_leave_other_runs_alone(door: Door) -> None:
-    door("+stage=download", "dataset=digits", "cluster=here")
+    about = {"stage": "download", "label": "download-digits"}
+    Record(door.workspace).create("c0ffee00-download-digits", {}, about)
     for verb in ("connect", "pause", "resume"):
         assert "is no session" in door.refused(verb, "download-digits")
 
