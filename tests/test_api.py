@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from unittest import mock
 
 import pytest
 from door import Door, Gate
+from sample_dataset import make_dataset
 
 import hpc_imagenet
 from hpc_imagenet import Handle, UserError
+from hpc_imagenet.verbs import VERBS
 
 
 @pytest.fixture
@@ -88,11 +91,63 @@ def test_a_result_is_what_the_stage_returned(python: Door, tmp_path: Path) -> No
     assert "digits" in hpc_imagenet.verb("jobs")
 
 
+def test_a_dry_run_prints_what_the_command_line_does(
+    python: Door, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["+stage=pipeline", "dataset=digits", "cluster=local", "dry_run=true"]
+    assert hpc_imagenet.submit(words) == []
+    printed = capsys.readouterr().out
+    told = python(*words).stdout
+    assert told == f"{told.splitlines()[0]}\n{printed}"
+    assert "would be submitted" in printed
+    assert not python.runs()
+
+
+# Each verb where all is well, and where something is not. A session is tried in stages/test_session.py.
+VERB = {
+    "jobs": ["", "--json", "--wrong"],
+    "logs": ["download-digits", "nothing"],
+    "cancel": ["download-digits", ""],
+    "retry": ["download-digits"],
+    "connect": ["download-digits"],
+    "pause": ["download-digits"],
+    "resume": ["download-digits session.time=5"],
+    "report": ["", "--json"],
+    "verify": ["digits --quick", "broken --quick", "nothing"],
+    "datastores": ["", "--json", "list", "show nothing", "sweep", "fetch"],
+    "doctor": ["cluster=nowhere", "strange"],
+}
+
+
+def test_every_verb_says_the_same_from_python(python: Door) -> None:
+    for stage in ("download", "process"):
+        python(f"+stage={stage}", "dataset=digits", "cluster=here")
+    make_dataset(python.workspace, "broken")
+    (python.workspace / "archives/broken/train-1.tar").unlink()
+    assert set(VERB) == set(VERBS)
+    codes = set()
+    for name, lines in VERB.items():
+        for line in [*lines, "--help"]:
+            words = (name, *line.split())
+            typed = python(*words, code=None)
+            codes.add(typed.returncode)
+            if typed.returncode == 0:
+                told = hpc_imagenet.verb(*words)
+                assert told == (json.loads(typed.stdout) if "--json" in words else typed.stdout), words
+                continue
+            with pytest.raises(UserError) as error:
+                hpc_imagenet.verb(*words)
+            assert error.value.printed == typed.stdout, words
+            assert "\n" not in str(error.value)
+            last = typed.stderr.removeprefix("error: ") or f"{name}: {typed.stdout.splitlines()[-1].strip()}"
+            assert str(error.value) == last.strip(), words
+    assert codes == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("act", "told"),
     [
         (lambda: hpc_imagenet.submit("model=resnet81 cluster=local"), "resnet18"),
-        (lambda: hpc_imagenet.submit("+stage=download dataset=digits cluster=local dry_run=true"), "dry_run"),
         (lambda: hpc_imagenet.jobs("nothing"), "no run nothing"),
         (lambda: hpc_imagenet.verb("repport"), "near: report"),
     ],

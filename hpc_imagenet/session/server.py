@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from hpc_imagenet.durable import write_json
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.session import keys
 from hpc_imagenet.session.place import Place
@@ -36,6 +37,7 @@ _ANSWERS = 10.0  # s
 _ENDS = 10.0  # s between SIGTERM and SIGKILL
 # Of the job this process is: a kernel that trains, or sends jobs, would take itself for a task of it.
 _JOBS = ("SLURM", "SRUN_", "SBATCH_", "SUBMITIT_", "PMI", "HPC_IMAGENET_CPUS")
+_NEWS = "@jupyterlab/apputils-extension:announcements"  # asks whether to look for news
 _PORTS = 10_000, 20_000  # the first, and how many: below those that the kernel gives away
 
 
@@ -107,6 +109,10 @@ class Server:
         """
         kept = self.run_folder / "jupyter"
         env = {k: v for k, v in os.environ.items() if not k.startswith(_JOBS) or k == "SLURM_CONF"}
+        page = kept / "config" / "labconfig" / "page_config.json"
+        if not page.exists():
+            page.parent.mkdir(parents=True, exist_ok=True)
+            write_json(page, {"disabledExtensions": {_NEWS: True}})
         env |= {
             "JUPYTER_CONFIG_DIR": str(kept / "config"),
             "JUPYTER_DATA_DIR": str(kept / "data"),

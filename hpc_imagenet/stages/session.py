@@ -141,7 +141,7 @@ def _examples(folder: Path) -> None:
 
 
 def _datastore(config: Config, link: Path, progress: Progress) -> dict[str, str]:
-    """Link the version that was asked for into the session's folder, and return the variables that tell of it.
+    """Link the version that was asked for into the session's folder; return the variables that tell of it.
 
     What lies behind ssh or in a bucket is brought to the node's own disk first; jobs that are sent from the
     session run on other nodes, so they are told where it came from.

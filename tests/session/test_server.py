@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +26,6 @@ from typing import Any
 import psutil
 import pytest
 import websocket
-from door import eventually
 from servers import free_port
 
 from hpc_imagenet.errors import Interrupted, UserError
@@ -130,6 +130,16 @@ def opens(server: Server) -> None:
 def test_the_token_opens_it_and_nothing_else_does(here: Server) -> None:
     opens(here)
     assert here.fingerprint is None
+
+
+def test_nobody_is_asked_about_news_which_nodes_do_not_reach(here: Server) -> None:
+    over = connection(here)
+    over.request("GET", "/lab", headers={"Authorization": f"token {keys.token(here.run_folder)}"})
+    page = over.getresponse().read().decode()
+    over.close()
+    found = re.search(r"jupyter-config-data[^>]*>(.*?)</script>", page, re.DOTALL)
+    assert found
+    assert "@jupyterlab/apputils-extension:announcements" in json.loads(found[1])["disabledExtensions"]
 
 
 def test_at_an_address_it_has_a_certificate_and_a_port_of_its_own(tmp_path: Path, here: Server) -> None:

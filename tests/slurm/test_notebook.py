@@ -91,7 +91,9 @@ def client(lab: Lab, folder: Path) -> Path:
     inside = f"{LAB} --dir {lab.folder} login {SSHD} -i -f {folder}/sshd_config"
     keys_for_ssh(folder, "", f" ProxyCommand {inside}\n")
     config = folder / "ssh_config"
-    keys = [line for line in config.read_text().splitlines() if not line.startswith(("Host", " ProxyCommand"))]
+    keys = [
+        line for line in config.read_text().splitlines() if not line.startswith(("Host", " ProxyCommand"))
+    ]
     config.write_text("\n".join([config.read_text(), "Host n*", *keys, ""]))
     return config
 
@@ -254,7 +256,7 @@ def get(url: str, token: str) -> Any:
 def test_a_node_that_answers_ssh_is_reached_by_it_and_again_after_a_preemption(
     session: LabDoor, site: LabDoor, lab: Lab, tmp_path: Path
 ) -> None:
-    """By the template: a socket through a tunnel, VSCode's way, and both once more after Slurm's second start."""
+    """By the template: a socket through a tunnel, VSCode's way, and once more after Slurm's second start."""
     if os.geteuid() != 0:
         pytest.skip("only root may listen at a node's port 22")
     config = client(lab, tmp_path)
@@ -314,7 +316,7 @@ def over_ssh(config: Path, told: dict[str, str]) -> None:
     )
     assert line
     with config.open("a") as file:
-        file.write("Host {0}\n ProxyJump {1}\n User {2}\n".format(*line.groups()))
+        file.write("Host {}\n ProxyJump {}\n User {}\n".format(*line.groups()))
     *_, host, folder = told["VSCode"].split()
     assert told["VSCode"] == f"code --remote {host} {folder}"
     shell = subprocess.run(

@@ -145,7 +145,9 @@ def test_a_datastore_behind_ssh_is_brought_to_the_node(door: Door, monkeypatch: 
         for words in (["+stage=download"], ["+stage=process"], ["+stage=upload", url]):
             door(*words, "dataset=digits", "cluster=here")
         told = door.refused(*ASK, "session.datastore=digits", url)
-        assert f"lies at there:{door.cwd}/stores, where no files can be linked: cluster.scratch=FOLDER" in told
+        assert (
+            f"lies at there:{door.cwd}/stores, where no files can be linked: cluster.scratch=FOLDER" in told
+        )
         words = [*ASK, "session.datastore=digits", url, f"cluster.scratch={door.cwd}/scratch"]
         (config,) = compose([*words, f"workspace={door.workspace}"])
         link = door.cwd / "datastore"
