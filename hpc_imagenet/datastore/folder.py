@@ -267,7 +267,7 @@ def _copy(piece: Piece, destination: Path, tell: Callable[[int], None]) -> None:
             raise changed(piece, "written to while it was read")
         if found != piece.file.hash:
             raise changed(piece, "other bytes")
-        os.fchmod(writer.fileno(), os.fstat(writer.fileno()).st_mode & ~0o222)
+        seal(writer.fileno())
 
 
 def _check_room(needed: int, target: Path) -> None:

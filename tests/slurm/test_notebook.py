@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -40,9 +41,14 @@ ASK = (
 )
 
 
-@pytest.fixture
-def session(site: LabDoor, lab: Lab) -> Iterator[LabDoor]:
-    """A workspace that others may look into, with the datastore of the site."""
+@pytest.fixture(autouse=True)
+def _calm_afterwards() -> None:
+    """The workspaces here calm the lab when they go; the last tests share one, and a session in it."""
+
+
+@contextlib.contextmanager
+def workspace(lab: Lab) -> Iterator[LabDoor]:
+    """Make a workspace that others may look into."""
     folder = Path(tempfile.mkdtemp(prefix="session-"))
     folder.chmod(0o755)
     door = LabDoor(folder / "workspace", lab)
@@ -50,6 +56,20 @@ def session(site: LabDoor, lab: Lab) -> Iterator[LabDoor]:
     door.close()
     lab.calm()
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def session(lab: Lab) -> Iterator[LabDoor]:
+    with workspace(lab) as door:
+        yield door
+
+
+@pytest.fixture(scope="module")
+def shared(site: LabDoor, lab: Lab) -> Iterator[LabDoor]:
+    """A session that listens at its node's address, since no sshd is there."""
+    with workspace(lab) as door:
+        ask(door, site)
+        yield door
 
 
 def ask(door: LabDoor, site: LabDoor, *more: str) -> Path:
@@ -96,151 +116,6 @@ def client(lab: Lab, folder: Path) -> Path:
     ]
     config.write_text("\n".join([config.read_text(), "Host n*", *keys, ""]))
     return config
-
-
-def edit(path: Path) -> None:
-    """Make a notebook short: seconds of training, and a sweep of one run of an epoch, on the lab."""
-    text = path.read_text()
-    for long, short in (
-        ('CLUSTER = \\"auto\\"', 'CLUSTER = \\"lab\\"'),
-        ("seconds=10", "seconds=1"),
-        ("MINUTES = 1", "MINUTES = 0.03"),
-        ("model=resnet18,mobilenet_v3_small", "model=mobilenet_v3_small"),
-        ('\\"seed=0\\"', '\\"seed=0\\", \\"recipe.epochs=1\\"'),
-    ):
-        assert text.count(long) == 1, long
-        text = text.replace(long, short)
-    path.write_text(text)
-
-
-def click(page: Chrome, selector: str, text: str = "") -> None:
-    def found() -> bool:
-        for element in page.find_elements(By.CSS_SELECTOR, selector):
-            if element.is_displayed() and text in element.text:
-                element.click()
-                return True
-        return False
-
-    eventually(found, 120)
-
-
-def outputs(page: Chrome, of: str, what: str) -> list[Any]:
-    """Return something of all outputs, in one go: they change while one looks at them."""
-    script = "return [...document.querySelectorAll(arguments[0])].map(each => each[arguments[1]])"
-    found: list[Any] = page.execute_script(script, f".jp-OutputArea-output{of}", what)
-    return found
-
-
-def said(page: Chrome) -> str:
-    return "\n".join(outputs(page, "", "innerText"))
-
-
-def connected(page: Chrome) -> bool:
-    """Whether the notebook listens to its kernel; Lab asks which one is meant where it is run before."""
-    asked = "return fetch('/api/kernels').then(answer => answer.json())"
-    return [each["connections"] for each in page.execute_script(asked)] == [1]
-
-
-def test_a_browser_runs_the_notebook_through_a_tunnel(
-    session: LabDoor, site: LabDoor, lab: Lab, tmp_path: Path
-) -> None:
-    folder = ask(session, site)
-    told = ways(session("connect", "session-ana").stdout)
-    edit(folder / "notebooks/prototype.ipynb")
-    tunnel = Tunnel(client(lab, tmp_path), told["tunnel"])
-    try:
-        shown = ssl.get_server_certificate(("localhost", tunnel.port))
-        certificate = x509.load_pem_x509_certificate(shown.encode())
-        assert told["certificate"].endswith(certificate.fingerprint(hashes.SHA256()).hex(":").upper())
-        key = certificate.public_key().public_bytes(
-            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        pinned = base64.b64encode(hashlib.sha256(key).digest()).decode()
-        with chromium(tmp_path / "page.png", f"--ignore-certificate-errors-spki-list={pinned}") as page:
-            page.get(told["browser"][:-8])  # eight digits of the token are missing
-            assert page.find_elements(By.CSS_SELECTOR, "input[type=password]")
-            assert not page.find_elements(By.CSS_SELECTOR, "#jp-top-panel, .jp-LabShell")
-            page.get(told["browser"].replace("/lab?", "/lab/tree/prototype.ipynb?"))
-            eventually(lambda: connected(page), 120)
-            click(page, ".lm-MenuBar-itemLabel", "Run")
-            click(page, "[data-command='runmenu:run-all']:not(.lm-mod-disabled)")
-            # The last cell tells of the sweep, which was sent from the first of them on.
-            done = r"mobilenet_v3_small\s+finished\s+\d+\.\d+%"
-            eventually(lambda: bool(re.search(done, said(page))), 240)
-            text = said(page)
-            drawn = outputs(page, " img", "naturalWidth")
-            assert drawn
-            assert min(drawn) > 100
-            assert not outputs(page, "[data-mime-type='application/vnd.jupyter.error']", "innerText")
-        assert "train: 1,437 images of 10 classes" in text
-        assert "images/s with" in text
-        assert "top-1" in text
-    finally:
-        tunnel.close()
-    # Without its tunnel it goes on, and the sweep is a run as any other.
-    time.sleep(1)
-    states = {row["stage"]: row["state"] for row in session.jobs()}
-    assert states == {"session": "running", "train": "finished"}
-    token = (folder / "token").read_text()
-    assert token not in session("logs", "session-ana").stdout
-    assert token not in session("jobs", "--json").stdout
-    assert token not in (folder / "config.yaml").read_text()
-    assert session("pause", "session-ana").stdout.startswith("paused")
-    eventually(lambda: not lab.slurm("squeue", "--noheader"), 60)
-    assert session.jobs()[0]["reason"] == "paused: resume goes on"
-
-
-STRANGER = """
-import json, os, socket, ssl, sys, urllib.error, urllib.request
-run, attempt = sys.argv[1:]
-note = json.load(open(f"{attempt}/session.json"))  # no secret is in it
-got = {"uid": os.getuid(), "host": socket.gethostname()}
-for name in ("token", "folders"):
-    try:
-        got[name] = open(f"{run}/token").read() if name == "token" else [
-            os.listdir(f"/tmp/{each}") for each in os.listdir("/tmp")
-            if each.startswith("hpc_imagenet-") and os.stat(f"/tmp/{each}").st_uid != os.getuid()]
-    except OSError as error:
-        got[name] = type(error).__name__
-context = ssl._create_unverified_context()
-for path in ("/api/contents", "/api/kernels", "/files/prototype.ipynb", "/terminals/websocket/1"):
-    try:
-        url = f"https://localhost:{note['port']}{path}"
-        answer = urllib.request.urlopen(url, context=context, timeout=20)
-        got[path] = "login" if "/login" in answer.url else answer.status
-    except urllib.error.HTTPError as error:
-        got[path] = error.code
-with open("/proc/net/tcp") as table:
-    rows = [line.split() for line in table.readlines()[1:]]
-got["listens"] = [int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A"]
-print(json.dumps(got))
-"""
-
-
-def test_another_user_of_the_node_gets_nothing(session: LabDoor, site: LabDoor, lab: Lab) -> None:
-    if os.geteuid() != 0 or not Path("/usr/bin/python3").exists():
-        pytest.skip("only root can be somebody else")
-    folder = ask(session, site)
-    told = ways(session("connect", "session-ana").stdout)
-    job = told["shell"].split()[3]
-    stranger = (
-        "setpriv",
-        "--reuid=65534",
-        "--regid=65534",
-        "--clear-groups",
-        "/usr/bin/python3",
-        "-c",
-        STRANGER,
-    )
-    step = ("srun", "--overlap", f"--jobid={job}", "--chdir=/")
-    got = json.loads(lab.login(*step, *stranger, str(folder), str(folder / "attempts/1")).stdout)
-    port = int(told["browser"].split("/")[2].partition(":")[2])
-    assert got["uid"] == 65534
-    assert got["host"] == json.loads((folder / "attempts/1/session.json").read_text())["host"]
-    assert port in got.pop("listens")
-    assert got["token"] == got["folders"] == "PermissionError"
-    assert got["/api/contents"] == got["/api/kernels"] == got["/terminals/websocket/1"] == 403
-    assert got["/files/prototype.ipynb"] in ("login", 403)
 
 
 def get(url: str, token: str) -> Any:
@@ -349,3 +224,146 @@ def test_a_session_that_waits_says_for_what_and_for_how_long(
         session("pause", "session-ana")
         assert connect.wait(60) == 2
         assert "paused" in connect.stderr.read()
+
+
+STRANGER = """
+import json, os, socket, ssl, sys, urllib.error, urllib.request
+run, attempt = sys.argv[1:]
+note = json.load(open(f"{attempt}/session.json"))  # no secret is in it
+got = {"uid": os.getuid(), "host": socket.gethostname()}
+for name in ("token", "folders"):
+    try:
+        got[name] = open(f"{run}/token").read() if name == "token" else [
+            os.listdir(f"/tmp/{each}") for each in os.listdir("/tmp")
+            if each.startswith("hpc_imagenet-") and os.stat(f"/tmp/{each}").st_uid != os.getuid()]
+    except OSError as error:
+        got[name] = type(error).__name__
+context = ssl._create_unverified_context()
+for path in ("/api/contents", "/api/kernels", "/files/prototype.ipynb", "/terminals/websocket/1"):
+    try:
+        url = f"https://localhost:{note['port']}{path}"
+        answer = urllib.request.urlopen(url, context=context, timeout=20)
+        got[path] = "login" if "/login" in answer.url else answer.status
+    except urllib.error.HTTPError as error:
+        got[path] = error.code
+with open("/proc/net/tcp") as table:
+    rows = [line.split() for line in table.readlines()[1:]]
+got["listens"] = [int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A"]
+print(json.dumps(got))
+"""
+
+
+def test_another_user_of_the_node_gets_nothing(shared: LabDoor, lab: Lab) -> None:
+    if os.geteuid() != 0 or not Path("/usr/bin/python3").exists():
+        pytest.skip("only root can be somebody else")
+    folder = Path(shared.jobs()[0]["dir"])
+    told = ways(shared("connect", "ana").stdout)
+    job = told["shell"].split()[3]
+    stranger = (
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "/usr/bin/python3",
+        "-c",
+        STRANGER,
+    )
+    step = ("srun", "--overlap", f"--jobid={job}", "--chdir=/")
+    got = json.loads(lab.login(*step, *stranger, str(folder), str(folder / "attempts/1")).stdout)
+    port = int(told["browser"].split("/")[2].partition(":")[2])
+    assert got["uid"] == 65534
+    assert got["host"] == json.loads((folder / "attempts/1/session.json").read_text())["host"]
+    assert port in got.pop("listens")
+    assert got["token"] == got["folders"] == "PermissionError"
+    assert got["/api/contents"] == got["/api/kernels"] == got["/terminals/websocket/1"] == 403
+    assert got["/files/prototype.ipynb"] in ("login", 403)
+
+
+def edit(path: Path) -> None:
+    """Make a notebook short: seconds of training, and a sweep of one run of an epoch, on the lab."""
+    text = path.read_text()
+    for long, short in (
+        ('CLUSTER = \\"auto\\"', 'CLUSTER = \\"lab\\"'),
+        ("seconds=10", "seconds=1"),
+        ("MINUTES = 1", "MINUTES = 0.03"),
+        ("model=resnet18,mobilenet_v3_small", "model=mobilenet_v3_small"),
+        ('\\"seed=0\\"', '\\"seed=0\\", \\"recipe.epochs=1\\"'),
+    ):
+        assert text.count(long) == 1, long
+        text = text.replace(long, short)
+    path.write_text(text)
+
+
+def click(page: Chrome, selector: str, text: str = "") -> None:
+    def found() -> bool:
+        for element in page.find_elements(By.CSS_SELECTOR, selector):
+            if element.is_displayed() and text in element.text:
+                element.click()
+                return True
+        return False
+
+    eventually(found, 120)
+
+
+def outputs(page: Chrome, of: str, what: str) -> list[Any]:
+    """Return something of all outputs, in one go: they change while one looks at them."""
+    script = "return [...document.querySelectorAll(arguments[0])].map(each => each[arguments[1]])"
+    found: list[Any] = page.execute_script(script, f".jp-OutputArea-output{of}", what)
+    return found
+
+
+def said(page: Chrome) -> str:
+    return "\n".join(outputs(page, "", "innerText"))
+
+
+def connected(page: Chrome) -> bool:
+    """Whether the notebook listens to its kernel; Lab asks which one is meant where it is run before."""
+    asked = "return fetch('/api/kernels').then(answer => answer.json())"
+    return [each["connections"] for each in page.execute_script(asked)] == [1]
+
+
+def test_a_browser_runs_the_notebook_through_a_tunnel(shared: LabDoor, lab: Lab, tmp_path: Path) -> None:
+    folder = Path(shared.jobs()[0]["dir"])
+    told = ways(shared("connect", "ana").stdout)
+    edit(folder / "notebooks/prototype.ipynb")
+    tunnel = Tunnel(client(lab, tmp_path), told["tunnel"])
+    try:
+        shown = ssl.get_server_certificate(("localhost", tunnel.port))
+        certificate = x509.load_pem_x509_certificate(shown.encode())
+        assert told["certificate"].endswith(certificate.fingerprint(hashes.SHA256()).hex(":").upper())
+        key = certificate.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        pinned = base64.b64encode(hashlib.sha256(key).digest()).decode()
+        with chromium(tmp_path / "page.png", f"--ignore-certificate-errors-spki-list={pinned}") as page:
+            page.get(told["browser"][:-8])  # eight digits of the token are missing
+            assert page.find_elements(By.CSS_SELECTOR, "input[type=password]")
+            assert not page.find_elements(By.CSS_SELECTOR, "#jp-top-panel, .jp-LabShell")
+            page.get(told["browser"].replace("/lab?", "/lab/tree/prototype.ipynb?"))
+            eventually(lambda: connected(page), 120)
+            click(page, ".lm-MenuBar-itemLabel", "Run")
+            click(page, "[data-command='runmenu:run-all']:not(.lm-mod-disabled)")
+            # The last cell tells of the sweep, which was sent from the first of them on.
+            done = r"mobilenet_v3_small\s+finished\s+\d+\.\d+%"
+            eventually(lambda: bool(re.search(done, said(page))), 240)
+            text = said(page)
+            drawn = outputs(page, " img", "naturalWidth")
+            assert drawn
+            assert min(drawn) > 100
+            assert not outputs(page, "[data-mime-type='application/vnd.jupyter.error']", "innerText")
+        assert "train: 1,437 images of 10 classes" in text
+        assert "images/s with" in text
+        assert "top-1" in text
+    finally:
+        tunnel.close()
+    # Without its tunnel it goes on, and the sweep is a run as any other.
+    time.sleep(1)
+    states = {row["stage"]: row["state"] for row in shared.jobs()}
+    assert states == {"session": "running", "train": "finished"}
+    token = (folder / "token").read_text()
+    assert token not in shared("logs", "session-ana").stdout
+    assert token not in shared("jobs", "--json").stdout
+    assert token not in (folder / "config.yaml").read_text()
+    assert shared("pause", "session-ana").stdout.startswith("paused")
+    eventually(lambda: not lab.slurm("squeue", "--noheader"), 60)
+    assert shared.jobs()[0]["reason"] == "paused: resume goes on"
