@@ -49,12 +49,12 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
             f"{socket.gethostname()} has no Jupyter in {sys.prefix}: pip install 'hpc-imagenet[session]'"
         )
     _enough_gpus(asked.gpus)
-    progress = Progress(run, every=5)
     folder = notebooks(run.folder)
     folder.mkdir(exist_ok=True)
     _examples(folder)
     environment = {"HPC_IMAGENET_WORKSPACE": config.workspace, "HPC_IMAGENET_CPUS": str(cpus(world))}
-    environment |= _datastore(config, folder / "datastore", progress)
+    environment |= _datastore(config, folder / "datastore", Progress(run))
+    progress = Progress(run, every=5)
     ends = min(began + 60 * asked.time, (slurm.ends() or float("inf")) - _IN_ORDER)
     way = _way(asked.listen)
     with Asked().listening() as signals:

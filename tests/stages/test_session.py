@@ -118,7 +118,7 @@ def test_a_session_is_reached_paused_and_resumed_with_other_settings(door: Door,
     assert not [path for path in brought.rglob("*") if path.is_file() and path.stat().st_mode & 0o222]
     eventually(lambda: "mind" in door("connect", run).stdout)
     assert "this session ends in 5 minutes" in door("connect", run).stdout
-    assert now()["progress"]["note"].startswith("ends soon: 0:04 h left")
+    eventually(lambda: now()["progress"]["note"].startswith("ends soon: 0:04 h left"))
     assert (folder / "notebooks/mine.txt").read_text() == "kept"
     assert (folder / "notebooks/prototype.ipynb").read_text() == "{}"
     assert browser(told) != url
