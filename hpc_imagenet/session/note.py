@@ -29,6 +29,7 @@ class Note:
     idle_minutes: float | None
     restarts: int  # of the attempt when this was written
     warned: str = ""  # once its end is near
+    job: str | None = None  # as srun wants it: also in an array a number
 
     def save(self, attempt: Attempt) -> None:
         """Write it into the attempt's folder."""

@@ -70,7 +70,7 @@ def reach(run: Run, attempt: Attempt, told: Note) -> dict[str, str]:
     else:
         ways["VSCode"] = f"code {told.notebooks}"
     if job:
-        ways["shell"] = f"srun --overlap --jobid {job} --pty bash"
+        ways["shell"] = f"srun --overlap --jobid {told.job or job} --pty bash"
     if told.warned:
         ways["mind"] = told.warned
     return ways

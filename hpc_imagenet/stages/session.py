@@ -109,6 +109,7 @@ def _note(server: Server, folder: Path, ends: float, config: Config) -> Note:
         ends=ends,
         idle_minutes=config.session.idle_minutes,
         restarts=fence.restarts(),
+        job=os.environ.get("SLURM_JOB_ID"),
     )
 
 

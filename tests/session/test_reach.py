@@ -1,0 +1,66 @@
+"""The lines that connect prints, by where a session runs and listens."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from pathlib import Path
+
+import pytest
+
+from hpc_imagenet.runs import Attempt, Record, Run
+from hpc_imagenet.session import keys
+from hpc_imagenet.session.note import Note
+from hpc_imagenet.session.reach import reach
+
+ME = getpass.getuser()
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)
+    cluster = {"executor": "slurm", "login": "there"}
+    config = {"cluster": cluster, "stage": {"name": "session"}}
+    run = Record(tmp_path).create("c0ffee00-session-ana", config, {"stage": "session"})
+    keys.new_token(run.folder)
+    return run
+
+
+def attempt(run: Run, executor: str, **details: str) -> Attempt:
+    made = run.new_attempt()
+    made.submit(executor, **details)
+    return made
+
+
+def note(way: str, **more: str) -> Note:
+    where = "/tmp/s/jupyter" if way == "socket" else None
+    finger = "0A:1B" if way == "address" else None
+    return Note("n1", way, 12345, where, finger, "/w/notebooks", 0.0, None, 0, **more)
+
+
+@pytest.mark.parametrize(
+    ("way", "tunnel"),
+    [
+        ("socket", f"ssh -N -L 12345:/tmp/s/jupyter -J {ME}@there {ME}@n1"),
+        ("loopback", f"ssh -N -L 12345:127.0.0.1:12345 -J {ME}@there {ME}@n1"),
+        ("address", f"ssh -N -L 12345:n1:12345 {ME}@there"),
+    ],
+)
+def test_a_node_is_reached_by_way_of_the_login_node(run: Run, way: str, tunnel: str) -> None:
+    told = reach(run, attempt(run, "slurm", job_id="77_1"), note(way, job="79"))
+    assert told["tunnel"] == tunnel
+    assert told["shell"] == "srun --overlap --jobid 79 --pty bash"  # srun takes no 77_1
+    scheme = "https://localhost" if way == "address" else "http://127.0.0.1"
+    assert told["browser"] == f"{scheme}:12345/lab?token={keys.token(run.folder)}"
+    assert ("certificate" in told) == (way == "address")
+    assert ("~/.ssh/config" in told) == (way != "address")
+
+
+def test_this_machine_needs_a_tunnel_for_a_socket_and_for_who_came_by_ssh(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = attempt(run, "local", host=socket.gethostname())
+    assert set(reach(run, here, note("loopback"))) == {"browser", "VSCode"}
+    assert reach(run, here, note("socket"))["tunnel"] == f"ssh -N -L 12345:/tmp/s/jupyter {ME}@there"
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 1 10.0.0.2 22")
+    assert reach(run, here, note("loopback"))["tunnel"] == f"ssh -N -L 12345:127.0.0.1:12345 {ME}@there"
