@@ -6,8 +6,9 @@ A version of made-up images of ImageNet's size (500 x 375 px, about 105 kB) lies
 the page cache before each start. A new process opens it with cluster.scratch, and a loader with one thread
 a CPU makes batches of 64 for 224 px: first while a process of low priority copies and hashes the shards,
 then from the copies. First batch: s from opening the version; with the imports of Python and torch behind it.
-The same without scratch is the last row. Then the index of ImageNet's full count: ms to open it, and the memory of its
-own (dirty, so that the page cache does not count) that a process takes to open it and look up images.
+The same without scratch is the last row. Then the index of ImageNet's full count: ms to open it, and the
+memory of its own (dirty, so that the page cache does not count) that a process takes to open it and look up
+images.
 """
 
 from __future__ import annotations
