@@ -77,15 +77,29 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
-class Writing:
-    """Writes a large file from `at` on; the disk begins at once, so that fsync has little left to wait for.
+class Flowing:
+    """Gives a large file to the disk while it grows, so that fsync has little left to wait for.
 
     Source: sync_file_range(2), which promises nothing. Where it is missing, all is left to fsync.
     """
 
     def __init__(self, descriptor: int, at: int = 0) -> None:
-        self._descriptor, self._begun, self._done = descriptor, at, at
+        self._descriptor, self._begun = descriptor, at
         self._begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+
+    def reach(self, done: int) -> None:
+        """Say that the first `done` bytes are written."""
+        length = done - self._begun
+        if self._begin and length >= AHEAD:
+            self._begin(self._descriptor, ctypes.c_int64(self._begun), ctypes.c_int64(length), _WRITE)
+            self._begun = done
+
+
+class Writing:
+    """Writes a large file from `at` on, and lets it flow."""
+
+    def __init__(self, descriptor: int, at: int = 0) -> None:
+        self._descriptor, self._done, self._flowing = descriptor, at, Flowing(descriptor, at)
 
     def add(self, block: memoryview) -> None:
         """Write a block, all of it."""
@@ -93,10 +107,7 @@ class Writing:
             written = os.write(self._descriptor, block)
             self._done += written
             block = block[written:]
-        if self._begin and self._done - self._begun >= AHEAD:
-            length = self._done - self._begun
-            self._begin(self._descriptor, ctypes.c_int64(self._begun), ctypes.c_int64(length), _WRITE)
-            self._begun = self._done
+        self._flowing.reach(self._done)
 
 
 def sync_folder(folder: Path) -> None:

@@ -39,7 +39,7 @@ from hpc_imagenet.datastore.transport import (
 from hpc_imagenet.durable import Writing, replacing, sync_folder
 from hpc_imagenet.errors import UserError
 
-FILES = 4  # copied at a time, where there are CPUs to hash them
+FILES = 4  # copied at a time
 
 # What link() answers where it cannot, though a copy can.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -120,8 +120,11 @@ class Folder:
 
     def tidy(self, path: str) -> None:
         """Remove temporary files."""
-        for leftover in (self._root / path).rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for leftover in list((self._root / path).rglob(".*.tmp")):
+            if leftover.is_dir():  # of a fetch
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
 
     def clear(self, path: str, keep: str) -> None:
         """Remove all below `path` but the file `keep`."""
@@ -168,7 +171,7 @@ class Folder:
             else:
                 missing.append(piece)
         _check_room(sum(piece.file.bytes for piece in missing), target)
-        before, threads = sent.total, ThreadPoolExecutor(min(FILES, len(os.sched_getaffinity(0))))
+        before, threads = sent.total, ThreadPoolExecutor(FILES)
         tally = Tally(lambda done, note: tell(before + done, note))
         copies = [
             threads.submit(_copy, piece, target / piece.file.path, tally.of(f"copying {piece.file.path}"))

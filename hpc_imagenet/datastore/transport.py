@@ -148,6 +148,17 @@ class Ranges(Protocol):
         """Return a reader of the shards of the version at `path`."""
 
 
+@runtime_checkable
+class Batches(Protocol):
+    """A place where many files come faster together than one by one."""
+
+    def fetch_all(self, path: str, files: Sequence[File], folder: Path, tally: Tally) -> None:
+        """Bring files of the version at `path` to their paths in `folder`, each as `Place.fetch` does.
+
+        What an earlier try has brought is used.
+        """
+
+
 class Tally:
     """Tells of the bytes of many files that are read at once, as one number that grows."""
 
