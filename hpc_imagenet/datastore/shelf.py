@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -19,7 +19,7 @@ from pathlib import Path
 from hpc_imagenet.config import Datastore
 from hpc_imagenet.datastore import links, versions
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
-from hpc_imagenet.datastore.transport import Batches, Place, Tally, Tell, told
+from hpc_imagenet.datastore.transport import Place, Tally, Tell, bring, told
 from hpc_imagenet.datastore.versions import COMPLETE, DELETED, GONE, PARTIAL
 from hpc_imagenet.errors import UserError
 
@@ -135,26 +135,6 @@ def fetch(place: Place, entry: Entry, target: Path, threads: int, tell: Tell) ->
             claim.commit(replace(manifest, provenance={**manifest.provenance, "upload": upload}))
         claim.settle()
     return folder
-
-
-def bring(place: Place, path: str, files: Sequence[File], folder: Path, threads: int, tally: Tally) -> None:
-    """Bring files of the version at `path` to `folder`, several at a time; see `transport.Place.fetch`."""
-    for parent in {(folder / file.path).parent for file in files}:
-        parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(place, Batches):
-        place.fetch_all(path, files, folder, tally)
-        return
-
-    def one(file: File) -> None:
-        place.fetch(f"{path}/{file.path}", file, folder / file.path, tally.of(file.path))
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for _ in pool.map(one, files):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def delete(place: Place, entry: Entry) -> None:

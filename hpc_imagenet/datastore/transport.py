@@ -185,6 +185,26 @@ class Tally:
         return told
 
 
+def bring(place: Place, path: str, files: Sequence[File], folder: Path, threads: int, tally: Tally) -> None:
+    """Bring files of the version at `path` to `folder`, several at a time; see `Place.fetch`."""
+    for parent in {(folder / file.path).parent for file in files}:
+        parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(place, Batches):
+        place.fetch_all(path, files, folder, tally)
+        return
+
+    def one(file: File) -> None:
+        place.fetch(f"{path}/{file.path}", file, folder / file.path, tally.of(file.path))
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for _ in pool.map(one, files):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def digest_of(file: File) -> Any:
     """Return a new hash of the algorithm that the manifest has for `file`.
 
