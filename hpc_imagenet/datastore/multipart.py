@@ -111,6 +111,7 @@ class Sending:
         self._finishers = ThreadPoolExecutor(server.connections)
         self._room = threading.Semaphore(MEMORY // PART)
         self._waiting: deque[Future[Any]] = deque()
+        self._free: list[bytearray] = []  # memory that is used for the first time is slow
 
     def __enter__(self) -> Sending:
         return self
@@ -146,11 +147,13 @@ class Sending:
             else:
                 self._parts(piece.file, reader, digest, verify)
 
-    def _read(self, reader: Any, size: int, digest: Any, verify: Callable[[], None] = lambda: None) -> bytes:
+    def _read(
+        self, reader: Any, size: int, digest: Any, verify: Callable[[], None] = lambda: None
+    ) -> bytearray:
         """Read so many bytes, or less at the end of the file, once there is room for them in memory."""
         self._take(size)
         try:
-            data, done = bytearray(size), 0
+            data, done = self._memory(size), 0
             with memoryview(data) as view:
                 while done < size and (got := reader.readinto(view[done:])):
                     done += got
@@ -160,17 +163,29 @@ class Sending:
         except BaseException:
             self._give(size)
             raise
-        return data  # type: ignore[return-value]
+        return data
 
-    def _put(self, file: File, data: bytes) -> None:
+    def _memory(self, size: int) -> bytearray:
+        """Return so many bytes, where they are if an old bytearray has to be cut or to grow but little."""
+        if self._free and size > 2 * len(self._free[-1]):
+            self._free.clear()
+        try:
+            data = self._free.pop()
+            del data[size:]
+            data.extend(bytes(size - len(data)))
+        except (IndexError, BufferError):  # BufferError: an error that is not forgotten yet looks at it
+            data = bytearray(size)
+        return data
+
+    def _put(self, file: File, data: bytearray) -> None:
         path = f"{self._path}/{file.path}"
         try:
             self._server.put(path, data, new=file.path not in self._there, file=file)
         except Held:
             self._by_another(path, file)
         finally:
-            self._give(len(data))
-        self._tally(len(data), f"sending {file.path}")
+            self._give(len(data), data)
+        self._tally(file.bytes, f"sending {file.path}")
 
     def _parts(self, file: File, reader: Any, digest: Any, verify: Callable[[], None]) -> None:
         server = self._server
@@ -193,9 +208,11 @@ class Sending:
         check(made, has="UploadId")
         return Begun(made["UploadId"])
 
-    def _part(self, at: dict[str, str], file: File, begun: Begun, number: int, data: bytes) -> dict[str, Any]:
+    def _part(
+        self, at: dict[str, str], file: File, begun: Begun, number: int, data: bytearray
+    ) -> dict[str, Any]:
         """Send a part, unless it is there; return how the server knows it."""
-        server = self._server
+        server, size = self._server, len(data)
 
         def send() -> dict[str, Any]:
             sums = server.sums(data)
@@ -220,8 +237,8 @@ class Sending:
         except Missing:  # put together, or swept, by another; what there is is looked at in the end
             return {"PartNumber": number, "ETag": ""}
         finally:
-            self._give(len(data))
-            self._tally(len(data), f"sending {file.path}")
+            self._give(size, data)
+            self._tally(size, f"sending {file.path}")
 
     def _finish(
         self, at: dict[str, str], file: File, begun: Begun, parts: list[Future[dict[str, Any]]]
@@ -256,7 +273,9 @@ class Sending:
         for _ in range(_units(size)):
             self._room.acquire()
 
-    def _give(self, size: int) -> None:
+    def _give(self, size: int, memory: bytearray | None = None) -> None:
+        if memory is not None:
+            self._free.append(memory)
         self._room.release(_units(size))
 
 

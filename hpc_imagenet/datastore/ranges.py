@@ -2,102 +2,128 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.s3 import Damaged, Missing, Server
-from hpc_imagenet.datastore.transport import BLOCK, digest_of, in_form
-from hpc_imagenet.durable import sync_folder
+from hpc_imagenet.datastore.s3 import Damaged, Missing, Server, read_into
+from hpc_imagenet.datastore.transport import Hashing, read_through
+from hpc_imagenet.durable import Writing, sync_folder
 from hpc_imagenet.errors import UserError
 
-RANGE = 8 << 20  # bytes that are asked for at a time
-_PIECE = 256 << 10  # bytes, small enough for a CPU's cache
+RANGE = 16 << 20  # bytes that are asked for at a time: asking takes boto3 2 ms of a CPU, and servers as much
 
 
-def fetch(server: Server, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
-    """Bring an object to `target`; see `transport.Place.fetch`."""
-    part = target.with_name(f".{target.name}.part")
-    for again in (True, False):
-        with part.open("ab+", buffering=0) as writer:
-            digest, done = digest_of(file), 0
-            while block := os.pread(writer.fileno(), BLOCK, done):  # of an earlier try
-                digest.update(block)
-                done += len(block)
-            tell(done)
-            for data in read(server, path, done, file.bytes):
-                writer.write(data)
-                digest.update(data)
+class Reader:
+    """Objects of a server; however many are read at once, they share its connections."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._threads = ThreadPoolExecutor(server.connections)
+        self._lock = threading.Lock()
+        self._objects = 0  # that are being read
+        self._free: list[bytearray] = []  # memory that is in use for the first time is slow
+
+    def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
+        """Bring an object to `target`; see `transport.Place.fetch`."""
+        part = target.with_name(f".{target.name}.part")
+        for again in (True, False):
+            with part.open("ab+", buffering=0) as opened, Hashing(file) as hashing:
+                opened.seek(0)
+                done = read_through(opened, hashing, tell)  # of an earlier try
+                writing = Writing(opened.fileno(), done)
+                for data in self.read(path, done, file.bytes):
+                    hashing.add(data)
+                    writing.add(data)
+                    hashing.wait()  # then the memory is free
+                    done += len(data)
+                    tell(done)
+                os.fsync(opened.fileno())
+            if hashing.found() == file.hash:
+                part.replace(target)
+                sync_folder(target.parent)
+                return
+            part.unlink()  # and once more from the beginning: an earlier try may have left it wrong
+            if not again:
+                raise UserError(
+                    f"{self._server.url}/{path} has other bytes than when it was made: {hashing.found()}"
+                )
+
+    def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
+        """Read an object and return its hash; see `transport.Place.hash`."""
+        try:
+            found = self._server.head(path)
+        except Missing:
+            return None
+        done = 0
+        with Hashing(file) as hashing:
+            for data in self.read(path, 0, found["ContentLength"]):
+                hashing.add(data)
+                hashing.wait()
                 done += len(data)
                 tell(done)
-            os.fsync(writer.fileno())
-        if in_form(digest) == file.hash:
-            part.replace(target)
-            sync_folder(target.parent)
-            return
-        part.unlink()  # and once more from the beginning: an earlier try may have left it wrong
-        if not again:
-            raise UserError(f"{server.url}/{path} has other bytes than when it was made: {in_form(digest)}")
+        return hashing.found()
 
+    def read(self, path: str, begin: int, end: int) -> Iterator[memoryview]:
+        """Yield the bytes [begin, end) of an object, in order; each block until the next is asked for.
 
-def hash_of(server: Server, path: str, file: File, tell: Callable[[int], None]) -> str | None:
-    """Read an object and return its hash; see `transport.Place.hash`."""
-    try:
-        found = server.head(path)
-    except Missing:
-        return None
-    digest, done = digest_of(file), 0
-    for data in read(server, path, 0, found["ContentLength"]):
-        digest.update(data)
-        done += len(data)
-        tell(done)
-    return in_form(digest)
+        Raises:
+            UserError: the object is missing or shorter.
+        """
+        waiting: deque[Future[memoryview]] = deque()
+        with self._reading():
+            try:
+                for start in range(begin, end, RANGE):
+                    while len(waiting) > self._server.connections // self._objects:
+                        yield from self._next(waiting)
+                    size = min(end - start, RANGE)
+                    waiting.append(self._threads.submit(self._range, path, start, size))
+                while waiting:
+                    yield from self._next(waiting)
+            finally:
+                for future in waiting:
+                    future.cancel()
+                wait(waiting)
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        with self._lock:
+            self._objects += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._objects -= 1
+                if not self._objects:
+                    self._free.clear()
 
-def read(server: Server, path: str, begin: int, end: int) -> Iterator[memoryview]:
-    """Yield the bytes [begin, end) of an object, in order; each block until the next is asked for.
+    def _next(self, waiting: deque[Future[memoryview]]) -> Iterator[memoryview]:
+        block = waiting.popleft().result()
+        yield block
+        self._free.append(block.obj)  # type: ignore[arg-type]
 
-    Raises:
-        UserError: the object is missing or shorter.
-    """
-    starts = range(begin, end, RANGE)
-    free = deque(memoryview(bytearray(RANGE)) for _ in starts[: server.connections + 1])
-    waiting: deque[tuple[Future[memoryview], memoryview]] = deque()
-    threads = ThreadPoolExecutor(server.connections)
-    try:
-        for start in starts:
-            if not free:
-                future, block = waiting.popleft()
-                yield future.result()
-                free.append(block)
-            block = free.popleft()
-            size = min(end - start, RANGE)
-            waiting.append((threads.submit(_range, server, path, start, block[:size]), block))
-        while waiting:
-            yield waiting.popleft()[0].result()
-    finally:
-        threads.shutdown(cancel_futures=True)
+    def _range(self, path: str, begin: int, size: int) -> memoryview:
+        """Return `size` bytes of an object from `begin` on."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = bytearray(RANGE)
+        block = memoryview(memory)[:size]
 
+        def get() -> None:
+            words = f"bytes={begin}-{begin + size - 1}"
+            with self._server.opened(path, Range=words) as body:
+                done = read_into(body, block)
+            if done != size:
+                raise Damaged(f"{done} bytes came instead of {size}")
 
-def _range(server: Server, path: str, begin: int, block: memoryview) -> memoryview:
-    """Fill `block` with the bytes of an object from `begin` on."""
-
-    def get() -> None:
-        words, done = f"bytes={begin}-{begin + len(block) - 1}", 0
-        with server.opened(path, Range=words) as body:
-            while data := body.read(_PIECE):
-                if done + len(data) > len(block):
-                    raise Damaged("more bytes came than were asked for")
-                block[done : done + len(data)] = data
-                done += len(data)
-        if done != len(block):
-            raise Damaged(f"{done} bytes came instead of {len(block)}")
-
-    try:
-        server.ask(f"reading {path}", get)
-    except Missing:
-        raise UserError(f"{server.url}/{path} is missing") from None
-    return block
+        try:
+            self._server.ask(f"reading {path}", get)
+        except Missing:
+            raise UserError(f"{self._server.url}/{path} is missing") from None
+        return block

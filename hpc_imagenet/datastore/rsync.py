@@ -14,8 +14,10 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import tarfile
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,20 +26,25 @@ from pathlib import Path
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.ssh import Shell
 from hpc_imagenet.datastore.transport import (
+    BLOCK,
     Known,
     Piece,
     Sent,
     Stored,
+    Tally,
     Tell,
     changed,
     check_size,
     digest_of,
     hash_of,
+    in_form,
 )
-from hpc_imagenet.durable import sync_folder
+from hpc_imagenet.durable import Flowing, sync_folder
 from hpc_imagenet.errors import UserError
 
 PARTIAL = ".sent-in-part"  # where rsync keeps a file that was cut off, beside its place
+FETCHED = ".fetched.tmp"  # where files lie that were not proved yet
+LOOK = 0.02  # s between two looks whether more has come
 
 _VERSION = re.compile(r"[^/.][^/]*/v[1-9][0-9]{0,8}")
 # A file "$1" of "$3" bytes from standard input: what a broken connection leaves of it is not taken for it.
@@ -198,6 +205,34 @@ class Host:
             if not again:
                 raise UserError(f"{self.url}/{path} has other bytes than when it was made: {found}")
 
+    def fetch_all(self, path: str, files: Sequence[File], folder: Path, tally: Tally) -> None:
+        """Bring files by one rsync, hashed while they arrive; see `transport.Batches`."""
+        if not files:
+            return
+        part, ended = folder / FETCHED, threading.Event()
+        part.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix="hpc_imagenet-") as names, ThreadPoolExecutor(1) as threads:
+            names.write(b"".join(file.path.encode() + b"\0" for file in files))
+            names.flush()
+            hashing = threads.submit(_follow, part, sorted(files, key=_order), ended, tally)
+            try:
+                words = ["--inplace", "--from0", f"--files-from={names.name}"]
+                self._shell.rsync(f"fetching {path}", [*words, f"{self._shell.there(path)}/", f"{part}/"])
+            finally:
+                ended.set()
+            hashes = hashing.result()
+        for file in files:
+            arrived, target = part / file.path, folder / file.path
+            proved = hashes[file.path] == file.hash
+            # Of a file that went on where it was cut, what was read at first may not be what it is now.
+            if proved or hash_of(arrived, file, lambda done: None) == file.hash:
+                arrived.replace(target)
+            else:
+                self.fetch(f"{path}/{file.path}", file, target, lambda done: None)
+        for parent in {(folder / file.path).parent for file in files}:
+            sync_folder(parent)
+        shutil.rmtree(part)
+
     def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
         """Let the other side read the file."""
         top, _, name = path.rpartition("/")
@@ -264,6 +299,37 @@ class Host:
                 if how:
                     self.remove([f"{path}/{piece.file.path}"])
                     raise changed(piece, how)
+
+
+def _follow(top: Path, files: Sequence[File], ended: threading.Event, tally: Tally) -> dict[str, str]:
+    """Hash files while they grow, until `ended` or all is there; return the hashes of what was read."""
+    found, block = {}, memoryview(bytearray(BLOCK))
+    for file in files:
+        path, digest, done, tell = top / file.path, digest_of(file), 0, tally.of(file.path)
+        while not path.exists() and not ended.wait(LOOK):
+            pass
+        with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as reader:
+            flowing = Flowing(reader.fileno())
+            while done < file.bytes:
+                last = ended.is_set()
+                if got := reader.readinto(block):
+                    digest.update(block[:got])
+                    done += got
+                    flowing.reach(done)
+                    tell(done)
+                elif last:
+                    break
+                else:
+                    ended.wait(LOOK)
+            os.fsync(reader.fileno())
+        found[file.path] = in_form(digest)
+    return found
+
+
+def _order(file: File) -> tuple[str, str]:
+    """Sort as rsync does: the files of a folder before those of the folders in it."""
+    folder, _, name = file.path.rpartition("/")
+    return folder, name
 
 
 def _draft(path: str) -> str:

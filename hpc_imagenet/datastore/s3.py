@@ -18,6 +18,7 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from http.client import HTTPException
 from typing import Any, TypeVar
 
 from hpc_imagenet.datastore.manifest import File
@@ -178,7 +179,7 @@ class Server:
         noted = {name.lower(): value for name, value in found.get("Metadata", {}).items()}  # some say Hash
         return found["ContentLength"] == file.bytes and file.hash in (noted.get(HASH), etag)
 
-    def put(self, path: str, data: bytes, new: bool, file: File | None = None) -> None:
+    def put(self, path: str, data: bytes | bytearray, new: bool, file: File | None = None) -> None:
         """Write an object in one request, with the hash of `file` in its metadata.
 
         Raises:
@@ -203,7 +204,7 @@ class Server:
             self.conditional = False
             self.ask(what, write)
 
-    def sums(self, data: bytes, known: str = "") -> dict[str, str]:
+    def sums(self, data: bytes | bytearray, known: str = "") -> dict[str, str]:
         """Return the checksum by which the server proves what arrives; `known` is the bytes' hash, if any."""
         algorithm, _, value = known.partition(":")
         if not self.checksums:
@@ -301,6 +302,27 @@ def check(answer: Mapping[str, Any], sums: Mapping[str, str] | None = None, has:
     for name, value in (sums or {}).items():
         if answer.get(name, value) != value:
             raise Damaged(f"the server has other bytes than were sent, by their {name}")
+
+
+def read_into(body: Any, block: memoryview) -> int:
+    """Fill `block` with an object's body; return the bytes that came, fewer where it ends before.
+
+    Raises:
+        Damaged: more came than there is room for.
+    """
+    with body as raw:  # urllib3's answer, and below it that of http.client, which copies nothing
+        answer, done = getattr(raw, "_original_response", None) or raw, 0
+        try:
+            while done < len(block) and (got := answer.readinto(block[done:])):
+                done += got
+            more = done == len(block) and answer.read(1)
+        except HTTPException as error:
+            raise Damaged(f"the answer broke off: {one_line(error)}") from None
+        if more:
+            raise Damaged("more bytes came than were asked for")
+        if done == len(block):
+            raw.release_conn()  # for the next request
+        return done
 
 
 def _base64(digest: bytes) -> str:

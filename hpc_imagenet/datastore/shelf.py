@@ -18,8 +18,8 @@ from pathlib import Path
 
 from hpc_imagenet.config import Datastore
 from hpc_imagenet.datastore import links, versions
-from hpc_imagenet.datastore.manifest import FILE, Manifest, parse_manifest
-from hpc_imagenet.datastore.transport import Place, Tally, Tell, told
+from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
+from hpc_imagenet.datastore.transport import Place, Tally, Tell, bring, told
 from hpc_imagenet.datastore.versions import COMPLETE, DELETED, GONE, PARTIAL
 from hpc_imagenet.errors import UserError
 
@@ -118,22 +118,18 @@ def fetch(place: Place, entry: Entry, target: Path, threads: int, tell: Tell) ->
             _room(manifest, folder, target)
             tally = Tally(tell)
 
-            def one(number: int) -> None:
-                file = manifest.all_files()[number]
-                path = folder / file.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                told_of = tally.of(file.path)
-                if not path.exists() or here.hash(f"{entry.path}/{file.path}", file, told_of) != file.hash:
-                    place.fetch(f"{entry.path}/{file.path}", file, path, told_of)
-                path.chmod(path.stat().st_mode & ~0o222)
+            def missing(file: File) -> bool:
+                path = f"{entry.path}/{file.path}"
+                there = (target / path).exists()
+                return not there or here.hash(path, file, tally.of(file.path)) != file.hash
 
+            files = manifest.all_files()
             with ThreadPoolExecutor(threads) as pool:
-                try:
-                    for _ in pool.map(one, range(len(manifest.all_files()))):
-                        pass
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+                looked = list(pool.map(missing, files))
+            wanted = [file for file, gone in zip(files, looked, strict=True) if gone]
+            bring(place, entry.path, wanted, folder, threads, tally)
+            for file in files:
+                (folder / file.path).chmod((folder / file.path).stat().st_mode & ~0o222)
             upload = {**(manifest.provenance.get("upload") or {})}
             upload.pop(links.STAMPS, None)  # of other files
             claim.commit(replace(manifest, provenance={**manifest.provenance, "upload": upload}))

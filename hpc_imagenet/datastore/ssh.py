@@ -93,7 +93,7 @@ class Shell:
         done = self._again("asking", lambda _: self._ssh(command, _in=data, _return_cmd=True))
         return bytes(done.stdout)
 
-    def rsync(self, what: str, words: list[str], tell: Callable[[int], None]) -> None:
+    def rsync(self, what: str, words: list[str], tell: Callable[[int], None] = lambda done: None) -> None:
         """Run rsync; `tell` gets the bytes that are done."""
         env = {**os.environ, "LC_ALL": "C"}
         self._again(what, lambda out: self._rsync(*words, _out=out, _out_bufsize=0, _env=env), tell)

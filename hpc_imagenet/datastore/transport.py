@@ -24,7 +24,7 @@ from hpc_imagenet.errors import UserError
 if TYPE_CHECKING:  # it needs packages that a look-up does not
     from hpc_imagenet.datastore.shards import Shards
 
-BLOCK = 1 << 20  # bytes read at a time
+BLOCK = 2 << 20  # bytes read at a time
 
 Tell = Callable[[int, str], None]  # bytes that are done, a word about what is done now
 
@@ -148,6 +148,17 @@ class Ranges(Protocol):
         """Return a reader of the shards of the version at `path`."""
 
 
+@runtime_checkable
+class Batches(Protocol):
+    """A place where many files come faster together than one by one."""
+
+    def fetch_all(self, path: str, files: Sequence[File], folder: Path, tally: Tally) -> None:
+        """Bring files of the version at `path` to their paths in `folder`, each as `Place.fetch` does.
+
+        What an earlier try has brought is used.
+        """
+
+
 class Tally:
     """Tells of the bytes of many files that are read at once, as one number that grows."""
 
@@ -174,6 +185,26 @@ class Tally:
         return told
 
 
+def bring(place: Place, path: str, files: Sequence[File], folder: Path, threads: int, tally: Tally) -> None:
+    """Bring files of the version at `path` to `folder`, several at a time; see `Place.fetch`."""
+    for parent in {(folder / file.path).parent for file in files}:
+        parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(place, Batches):
+        place.fetch_all(path, files, folder, tally)
+        return
+
+    def one(file: File) -> None:
+        place.fetch(f"{path}/{file.path}", file, folder / file.path, tally.of(file.path))
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for _ in pool.map(one, files):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def digest_of(file: File) -> Any:
     """Return a new hash of the algorithm that the manifest has for `file`.
 
@@ -191,29 +222,69 @@ def in_form(digest: Any) -> str:
     return f"{digest.name}:{digest.hexdigest()}"
 
 
+class Hashing:
+    """The hash of a file, by a thread of its own while others read and write. Use as a context.
+
+    Raises:
+        UserError: the manifest's hash of `file` is of a kind that nobody here computes.
+    """
+
+    def __init__(self, file: File) -> None:
+        self._digest = digest_of(file)
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Hashing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def add(self, block: memoryview) -> None:
+        """Hash the next bytes, which must stay as they are until `wait` returns."""
+        self._last = self._thread.submit(self._digest.update, block)
+
+    def wait(self) -> None:
+        """Wait until all is hashed that was added."""
+        if self._last is not None:
+            self._last.result()
+
+    def found(self) -> str:
+        """Return the hash in the form of the manifest's."""
+        self.wait()
+        return in_form(self._digest)
+
+
+def read_through(
+    reader: IO[bytes],
+    hashing: Hashing,
+    tell: Callable[[int], None],
+    hand_on: Callable[[memoryview], object] = lambda block: None,
+) -> int:
+    """Read an unbuffered file to its end, each block hashed while it is handed on; return the bytes."""
+    done, number = 0, 0
+    blocks = [memoryview(bytearray(BLOCK)) for _ in range(2)]
+    while got := reader.readinto(blocks[number % 2]):  # type: ignore[attr-defined]
+        block = blocks[number % 2][:got]
+        hashing.wait()  # so that the other block is free for the next round
+        hashing.add(block)
+        hand_on(block)
+        done, number = done + got, number + 1
+        tell(done)
+    hashing.wait()
+    return done
+
+
 def read_to_end(
     reader: IO[bytes],
     file: File,
     tell: Callable[[int], None],
     hand_on: Callable[[memoryview], object] = lambda block: None,
 ) -> str:
-    """Read to the end and return the hash, by the algorithm and in the form of the manifest's.
-
-    One thread hashes a block while this one hands it on and reads the next, from an unbuffered file.
-    """
-    digest, done, number = digest_of(file), 0, 0
-    blocks = [memoryview(bytearray(BLOCK)) for _ in range(2)]
-    hashed: Future[None] | None = None
-    with ThreadPoolExecutor(1) as hasher:
-        while got := reader.readinto(blocks[number % 2]):  # type: ignore[attr-defined]
-            block = blocks[number % 2][:got]
-            if hashed is not None:
-                hashed.result()  # so that its block is free for the next round
-            hashed = hasher.submit(digest.update, block)
-            hand_on(block)
-            done, number = done + got, number + 1
-            tell(done)
-    return in_form(digest)
+    """Read an unbuffered file to its end and return the hash, in the form of the manifest's."""
+    with Hashing(file) as hashing:
+        read_through(reader, hashing, tell, hand_on)
+        return hashing.found()
 
 
 def hash_of(path: Path, file: File, tell: Callable[[int], None]) -> str:

@@ -17,12 +17,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpc_imagenet.config import Datastore
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
 from hpc_imagenet.datastore.transport import Place, Ranges, Stored
 from hpc_imagenet.errors import UserError, near
+
+if TYPE_CHECKING:  # it needs packages that a transfer does not
+    from hpc_imagenet.config import Datastore
 
 CLAIM, LOCK, DELETED = "upload.json", "upload.lock", "deleted.json"
 COMPLETE, PARTIAL, GONE = "complete", "partial", "deleted"  # states of a version

@@ -163,6 +163,9 @@ def test_what_was_left_half_sent_is_tidied(place: Place, where: tuple[str, str])
     place.claim("a/v1", "upload.json", b"{}")
     place.create("a/v1/shards.txt", b"x")
     place.create("a/v1/.manifest.json.1234.tmp", b"half")
+    if place.folder:
+        (place.folder / "a/v1/.fetched.tmp/shards").mkdir(parents=True)
+        (place.folder / "a/v1/.fetched.tmp/shards/.0.tar.5678.tmp").write_bytes(b"half")
     place.tidy("a/v1")
     kept = {"upload.json", "shards.txt"}
     if where[0] in ("rclone", "moto"):  # where nothing has such a name on its way
