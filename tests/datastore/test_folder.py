@@ -205,9 +205,11 @@ def test_a_disk_that_fills_up_is_told_and_goes_on_later(
     line = r"datastore\.url: no space left in /store; free some and ask again"
     with pytest.raises(UserError, match=line), told("datastore.url", Path("/store")):
         send(pieces, small_disk, FUTURE, silent)
-    assert files(small_disk) == ["shards/0.tar"]
+    there = files(small_disk)  # both are copied at a time: whichever had the room, or neither
+    assert set(there) < {"shards/0.tar", "shards/1.tar"}
     subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
-    assert send(pieces, small_disk, FUTURE, silent) == Sent(copied=600_000, kept=600_000)
+    kept = 600_000 * len(there)
+    assert send(pieces, small_disk, FUTURE, silent) == Sent(copied=1_200_000 - kept, kept=kept)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
