@@ -1,11 +1,12 @@
 """Is a training as fast as the slower of its loader and its device? Each alone, and both together.
 
-    python benchmarks/end_to_end.py [--windows 3] [--steps 50] [--model NAME] [--batch 64] [--size 96]
+    python benchmarks/end_to_end.py [--windows 9] [--steps 10] [--model NAME] [--batch 64] [--size 96]
 
 The images are those of loader.py, as they were downloaded and tiled; the loader alone brings them to the
-device, the device alone trains on one batch that lies there, and together it is the whole of `training.fit`.
-On a CPU one core is the device and the others decode, so that they share no more than memory and caches. On a
-GPU all cores decode, and the GPU itself as well (`loader.decode=gpu`). Ways take turns. The last column is
+device, the device alone trains on one batch that lies there in a plain loop, and together it is the whole of
+`training.fit`. On a CPU one core is the device and the others decode, so that they share no more than memory
+and caches. On a GPU all cores decode, and the GPU itself as well (`loader.decode=gpu`). The three live in one
+process and take turns, so that a busy moment of the machine meets all of them. The last column is
 together / min(loader, device).
 """
 
@@ -16,10 +17,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the stage does
@@ -27,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the stage does
 import numpy as np
 import torch
 from loader_data import POOL, pictures, write_store
-from train_step import CLASSES, Task, machine, ours
+from train_step import CLASSES, Task, in_turns, machine, plain
 
 from hpc_imagenet.archives import picture
 from hpc_imagenet.archives.treat import Treatment
@@ -38,7 +39,7 @@ from hpc_imagenet.training import loaders
 from hpc_imagenet.training.sampler import Share
 from hpc_imagenet.world import World
 
-WARM = 10  # steps before a window begins: what was made while the first ones were slow is used up
+WARM = 6  # steps before a window: what was made in another's turn is used up
 
 
 class Repeated:
@@ -55,48 +56,46 @@ class Repeated:
         return Split(self._store, self._index)
 
 
-def loader(task: Task, config: Config, store: Repeated) -> float:
-    """Return the s a step of the loader alone."""
+def loader(task: Task, config: Config, store: Repeated) -> Iterator[float]:
+    """Yield the s a step of each window of the loader alone."""
     train = store.split("train")
     made = loaders.Loaders(config, train, train, Share(task.batch), World(), task.device)
     made.trainer = SimpleNamespace(global_step=0)  # type: ignore[assignment]
-    batches = iter(made.train_dataloader())
-    for _ in range(WARM):
-        next(batches)
-    task.wait()
-    begin = time.perf_counter()
-    for _ in range(task.steps):
-        next(batches)
-    task.wait()
-    return (time.perf_counter() - begin) / task.steps
+    begin = 0.0
+    for step, _ in enumerate(made.train_dataloader()):
+        place = (step + 1) % (task.warm + task.steps)
+        if place == task.warm:
+            task.wait()
+            begin = time.perf_counter()
+        elif place == 0:
+            task.wait()
+            yield (time.perf_counter() - begin) / task.steps
 
 
 def measure(task: Task, folder: Path, windows: int, decode: str, workers: int) -> None:
     """Print one line of images/s."""
-    store, config = Repeated(folder, (WARM + task.steps) * task.batch), task.config()
+    steps = (1 + windows) * (task.warm + task.steps)
+    store, config = Repeated(folder, steps * task.batch), task.config()
     config.loader.decode, config.loader.workers = decode, workers
-    ways: dict[str, Any] = {
-        "loader": lambda: loader(task, config, store),
-        "device": lambda: ours(task, warm=WARM),
-        "together": lambda: ours(task, config, store, WARM),
+    others = {
+        "loader": loader(task, config, store).__next__,
+        "device": plain(task, 1 + windows).__next__,
     }
-    rates: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(windows):
-        for way, window in ways.items():
-            rates[way].append(task.batch / window())
+    seconds = in_turns(task, windows, others, config, store)
+    rates = {way: [task.batch / each for each in seconds[way]] for way in ("loader", "device", "ours")}
     medians = {way: statistics.median(each) for way, each in rates.items()}
     figures = " ".join(
-        f"{medians[way]:9.1f} ({min(rates[way]):.1f} to {max(rates[way]):.1f})" for way in ways
+        f"{medians[way]:9.1f} ({min(each):.1f} to {max(each):.1f})" for way, each in rates.items()
     )
-    share = medians["together"] / min(medians["loader"], medians["device"])
+    share = medians["ours"] / min(medians["loader"], medians["device"])
     print(f"{task.name}, {folder.name}, decoded on {decode:4} {figures} {share:8.3f}", flush=True)
 
 
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--windows", type=int, default=3, help="of each way (3)")
-    parser.add_argument("--steps", type=int, default=50, help="of a window (50)")
+    parser.add_argument("--windows", type=int, default=9, help="of each way (9)")
+    parser.add_argument("--steps", type=int, default=10, help="of a window (10)")
     parser.add_argument(
         "--model", nargs="*", default=["resnet18", "resnet50"] if on_gpu else ["squeezenet1_1"]
     )
@@ -111,7 +110,7 @@ def main() -> None:
     print(machine())
     if not on_gpu:
         os.sched_setaffinity(0, cpus[:1])
-    print(f"images/s, median (min to max) of {options.windows}: loader, device, together, share")
+    print(f"images/s, median (min to max) of {options.windows}: loader, device, together; share")
     with (
         tempfile.TemporaryDirectory(prefix="hpc-imagenet-end-") as name,
         mock.patch.object(loaders, "own_cpus", return_value=decoding),
@@ -122,7 +121,7 @@ def main() -> None:
             made = [treat(data, picture.examine(data))[0] for data in pool]
             write_store(folder, [(data, i % 10) for i, data in enumerate(made)])
             for model in options.model:
-                task = Task(model, options.batch, options.size, device, options.steps)
+                task = Task(model, options.batch, options.size, device, options.steps, warm=WARM)
                 for decode in ("cpu", "gpu") if on_gpu else ("cpu",):
                     measure(task, folder, options.windows, decode, max(1, len(cpus) - 1))
 

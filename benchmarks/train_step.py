@@ -1,10 +1,11 @@
 """What our training loop costs beside a plain PyTorch loop, and what saving and going on cost.
 
-    python benchmarks/train_step.py [--windows 3] [--steps 20] [--timm-benchmark PATH/benchmark.py]
+    python benchmarks/train_step.py [--windows 15] [--steps 4] [--timm-benchmark PATH/benchmark.py]
 
 Ours is the whole of `training.fit`: Lightning, metrics, boundary, verdict and record. Only its loader is
-replaced, by one batch that lies on the device already; the plain loop gets the same. Windows take turns, so
-that a busy moment of the machine meets both. On a GPU four backbones follow, eager and compiled, beside
+replaced, by one batch that lies on the device already; the plain loop gets the same. Both live in one process
+and take turns, a few steps each, so that a busy moment of the machine meets both. A second row has so little
+to compute that the loops themselves are seen. On a GPU four backbones follow, eager and compiled, beside
 timm's own benchmark script where its path is given.
 """
 
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,6 @@ from hpc_imagenet.training.recipe import optimizer, rate
 from hpc_imagenet.world import World
 
 CLASSES = 1000
-WARM = 3  # steps before a window begins
 BACKBONES = ("resnet18", "resnet50", "convnext_tiny", "vit_b_16")
 Batch = tuple[Tensor, Tensor]
 
@@ -62,8 +62,9 @@ class Task:
     batch: int  # images
     size: int  # px
     device: torch.device
-    steps: int  # a window
+    steps: int  # of a window
     compiled: bool = False
+    warm: int = 2  # steps before a window: whoever had the turn before has filled the caches with its own
 
     def config(self) -> Config:
         """Return a run's config, of one epoch."""
@@ -157,23 +158,12 @@ def new_run() -> Iterator[Run]:
         yield Run(Path(folder))
 
 
-def ours(task: Task, config: Config | None = None, store: Any = None, warm: int = WARM) -> float:
-    """Return the s a step of one window of ours."""
-    times: dict[int, float] = {}
-
-    def hook(_: Account, trainer: Any) -> None:
-        if trainer.global_step in (warm, warm + task.steps):
-            task.wait()
-            times[trainer.global_step] = time.perf_counter()
-
-    with new_run() as run:
-        fit(task, config or task.config(), warm + task.steps, run, hook, store)
-    return (times[warm + task.steps] - times[warm]) / task.steps
+Window = Callable[[], float]  # a window of one way: `warm` steps, then s a step of those that follow
 
 
-def plain(task: Task) -> float:
-    """Return the s a step of one window of a loop of a dozen lines."""
-    recipe, steps = task.config().recipe, WARM + task.steps
+def plain(task: Task, windows: int) -> Iterator[float]:
+    """Yield the s a step of each window of a loop of a dozen lines."""
+    recipe, each = task.config().recipe, task.warm + task.steps
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     network = model.build(task.name, CLASSES, stem="standard", size=task.size)
     network = network.to(task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -181,10 +171,10 @@ def plain(task: Task) -> float:
         network.compile(dynamic=False)
     mean, std = (255 * torch.tensor(value, device=task.device).view(3, 1, 1) for value in (MEAN, STD))
     chosen = optimizer(network, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: rate(step, steps, 0))
+    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: rate(step, windows * each, 0))
     on_gpu, begin = task.device.type == "cuda", 0.0
-    for step, (images, labels) in enumerate(Resident(task.data(), steps)):
-        if step == WARM:
+    for step, (images, labels) in enumerate(Resident(task.data(), windows * each)):
+        if step % each == task.warm:
             task.wait()
             begin = time.perf_counter()
         with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
@@ -193,33 +183,49 @@ def plain(task: Task) -> float:
         loss.backward()
         chosen.step()
         schedule.step()
-    task.wait()
-    return (time.perf_counter() - begin) / task.steps
+        if (step + 1) % each == 0:
+            task.wait()
+            yield (time.perf_counter() - begin) / task.steps
 
 
-@dataclass
-class Row:
-    """One thing measured."""
+def in_turns(
+    task: Task, windows: int, others: dict[str, Window], config: Config | None = None, store: Any = None
+) -> dict[str, list[float]]:
+    """Return the s a step of every window of ours, and of the others, whose turn it is after each of ours.
 
-    name: str
-    ways: dict[str, Callable[[], float]]  # name of the way: one window, in s a step
-    images: int
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    A first window of each, in which memory is found and code is compiled, does not count.
+    """
+    seconds: dict[str, list[float]] = {way: [] for way in ("ours", *others)}
+    each, begin = task.warm + task.steps, 0.0
 
-    def measure(self, windows: int) -> None:
-        """Let the ways take turns."""
-        for _ in range(windows):
-            for way, window in self.ways.items():
-                self.seconds.setdefault(way, []).append(window())
+    def hook(_: Account, trainer: Any) -> None:
+        nonlocal begin
+        if trainer.global_step % each == task.warm:
+            task.wait()
+            begin = time.perf_counter()
+        elif trainer.global_step % each == 0:
+            task.wait()
+            seconds["ours"].append((time.perf_counter() - begin) / task.steps)
+            for way, window in others.items():
+                seconds[way].append(window())
 
-    def tell(self) -> None:
-        """Print a line a way; the last figure is the time beside the first way's."""
-        medians = {way: statistics.median(times) for way, times in self.seconds.items()}
-        first = next(iter(medians.values()))
-        for way, times in self.seconds.items():
-            spread = f"{min(times) * 1000:9.1f} {max(times) * 1000:9.1f}"
-            figures = f"{medians[way] * 1000:9.1f} {spread} {self.images / medians[way]:10.1f}"
-            print(f"{self.name:32} {way:22} {figures} {medians[way] / first:9.3f}", flush=True)
+    with new_run() as run:
+        fit(task, config or task.config(), (1 + windows) * each, run, hook, store)
+    return {way: times[1:] for way, times in seconds.items()}
+
+
+def row(task: Task, windows: int, script: Path | None = None) -> None:
+    """Print a line a way; the last figure is the time beside the plain loop's."""
+    seconds = in_turns(task, windows, {"plain PyTorch": plain(task, 1 + windows).__next__})
+    if script:
+        seconds["timm's benchmark.py"] = [timm_rate(script, task) for _ in range(3)]
+    kind = ("compiled" if task.compiled else "eager") if task.device.type == "cuda" else "CPU"
+    first = statistics.median(seconds["plain PyTorch"])
+    for way, times in seconds.items():
+        middle = statistics.median(times)
+        figures = " ".join(f"{value * 1000:9.1f}" for value in (middle, min(times), max(times)))
+        name = f"{task.name}, {task.batch} x {task.size} px, {kind}"
+        print(f"{name:36} {way:20} {figures} {task.batch / middle:10.1f} {middle / first:8.3f}", flush=True)
 
 
 def saving(task: Task, repeats: int) -> None:
@@ -266,19 +272,6 @@ def timm_rate(script: Path, task: Task) -> float:
     return task.batch / float(result["train_samples_per_sec"])
 
 
-def on_gpu(device: torch.device, batch: int, size: int, options: argparse.Namespace) -> list[Row]:
-    rows = []
-    for name in BACKBONES:
-        for compiled in (False, True):
-            task = Task(name, batch, size, device, options.steps, compiled)
-            ways = {"plain PyTorch": lambda task=task: plain(task), "ours": lambda task=task: ours(task)}
-            if options.timm_benchmark:
-                ways["timm's benchmark.py"] = lambda task=task: timm_rate(options.timm_benchmark, task)
-            kind = "compiled" if compiled else "eager"
-            rows.append(Row(f"{name}, {batch} x {size} px, {kind}", ways, batch))  # type: ignore[arg-type]
-    return rows
-
-
 def machine() -> str:
     cpu = platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -289,8 +282,8 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--windows", type=int, default=3, help="of each row (3)")
-    parser.add_argument("--steps", type=int, default=20, help="of a window (20)")
+    parser.add_argument("--windows", type=int, default=15, help="of each row (15)")
+    parser.add_argument("--steps", type=int, default=4, help="of a window (4)")
     parser.add_argument("--batch", type=int, default=16, help="images of a step on the CPU (16)")
     parser.add_argument("--size", type=int, default=128, help="px of the images on the CPU (128)")
     parser.add_argument("--gpu-batch", type=int, default=256, help="images of a step on a GPU (256)")
@@ -300,19 +293,18 @@ def main() -> None:
     print(machine())
     print(f"Python {platform.python_version()}, torch {versions[0]}, pytorch-lightning {versions[1]}")
     columns = " ".join(f"{name:>9}" for name in ("median", "min", "max"))
-    print(f"{'ms a step':32} {'':22} {columns} {'images/s':>10} {'/ plain':>9}   ({options.windows} windows)")
-    cpu = Task("resnet18", options.batch, options.size, torch.device("cpu"), options.steps)
-    kind = f"resnet18, {cpu.batch} x {cpu.size} px, CPU"
-    rows = [Row(kind, {"plain PyTorch": lambda: plain(cpu), "ours": lambda: ours(cpu)}, cpu.batch)]
-    if torch.cuda.is_available():
-        rows += on_gpu(torch.device("cuda", 0), options.gpu_batch, 224, options)
-    for row in rows:
-        row.measure(options.windows)
-        row.tell()
-    if not torch.cuda.is_available():
-        for name in BACKBONES:
-            print(f"{name}, {options.gpu_batch} x 224 px, eager and compiled: no GPU")
-    saving(Task("resnet50", 4, 64, torch.device("cpu"), 1), options.windows)
+    print(f"{'ms a step':36} {'':20} {columns} {'images/s':>10} {'/ plain':>8}   ({options.windows} windows)")
+    cpu, steps, batch = torch.device("cpu"), options.steps, options.gpu_batch
+    row(Task("resnet18", options.batch, options.size, cpu, steps), options.windows)
+    row(Task("squeezenet1_1", 1, 32, cpu, 5 * steps), options.windows)
+    for name in BACKBONES:
+        if not torch.cuda.is_available():
+            print(f"{name}, {batch} x 224 px, eager and compiled: no GPU")
+            continue
+        for compiled in (False, True):
+            task = Task(name, batch, 224, torch.device("cuda", 0), 5 * steps, compiled)
+            row(task, options.windows, options.timm_benchmark)
+    saving(Task("resnet50", 4, 64, cpu, 1), 3)
 
 
 if __name__ == "__main__":

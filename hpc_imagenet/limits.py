@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
+from typing import Any
 from urllib.parse import urlsplit
 
 from hpc_imagenet.config import EXECUTORS, LISTEN, STAGES, Config, Process, cluster_for
@@ -11,6 +13,74 @@ from hpc_imagenet.experiment import Recipe
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of what becomes a folder
 
+_CHOICES = {
+    "stage.name": STAGES,
+    "cluster.executor": EXECUTORS,
+    "process.layout": ("index", "shards", "folders"),
+    "process.check": ("header", "decode"),
+    "process.on_corrupt": ("fail", "skip"),
+    "process.order": ("archive", "shuffled"),
+    "loader.decode": ("cpu", "gpu"),
+    "loader.on_corrupt": ("fail", "skip"),
+    "session.listen": LISTEN,
+    "model.stem": ("auto", "standard", "small"),
+    "recipe.optimizer": ("sgd", "adamw"),
+    "recipe.schedule": ("cosine", "linear"),
+    "recipe.augment": ("none", "trivial"),
+}
+
+_BETWEEN: dict[str, tuple[int, int]] = {
+    "process.tasks": (1, 9999),
+    "process.workers": (1, 9999),
+    "process.seed": (0, 2**32 - 1),
+    "process.quality": (1, 100),
+    "upload.tasks": (1, 9999),
+    "session.port": (1024, 65535),
+    "seed": (0, 2**32 - 1),
+    "recipe.label_smoothing": (0, 1),
+    "recipe.crop_scale": (0, 1),
+    "recipe.flip": (0, 1),
+    "recipe.norm_momentum": (0, 1),
+    "recipe.erase": (0, 1),
+    "recipe.ema": (0, 1),
+}
+
+_AT_LEAST = {
+    "recipe.epochs": 1,
+    "recipe.global_batch": 1,
+    "recipe.size": 8,
+    "recipe.val_size": 8,
+    "recipe.learning_rate": 0,
+    "recipe.weight_decay": 0,
+    "recipe.warmup_epochs": 0,
+    "recipe.start_size": 8,
+    "recipe.mixup": 0,
+    "recipe.cutmix": 0,
+    "recipe.ema_every": 1,
+    "train.verdict_after_seconds": 0,
+    "train.accumulate": 1,
+    "loader.workers": 0,
+    "download.connections": 1,
+    "download.retries": 0,
+    "upload.connections": 1,
+    "session.time": 1,
+    "session.gpus": 0,
+    "cluster.parallel": 1,
+    "cluster.nodes": 1,
+    "cluster.gpus_per_node": 0,
+    "cluster.tasks_per_node": 1,
+    "cluster.time": 1,
+    "cluster.scratch_gb": 0,
+}
+
+_ABOVE_NOTHING = (
+    "download.limit",
+    "download.timeout",
+    "session.idle_minutes",
+    "process.shard_size",
+    "train.checkpoint_every_minutes",
+)
+
 
 def check(config: Config) -> None:
     """Refuse values that have the right type and still make no sense.
@@ -18,87 +88,29 @@ def check(config: Config) -> None:
     Raises:
         UserError: the first setting that is wrong, and what would be right.
     """
-    _one_of("stage", config.stage.name, STAGES)
-    _one_of("cluster.executor", config.cluster.executor, EXECUTORS)
-    _one_of("process.layout", config.process.layout, ("index", "shards", "folders"))
-    _one_of("process.check", config.process.check, ("header", "decode"))
-    _one_of("process.on_corrupt", config.process.on_corrupt, ("fail", "skip"))
-    _one_of("process.order", config.process.order, ("archive", "shuffled"))
-    _check_process(config.process)
-    _one_of("loader.decode", config.loader.decode, ("cpu", "gpu"))
-    _one_of("loader.on_corrupt", config.loader.on_corrupt, ("fail", "skip"))
-    _between("upload.tasks", config.upload.tasks, 1, 9999)
-    _one_of("session.listen", config.session.listen, LISTEN)
-    _one_of("model.stem", config.model.stem, ("auto", "standard", "small"))
+    for setting, valid in _CHOICES.items():
+        _one_of(setting, attrgetter(setting)(config), valid)
+    for setting, (least, most) in _BETWEEN.items():
+        value = attrgetter(setting)(config)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{setting}={value} is not between {least} and {most}")
+    for setting, least in _AT_LEAST.items():
+        _at_least(setting, attrgetter(setting)(config), least)
+    for setting in _ABOVE_NOTHING:
+        value = attrgetter(setting)(config)
+        if value is not None and value <= 0:
+            raise UserError(f"{setting}={value} must be more than 0")
     _check_recipe(config.recipe)
-    recipe, cluster = config.recipe, config.cluster
-    for name, value, least in (
-        ("recipe.epochs", recipe.epochs, 1),
-        ("recipe.global_batch", recipe.global_batch, 1),
-        ("recipe.size", recipe.size, 8),
-        ("recipe.val_size", recipe.val_size, 8),
-        ("recipe.val_resize", recipe.val_resize, recipe.val_size),
-        ("recipe.learning_rate", recipe.learning_rate, 0),
-        ("recipe.weight_decay", recipe.weight_decay, 0),
-        ("recipe.warmup_epochs", recipe.warmup_epochs, 0),
-        ("recipe.start_size", recipe.start_size, 8),
-        ("recipe.mixup", recipe.mixup, 0),
-        ("recipe.cutmix", recipe.cutmix, 0),
-        ("recipe.ema_every", recipe.ema_every, 1),
-        ("train.verdict_after_seconds", config.train.verdict_after_seconds, 0),
-        ("loader.workers", config.loader.workers, 0),
-        ("train.accumulate", config.train.accumulate, 1),
-        ("download.connections", config.download.connections, 1),
-        ("download.retries", config.download.retries, 0),
-        ("upload.connections", config.upload.connections, 1),
-        ("session.time", config.session.time, 1),
-        ("session.gpus", config.session.gpus, 0),
-        ("cluster.parallel", cluster.parallel, 1),
-        ("cluster.nodes", cluster.nodes, 1),
-        ("cluster.gpus_per_node", cluster.gpus_per_node, 0),
-        ("cluster.tasks_per_node", cluster.tasks_per_node, 1),
-        ("cluster.time", cluster.time, 1),
-        ("cluster.scratch_gb", cluster.scratch_gb, 0),
-        ("seed", config.seed, 0),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{name}={value} is too small: at least {least}")
-    if config.seed >= 2**32:
-        raise UserError(f"seed={config.seed} is too large: below {2**32}")
-    for name, share in (
-        ("recipe.label_smoothing", recipe.label_smoothing),
-        ("recipe.crop_scale", recipe.crop_scale),
-        ("recipe.flip", recipe.flip),
-        ("recipe.norm_momentum", recipe.norm_momentum),
-        ("recipe.erase", recipe.erase),
-        ("recipe.ema", recipe.ema),
-    ):
-        if share is not None and not 0 <= share <= 1:
-            raise UserError(f"{name}={share} is not between 0 and 1")
-    for name, above in (
-        ("download.limit", config.download.limit),
-        ("download.timeout", config.download.timeout),
-        ("session.idle_minutes", config.session.idle_minutes),
-    ):
-        if above is not None and above <= 0:
-            raise UserError(f"{name}={above} must be more than 0")
+    _check_process(config.process)
     _no_secret("dataset.source", config.dataset.source, "a login is given by download.login")
     _no_secret("datastore.url", config.datastore.url, "boto3 and ssh find the login")
-    if config.train.checkpoint_every_minutes <= 0:
-        raise UserError("train.checkpoint_every_minutes must be more than 0")
-    if not re.fullmatch(_NAME, config.dataset.name):
-        raise UserError(
-            f"dataset.name={config.dataset.name} names a folder: letters, digits and . _ - make one"
-        )
-    if config.stage.name == "session" and not re.fullmatch(_NAME, config.session.name):
-        raise UserError(
-            f"session.name={config.session.name} names a folder: letters, digits and . _ - make one"
-        )
-    _between("session.port", config.session.port, 1024, 65535)
+    _folder("dataset.name", config.dataset.name)
+    if config.stage.name == "session":
+        _folder("session.name", config.session.name)
     for split in ("train", "val", "devkit"):
         if split not in config.dataset.archives:
             raise UserError(f"dataset.archives.{split} is missing: give its file name (and md5)")
-    for stage in cluster.stage:
+    for stage in config.cluster.stage:
         _one_of("cluster.stage", stage, STAGES)
         cluster_for(config, stage)
 
@@ -113,9 +125,7 @@ def _no_secret(setting: str, url: str, instead: str) -> None:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    _one_of("recipe.optimizer", recipe.optimizer, ("sgd", "adamw"))
-    _one_of("recipe.schedule", recipe.schedule, ("cosine", "linear"))
-    _one_of("recipe.augment", recipe.augment, ("none", "trivial"))
+    _at_least("recipe.val_resize", recipe.val_resize, recipe.val_size)
     if recipe.start_size is not None and recipe.grow_to < recipe.grow_from:
         raise UserError(
             f"recipe.grow_to={recipe.grow_to:g} comes before recipe.grow_from={recipe.grow_from:g}"
@@ -123,15 +133,6 @@ def _check_recipe(recipe: Recipe) -> None:
 
 
 def _check_process(process: Process) -> None:
-    for name, value, least, most in (
-        ("tasks", process.tasks, 1, 9999),
-        ("workers", process.workers, 1, 9999),
-        ("seed", process.seed, 0, 2**32 - 1),
-        ("quality", process.quality, 1, 100),
-    ):
-        _between(f"process.{name}", value, least, most)
-    if process.shard_size <= 0:
-        raise UserError(f"process.shard_size={process.shard_size} must be more than 0 GiB")
     if process.resize is not None and not re.fullmatch(r"(short|long):[1-9][0-9]{0,4}", process.resize):
         raise UserError(f"process.resize={process.resize} is not short:PX or long:PX, such as short:256")
     if process.layout == "index" and process.tasks > 1:
@@ -147,9 +148,14 @@ def _check_process(process: Process) -> None:
                 )
 
 
-def _between(setting: str, value: int | None, least: int, most: int) -> None:
-    if value is not None and not least <= value <= most:
-        raise UserError(f"{setting}={value} is not between {least} and {most}")
+def _at_least(setting: str, value: Any, least: int) -> None:
+    if value is not None and value < least:
+        raise UserError(f"{setting}={value} is too small: at least {least}")
+
+
+def _folder(setting: str, value: str) -> None:
+    if not re.fullmatch(_NAME, value):
+        raise UserError(f"{setting}={value} names a folder: letters, digits and . _ - make one")
 
 
 def _one_of(setting: str, value: str, valid: tuple[str, ...]) -> None:

@@ -117,7 +117,7 @@ def test_a_sweep_is_what_hydra_composes_one_by_one(
         (["+recipe.epoch=1"], ["recipe.epoch is no setting"]),
         (["~seed"], ["seed is not set"]),
         (["seed=abc"], ["seed:", "abc", "Integer"]),
-        (["seed=-1"], ["seed=-1 is too small"]),
+        (["seed=-1"], ["seed=-1 is not between 0 and 4294967295"]),
         (["seed=[1"], ["cannot read seed=[1"]),
         (["model=resnet18,resnet50"], ["is a sweep", "-m"]),
         (["dataset=ilsvrc"], ["dataset.name is not set"]),

@@ -85,20 +85,45 @@ def test_one_that_was_killed_is_told_and_another_takes_its_place(
 
 
 def test_it_ends_with_whoever_gives_the_orders(home: Path, shard: File, tmp_path: Path) -> None:
+    order = "copier.bring(shard, Path(sys.argv[2], 'copy'), print)"
+    assert gone_after(order, home, shard, tmp_path) == ""
+
+
+def test_it_ends_in_the_midst_of_its_work(home: Path, shard: File, tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**40)  # holes: an hour of hashing
+    order = "copier.hash(Path(sys.argv[2], 'large'), shard, lambda done: end())"
+    assert gone_after(order, home, shard, tmp_path) == ""
+
+
+def gone_after(order: str, home: Path, shard: File, tmp_path: Path) -> str:
+    """Give an order in a process that kills itself over it or behind it; return what the copier complains of.
+
+    Fails where the copier does not end.
+    """
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
         "from hpc_imagenet.datastore.copier import Copier\n"
         "from hpc_imagenet.datastore.manifest import File\n"
         "copier = Copier(sys.argv[1], 'digits/v1', Path(sys.argv[2]))\n"
-        "copier.bring(File(sys.argv[3], int(sys.argv[4]), sys.argv[5]), Path(sys.argv[2], 'copy'), print)\n"
-        "print(copier._process.pid, flush=True)\n"
-        "os.kill(os.getpid(), 9)\n"
+        "shard = File(sys.argv[3], int(sys.argv[4]), sys.argv[5])\n"
+        "def end():\n"
+        "    print(copier._process.pid, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        f"{order}\n"
+        "end()\n"
     )
     words = [str(home), str(tmp_path), shard.path, str(shard.bytes), shard.hash]
-    told = subprocess.run(
-        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True, check=False
-    )
+    with (tmp_path / "errors").open("w") as errors:
+        told = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            check=False,
+        )
     assert told.returncode == -signal.SIGKILL
     pid = int(told.stdout.split()[-1])
     eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    return (tmp_path / "errors").read_text()
