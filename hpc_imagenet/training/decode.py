@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from PIL import Image
 from hpc_imagenet.training.transforms import Box
 
 Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
+Item = TypeVar("Item", np.uint8, np.bool_)
 
 _ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of Pillow
 _SOI, _SOS, _DRI, _RST, _EOI = b"\xff\xd8", 0xDA, 0xDD, 0xD0, 0xD9
@@ -33,6 +34,8 @@ _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2  # Huffman-coded frames
 _NO_FRAME = (0xC4, 0xC8, 0xCC)  # within C0 to CF those that begin no frame
 _TAIL = 4096  # bytes: so far from the end of the file a JPEG's end mark may lie
 _MARGIN = 2  # px beyond an edge that the smoothing of the colours looks at
+# By the byte that follows an FF: 00 makes it a plain FF, and another FF fills; all else is a marker.
+_IS_MARKER = np.array([0 < code < 0xFF for code in range(256)])
 _scratch = threading.local()
 
 
@@ -120,11 +123,9 @@ def _splice(data: bytes, frame: _Frame, box: Box) -> tuple[Pixels, int, int] | N
     left, right = max(0, box[0] - _MARGIN) // step, min(columns, -(-(box[2] + _MARGIN) // step))
     upper, lower = max(0, box[1] - _MARGIN) // high, min(down, -(-(box[3] + _MARGIN) // high))
 
-    # A marker is FF and neither 00, which stands for a plain FF, nor FF, which fills.
     scan = np.frombuffer(data, np.uint8, offset=frame.scan)
-    after = np.flatnonzero(scan[:-1] == 0xFF) + 1
-    codes = scan[after]
-    ends = after[(codes != 0) & (codes != 0xFF)][: columns * down] + 1
+    after = np.flatnonzero(np.equal(scan[:-1], 0xFF, out=_memory("marks", len(scan) - 1, np.bool_))) + 1
+    ends = after[_IS_MARKER[scan[after]]][: columns * down] + 1
     if len(ends) < columns * down:
         return None  # damaged
     # Markers count from 0 to 7 and again, and the last one is the end.
@@ -133,16 +134,18 @@ def _splice(data: bytes, frame: _Frame, box: Box) -> tuple[Pixels, int, int] | N
     if (scan[ends - 1] != numbers).any():
         return None
 
-    begin = np.concatenate(([0], ends))
-    rows = np.arange(upper, lower) * columns
-    lengths = np.diff(begin)[(rows[:, None] + np.arange(left, right)).ravel()]
+    end = ends.reshape(down, columns)
+    begin = np.zeros_like(end)
+    begin.ravel()[1:] = ends[:-1]
+    lengths = (end - begin)[upper:lower, left:right].ravel()
+    rows = zip(begin[upper:lower, left].tolist(), end[upper:lower, right - 1].tolist(), strict=True)
     header = bytearray(data[: frame.scan])
     width, height = (
         min(frame.width, right * step) - left * step,
         min(frame.height, lower * high) - upper * high,
     )
     header[frame.at : frame.at + 4] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
-    parts = [scan[begin[row + left] : begin[row + right]] for row in rows]
+    parts = [scan[first:last] for first, last in rows]
     spliced = np.concatenate([np.frombuffer(header, np.uint8), *parts])
     spliced[len(header) + np.cumsum(lengths) - 1] = numbers[: len(lengths)]
     spliced[-1] = _EOI
@@ -150,13 +153,19 @@ def _splice(data: bytes, frame: _Frame, box: Box) -> tuple[Pixels, int, int] | N
 
 
 def _turbo(data: bytes | bytearray | Pixels, width: int, height: int, strict: bool = True) -> Pixels:
-    """Decode all of a JPEG into this thread's memory: half a megabyte of fresh memory each time is slow."""
-    size = 3 * width * height
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or buffer.nbytes < size:
-        buffer = _scratch.buffer = np.empty(size, np.uint8)
+    """Decode all of a JPEG into this thread's memory."""
+    buffer = _memory("pixels", 3 * width * height, np.uint8)
     pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=strict)
     return pixels
+
+
+def _memory(name: str, items: int, kind: type[Item]) -> npt.NDArray[Item]:
+    """Return memory of this thread, the same again at the next call by that name: fresh memory is slow."""
+    kept: npt.NDArray[Item] | None = getattr(_scratch, name, None)
+    if kept is None or len(kept) < items:
+        kept = np.empty(items, kind)
+        setattr(_scratch, name, kept)
+    return kept[:items]
 
 
 def _pillow(data: bytes) -> Image.Image:

@@ -119,11 +119,10 @@ def at_once(*tasks: Any) -> list[Any]:
     return done
 
 
+@pytest.mark.parametrize("url", ["moto", "rclone", "folder"], indirect=True)  # ssh: the next test
 def test_a_fetch_that_is_cut_off_goes_on(
     house: House, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if url.startswith("there:"):
-        pytest.skip("all files come by one rsync: the next test")
     house.upload(url)
     place, here = type(versions.locate(url)), tmp_path / "here"
     real, fetched = place.fetch, []
