@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from hpc_imagenet.datastore.store import Store, files
 from hpc_imagenet.datastore.transport import Ranges
 from hpc_imagenet.datastore.versions import Version, check_readable
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.temporary import Temporary
 
 
 @contextlib.contextmanager
@@ -48,7 +48,9 @@ def opened(version: Version, cluster: Cluster, stages: bool, copies: Copies | No
             folder = version.folder
             source = files(folder, manifest)
         else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hpc_imagenet-")))
+            temporary = Temporary("indexes")
+            stack.callback(temporary.close)
+            folder = temporary.folder
             _indexes(version, folder)
             if isinstance(place, Ranges):
                 source = place.shards(version.path, manifest.shards)

@@ -28,8 +28,9 @@ import psutil
 from hpc_imagenet.durable import write_json
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.session import keys
-from hpc_imagenet.session.place import Place
+from hpc_imagenet.temporary import Temporary
 
+TOP = Path("/tmp")  # not $TMPDIR: the address of a socket has at most 107 bytes
 _STARTS = (
     120.0  # s that it may take to answer; on a cold network file system Python's imports take their time
 )
@@ -62,8 +63,8 @@ class Server:
         if port and way != "socket":
             _refuse_taken(port, "" if way == "address" else "127.0.0.1")
         self.port = port or _free_port("" if way == "address" else "127.0.0.1")
-        self._place = Place()
-        self.folder = self._place.folder
+        self._temporary = Temporary("session", TOP)
+        self.folder = self._temporary.folder
         self.socket = str(self.folder / "jupyter") if way == "socket" else None
         self.fingerprint: str | None = None
         self._token = keys.new_token(run_folder)
@@ -202,7 +203,7 @@ class Server:
                     child.kill()
         with contextlib.suppress(OSError):
             os.close(self._ends)
-        self._place.close()
+        self._temporary.close()
         (self.run_folder / keys.TOKEN).unlink(missing_ok=True)
 
     def _answers(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import socket
 import sys
@@ -25,8 +26,7 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Attempt, Progress, Run
 from hpc_imagenet.session.life import Asked, Life
 from hpc_imagenet.session.note import Note, notebooks
-from hpc_imagenet.session.place import private
-from hpc_imagenet.session.server import Server
+from hpc_imagenet.session.server import TOP, Server
 from hpc_imagenet.world import World, cpus
 
 _IN_ORDER = 120.0  # s before Slurm's own end, so that the outcome can be written
@@ -87,6 +87,16 @@ def _way(listen: str) -> str:
         return "address"
     # An array's task has an id of its own there.
     return "loopback" if private(os.environ.get("SLURM_JOB_ID", job)) else "socket"
+
+
+def private(job: str, top: Path = TOP, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether Slurm gave a job a `top` of its own (job_container/tmpfs), whose files no login by ssh sees.
+
+    What is mounted there is then a folder that is called by the job's id.
+    """
+    rows = [line.split() for line in mounts.read_text().splitlines()]
+    roots = [row[3] for row in rows if row[4] == str(top)]
+    return bool(roots) and re.search(rf"\b{job}\b", roots[-1]) is not None  # the last one covers the others
 
 
 def _answers_ssh() -> bool:

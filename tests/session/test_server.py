@@ -28,10 +28,11 @@ import pytest
 import websocket
 from servers import free_port
 
+from hpc_imagenet import temporary
 from hpc_imagenet.errors import Interrupted, UserError
-from hpc_imagenet.session import keys, life, place
+from hpc_imagenet.session import keys, life
 from hpc_imagenet.session.life import Asked, Life
-from hpc_imagenet.session.server import Server
+from hpc_imagenet.session.server import TOP, Server
 
 pytestmark = pytest.mark.slow
 
@@ -194,7 +195,7 @@ def test_the_token_is_in_no_process_and_no_output_and_it_ends_with_whoever_start
     ) as process:
         assert process.stdout
         lines = []
-        while not (lines and lines[-1].startswith(f"{place.TOP}/")):
+        while not (lines and lines[-1].startswith(f"{TOP}/")):
             lines.append(process.stdout.readline())
         folder, port = Path(lines[-1].split()[0]), int(lines[-1].split()[1])
         token = keys.token(tmp_path)
@@ -204,7 +205,7 @@ def test_the_token_is_in_no_process_and_no_output_and_it_ends_with_whoever_start
         told = []
         for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             told += [" ".join(each.cmdline()), " ".join(each.environ().values())]
-        assert folder not in place.sweep()
+        assert folder not in temporary.sweep("session", TOP)
         process.kill()
         lines += process.stdout.readlines()  # until the last of them has ended
     assert len(told) >= 4
@@ -212,7 +213,7 @@ def test_the_token_is_in_no_process_and_no_output_and_it_ends_with_whoever_start
     written = [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_text("latin-1")]
     assert written == [tmp_path / keys.TOKEN]  # of a killed one; the next start replaces it
     # Another session of this user may have been quicker.
-    assert folder in place.sweep() or not folder.exists()
+    assert folder in temporary.sweep("session", TOP) or not folder.exists()
     assert not folder.exists()
 
 

@@ -196,3 +196,16 @@ def test_a_session_is_its_name_in_any_size(door: Door) -> None:
     assert planned() == planned("session.time=10", "session.gpus=2", "seed=3", "model=vgg11")
     assert planned() != planned("session.name=bob")
     assert planned().endswith("-session-ana")
+
+
+SHARED = "30 29 254:0 / / rw - ext4 /dev/vda rw\n31 30 254:0 /tmp /tmp rw - ext4 /dev/vda rw\n"
+OWN = "32 31 254:0 /scratch/jobs/n4/1234/.1234 /tmp rw,relatime - ext4 /dev/vda rw\n"
+
+
+@pytest.mark.parametrize(
+    ("mounts", "job", "told"), [(SHARED, "1234", False), (SHARED + OWN, "1234", True), (OWN, "123", False)]
+)
+def test_a_job_with_a_tmp_of_its_own(tmp_path: Path, mounts: str, job: str, told: bool) -> None:
+    """As job_container/tmpfs of Slurm 22.05 mounts it."""
+    (tmp_path / "mountinfo").write_text(mounts)
+    assert session.private(job, mounts=tmp_path / "mountinfo") is told

@@ -1,7 +1,7 @@
-"""The folder of one start of a session on its node: of mode 700, and gone with it, even if it was killed.
+"""A folder of this process's own on its node: of mode 700, and gone with it, even if it was killed.
 
 Its owner holds the kernel's lock on it, which goes with the process however that ends. So a folder that can
-be locked is of a start that was killed, and the next start of the same user removes it.
+be locked was left by one that was killed, and the next process of the same user and purpose removes it.
 """
 
 from __future__ import annotations
@@ -9,34 +9,34 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import stat
 import tempfile
 from pathlib import Path
 
-# Not $TMPDIR: the address of a socket has at most 107 bytes.
-TOP = Path("/tmp")
-_PREFIX = "hpc_imagenet-session-"
 
+class Temporary:
+    """A folder for the life of this process, or until it is closed.
 
-class Place:
-    """A folder of its own for the life of this process.
+    Args:
+        purpose: a word for its name; only folders of the same one are swept.
+        top: where it is made; None: where $TMPDIR says.
 
     Attributes:
         folder: where it is.
     """
 
-    def __init__(self, top: Path = TOP) -> None:
-        sweep(top)
+    def __init__(self, purpose: str, top: Path | None = None) -> None:
+        top = top or Path(tempfile.gettempdir())
+        sweep(purpose, top)
         while True:
-            self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=top))
+            self.folder = Path(tempfile.mkdtemp(prefix=_prefix(purpose), dir=top))
             self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
             with contextlib.suppress(OSError):  # no locks on this file system: then nobody sweeps it
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
             if os.fstat(self._lock).st_nlink:
                 return
-            os.close(self._lock)  # another start has swept it before it was locked
+            os.close(self._lock)  # another process has swept it before it was locked
 
     def close(self) -> None:
         """Remove it."""
@@ -44,10 +44,10 @@ class Place:
         os.close(self._lock)
 
 
-def sweep(top: Path = TOP) -> list[Path]:
-    """Remove what starts of this user's sessions have left that were killed, and return it."""
+def sweep(purpose: str, top: Path) -> list[Path]:
+    """Remove what this user's processes have left in `top` that were killed, and return it."""
     removed = []
-    for folder in top.glob(f"{_PREFIX}*"):
+    for folder in top.glob(f"{_prefix(purpose)}*"):
         with contextlib.suppress(OSError):
             status = folder.lstat()
             # Everybody may make such a name in /tmp: links and other users' folders are left alone.
@@ -63,11 +63,5 @@ def sweep(top: Path = TOP) -> list[Path]:
     return removed
 
 
-def private(job: str, top: Path = TOP, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
-    """Whether Slurm gave a job a `top` of its own (job_container/tmpfs), whose files no login by ssh sees.
-
-    What is mounted there is then a folder that is called by the job's id.
-    """
-    rows = [line.split() for line in mounts.read_text().splitlines()]
-    roots = [row[3] for row in rows if row[4] == str(top)]
-    return bool(roots) and re.search(rf"\b{job}\b", roots[-1]) is not None  # the last one covers the others
+def _prefix(purpose: str) -> str:
+    return f"hpc_imagenet-{purpose}-"
