@@ -5,14 +5,15 @@
 The images are those of loader.py, as they were downloaded and tiled; the loader alone brings them to the
 device, the device alone trains on one batch that lies there in a plain loop, and together it is the whole of
 `training.fit`. On a CPU one core is the device and the others decode, so that they share no more than memory
-and caches. On a GPU all cores decode, and the GPU itself as well (`loader.decode=gpu`). The three live in one
-process and take turns, so that a busy moment of the machine meets all of them. The last column is
-together / min(loader, device).
+and caches; images of a third of the size follow, of which the loader is the slower part. On a GPU all cores
+decode, and the GPU itself as well (`loader.decode=gpu`). The three live in one process and take turns, so
+that a busy moment of the machine meets all of them. The last column is together / min(loader, device).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
@@ -74,6 +75,7 @@ def loader(task: Task, config: Config, store: Repeated) -> Iterator[float]:
 
 def measure(task: Task, folder: Path, windows: int, decode: str, workers: int) -> None:
     """Print one line of images/s."""
+    name = f"{task.name}, {task.size} px, {folder.name}, decoded on {decode}"
     steps = (1 + windows) * (task.warm + task.steps)
     store, config = Repeated(folder, steps * task.batch), task.config()
     config.loader.decode, config.loader.workers = decode, workers
@@ -88,7 +90,7 @@ def measure(task: Task, folder: Path, windows: int, decode: str, workers: int) -
         f"{medians[way]:9.1f} ({min(each):.1f} to {max(each):.1f})" for way, each in rates.items()
     )
     share = medians["ours"] / min(medians["loader"], medians["device"])
-    print(f"{task.name}, {folder.name}, decoded on {decode:4} {figures} {share:8.3f}", flush=True)
+    print(f"{name:46} {figures} {share:8.3f}", flush=True)
 
 
 def main() -> None:
@@ -120,8 +122,9 @@ def main() -> None:
             treat, folder = Treatment(tile=kind == "tiled"), Path(name) / kind
             made = [treat(data, picture.examine(data))[0] for data in pool]
             write_store(folder, [(data, i % 10) for i, data in enumerate(made)])
-            for model in options.model:
-                task = Task(model, options.batch, options.size, device, options.steps, warm=WARM)
+            sizes = [options.size] if on_gpu else [options.size, options.size // 3]
+            for model, size in itertools.product(options.model, sizes):
+                task = Task(model, options.batch, size, device, options.steps, warm=WARM)
                 for decode in ("cpu", "gpu") if on_gpu else ("cpu",):
                     measure(task, folder, options.windows, decode, max(1, len(cpus) - 1))
 

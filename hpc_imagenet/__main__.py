@@ -26,7 +26,7 @@ Submit (returns at once, the work goes on in the background):
   cluster=   auto (slurm where sbatch is on the PATH, else local), local, slurm, here
   dataset=   imagenet, digits, ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
   model=     any classification model of torchvision.models
-  recipe=    standard90, demo                  seed=0        workspace=FOLDER
+  recipe=    standard90, fast16 … fast88, modern, finetune, probe, demo     seed=0        workspace=FOLDER
   +stage=session [session.datastore=NAME] [session.gpus=N] [session.time=MINUTES]: Jupyter Lab on a node
   datastore.name=NAME[@vN]                     datastore.url=FOLDER, user@host:/path, s3://bucket/prefix
   wait=true      stay, with a live table; exit code 1 if a job failed
@@ -59,8 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = run(words)
     except UserError as error:
         code = fail(error)
+    except PermissionError as error:
+        code = fail(UserError(f"{error.filename}: you may not read or write here: is it another's?"))
     except KeyboardInterrupt:
-        print("\ninterrupted: submitted jobs go on; python -m hpc_imagenet jobs shows them", file=sys.stderr)
+        print(
+            "\ninterrupted: jobs in the background go on; python -m hpc_imagenet jobs shows them",
+            file=sys.stderr,
+        )
         code = 130
     except BrokenPipeError:
         # `jobs | head` closed the pipe; Python would complain once more when it flushes at exit.
@@ -109,6 +114,8 @@ def _split(words: list[str]) -> tuple[list[str], bool, str | None]:
             )
         else:
             overrides.append(word)
+    if config_dir == "":
+        raise UserError("--config-dir: which folder?")
     return overrides, multirun, config_dir
 
 

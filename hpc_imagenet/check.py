@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,10 +55,10 @@ def workspace(path: Path) -> None:
 
 def finder() -> Callable[[Datastore], Datastore | None]:
     """Return a look-up for `plan.plan`: a datastore's newest (or pinned) version, each once."""
-    known: dict[tuple[str, str], Datastore | None] = {}
+    known: dict[tuple[str, str, int | None], Datastore | None] = {}
 
     def found(datastore: Datastore) -> Datastore | None:
-        key = (datastore.url, datastore.name)
+        key = (datastore.url, datastore.name, datastore.version)
         if key not in known:
             name, _ = versions.parse(datastore.name)
             known[key] = None
@@ -77,9 +77,14 @@ def jobs(plan: Sequence[Job], record: Record) -> None:
         UserError: the first job's trouble, and the setting or the stage that mends it.
     """
     planned = {job.run for job in plan}
+    answered = set()  # of a sweep's trainings; a place elsewhere is not asked again for each
     for job in plan:
         _model(job)
         _shape(job)
+        question = (astuple(job.config.datastore), job.cluster.scratch, job.config.recipe.global_batch)
+        if job.stage == "train" and question in answered:
+            continue
+        answered.add(question)
         _readable(job)
         _pinned_version(job)
         if any(need in planned for need in job.needs):
@@ -129,6 +134,12 @@ def _shape(job: Job) -> None:
     )
     if job.config.loader.decode == "gpu" and cluster.gpus_per_node == 0:
         raise UserError("loader.decode=gpu, but cluster.gpus_per_node=0: set loader.decode=cpu")
+    gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node
+    if gpus and tasks and gpus != tasks:
+        raise UserError(
+            f"cluster.tasks_per_node={tasks} with cluster.gpus_per_node={gpus}: a training has one task "
+            f"a GPU: leave cluster.tasks_per_node out, or set it to {gpus}"
+        )
     if batch % parts:
         above = (batch // parts + 1) * parts
         raise UserError(

@@ -200,7 +200,7 @@ def _delete(place: Place, record: Record, options: argparse.Namespace, name: str
     if not _agreed(f"delete {name} ({size}) from {place.url}", options):
         return 1
     shelf.delete(place, entry)
-    print(f"deleted  {name}")
+    _gone("deleted", [entry], options)
     return 0
 
 
@@ -211,16 +211,28 @@ def _sweep(place: Place, record: Record, options: argparse.Namespace) -> int:
         for entry in shelf.entries(place)
         if entry.state != versions.COMPLETE and shelf.idle(place, entry, seconds)
     ]
-    if not old:
+    if not old and not options.json:
         print(f"nothing to sweep in {place.url}: no partial upload has lain still for {options.days:g} days")
         return 0
-    if not _agreed(f"remove {', '.join(entry.reference for entry in old)} from {place.url}", options):
+    if old and not _agreed(f"remove {', '.join(entry.reference for entry in old)} from {place.url}", options):
         return 1
     for entry in old:
         with shelf.alone(place, entry):
             shelf.delete(place, entry)
-        print(f"removed  {entry.reference}")
+        if not options.json:
+            _gone("removed", [entry], options)
+    if options.json:
+        _gone("removed", old, options)
     return 0
+
+
+def _gone(what: str, entries: Sequence[Entry], options: argparse.Namespace) -> None:
+    if options.json:
+        rows = [{"name": entry.name, "version": entry.number, "state": what} for entry in entries]
+        print(json.dumps(rows, indent=2))
+        return
+    for entry in entries:
+        print(f"{what}  {entry.reference}")
 
 
 def _agreed(what: str, options: argparse.Namespace) -> bool:

@@ -42,6 +42,9 @@ def main() -> None:
         code = _pipeline(settings)
     except UserError as error:
         code = fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the archives are served no more; make demo goes on from here", file=sys.stderr)
+        code = 130
     if code == 0:
         words = ["report", *(word for word in settings if word.startswith("workspace="))]
         print(f"\n$ python -m hpc_imagenet {' '.join(words)}")

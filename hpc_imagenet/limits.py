@@ -27,6 +27,7 @@ _CHOICES = {
     "recipe.optimizer": ("sgd", "adamw"),
     "recipe.schedule": ("cosine", "linear"),
     "recipe.augment": ("none", "trivial"),
+    "recipe.precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"),
 }
 
 _BETWEEN: dict[str, tuple[int, int]] = {
@@ -69,6 +70,9 @@ _AT_LEAST = {
     "cluster.nodes": 1,
     "cluster.gpus_per_node": 0,
     "cluster.tasks_per_node": 1,
+    "cluster.cpus_per_task": 1,
+    "cluster.array_parallelism": 1,
+    "cluster.max_requeues": 0,
     "cluster.time": 1,
     "cluster.scratch_gb": 0,
 }
@@ -78,6 +82,7 @@ _ABOVE_NOTHING = (
     "download.timeout",
     "session.idle_minutes",
     "process.shard_size",
+    "cluster.memory_gb",
     "train.checkpoint_every_minutes",
 )
 
@@ -97,9 +102,7 @@ def check(config: Config) -> None:
     for setting, least in _AT_LEAST.items():
         _at_least(setting, attrgetter(setting)(config), least)
     for setting in _ABOVE_NOTHING:
-        value = attrgetter(setting)(config)
-        if value is not None and value <= 0:
-            raise UserError(f"{setting}={value} must be more than 0")
+        _above_nothing(setting, attrgetter(setting)(config))
     _check_recipe(config.recipe)
     _check_process(config.process)
     _no_secret("dataset.source", config.dataset.source, "a login is given by download.login")
@@ -112,7 +115,7 @@ def check(config: Config) -> None:
             raise UserError(f"dataset.archives.{split} is missing: give its file name (and md5)")
     for stage in config.cluster.stage:
         _one_of("cluster.stage", stage, STAGES)
-        cluster_for(config, stage)
+        _check_stage(config, stage)
 
 
 def _no_secret(setting: str, url: str, instead: str) -> None:
@@ -146,6 +149,24 @@ def _check_process(process: Process) -> None:
                 raise UserError(
                     f"process.{name}={value} needs process.layout=shards: the others change no image"
                 )
+
+
+def _check_stage(config: Config, stage: str) -> None:
+    own = cluster_for(config, stage)
+    if own.executor != config.cluster.executor:
+        raise UserError(
+            f"cluster.stage.{stage}.executor={own.executor}: all stages have one, cluster.executor"
+        )
+    for setting, least in _AT_LEAST.items():
+        if setting.startswith("cluster."):
+            name = setting.removeprefix("cluster.")
+            _at_least(f"cluster.stage.{stage}.{name}", getattr(own, name), least)
+    _above_nothing(f"cluster.stage.{stage}.memory_gb", own.memory_gb)
+
+
+def _above_nothing(setting: str, value: Any) -> None:
+    if value is not None and value <= 0:
+        raise UserError(f"{setting}={value} must be more than 0")
 
 
 def _at_least(setting: str, value: Any, least: int) -> None:

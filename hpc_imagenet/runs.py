@@ -140,10 +140,13 @@ class Run:
     def attempts(self) -> list[Attempt]:
         """Return all attempts, oldest first."""
         try:
-            folders = list((self.folder / "attempts").iterdir())
+            found = list((self.folder / "attempts").iterdir())
         except FileNotFoundError:
             return []
-        return [Attempt(folder) for folder in sorted(folders, key=lambda folder: int(folder.name))]
+        numbered = [
+            folder for folder in found if folder.name.isdigit()
+        ]  # file systems leave files of their own
+        return [Attempt(folder) for folder in sorted(numbered, key=lambda folder: int(folder.name))]
 
     @property
     def attempt(self) -> Attempt | None:

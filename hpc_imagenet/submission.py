@@ -164,6 +164,10 @@ def _here(record: Record, attempts: list[tuple[Run, Attempt]]) -> None:
         # At a preemption srun passes this on, and we wait for the tasks to save. (Being ignored it would be
         # ignored by them as well.)
         signal.signal(signal.SIGTERM, lambda *_: None)
+    environment = local.job_environment()
+    if allocation and "SLURM_CPUS_PER_TASK" in environment:
+        # Since 22.05 srun does not ask sbatch's options for it: a task would be bound to one CPU.
+        environment.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])
     for run, attempt in attempts:
         if failed:
             attempt.end(CANCELLED, f"came after {failed}, which failed")
@@ -179,7 +183,7 @@ def _here(record: Record, attempts: list[tuple[Run, Attempt]]) -> None:
         else:
             attempt.submit("here", host=socket.gethostname(), code=_code())
             local.note_process(attempt)
-        done = subprocess.run(command, env=local.job_environment(), check=False)
+        done = subprocess.run(command, env=environment, check=False)
         if allocation:
             aftermath.settle(run, attempt, done.returncode)
         if not state(run).finished:

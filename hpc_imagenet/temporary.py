@@ -31,12 +31,15 @@ class Temporary:
         sweep(purpose, top)
         while True:
             self.folder = Path(tempfile.mkdtemp(prefix=_prefix(purpose), dir=top))
-            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:  # another process has swept it before it was locked
+                continue
             with contextlib.suppress(OSError):  # no locks on this file system: then nobody sweeps it
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
             if os.fstat(self._lock).st_nlink:
                 return
-            os.close(self._lock)  # another process has swept it before it was locked
+            os.close(self._lock)  # the same, a moment later
 
     def close(self) -> None:
         """Remove it."""

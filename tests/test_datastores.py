@@ -95,6 +95,9 @@ def test_a_sweep_takes_what_lies_still(door: Door, url: str) -> None:
     assert [row["version"] for row in json.loads(door("datastores", "--json").stdout)] == [1, 3]
     assert "nothing to sweep" in door("datastores", "sweep").stdout
     assert door("datastores", "sweep", "--yes", "--days=5").stdout == "removed  digits@v3\n"
+    assert json.loads(door("datastores", "sweep", "--json").stdout) == []
+    gone = json.loads(door("datastores", "delete", "digits@v1", "--yes", "--json").stdout)
+    assert gone == [{"name": "digits", "version": 1, "state": "deleted"}]
     claim = versions.claim(versions.locate(url), Datastore("digits", url), "new", {})
     assert claim.number == 4  # a number never means two things
 

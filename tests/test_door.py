@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from door import Door, eventually
 
+from hpc_imagenet.__main__ import main
 from hpc_imagenet.runs import Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +72,11 @@ def test_a_workspace_without_runs_is_no_error(door: Door) -> None:
         (("-m", "seed=0,1", "workspace=a,b"), ("workspace cannot be swept",)),
         (("jbos",), ("jbos is no verb", "jobs")),
         (("--wait",), ("--wait is no verb, no option",)),
+        (("--config-dir=", *DIGITS), ("--config-dir: which folder",)),
+        (
+            ("+stage=pipeline", *DIGITS, "cluster.gpus_per_node=4", "cluster.tasks_per_node=1"),
+            ("one task a GPU",),
+        ),
         (("logs", "nothing"), ("no runs in",)),
         (("jobs", "--jsno"), ("--jsno",)),
         (("+stage=pipeline", *DIGITS, "datastore.name=a/b"), ("datastore.name=a/b",)),
@@ -112,6 +119,22 @@ def test_a_workspace_that_cannot_be_written(door: Door, tmp_path: Path) -> None:
     line = door.refused("+stage=download", *DIGITS, f"workspace={tmp_path}/file/below")
     assert "cannot be written" in line
     assert f"workspace={tmp_path}/file/below" in line
+
+
+def test_a_folder_of_somebody_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "theirs" / "runs").mkdir(parents=True)
+    (tmp_path / "theirs").chmod(0)
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)  # whom modes mean something to
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(["jobs", f"workspace={tmp_path}/theirs"])
+    finally:
+        os.seteuid(before)
+        (tmp_path / "theirs").chmod(0o700)
+    assert caught.value.code == 2
+    assert re.search(rf"^error: {tmp_path}.*: you may not read or write here", capsys.readouterr().err)
 
 
 def test_dry_run_says_what_would_be_and_writes_nothing(door: Door) -> None:

@@ -76,6 +76,14 @@ def test_what_was_run_by_hand_is_not_sent_by_retry(cluster: Door, commands: Path
     assert "cluster=here" in cluster("retry", row["run"], code=2).stderr
 
 
+def test_by_hand_a_task_gets_the_cpus_of_its_allocation(cluster: Door, commands: Path) -> None:
+    """Since 22.05 srun takes them from a variable of its own, and else gives each task one."""
+    command(commands, "srun", f"env > {commands}/srun-env")
+    cluster.env |= {"SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "7"}
+    cluster("+stage=download", "dataset=digits", "cluster=here", code=1)
+    assert "SRUN_CPUS_PER_TASK=7\n" in (commands / "srun-env").read_text()
+
+
 def test_a_pipeline_is_a_chain_that_ends_in_one_array(cluster: Door, commands: Path) -> None:
     cluster(
         "-m",

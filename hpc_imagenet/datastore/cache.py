@@ -4,6 +4,7 @@
         sha256-<hex>             a file, by its hash, so that versions share what is equal in them
         sha256-<hex>.json        that it was proved: when, and its size, times and inode at that moment
         .sha256-<hex>.lock       held by whoever brings it
+        .sha256-<hex>.part       what has come of it
 
 Locks are those of the kernel (flock): they go with the process that holds them. Whoever reads a file holds
 it shared, so that what is in use is not evicted; a file that was evicted all the same stays readable to those
@@ -142,7 +143,10 @@ class Cache:
             return False
 
     def _room(self, file: File) -> bool:
-        """Evict what was not used for longest and is not in use, if that makes room; else nothing."""
+        """Evict what was not used for longest and is not in use, if that makes room; else nothing.
+
+        What came of copies that were cut off goes first.
+        """
         status = os.statvfs(self.folder)
         free = status.f_bavail * status.f_frsize - int(SPARE * status.f_blocks * status.f_frsize)
         if self.limit is not None:
@@ -151,7 +155,7 @@ class Cache:
         missing = file.bytes - _size(part) - free  # an earlier try may have brought some of it
         with contextlib.ExitStack() as held:
             chosen = []
-            for path in self._oldest_first():
+            for path in [*self.folder.glob(".*.part"), *self._oldest_first()]:
                 if missing <= 0:
                     break
                 if held.enter_context(_unused(path)):
@@ -176,9 +180,13 @@ class Cache:
 
 @contextlib.contextmanager
 def _unused(path: Path) -> Iterator[bool]:
-    """Hold a file that nobody has open through a cache; False where somebody has, or it is gone."""
+    """Hold a file that nobody has open through a cache, or a part that nobody brings; False else."""
+    in_use, part = path, path.suffix == ".part"
+    if part:
+        in_use = path.with_suffix(".lock")  # which may have gone with the process that held it
+    flags = os.O_RDWR | os.O_CREAT if part else os.O_RDONLY
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(in_use, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError:
         yield False
         return

@@ -28,6 +28,8 @@ FIRST_TRIES = 3  # to reach a host that was not reached yet
 TIMEOUT = 60  # s without a byte
 
 _URL = re.compile(r"((?:[^@:/]+@)?[^@:/][^@:/]*):(?!:|[^/]*@)(.+)", re.DOTALL)
+# Nobody is there to be asked, and a connection that is dead without a word ends within a minute.
+_SSH = "ssh -o BatchMode=yes -o ConnectTimeout=60 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _PROGRESS = re.compile(rb"^ *(\d+) +\d+%", re.MULTILINE)
 _BROKEN = {10, 12, 30, 35, 255}  # rsync's and ssh's codes for a connection that failed or ended
 _FOR_GOOD = ("Permission denied", "verification failed", "Could not resolve", "No space left", "quota")
@@ -59,7 +61,7 @@ class Shell:
         import sh
 
         self._errors: Any = sh.ErrorReturnCode
-        shell = os.environ.get("RSYNC_RSH") or "ssh -o BatchMode=yes"
+        shell = os.environ.get("RSYNC_RSH") or _SSH
         command, *words = shlex.split(shell)
         try:
             self._ssh: Any = sh.Command(command).bake(*words, self._host)

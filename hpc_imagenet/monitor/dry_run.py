@@ -32,7 +32,8 @@ def describe(plan: Sequence[Job], record: Record, executor: str) -> None:
         parts.append(Part(job.run, job.stage, job.label, job.cluster, tuple(needs)))
     for array in arrays(parts) if executor == "slurm" else ():
         print(f"\nsbatch would get, for {' '.join(part.run for part in array)}:")
-        text = script(array, record.run(array[0].run).folder / "attempts" / "1")
+        run = record.run(array[0].run)
+        text = script(array, run.folder / "attempts" / str(run.attempt.number + 1 if run.attempt else 1))
         print("  " + text.strip().replace("\n", "\n  "))
         print(f"sbatch --test-only: {verdict(text)}")
     print("\nnothing was submitted (dry_run=true)")

@@ -19,7 +19,7 @@ class Average(pl.Callback):
 
     Args:
         decay: share of the old average that stays, at each update.
-        every: steps between two updates.
+        every: steps between two updates; before the first one the average is a plain copy.
         warmup: steps in which the average is a plain copy, as in torchvision's recipes: weights that are
             still far off would stay in it for long.
     """
@@ -32,8 +32,9 @@ class Average(pl.Callback):
     ) -> None:
         """Update, if this batch ended such a step."""
         step = trainer.global_step
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and step % self.every == 0:
-            update(module.average, module.model, self.decay if step > self.warmup else 0.0)
+        early = step < self.every  # else a validation before the first update would judge what was drawn
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and (early or step % self.every == 0):
+            update(module.average, module.model, 0.0 if early or step <= self.warmup else self.decay)
 
 
 def averaging(model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from hpc_imagenet.durable import replacing
 from hpc_imagenet.errors import Interrupted, UserError
 from hpc_imagenet.experiment import Recipe
 from hpc_imagenet.training.checkpoint import LAST
+from hpc_imagenet.training.environment import PATIENCE
 from hpc_imagenet.training.preemption import Asked
 
 LOOK_EVERY = 50  # steps between two looks at a loss on a GPU: each makes the CPU wait for it
@@ -58,7 +59,7 @@ class Boundary(pl.Callback):
         """Begin to count the minutes."""
         self._saved = time.monotonic()
         if trainer.world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int

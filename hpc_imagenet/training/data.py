@@ -33,7 +33,7 @@ Read = Callable[[int], tuple[bytes, int]]
 Batch = tuple[Tensor, Tensor]  # uint8 [images, 3, size, size] in channels_last order, int64 [images]
 _Prepared = tuple[Batch, list[Key], list[Piece]]  # a batch, what it is of, what is left to be decoded
 
-AHEAD = 2  # batches in the making while one is worked on
+AHEAD = 2  # batches in the making while one is worked on, or as many as keep all threads busy
 CPU = torch.device("cpu")
 PART = 8  # images that a thread takes at a time, so that all work on the batch that is wanted next
 
@@ -219,7 +219,7 @@ class Loader:
         begun: deque[tuple[Batch, list[Key], list[Future[list[Piece]]]]] = deque()
         try:
             while True:
-                while len(begun) <= AHEAD and (keys := next(wanted, [])):
+                while self._more([parts for _, _, parts in begun]) and (keys := next(wanted, [])):
                     begun.append(self._begin(keys, read))
                 if not begun:
                     return
@@ -229,6 +229,10 @@ class Loader:
             for _, _, parts in begun:
                 for part in parts:
                     part.cancel()
+
+    def _more(self, begun: list[list[Future[list[Piece]]]]) -> bool:
+        """Whether to begin a further batch: some are made ahead, and so many that each thread has a part."""
+        return len(begun) <= AHEAD or sum(map(len, begun)) < self.workers
 
     def _begin(self, keys: list[Key], read: Read) -> tuple[Batch, list[Key], list[Future[list[Piece]]]]:
         if self._threads is None:

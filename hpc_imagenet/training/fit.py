@@ -104,13 +104,13 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
             if "val_top1" not in trainer.callback_metrics:  # it was finished before
                 trainer.loggers = []  # who know it
                 trainer.validate(module, datamodule=loaders, verbose=False)
+            skipped = len(loaders.skipped())
         except (RuntimeError, MemoryError) as error:
             if environment.out_of_memory(error):
                 raise UserError(_too_much(share, trainer.global_step, place)) from None
             if world.size > 1 and (gone := environment.lost(error)):
                 raise Lost(gone) from error
             raise
-    skipped = loaders.skipped()
     counted = module.tally.compute()["counts"]
     if world.main:
         write_classes(run.folder / "val_classes.csv", store.manifest.classes, counted)
@@ -140,7 +140,7 @@ def backbone(config: Config, classes: int, fresh: bool) -> nn.Module:
         size=recipe.size,
         val_size=recipe.val_size,
         start_size=recipe.start_size,
-        options=options.options,
+        options={**weights.options(options.name, options.weights), **options.options},
     )
     if recipe.blurpool and not blur_before_halving(network):
         raise UserError(f"recipe.blurpool=true: {options.name} has no convolution that it would change")
@@ -161,7 +161,7 @@ def _too_much(share: Share, step: int, place: torch.device) -> str:
     device = torch.cuda.get_device_name(place) if place.type == "cuda" else "this machine"
     return (
         f"out of memory at step {step + 1}: {share.images} images at a time are too many for {device}: {mend}"
-        + (" at a time and is the same training" if smaller else "")
+        + (" at a time, of the same global batch" if smaller else "")
     )
 
 

@@ -36,7 +36,7 @@ def ahead(
     Args:
         prepared: batches on the host.
         device: a GPU.
-        finish: puts one there, without waiting for it.
+        finish: puts one there.
     """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[Batch, torch.cuda.Event] | None = None
@@ -72,6 +72,10 @@ def decode(pieces: Sequence[Piece], pixels: Tensor) -> None:
         return
     encoded = [torch.frombuffer(bytearray(piece.data), dtype=torch.uint8) for piece in pieces]
     size = pixels.shape[-1]
+    # nvJPEG writes on a stream of its own, which does not wait for ours: what ours still reads of the batch
+    # before must not be given away as its memory. (The decoder waits for its own end in any case.)
+    if pixels.device.type == "cuda":
+        torch.cuda.current_stream(pixels.device).synchronize()
     images = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=pixels.device)
     for piece, image in zip(pieces, images, strict=True):
         crop = piece.crop

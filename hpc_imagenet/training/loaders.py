@@ -66,11 +66,19 @@ class Loaders(pl.LightningDataModule):
         chosen = permutation(len(split), self.seed, epoch)[place * batch : (place + 1) * batch]
         return [split.name(i) for i in chosen.tolist()]
 
-    def skipped(self) -> int:
-        """Return how many images of both splits this attempt could not read, over all ranks."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later attempt takes over."""
+        return {"skipped": sorted(self.skipped())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over which images earlier attempts could not read."""
+        self.train.skipped |= set(state_dict["skipped"])
+
+    def skipped(self) -> set[str]:
+        """Return the names of images that could not be read, of both splits, all ranks and attempts."""
         names = self.train.skipped | self.val.skipped
         if dist.is_initialized():
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, names)
             names = set().union(*gathered)
-        return len(names)
+        return names

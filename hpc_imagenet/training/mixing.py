@@ -48,7 +48,7 @@ class Mixing:
         """Return uint8 images [batch, 3, side, side] after TrivialAugment, of part `part` of `step`."""
         if self.recipe.augment == "none":
             return images
-        return trivial.augment(images, self._rows(step, part, 3, 0))
+        return trivial.augment(images, self._rows(step, part, 3, 2))
 
     def normalised(self, images: Tensor, labels: Tensor, step: int, part: int) -> tuple[Tensor, Tensor]:
         """Return images (float, normalised) and labels: [batch], or [batch, classes] where they are mixed.
@@ -56,14 +56,18 @@ class Mixing:
         An image that was left out has no share of any class.
         """
         if self.recipe.erase:
-            images = erase(images, self._rows(step, part, 1 + 4 * TRIES, 1), self.recipe.erase)
+            images = erase(images, self._rows(step, part, 1 + 4 * TRIES, 3), self.recipe.erase)
         if self._mix is not None:
             shares = F.one_hot(labels.clamp(min=0), self.classes) * (labels != PADDING)[:, None]
             images, labels = self._mix(images, shares.float())
+            images = images.contiguous(memory_format=torch.channels_last)  # MixUp loses it on a GPU
         return images, labels
 
     def _rows(self, step: int, part: int, columns: int, what: int) -> Rows:
-        """Return this part's random numbers from 0 to 1, shape [images, columns]."""
+        """Return this part's random numbers from 0 to 1, shape [images, columns].
+
+        `what` is above 1: a zero at the end would draw what the order of an epoch is drawn from.
+        """
         share = self.share
         numbers = np.random.default_rng([self.seed, step, what]).random((share.batch, columns))
         shape = (share.accumulate, share.size, share.images, columns)  # as the sampler cuts it

@@ -44,6 +44,7 @@ class Prototype:
         self.module = Classifier(
             network, classes, config.recipe, config.seed, steps * config.recipe.epochs, share
         )
+        self.module.average = None  # in so short a time it would be worth nothing
         self.loaders = Loaders(config, train, store.split("val"), share, world, self.device)
         self._share = share
 
@@ -65,10 +66,10 @@ class Prototype:
         return images / (time.monotonic() - began)
 
     def train(self, minutes: float = 1) -> dict[str, Any]:
-        """Train from the beginning for so long, as the recipe says; it comes no further than its first steps.
+        """Train for so long from the first batch on, as the recipe says; it comes to its first steps only.
 
         Returns:
-            losses, one a step; images_per_second; top1, top5 (0 to 1) and loss on some batches of val.
+            losses, one a device batch; images_per_second; on some batches of val top1, top5 (0 to 1), loss.
         """
         seen = _Seen()
         precision: Any = self.config.recipe.precision

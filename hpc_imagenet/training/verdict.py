@@ -145,11 +145,11 @@ def mend(config: Config, cpus: int, workers: int, loader: float | None, device: 
         return less
     each = loader / max(1, workers) if loader else device / (2 * max(1, workers))
     needed = math.ceil(1.1 * device / each)
-    if needed + 1 <= cpus:
+    if workers < needed < cpus:
         return f"loader.workers={needed}"
     if workers < cpus - 1:
         return f"loader.workers={cpus - 1}"
-    if config.cluster.executor == "slurm" and needed + 1 <= 8 * cpus:
+    if config.cluster.executor == "slurm" and cpus < needed + 1 <= 8 * cpus:
         return f"cluster.cpus_per_task={needed + 1}"
     return "loader.decode=gpu" if on_gpu else less
 

@@ -5,6 +5,8 @@ Nothing is downloaded: nodes seldom have a way out. What is missing is told with
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,19 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.experiment import names_weights
 
 State = Mapping[str, Tensor]
+
+# Networks whose published weights were trained on images that were normalised otherwise.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet": {"transform_input": True},
+    "inception_v3": {"transform_input": True},
+}
+# The published DenseNets are of a time when the layers of a block had other names.
+_DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
+
+
+def options(name: str, weights: str | None) -> dict[str, Any]:
+    """Return what a backbone's constructor must be told besides if it begins with `weights`."""
+    return _OPTIONS.get(name, {}) if weights and names_weights(weights) else {}
 
 
 def load(model: nn.Module, name: str, weights: str) -> bool:
@@ -34,10 +49,12 @@ def load(model: nn.Module, name: str, weights: str) -> bool:
         UserError: not there, or of another network.
     """
     said = f"model.weights={weights}"
-    state = read(Path(weights) if not names_weights(weights) else cached(name, weights, said)[1], said)
+    found = read(Path(weights) if not names_weights(weights) else cached(name, weights, said)[1], said)
     wanted, last = model.state_dict(), classifier(model)
-    # Heads that only helped training may be missing on either side.
+    # Heads that only helped training may be missing on either side; old files do not count batches.
+    state = {_DENSE.sub(r"\1", key): value for key, value in found.items()}
     state = {key: value for key, value in state.items() if key in wanted or not _auxiliary(key)}
+    state |= {key: wanted[key] for key in wanted.keys() - state.keys() if key.endswith("num_batches_tracked")}
     wrong = [key for key in sorted({*wanted, *state}) if _shape(wanted, key) != _shape(state, key)]
     other = [key for key in wrong if not key.startswith(f"{last}.")]
     if other or (wrong and any(_shape(state, key) is None for key in wrong)):
@@ -46,7 +63,10 @@ def load(model: nn.Module, name: str, weights: str) -> bool:
             f"{said}: {key} is {_told(state, key)} there and {_told(wanted, key)} in {name} as it is asked "
             "for: take its own weights, the same recipe.size, or model.stem=standard"
         )
-    model.load_state_dict({key: value for key, value in state.items() if key not in wrong}, strict=False)
+    chosen = OrderedDict((key, value) for key, value in state.items() if key not in wrong)
+    # Some networks look there how old the weights are.
+    chosen._metadata = getattr(found, "_metadata", wanted._metadata)  # type: ignore[attr-defined]
+    model.load_state_dict(chosen, strict=False)
     return not wrong
 
 

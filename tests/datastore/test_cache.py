@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from hpc_imagenet.datastore import cache
 from hpc_imagenet.datastore.cache import Brought, Cache
@@ -145,6 +146,20 @@ def test_another_process_that_brings_it_is_left_alone_until_it_dies(tmp_path: Pa
     other.join()
     assert source.bring(held, 1) is Brought.HERE
     assert read(held, 1) == data_of(1)
+
+
+def test_what_a_killed_copy_has_left_makes_room(tmp_path: Path) -> None:
+    source, held = Source(), Cache(tmp_path, limit=2 * SIZE + SIZE // 2)
+    source.bring(held, 1)
+    part = held.path(file_of(2)).with_name(f".{held.path(file_of(2)).name}.part")
+    part.write_bytes(data_of(2))
+    with FileLock(part.with_suffix(".lock")):  # somebody is at work on it: the older one has to go
+        assert source.bring(held, 3) is Brought.HERE
+    assert part.exists()
+    assert [read(held, number) is not None for number in (1, 3)] == [False, True]
+    assert source.bring(held, 4) is Brought.HERE
+    assert not part.exists()
+    assert [read(held, number) is not None for number in (3, 4)] == [True, True]
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:

@@ -116,7 +116,10 @@ def test_threads_write_for_somebody_in_inference_mode(tiny: Store) -> None:
     assert [torch.equal(a, b) for (a, _), (b, _) in zip(plain, there, strict=True)] == [True] * 4
 
 
-def test_no_more_is_made_ahead_than_two_batches(tiny: Store) -> None:
+@pytest.mark.parametrize(("workers", "begun"), [(2, 3), (6, 6)])  # of one part each
+def test_no_more_is_made_ahead_than_two_batches_or_a_part_a_thread(
+    tiny: Store, workers: int, begun: int
+) -> None:
     asked: list[int] = []
 
     class Told(TrainSampler):
@@ -125,11 +128,11 @@ def test_no_more_is_made_ahead_than_two_batches(tiny: Store) -> None:
                 asked.append(len(keys))
                 yield keys
 
-    iterator = iter(Loader(Batches(tiny.split("train"), VIEW, 0), Told(40, 0, Share(4)), 2))
+    iterator = iter(Loader(Batches(tiny.split("train"), VIEW, 0), Told(40, 0, Share(4)), workers))
     next(iterator)
-    assert len(asked) == 3
+    assert len(asked) == begun
     next(iterator)
-    assert len(asked) == 4
+    assert len(asked) == begun + 1
 
 
 def test_epochs_leave_nothing_behind(tiny: Store) -> None:
@@ -282,6 +285,12 @@ def test_what_is_left_to_a_gpu_is_the_same_batch(tiny: Store) -> None:
     buffer = io.BytesIO()
     photo(40, 30).save(buffer, "PNG")  # which no GPU decodes
     split = Tampered(tiny.split("train"), 11, buffer.getvalue())
+    whole = Batches(split, TrainView(24, 0.3, 0.5), 0, on_gpu=True)
+    keys = [(0, i) for i in range(40)]
+    assert [piece.place for piece in whole.fill(whole.empty(keys), keys, range(40))] == [
+        *range(11),
+        *range(12, 40),
+    ]
     (pixels, labels), (others, names) = through(split, False), through(split, True)
     assert torch.equal(labels, names)
     off = (pixels.int() - others.int()).abs()

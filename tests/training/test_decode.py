@@ -173,5 +173,6 @@ def test_random_damage_is_judged_as_by_pillow() -> None:
         except ValueError:
             assert expected is None
             continue
-        if found is not None and expected is not None:
+        if found is not None:
+            assert expected is not None
             assert np.array_equal(found, expected)

@@ -93,6 +93,8 @@ def test_an_unreadable_image_is_one_line(config, tiny: Store, tmp_path: Path) ->
     result = train(asked, Store(tmp_path / "v1"), run)
     assert result["skipped"] == 1
     assert result["loss"] < 10
+    # An attempt that only looks whether all is done read none of them.
+    assert train(asked, Store(tmp_path / "v1"), run)["skipped"] == 1
 
 
 def test_a_step_in_parts_is_the_same_step(

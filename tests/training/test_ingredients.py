@@ -80,6 +80,14 @@ def test_the_averaged_weights_are_judged(config, tiny: Store, tmp_path: Path, mo
     assert results(train(asked, tiny, begin(tmp_path / "next"))) == pytest.approx(results(result))
 
 
+def test_before_the_first_update_the_weights_themselves_are_judged(
+    config, tiny: Store, tmp_path: Path
+) -> None:
+    plain = train(config(), tiny, begin(tmp_path / "plain"))
+    asked = config(ema=0.99, ema_every=100, warmup_epochs=0.5)
+    assert results(train(asked, tiny, begin(tmp_path / "run"))) == results(plain)
+
+
 def test_a_probe_trains_nothing_but_the_classifier(
     config, tiny: Store, tmp_path: Path, signal_at, monkeypatch
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,35 @@ def test_what_torchvisions_cache_holds(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(same(source, target).values())
     with pytest.raises(UserError, match=rf"IMAGENET1K_V9 is unknown to {NAME}; one of: IMAGENET1K_V1"):
         weights.load(target, NAME, "IMAGENET1K_V9")
+
+
+@pytest.mark.parametrize("name", ["mnasnet0_5", "densenet121"])
+def test_what_was_published_long_ago_still_fits(name: str, tmp_path: Path) -> None:
+    """Without counts of batches; DenseNets with other names; MNASNets ask how old a file is."""
+    torch.manual_seed(0)
+    source, target = build(name, 10, size=224), build(name, 10, size=224)
+    state = source.state_dict()
+    for key in list(state):
+        value = state.pop(key)
+        if not key.endswith("num_batches_tracked"):
+            state[re.sub(r"(denselayer\d+\.(?:norm|conv))(?=[12]\.)", r"\1.", key)] = value
+    assert any("norm.1." in key for key in state) == (name == "densenet121")
+    torch.save(state, tmp_path / "old.pth")
+    assert weights.load(target, name, str(tmp_path / "old.pth"))
+    assert all(same(source, target).values())
+    # And from a run's own checkpoint, which knows nothing of ages.
+    other, own = build(name, 10, size=224), {f"model.{key}": v for key, v in source.state_dict().items()}
+    torch.save({"state_dict": own}, tmp_path / "last.ckpt")
+    assert weights.load(other, name, str(tmp_path / "last.ckpt"))
+    assert all(same(source, other).values())
+
+
+def test_published_weights_that_want_other_pixels_get_them() -> None:
+    assert weights.options("googlenet", "IMAGENET1K_V1") == {"transform_input": True}
+    assert weights.options("googlenet", None) == weights.options("resnet18", "IMAGENET1K_V1") == {}
+    for name in ("googlenet", "inception_v3"):
+        told = weights.options(name, "IMAGENET1K_V1")
+        assert build(name, 10, size=224 if name == "googlenet" else 299, options=told).transform_input is True
 
 
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
