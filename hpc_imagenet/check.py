@@ -82,9 +82,10 @@ def jobs(plan: Sequence[Job], record: Record) -> None:
         _model(job)
         _shape(job)
         question = (astuple(job.config.datastore), job.cluster.scratch, job.config.recipe.global_batch)
-        if job.stage == "train" and question in answered:
-            continue
-        answered.add(question)
+        if job.stage == "train":
+            if question in answered:
+                continue
+            answered.add(question)
         _readable(job)
         _pinned_version(job)
         if any(need in planned for need in job.needs):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from hpc_imagenet.datastore import multipart
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.ranged import Ranged
 from hpc_imagenet.datastore.ranges import Reader
 from hpc_imagenet.datastore.s3 import HASH, Held, Missing, Server, Unable
-from hpc_imagenet.datastore.transport import Known, Piece, Sent, Stored, Tally, Tell, check_size
+from hpc_imagenet.datastore.signed import Signed
+from hpc_imagenet.datastore.transport import VERSION, Known, Piece, Sent, Stored, Tally, Tell, check_size
 
 if TYPE_CHECKING:  # it needs packages that a look-up does not
     from hpc_imagenet.datastore.shards import Shards
@@ -28,8 +27,6 @@ log = logging.getLogger(__name__)
 
 SETTLE = 2.0  # s in which others that claim the same number at the same moment have written it
 ONE_COPY = 5 << 30  # bytes up to which the server copies in one request
-
-_VERSION = re.compile(r"v[1-9][0-9]{0,8}")
 
 
 class Bucket:
@@ -52,7 +49,7 @@ class Bucket:
             f"{each}/{version}"
             for each in ([name] if name else self._folders(""))
             for version in self._folders(f"{each}/")
-            if _VERSION.fullmatch(version)
+            if VERSION.fullmatch(version)
         ]
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:
@@ -170,7 +167,7 @@ class Bucket:
 
     def shards(self, path: str, shards: Sequence[File]) -> Shards:
         """Return a reader of ranges of the shards."""
-        return Ranged(self._server, path, shards)
+        return Signed(self._server, path, shards)
 
     def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
         """Read an object and return its hash."""

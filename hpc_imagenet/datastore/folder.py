@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.transport import (
+    VERSION,
     Known,
     Piece,
     Sent,
@@ -43,7 +43,6 @@ FILES = 4  # copied at a time
 
 # What link() answers where it cannot, though a copy can.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-_VERSION = re.compile(r"v[1-9][0-9]{0,8}")
 
 
 class Folder:
@@ -61,7 +60,7 @@ class Folder:
             f"{home.name}/{version.name}"
             for home in homes
             for version in _folders(home)
-            if _VERSION.fullmatch(version.name)
+            if VERSION.fullmatch(version.name)
         ]
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # it needs packages that a look-up does not
 
 BLOCK = 2 << 20  # bytes read at a time
 
+VERSION = re.compile(r"v[1-9][0-9]{0,8}")  # the folder of one
 Tell = Callable[[int, str], None]  # bytes that are done, a word about what is done now
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -194,11 +194,6 @@ def complete(url: str, name: str) -> list[int]:
     return sorted(_manifests(locate(url), name))
 
 
-def names(url: str) -> list[str]:
-    """Return the datastores at `url` that have a complete version, sorted."""
-    return _names(locate(url))
-
-
 def pinned(datastore: Datastore) -> tuple[str, int | None]:
     """Return the datastore's name and the version that is asked for, None where any will do.
 
@@ -305,7 +300,8 @@ def _manifests(place: Place, name: str) -> dict[int, bytes]:
     return {_number(path.rpartition("/")[0]): data for path, data in there.items()}
 
 
-def _names(place: Place) -> list[str]:
+def names(place: Place) -> list[str]:
+    """Return the datastores of a place that have a complete version, sorted."""
     there = place.read([f"{path}/{FILE}" for path in place.versions()])
     return sorted({path.partition("/")[0] for path in there})
 
@@ -334,7 +330,7 @@ def _missing(place: Place, name: str) -> str:
     begun = [number for number, (holds, _) in _contents(place, name).items() if holds]
     if begun:
         return f"datastore {name} has no complete version yet: +stage=upload finishes {_listed(begun)}"
-    there = _names(place)
+    there = names(place)
     return f"no datastore {name} in {place.url}: +stage=upload makes it{near(name, there) if there else ''}"
 
 

@@ -90,7 +90,7 @@ def test_training_from_a_host_is_told_what_it_needs() -> None:
 
 def test_only_what_has_a_manifest_is_there(url: str) -> None:
     assert versions.complete(url, "a") == []
-    assert versions.names(url) == []
+    assert versions.names(versions.locate(url)) == []
     for number in (10, 2, 1):
         put(url, "a", number, "c")
     (Path(url) / "a" / "v3").mkdir()
@@ -99,7 +99,7 @@ def test_only_what_has_a_manifest_is_there(url: str) -> None:
     (Path(url) / "a" / "v05").mkdir()
     (Path(url) / "empty").mkdir()
     assert versions.complete(url, "a") == [1, 2, 10]
-    assert versions.names(url) == ["a"]
+    assert versions.names(versions.locate(url)) == ["a"]
 
 
 def test_the_newest_the_pinned_or_that_of_the_content_is_opened(url: str) -> None:

@@ -23,7 +23,7 @@ RENEW = 2700.0  # s after which another is made
 CONNECTIONS = 64  # kept open
 
 
-class Ranged:
+class Signed:
     """See `shards.Shards`.
 
     Args:
