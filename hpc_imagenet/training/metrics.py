@@ -25,7 +25,7 @@ from hpc_imagenet.training.sampler import PADDING
 
 COLUMNS = (
     *("step", "epoch"),  # steps done; epoch from 0
-    *("train_loss", "learning_rate", "images_per_second"),
+    *("train_loss", "learning_rate", "images_per_second"),  # the loss of rank 0's last part of that step
     *("val_top1", "val_top5", "val_loss"),  # shares of 1; mean cross-entropy
 )
 
