@@ -73,6 +73,7 @@ _AT_LEAST = {
     "cluster.cpus_per_task": 1,
     "cluster.array_parallelism": 1,
     "cluster.max_requeues": 0,
+    "cluster.memory_gb": 0,  # 0 is all that a node has
     "cluster.time": 1,
     "cluster.scratch_gb": 0,
 }
@@ -82,7 +83,6 @@ _ABOVE_NOTHING = (
     "download.timeout",
     "session.idle_minutes",
     "process.shard_size",
-    "cluster.memory_gb",
     "train.checkpoint_every_minutes",
 )
 
@@ -102,7 +102,9 @@ def check(config: Config) -> None:
     for setting, least in _AT_LEAST.items():
         _at_least(setting, attrgetter(setting)(config), least)
     for setting in _ABOVE_NOTHING:
-        _above_nothing(setting, attrgetter(setting)(config))
+        value = attrgetter(setting)(config)
+        if value is not None and value <= 0:
+            raise UserError(f"{setting}={value} must be more than 0")
     _check_recipe(config.recipe)
     _check_process(config.process)
     _no_secret("dataset.source", config.dataset.source, "a login is given by download.login")
@@ -161,12 +163,6 @@ def _check_stage(config: Config, stage: str) -> None:
         if setting.startswith("cluster."):
             name = setting.removeprefix("cluster.")
             _at_least(f"cluster.stage.{stage}.{name}", getattr(own, name), least)
-    _above_nothing(f"cluster.stage.{stage}.memory_gb", own.memory_gb)
-
-
-def _above_nothing(setting: str, value: Any) -> None:
-    if value is not None and value <= 0:
-        raise UserError(f"{setting}={value} must be more than 0")
 
 
 def _at_least(setting: str, value: Any, least: int) -> None:

@@ -143,9 +143,7 @@ class Run:
             found = list((self.folder / "attempts").iterdir())
         except FileNotFoundError:
             return []
-        numbered = [
-            folder for folder in found if folder.name.isdigit()
-        ]  # file systems leave files of their own
+        numbered = [folder for folder in found if folder.name.isdigit()]  # the others are not ours
         return [Attempt(folder) for folder in sorted(numbered, key=lambda folder: int(folder.name))]
 
     @property
