@@ -122,7 +122,7 @@ def main() -> None:
             treat, folder = Treatment(tile=kind == "tiled"), Path(name) / kind
             made = [treat(data, picture.examine(data))[0] for data in pool]
             write_store(folder, [(data, i % 10) for i, data in enumerate(made)])
-            sizes = [options.size] if on_gpu else [options.size, options.size // 3]
+            sizes = [options.size] if on_gpu else [options.size, max(32, options.size // 3)]
             for model, size in itertools.product(options.model, sizes):
                 task = Task(model, options.batch, size, device, options.steps, warm=WARM)
                 for decode in ("cpu", "gpu") if on_gpu else ("cpu",):

@@ -219,10 +219,7 @@ def _sweep(place: Place, record: Record, options: argparse.Namespace) -> int:
     for entry in old:
         with shelf.alone(place, entry):
             shelf.delete(place, entry)
-        if not options.json:
-            _gone("removed", [entry], options)
-    if options.json:
-        _gone("removed", old, options)
+    _gone("removed", old, options)
     return 0
 
 

@@ -82,6 +82,12 @@ def test_by_hand_a_task_gets_the_cpus_of_its_allocation(cluster: Door, commands:
     cluster.env |= {"SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "7"}
     cluster("+stage=download", "dataset=digits", "cluster=here", code=1)
     assert "SRUN_CPUS_PER_TASK=7\n" in (commands / "srun-env").read_text()
+    # A dry run of what comes next has the next attempt's folder.
+    told = cluster(
+        "+stage=download", "dataset=digits", "cluster=slurm", "cluster.time=60", "dry_run=true"
+    ).stdout
+    assert "attempts/2/" in told
+    assert "attempts/1/" not in told
 
 
 def test_a_pipeline_is_a_chain_that_ends_in_one_array(cluster: Door, commands: Path) -> None:

@@ -23,6 +23,7 @@ from hpc_imagenet.backbones import BACKBONES
 from hpc_imagenet.datastore.store import Split, Store
 from hpc_imagenet.errors import UserError, near
 from hpc_imagenet.training import weights
+from hpc_imagenet.training.model import build
 
 BATCH = 64  # images
 
@@ -98,14 +99,12 @@ def _load(wanted: str, classes: int) -> tuple[str, nn.Module, Any, tuple[float, 
 
 def _from_file(name: str, path: Path, classes: int) -> nn.Module:
     said = f"--weights {name}={path}"
-    state = weights.read(path, said)
-    model: nn.Module = models.get_model(name, weights=None, num_classes=classes)
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{said}: is not {name} for {classes} classes ({weights.first_line(error)})"
-        ) from None
+    model = build(name, classes, stem="standard")
+    state, wrong = weights.fitting(model, weights.read(path, said))
+    if wrong:
+        why = weights.told(wrong[0], state, model.state_dict())
+        raise UserError(f"{said}: is not {name} for {classes} classes ({why} here)")
+    model.load_state_dict(state)
     return model
 
 

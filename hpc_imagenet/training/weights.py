@@ -50,24 +50,41 @@ def load(model: nn.Module, name: str, weights: str) -> bool:
     """
     said = f"model.weights={weights}"
     found = read(Path(weights) if not names_weights(weights) else cached(name, weights, said)[1], said)
+    state, wrong = fitting(model, found)
     wanted, last = model.state_dict(), classifier(model)
-    # Heads that only helped training may be missing on either side; old files do not count batches.
-    state = {_DENSE.sub(r"\1", key): value for key, value in found.items()}
-    state = {key: value for key, value in state.items() if key in wanted or not _auxiliary(key)}
-    state |= {key: wanted[key] for key in wanted.keys() - state.keys() if key.endswith("num_batches_tracked")}
-    wrong = [key for key in sorted({*wanted, *state}) if _shape(wanted, key) != _shape(state, key)]
     other = [key for key in wrong if not key.startswith(f"{last}.")]
     if other or (wrong and any(_shape(state, key) is None for key in wrong)):
-        key = (other or wrong)[0]
         raise UserError(
-            f"{said}: {key} is {_told(state, key)} there and {_told(wanted, key)} in {name} as it is asked "
-            "for: take its own weights, the same recipe.size, or model.stem=standard"
+            f"{said}: {told((other or wrong)[0], state, wanted)} in {name} as it is asked for: "
+            "take its own weights, the same recipe.size, or model.stem=standard"
         )
-    chosen = OrderedDict((key, value) for key, value in state.items() if key not in wrong)
-    # Some networks look there how old the weights are.
-    chosen._metadata = getattr(found, "_metadata", wanted._metadata)  # type: ignore[attr-defined]
-    model.load_state_dict(chosen, strict=False)
+    for key in wrong:
+        del state[key]
+    model.load_state_dict(state, strict=False)
     return not wrong
+
+
+def fitting(model: nn.Module, found: State) -> tuple[OrderedDict[str, Tensor], list[str]]:
+    """Return weights by the names that `model` has for them, and the names whose shapes are not the same.
+
+    A head that only helped training is left out where the model has none. Files of another time have other
+    names for some layers of DenseNets, and do not count batches.
+    """
+    wanted = model.state_dict()
+    state = OrderedDict((_DENSE.sub(r"\1", key), value) for key, value in found.items())
+    for key in [key for key in state if key not in wanted and _auxiliary(key)]:
+        del state[key]
+    for key in wanted:
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, wanted[key])
+    # Some networks look there how old the weights are.
+    state._metadata = getattr(found, "_metadata", wanted._metadata)  # type: ignore[attr-defined]
+    return state, [key for key in sorted({*wanted, *state}) if _shape(wanted, key) != _shape(state, key)]
+
+
+def told(key: str, there: State, here: State) -> str:
+    """Say what shapes a weight has in a file and in a network."""
+    return f"{key} is {_told(there, key)} there and {_told(here, key)}"
 
 
 def read(path: Path, said: str) -> State:
@@ -85,7 +102,7 @@ def read(path: Path, said: str) -> State:
     except FileNotFoundError:
         raise UserError(f"{said}: no such file") from None
     except Exception as error:  # torch meets nonsense with errors of many kinds
-        raise UserError(f"{said}: not a file of weights ({first_line(error)})") from None
+        raise UserError(f"{said}: not a file of weights ({_first_line(error)})") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         inner = state["state_dict"]
         kept = "average." if any(key.startswith("average.") for key in inner) else "model."
@@ -138,7 +155,7 @@ def freeze(model: nn.Module) -> None:
     model.get_submodule(classifier(model)).requires_grad_(True)
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """Return what an error says, without torch's headline."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[1] if len(lines) > 1 else lines[0]).rstrip(".") if lines else type(error).__name__

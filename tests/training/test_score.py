@@ -62,6 +62,13 @@ def test_scores_a_file(few: Store, tmp_path: Path) -> None:
     assert (of.top1, of.top5) == (0.0, pytest.approx(0.8))
 
 
+def test_scores_a_file_of_another_time(few: Store, tmp_path: Path) -> None:
+    """Which counts no batches, as training takes it as well."""
+    old = {k: v for k, v in weights(6, answer=1).items() if not k.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "w.pth")
+    assert score(few, f"{NAME}={tmp_path / 'w.pth'}", 0).top1 == pytest.approx(0.2)
+
+
 @pytest.mark.slow
 def test_scores_what_lies_in_torchvisions_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
