@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from types import FrameType
 
 from hpc_imagenet.errors import Interrupted, UserError
+from hpc_imagenet.session.note import warning
 from hpc_imagenet.session.server import Server
 
-WARNING = 600.0  # s before its end
 _NEAR = 180.0  # s before its end, in which Slurm's signal of a time limit comes
 _LOOK = 5.0  # s between two looks at what is done in it
 _TICK = 0.5  # s
@@ -94,13 +94,8 @@ class Life:
                     last = now
                 if self.idle_minutes is not None and now - last > 60 * self.idle_minutes:
                     return f"{self.idle_minutes:g} minutes without activity"
-            if left < WARNING and not warned:
+            if not warned and (line := warning(self.ends)):
                 warned = True
-                clock = time.strftime("%H:%M", time.localtime(self.ends))
-                minutes = max(1, round(left / 60))
-                self.warn(
-                    f"this session ends in {minutes} {'minute' if minutes == 1 else 'minutes'}, at {clock}: "
-                    "save your work; resume takes it up again"
-                )
+                self.warn(line)
             self.tell(left / 60, (now - last) / 60)
             asked.wait(_TICK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hpc_imagenet.durable import read_json, write_json
 from hpc_imagenet.runs import Attempt
 
 NOTE = "session.json"
+WARNING = 600.0  # s before a session's end
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,6 @@ class Note:
     ends: float  # s since 1970
     idle_minutes: float | None
     restarts: int  # of the attempt when this was written
-    warned: str = ""  # once its end is near
     job: str | None = None  # as srun wants it: also in an array a number
 
     def save(self, attempt: Attempt) -> None:
@@ -42,6 +43,19 @@ def note(attempt: Attempt) -> Note | None:
     if values is None or values["restarts"] != attempt.started.get("restarts", 0):
         return None
     return Note(**values)
+
+
+def warning(ends: float) -> str:
+    """Return the line that warns of a session's end (s since 1970); empty while that is far."""
+    left = ends - time.time()
+    if left >= WARNING:
+        return ""
+    minutes = max(1, round(left / 60))
+    clock = time.strftime("%H:%M", time.localtime(ends))
+    return (
+        f"this session ends in {minutes} {'minute' if minutes == 1 else 'minutes'}, at {clock}: "
+        "save your work; resume takes it up again"
+    )
 
 
 def notebooks(run_folder: Path) -> Path:

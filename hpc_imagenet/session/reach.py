@@ -13,7 +13,7 @@ from hpc_imagenet import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import RUNNING, Attempt, Run
 from hpc_imagenet.session import keys
-from hpc_imagenet.session.note import Note, note
+from hpc_imagenet.session.note import Note, note, warning
 from hpc_imagenet.states import State, state
 
 _EVERY = 0.5  # s
@@ -71,8 +71,8 @@ def reach(run: Run, attempt: Attempt, told: Note) -> dict[str, str]:
         ways["VSCode"] = f"code {told.notebooks}"
     if job:
         ways["shell"] = f"srun --overlap --jobid {told.job or job} --pty bash"
-    if told.warned:
-        ways["mind"] = told.warned
+    if near := warning(told.ends):
+        ways["mind"] = near
     return ways
 
 

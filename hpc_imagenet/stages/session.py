@@ -13,7 +13,6 @@ import shutil
 import socket
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from hpc_imagenet.datastore import shelf, versions
 from hpc_imagenet.datastore.cache import Cache
 from hpc_imagenet.datastore.opening import scratch
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import Attempt, Progress, Run
+from hpc_imagenet.runs import Progress, Run
 from hpc_imagenet.session.life import Asked, Life
 from hpc_imagenet.session.note import Note, notebooks
 from hpc_imagenet.session.server import TOP, Server
@@ -69,7 +68,7 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
                 ends,
                 asked.idle_minutes,
                 lambda left, idle: progress(0, note=_state(told.host, left, idle)),
-                lambda line: _warn(line, server, told, attempt),
+                lambda line: _warn(line, server),
             )
             return {"ended": life.watch(signals), "minutes": round((time.time() - began) / 60, 1)}
         finally:
@@ -129,9 +128,8 @@ def _state(host: str, left: float, idle: float) -> str:
     return f"{soon}{int(left) // 60}:{int(left) % 60:02} h left on {host}{quiet}"
 
 
-def _warn(line: str, server: Server, told: Note, attempt: Attempt) -> None:
+def _warn(line: str, server: Server) -> None:
     print(line, flush=True)
-    replace(told, warned=line).save(attempt)
     server.tell(line)
 
 

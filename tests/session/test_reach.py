@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,11 @@ def attempt(run: Run, executor: str, **details: str) -> Attempt:
     return made
 
 
-def note(way: str, **more: str) -> Note:
+def note(way: str, left: float = 3600, **more: str) -> Note:
+    """A session's note, `left` seconds before its end."""
     where = "/tmp/s/jupyter" if way == "socket" else None
     finger = "0A:1B" if way == "address" else None
-    return Note("n1", way, 12345, where, finger, "/w/notebooks", 0.0, None, 0, **more)
+    return Note("n1", way, 12345, where, finger, "/w/notebooks", time.time() + left, None, 0, **more)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,10 @@ def test_this_machine_needs_a_tunnel_for_a_socket_and_for_who_came_by_ssh(
     assert reach(run, here, note("socket"))["tunnel"] == f"ssh -N -L 12345:/tmp/s/jupyter {ME}@there"
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 1 10.0.0.2 22")
     assert reach(run, here, note("loopback"))["tunnel"] == f"ssh -N -L 12345:127.0.0.1:12345 {ME}@there"
+
+
+def test_an_end_that_is_near_is_told(run: Run) -> None:
+    here = attempt(run, "local", host=socket.gethostname())
+    near = reach(run, here, note("loopback", left=475))
+    assert near["mind"].startswith("this session ends in 8 minutes, at ")
+    assert reach(run, here, note("loopback", left=5))["mind"].startswith("this session ends in 1 minute, at ")

@@ -30,8 +30,9 @@ from servers import free_port
 
 from hpc_imagenet import temporary
 from hpc_imagenet.errors import Interrupted, UserError
-from hpc_imagenet.session import keys, life
+from hpc_imagenet.session import keys
 from hpc_imagenet.session.life import Asked, Life
+from hpc_imagenet.session.note import WARNING
 from hpc_imagenet.session.server import TOP, Server
 
 pytestmark = pytest.mark.slow
@@ -279,7 +280,7 @@ def test_its_terminals_are_warned_before_it_ends(here: Server) -> None:
     with contextlib.closing(talk(here, f"/terminals/websocket/{terminal}")) as over:
         printed(over, '"stdout"')  # the shell is there
         asked = Asked()
-        thread, warned, ended = lives(here, asked, ends=time.time() + life.WARNING + 2)
+        thread, warned, ended = lives(here, asked, ends=time.time() + WARNING + 2)
         assert "this session ends in 10 minutes" in printed(over, "takes it up again")
         asked._take(signal.SIGTERM, None)
         thread.join()
