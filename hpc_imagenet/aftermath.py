@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet import fence, slurm
+from hpc_imagenet.errors import LATER
 from hpc_imagenet.runs import FAILED, FINISHED, Attempt, Run
-
-LATER = 75  # exit code of a task that can go on when its job is started again (EX_TEMPFAIL of sysexits.h)
 
 _OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|out of memory", re.IGNORECASE)
 _NOT_STARTED = re.compile(r"^srun: error: .*(task launch|communication|node failure|not responding|timed out|"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 
+LATER = 75  # exit code of a task that can go on when its job is started again (EX_TEMPFAIL of sysexits.h)
+
 
 class UserError(Exception):
     """Something a user can mend: one line that says what is wrong, where, and what would be right.
@@ -28,6 +30,11 @@ class Lost(Exception):
 
 class Superseded(Exception):
     """Another copy of this job, begun later, has the run: this one writes nothing more and ends."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the beginning of what an error says, or its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
 
 
 def near(name: str, valid: tuple[str, ...] | list[str]) -> str:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet import aftermath, fence, local, slurm
-from hpc_imagenet.errors import Interrupted, Lost, Superseded, UserError
+from hpc_imagenet import fence, local, slurm
+from hpc_imagenet.errors import LATER, Interrupted, Lost, Superseded, UserError
 from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, Attempt, Run
 from hpc_imagenet.world import from_environment
 
@@ -65,12 +65,12 @@ def carry_out(run_folder: Path, number: int) -> dict[str, Any]:
             attempt.end(FINISHED, result=result)
     except Superseded as superseded:
         print(f"stepping back: {superseded}", file=sys.stderr, flush=True)
-        raise SystemExit(aftermath.LATER) from None
+        raise SystemExit(LATER) from None
     except (Interrupted, Lost) as reason:
         if not _on_slurm():
             attempt.end(FAILED, f"{reason}: retry goes on from the last checkpoint")
         print(reason, file=sys.stderr, flush=True)
-        raise SystemExit(aftermath.LATER) from None
+        raise SystemExit(LATER) from None
     except UserError as error:
         attempt.end(FAILED, str(error))
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -102,7 +102,7 @@ def _begin(run: Run, attempt: Attempt, **details: Any) -> None:
         run.fence = fence.take(run.folder, attempt.number)
     except Superseded as superseded:
         print(f"stepping back: {superseded}", file=sys.stderr, flush=True)
-        raise SystemExit(aftermath.LATER) from None
+        raise SystemExit(LATER) from None
     attempt.start(**local.identity(), **details)
     most = run.cluster().max_requeues
     if _on_slurm() and fence.restarts() > most:

@@ -9,6 +9,7 @@ import pytest
 from door import Door
 
 from hpc_imagenet import aftermath, fence
+from hpc_imagenet.errors import LATER
 from hpc_imagenet.runs import FINISHED, Attempt, Record, Run
 
 
@@ -66,13 +67,13 @@ def job(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
         (137, ""),  # kill -9
         (143, ""),
         (128 + 12, ""),  # SIGUSR2 before the time limit, in a stage that just dies of it
-        (aftermath.LATER, "stopped by SIGUSR2 after step 7, which is saved"),
+        (LATER, "stopped by SIGUSR2 after step 7, which is saved"),
         (1, "srun: error: Task launch for StepId=5.0 failed on node n2: Communication connection failure"),
         (1, "srun: error: Node failure on n2"),
     ],
 )
 def test_what_is_beyond_the_job_sends_it_back_to_the_queue(job: Job, code: int, errors: str) -> None:
-    assert job.ends(code, errors) == aftermath.LATER
+    assert job.ends(code, errors) == LATER
     assert job.requeued == "requeue 5\n"
     assert job.attempt.outcome is None
 
@@ -108,7 +109,7 @@ def test_a_failed_outcome_makes_the_script_fail_so_that_afterok_does(job: Job) -
 @pytest.mark.parametrize("word", ["COMPLETING", "PENDING", "CANCELLED"])
 def test_what_slurm_has_taken_in_hand_is_left_to_it(job: Job, word: str) -> None:
     job.says("squeue", f"echo {word}")
-    assert job.ends(143) == aftermath.LATER
+    assert job.ends(143) == LATER
     assert job.requeued == ""
     assert job.attempt.outcome is None
 
@@ -130,7 +131,7 @@ def test_an_old_copy_decides_nothing(job: Job) -> None:
     job.monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     fence.take(job.run.folder, 1)
     job.monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert aftermath.settle(job.run, job.attempt, 137) == aftermath.LATER
+    assert aftermath.settle(job.run, job.attempt, 137) == LATER
     assert job.requeued == ""
     assert job.attempt.outcome is None
 

@@ -6,6 +6,9 @@ the CPU, so that no GPU is waited for.
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpc_imagenet.durable import replacing
-from hpc_imagenet.errors import Interrupted, UserError
+from hpc_imagenet.errors import LATER, Interrupted, UserError, first_line
 from hpc_imagenet.experiment import Recipe
 from hpc_imagenet.training.checkpoint import LAST
 from hpc_imagenet.training.environment import PATIENCE
@@ -25,6 +28,7 @@ from hpc_imagenet.training.preemption import Asked
 
 LOOK_EVERY = 50  # steps between two looks at a loss on a GPU: each makes the CPU wait for it
 NEVER = 2**31 - 1
+FAREWELL = 60.0  # s that a task which has failed among others may take to end
 
 
 class Boundary(pl.Callback):
@@ -104,6 +108,17 @@ class Boundary(pl.Callback):
         finally:
             self._validating = False
 
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """See to it that this task ends, and the job with it.
+
+        A GPU that was given a collective waits for a rank that is gone, and whoever waits for the GPU, as
+        Lightning does while it clears up, with it.
+        """
+        if trainer.world_size > 1 and not isinstance(exception, Interrupted):
+            ending = threading.Timer(FAREWELL, _leave, (exception,))
+            ending.daemon = True
+            ending.start()
+
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save, and stop if asked to and something is left to do."""
         (asked,) = self._agree(self._asked)
@@ -177,3 +192,10 @@ class Boundary(pl.Callback):
         if asked:
             by = self._asked.signal.name if self._asked.signal else "a signal to another rank"
             raise Interrupted(f"stopped by {by} after step {trainer.global_step}, which is saved")
+
+
+def _leave(exception: BaseException) -> None:
+    """End this process, whatever it waits for."""
+    print(f"this task does not come to its end, so it is ended ({first_line(exception)})", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(LATER)

@@ -6,14 +6,17 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning.strategies import DDPStrategy
 from tiny_training import tiny_config
 
 from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.errors import Interrupted
+from hpc_imagenet.errors import Interrupted, Lost
 from hpc_imagenet.runs import Run
+from hpc_imagenet.training import boundary
 from hpc_imagenet.training.boundary import Boundary
 from hpc_imagenet.training.fit import fit
 from hpc_imagenet.world import World
@@ -38,14 +41,19 @@ def main(store: str, folder: str, place: str) -> None:
         if trainer.global_step == setting.get("signal_at") and rank == setting["signal_rank"]:
             os.kill(os.getpid(), signal.SIGUSR2)
         original(self, trainer, *rest)
-        if trainer.global_step == setting.get("die_at"):
+        if trainer.global_step == setting.get("die_at") and rank == setting.get("die_rank", 0):
             os.kill(os.getpid(), signal.SIGKILL)
 
     Boundary.on_train_batch_end = eventful  # type: ignore[method-assign]
+    if setting.get("stuck"):  # as where a GPU waits for a rank that is gone
+        boundary.FAREWELL = 0.5
+        DDPStrategy.teardown = lambda self: time.sleep(600)  # type: ignore[method-assign]
     try:
         result = fit(config, Store(Path(store)), Run(Path(folder)), World(rank, size, rank, size, port=port))
     except Interrupted as stopped:
         result = {"interrupted": int(str(stopped).split("step ")[1].split(",")[0])}
+    except Lost as lost:
+        result = {"lost": str(lost)}
     print(json.dumps(result))
 
 

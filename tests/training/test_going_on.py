@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ import torch
 from outcomes import STEPS, assert_same_training, begin, finish, results, saved, tasks, train
 
 from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.errors import Interrupted, UserError
+from hpc_imagenet.errors import LATER, Interrupted, UserError
 from hpc_imagenet.runs import Run
 from hpc_imagenet.training.metrics import Table
 from hpc_imagenet.training.module import Classifier
@@ -112,6 +113,22 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_changes_nothing(tiny: Store
     (alone,) = finish(tasks(tiny, whole, **normed))
     assert alone["top1"] == expected[0]["top1"]
     assert alone["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stuck", [False, True])
+def test_the_others_end_when_a_rank_is_gone(stuck: bool, tiny: Store, tmp_path: Path) -> None:
+    """Even where a device waits for it for ever."""
+    left, gone = tasks(tiny, begin(tmp_path / "run"), size=2, die_at=3, die_rank=1, stuck=stuck)
+    out, err = left.communicate(timeout=240)
+    gone.communicate(timeout=240)
+    assert gone.returncode == -signal.SIGKILL
+    if stuck:
+        assert left.returncode == LATER
+        assert "this task does not come to its end" in err
+    else:
+        assert left.returncode == 0, err
+        assert json.loads(out.splitlines()[-1])["lost"].startswith("lost another task of this job: ")
 
 
 def test_metrics_go_on_where_the_checkpoint_is(tmp_path: Path) -> None:
