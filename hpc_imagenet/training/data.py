@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 
 from hpc_imagenet.datastore.ahead import ReadAhead
 from hpc_imagenet.datastore.store import Split
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.training import gpu
 from hpc_imagenet.training.decode import Encoded
 from hpc_imagenet.training.gpu import Piece
@@ -52,6 +52,7 @@ class Batches:
     Attributes:
         skipped: names of the images that could not be read.
         spent: images so far, and the seconds that threads have worked on them, added up.
+        awaited: seconds that whoever takes the batches has waited for them.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Batches:
         self._views = view
         self.skipped: set[str] = set()
         self.spent = 0, 0.0
+        self.awaited = 0.0
         self._lock = threading.Lock()
 
     def view(self, epoch: int) -> View:
@@ -181,6 +183,7 @@ class Loader:
         self.batches, self.sampler, self.workers = batches, sampler, workers
         self.device, self.bound = device, bound
         self._threads: ThreadPoolExecutor | None = None  # they stay over epochs
+        self._fell_back = False  # whether it was told that the device did not decode a batch
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -194,8 +197,16 @@ class Loader:
             UserError: an image that cannot be read, by its name.
         """
         if self.device.type == "cuda":
-            return gpu.ahead(self._prepared(), self.device, self._finish)
-        return map(self._finish, self._prepared())
+            made = gpu.ahead(self._prepared(), self.device, self._finish)
+        else:
+            made = map(self._finish, self._prepared())
+        while True:
+            begin = time.perf_counter()
+            batch = next(made, None)
+            self.batches.awaited += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
 
     def _prepared(self) -> Iterator[_Prepared]:
         """Yield batches on the host, as far as they are made there."""
@@ -247,15 +258,20 @@ class Loader:
 
     def _finish(self, prepared: _Prepared) -> Batch:
         """Put a batch on its device, and decode there what is left of it."""
-        batch, keys, pieces = prepared
-        pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        (batch, keys, pieces), device = prepared, self.device
+        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
         try:
             gpu.decode(pieces, pixels)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # it does not say which image it is
+        except RuntimeError as error:  # it does not say which image it is
+            if not self._fell_back:
+                self._fell_back = True
+                print(
+                    f"warning: {device} did not decode a batch, and CPUs do ({first_line(error)})", flush=True
+                )
             self.batches.fill(batch, keys, [piece.place for piece in pieces], here=True)
-            pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            pixels, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
         return pixels, labels
 
 

@@ -60,7 +60,8 @@ class Encoded:
     Attributes:
         width: px.
         height: px.
-        plain: whether it is a JPEG that any decoder takes: grey or three colours, 8 bits, Huffman-coded.
+        plain: whether it is a JPEG that any decoder takes, and not cut off: grey or three colours, 8 bits,
+            Huffman-coded.
 
     Raises:
         ValueError: it is no image.
@@ -70,7 +71,7 @@ class Encoded:
         self._data = data
         self._picture: Image.Image | None = None
         self._frame = _frame(data)
-        self.plain = self._frame is not None
+        self.plain = self._frame is not None and _ends(data)
         if self._frame:
             self.width, self.height = self._frame.width, self._frame.height
         else:
@@ -103,7 +104,7 @@ def _part(data: bytes, frame: _Frame, box: Box) -> tuple[Pixels, int, int]:
             return spliced
         lowest = -(-(box[3] + _MARGIN) // frame.block[1]) * frame.block[1]
         if lowest < frame.height:
-            if data.rfind(b"\xff\xd9", -_TAIL) < 0:
+            if not _ends(data):
                 raise ValueError("cut off")
             lower = bytearray(data)
             lower[frame.at : frame.at + 2] = lowest.to_bytes(2, "big")
@@ -173,6 +174,10 @@ def _pillow(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except _ERRORS as error:
         raise ValueError(str(error).split(" <_io")[0]) from None  # Pillow names the buffer it was given
+
+
+def _ends(data: bytes) -> bool:
+    return data.rfind(b"\xff\xd9", -_TAIL) >= 0
 
 
 def _frame(data: bytes) -> _Frame | None:

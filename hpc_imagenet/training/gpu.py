@@ -6,14 +6,17 @@ quite those of libjpeg-turbo: a training that decodes there is another run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
+from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.training.transforms import Crop
 
 Batch = tuple[Tensor, Tensor]
@@ -29,25 +32,37 @@ class Piece(NamedTuple):
 
 
 def ahead(
-    prepared: Iterable[Prepared], device: torch.device, finish: Callable[[Prepared], Batch]
+    prepared: Iterator[Prepared], device: torch.device, finish: Callable[[Prepared], Batch]
 ) -> Iterator[Batch]:
-    """Yield what `finish` makes of each batch, on a stream of its own while the one before is worked on.
+    """Yield what `finish` makes of each batch, by a thread and on a stream of their own, one batch ahead.
 
     Args:
         prepared: batches on the host.
         device: a GPU.
-        finish: puts one there.
+        finish: puts one there; it may wait for the GPU, while the caller gives that more to do.
     """
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    waiting: tuple[Batch, torch.cuda.Event] | None = None
-    for one in prepared:
-        with torch.cuda.stream(stream):
-            sent = finish(one), stream.record_event()
-        if waiting:
-            yield _received(*waiting)
-        waiting = sent
-    if waiting:
-        yield _received(*waiting)
+    stream = _stream(device)
+
+    def send() -> tuple[Batch, torch.cuda.Event] | None:
+        with torch.cuda.stream(stream):  # and on its device, which a new thread does not know
+            for one in prepared:
+                return finish(one), stream.record_event()
+        return None
+
+    with ThreadPoolExecutor(1, "sender") as sender:
+        coming = sender.submit(send)
+        while sent := coming.result():
+            coming = sender.submit(send)
+            yield _received(*sent)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream for batches: torch gives the memory of one stream to no other.
+
+    Its small kernels go before those of a step, which would make them wait for a step's whole length.
+    """
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def _received(batch: Batch, sent: torch.cuda.Event) -> Batch:
@@ -56,6 +71,21 @@ def _received(batch: Batch, sent: torch.cuda.Event) -> Batch:
     for tensor in batch:
         tensor.record_stream(now)  # else its memory is given away while this stream still reads it
     return batch
+
+
+def check(device: torch.device) -> None:
+    """Decode something small where `loader.decode=gpu` wants it.
+
+    Raises:
+        UserError: it cannot be done there.
+    """
+    try:
+        decode_jpeg([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], device=device)
+    except RuntimeError as error:
+        raise UserError(
+            f"loader.decode=gpu, but torchvision does not decode on {device} ({first_line(error)}): "
+            "set loader.decode=cpu"
+        ) from None
 
 
 def decode(pieces: Sequence[Piece], pixels: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.store import Split
+from hpc_imagenet.training import gpu
 from hpc_imagenet.training.data import Batches, Loader
 from hpc_imagenet.training.sampler import Share, TrainSampler, ValSampler, permutation
 from hpc_imagenet.training.transforms import TrainView, ValView
@@ -29,6 +30,9 @@ class Loaders(pl.LightningDataModule):
 
     Attributes:
         workers: threads that decode; 0: the training's own does.
+
+    Raises:
+        UserError: the place cannot decode, and was to.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class Loaders(pl.LightningDataModule):
         self.seed, self.share, self.world, self.place = config.seed, share, world, place
         self.workers = cpus(world) - 1 if asked is None else asked
         options = config.seed, config.loader.on_corrupt == "skip", config.loader.decode == "gpu"
+        if config.loader.decode == "gpu":
+            gpu.check(place)
         views = [TrainView(size, recipe.crop_scale, recipe.flip) for size in recipe.sizes]
         self.train = Batches(train, views, *options)
         self.val = Batches(val, ValView(recipe.val_size, recipe.val_resize), *options)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.errors import UserError, first_line
 
 SMALL = 64  # px: up to here `auto` takes the small stem
 GRID = 8  # patches a side of a vision transformer with the small stem
@@ -65,7 +65,7 @@ def build(
     except (AssertionError, ValueError, RuntimeError) as error:
         right = f"a multiple of {_multiple(name, small)} would"
         raise UserError(
-            f"recipe.size={size} does not fit model.name={name} ({_first_line(error)}): {right}"
+            f"recipe.size={size} does not fit model.name={name} ({first_line(error)}): {right}"
         ) from None
     if small:
         if name.startswith("vit_"):
@@ -175,9 +175,5 @@ def _problem(model: nn.Module, side: int) -> str | None:
     try:
         _probe(model, side)
     except (AssertionError, RuntimeError, ValueError) as error:
-        return _first_line(error)
+        return first_line(error)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")

@@ -80,24 +80,23 @@ class TrainSampler(Sampler[list[Key]]):
 
 
 class ValSampler(Sampler[list[Key]]):
-    """Every image once over all ranks, in equally many and equally long lists on each, filled by `PADDING`.
+    """Every image once over all ranks, in equally many lists on each, filled by `PADDING` to one length.
 
-    Equal, because ranks that run out of batches early leave the others waiting; marked, because padding by
-    repetition (the usual way) counts some images twice.
+    Equal, because ranks that run out of batches early leave the others waiting, and a batch of another shape
+    would be compiled, and its kernels chosen, for itself; marked, because padding by repetition (the usual
+    way) counts some images twice.
     """
 
     def __init__(self, images: int, batch: int, rank: int = 0, size: int = 1) -> None:
-        self.images, self.batch, self.rank, self.size = images, batch, rank, size
-
-    @property
-    def _each(self) -> int:
-        return -(-self.images // self.size)
+        self.images, self.rank, self.size = images, rank, size
+        self._each = -(-images // size)
+        self.batch = min(batch, self._each)
 
     def __len__(self) -> int:
         return -(-self._each // self.batch)
 
     def __iter__(self) -> Iterator[list[Key]]:
         first = self.rank * self._each
+        end = min(first + self._each, self.images)
         for begin in range(first, first + self._each, self.batch):
-            end = min(begin + self.batch, first + self._each)
-            yield [(0, i if i < self.images else PADDING) for i in range(begin, end)]
+            yield [(0, i if i < end else PADDING) for i in range(begin, begin + self.batch)]

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
+import re
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -16,6 +20,7 @@ from torch.nn import functional as F
 
 from hpc_imagenet.datastore.store import Split, Store
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.training import gpu
 from hpc_imagenet.training.data import Batch, Batches, Loader
 from hpc_imagenet.training.sampler import PADDING, Key, Share, TrainSampler, ValSampler
 from hpc_imagenet.training.transforms import Crop, TrainView, ValView, View, random_box, render
@@ -256,8 +261,8 @@ def test_an_unreadable_image_is_left_out_and_counted(
         pixels, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
         expected = [tiny.split("val").read(i)[1] for i in range(13)]
         expected[3] = expected[12] = PADDING
-        assert labels.tolist() == expected
-        assert [i for i, image in enumerate(pixels) if not image.any()] == [3, 12]
+        assert labels.tolist() == [*expected, *[PADDING] * 3]  # the last batch is filled
+        assert [i for i, image in enumerate(pixels) if not image.any()] == [3, 12, 13, 14, 15]
     assert batches.skipped == {"val_0003.JPEG", "val_0012.JPEG"}
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2  # once each
@@ -308,6 +313,72 @@ def test_a_gpu_names_an_unreadable_image_as_well(tiny: Store, on_gpu: bool) -> N
     pixels, labels = through(cut, on_gpu, skip=True)
     assert (labels == PADDING).sum() == 1
     assert not pixels[labels == PADDING].any()
+
+
+def test_batches_are_sent_by_another_thread_one_ahead(monkeypatch) -> None:
+    """With the streams of a GPU left out: what is sent when, by whom, and how errors and ends come back."""
+    monkeypatch.setattr(gpu, "_stream", lambda device: SimpleNamespace(record_event=lambda: None))
+    monkeypatch.setattr(gpu, "_received", lambda batch, event: batch)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    asked: list[int] = []
+    closed: list[bool] = []
+
+    def prepared() -> Iterator[int]:
+        try:
+            for number in range(5):
+                asked.append(number)
+                yield number
+            raise UserError("no more")
+        finally:
+            closed.append(True)
+
+    def finish(number: int) -> Batch:
+        assert threading.current_thread() is not threading.main_thread()
+        return torch.tensor(number), torch.tensor(number)
+
+    device = torch.device("cuda", 0)
+    sent = gpu.ahead(prepared(), device, finish)
+    for number in range(5):
+        assert int(next(sent)[0]) == number
+        assert len(asked) <= number + 2
+    with pytest.raises(UserError, match="no more"):
+        next(sent)
+    assert closed == [True]
+    early = gpu.ahead(prepared(), device, finish)
+    next(early)
+    early.close()
+    assert closed == [True, True]
+    assert "sender" not in str(threading.enumerate())
+
+
+def test_a_device_that_does_not_decode_is_told_before_it_has_to(monkeypatch) -> None:
+    gpu.check(torch.device("cpu"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("nvjpegCreateEx failed: 5.\nmore of it")
+
+    monkeypatch.setattr(gpu, "decode_jpeg", refuse)
+    line = "but torchvision does not decode on cuda (nvjpegCreateEx failed: 5): set loader.decode=cpu"
+    with pytest.raises(UserError, match=re.escape(line)):
+        gpu.check(torch.device("cuda"))
+
+
+def test_a_batch_that_the_device_refuses_is_decoded_all_the_same_and_told_once(
+    tiny: Store, monkeypatch, capsys
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(gpu, "decode_jpeg", refuse)
+    loader = Loader(Batches(tiny.split("train"), VIEW, 0, on_gpu=True), TrainSampler(40, 0, Share(10)), 2)
+    there = list(loader)
+    here = list(Loader(Batches(tiny.split("train"), VIEW, 0), TrainSampler(40, 0, Share(10)), 2))
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(there, here, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+    assert capsys.readouterr().out == "warning: cpu did not decode a batch, and CPUs do (no)\n"
 
 
 def test_cpus_are_those_of_the_allocation() -> None:
