@@ -1,7 +1,8 @@
 """What does the training wait for? Told once, some minutes after it began: verdict.json in the run's folder.
 
 The device's own speed comes from the time between the arrival of a batch and the end of its step, on the
-device's clock; the loader's from what its threads need for an image, whether anybody waits for it or not.
+device's clock; the loader's from what its threads need for an image, whether anybody waits for it or not. The
+device waits for data where it has nothing to do between two steps, and the training no batch to give it.
 Where the device stands idle, one override is named that would mend it.
 """
 
@@ -44,16 +45,13 @@ class Verdict(pl.Callback):
     ) -> None:
         self._config, self._path, self._cpus, self._workers = config, path, cpus, workers
         self._batches, self._ranks, self._tell = batches, world.size, world.main
-        self._steps: list[tuple[Moment, Moment, Moment, int]] = []  # waits, has its batch, is done; images
+        # When a step waits, has its batch, is done; s that its batch was awaited; images.
+        self._steps: list[tuple[Moment, Moment, Moment, float, int]] = []
         self._from: Moment | None = None  # when the wait for the next batch began; None: not to be counted
         self._begun: Moment | None = None
         self._began, self._seen = 0.0, 0
-        self._before = batches.spent
+        self._before, self._awaited = batches.spent, batches.awaited
         self.word = ""  # a few words for the table of jobs
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Begin to count the seconds."""
-        self._began = time.monotonic()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Do not count what lies between two epochs."""
@@ -74,12 +72,13 @@ class Verdict(pl.Callback):
         if not self._tell or self.word:
             return
         done = _now(module.device)
+        awaited, self._awaited = self._batches.awaited - self._awaited, self._batches.awaited
         if self._seen >= WARM and self._from is not None and self._begun is not None:
-            self._steps.append((self._from, self._begun, done, len(batch[1])))
+            self._steps.append((self._from, self._begun, done, awaited, len(batch[1])))
         self._from = done
         self._seen += 1
         if self._seen == WARM:
-            self._before = self._batches.spent
+            self._began, self._before = time.monotonic(), self._batches.spent
         late = time.monotonic() - self._began >= self._config.train.verdict_after_seconds
         if (late and len(self._steps) > WARM) or len(self._steps) >= MOST:
             self._judge(module.device)
@@ -92,8 +91,11 @@ class Verdict(pl.Callback):
     def _judge(self, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        waiting = sum(_between(waits, begins) for waits, begins, _, _ in self._steps)
-        working = sum(_between(begins, ends) for _, begins, ends, _ in self._steps)
+        waiting = working = 0.0
+        for waits, begins, ends, awaited, _ in self._steps:
+            idle = _between(waits, begins)
+            waiting += min(idle, awaited)
+            working += _between(begins, ends) + idle - min(idle, awaited)
         images = sum(count for *_, count in self._steps)
         share = waiting / (waiting + working)
         device_rate = images / working

@@ -2,32 +2,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from outcomes import STEPS, begin, train
 
 from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.training import verdict
+from hpc_imagenet.training import data, verdict
+from hpc_imagenet.training.account import Account
 from hpc_imagenet.training.data import Batches
 from hpc_imagenet.training.module import Classifier
 
 
 def test_the_verdict_names_what_would_mend_it(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
     clock, wait = [0.0], [1.0]
-    fill, step = Batches.fill, Classifier.training_step
+    draw, step = Batches._render, Classifier.training_step
 
     def slow(self: Batches, *rest: Any, **more: Any) -> Any:
-        clock[0] += wait[0]
-        return fill(self, *rest, **more)
+        clock[0] += wait[0] / 8  # for each image of a batch
+        return draw(self, *rest, **more)
 
     def working(self: Classifier, batch: Any, batch_idx: int) -> Any:
         clock[0] += 0.25
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(Batches, "fill", slow)
+    monkeypatch.setattr(Batches, "_render", slow)
     monkeypatch.setattr(Classifier, "training_step", working)
     monkeypatch.setattr(verdict, "_now", lambda device: clock[0])
+    monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     asked, run = config(epochs=4), begin(tmp_path / "run")
     asked.train.verdict_after_seconds = 0
     train(asked, tiny, run)
@@ -36,7 +39,7 @@ def test_the_verdict_names_what_would_mend_it(config, tiny: Store, tmp_path: Pat
     assert told["waiting"] == 0.8
     assert told["device_images_per_second"] == 32
     assert told["workers"] == 0
-    assert told["loader_images_per_second"] > 0
+    assert told["loader_images_per_second"] == 8
     right = "loader.workers=" if told["cores"] > 1 else "process.layout="
     assert told["mend"].startswith(right)
     assert "waits for data" in run.progress["note"]
@@ -45,6 +48,31 @@ def test_the_verdict_names_what_would_mend_it(config, tiny: Store, tmp_path: Pat
     train(asked, tiny, fed)
     told = json.loads((fed.folder / "verdict.json").read_text())
     assert (told["verdict"], told["mend"], told["steps"]) == ("fed", "", 3 * (STEPS - 1))
+
+
+def test_a_pause_between_steps_is_no_waiting_for_data(
+    config, tiny: Store, tmp_path: Path, monkeypatch
+) -> None:
+    clock = [0.0]
+    step, tell = Classifier.training_step, Account.on_train_batch_start
+
+    def working(self: Classifier, batch: Any, batch_idx: int) -> Any:
+        clock[0] += 0.25
+        return step(self, batch, batch_idx)
+
+    def pausing(self: Account, *rest: Any) -> None:
+        clock[0] += 0.75
+        tell(self, *rest)
+
+    monkeypatch.setattr(Classifier, "training_step", working)
+    monkeypatch.setattr(Account, "on_train_batch_start", pausing)
+    monkeypatch.setattr(verdict, "_now", lambda device: clock[0])
+    run = begin(tmp_path / "run")
+    train(config(epochs=4), tiny, run)
+    told = json.loads((run.folder / "verdict.json").read_text())
+    assert told["verdict"] == "fed"
+    assert told["waiting"] < verdict.STARVED  # what eight tiny images really take, of a second a step
+    assert told["device_images_per_second"] == pytest.approx(8, rel=verdict.STARVED)
 
 
 @pytest.mark.parametrize(
