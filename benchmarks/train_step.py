@@ -264,6 +264,8 @@ def saving(task: Task, repeats: int) -> None:
 
 def timm_rate(script: Path, task: Task) -> float:
     """Return the s a step of timm's own benchmark script."""
+    if task.device.type == "cuda":
+        torch.cuda.empty_cache()  # which the other process may need
     words = ["--bench", "train", "--model", task.name, "-b", str(task.batch), "--img-size", str(task.size)]
     words += ["--amp", "--amp-dtype", "bfloat16", "--channels-last", "--opt", "momentum"]
     words += ["--torchcompile"] if task.compiled else []

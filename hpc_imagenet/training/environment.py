@@ -6,6 +6,7 @@ The world was read once, by the job; Lightning's own detection of Slurm, with it
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -107,8 +108,7 @@ def placement(world: World, place: torch.device, accumulate: int, precision: str
         precision: Lightning's word; gradients travel in bf16 on GPUs where the network computes in it.
     """
     on_gpu, index = place.type == "cuda", place.index or 0
-    if world.nodes == 1:  # gloo then needs no name of this host, which may resolve to nothing
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    _name_interface(world.nodes)
     if world.size == 1:
         devices: int | list[int] = [index] if on_gpu else 1
     else:
@@ -132,10 +132,35 @@ def placement(world: World, place: torch.device, accumulate: int, precision: str
     }
 
 
+def _name_interface(nodes: int) -> None:
+    """Tell gloo by which network to go: by itself it asks this host's name, which may lead nowhere."""
+    site = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix(
+        "="
+    )  # NCCL also takes a beginning, or several
+    name = "lo" if nodes == 1 else site
+    if name in {there for _, there in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def precision(asked: str, place: torch.device) -> Any:
+    """Return Lightning's word for recipe.precision; auto is bf16-mixed on GPUs, else 32-true."""
+    if asked != "auto":
+        return asked
+    return "bf16-mixed" if place.type == "cuda" else "32-true"
+
+
+def emulated(word: str, place: torch.device) -> str:
+    """Return a line of advice where a GPU only emulates the numbers it is to compute with; else nothing."""
+    if place.type != "cuda" or "bf16" not in word or torch.cuda.is_bf16_supported(including_emulation=False):
+        return ""
+    return f"{torch.cuda.get_device_name(place)} emulates bf16: recipe.precision=16-mixed is faster there"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device, or this machine, has no memory left for what a step wants."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)  # as torch says of a CPU
+    # What torch says of a CPU, and CUDA's libraries of a GPU: NCCL by an error that looks like a lost peer.
+    return known or any(words in str(error) for words in ("can't allocate memory", "out of memory"))
 
 
 def lost(error: BaseException) -> str:

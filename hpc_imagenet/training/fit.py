@@ -183,9 +183,9 @@ def _trainer(
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
     step = start.step if start else 0
-    precision: Any = config.recipe.precision
-    if precision == "auto":
-        precision = "bf16-mixed" if place.type == "cuda" else "32-true"
+    precision = environment.precision(config.recipe.precision, place)
+    if world.main and (advice := environment.emulated(precision, place)):
+        print(f"warning: {advice}", flush=True)
     arguments = environment.placement(world, place, config.train.accumulate, precision)
     check = run.fence.check if run.fence else lambda: None
     arguments["plugins"].append(Writer(check))
@@ -233,6 +233,7 @@ def quiet() -> Iterator[None]:
                 ".*`srun` command is available.*",  # the world is known
                 ".*LeafSpec.*is deprecated.*",  # torch to Lightning
                 ".*in eval mode at the start of training.*",  # by recipe.freeze
+                ".*recommended to use .*sync_dist=True.*",  # the tally has added up all ranks
             ):
                 warnings.filterwarnings("ignore", message=advice)
             yield

@@ -60,8 +60,7 @@ class Mixing:
         if self._mix is not None:
             shares = F.one_hot(labels.clamp(min=0), self.classes) * (labels != PADDING)[:, None]
             images, labels = self._mix(images, shares.float())
-            images = images.contiguous(memory_format=torch.channels_last)  # MixUp loses it on a GPU
-        return images, labels
+        return images.contiguous(memory_format=torch.channels_last), labels  # erasing and MixUp may lose it
 
     def _rows(self, step: int, part: int, columns: int, what: int) -> Rows:
         """Return this part's random numbers from 0 to 1, shape [images, columns].

@@ -60,7 +60,17 @@ class Classifier(pl.LightningModule):
         self.train()
 
     def compile_networks(self) -> None:
-        """Let torch compile the forward passes, at each one's first call; names of weights stay."""
+        """Let torch compile the forward passes, at each one's first call; names of weights stay.
+
+        Dropout and its like draw as they do without; rounding may differ.
+        """
+        from torch._dynamo import config as dynamo  # takes its time
+        from torch._inductor import config as inductor
+
+        inductor.fallback_random = True
+        # Each size of images is compiled by itself, and what comes behind the limit would not be: the sizes
+        # of training, and that of validation for either network.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, len(set(self.recipe.sizes)) + 4)
         for network in (self.model, self.average):
             if network is not None:
                 network.compile(dynamic=False)

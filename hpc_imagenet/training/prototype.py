@@ -72,9 +72,7 @@ class Prototype:
             losses, one a device batch; images_per_second; on some batches of val top1, top5 (0 to 1), loss.
         """
         seen = _Seen()
-        precision: Any = self.config.recipe.precision
-        if precision == "auto":
-            precision = "bf16-mixed" if self.device.type == "cuda" else "32-true"
+        precision = environment.precision(self.config.recipe.precision, self.device)
         accumulate = self.config.train.accumulate
         with quiet():
             trainer = pl.Trainer(
@@ -92,12 +90,14 @@ class Prototype:
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
+                benchmark=self.device.type == "cuda",
             )
             trainer.fit(self.module, datamodule=self.loaders)
             (judged,) = trainer.validate(self.module, datamodule=self.loaders, verbose=False)
-        images = self._share.images * max(0, len(seen.losses) - 1)
+        losses = [float(loss) for loss in seen.losses]
+        images = self._share.images * max(0, len(losses) - 1)
         return {
-            "losses": seen.losses,
+            "losses": losses,
             "images_per_second": images / max(seen.last - seen.first, 1e-9),
             **{name.removeprefix("val_"): value for name, value in judged.items()},
         }
@@ -107,11 +107,11 @@ class _Seen(pl.Callback):
     """Keeps the loss of every step, and when the first and the last of them ended."""
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
+        self.losses: list[torch.Tensor] = []  # on the device, which nobody waits for
         self.first = self.last = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self.losses.append(float(trainer.callback_metrics.get("train_loss", float("nan"))))
+        self.losses.append(trainer.callback_metrics["train_loss"])  # every step's is logged
         self.last = time.monotonic()
         self.first = self.first or self.last
 

@@ -21,7 +21,8 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": spared, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = all(p.is_cuda for p in parameters)  # one kernel for all tensors
+    # One kernel for all tensors. Not False: a run that goes on on a GPU would keep it, and loop over them.
+    fused = all(p.is_cuda for p in parameters) or None
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=fused)
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, fused=fused)

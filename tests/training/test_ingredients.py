@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from outcomes import STEPS, assert_same_training, begin, lines, results, saved, train
+from torch._dynamo.testing import CompileCounter
 
 from hpc_imagenet.datastore.store import Store
 from hpc_imagenet.errors import Interrupted
 from hpc_imagenet.training.account import Account
 from hpc_imagenet.training.model import build
 from hpc_imagenet.training.module import Classifier
+from hpc_imagenet.training.sampler import Share
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "averaged": {"ema": 0.8, "ema_every": 2, "schedule": "linear", "blurpool": True, "val_flip": True},
@@ -40,6 +42,31 @@ def test_going_on_changes_nothing_with_any_ingredient(
     asked.loader.workers = 1
     assert results(train(asked, tiny, run)) == results(expected)
     assert_same_training(alone, run)
+
+
+def test_every_size_that_images_grow_to_is_compiled(config, monkeypatch) -> None:
+    """Torch gives up behind eight forms of one network, unless it is told how many there will be."""
+    counter, compiled = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **more: compiled(self, backend=counter, **more)
+    )
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", False)
+    recipe = config(epochs=12, start_size=8, size=96, grow_to=11).recipe
+    assert len(set(recipe.sizes)) == 12
+
+    class Network(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3))
+
+    module = Classifier(Network(), 10, recipe, 3, 5, Share(2))
+    module.compile_networks()
+    for size in recipe.sizes:
+        module.model(torch.zeros(2, 3, size, size))
+    with torch.inference_mode():
+        module.eval().model(torch.zeros(2, 3, 96, 96))
+    assert counter.frame_count == 13
+    assert torch._inductor.config.fallback_random  # dropout draws as it does without
 
 
 @pytest.mark.nightly

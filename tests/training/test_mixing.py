@@ -69,7 +69,10 @@ def test_another_world_does_the_same_to_the_same_images(config, world: tuple[int
     def treated(share: Share, part: int, some: torch.Tensor) -> torch.Tensor:
         mixing = Mixing(recipe, 10, 3, share)
         pixels = mixing.pixels(some, 7, part)
-        return mixing.normalised(pixels.float() - 128, labels[: len(some)], 7, part)[0]
+        pixels = pixels.float().contiguous(memory_format=torch.channels_last) - 128
+        images = mixing.normalised(pixels, labels[: len(some)], 7, part)[0]
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        return images
 
     whole = treated(Share(8), 0, images)
     assert not torch.equal(whole, images.float() - 128)

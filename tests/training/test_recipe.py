@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -82,7 +84,35 @@ def test_too_little_memory_of_this_machine_is_known_by_what_torch_says() -> None
         torch.empty(2**60, dtype=torch.uint8)
     assert environment.out_of_memory(caught.value)
     assert environment.out_of_memory(torch.OutOfMemoryError())
+    # No peer is lost because NCCL finds no memory.
+    assert environment.out_of_memory(RuntimeError("NCCL error … Cuda failure 2 'out of memory'"))
     assert not environment.out_of_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "site", "right"),
+    [(1, "", "lo"), (2, "=lo", "lo"), (2, "nowhere0", None), (2, "^docker", None), (2, "", None)],
+)
+def test_gloo_goes_by_the_network_that_the_site_names(monkeypatch, nodes, site, right) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", site)
+    environment.placement(World(size=nodes), torch.device("cpu"), 1, "32-true")
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == right
+
+
+def test_precision_is_that_of_the_device() -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert [environment.precision("auto", place) for place in (gpu, cpu)] == ["bf16-mixed", "32-true"]
+    assert environment.precision("16-mixed", gpu) == "16-mixed"
+
+
+def test_a_gpu_that_only_emulates_bf16_is_told(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "Tesla T4")
+    right = "Tesla T4 emulates bf16: recipe.precision=16-mixed is faster there"
+    assert environment.emulated("bf16-mixed", torch.device("cuda", 0)) == right
+    assert not environment.emulated("16-mixed", torch.device("cuda", 0))
+    assert not environment.emulated("bf16-mixed", torch.device("cpu"))
 
 
 def test_gpus_that_are_there(config, monkeypatch) -> None:
