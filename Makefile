@@ -8,11 +8,13 @@ ARGS ?=# more arguments of pytest, such as ARGS='-k index'
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN = $(VENV)/bin
 
-.PHONY: help demo lab slurm-demo test lint clean
+.PHONY: help install demo lab slurm-demo test lint clean
 
 help: ## show this
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=FOLDER] [WORKSPACE=FOLDER] [ARGS=...]'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed-demo ## .venv with all that the demo, jobs and trainings need; where there is internet
 
 demo: $(VENV)/.installed-demo ## archives, a datastore, two trained backbones and a leaderboard: minutes
 	$(BIN)/python -m hpc_imagenet.demo workspace=$(WORKSPACE)

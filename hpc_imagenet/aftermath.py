@@ -39,7 +39,8 @@ def settle(run: Run, attempt: Attempt, code: int) -> int:
         return LATER  # cancelled, requeued or timed out: Slurm says so itself
     tail = _tail(attempt)
     if any(_OUT_OF_MEMORY.search(line) for line in tail):
-        attempt.end(FAILED, "out of memory on the node: raise cluster.memory_gb, or lower loader.workers")
+        mend = "raise cluster.memory_gb, or lower loader.workers, and give the command again"
+        attempt.end(FAILED, f"out of memory on the node: {mend}")
         return 1
     reason = _beyond_it(code, tail)
     if not reason:

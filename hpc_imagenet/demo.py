@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from hpc_imagenet import __main__ as door
@@ -31,13 +32,15 @@ Where to look next:
   the run folders above                      frozen config, logs, metrics, checkpoints
   . .venv/bin/activate                       puts python and hpc-imagenet on the PATH
   python -m hpc_imagenet jobs                every run and its state
-  python -m hpc_imagenet +stage=pipeline     the same for ImageNet itself (155 GB)
+  python -m hpc_imagenet +stage=pipeline dry_run=true
+                                             what the same would be for ImageNet itself (155 GB)
   README.md                                  clusters, recipes, settings"""
 
 
 def main() -> None:
     """Run the demo and exit: 0 when both backbones are trained."""
     settings = sys.argv[1:]
+    began = time.monotonic()
     try:
         code = _pipeline(settings)
     except UserError as error:
@@ -49,6 +52,8 @@ def main() -> None:
         words = ["report", *(word for word in settings if word.startswith("workspace="))]
         print(f"\n$ python -m hpc_imagenet {' '.join(words)}")
         door.run(words)
+        minutes, seconds = divmod(round(time.monotonic() - began), 60)
+        print(f"the whole way took {minutes}:{seconds:02}")
         print(NEXT)
     sys.exit(code)
 

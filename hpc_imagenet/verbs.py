@@ -77,12 +77,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         "report": "Show the leaderboard of all trainings.",
         "verify": "Hold datasets and datastores against their certificates; exit code 1 where one is wrong.",
         "datastores": "Show datasets that jobs can train on, verify, fetch, delete them.",
-        "doctor": "Say whether the cluster is set up: ask Slurm, and send a probe of a minute to its nodes.",
+        "doctor": "Say whether the cluster is set up: ask Slurm, and send a short probe to its nodes.",
     }[verb]
     parser = _Parser(
         prog=f"python -m hpc_imagenet {verb}",
         description=about,
-        epilog="workspace=FOLDER names another workspace. RUN is a run's id or its beginning.",
+        epilog="workspace=FOLDER names another workspace. RUN: a run's id or label, or either's beginning.",
     )
     if verb in ("jobs", "report"):
         parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")

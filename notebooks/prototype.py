@@ -18,7 +18,8 @@ if "HPC_IMAGENET_DATASTORE" not in os.environ:
 folder = Path(os.environ["HPC_IMAGENET_DATASTORE"]).resolve()  # …/datastores/NAME/vN
 store = Store(folder)
 
-CLUSTER = "auto"  # or your own file in conf/cluster
+CLUSTER = "auto"  # or your own file: "mine" with CONFIG_DIR = "/…/my-conf"
+CONFIG_DIR = None  # the folder of your own files, whole, since the notebook stands elsewhere
 MODEL = "mobilenet_v3_small"
 SETTINGS = [
     f"cluster={CLUSTER}",
@@ -26,7 +27,7 @@ SETTINGS = [
     f"datastore.url={os.environ['HPC_IMAGENET_DATASTORE_URL']}",  # where the jobs of the sweep find it
     f"datastore.name={folder.parent.name}@{folder.name}",
 ]
-(config,) = compose([*SETTINGS, f"model={MODEL}"])
+(config,) = compose([*SETTINGS, f"model={MODEL}"], config_dir=CONFIG_DIR)
 for name, split in store.manifest.splits.items():
     print(f"{name}: {split.images:,} images of {len(store.manifest.classes)} classes")
 
@@ -86,7 +87,7 @@ print(f"top-1 {trained['top1']:.1%} on some images of val")
 # %%
 SWEEP = ["model=resnet18,mobilenet_v3_small", "seed=0"]
 
-sweep = hpc_imagenet.submit([*SETTINGS, *SWEEP])
+sweep = hpc_imagenet.submit([*SETTINGS, *SWEEP], config_dir=CONFIG_DIR)
 sweep
 
 # %%

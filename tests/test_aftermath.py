@@ -84,7 +84,7 @@ def test_what_is_beyond_the_job_sends_it_back_to_the_queue(job: Job, code: int, 
         (1, "Traceback\nModuleNotFoundError: No module named 'hpc_imagenet'", "No module named"),
         (127, "srun: error: n1: task 0: Exited with exit code 127\nbash: python: not found", "127"),
         (2, "", "printed nothing"),
-        (137, "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.", "cluster.memory_gb"),
+        (137, "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.", "and give the command again"),
         (1, "slurmstepd: error: task 0 was Out Of Memory", "cluster.memory_gb"),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_workspace_without_runs_is_no_error(door: Door) -> None:
         (("model=resnet81",), ("model=resnet81 is unknown", "resnet18")),
         (("model.name=resnet81", *DIGITS), ("model.name=resnet81", "resnet18")),
         (("modle=resnet18",), ("modle is no setting", "model")),
-        (DIGITS, ("no datastore digits", "+stage=upload")),
+        (DIGITS, ("no datastore digits", "+stage=pipeline")),
         (("+stage=upload", *DIGITS), ("+stage=process",)),
         (("+stage=process", *DIGITS), ("+stage=download",)),
         (("-m", "seed=0,1", "workspace=a,b"), ("workspace cannot be swept",)),

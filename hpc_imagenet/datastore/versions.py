@@ -331,7 +331,8 @@ def _missing(place: Place, name: str) -> str:
     if begun:
         return f"datastore {name} has no complete version yet: +stage=upload finishes {_listed(begun)}"
     there = names(place)
-    return f"no datastore {name} in {place.url}: +stage=upload makes it{near(name, there) if there else ''}"
+    makes = "+stage=pipeline makes it from the archives"
+    return f"no datastore {name} in {place.url}: {makes}{near(name, there) if there else ''}"
 
 
 def _listed(numbers: list[int]) -> str:

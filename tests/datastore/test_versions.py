@@ -122,7 +122,7 @@ def test_the_newest_the_pinned_or_that_of_the_content_is_opened(url: str) -> Non
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"name": "imagnet"}, r"no datastore imagnet in .*: \+stage=upload makes it; near: imagenet"),
+        ({"name": "imagnet"}, r"no datastore imagnet in .*: \+stage=pipeline makes it .*; near: imagenet"),
         ({"name": "imagenet@v7"}, r"imagenet@v7 does not exist; complete: v1, v2"),
         ({"version": 0}, r"datastore\.version=0"),
         (
@@ -132,7 +132,10 @@ def test_the_newest_the_pinned_or_that_of_the_content_is_opened(url: str) -> Non
         ({"name": "imagenet@v1", "content": "two"}, r"imagenet@v1 holds other images .*content=two"),
         ({"content": "three"}, r"no version of datastore imagenet \(v1, v2\) has datastore\.content=three"),
         ({"name": "begun"}, r"begun has no complete version yet: \+stage=upload finishes v1"),
-        ({"url": "/nowhere"}, r"no datastore imagenet in /nowhere: \+stage=upload makes it$"),
+        (
+            {"url": "/nowhere"},
+            r"no datastore imagenet in /nowhere: \+stage=pipeline makes it from the archives$",
+        ),
     ],
 )
 def test_what_is_not_there_is_told(url: str, settings: dict[str, object], line: str) -> None:
