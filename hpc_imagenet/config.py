@@ -186,7 +186,7 @@ class Cluster:
     gpus_per_node: int | None = None  # null: one a local job where there are GPUs, none on Slurm
     tasks_per_node: int | None = None  # null: one a GPU, else one
     cpus_per_task: int | None = None
-    memory_gb: float | None = None  # GB a node; 0: all that it has
+    memory_gb: float | None = None  # GiB a node; 0: all that it has
     time: int | None = None  # minutes
     partition: str | None = None
     account: str | None = None

@@ -19,7 +19,8 @@ class Model:
 
     `stem` is standard, small (stride 1 and no max-pool in front, for images up to 64 px) or auto (small
     where recipe.size ≤ 64). `options` go to the torchvision constructor as they are. `weights` to begin with
-    are a name of torchvision's, such as IMAGENET1K_V2, or a file. `compile` changes the speed alone.
+    are a name of torchvision's, such as IMAGENET1K_V2, or a file. `compile` changes the speed, and the
+    result by rounding only.
     """
 
     name: str = MISSING
