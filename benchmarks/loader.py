@@ -7,7 +7,8 @@ crops with the grain of a sensor, JPEGs of 500 x 375 px and about 105 kB, as Ima
 page cache. All ways do the same: RandomResizedCrop to 224 px of at least 0.08 of the area, mirrored half the
 time, batches of 64. They run in processes of their own, bound with all that they do to as many CPUs as they
 have workers, and take turns, so that a busy moment meets all of them. `--peers` is an interpreter that has
-litdata, webdataset and DALI, if this one has not.
+litdata, webdataset, DALI and FFCV, if this one has not; FFCV's installation builds it against the headers of
+OpenCV and libjpeg-turbo, and its images are JPEGs that it has encoded itself.
 
 Off: grey levels from the same crops by Pillow, mean over all pixels, and the worst. CPU ms: of all processes,
 for one image. First: seconds from opening the data to the first batch, without imports.
@@ -73,7 +74,7 @@ def show(rows: list[Row]) -> None:
     width = max(len(WAYS[row.name][0]) for row in rows)
     print(
         f"{'':{width}}  1 worker: images/s    min    max  CPU ms  first s"
-        "  2 workers  2 / 1  x ImageFolder  x litdata    off  worst"
+        "  2 workers  2 / 1  x ImageFolder  x litdata  x FFCV    off  worst"
     )
     for row in rows:
         title = WAYS[row.name][0]
@@ -88,8 +89,10 @@ def show(rows: list[Row]) -> None:
             line += f"{two:11,.0f}{two / row.median('rate'):7.2f}"
         else:
             line += f"{row.why[:16]:>18}"
-        bases = ("", "read-litdata") if row.name.startswith("read") else ("folder-float", "litdata")
-        for base, columns in zip(bases, (15, 11), strict=True):
+        bases = (
+            ("", "read-litdata", "") if row.name.startswith("read") else ("folder-float", "litdata", "ffcv")
+        )
+        for base, columns in zip(bases, (15, 11, 8), strict=True):
             told = base in by_name and by_name[base].told[1]
             ratio = f"{row.median('rate') / by_name[base].median('rate'):.2f}" if told else ""
             line += f"{ratio:>{columns}}"

@@ -132,6 +132,26 @@ with webdataset.ShardWriter(f"{sys.argv[2]}/%05d.tar", maxcount=100, verbose=0) 
     for number, path in enumerate(sorted(Path(sys.argv[1]).rglob("*.JPEG"))):
         writer.write({"__key__": f"{number:08d}", "jpg": path.read_bytes(), "cls": int(path.parent.name[1:])})
 """
+FFCV = """
+import sys
+from pathlib import Path
+from PIL import Image
+from ffcv.fields import IntField, RGBImageField
+from ffcv.writer import DatasetWriter
+
+class Images:
+    def __init__(self, folder):
+        self.paths = sorted(Path(folder).rglob("*.JPEG"))
+    def __len__(self):
+        return len(self.paths)
+    def __getitem__(self, i):
+        return Image.open(self.paths[i]).convert("RGB"), int(self.paths[i].parent.name[1:])
+
+if __name__ == "__main__":
+    image = RGBImageField(write_mode="jpg", max_resolution=500, jpeg_quality=int(sys.argv[3]))
+    writer = DatasetWriter(f"{sys.argv[2]}/train.beton", {"image": image, "label": IntField()}, num_workers=2)
+    writer.from_indexed_dataset(Images(sys.argv[1]))
+"""
 
 
 def convert(folder: Path, peers: str) -> None:
@@ -140,6 +160,8 @@ def convert(folder: Path, peers: str) -> None:
         ("litdata", LITDATA, "image"),
         ("litdata-bytes", LITDATA, "bytes"),
         ("webdataset", WEBDATASET, ""),
+        ("ffcv", FFCV, "90"),  # its default, and what its authors take
+        ("ffcv-same", FFCV, str(QUALITY)),
     ):
         (folder / name).mkdir()
         script = folder / f"write-{name}.py"
