@@ -80,7 +80,8 @@ def _digits() -> tuple[list[bytes], list[int]]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError(
-            "the dataset digits comes with scikit-learn, which is missing: pip install 'hpc-imagenet[demo]'"
+            "the dataset digits comes with scikit-learn, which is missing: "
+            "pip install -c constraints.txt -e '.[demo]' in the checkout"
         ) from None
     source: Any = load_digits()
     return [_jpeg(image) for image in source.images], [int(label) for label in source.target]

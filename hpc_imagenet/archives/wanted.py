@@ -83,7 +83,7 @@ def hash_file(path: Path, progress: Callable[[int], None]) -> str:
 
 
 def check_first(first: bytes, want: Wanted, where: str, hint: str = "") -> None:
-    """Refuse a file by its first 512 bytes, before the other 138 GB are fetched.
+    """Refuse a file by its first 512 bytes, before the other 148 GB are fetched.
 
     Raises:
         UserError: a web page, or not of the form that is wanted.

@@ -45,7 +45,8 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
     assert attempt is not None
     if not importlib.util.find_spec("jupyter_server") or not importlib.util.find_spec("jupyterlab"):
         raise UserError(
-            f"{socket.gethostname()} has no Jupyter in {sys.prefix}: pip install 'hpc-imagenet[session]'"
+            f"{socket.gethostname()} has no Jupyter in {sys.prefix}: "
+            "pip install -c constraints.txt -e '.[session]' in the checkout"
         )
     _enough_gpus(asked.gpus)
     folder = notebooks(run.folder)

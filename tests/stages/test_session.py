@@ -192,7 +192,7 @@ def test_a_session_that_could_not_work_is_refused(door: Door, monkeypatch: pytes
     ):
         assert told in door.refused(*ASK[:3], setting)
     monkeypatch.setattr(check, "find_spec", lambda name: None)
-    assert "pip install 'hpc-imagenet[session]'" in door.refused(*ASK)
+    assert "pip install -c constraints.txt -e '.[session]'" in door.refused(*ASK)
 
 
 def test_verbs_of_sessions_leave_other_runs_alone(door: Door) -> None:
