@@ -19,7 +19,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hpc_imagenet.datastore.manifest import File
@@ -171,18 +170,16 @@ class Folder:
             else:
                 missing.append(piece)
         _check_room(sum(piece.file.bytes for piece in missing), target)
-        before, threads = sent.total, ThreadPoolExecutor(FILES)
+        before = sent.total
         tally = Tally(lambda done, note: tell(before + done, note))
-        copies = [
-            threads.submit(_copy, piece, target / piece.file.path, tally.of(f"copying {piece.file.path}"))
-            for piece in missing
-        ]
-        try:
+        with tally.threads(FILES) as threads:
+            copies = [
+                threads.submit(_copy, piece, target / piece.file.path, tally.of(f"copying {piece.file.path}"))
+                for piece in missing
+            ]
             for piece, copied in zip(missing, copies, strict=True):
                 copied.result()
                 sent.copied += piece.file.bytes
-        finally:
-            threads.shutdown(cancel_futures=True)
         tell(sent.total, "")
         return sent
 

@@ -11,7 +11,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -83,7 +82,7 @@ def verify(place: Place, entry: Entry, threads: int, tell: Tell) -> list[str]:
     assert entry.manifest is not None
     tally, wrong = Tally(tell), []
     files = entry.manifest.all_files()
-    with ThreadPoolExecutor(threads) as pool:
+    with tally.threads(threads) as pool:
         hashes = pool.map(
             lambda file: place.hash(f"{entry.path}/{file.path}", file, tally.of(file.path)), files
         )
@@ -124,7 +123,7 @@ def fetch(place: Place, entry: Entry, target: Path, threads: int, tell: Tell) ->
                 return not there or here.hash(path, file, tally.of(file.path)) != file.hash
 
             files = manifest.all_files()
-            with ThreadPoolExecutor(threads) as pool:
+            with tally.threads(threads) as pool:
                 looked = list(pool.map(missing, files))
             wanted = [file for file, gone in zip(files, looked, strict=True) if gone]
             bring(place, entry.path, wanted, folder, threads, tally)

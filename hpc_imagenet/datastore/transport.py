@@ -132,7 +132,8 @@ class Place(Protocol):
     def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
         """Bring the file at `path` to `target`, whole and with the hash of `file`, or not at all.
 
-        What an earlier try has brought is used; it lies beside the target, as `.<name>.part`.
+        Until it is whole it lies beside the target, as `.<name>.part`. What an earlier try has left there is
+        used where sending costs more than reading: a folder begins anew.
 
         Raises:
             UserError: it is missing, or its bytes are not what `file` says.
@@ -161,6 +162,10 @@ class Batches(Protocol):
         """
 
 
+class _Ended(Exception):
+    """Nobody waits for what is read."""
+
+
 class Tally:
     """Tells of the bytes of many files that are read at once, as one number that grows."""
 
@@ -168,9 +173,23 @@ class Tally:
         self._tell = tell
         self._lock = threading.Lock()
         self._done = 0
+        self._ended = False
+
+    @contextlib.contextmanager
+    def threads(self, number: int) -> Iterator[ThreadPoolExecutor]:
+        """Return threads that count here; an interrupt lets them end with a block, an error with a file."""
+        with ThreadPoolExecutor(number) as pool:
+            try:
+                yield pool
+            except BaseException as error:
+                self._ended = not isinstance(error, Exception)
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def __call__(self, more: int, note: str) -> None:
         """Count `more` bytes."""
+        if self._ended:
+            raise _Ended
         with self._lock:
             self._done += more
             self._tell(self._done, note)
@@ -198,13 +217,9 @@ def bring(place: Place, path: str, files: Sequence[File], folder: Path, threads:
     def one(file: File) -> None:
         place.fetch(f"{path}/{file.path}", file, folder / file.path, tally.of(file.path))
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for _ in pool.map(one, files):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with tally.threads(threads) as pool:
+        for _ in pool.map(one, files):
+            pass
 
 
 def digest_of(file: File) -> Any:
