@@ -93,8 +93,10 @@ class Folder:
             draft.rename(folder)  # refused where the folder is there and not empty, and ours never is
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)
-            if folder.exists():
+            if folder.is_dir():
                 return False
+            if folder.exists():
+                raise UserError(f"{folder} is a file where a version belongs: give it another name") from None
             raise
         sync_folder(folder.parent)
         return True
