@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 AHEAD = 16 << 20  # bytes of a large file that the disk is given at a time, while more is written
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # what the system says of a full disk, or a quota that is met
 
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)

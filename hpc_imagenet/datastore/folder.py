@@ -31,6 +31,7 @@ from hpc_imagenet.datastore.transport import (
     Tally,
     Tell,
     changed,
+    check_room,
     check_size,
     hash_of,
     read_to_end,
@@ -171,7 +172,7 @@ class Folder:
                 sent.reused += piece.file.bytes
             else:
                 missing.append(piece)
-        _check_room(sum(piece.file.bytes for piece in missing), target)
+        check_room("datastore.url", sum(piece.file.bytes for piece in missing), target)
         before = sent.total
         tally = Tally(lambda done, note: tell(before + done, note))
         with tally.threads(FILES) as threads:
@@ -281,15 +282,6 @@ def _copy(piece: Piece, destination: Path, tell: Callable[[int], None]) -> None:
         if found != piece.file.hash:
             raise changed(piece, "other bytes")
         seal(writer.fileno())
-
-
-def _check_room(needed: int, target: Path) -> None:
-    status = os.statvfs(target)
-    free = status.f_bavail * status.f_frsize
-    if needed > free:
-        raise UserError(
-            f"datastore.url: {target} needs {needed / 1e9:.3f} GB more, but {free / 1e9:.3f} GB are free"
-        )
 
 
 def _same_file(one: Path, other: Path) -> bool:

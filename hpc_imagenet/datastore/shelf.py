@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from hpc_imagenet.config import Datastore
 from hpc_imagenet.datastore import links, versions
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
-from hpc_imagenet.datastore.transport import Place, Tally, Tell, bring, told
+from hpc_imagenet.datastore.transport import Place, Tally, Tell, bring, check_room, told
 from hpc_imagenet.datastore.versions import COMPLETE, DELETED, GONE, PARTIAL
 from hpc_imagenet.errors import UserError
 
@@ -114,7 +113,8 @@ def fetch(place: Place, entry: Entry, target: Path, threads: int, tell: Tell) ->
         if claim.complete:
             return folder
         with here.turn(f"{claim.path}/{versions.LOCK}", lambda: tell(0, "another fetch of it is at work")):
-            _room(manifest, folder, target)
+            there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            check_room(f"fetch {entry.reference}", manifest.bytes - there, target)
             tally = Tally(tell)
 
             def missing(file: File) -> bool:
@@ -166,14 +166,6 @@ def alone(place: Place, entry: Entry) -> Iterator[None]:
 
     with place.turn(f"{entry.path}/{versions.LOCK}", refuse):
         yield
-
-
-def _room(manifest: Manifest, folder: Path, target: Path) -> None:
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    status = os.statvfs(target)
-    needed, free = manifest.bytes - there, status.f_bavail * status.f_frsize
-    if needed > free:
-        raise UserError(f"{target} needs {needed / 1e9:.3f} GB more, but {free / 1e9:.3f} GB are free")
 
 
 def _now() -> str:
