@@ -217,7 +217,9 @@ def _pinned_version(job: Job) -> None:
 def _machine(config: Config) -> None:
     """Refuse a session without Jupyter, or with a datastore that is not there."""
     if not find_spec("jupyter_server") or not find_spec("jupyterlab"):
-        raise UserError("a session needs Jupyter: pip install 'hpc-imagenet[session]'")
+        raise UserError(
+            "a session needs Jupyter: pip install -c constraints.txt -e '.[session]' in the checkout"
+        )
     if not config.session.datastore:
         return
     version = versions.open_version(config.datastore)

@@ -7,12 +7,12 @@ import ctypes
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 AHEAD = 16 << 20  # bytes of a large file that the disk is given at a time, while more is written
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # what the system says of a full disk, or a quota that is met
 
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
@@ -127,17 +127,14 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path, secret: bool = False) -> Iterator[tuple[IO[bytes], Path]]:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    # Not by mkstemp, which makes 0600: colleagues read these files as far as the umask lets them.
+    name = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666)
     try:
-        # mkstemp makes 0600; these files are read by colleagues as far as the umask lets them.
-        umask = os.umask(0)
-        os.umask(umask)
-        if not secret:
-            os.fchmod(descriptor, 0o666 & ~umask)
         with os.fdopen(descriptor, "wb") as file:
-            yield file, Path(name)
+            yield file, name
     finally:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
 
 
 def _sync(file: IO[bytes]) -> None:

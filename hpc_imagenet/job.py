@@ -10,7 +10,6 @@ exit code; what follows is decided once, behind srun, by aftermath.py.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import signal
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet import fence, local, slurm
+from hpc_imagenet.durable import FULL
 from hpc_imagenet.errors import LATER, Interrupted, Lost, Superseded, UserError
 from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, Attempt, Run
 from hpc_imagenet.world import from_environment
@@ -124,7 +124,7 @@ def _on_slurm() -> bool:
 def _is_full(error: BaseException | None) -> bool:
     """Whether a full disk or quota is behind `error`; torch.save wraps it in an error of its own."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             return True
         error = error.__cause__ or error.__context__
     return False

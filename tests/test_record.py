@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from hpc_imagenet import durable, local
+from hpc_imagenet.archives import digits
 from hpc_imagenet.compose import compose
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.monitor import leaderboard, table
@@ -63,6 +64,22 @@ def test_an_exception_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
         fail_halfway()
     assert durable.read_json(tmp_path / "x.json") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_the_umask_decides_who_reads_and_is_never_set(tmp_path: Path) -> None:
+    """It is the whole process's: a file that another thread makes meanwhile would have another one."""
+    real, before = os.umask, os.umask(0o027)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(os, "umask")
+            durable.write_json(tmp_path / "x.json", 1)
+            with durable.replacing(tmp_path / "y", secret=True):
+                pass
+            digits.write(tmp_path / "digits")
+    finally:
+        real(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"x.json": 0o640, "y": 0o600, "digits": 0o750}
 
 
 def test_attempts_are_claimed_once_each(tmp_path: Path) -> None:

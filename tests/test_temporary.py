@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from sample_dataset import make_dataset
 
 from hpc_imagenet.temporary import Temporary, sweep
 
@@ -76,3 +77,43 @@ def test_only_folders_of_the_same_purpose_are_swept(tmp_path: Path, monkeypatch:
     made = Temporary("indexes")
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "hpc_imagenet-session-old", made.folder])
     made.close()
+
+
+FAR = """
+import sys
+from pathlib import Path
+from hpc_imagenet.config import Cluster
+from hpc_imagenet.datastore import opening
+from hpc_imagenet.datastore.manifest import load_manifest
+from hpc_imagenet.datastore.rsync import Host
+from hpc_imagenet.datastore.transport import Known, Piece, Tally
+from hpc_imagenet.datastore.versions import Version
+folder, host = Path(sys.argv[1]), Host("there:/stores")
+manifest = load_manifest(folder)
+(file,) = manifest.files
+"""
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "with opening.opened(Version('a', 1, host, manifest), Cluster(scratch='.'), stages=False): pass",
+        "host.fetch_all('a/v1', [file], folder, Tally(print))",
+        "host.send([Piece(folder / file.path, file)], 'a/v1', Known(0), print)",
+    ],
+)
+def test_what_a_killed_transfer_leaves_is_swept_by_the_next_one(tmp_path: Path, act: str) -> None:
+    make_dataset(tmp_path)
+    (tmp_path / "node").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/rsync").write_text("#!/bin/sh\nkill -9 $PPID\n")
+    (tmp_path / "bin/rsync").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TMPDIR": f"{tmp_path}/node"}
+    left = []
+    for _ in range(2):
+        command = [sys.executable, "-c", FAR + act, tmp_path / "datasets/digits"]
+        done = subprocess.run(command, env={**env, "RSYNC_RSH": "true"}, check=False)
+        assert done.returncode == -signal.SIGKILL
+        (folder,) = (tmp_path / "node").iterdir()
+        left.append(folder)
+    assert left[0] != left[1]

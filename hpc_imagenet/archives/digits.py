@@ -16,7 +16,6 @@ import argparse
 import io
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,10 @@ def write(folder: Path, copies: int = 1) -> None:
     """
     images, labels = _digits()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    draft = folder.with_name(f".{folder.name}.{os.urandom(8).hex()}.tmp")
     try:
+        draft.mkdir()
         _write(draft, images, labels, copies)
-        umask = os.umask(0)
-        os.umask(umask)
-        draft.chmod(0o777 & ~umask)
         draft.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
@@ -80,7 +77,8 @@ def _digits() -> tuple[list[bytes], list[int]]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError(
-            "the dataset digits comes with scikit-learn, which is missing: pip install 'hpc-imagenet[demo]'"
+            "the dataset digits comes with scikit-learn, which is missing: "
+            "pip install -c constraints.txt -e '.[demo]' in the checkout"
         ) from None
     source: Any = load_digits()
     return [_jpeg(image) for image in source.images], [int(label) for label in source.target]

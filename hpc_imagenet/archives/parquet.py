@@ -218,6 +218,7 @@ def _pyarrow() -> tuple[Any, Any]:
         from pyarrow import parquet
     except ImportError:
         raise UserError(
-            "parquet shards are read with pyarrow, which is missing: pip install 'hpc-imagenet[parquet]'"
+            "parquet shards are read with pyarrow, which is missing: "
+            "pip install -c constraints.txt -e '.[parquet]' in the checkout"
         ) from None
     return pyarrow, parquet

@@ -46,13 +46,17 @@ class Part:
         self._noted: list[list[int]] = []
         self._due = 0.0
         self._note = target.with_name(f"{target.name}{SUFFIX}.json")
-        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            self._lock()
-            self._take_up()
-        except BaseException:
-            os.close(self.file)
-            raise
+        while True:
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._lock()
+                if _has_name(self.file, self.path):
+                    self._take_up()
+                    return
+            except BaseException:
+                os.close(self.file)
+                raise
+            os.close(self.file)  # before it was locked, another process has made the archive of it
 
     def __enter__(self) -> Part:
         return self
@@ -213,6 +217,13 @@ def allocated(target: Path) -> int:
         return target.with_name(target.name + SUFFIX).stat().st_blocks * 512
     except FileNotFoundError:
         return 0
+
+
+def _has_name(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _note(origin: Origin, spans: list[list[int]]) -> dict[str, object]:

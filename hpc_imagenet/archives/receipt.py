@@ -1,4 +1,4 @@
-"""The receipt beside an archive: what was verified, so that 138 GB are hashed once and not at every step.
+"""The receipt beside an archive: what was verified, so that 155 GB are hashed once and not at every step.
 
 `<file>.receipt.json` holds as long as the archive's size and time of change are those of the receipt. Only
 the standard library is imported here: the login node asks for receipts before it submits.

@@ -8,9 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from hpc_imagenet.durable import FULL
 from hpc_imagenet.errors import UserError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def require(folder: Path, size: int, what: str, files: int = 0) -> None:
@@ -48,7 +47,7 @@ def telling_full(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL | {errno.EFBIG}:
             raise
         raise UserError(
             f"{error.filename or folder}: {os.strerror(error.errno)} (bytes or inodes); free some, or choose "

@@ -6,7 +6,6 @@ Every file is read and hashed, several at a time; class folders are compared wit
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -23,10 +22,10 @@ from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.index import Index, open_index
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, load_manifest
 from hpc_imagenet.datastore.store import TAR_BLOCK
+from hpc_imagenet.datastore.transport import Tally, hash_of
 from hpc_imagenet.errors import UserError
 
 SAMPLE = 1000  # addresses of each split that are followed
-_CHUNK = 4 << 20  # bytes
 
 Say = Callable[[str], None]
 
@@ -87,11 +86,11 @@ def verify(folder: Path, *, quick: bool, workers: int, say: Say = lambda line: N
         report.wrong.append(f"{folder / FILE} is missing" if isinstance(error, OSError) else str(error))
         return report
     report.images = manifest.images
-    with ThreadPoolExecutor(workers) as threads:
+    tally = Tally(lambda done, note: None)
+    with tally.threads(workers) as threads:
         files = manifest.all_files()
-        for file, wrong in zip(
-            files, threads.map(lambda file: _file(folder, file, quick), files), strict=True
-        ):
+        looked = threads.map(lambda file: _file(folder, file, quick, tally.of(file.path)), files)
+        for file, wrong in zip(files, looked, strict=True):
             report.files += 1
             report.bytes += 0 if quick else file.bytes
             report.wrong += wrong
@@ -104,7 +103,7 @@ def verify(folder: Path, *, quick: bool, workers: int, say: Say = lambda line: N
     return report
 
 
-def _file(folder: Path, file: File, quick: bool) -> list[str]:
+def _file(folder: Path, file: File, quick: bool, tell: Callable[[int], None]) -> list[str]:
     path = folder / file.path
     try:
         size = path.stat().st_size
@@ -112,20 +111,14 @@ def _file(folder: Path, file: File, quick: bool) -> list[str]:
             return [f"{path} has {size} bytes instead of {file.bytes}"]
         if quick:
             return []
-        algorithm, _, _ = file.hash.partition(":")
-        if algorithm not in ("md5", "sha256"):
-            return [f"{path}: the manifest has the hash {file.hash!r}, not md5:… or sha256:…"]
-        digest = hashlib.new(algorithm, usedforsecurity=False)
-        with path.open("rb", buffering=0) as opened:
-            while chunk := opened.read(_CHUNK):
-                digest.update(chunk)
+        found = hash_of(path, file, tell)
+    except UserError as error:
+        return [str(error)]
     except FileNotFoundError:
         return [f"{path} is missing"]
     except OSError as error:
         return [f"{path} cannot be read: {error.strerror}"]
-    if f"{algorithm}:{digest.hexdigest()}" != file.hash:
-        return [f"{path} has other bytes than when it was made: {algorithm}:{digest.hexdigest()}"]
-    return []
+    return [] if found == file.hash else [f"{path} has other bytes than when it was made: {found}"]
 
 
 def _indexes(folder: Path, manifest: Manifest, report: Report) -> dict[str, Index]:

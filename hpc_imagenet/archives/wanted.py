@@ -14,6 +14,8 @@ from pathlib import Path
 from hpc_imagenet.archives import tar
 from hpc_imagenet.archives.sniff import is_html, looks_like
 from hpc_imagenet.config import Dataset
+from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.transport import hash_of
 from hpc_imagenet.errors import UserError
 
 SUMS = "md5sums"  # beside the archives, in the format of the command md5sum
@@ -73,17 +75,11 @@ def new_md5() -> hashlib._Hash:
 
 def hash_file(path: Path, progress: Callable[[int], None]) -> str:
     """Return the MD5 of a file in hex; `progress` is told how many bytes are read."""
-    digest, done = new_md5(), 0
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            done += len(chunk)
-            progress(done)
-    return digest.hexdigest()
+    return hash_of(path, File(path.name, 0, "md5:"), progress).removeprefix("md5:")
 
 
 def check_first(first: bytes, want: Wanted, where: str, hint: str = "") -> None:
-    """Refuse a file by its first 512 bytes, before the other 138 GB are fetched.
+    """Refuse a file by its first 512 bytes, before the other 148 GB are fetched.
 
     Raises:
         UserError: a web page, or not of the form that is wanted.

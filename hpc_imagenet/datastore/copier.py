@@ -102,14 +102,21 @@ class Copier:
 
 
 def _answer(process: subprocess.Popen[str], order: str, tell: Tell) -> dict[str, Any] | None:
-    """Give an order and return what came of it; None where the process ended over it."""
+    """Give an order and return what came of it; None where the process ended over it.
+
+    Raises:
+        UserError: it said something that is no answer.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(f"{order}\n")
         process.stdin.flush()
     for line in process.stdout:
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise UserError(f"the process that copies says {line.strip()!r}, which is no answer") from None
         if "done" not in answer:
             return answer
         tell(answer["done"])

@@ -19,7 +19,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hpc_imagenet.datastore.manifest import File
@@ -32,6 +31,7 @@ from hpc_imagenet.datastore.transport import (
     Tally,
     Tell,
     changed,
+    check_room,
     check_size,
     hash_of,
     read_to_end,
@@ -94,8 +94,10 @@ class Folder:
             draft.rename(folder)  # refused where the folder is there and not empty, and ours never is
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)
-            if folder.exists():
+            if folder.is_dir():
                 return False
+            if folder.exists():
+                raise UserError(f"{folder} is a file where a version belongs: give it another name") from None
             raise
         sync_folder(folder.parent)
         return True
@@ -170,19 +172,17 @@ class Folder:
                 sent.reused += piece.file.bytes
             else:
                 missing.append(piece)
-        _check_room(sum(piece.file.bytes for piece in missing), target)
-        before, threads = sent.total, ThreadPoolExecutor(FILES)
+        check_room("datastore.url", sum(piece.file.bytes for piece in missing), target)
+        before = sent.total
         tally = Tally(lambda done, note: tell(before + done, note))
-        copies = [
-            threads.submit(_copy, piece, target / piece.file.path, tally.of(f"copying {piece.file.path}"))
-            for piece in missing
-        ]
-        try:
+        with tally.threads(FILES) as threads:
+            copies = [
+                threads.submit(_copy, piece, target / piece.file.path, tally.of(f"copying {piece.file.path}"))
+                for piece in missing
+            ]
             for piece, copied in zip(missing, copies, strict=True):
                 copied.result()
                 sent.copied += piece.file.bytes
-        finally:
-            threads.shutdown(cancel_futures=True)
         tell(sent.total, "")
         return sent
 
@@ -282,15 +282,6 @@ def _copy(piece: Piece, destination: Path, tell: Callable[[int], None]) -> None:
         if found != piece.file.hash:
             raise changed(piece, "other bytes")
         seal(writer.fileno())
-
-
-def _check_room(needed: int, target: Path) -> None:
-    status = os.statvfs(target)
-    free = status.f_bavail * status.f_frsize
-    if needed > free:
-        raise UserError(
-            f"datastore.url: {target} needs {needed / 1e9:.3f} GB more, but {free / 1e9:.3f} GB are free"
-        )
 
 
 def _same_file(one: Path, other: Path) -> bool:

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import tarfile
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +40,7 @@ from hpc_imagenet.datastore.transport import (
 )
 from hpc_imagenet.durable import Flowing, sync_folder
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.temporary import Temporary
 
 PARTIAL = ".sent-in-part"  # where rsync keeps a file that was cut off, beside its place
 FETCHED = ".fetched.tmp"  # where files lie that were not proved yet
@@ -211,12 +211,12 @@ class Host:
             return
         part, ended = folder / FETCHED, threading.Event()
         part.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix="hpc_imagenet-") as names, ThreadPoolExecutor(1) as threads:
-            names.write(b"".join(file.path.encode() + b"\0" for file in files))
-            names.flush()
+        with contextlib.closing(Temporary("rsync")) as told, ThreadPoolExecutor(1) as threads:
+            names = told.folder / "names"
+            names.write_bytes(b"".join(file.path.encode() + b"\0" for file in files))
             hashing = threads.submit(_follow, part, sorted(files, key=_order), ended, tally)
             try:
-                words = ["--inplace", "--from0", f"--files-from={names.name}"]
+                words = ["--inplace", "--from0", f"--files-from={names}"]
                 self._shell.rsync(f"fetching {path}", [*words, f"{self._shell.there(path)}/", f"{part}/"])
             finally:
                 ended.set()
@@ -275,17 +275,16 @@ class Host:
     def _transfer(self, pieces: Sequence[Piece], path: str, tell: Callable[[int], None]) -> None:
         """Send files by one rsync, and hash them meanwhile."""
         before = {piece: piece.source.stat() for piece in pieces}
-        with tempfile.TemporaryDirectory(prefix="hpc_imagenet-") as staged, ThreadPoolExecutor(1) as threads:
-            top = Path(staged)
+        with contextlib.closing(Temporary("rsync")) as staged, ThreadPoolExecutor(1) as threads:
             for piece in pieces:  # rsync follows these links (-L)
-                link = top / piece.file.path
+                link = staged.folder / piece.file.path
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(piece.source.absolute())
             hashing = [threads.submit(hash_of, p.source, p.file, lambda done: None) for p in pieces]
             try:
                 # What looks the same was found to be something else: --ignore-times.
                 options = ["--ignore-times", f"--partial-dir={PARTIAL}", "--chmod=F444"]
-                ends = [f"{staged}/", f"{self._shell.there(path)}/"]
+                ends = [f"{staged.folder}/", f"{self._shell.there(path)}/"]
                 self._shell.rsync("sending", [*options, *ends], tell)
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import threading
 import time
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ class Files:
                 was = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
                 raise UserError(f"{path} {was}: make the dataset again")
         self._descriptors: dict[int, int] = {}
+        _open_many()
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the open files behind: another process opens its own."""
@@ -58,7 +60,10 @@ class Files:
         """Return `length` bytes of a shard from `offset`: one pread."""
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
-            descriptor = self._descriptors.setdefault(shard, os.open(self.paths[shard], os.O_RDONLY))
+            opened = os.open(self.paths[shard], os.O_RDONLY)
+            descriptor = self._descriptors.setdefault(shard, opened)
+            if descriptor != opened:  # another thread was faster
+                os.close(opened)
         data = os.pread(descriptor, length, offset)
         if len(data) != length:
             raise UserError(f"{self.paths[shard]}: ends inside the image at byte {offset}")
@@ -89,6 +94,7 @@ class Staged:
         self._lock = threading.Lock()
         self._trouble: UserError | None = None
         self.doubted = threading.Event()  # a copy turned out to be damaged, so one has to be brought again
+        _open_many()
 
     def __getstate__(self) -> dict[str, object]:
         raise TypeError("a staged store is opened by each process that reads it")
@@ -155,3 +161,10 @@ class Staged:
                     return None
                 self._descriptors[shard] = descriptor
             return self._descriptors[shard]
+
+
+def _open_many() -> None:
+    """Let this process have as many files open as it may: shards stay open, and 1024 are soon reached."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):  # the system's own limit was lowered meanwhile
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 from hpc_imagenet.config import Datastore
 from hpc_imagenet.datastore import links, versions
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
-from hpc_imagenet.datastore.transport import Place, Tally, Tell, bring, told
+from hpc_imagenet.datastore.transport import Place, Tally, Tell, bring, check_room, told
 from hpc_imagenet.datastore.versions import COMPLETE, DELETED, GONE, PARTIAL
 from hpc_imagenet.errors import UserError
 
@@ -83,7 +81,7 @@ def verify(place: Place, entry: Entry, threads: int, tell: Tell) -> list[str]:
     assert entry.manifest is not None
     tally, wrong = Tally(tell), []
     files = entry.manifest.all_files()
-    with ThreadPoolExecutor(threads) as pool:
+    with tally.threads(threads) as pool:
         hashes = pool.map(
             lambda file: place.hash(f"{entry.path}/{file.path}", file, tally.of(file.path)), files
         )
@@ -115,7 +113,8 @@ def fetch(place: Place, entry: Entry, target: Path, threads: int, tell: Tell) ->
         if claim.complete:
             return folder
         with here.turn(f"{claim.path}/{versions.LOCK}", lambda: tell(0, "another fetch of it is at work")):
-            _room(manifest, folder, target)
+            there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            check_room(f"fetch {entry.reference}", manifest.bytes - there, target)
             tally = Tally(tell)
 
             def missing(file: File) -> bool:
@@ -124,7 +123,7 @@ def fetch(place: Place, entry: Entry, target: Path, threads: int, tell: Tell) ->
                 return not there or here.hash(path, file, tally.of(file.path)) != file.hash
 
             files = manifest.all_files()
-            with ThreadPoolExecutor(threads) as pool:
+            with tally.threads(threads) as pool:
                 looked = list(pool.map(missing, files))
             wanted = [file for file, gone in zip(files, looked, strict=True) if gone]
             bring(place, entry.path, wanted, folder, threads, tally)
@@ -167,14 +166,6 @@ def alone(place: Place, entry: Entry) -> Iterator[None]:
 
     with place.turn(f"{entry.path}/{versions.LOCK}", refuse):
         yield
-
-
-def _room(manifest: Manifest, folder: Path, target: Path) -> None:
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    status = os.statvfs(target)
-    needed, free = manifest.bytes - there, status.f_bavail * status.f_frsize
-    if needed > free:
-        raise UserError(f"{target} needs {needed / 1e9:.3f} GB more, but {free / 1e9:.3f} GB are free")
 
 
 def _now() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -85,6 +86,9 @@ class Staging:
                 self._staged.doubted.wait()
         except _Stopped:
             pass
+        except Exception as error:  # a defect; readers must not wait for what will not come
+            traceback.print_exc()
+            self._trouble(" ".join(f"{type(error).__name__}: {error}".split()))
         finally:
             self._through.set()
 
@@ -117,7 +121,10 @@ class Staging:
             flush=True,
         )
         if full:
-            self._trouble(f"no room for {len(full)} of {len(self._shards)} shards in {self._cache.folder}")
+            self._trouble(
+                f"no room for {len(full)} of {len(self._shards)} shards in {self._cache.folder}",
+                ": make room, or give another cluster.scratch",
+            )
 
     def _one(self, number: int) -> Brought:
         file = self._shards[number]
@@ -136,8 +143,8 @@ class Staging:
         if self._stop.is_set():
             raise _Stopped
 
-    def _trouble(self, why: str) -> None:
+    def _trouble(self, why: str, remedy: str = "") -> None:
         if self._needed:
-            self._staged.fail(UserError(f"staging: {why}: make room, or give another cluster.scratch"))
+            self._staged.fail(UserError(f"staging: {why}{remedy}"))
         else:
             print(f"staging: {why}; it is read from where it lies", flush=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.durable import FULL
 from hpc_imagenet.errors import UserError
 
 if TYPE_CHECKING:  # it needs packages that a look-up does not
@@ -30,7 +32,6 @@ BLOCK = 2 << 20  # bytes read at a time
 VERSION = re.compile(r"v[1-9][0-9]{0,8}")  # the folder of one
 Tell = Callable[[int, str], None]  # bytes that are done, a word about what is done now
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -132,7 +133,8 @@ class Place(Protocol):
     def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
         """Bring the file at `path` to `target`, whole and with the hash of `file`, or not at all.
 
-        What an earlier try has brought is used; it lies beside the target, as `.<name>.part`.
+        Until it is whole it lies beside the target, as `.<name>.part`. What an earlier try has left there is
+        used where sending costs more than reading: a folder begins anew.
 
         Raises:
             UserError: it is missing, or its bytes are not what `file` says.
@@ -161,6 +163,10 @@ class Batches(Protocol):
         """
 
 
+class _Ended(Exception):
+    """Nobody waits for what is read."""
+
+
 class Tally:
     """Tells of the bytes of many files that are read at once, as one number that grows."""
 
@@ -168,9 +174,23 @@ class Tally:
         self._tell = tell
         self._lock = threading.Lock()
         self._done = 0
+        self._ended = False
+
+    @contextlib.contextmanager
+    def threads(self, number: int) -> Iterator[ThreadPoolExecutor]:
+        """Return threads that count here; an interrupt lets them end with a block, an error with a file."""
+        with ThreadPoolExecutor(number) as pool:
+            try:
+                yield pool
+            except BaseException as error:
+                self._ended = not isinstance(error, Exception)
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def __call__(self, more: int, note: str) -> None:
         """Count `more` bytes."""
+        if self._ended:
+            raise _Ended
         with self._lock:
             self._done += more
             self._tell(self._done, note)
@@ -198,13 +218,9 @@ def bring(place: Place, path: str, files: Sequence[File], folder: Path, threads:
     def one(file: File) -> None:
         place.fetch(f"{path}/{file.path}", file, folder / file.path, tally.of(file.path))
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for _ in pool.map(one, files):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with tally.threads(threads) as pool:
+        for _ in pool.map(one, files):
+            pass
 
 
 def digest_of(file: File) -> Any:
@@ -309,6 +325,20 @@ def check_size(piece: Piece) -> None:
         raise changed(piece, f"{found} bytes instead of {piece.file.bytes}")
 
 
+def check_room(setting: str, needed: int, folder: Path) -> None:
+    """Refuse to begin what a file system has no room for, in bytes; a quota is told when it is met.
+
+    Raises:
+        UserError: it names the setting, what is needed and what is free.
+    """
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise UserError(
+            f"{setting}: {folder} needs {needed / 1e9:.3f} GB more, but {free / 1e9:.3f} GB are free"
+        )
+
+
 def changed(piece: Piece, how: str) -> UserError:
     """Return the error that says so of a source."""
     return UserError(f"{piece.source} is not what +stage=process saw ({how}): run +stage=process again")
@@ -320,7 +350,7 @@ def told(setting: str, place: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise UserError(f"{setting}: no space left in {place}; free some and ask again") from None
         if error.errno in _CLOSED:
             path = error.filename or place

@@ -44,29 +44,31 @@ def reach(run: Run, attempt: Attempt, told: Note) -> dict[str, str]:
 
     The address for the browser has the token in it; it is read from its file, which others cannot.
     """
-    token, user = keys.token(run.folder), getpass.getuser()
-    login = f"{user}@{run.cluster().login or socket.gethostname()}"
+    token, user, here = keys.token(run.folder), getpass.getuser(), socket.gethostname()
+    by_ssh = "SSH_CONNECTION" in os.environ  # the browser is elsewhere
+    login = f"{user}@{run.cluster().login or here}"
     job = attempt.submitted.get("job_id") if attempt.submitted.get("executor") == "slurm" else None
-    scheme, host = ("https", "localhost") if told.fingerprint else ("http", "127.0.0.1")
-    browser = f"{scheme}://{host}:{told.port}/lab?token={token}"
+    away = bool(job) or told.host != here  # on a node, or another workstation with the same files
+    jump = f"-J {login} " if job or run.cluster().login or by_ssh else ""
+    host = f"{jump}{user}@{told.host}" if away else login
+    base = "https://localhost" if told.fingerprint else "http://127.0.0.1"
     ways: dict[str, str] = {}
-    if told.way == "socket":
-        node = f"-J {login} {user}@{told.host}" if job else login
-        ways["tunnel"] = f"ssh -N -L {told.port}:{told.socket} {node}"
-    elif told.way == "address":
+    if told.way == "address":
         ways["tunnel"] = f"ssh -N -L {told.port}:{told.host}:{told.port} {login}"
-    elif job:
-        ways["tunnel"] = f"ssh -N -L {told.port}:127.0.0.1:{told.port} -J {login} {user}@{told.host}"
-    elif "SSH_CONNECTION" in os.environ:  # the browser is elsewhere
-        ways["tunnel"] = f"ssh -N -L {told.port}:127.0.0.1:{told.port} {login}"
-    ways["browser"] = browser
+    elif told.socket or away or by_ssh:
+        end = told.socket or f"127.0.0.1:{told.port}"
+        ways["tunnel"] = f"ssh -N -L {told.port}:{end} {host}"
+    ways["browser"] = f"{base}:{told.port}/lab?token={token}"
     if told.fingerprint:
         ways["certificate"] = f"its own; the browser asks, and shows SHA-256 {told.fingerprint}"
     if told.way == "address":
         ways["VSCode"] = "Jupyter: Select Kernel, Existing Jupyter Server: the line for the browser"
-    elif job:
+    elif away:
         ways["VSCode"] = f"code --remote ssh-remote+{told.host} {told.notebooks}"
-        ways["~/.ssh/config"] = f"Host {told.host}, with ProxyJump {login} and User {user}: once, for VSCode"
+        if jump:
+            ways["~/.ssh/config"] = (
+                f"Host {told.host}, with ProxyJump {login} and User {user}: once, for VSCode"
+            )
     else:
         ways["VSCode"] = f"code {told.notebooks}"
     if job:

@@ -151,8 +151,7 @@ class Server:
         if any(kernel["execution_state"] == "busy" for kernel in kernels):
             return None
         moments = [_moment(each["last_activity"]) for each in [*kernels, *terminals]]
-        saved = [path.stat().st_mtime for path in self.notebooks.glob("*.ipynb")]
-        return max([*moments, *saved, 0.0])
+        return max([*moments, _saved(self.notebooks)])
 
     def ask(self, path: str) -> Any:
         """Return the JSON of a GET.
@@ -269,6 +268,21 @@ def _refuse_taken(port: int, host: str) -> None:
             f"session.port={port} on {socket.gethostname()}: {error.strerror}; "
             "without session.port a free one is taken"
         ) from None
+
+
+def _saved(folder: Path) -> float:
+    """Return when a notebook in a folder or below was last saved, s since 1970; 0 without one.
+
+    Links are not followed, which lead to datasets, nor hidden folders, in which Jupyter keeps checkpoints.
+    """
+    newest = 0.0
+    for top, below, files in os.walk(folder):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for name in files:
+            if name.endswith(".ipynb"):
+                with contextlib.suppress(OSError):  # it has another name, or is gone
+                    newest = max(newest, Path(top, name).stat().st_mtime)
+    return newest
 
 
 def _moment(text: str) -> float:

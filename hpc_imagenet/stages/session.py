@@ -45,7 +45,8 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
     assert attempt is not None
     if not importlib.util.find_spec("jupyter_server") or not importlib.util.find_spec("jupyterlab"):
         raise UserError(
-            f"{socket.gethostname()} has no Jupyter in {sys.prefix}: pip install 'hpc-imagenet[session]'"
+            f"{socket.gethostname()} has no Jupyter in {sys.prefix}: "
+            "pip install -c constraints.txt -e '.[session]' in the checkout"
         )
     _enough_gpus(asked.gpus)
     folder = notebooks(run.folder)
@@ -156,11 +157,14 @@ def _datastore(config: Config, link: Path, progress: Progress) -> dict[str, str]
     session run on other nodes, so they are told where it came from.
 
     Raises:
-        UserError: it is not to be had from this node.
+        UserError: it is not to be had from this node, or a file of the user's own has the link's name.
     """
-    link.unlink(missing_ok=True)
+    if link.is_symlink():  # of an earlier start
+        link.unlink()
     if not config.session.datastore:
         return {}
+    if link.exists():
+        raise UserError(f"{link} is not a link of this session's making: give it another name")
     try:
         version = versions.open_version(config.datastore)
         folder, url = version.folder, version.place.url

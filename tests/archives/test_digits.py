@@ -81,6 +81,6 @@ def test_refuses_a_folder_that_holds_something(archives: Path) -> None:
 
 def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'hpc-imagenet\[demo\]'"):
+    with pytest.raises(UserError, match=r"pip install -c constraints\.txt -e '\.\[demo\]'"):
         digits.write(tmp_path / "x")
     assert not list(tmp_path.iterdir())

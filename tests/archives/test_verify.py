@@ -1,21 +1,28 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from asking import ask, config_of
-from door import Door
+from door import Door, eventually
 from pictures import jpeg
+from sample_dataset import make_dataset
 
 from hpc_imagenet.archives import shape, verify
 from hpc_imagenet.archives.shape import Synset
 from hpc_imagenet.archives.verify import Report
 from hpc_imagenet.compose import compose
+from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.stages import download, process, upload
 
@@ -170,3 +177,29 @@ def test_the_verb(copied: Callable[[str], Path]) -> None:
     assert "no dataset, datastore" in door("verify", "other", code=2).stderr
     shutil.rmtree(folder)
     assert "nothing to verify" in door("verify", code=2).stderr
+
+
+@pytest.mark.parametrize("words", [("verify", "digits"), ("datastores", "verify", "digits@v1")])
+def test_an_interrupt_waits_for_no_file_to_be_read_to_its_end(tmp_path: Path, words: tuple[str, ...]) -> None:
+    manifest = make_dataset(tmp_path)
+    folder = tmp_path / "datasets" / "digits"
+    with (folder / "large").open("wb") as file:
+        file.truncate(2**40)  # holes: an hour of hashing
+    large = File("large", 2**40, f"md5:{0:032}")
+    dataclasses.replace(manifest, files=(*manifest.files, large)).save(folder)
+    (tmp_path / "datastores" / "digits").mkdir(parents=True)
+    (tmp_path / "datastores" / "digits" / "v1").symlink_to(folder)
+    with subprocess.Popen(
+        [sys.executable, "-m", "hpc_imagenet", *words, f"workspace={tmp_path}"], stderr=subprocess.PIPE
+    ) as process:
+        try:
+            eventually(
+                lambda: any(f.path.endswith("large") for f in psutil.Process(process.pid).open_files())
+            )
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert told.decode().startswith("\ninterrupted: ")
+    assert b"Traceback" not in told

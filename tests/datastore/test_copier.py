@@ -84,6 +84,14 @@ def test_one_that_was_killed_is_told_and_another_takes_its_place(
         copier.close()
 
 
+def test_what_is_no_answer_is_told(home: Path, shard: File, tmp_path: Path) -> None:
+    copier = Copier(str(home), "digits/v1", tmp_path)
+    copier._command = [sys.executable, "-c", "print('Welcome to n1')"]
+    with pytest.raises(UserError, match="says 'Welcome to n1', which is no answer"):
+        copier.bring(shard, tmp_path / "copy", silent)
+    copier.close()
+
+
 def test_it_ends_with_whoever_gives_the_orders(home: Path, shard: File, tmp_path: Path) -> None:
     order = "copier.bring(shard, Path(sys.argv[2], 'copy'), print)"
     assert gone_after(order, home, shard, tmp_path) == ""

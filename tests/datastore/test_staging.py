@@ -71,6 +71,7 @@ class Held:
         self.version = version
         self.go = threading.Semaphore(0)
         self.fails = 0
+        self.error: Exception = UserError("the server is away")
         self.closed = False
 
     def bring(self, file: File, target: Path, tell: Tell) -> None:
@@ -78,7 +79,7 @@ class Held:
             tell(0)
         if self.fails:
             self.fails -= 1
-            raise UserError("the server is away")
+            raise self.error
         self.version.place.fetch(f"{self.version.path}/{file.path}", file, target, tell)
 
     def hash(self, path: Path, file: File, tell: Tell) -> str:
@@ -194,6 +195,28 @@ def test_without_a_way_to_read_ranges_reading_waits_or_says_why_not(version: Ver
     staged = Staged(None, roomy, files)
     with staging.Staging(staged, roomy, files, copies, needed=True):
         assert staged.read(1, 512, 100) == Store(version.folder or tmp_path).read(1, 512, 100)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("sending: me@host: Permission denied (publickey)."), "Permission denied (publickey)."),
+        (ValueError("of nobody's\nmaking"), "ValueError: of nobody's making"),
+    ],
+)
+def test_who_waits_for_a_shard_is_told_whatever_went_wrong(
+    version: Version, held: Held, tmp_path: Path, error: Exception, told: str
+) -> None:
+    cache, files = Cache(tmp_path / "disk"), version.manifest.shards
+    staged = Staged(None, cache, files)
+    held.error, held.fails = error, 9
+    held.go.release(9)
+    with staging.Staging(staged, cache, files, held, needed=True):
+        until(lambda: staged._trouble is not None)
+        with pytest.raises(UserError) as caught:
+            staged.read(0, 512, 100)
+    assert str(caught.value).startswith("staging: ")
+    assert str(caught.value).endswith(told)
 
 
 def test_a_scratch_of_a_variable_that_the_node_lacks_is_named(

@@ -1,8 +1,10 @@
 import multiprocessing
 import os
 import pickle
+import resource
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from sample_dataset import file_of, make_dataset, write_tar
 
 from hpc_imagenet.datastore.index import ENTRY, write_index
-from hpc_imagenet.datastore.manifest import Manifest, Split
+from hpc_imagenet.datastore.manifest import File, Manifest, Split
+from hpc_imagenet.datastore.shards import Files
 from hpc_imagenet.datastore.store import Store
 from hpc_imagenet.errors import UserError
 
@@ -102,3 +105,40 @@ def test_an_image_beyond_the_end_is_told(folder: Path) -> None:
     size = store.shards.paths[0].stat().st_size
     with pytest.raises(UserError, match="ends inside the image"):
         store.read(0, size - 10, 11)
+
+
+def test_more_shards_are_read_than_files_may_be_open_at_first(
+    tmp_path: Path,
+) -> None:
+    for number in range(50):
+        (tmp_path / f"{number}").write_bytes(b"%02d" % number)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(opened()) + 10, hard))
+    try:
+        files = Files(tmp_path, [File(f"{number}", 2, "md5:0") for number in range(50)])
+        assert [files.read(number, 0, 2) for number in range(50)] == [b"%02d" % n for n in range(50)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for descriptor in files._descriptors.values():
+        os.close(descriptor)
+
+
+def test_a_thread_that_comes_second_to_a_shard_closes_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, before, really = Store(folder), opened(), os.open
+
+    def late(*args: Any) -> int:
+        """Let another be faster."""
+        monkeypatch.setattr(os, "open", really)
+        store.read(0, 0, 1)
+        return really(*args)
+
+    monkeypatch.setattr(os, "open", late)
+    store.read(0, 0, 1)
+    assert opened() - before == set(store.shards._descriptors.values())
+
+
+def opened() -> set[int]:
+    """Return the descriptors of this process, without the one that looks."""
+    return {int(path.name) for path in list(Path("/proc/self/fd").iterdir()) if path.exists()}

@@ -184,6 +184,14 @@ def test_a_version_that_exists_is_never_claimed(url: str) -> None:
     assert claim(Datastore("a", url), "new", {}).number == 4
 
 
+def test_a_file_in_a_version_s_place_is_told(url: str) -> None:
+    (Path(url) / "a").mkdir(parents=True)
+    (Path(url) / "a" / "v1").touch()
+    with pytest.raises(UserError, match=r"a/v1 is a file where a version belongs"):
+        claim(Datastore("a", url), "one", {})
+    assert [path.name for path in (Path(url) / "a").iterdir()] == ["v1"]
+
+
 def test_of_claims_at_once_each_content_gets_its_own_number(url: str) -> None:
     context = multiprocessing.get_context("fork")
     contents = [f"content {i % 6}" for i in range(12)]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hpc_imagenet.runs import Attempt, Record, Run
 from hpc_imagenet.session import keys
@@ -33,11 +34,11 @@ def attempt(run: Run, executor: str, **details: str) -> Attempt:
     return made
 
 
-def note(way: str, left: float = 3600, **more: str) -> Note:
+def note(way: str, left: float = 3600, host: str = "n1", **more: str) -> Note:
     """A session's note, `left` seconds before its end."""
     where = "/tmp/s/jupyter" if way == "socket" else None
     finger = "0A:1B" if way == "address" else None
-    return Note("n1", way, 12345, where, finger, "/w/notebooks", time.time() + left, None, 0, **more)
+    return Note(host, way, 12345, where, finger, "/w/notebooks", time.time() + left, None, 0, **more)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +62,27 @@ def test_a_node_is_reached_by_way_of_the_login_node(run: Run, way: str, tunnel: 
 def test_this_machine_needs_a_tunnel_for_a_socket_and_for_who_came_by_ssh(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = attempt(run, "local", host=socket.gethostname())
-    assert set(reach(run, here, note("loopback"))) == {"browser", "VSCode"}
-    assert reach(run, here, note("socket"))["tunnel"] == f"ssh -N -L 12345:/tmp/s/jupyter {ME}@there"
+    name = socket.gethostname()
+    here = attempt(run, "local", host=name)
+    assert set(reach(run, here, note("loopback", host=name))) == {"browser", "VSCode"}
+    told = reach(run, here, note("socket", host=name))
+    assert told["tunnel"] == f"ssh -N -L 12345:/tmp/s/jupyter {ME}@there"
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 1 10.0.0.2 22")
-    assert reach(run, here, note("loopback"))["tunnel"] == f"ssh -N -L 12345:127.0.0.1:12345 {ME}@there"
+    told = reach(run, here, note("loopback", host=name))
+    assert told["tunnel"] == f"ssh -N -L 12345:127.0.0.1:12345 {ME}@there"
+
+
+@pytest.mark.parametrize("login", [None, "there"])
+def test_another_workstation_needs_a_tunnel(run: Run, login: str | None) -> None:
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    config["cluster"]["login"] = login
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(config))
+    told = reach(run, attempt(run, "local", host="n1"), note("loopback"))
+    jump = f"-J {ME}@there " if login else ""
+    assert told["tunnel"] == f"ssh -N -L 12345:127.0.0.1:12345 {jump}{ME}@n1"
+    assert told["VSCode"] == "code --remote ssh-remote+n1 /w/notebooks"
+    assert ("~/.ssh/config" in told) == bool(login)
+    assert "shell" not in told
 
 
 def test_an_end_that_is_near_is_told(run: Run) -> None:

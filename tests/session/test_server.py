@@ -304,6 +304,21 @@ def test_the_signal_of_a_time_limit_is_no_interruption(here: Server) -> None:
         assert ended == [told]
 
 
+def test_a_notebook_saved_in_any_folder_is_activity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = tmp_path / "notebooks"
+    saved = {"deep/er/mine.ipynb": 3.0, "deep/mine.py": 9.0, "deep/.ipynb_checkpoints/mine.ipynb": 9.0}
+    shown.mkdir()
+    for name, when in {**saved, "../elsewhere/mine.ipynb": 9.0}.items():
+        (shown / name).parent.mkdir(parents=True, exist_ok=True)
+        (shown / name).touch()
+        os.utime(shown / name, (when, when))
+    (shown / "datastore").symlink_to(tmp_path / "elsewhere")
+    server = Server(tmp_path, shown, "loopback", None, 1)
+    monkeypatch.setattr(server, "ask", lambda _: [])  # no kernel, no terminal
+    assert server.active() == 3.0
+    server.close()
+
+
 def test_a_cell_that_runs_is_activity_and_an_open_tab_is_not(here: Server) -> None:
     over = execute(here, "import time; print('be' + 'gun', flush=True); time.sleep(600)")
     printed(over, "begun")

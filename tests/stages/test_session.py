@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ import hpc_imagenet
 from hpc_imagenet import check
 from hpc_imagenet.compose import compose
 from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Progress, Record, Run
 from hpc_imagenet.stages import session
 
@@ -160,6 +162,18 @@ def test_a_datastore_behind_ssh_is_brought_to_the_node(door: Door, monkeypatch: 
     assert Store(link).manifest.images == 1797
 
 
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_what_somebody_else_called_datastore_is_left_alone(
+    door: Door, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "datastore")
+    for words in ((), ("session.datastore=digits",)):
+        (config,) = compose([*ASK, *words, f"workspace={door.workspace}"])
+        with pytest.raises(UserError, match="give it another name") if words else contextlib.nullcontext():
+            assert session._datastore(config, tmp_path / "datastore", Progress(Run(tmp_path))) == {}
+        assert (tmp_path / "datastore").exists()
+
+
 @pytest.mark.slow
 def test_gpus_that_this_machine_lacks_are_one_line(door: Door) -> None:
     door(*ASK, "session.gpus=64")
@@ -178,7 +192,7 @@ def test_a_session_that_could_not_work_is_refused(door: Door, monkeypatch: pytes
     ):
         assert told in door.refused(*ASK[:3], setting)
     monkeypatch.setattr(check, "find_spec", lambda name: None)
-    assert "pip install 'hpc-imagenet[session]'" in door.refused(*ASK)
+    assert "pip install -c constraints.txt -e '.[session]'" in door.refused(*ASK)
 
 
 def test_verbs_of_sessions_leave_other_runs_alone(door: Door) -> None:
