@@ -35,6 +35,7 @@ class Worker:
     record: Record
     handles: list[Any] = field(default_factory=list)  # of submitit; kept so that ended children are reaped
     parallel: dict[Path, int] = field(default_factory=dict)  # by attempt; its config is frozen
+    began: float = field(default_factory=time.monotonic)
 
     def work(self) -> None:
         """Work until the queue is empty; return at once if another worker lives."""
@@ -108,7 +109,7 @@ class Worker:
     def _blocked(self, run: Run) -> str | None:
         """Return None if `run` may start, "" while it must wait, the reason if it waits in vain."""
         needs = [self.record.run(need) for need in run.info.get("needs", ())]
-        told = states(needs)
+        told = states(needs, self.began)
         for need in needs:
             if not told[need.id].active and not told[need.id].finished:
                 was = "failed" if told[need.id].name == FAILED else "was cancelled"

@@ -18,7 +18,7 @@ import yaml
 from hpc_imagenet import durable, local
 from hpc_imagenet.compose import compose
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.monitor import leaderboard, table
+from hpc_imagenet.monitor import leaderboard, logs, table
 from hpc_imagenet.plan import plan
 from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Record, Run
 from hpc_imagenet.states import state
@@ -140,6 +140,24 @@ def test_a_job_of_another_host_is_not_judged_from_here(tmp_path: Path) -> None:
     assert state(run).name == QUEUED
     attempt.start()
     assert (state(run).name, "elsewhere" in state(run).reason) == (RUNNING, True)
+
+
+def test_a_character_that_is_half_written_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made(Record(tmp_path))
+    attempt = run.new_attempt()
+    attempt.submit("local", host="elsewhere")
+    log, written = attempt.folder / "1_0_log.out", "größer\n".encode()
+    log.write_bytes(written[:3])
+
+    def goes_on(_: float) -> None:
+        log.write_bytes(written)
+        attempt.end(FINISHED)
+
+    monkeypatch.setattr(logs.time, "sleep", goes_on)
+    logs.show(run, follow=True)
+    assert capsys.readouterr().out == "größer\n"
 
 
 def test_progress_is_throttled_but_the_end_is_told(tmp_path: Path) -> None:
