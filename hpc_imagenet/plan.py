@@ -37,6 +37,7 @@ class Job:
     model: str | None
     cluster: Cluster  # for this stage
     config: Config  # frozen
+    treatment: str | None = None  # of process and upload: the process run whose dataset it makes or reads
 
     @property
     def run(self) -> str:
@@ -146,4 +147,5 @@ def _job(stage: str, config: Config, found: Found) -> Job:
     frozen = replace(
         config, stage=replace(config.stage, name=stage), datastore=datastore, wait=False, dry_run=False
     )
-    return Job(stage, label, sign, needs, model, cluster_for(config, stage), frozen)
+    treatment = ids["process"] if stage in ("process", "upload") else None
+    return Job(stage, label, sign, needs, model, cluster_for(config, stage), frozen, treatment)

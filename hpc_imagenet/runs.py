@@ -2,7 +2,7 @@
 
     runs/<signature>-<label>/
         config.yaml        frozen at submission
-        run.json           stage, model, label, needs, created
+        run.json           stage, model, label, needs, treatment (see plan.Job), created
         attempts/<n>/      submitted.json, process.json (local), started.json, outcome.json, logs
         holder.json        which start of a job may write here (fence.py)
         progress.json      how far it is; replaced every second or so

@@ -72,6 +72,8 @@ def submit(plan: Sequence[Job], record: Record, executor: str) -> list[Sent]:
                 "model": job.model,
                 "needs": needs,
             }
+            if job.treatment is not None:
+                info["treatment"] = job.treatment
             if job.config.stage.part is not None:
                 info["part"] = job.config.stage.part
             record.create(job.run, job.frozen(), info)
@@ -103,7 +105,7 @@ def retry(record: Record, run: Run) -> list[Sent]:
     """Take up a run that failed or was cancelled, with those it needs that did not end well.
 
     Raises:
-        UserError: it was no job of a queue.
+        UserError: it was no job of a queue, or another run makes something else of the same dataset.
     """
     again: dict[str, Run] = {}
     _unfinished(record, run, again)
@@ -113,6 +115,7 @@ def retry(record: Record, run: Run) -> list[Sent]:
     executor = check.executor(run.config().cluster.executor)
     if executor == "here":
         raise UserError(f"{run.id} was run by cluster=here: give that command again, and it goes on")
+    check.undisturbed(list(again.values()), record)
     send(record, list(again.values()), executor)
     return [Sent(entry, "submitted") for entry in again.values()]
 

@@ -177,6 +177,45 @@ def test_states_are_slurms_and_cancel_is_told_to_it(cluster: Door, commands: Pat
     assert cluster.jobs()[1]["state"] == "cancelled"
 
 
+def test_two_treatments_of_one_dataset_are_not_in_the_queue_at_once(cluster: Door, commands: Path) -> None:
+    words = ("+stage=pipeline", "dataset=digits", "cluster=slurm")
+    cluster(*words)
+    (commands / "queue").write_text("2|PENDING|0|0|Dependency\n3|PENDING|0|0|Dependency\n")
+    process = cluster.jobs()[1]["run"]
+    assert process in cluster.refused(*words, "process.layout=shards")
+    assert cluster(*words).stdout.count("under way already") == 2
+    (commands / "queue").write_text("")
+    cluster(*words, "process.layout=shards")
+    (commands / "queue").write_text("8|PENDING|0|0|Dependency\n")
+    assert "in another way" in cluster("retry", process, code=2).stderr
+    assert cluster.jobs()[1]["attempt"] == 1
+
+
+def test_a_need_that_is_none_of_slurms_fails_what_was_not_sent(cluster: Door, commands: Path) -> None:
+    cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
+    *_, upload, train = Record(cluster.workspace).all()
+    assert upload.attempt
+    upload.attempt.submit("local", host="elsewhere")
+    assert "which runs on this machine" in cluster("retry", train.id, code=2).stderr
+    assert "which runs on this machine" in cluster.jobs()[-1]["reason"]
+    assert len(scripts(commands)) == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("requeue=true", "--requeue"),
+        ("requeue=false", "--no-requeue"),
+        ("no-requeue=true", "--no-requeue"),
+        ("no_requeue=true", "--no-requeue"),
+        ("no-requeue=false", "--requeue"),
+    ],
+)
+def test_who_wants_no_requeue_gets_none(cluster: Door, commands: Path, setting: str, line: str) -> None:
+    cluster("+stage=download", "dataset=digits", "cluster=slurm", f"+cluster.sbatch.{setting}")
+    assert re.findall(r"#SBATCH (--[a-z-]*requeue.*)", scripts(commands)[0]) == [line]
+
+
 def test_asking_again_sends_only_what_ended(cluster: Door, commands: Path) -> None:
     words = ("+stage=pipeline", "dataset=digits", "cluster=slurm")
     cluster(*words)
