@@ -66,7 +66,7 @@ def render(table: Sequence[dict[str, Any]]) -> Table:
         if times := row["requeued"]:
             again += f" (requeued {times} {'time' if times == 1 else 'times'})"
         drawn.add_row(
-            row["run"],
+            escape(row["run"]),
             row["stage"],
             f"[{colour}]{row['state']}[/]{again}",
             clock(row["seconds"]),
