@@ -69,6 +69,11 @@ def this_job() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
+def this_step() -> str | None:
+    """Return the number of the step, one srun of its job, that this process is part of, or None."""
+    return os.environ.get("SLURM_STEP_ID")
+
+
 def ask(job_ids: Iterable[str], since: float | None = None) -> dict[str, Answer]:
     """Return Slurm's word on each job; ids as `123`, or `123_4` for an array's task. `since`: see `say`.
 

@@ -96,7 +96,9 @@ class Worker:
             blocked = self._blocked(run)
             if blocked:
                 attempt.end(CANCELLED, blocked)
-            elif blocked is None and self._start(run, attempt, running + sessions):
+            elif blocked is None:
+                if not self._start(run, attempt, running + sessions):
+                    break  # nor who waits for GPUs
                 running.append(attempt)
         return bool(waiting or running or sessions)
 
@@ -118,7 +120,7 @@ class Worker:
 
     def _start(self, run: Run, attempt: Attempt, running: list[Attempt]) -> bool:
         cluster = run.cluster()
-        taken = {gpu for other in running for gpu in local.launched(other).get("gpus", ())}
+        taken = {str(gpu) for other in running for gpu in local.launched(other).get("gpus", ())}
         all_gpus = local.gpus()
         wanted = gpus_of(cluster, run.info["stage"], len(all_gpus))
         free = [gpu for gpu in all_gpus if gpu not in taken]
@@ -131,11 +133,12 @@ class Worker:
         executor = submitit.LocalExecutor(folder=attempt.folder)
         executor.update_parameters(
             timeout_min=cluster.time or _ENDLESS,
-            gpus_per_node=len(all_gpus if shared else mine),
-            visible_gpus=all_gpus if shared else mine,
             tasks_per_node=tasks,
             setup=cluster.setup,
         )
+        # Beside what submitit checks: it takes numbers only, and passes on any name.
+        executor.parameters["visible_gpus"] = visible = all_gpus if shared else mine
+        executor.parameters["gpus_per_node"] = len(visible)
         job = executor.submit(Task(str(run.folder), attempt.number))
         local.note_process(attempt, int(job.job_id), job_id=job.job_id, gpus=mine)
         self.handles.append(job)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from door import Door
 
-from hpc_imagenet import slurm
+from hpc_imagenet import job, slurm
 from hpc_imagenet.api import Handle
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.monitor import logs, table
@@ -214,6 +214,24 @@ def test_a_need_that_is_none_of_slurms_fails_what_was_not_sent(cluster: Door, co
 def test_who_wants_no_requeue_gets_none(cluster: Door, commands: Path, setting: str, line: str) -> None:
     cluster("+stage=download", "dataset=digits", "cluster=slurm", f"+cluster.sbatch.{setting}")
     assert re.findall(r"#SBATCH (--[a-z-]*requeue.*)", scripts(commands)[0]) == [line]
+
+
+def test_of_a_run_by_hand_only_its_step_is_cancelled(
+    cluster: Door, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the allocation is the user's: a shell, other runs."""
+    cluster.env["SLURM_JOB_ID"] = "5"
+    cluster("+stage=download", "dataset=digits", "cluster=here", code=1)
+    (run,) = Record(cluster.workspace).all()
+    attempt = run.new_attempt()
+    attempt.submit("slurm", job_id="5")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_STEP_ID", "3")
+    job._begin(run, attempt)
+    (commands / "queue").write_text("5|RUNNING|0|0|None\n")
+    cluster("cancel", run.id)
+    assert (commands / "cancelled").read_text() == "5.3\n"
+    assert cluster.states() == ["cancelled"]
 
 
 def test_asking_again_sends_only_what_ended(cluster: Door, commands: Path) -> None:
