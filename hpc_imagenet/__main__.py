@@ -63,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = fail(UserError(f"{error.filename}: you may not read or write here: is it another's?"))
     except KeyboardInterrupt:
         print(
-            "\ninterrupted: jobs in the background go on; python -m hpc_imagenet jobs shows them",
-            file=sys.stderr,
+            "\ninterrupted: what is in a queue goes on; python -m hpc_imagenet jobs shows it", file=sys.stderr
         )
         code = 130
     except BrokenPipeError:

@@ -20,6 +20,11 @@ from hpc_imagenet import fence, slurm
 from hpc_imagenet.errors import LATER
 from hpc_imagenet.runs import FAILED, FINISHED, Attempt, Run
 
+_LINES = 20
+
+# Would happen again; SIGABRT, by which NCCL ends where a peer is lost, and SIGBUS, of a file server that went
+# away under a mapped file, would not.
+_CRASHES = {128 + each: each.name for each in (signal.SIGILL, signal.SIGFPE, signal.SIGSEGV)}
 _OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|out of memory", re.IGNORECASE)
 _NOT_STARTED = re.compile(r"^srun: error: .*(task launch|communication|node failure|not responding|timed out|"
                           r"aborting|unable to)", re.IGNORECASE)  # fmt: skip
@@ -37,7 +42,7 @@ def settle(run: Run, attempt: Attempt, code: int) -> int:
         return LATER  # an old copy, which another has superseded
     if slurm.own_state() not in ("RUNNING", ""):
         return LATER  # cancelled, requeued or timed out: Slurm says so itself
-    tail = _tail(attempt)
+    tail = next(attempt.errors(), [])[-_LINES:]  # of rank 0, where srun and Slurm have written theirs
     if any(_OUT_OF_MEMORY.search(line) for line in tail):
         mend = "raise cluster.memory_gb, or lower loader.workers, and give the command again"
         attempt.end(FAILED, f"out of memory on the node: {mend}")
@@ -45,7 +50,8 @@ def settle(run: Run, attempt: Attempt, code: int) -> int:
     reason = _beyond_it(code, tail)
     if not reason:
         words = attempt.last_words() or (tail[-1] if tail else "it printed nothing")
-        attempt.end(FAILED, f"ended with exit code {code} before it could say why: {words}")
+        crash = f" ({_CRASHES[code]}: the program crashed)" if code in _CRASHES else ""
+        attempt.end(FAILED, f"ended with exit code {code}{crash} before it could say why: {words}")
         return 1
     most = run.cluster().max_requeues
     if fence.restarts() >= most:
@@ -64,7 +70,7 @@ def _beyond_it(code: int, tail: list[str]) -> str:
         return "stopped with its work saved"
     if code == 128 + signal.SIGUSR2:
         return "stopped near its time limit or by a preemption (SIGUSR2)"
-    if code > 128:
+    if code > 128 and code not in _CRASHES:
         try:
             return f"a task was ended by {signal.Signals(code - 128).name}"
         except ValueError:
@@ -72,14 +78,6 @@ def _beyond_it(code: int, tail: list[str]) -> str:
     if any(_NOT_STARTED.search(line) for line in tail):
         return "srun lost a node"
     return ""
-
-
-def _tail(attempt: Attempt, lines: int = 20) -> list[str]:
-    """Return the last lines of the errors of rank 0, with which srun and Slurm have written theirs."""
-    for log in attempt.logs():
-        if log.suffix == ".err":
-            return log.read_text(errors="replace").strip().splitlines()[-lines:]
-    return []
 
 
 def _task(folder: Path) -> tuple[Run, Attempt]:

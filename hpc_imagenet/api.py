@@ -37,6 +37,7 @@ class Handle:
 
     def __init__(self, folder: Path) -> None:
         self._run = Run(folder)
+        self._since = time.monotonic()
         self.id = self._run.id
         self.folder = folder
 
@@ -50,16 +51,20 @@ class Handle:
         return hash(self.folder)
 
     def state(self) -> str:
-        """Return queued, running, finished, failed or cancelled."""
+        """Return queued, running, finished, failed or cancelled.
+
+        A handle that is asked for long asks Slurm less and less often, every 15 s in the end; how a run has
+        ended is known at once.
+        """
         from hpc_imagenet.states import state
 
-        return state(self._run).name
+        return state(self._run, self._since).name
 
     def reason(self) -> str:
         """Return in one line why it is in that state: what it waits for, why it failed; else nothing."""
         from hpc_imagenet.states import state
 
-        return state(self._run).reason
+        return state(self._run, self._since).reason
 
     def progress(self) -> dict[str, Any]:
         """Return how far it is: done, total, unit, rate (a second), note, time; empty at first."""
@@ -77,8 +82,9 @@ class Handle:
         """
         from hpc_imagenet.states import state
 
-        end = None if seconds is None else time.monotonic() + seconds
-        while (was := state(self._run)).active:
+        began = time.monotonic()
+        end = None if seconds is None else began + seconds
+        while (was := state(self._run, began)).active:
             if end is not None and time.monotonic() >= end:
                 raise TimeoutError(f"{self.id} is {was.name} after {seconds:g} s")
             time.sleep(_EVERY)

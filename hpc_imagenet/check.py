@@ -20,7 +20,7 @@ from hpc_imagenet.datastore.manifest import Manifest, load_manifest
 from hpc_imagenet.errors import UserError, near
 from hpc_imagenet.experiment import names_weights
 from hpc_imagenet.plan import Job
-from hpc_imagenet.runs import Record
+from hpc_imagenet.runs import Record, Run
 from hpc_imagenet.states import states
 
 
@@ -77,10 +77,23 @@ def jobs(plan: Sequence[Job], record: Record) -> None:
         UserError: the first job's trouble, and the setting or the stage that mends it.
     """
     planned = {job.run for job in plan}
+    busy = _busy(record) if any(job.treatment for job in plan) else []
+    told = states(map(record.run, planned.union(*(job.needs for job in plan))))
+
+    def stays(job: Job) -> bool:
+        was = told[job.run]
+        return was.active or (was.finished and stands(job))
+
+    _one_treatment(plan)
     answered = set()  # of a sweep's trainings; a place elsewhere is not asked again for each
     for job in plan:
         _model(job)
         _shape(job)
+        if (other := _in_the_way(job.stage, job.treatment, busy)) and not stays(job):
+            _refuse(job.run, other)
+        for need in job.needs:
+            if job.cluster.executor == "slurm" and told[need].active and not stays(job):
+                _on_slurm(job.run, record.run(need))
         question = (astuple(job.config.datastore), job.cluster.scratch, job.config.recipe.global_batch)
         if job.stage == "train":
             if question in answered:
@@ -88,12 +101,22 @@ def jobs(plan: Sequence[Job], record: Record) -> None:
             answered.add(question)
         _readable(job)
         _pinned_version(job)
-        if any(need in planned for need in job.needs):
-            continue
-        told = states(record.run(need) for need in job.needs if record.run(need).attempt)
-        if any(state.active for state in told.values()):
-            continue
-        _INPUTS[job.stage](job.config)
+        if any(need in planned or told[need].active for need in job.needs):
+            _enough(job)
+        else:
+            _INPUTS[job.stage](job.config)
+
+
+def undisturbed(runs: Sequence[Run], record: Record) -> None:
+    """Refuse to take up runs whose dataset another run makes or reads with other settings.
+
+    Raises:
+        UserError: which run does.
+    """
+    busy = _busy(record) if any("treatment" in run.info for run in runs) else []
+    for run in runs:
+        if other := _in_the_way(run.info["stage"], run.info.get("treatment"), busy):
+            _refuse(run.id, other)
 
 
 def stands(job: Job) -> bool:
@@ -103,6 +126,54 @@ def stands(job: Job) -> bool:
     except UserError:
         return False
     return True
+
+
+def _busy(record: Record) -> list[Run]:
+    """Return the runs that make or read datasets of the workspace, or will by themselves."""
+    runs = [run for run in record.all() if "treatment" in run.info]
+    told = states(runs)
+    return [run for run in runs if told[run.id].active]
+
+
+def _one_treatment(plan: Sequence[Job]) -> None:
+    """Refuse a plan that would make one dataset in two ways: they would write the same folder."""
+    treatments = {job.treatment for job in plan if job.stage == "process" and job.treatment}
+    names = [_dataset_of(treatment) for treatment in treatments]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"dataset.name={name} would be processed in two ways, into one folder: give each a "
+                "dataset.name of its own, or ask for one when the other has ended"
+            )
+
+
+def _in_the_way(stage: str, treatment: str | None, busy: Sequence[Run]) -> Run | None:
+    """Return the run that makes or reads the same dataset with other settings; two that read it may."""
+    for run in busy:
+        info = run.info
+        other = info["treatment"]
+        same = treatment is not None and _dataset_of(other) == _dataset_of(treatment)
+        if same and other != treatment and "process" in (stage, info["stage"]):
+            return run
+    return None
+
+
+def _dataset_of(treatment: str) -> str:
+    return treatment.partition("-process-")[2]
+
+
+def _refuse(run: str, other: Run) -> None:
+    raise UserError(
+        f"{run} needs the folder of {other.id}, which treats the dataset in another way: wait for that or "
+        "cancel it, or give this one a dataset.name of its own"
+    )
+
+
+def _on_slurm(run: str, need: Run) -> None:
+    """Refuse what would wait on Slurm for a run that is none of its jobs."""
+    attempt = need.attempt
+    if attempt and attempt.submitted.get("executor") != "slurm":
+        raise UserError(f"{run} needs {need.id}, which runs on this machine: wait for it, then ask again")
 
 
 def _model(job: Job) -> None:
@@ -178,7 +249,9 @@ def _dataset(config: Config) -> Manifest:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no dataset: +stage=process makes it first") from None
     if manifest.content != config.datastore.content:
-        raise UserError(f"{folder} was made from other archives: +stage=process makes it again")
+        raise UserError(
+            f"{folder} was made from other archives or in another way: +stage=process makes it again"
+        )
     return manifest
 
 
@@ -196,8 +269,21 @@ def _version(config: Config) -> None:
 
 
 def _images(config: Config) -> None:
-    train = versions.open_version(config.datastore).manifest.splits.get("train")
-    batch = config.recipe.global_batch
+    _fills_a_batch(versions.open_version(config.datastore).manifest, config)
+
+
+def _enough(job: Job) -> None:
+    """Refuse a training of what is still to be uploaded, where the dataset says already how much that is."""
+    if job.stage == "train":
+        try:
+            manifest = _dataset(job.config)
+        except UserError:  # still to be made
+            return
+        _fills_a_batch(manifest, job.config)
+
+
+def _fills_a_batch(manifest: Manifest, config: Config) -> None:
+    train, batch = manifest.splits.get("train"), config.recipe.global_batch
     if train and train.images < batch:
         raise UserError(f"recipe.global_batch={batch} is more than the {train.images} images of train")
 

@@ -22,7 +22,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -85,7 +85,8 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
         for path in sorted(folder.rglob("*.yaml")):
             if (CONF / path.relative_to(folder)).exists():  # Hydra would take ours and not say so
                 raise UserError(f"{path} has the name of one of ours, which would win: give it another")
-        overrides = [f"hydra.searchpath=[file://{folder}]", *overrides]
+        place = QuotedString(f"file://{folder}", Quote.single).with_quotes()
+        overrides = [f"hydra.searchpath=[{place}]", *overrides]
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
         loader = GlobalHydra.instance().config_loader()
         try:
@@ -153,7 +154,7 @@ def _combinations(parsed: list[Override], multirun: bool, loader: ConfigLoader) 
         first = tuple(line for line in combination if line.partition("=")[0] not in late)
         if first not in base:
             base[first] = hydra_compose("config", overrides=list(first))
-            OmegaConf.update(base[first], "workspace", _absolute(base[first].workspace))
+            OmegaConf.update(base[first], "workspace", _absolute("workspace", base[first].workspace))
         config = copy.deepcopy(base[first]) if late else base[first]
         for line in combination:
             key = line.partition("=")[0]
@@ -168,14 +169,14 @@ def _typed(composed: DictConfig) -> Config:
     config = cast(Config, OmegaConf.to_object(composed))
     _refuse_strangers(config)
     # A job stands elsewhere: what is relative is relative to where the command was given.
-    config.workspace = _absolute(config.workspace)
-    config.dataset.source = _absolute(config.dataset.source)
+    config.workspace = _absolute("workspace", config.workspace)
+    config.dataset.source = _absolute("dataset.source", config.dataset.source)
     if not re.match(r"[^/]+:", config.datastore.url):  # s3://…, file:…, user@host:…, a host of ~/.ssh/config
-        config.datastore.url = _absolute(config.datastore.url)
+        config.datastore.url = _absolute("datastore.url", config.datastore.url)
     if config.download.login is not None:
-        config.download.login = _absolute(config.download.login)
+        config.download.login = _absolute("download.login", config.download.login)
     if config.model.weights is not None and not names_weights(config.model.weights):
-        config.model.weights = _absolute(config.model.weights)
+        config.model.weights = _absolute("model.weights", config.model.weights)
     return config
 
 
@@ -192,7 +193,9 @@ def _refuse_strangers(node: Any, prefix: str = "") -> None:
             raise UserError(f"{prefix}{name} is not set: add {prefix}{name}=VALUE")
 
 
-def _absolute(place: str) -> str:
+def _absolute(setting: str, place: str) -> str:
+    if not place:
+        raise UserError(f"{setting} is empty: give a folder; . is the one you are in")
     remote = "://" in place or place.startswith("file:")
     return place if remote else str(Path(place).expanduser().absolute())
 
@@ -220,6 +223,8 @@ def _explain_value(error: OmegaConfBaseException) -> str:
 
 def _unknown(key: str) -> str:
     for free in FREE:
+        if key == free:
+            return f"{key} takes new keys with a plus: +{key}={{…}}"
         if key.startswith(f"{free}."):
             return f"{key} is new in {free}: write +{key}=VALUE"
     settings = list(_settings(OmegaConf.structured(Config)))

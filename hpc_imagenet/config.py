@@ -22,6 +22,7 @@ from hpc_imagenet.experiment import Model, Recipe
 STAGES = ("download", "process", "upload", "train", "pipeline", "session")
 EXECUTORS = ("local", "slurm", "here")
 PIXELS = 2  # which way images are decoded and resized: 1 was Pillow's; another is another result
+TO_END = 2  # minutes that Slurm gives a session beyond session.time, in which it ends in order
 LISTEN = ("auto", "loopback", "socket", "address")
 FREE = ("cluster.stage", "cluster.sbatch", "dataset.archives", "model.options")  # mappings with any key
 
@@ -258,23 +259,30 @@ def one_line(error: OmegaConfBaseException) -> str:
 def cluster_for(config: Config, stage: str) -> Cluster:
     """Return the cluster settings of one stage: the general ones with `cluster.stage.<stage>` laid over.
 
+    A session's size is laid over both: `session.time`, with time to end in, and `session.gpus`.
+
     Raises:
         UserError: a misspelt setting under cluster.stage.
     """
-    return cluster_from(asdict(config.cluster), stage)
+    return cluster_from({"cluster": asdict(config.cluster), "session": asdict(config.session)}, stage)
 
 
-def cluster_from(values: dict[str, Any], stage: str) -> Cluster:
+def cluster_from(frozen: dict[str, Any], stage: str) -> Cluster:
     """Return the same from the plain values of a frozen config."""
-    return _cluster(json.dumps(values, sort_keys=True), stage)
+    size = {}
+    if stage == "session":
+        asked = frozen["session"]
+        size = {"time": asked["time"] + TO_END}
+        size |= {} if asked["gpus"] is None else {"gpus_per_node": asked["gpus"]}
+    return _cluster(json.dumps(frozen["cluster"], sort_keys=True), stage, json.dumps(size))
 
 
 @functools.lru_cache(maxsize=64)
-def _cluster(values: str, stage: str) -> Cluster:
+def _cluster(values: str, stage: str, size: str) -> Cluster:
     # OmegaConf takes 10 ms for it, and the jobs of a sweep have theirs in common.
     try:
         general = OmegaConf.merge(OmegaConf.structured(Cluster), json.loads(values))
         laid_over = general.stage.get(stage, {})
-        return cast(Cluster, OmegaConf.to_object(OmegaConf.merge(general, laid_over)))
+        return cast(Cluster, OmegaConf.to_object(OmegaConf.merge(general, laid_over, json.loads(size))))
     except OmegaConfBaseException as error:
         raise UserError(f"cluster.stage.{stage}.{one_line(error)}") from None

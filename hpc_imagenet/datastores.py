@@ -260,6 +260,7 @@ def _say(what: str, entry: Entry) -> Callable[[int, str], None]:
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from hpc_imagenet.monitor.table import terminal
@@ -269,11 +270,11 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         drawn.add_column(column, justify="right" if column in ("images", "GB") else "left", no_wrap=True)
     for row in rows:
         drawn.add_row(
-            f"{row['name']}@v{row['version']}",
+            escape(f"{row['name']}@v{row['version']}"),
             row["state"],
             "" if row["images"] is None else f"{row['images']:,}",
             "" if row["bytes"] is None else f"{row['bytes'] / 1e9:.3f}",
             (row["created"] or "")[:16].replace("T", " "),
-            " ".join(row["used_by"]),
+            escape(" ".join(row["used_by"])),
         )
     terminal().print(drawn)

@@ -103,6 +103,8 @@ def _begin(run: Run, attempt: Attempt, **details: Any) -> None:
     except Superseded as superseded:
         print(f"stepping back: {superseded}", file=sys.stderr, flush=True)
         raise SystemExit(LATER) from None
+    if step := slurm.this_step():
+        details["step"] = step
     attempt.start(**local.identity(), **details)
     most = run.cluster().max_requeues
     if _on_slurm() and fence.restarts() > most:

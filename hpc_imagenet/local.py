@@ -11,7 +11,10 @@ A job is a process tree of its own; neither the terminal nor the worker takes it
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 from hpc_imagenet.durable import create_json, read_json, write_json
 from hpc_imagenet.runs import Attempt, Record, Run
 
 CPUS = "HPC_IMAGENET_CPUS"  # environment variable: the CPUs that a task of a local job may use
 GRACE = 10.0  # s between SIGTERM and SIGKILL
+_DEVICES = Path("/dev")
 _CLOCK = 2.0  # s by which two readings of one process's start may differ
 
 
@@ -68,15 +71,14 @@ def ensure_worker(record: Record) -> None:
 
 def worker_alive(record: Record) -> bool:
     """Whether somebody holds the worker's lock."""
-    path = queue_folder(record) / "worker.lock"
-    if not path.exists():
-        return False
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        with (queue_folder(record) / "worker.lock").open("rb") as lock:
+            # Shared: of two who look at once, neither takes the other for a worker.
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
-    lock.release()
     return False
 
 
@@ -155,9 +157,15 @@ def kill(attempt: Attempt, grace: float = GRACE) -> None:
             process.kill()
 
 
-def gpus() -> list[int]:
-    """Return the numbers of the GPUs that this process may hand out, without asking torch."""
+def gpus() -> list[str]:
+    """Return the GPUs that this process may hand out, as CUDA_VISIBLE_DEVICES names them; torch is not asked.
+
+    That is by number, or as `GPU-…` and `MIG-…`. Numbers count what is there: of a container that has only
+    /dev/nvidia3 it is 0.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [int(part) for part in visible.split(",") if part.strip().isdigit()]
-    return sorted(int(path.name[6:]) for path in Path("/dev").glob("nvidia[0-9]*"))
+    if visible is None:
+        return [str(number) for number, _ in enumerate(_DEVICES.glob("nvidia[0-9]*"))]
+    names = [name.strip() for name in visible.split(",")]
+    # As CUDA reads it, the first that is none, such as -1, ends the list.
+    return list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, names))

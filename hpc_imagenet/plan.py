@@ -17,7 +17,6 @@ from typing import Any
 from hpc_imagenet.config import STAGES, Cluster, Config, Dataset, Datastore, Process, cluster_for
 
 PIPELINE = ("download", "process", "upload", "train")
-TO_END = 2  # minutes that Slurm gives a session beyond session.time, in which it ends in order
 
 Found = Callable[[Datastore], Datastore | None]
 """Looks a datastore up: the same with version and content filled in, or None where there is none yet."""
@@ -37,6 +36,7 @@ class Job:
     model: str | None
     cluster: Cluster  # for this stage
     config: Config  # frozen
+    treatment: str | None = None  # of process and upload: the process run whose dataset it makes or reads
 
     @property
     def run(self) -> str:
@@ -104,15 +104,11 @@ def _nothing(_: Datastore) -> None:
 
 def _session(config: Config, found: Found) -> Job:
     """Return the job of a session; its identity is its name alone, so that it may change its size."""
-    asked = config.session
-    size = {"time": asked.time + TO_END} | ({} if asked.gpus is None else {"gpus_per_node": asked.gpus})
-    mine = {**config.cluster.stage.get("session", {}), **size}
-    cluster = replace(config.cluster, stage={**config.cluster.stage, "session": mine})
-    datastore = config.datastore
+    asked, datastore = config.session, config.datastore
     if asked.datastore:
         datastore = replace(datastore, name=asked.datastore, version=None, content=None)
         datastore = found(datastore) or datastore
-    frozen = replace(config, cluster=cluster, datastore=datastore, wait=False, dry_run=False)
+    frozen = replace(config, datastore=datastore, wait=False, dry_run=False)
     label = f"session-{asked.name}"
     return Job(
         "session", label, signature("session", asked.name), (), None, cluster_for(frozen, "session"), frozen
@@ -146,4 +142,5 @@ def _job(stage: str, config: Config, found: Found) -> Job:
     frozen = replace(
         config, stage=replace(config.stage, name=stage), datastore=datastore, wait=False, dry_run=False
     )
-    return Job(stage, label, sign, needs, model, cluster_for(config, stage), frozen)
+    treatment = ids["process"] if stage in ("process", "upload") else None
+    return Job(stage, label, sign, needs, model, cluster_for(config, stage), frozen, treatment)

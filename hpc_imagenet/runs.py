@@ -2,7 +2,7 @@
 
     runs/<signature>-<label>/
         config.yaml        frozen at submission
-        run.json           stage, model, label, needs, created
+        run.json           stage, model, label, needs, treatment (see plan.Job), created
         attempts/<n>/      submitted.json, process.json (local), started.json, outcome.json, logs
         holder.json        which start of a job may write here (fence.py)
         progress.json      how far it is; replaced every second or so
@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -96,17 +97,22 @@ class Attempt:
         job = submitted.get("job_id") or (read_json(self.folder / "process.json") or {}).get("job_id", "*")
         return sorted(path for end in ("out", "err") for path in folder.glob(f"{job}_*log.{end}"))
 
-    def last_words(self) -> str:
-        """Return the last line of its errors, if that line names an error; else nothing."""
+    def errors(self) -> Iterator[list[str]]:
+        """Yield the last lines of the errors of each task, rank 0 first."""
         for log in self.logs():
             if log.suffix == ".err":
                 with log.open("rb") as file:
                     file.seek(max(0, log.stat().st_size - _TAIL))
-                    lines = file.read().decode(errors="replace").strip().splitlines()
-                # What srun and Slurm say behind it is that the task is gone, not why.
-                lines = [line.strip() for line in lines if not line.startswith(_SLURMS)]
-                if lines and any(word in lines[-1] for word in ("Error", "Exception", "error:")):
-                    return lines[-1].removeprefix("error: ")
+                    text = file.read()
+                yield text.decode(errors="replace").strip().splitlines()
+
+    def last_words(self) -> str:
+        """Return the last line of its errors, if that line names an error; else nothing."""
+        for told in self.errors():
+            # What srun and Slurm say behind it is that the task is gone, not why.
+            lines = [line.strip() for line in told if not line.startswith(_SLURMS)]
+            if lines and any(word in lines[-1] for word in ("Error", "Exception", "error:")):
+                return lines[-1].removeprefix("error: ")
         return ""
 
 
@@ -125,14 +131,15 @@ class Run:
 
     def config(self) -> Config:
         """Return the frozen config."""
-        return from_dict(self._frozen())
+        return from_dict(self.frozen())
 
     def cluster(self) -> Cluster:
         """Return the cluster settings of the run's stage; much cheaper than all of `config`."""
-        frozen = self._frozen()
-        return cluster_from(frozen["cluster"], frozen["stage"]["name"])
+        frozen = self.frozen()
+        return cluster_from(frozen, frozen["stage"]["name"])
 
-    def _frozen(self) -> dict[str, Any]:
+    def frozen(self) -> dict[str, Any]:
+        """Return the frozen config as plain values, of whatever version of the package wrote it."""
         with (self.folder / "config.yaml").open("rb") as file:
             values: dict[str, Any] = yaml.load(file, Loader=_Loader)
         return values
@@ -141,7 +148,7 @@ class Run:
         """Return all attempts, oldest first."""
         try:
             found = list((self.folder / "attempts").iterdir())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         numbered = [folder for folder in found if folder.name.isdigit()]  # the others are not ours
         return [Attempt(folder) for folder in sorted(numbered, key=lambda folder: int(folder.name))]

@@ -33,6 +33,14 @@ class Part:
     needs: tuple[str, ...]  # run ids
 
 
+def more_options(cluster: Cluster) -> dict[str, Any]:
+    """Return cluster.sbatch, with `requeue` where it does not say otherwise, else with `no-requeue`."""
+    options = dict(cluster.sbatch)
+    refused = [options.pop(name, False) for name in ("no-requeue", "no_requeue")]
+    wanted = options.pop("requeue", True) and not any(refused)
+    return {"requeue" if wanted else "no-requeue": True, **options}
+
+
 def arrays(parts: Iterable[Part]) -> list[list[Part]]:
     """Group runs that may share one sbatch; needs come before those that need them, as given.
 
@@ -72,18 +80,19 @@ def send(record: Record, attempts: Sequence[tuple[Run, Attempt]], code: Mapping[
     """Hand attempts to Slurm and note their job ids.
 
     Raises:
-        UserError: sbatch refused one; it and those behind it are marked as failed.
+        UserError: sbatch refused one, or it needs a run of this machine; it and those behind it are marked
+            as failed.
     """
     job_ids: dict[str, str] = {}
     sizes: dict[str, int] = {}  # of the arrays sent here
     mine = {run.id: attempt for run, attempt in attempts}
     parts = [_part(run) for run, _ in attempts]
     for array in arrays(parts):
-        after = _short([_job_id(record.run(need), job_ids) for need in array[0].needs], sizes)
         folder = mine[array[0].run].folder
         if len(array) > 1:
             folder = record.folder / ".slurm" / str(time.time_ns())
         try:
+            after = _short([_job_id(record.run(need), job_ids) for need in array[0].needs], sizes)
             jobs = _send(array, folder, after, record, mine)
         except UserError as error:
             for run in mine.keys() - job_ids.keys():
@@ -166,7 +175,7 @@ def _executor(array: Sequence[Part], folder: Path, after: Iterable[str]) -> Any:
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=cluster.max_requeues)
     path = shlex.quote(local.job_environment()["PYTHONPATH"])
     train = stage == "train"
-    options: dict[str, Any] = {"requeue": True, **cluster.sbatch}
+    options = more_options(cluster)
     if dependency := ":".join(after):
         # Without the second line a job whose need failed stays pending for ever.
         options |= {"dependency": f"afterok:{dependency}", "kill-on-invalid-dep": "yes"}

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -42,6 +43,10 @@ _STATES = {
 # Of squeue, in fixed width: the id may be long for a moment, and a reason names nodes.
 _COLUMNS = (("jobarrayid", 48), ("state", 24), ("restartcnt", 12), ("exit_code", 12), ("reason", 160))
 _PATIENCE = 60.0  # s; Slurm's own time-outs are shorter
+_OLDEST = 15.0  # s that an answer serves at most
+_SHARE = 0.1  # of the time that somebody has waited, for which the last answer serves
+
+_heard: dict[tuple[str, ...], tuple[float, subprocess.CompletedProcess[str]]] = {}  # when, and what
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,13 @@ def this_job() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
-def ask(job_ids: Iterable[str]) -> dict[str, Answer]:
-    """Return Slurm's word on each job; ids as `123`, or `123_4` for an array's task.
+def this_step() -> str | None:
+    """Return the number of the step, one srun of its job, that this process is part of, or None."""
+    return os.environ.get("SLURM_STEP_ID")
+
+
+def ask(job_ids: Iterable[str], since: float | None = None) -> dict[str, Answer]:
+    """Return Slurm's word on each job; ids as `123`, or `123_4` for an array's task. `since`: see `say`.
 
     squeue is right at once about what is in the queue; sacct may lag and show passing states, so it is asked
     only for what squeue no longer has. A job that ended well by Slurm's word and wrote no outcome did not
@@ -77,7 +87,8 @@ def ask(job_ids: Iterable[str]) -> dict[str, Answer]:
         return {}
     mains = ",".join(sorted({job.partition("_")[0] for job in wanted}))
     columns = ",".join(f"{name}:{width}" for name, width in _COLUMNS)
-    done = _say(["squeue", "--noheader", "--array", "--states=all", f"--Format={columns}", f"--jobs={mains}"])
+    question = ("squeue", "--noheader", "--array", "--states=all", f"--Format={columns}", f"--jobs={mains}")
+    done = say(*question, since=since)
     if done.returncode and "Invalid job id" not in done.stderr:  # of one job that is gone, squeue says that
         why = (done.stderr.strip().splitlines() or ["squeue failed"])[-1].removeprefix("slurm_load_jobs ")
         return {job: Answer("", f"Slurm does not answer ({why})") for job in wanted}
@@ -89,8 +100,8 @@ def ask(job_ids: Iterable[str]) -> dict[str, Answer]:
     left = sorted(wanted - answers.keys())
     if left and shutil.which("sacct"):
         fields = "--format=JobID,State,ExitCode"
-        command = ["sacct", "--noheader", "--parsable2", "--allocations", fields, f"--jobs={','.join(left)}"]
-        for line in _say(command).stdout.splitlines():
+        question = ("sacct", "--noheader", "--parsable2", "--allocations", fields, f"--jobs={','.join(left)}")
+        for line in say(*question, since=since).stdout.splitlines():
             job, name, code, *_ = (*line.split("|"), "", "")
             told = _told(name, "", code)
             if job in wanted and told.state in ENDED:  # what squeue does not have is not running
@@ -103,20 +114,20 @@ def own_state() -> str:
     job = this_job()
     if job is None or not reachable():
         return ""
-    return _say(["squeue", "--noheader", "--format=%T", f"--jobs={job}"]).stdout.strip()
+    return say("squeue", "--noheader", "--format=%T", f"--jobs={job}").stdout.strip()
 
 
 def ends() -> float | None:
     """Return when Slurm will end the job that this process is part of, s since 1970; None if it will not."""
     job = this_job()
-    return (
-        None if job is None else _time(_say(["squeue", "--noheader", "--format=%e", f"--jobs={job}"]).stdout)
-    )
+    return None if job is None else _time(say("squeue", "--noheader", "--format=%e", f"--jobs={job}").stdout)
 
 
-def starts(job_id: str) -> float | None:
+def starts(job_id: str, since: float | None = None) -> float | None:
     """Return when Slurm expects to start a job that waits, s since 1970; None where it does not say."""
-    return _time(_say(["squeue", "--noheader", "--start", "--format=%S", f"--jobs={job_id}"]).stdout)
+    return _time(
+        say("squeue", "--noheader", "--start", "--format=%S", f"--jobs={job_id}", since=since).stdout
+    )
 
 
 def _time(text: str) -> float | None:
@@ -132,17 +143,19 @@ def requeue() -> str:
     Returns:
         Why it was not done; empty if it was.
     """
-    done = _say(["scontrol", "requeue", str(this_job())])
+    _heard.clear()
+    done = say("scontrol", "requeue", str(this_job()))
     return done.stderr.strip() if done.returncode else ""
 
 
 def cancel(job_id: str) -> None:
-    """Take a job from the queue or end it; one that is gone already is no error.
+    """Take a job from the queue or end it, or a step `123.4`; one that is gone already is no error.
 
     Raises:
         UserError: Slurm refused or did not answer.
     """
-    done = _say(["scancel", job_id])
+    done = say("scancel", job_id)
+    _heard.clear()
     if done.returncode and "Invalid job id" not in done.stderr:
         raise UserError(f"scancel {job_id}: {done.stderr.strip() or 'failed'}: ask again")
 
@@ -150,15 +163,33 @@ def cancel(job_id: str) -> None:
 @functools.cache
 def most_of_an_array() -> int:
     """Return how many jobs one array may have on this cluster: MaxArraySize, the highest index plus one."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _say(["scontrol", "show", "config"]).stdout, re.MULTILINE)
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", say("scontrol", "show", "config").stdout, re.MULTILINE)
     return max(1, int(found[1])) if found else 1001  # Slurm's default
 
 
-def _say(command: list[str]) -> subprocess.CompletedProcess[str]:
+def say(*command: str, since: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands; one that cannot be run or does not end has failed, and stderr says why.
+
+    Args:
+        command: with its arguments.
+        since: when the caller began to ask this again and again (`time.monotonic`). The last answer then
+            serves for a tenth of the time since, 15 s at most: a controller that hundreds ask every second
+            has no time for its jobs. None: ask now.
+    """
+    now = time.monotonic()
+    if since is not None and (last := _heard.get(command)):
+        heard, done = last
+        if now - heard < min(_OLDEST, _SHARE * (now - since)):
+            return done
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)
     except (subprocess.TimeoutExpired, OSError) as error:
-        return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: {error}")
+        done = subprocess.CompletedProcess(command, 1, "", f"{command[0]}: {error}")
+    if since is not None:
+        for old in [each for each, (heard, _) in list(_heard.items()) if now - heard > _OLDEST]:
+            _heard.pop(old, None)
+        _heard[command] = now, done
+    return done
 
 
 def _columns(line: str) -> list[str]:

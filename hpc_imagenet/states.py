@@ -38,13 +38,16 @@ class State:
         return self.name == FINISHED
 
 
-def state(run: Run) -> State:
-    """Return the state of one run."""
-    return states([run])[run.id]
+def state(run: Run, since: float | None = None) -> State:
+    """Return the state of one run; see `states`."""
+    return states([run], since)[run.id]
 
 
-def states(runs: Iterable[Run]) -> dict[str, State]:
-    """Return the state of each run by its id; Slurm is asked once for all of them."""
+def states(runs: Iterable[Run], since: float | None = None) -> dict[str, State]:
+    """Return the state of each run by its id; Slurm is asked once for all of them.
+
+    Who waits says since when (`time.monotonic`), and Slurm is asked less and less often; see `slurm.say`.
+    """
     told: dict[str, State] = {}
     asked: dict[str, Attempt] = {}
     for run in runs:
@@ -60,7 +63,7 @@ def states(runs: Iterable[Run]) -> dict[str, State]:
         for run_id, attempt in asked.items()
         if attempt.submitted.get("executor") == "slurm"
     }
-    answers = slurm.ask(on_slurm.values()) if on_slurm else {}
+    answers = slurm.ask(on_slurm.values(), since) if on_slurm else {}
     for run_id, attempt in asked.items():
         if run_id in on_slurm:
             told[run_id] = _on_slurm(attempt, answers.get(on_slurm[run_id]))

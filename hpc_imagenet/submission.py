@@ -72,6 +72,8 @@ def submit(plan: Sequence[Job], record: Record, executor: str) -> list[Sent]:
                 "model": job.model,
                 "needs": needs,
             }
+            if job.treatment is not None:
+                info["treatment"] = job.treatment
             if job.config.stage.part is not None:
                 info["part"] = job.config.stage.part
             record.create(job.run, job.frozen(), info)
@@ -103,7 +105,7 @@ def retry(record: Record, run: Run) -> list[Sent]:
     """Take up a run that failed or was cancelled, with those it needs that did not end well.
 
     Raises:
-        UserError: it was no job of a queue.
+        UserError: it was no job of a queue, or another run makes something else of the same dataset.
     """
     again: dict[str, Run] = {}
     _unfinished(record, run, again)
@@ -113,6 +115,7 @@ def retry(record: Record, run: Run) -> list[Sent]:
     executor = check.executor(run.config().cluster.executor)
     if executor == "here":
         raise UserError(f"{run.id} was run by cluster=here: give that command again, and it goes on")
+    check.undisturbed(list(again.values()), record)
     send(record, list(again.values()), executor)
     return [Sent(entry, "submitted") for entry in again.values()]
 
@@ -128,21 +131,32 @@ def _unfinished(record: Record, run: Run, found: dict[str, Run]) -> None:
 
 
 def cancel(run: Run, reason: str = "by the cancel command") -> State:
-    """Stop a run wherever it is; `reason` is noted.
+    """Stop a run, on Slurm or on this machine; `reason` is noted.
 
     Returns:
         The state it had before.
+
+    Raises:
+        UserError: it cannot be stopped from here.
     """
     was = state(run)
     attempt = run.attempt
     if not was.active or attempt is None:
         return was
-    on_slurm = attempt.submitted.get("executor") == "slurm"
+    submitted, started = attempt.submitted, attempt.started
+    on_slurm, host = submitted.get("executor") == "slurm", submitted.get("host", socket.gethostname())
+    by_hand = on_slurm and run.cluster().executor == "here"  # a step of somebody's allocation
     if on_slurm and not slurm.reachable():
         raise UserError(f"{run.id} is a Slurm job, and there is no scancel here: ask on a login node")
-    if on_slurm:  # a job that Slurm ends leaves no outcome of its own
-        slurm.cancel(str(attempt.submitted["job_id"]))
+    if started and host != socket.gethostname():
+        raise UserError(
+            f"{run.id} runs on {host}: cancel it there (if {host} is no more, remove {attempt.folder})"
+        )
+    if on_slurm and not by_hand:  # a job that Slurm ends leaves no outcome of its own
+        slurm.cancel(str(submitted["job_id"]))
     attempt.end(CANCELLED, reason)  # before its end can be taken for a failure
+    if by_hand and "step" in started:
+        slurm.cancel(f"{submitted['job_id']}.{started['step']}")
     if not on_slurm:
         local.kill(attempt)
     return was

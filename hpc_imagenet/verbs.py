@@ -39,7 +39,10 @@ def main(verb: str, arguments: Sequence[str]) -> int:
     places = [word for word in arguments if verb == "datastores" and word.startswith("datastore.url=")]
     options = _parser(verb).parse_args([word for word in arguments if word not in settings + places])
     default = os.environ.get("HPC_IMAGENET_WORKSPACE", "workspace")
-    record = Record(Path(settings[-1].partition("=")[2] if settings else default).expanduser().absolute())
+    place = settings[-1].partition("=")[2] if settings else default
+    if not place:
+        raise UserError("workspace is empty: give a folder; . is the one you are in")
+    record = Record(Path(place).expanduser().absolute())
     if not record.folder.is_dir() and verb not in ("jobs", "report", "verify", "datastores"):
         raise UserError(f"no runs in {record.folder.parent}: say which workspace=FOLDER holds them")
     if verb == "datastores":

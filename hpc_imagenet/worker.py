@@ -35,6 +35,7 @@ class Worker:
     record: Record
     handles: list[Any] = field(default_factory=list)  # of submitit; kept so that ended children are reaped
     parallel: dict[Path, int] = field(default_factory=dict)  # by attempt; its config is frozen
+    began: float = field(default_factory=time.monotonic)
 
     def work(self) -> None:
         """Work until the queue is empty; return at once if another worker lives."""
@@ -95,7 +96,9 @@ class Worker:
             blocked = self._blocked(run)
             if blocked:
                 attempt.end(CANCELLED, blocked)
-            elif blocked is None and self._start(run, attempt, running + sessions):
+            elif blocked is None:
+                if not self._start(run, attempt, running + sessions):
+                    break  # nor who waits for GPUs
                 running.append(attempt)
         return bool(waiting or running or sessions)
 
@@ -108,7 +111,7 @@ class Worker:
     def _blocked(self, run: Run) -> str | None:
         """Return None if `run` may start, "" while it must wait, the reason if it waits in vain."""
         needs = [self.record.run(need) for need in run.info.get("needs", ())]
-        told = states(needs)
+        told = states(needs, self.began)
         for need in needs:
             if not told[need.id].active and not told[need.id].finished:
                 was = "failed" if told[need.id].name == FAILED else "was cancelled"
@@ -117,7 +120,7 @@ class Worker:
 
     def _start(self, run: Run, attempt: Attempt, running: list[Attempt]) -> bool:
         cluster = run.cluster()
-        taken = {gpu for other in running for gpu in local.launched(other).get("gpus", ())}
+        taken = {str(gpu) for other in running for gpu in local.launched(other).get("gpus", ())}
         all_gpus = local.gpus()
         wanted = gpus_of(cluster, run.info["stage"], len(all_gpus))
         free = [gpu for gpu in all_gpus if gpu not in taken]
@@ -130,11 +133,12 @@ class Worker:
         executor = submitit.LocalExecutor(folder=attempt.folder)
         executor.update_parameters(
             timeout_min=cluster.time or _ENDLESS,
-            gpus_per_node=len(all_gpus if shared else mine),
-            visible_gpus=all_gpus if shared else mine,
             tasks_per_node=tasks,
             setup=cluster.setup,
         )
+        # Beside what submitit checks: it takes numbers only, and passes on any name.
+        executor.parameters["visible_gpus"] = visible = all_gpus if shared else mine
+        executor.parameters["gpus_per_node"] = len(visible)
         job = executor.submit(Task(str(run.folder), attempt.number))
         local.note_process(attempt, int(job.job_id), job_id=job.job_id, gpus=mine)
         self.handles.append(job)

@@ -66,6 +66,8 @@ def job(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     [
         (137, ""),  # kill -9
         (143, ""),
+        (134, "NCCL watchdog"),  # SIGABRT, at a lost peer
+        (135, ""),  # SIGBUS, at a lost file server
         (128 + 12, ""),  # SIGUSR2 before the time limit, in a stage that just dies of it
         (LATER, "stopped by SIGUSR2 after step 7, which is saved"),
         (1, "srun: error: Task launch for StepId=5.0 failed on node n2: Communication connection failure"),
@@ -84,6 +86,9 @@ def test_what_is_beyond_the_job_sends_it_back_to_the_queue(job: Job, code: int, 
         (1, "Traceback\nModuleNotFoundError: No module named 'hpc_imagenet'", "No module named"),
         (127, "srun: error: n1: task 0: Exited with exit code 127\nbash: python: not found", "127"),
         (2, "", "printed nothing"),
+        (139, "srun: error: n1: task 0: Segmentation fault", "SIGSEGV"),
+        (132, "", "SIGILL"),
+        (136, "", "SIGFPE"),
         (137, "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.", "and give the command again"),
         (1, "slurmstepd: error: task 0 was Out Of Memory", "cluster.memory_gb"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from hpc_imagenet.compose import compose
 from hpc_imagenet.config import Config, Dataset, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.plan import plan
-from hpc_imagenet.runs import Record, Run
+from hpc_imagenet.plan import Job, plan
+from hpc_imagenet.runs import CANCELLED, Record, Run
 from hpc_imagenet.stages import upload
 from hpc_imagenet.world import World
 
@@ -61,6 +62,69 @@ def test_a_sweep_asks_a_place_once(store: Datastore, tmp_path: Path, monkeypatch
     sweep = plan(compose(words, multirun=True), check.finder())
     with pytest.raises(UserError, match=r"recipe.global_batch=64 is more than the 24 images of train"):
         check.jobs(sweep, Record(tmp_path / "runs"))
+
+
+def pipeline(tmp_path: Path, *overrides: str) -> list[Job]:
+    words = ["+stage=pipeline", *DIGITS, f"workspace={tmp_path}", *overrides]
+    return plan(compose(words, multirun=True), lambda store: None)
+
+
+def under_way(record: Record, job: Job) -> Run:
+    """Return a job's run that a queue of another machine has."""
+    info = {"stage": job.stage, "label": job.label, "needs": []}
+    info |= {"treatment": job.treatment} if job.treatment else {}
+    run = record.create(job.run, job.frozen(), info)
+    run.new_attempt().submit("local", host="elsewhere")
+    return run
+
+
+def test_one_command_does_not_make_one_dataset_in_two_ways(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    with pytest.raises(UserError, match=r"dataset.name=digits would be processed in two ways"):
+        check.jobs(pipeline(tmp_path, "process.layout=shards", "process.resize=null,short:24"), record)
+    check.jobs(pipeline(tmp_path, "process.layout=shards", "process.tasks=2,3", "seed=0,1"), record)
+    check.jobs(pipeline(tmp_path, "process.layout=shards,index", "dataset.name=${process.layout}"), record)
+
+
+@pytest.mark.parametrize("stage", ["process", "upload"])
+def test_what_is_made_or_read_is_not_made_in_another_way_meanwhile(tmp_path: Path, stage: str) -> None:
+    record = Record(tmp_path)
+    this, other = pipeline(tmp_path), pipeline(tmp_path, "process.layout=shards", "process.tasks=2")
+    (job,) = (job for job in this if job.stage == stage)
+    run = under_way(record, job)
+    with pytest.raises(UserError, match=rf"{run.id}, which treats the dataset in another way: wait"):
+        check.jobs(other, record)
+    check.jobs(this, record)
+    check.jobs(pipeline(tmp_path, "process.layout=shards", "dataset.name=more"), record)
+    retried = record.create("0-process-digits", {}, {"stage": "process", "treatment": other[-2].treatment})
+    with pytest.raises(UserError, match=r"0-process-digits needs the folder of"):
+        check.undisturbed([retried], record)
+    assert run.attempt
+    run.attempt.end(CANCELLED)
+    check.jobs(other, record)
+    check.undisturbed([retried], record)
+
+
+def test_a_job_of_slurm_cannot_wait_for_a_run_of_this_machine(tmp_path: Path) -> None:
+    record, slurm = Record(tmp_path), pipeline(tmp_path, "cluster=slurm")
+    runs = [under_way(record, job) for job in slurm[:3]]
+    with pytest.raises(UserError, match=rf"needs {runs[-1].id}, which runs on this machine: wait for it"):
+        check.jobs(slurm, record)
+    check.jobs(pipeline(tmp_path), record)  # this machine's queue waits for both
+    check.jobs(slurm[:3], record)  # they are under way, and nothing is sent
+
+
+def test_a_batch_of_more_images_than_the_processed_dataset_has(tmp_path: Path) -> None:
+    record, whole = Record(tmp_path), pipeline(tmp_path, "recipe.global_batch=64")
+    check.jobs(whole, record)
+    make_dataset(tmp_path)
+    check.jobs(whole, record)  # of other images
+    path = tmp_path / "datasets" / "digits" / "manifest.json"
+    told = json.loads(path.read_text()) | {"content": whole[-1].config.datastore.content}
+    path.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"recipe.global_batch=64 is more than the 24 images of train"):
+        check.jobs(whole, record)
+    check.jobs(pipeline(tmp_path, "recipe.global_batch=24"), record)
 
 
 def test_a_place_that_the_trainings_of_a_pipeline_cannot_read(tmp_path: Path) -> None:

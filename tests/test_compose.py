@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from hpc_imagenet.backbones import BACKBONES
-from hpc_imagenet.compose import CONF, VERSION_BASE, compose, register
+from hpc_imagenet.compose import CONF, VERSION_BASE, amended, compose, register
 from hpc_imagenet.config import Config, cluster_for, from_dict
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.plan import plan
 
 GROUPS = ("cluster", "dataset", "datastore", "model", "recipe", "stage")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -133,6 +134,9 @@ def test_a_sweep_is_what_hydra_composes_one_by_one(
         (["+cluster.stage.trian.time=3"], ["cluster.stage=trian is unknown"]),
         (["cluster.stage.train.time=3"], ["write +cluster.stage.train.time=VALUE"]),
         (["+cluster.stage.train.tim=3"], ["cluster.stage.train.tim is no setting"]),
+        (["cluster.sbatch={gres: x}"], ["cluster.sbatch takes new keys", "+cluster.sbatch={"]),
+        (["workspace="], ["workspace is empty"]),
+        (["dataset=ilsvrc", "dataset.name=x", "dataset.source=''"], ["dataset.source is empty"]),
         (["cluster.sbatch.reservation=x"], ["write +cluster.sbatch.reservation=VALUE"]),
     ],
 )
@@ -177,9 +181,25 @@ def test_a_users_own_folder_of_groups(tmp_path: Path) -> None:
         compose([], config_dir=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("name", ["ä (1),b", "[x]={y}", 'it\'s "new"', "c:\\", "#1 %20"])
+def test_a_users_own_folder_may_be_called_anything(tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "cluster").mkdir(parents=True)
+    (tmp_path / name / "cluster" / "mine.yaml").write_text("executor: slurm\npartition: gpu\n")
+    both = compose(["cluster=mine", "model=resnet18,resnet50"], True, config_dir=str(tmp_path / name))
+    assert [config.cluster.partition for config in both] == ["gpu", "gpu"]
+
+
 def test_a_stage_has_its_own_resources() -> None:
     config = one("cluster=slurm", "+cluster.stage.train.time=60")
     assert cluster_for(config, "train").time == 60
     assert cluster_for(config, "train").gpus_per_node == 1
     assert cluster_for(config, "download").gpus_per_node == 0
     assert cluster_for(config, "download").time == config.cluster.time
+
+
+def test_a_session_resumed_without_its_own_gpus_has_those_of_the_cluster() -> None:
+    words = ("+stage=session", "cluster=slurm", "+cluster.stage.session.time=9")
+    (job,) = plan([one(*words, "session.gpus=4", "session.time=60")], lambda _: None)
+    assert (job.cluster.gpus_per_node, job.cluster.time) == (4, 62)
+    (again,) = plan([amended(from_dict(job.frozen()), ["session.gpus=null"])], lambda _: None)
+    assert (again.run, again.cluster.gpus_per_node, again.cluster.time) == (job.run, 1, 62)

@@ -79,6 +79,7 @@ def test_a_workspace_without_runs_is_no_error(door: Door) -> None:
         ),
         (("logs", "nothing"), ("no runs in",)),
         (("jobs", "--jsno"), ("--jsno",)),
+        (("jobs", "workspace="), ("workspace is empty",)),
         (("+stage=pipeline", *DIGITS, "datastore.name=a/b"), ("datastore.name=a/b",)),
         (("+stage=pipeline", *DIGITS, "+cluster.stage.train.tasks_per_node=3"), ("recipe.global_batch=",)),
     ],

@@ -16,6 +16,7 @@ from door import Door, Gate, eventually
 
 from hpc_imagenet import local
 from hpc_imagenet.runs import Record
+from hpc_imagenet.worker import Worker
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,40 @@ def test_as_many_at_a_time_as_asked(door: Door, gate: tuple[Gate, str]) -> None:
     send(door, url, "a", "b", "c", settings=("cluster.parallel=2",))
     eventually(lambda: len(held.waiting) == 2)
     assert sorted(door.states()) == ["queued", "running", "running"]
+
+
+def test_nobody_overtakes_who_waits_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    record = Record(tmp_path)
+    attempts = []
+    for name, gpus in (("0-first", 1), ("1-large", 2), ("2-small", 1)):
+        cluster = {"executor": "local", "parallel": 3, "gpus_per_node": gpus}
+        config = {"cluster": cluster, "stage": {"name": "train"}}
+        run = record.create(name, config, {"stage": "train", "needs": []})
+        attempts.append((run, run.new_attempt()))
+    local.enqueue(record, attempts)
+    (_, first), (_, large), (_, small) = attempts
+    local.note_process(first, gpus=["GPU-a"])
+    Worker(record).step()
+    assert not local.launched(large)
+    assert not local.launched(small)
+
+
+def test_a_gpu_is_handed_out_by_the_name_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    record = Record(tmp_path)
+    config = {
+        "cluster": {"executor": "local", "setup": [f"env > {tmp_path}/env"]},
+        "stage": {"name": "train"},
+    }
+    run = record.create("0-x", config, {"stage": "train", "needs": []})
+    attempt = run.new_attempt()
+    local.enqueue(record, [(run, attempt)])
+    worker = Worker(record)
+    worker.step()
+    eventually(lambda: not worker.step())
+    assert local.launched(attempt)["gpus"] == ["GPU-a"]
+    assert "CUDA_VISIBLE_DEVICES=GPU-a\n" in (tmp_path / "env").read_text()
 
 
 def test_the_terminal_may_close(door: Door, gate: tuple[Gate, str]) -> None:

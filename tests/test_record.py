@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -11,18 +12,21 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from hpc_imagenet import durable, local
 from hpc_imagenet.archives import digits
 from hpc_imagenet.compose import compose
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.monitor import leaderboard, table
+from hpc_imagenet.monitor import leaderboard, logs, table
 from hpc_imagenet.plan import plan
 from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Record, Run
 from hpc_imagenet.states import state
+from hpc_imagenet.submission import cancel
 
 
 def at_once(act: Callable[[int], object], times: int = 16) -> list[object]:
@@ -157,6 +161,78 @@ def test_a_job_of_another_host_is_not_judged_from_here(tmp_path: Path) -> None:
     assert state(run).name == QUEUED
     attempt.start()
     assert (state(run).name, "elsewhere" in state(run).reason) == (RUNNING, True)
+    with pytest.raises(UserError, match="runs on elsewhere: cancel it there"):
+        cancel(run)
+    assert attempt.outcome is None  # it goes on, and tells its own
+    waits = run.new_attempt()
+    waits.submit("local", host="elsewhere")
+    cancel(run)
+    assert waits.outcome
+
+
+def test_a_character_that_is_half_written_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made(Record(tmp_path))
+    attempt = run.new_attempt()
+    attempt.submit("local", host="elsewhere")
+    log, written = attempt.folder / "1_0_log.out", "größer\n".encode()
+    log.write_bytes(written[:3])
+
+    def goes_on(_: float) -> None:
+        log.write_bytes(written)
+        attempt.end(FINISHED)
+
+    monkeypatch.setattr(logs.time, "sleep", goes_on)
+    logs.show(run, follow=True)
+    assert capsys.readouterr().out == "größer\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "told"),
+    [
+        (None, (), []),
+        (None, (3,), ["0"]),  # of a container that has this one
+        (None, (0, 1, 10), ["0", "1", "2"]),
+        ("2,0", (), ["2", "0"]),
+        ("GPU-1a2b, MIG-3c", (0,), ["GPU-1a2b", "MIG-3c"]),
+        ("", (0,), []),
+        ("1,-1,2", (0,), ["1"]),
+        ("NoDevFiles", (0,), []),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_show(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    devices: tuple[int, ...],
+    told: list[str],
+) -> None:
+    monkeypatch.setattr(local, "_DEVICES", tmp_path)
+    for name in (*(f"nvidia{number}" for number in devices), "nvidiactl"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert local.gpus() == told
+
+
+def test_who_looks_for_a_worker_is_not_taken_for_one(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    assert not local.worker_alive(record)
+    lock = local.queue_folder(record) / "worker.lock"
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        assert local.worker_alive(record)
+    real = fcntl.flock
+
+    def meanwhile(*arguments: int) -> None:
+        real(*arguments)
+        with mock.patch.object(fcntl, "flock", real):
+            assert not local.worker_alive(record)
+
+    with mock.patch.object(fcntl, "flock", meanwhile):
+        assert not local.worker_alive(record)
 
 
 def test_progress_is_throttled_but_the_end_is_told(tmp_path: Path) -> None:
@@ -180,14 +256,17 @@ def test_rows_and_leaderboard(tmp_path: Path) -> None:
     rows = table.rows(record.all())
     assert [row["top1"] for row in rows] == [0.5, None, 0.9]
     assert {"run", "stage", "model", "state", "top1", "dir"} <= rows[0].keys()
+    old = record.all()[0].folder / "config.yaml"  # of a version that had other settings
+    old.write_text(old.read_text().replace("recipe:\n", "recipe:\n  gone: 1\n"))
     board = leaderboard.board(record.all())
     assert [row["top1"] for row in board] == [0.9, 0.5, None]
     assert [row["seed"] for row in board] == [2, 0, 1]
     console = table.terminal()
     with console.capture() as drawn:
-        console.print(leaderboard.render(board))
+        console.print(leaderboard.render([{**row, "dir": "/a/[b]/c"} for row in board]))
         console.print(table.render(rows))
     assert "90.00" in drawn.get()
+    assert drawn.get().count("/a/[b]/c") == 3
     assert "1:15" in drawn.get()
 
 

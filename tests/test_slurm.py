@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from door import Door
 
-from hpc_imagenet import slurm
-from hpc_imagenet.runs import CANCELLED, FAILED, QUEUED, RUNNING
+from hpc_imagenet import job, slurm
+from hpc_imagenet.api import Handle
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.monitor import logs, table
+from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Record, Run
+from hpc_imagenet.session import reach
+from hpc_imagenet.worker import Worker
 
 
 def command(folder: Path, name: str, text: str) -> None:
@@ -24,6 +32,7 @@ def command(folder: Path, name: str, text: str) -> None:
 def commands(tmp_path: Path) -> Path:
     folder = tmp_path / "slurm-bin"
     folder.mkdir()
+    slurm._heard.clear()
     # sbatch numbers the jobs and keeps each script, with the SLURM_ variables that it would have exported.
     command(
         folder,
@@ -168,6 +177,63 @@ def test_states_are_slurms_and_cancel_is_told_to_it(cluster: Door, commands: Pat
     assert cluster.jobs()[1]["state"] == "cancelled"
 
 
+def test_two_treatments_of_one_dataset_are_not_in_the_queue_at_once(cluster: Door, commands: Path) -> None:
+    words = ("+stage=pipeline", "dataset=digits", "cluster=slurm")
+    cluster(*words)
+    (commands / "queue").write_text("2|PENDING|0|0|Dependency\n3|PENDING|0|0|Dependency\n")
+    process = cluster.jobs()[1]["run"]
+    assert process in cluster.refused(*words, "process.layout=shards")
+    assert cluster(*words).stdout.count("under way already") == 2
+    (commands / "queue").write_text("")
+    cluster(*words, "process.layout=shards")
+    (commands / "queue").write_text("8|PENDING|0|0|Dependency\n")
+    assert "in another way" in cluster("retry", process, code=2).stderr
+    assert cluster.jobs()[1]["attempt"] == 1
+
+
+def test_a_need_that_is_none_of_slurms_fails_what_was_not_sent(cluster: Door, commands: Path) -> None:
+    cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
+    *_, upload, train = Record(cluster.workspace).all()
+    assert upload.attempt
+    upload.attempt.submit("local", host="elsewhere")
+    assert "which runs on this machine" in cluster("retry", train.id, code=2).stderr
+    assert "which runs on this machine" in cluster.jobs()[-1]["reason"]
+    assert len(scripts(commands)) == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("requeue=true", "--requeue"),
+        ("requeue=false", "--no-requeue"),
+        ("no-requeue=true", "--no-requeue"),
+        ("no_requeue=true", "--no-requeue"),
+        ("no-requeue=false", "--requeue"),
+    ],
+)
+def test_who_wants_no_requeue_gets_none(cluster: Door, commands: Path, setting: str, line: str) -> None:
+    cluster("+stage=download", "dataset=digits", "cluster=slurm", f"+cluster.sbatch.{setting}")
+    assert re.findall(r"#SBATCH (--[a-z-]*requeue.*)", scripts(commands)[0]) == [line]
+
+
+def test_of_a_run_by_hand_only_its_step_is_cancelled(
+    cluster: Door, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of the allocation is the user's: a shell, other runs."""
+    cluster.env["SLURM_JOB_ID"] = "5"
+    cluster("+stage=download", "dataset=digits", "cluster=here", code=1)
+    (run,) = Record(cluster.workspace).all()
+    attempt = run.new_attempt()
+    attempt.submit("slurm", job_id="5")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_STEP_ID", "3")
+    job._begin(run, attempt)
+    (commands / "queue").write_text("5|RUNNING|0|0|None\n")
+    cluster("cancel", run.id)
+    assert (commands / "cancelled").read_text() == "5.3\n"
+    assert cluster.states() == ["cancelled"]
+
+
 def test_asking_again_sends_only_what_ended(cluster: Door, commands: Path) -> None:
     words = ("+stage=pipeline", "dataset=digits", "cluster=slurm")
     cluster(*words)
@@ -226,3 +292,74 @@ def test_a_slurm_that_does_not_answer_is_not_taken_for_an_end(cluster: Door, com
 def test_slurm_asked_for_where_there_is_none(door: Door, tmp_path: Path) -> None:
     door.env["PATH"] = str(tmp_path)
     assert "no sbatch" in door.refused("+stage=download", "dataset=digits", "cluster=slurm")
+
+
+def blocked(run: Run) -> None:
+    """Wait as the worker of this machine does for a need that is on Slurm."""
+    record = Record(run.folder.parents[1])
+    needy = record.create("0-needy", {}, {"stage": "train", "needs": [run.id]})
+    worker = Worker(record, began=time.monotonic())
+    while worker._blocked(needy) == "":
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda run: table.watch([run], table.terminal()),
+        lambda run: logs.show(run, follow=True),
+        lambda run: Handle(run.folder).result(),
+        reach.running,
+        blocked,
+    ],
+    ids=["watch", "logs", "result", "connect", "worker"],
+)
+def test_who_waits_long_asks_slurm_seldom_and_reads_the_record_at_once(
+    wait: Callable[[Run], object], commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    command(commands, "squeue", f"echo asked >> {commands}/asked; cat {commands}/answer")
+    row = ("12", "PENDING", "0", "0", "Priority")
+    widths = [width for _, width in slurm._COLUMNS]
+    (commands / "answer").write_text(
+        "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+    )
+    run = Record(tmp_path).create("0-x", {}, {"stage": "session"})
+    attempt = run.new_attempt()
+    attempt.submit("slurm", job_id="12")
+    clock, long, really = [1000.0], 900.0, time.sleep
+
+    def sleep(seconds: float) -> None:
+        if seconds < 0.1:  # subprocess, for the end of squeue
+            return really(seconds)
+        assert not attempt.outcome, "what is in the record was not read at this tick"
+        clock[0] += seconds
+        if clock[0] >= 1000 + long:
+            attempt.end(FINISHED, result={})
+        return None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: clock[0])
+        patch.setattr(time, "sleep", sleep)
+        with contextlib.suppress(UserError):  # a session that has ended is no session to connect to
+            wait(run)
+    questions = 2 if wait is reach.running else 1  # also when it would start
+    asked = len((commands / "asked").read_text().splitlines())
+    assert long / 15 <= asked <= questions * 120
+
+
+def test_an_answer_serves_whoever_waits_and_nobody_else(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    (commands / "queue").write_text("12|PENDING|0|0|Priority\n")
+    long_ago = time.monotonic() - 3600
+    assert slurm.ask(["12"], long_ago)["12"].state == QUEUED
+    (commands / "queue").write_text("12|RUNNING|0|0|None\n")
+    assert slurm.ask(["12"], long_ago)["12"].state == QUEUED
+    assert slurm.ask(["12"])["12"].state == RUNNING  # a verb
+    assert slurm.ask(["12"], time.monotonic())["12"].state == RUNNING  # who has just begun to wait
+    (commands / "queue").write_text("12|COMPLETING|3|0|None\n")
+    assert slurm.ask(["12"], long_ago)["12"].restarts == 0
+    slurm.cancel("12")
+    assert slurm.ask(["12"], long_ago)["12"].restarts == 3

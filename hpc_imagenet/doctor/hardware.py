@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpc_imagenet.doctor.line import ROOM, UNSURE, WELL, WRONG, Line, Seen, by_node, full, room, size
+from hpc_imagenet.doctor.line import UNSURE, WELL, WRONG, Line, Seen, by_node, full, room, size
 
 TASK_MEMORY = 2**30  # bytes a training task needs to import torch and hold a small network
 _NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cephfs", "fuse.glusterfs", "afs", "wekafs")
@@ -139,17 +139,6 @@ def scratch(seen: Seen) -> Line:
     if worst["free"] < seen.archives:
         return seen.line("scratch", UNSURE, found, f"less than the dataset's {size(seen.archives)}")
     return seen.line("scratch", WELL, found)
-
-
-def shared_memory(seen: Seen) -> Line:
-    """Judge where loader workers hand images over."""
-    worst = _tightest(seen, "/dev/shm")
-    found = room(worst) if worst else "not there"
-    if worst is None or worst["error"] or worst["free"] < ROOM:
-        return seen.line(
-            "/dev/shm", UNSURE, found, "loader workers hand images over in it: loader.workers=0 needs none"
-        )
-    return seen.line("/dev/shm", WELL, found)
 
 
 def _tightest(seen: Seen, name: str) -> dict[str, Any] | None:

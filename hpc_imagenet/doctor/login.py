@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from hpc_imagenet.doctor.probe import disk
 
 LOGIN = "login"  # where these lines belong
 _NEEDED = ("sbatch", "srun", "squeue", "scontrol", "scancel")
-_PATIENCE = 60.0  # s; Slurm's own time-outs are shorter
 _SLOW = 10.0  # s for an answer of squeue
 
 # What sbatch says → the settings that it may be about; the first that fits.
@@ -45,14 +43,14 @@ def commands() -> Line:
             f"no {', '.join(missing)} on the PATH",
             "go to a login node, or load the module that has Slurm; cluster=local needs none",
         )
-    version = _say("sbatch", "--version").stdout.strip()
+    version = slurm.say("sbatch", "--version").stdout.strip()
     return Line(LOGIN, "commands", WELL, f"{' '.join(_NEEDED)} ({version or 'of an unknown version'})")
 
 
 def squeue() -> Line:
     """Return whether the queue answers."""
     began = time.monotonic()
-    done = _say("squeue", "--noheader", f"--user={os.getuid()}", "--format=%i")
+    done = slurm.say("squeue", "--noheader", f"--user={os.getuid()}", "--format=%i")
     took = time.monotonic() - began
     if done.returncode:
         return Line(
@@ -73,7 +71,7 @@ def sacct() -> Line:
     if not shutil.which("sacct"):
         found = "is not on the PATH"
     else:
-        done = _say("sacct", "--noheader", "--allocations", "--starttime=now-1minutes", "--format=JobID")
+        done = slurm.say("sacct", "--noheader", "--allocations", "--starttime=now-1minutes", "--format=JobID")
         if not done.returncode:
             return Line(LOGIN, "sacct", WELL, "answers")
         found += f" ({_last(done.stderr)})"
@@ -85,7 +83,7 @@ def told_of(job_id: str, seconds: float = 10.0) -> Line:
     command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job_id}"]
     end, said = time.monotonic() + seconds, ""
     while shutil.which("sacct") and time.monotonic() < end:
-        done = _say(*command)
+        done = slurm.say(*command)
         said = done.stdout.strip() or said
         if done.returncode or (said and said.split()[0] not in ("RUNNING", "PENDING", "COMPLETING")):
             break
@@ -100,7 +98,7 @@ def told_of(job_id: str, seconds: float = 10.0) -> Line:
 def partitions() -> dict[str, dict[str, str]]:
     """Return what scontrol tells of each partition, by its names, such as MaxTime and GraceTime."""
     found = {}
-    for line in _say("scontrol", "show", "partition", "--oneliner").stdout.splitlines():
+    for line in slurm.say("scontrol", "show", "partition", "--oneliner").stdout.splitlines():
         told = dict(re.findall(r"(\S+?)=(\S*)", line))
         if name := told.get("PartitionName"):
             found[name] = told
@@ -109,7 +107,7 @@ def partitions() -> dict[str, dict[str, str]]:
 
 def settings_of_slurm() -> dict[str, str]:
     """Return `scontrol show config` by names; empty where it does not answer."""
-    text = _say("scontrol", "show", "config").stdout
+    text = slurm.say("scontrol", "show", "config").stdout
     return {name: value.strip() for name, value in re.findall(r"^(\w+)\s*=\s*(.*)$", text, re.MULTILINE)}
 
 
@@ -177,8 +175,7 @@ def arrays(config: Mapping[str, str]) -> Line:
 
 def requeues(cluster: Cluster, config: Mapping[str, str]) -> Line:
     """Return whether Slurm will start our jobs again after a lost node or a preemption."""
-    asked = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
-    if asked.get("requeue") is False or asked.get("no-requeue"):
+    if "no-requeue" in sbatch.more_options(cluster):
         return Line(
             LOGIN,
             "requeue",
@@ -270,7 +267,7 @@ def archives(config: Config) -> int:
 
 def nodes_of(nodelist: str) -> list[str]:
     """Return the nodes of a list as Slurm writes it, `n[1-3]`; empty where scontrol does not tell."""
-    return _say("scontrol", "show", "hostnames", nodelist).stdout.split() if nodelist else []
+    return slurm.say("scontrol", "show", "hostnames", nodelist).stdout.split() if nodelist else []
 
 
 def _partitions_of(cluster: Cluster, known: Mapping[str, Mapping[str, str]]) -> dict[str, Mapping[str, str]]:
@@ -292,10 +289,3 @@ def _shown(value: object) -> str:
 
 def _last(text: str) -> str:
     return (text.strip().splitlines() or ["without a word"])[-1]
-
-
-def _say(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)
-    except (subprocess.TimeoutExpired, OSError) as error:
-        return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: {error}")

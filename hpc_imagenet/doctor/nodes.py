@@ -23,7 +23,7 @@ def lines(seen: Seen) -> list[Line]:
         judged.append(_packages(seen))
     judged += [hardware.cores(seen), hardware.memory(seen)]
     if any("gpus" in report for report in seen.reports.values()):
-        judged += [hardware.gpus(seen), hardware.scratch(seen), hardware.shared_memory(seen)]
+        judged += [hardware.gpus(seen), hardware.scratch(seen)]
     if seen.source:
         judged.append(_internet(seen))
     judged.append(_clocks(seen))

@@ -338,7 +338,6 @@ def _places(scratch: str | None) -> dict[str, Path]:
     for name in ("SLURM_TMPDIR", "TMPDIR"):
         if place := os.environ.get(name):
             places[f"${name}"] = Path(place)
-    places["/dev/shm"] = Path("/dev/shm")
     return places
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from hpc_imagenet.monitor.table import clock, rows
@@ -19,12 +20,12 @@ def board(runs: Iterable[Run]) -> list[dict[str, Any]]:
     trainings = [run for run in runs if run.info.get("stage") == "train"]
     table = rows(trainings)
     for run, row in zip(trainings, table, strict=True):
-        config, result = run.config(), row.pop("result")
+        frozen, result = run.frozen(), row.pop("result")  # config() takes 50 ms, and not of every version
         row |= {key: result.get(key) for key in ("top5", "loss", "images_per_second", "epochs", "parameters")}
         # The wall time of the training itself; `seconds` counts from the job's start.
         row["training_seconds"] = result.get("seconds")
-        row["datastore"] = config.datastore.name
-        row["seed"] = config.seed
+        row["datastore"] = frozen["datastore"]["name"]
+        row["seed"] = frozen["seed"]
     return sorted(table, key=lambda row: -1.0 if row["top1"] is None else row["top1"], reverse=True)
 
 
@@ -39,14 +40,14 @@ def render(table: Iterable[dict[str, Any]]) -> Table:
     drawn.add_column("run folder", overflow="fold")
     for row in table:
         drawn.add_row(
-            row["model"],
-            row["datastore"],
+            escape(row["model"]),
+            escape(row["datastore"]),
             str(row["seed"]),
             "" if row["top1"] is None else f"{100 * row['top1']:.2f}",
             "" if row["top5"] is None else f"{100 * row['top5']:.2f}",
             "" if row["images_per_second"] is None else f"{row['images_per_second']:,.0f}",
             clock(row["training_seconds"]),
             row["state"],
-            row["dir"],
+            escape(row["dir"]),
         )
     return drawn

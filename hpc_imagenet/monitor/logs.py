@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import time
 from pathlib import Path
@@ -15,17 +16,19 @@ _EVERY = 0.3  # s
 def show(run: Run, follow: bool = False) -> None:
     """Print the logs of the newest attempt; with `follow`, go on until the run has ended."""
     places: dict[Path, int] = {}
+    decoders: dict[Path, codecs.IncrementalDecoder] = {}  # a character may be half written
+    began = time.monotonic()
     while True:
-        ended = not state(run).active
+        over = not follow or not state(run, began).active
         attempt = run.attempt
         for path in attempt.logs() if attempt else []:
+            decoder = decoders.setdefault(path, codecs.getincrementaldecoder("utf-8")("replace"))
             with path.open("rb") as file:
                 file.seek(places.get(path, 0))
-                text = file.read()
+                sys.stdout.write(decoder.decode(file.read(), final=over))
                 places[path] = file.tell()
-            sys.stdout.write(text.decode(errors="replace"))
         sys.stdout.flush()
-        if ended or not follow:
+        if over:
             break
         time.sleep(_EVERY)
     told = state(run)

@@ -19,15 +19,15 @@ from hpc_imagenet.states import states
 _COLOURS = {QUEUED: "yellow", RUNNING: "cyan", FINISHED: "green", FAILED: "red", CANCELLED: "magenta"}
 
 
-def rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """Return what is known of each run, in the given order.
+def rows(runs: Iterable[Run], since: float | None = None) -> list[dict[str, Any]]:
+    """Return what is known of each run, in the given order; `since` as in `states.states`.
 
     Each row has run, stage, model, state, reason, top1 (0 to 1, None before the end), dir, attempt,
     requeued (times that Slurm has started the attempt again), created, seconds (since the job began, or how
     long it took) and progress (see `runs.Progress`).
     """
     runs = list(runs)
-    told = states(runs)
+    told = states(runs, since)
     table = []
     for run in runs:
         info, attempt = run.info, run.attempt
@@ -66,7 +66,7 @@ def render(table: Sequence[dict[str, Any]]) -> Table:
         if times := row["requeued"]:
             again += f" (requeued {times} {'time' if times == 1 else 'times'})"
         drawn.add_row(
-            row["run"],
+            escape(row["run"]),
             row["stage"],
             f"[{colour}]{row['state']}[/]{again}",
             clock(row["seconds"]),
@@ -81,10 +81,11 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
     Returns:
         Whether all ended well.
     """
+    began = time.monotonic()
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                table = rows(runs)
+                table = rows(runs, began)
                 live.update(render(table), refresh=True)
                 if _over(table):
                     break
@@ -92,7 +93,7 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
     else:
         shown: dict[str, str] = {}
         while True:
-            table = rows(runs)
+            table = rows(runs, began)
             for row in table:
                 if shown.get(row["run"]) != row["state"]:
                     shown[row["run"]] = row["state"]

@@ -84,9 +84,9 @@ def running(run: Run) -> tuple[Attempt, Note]:
     Raises:
         UserError: it has ended.
     """
-    said = ""
+    said, began = "", time.monotonic()
     while True:
-        was, attempt = state(run), run.attempt
+        was, attempt = state(run, began), run.attempt
         if not was.active or attempt is None:
             why = f": {was.reason}" if was.reason else ""
             raise UserError(f"{run.id} has ended ({was.name}{why}): resume {run.id} takes it up again")
@@ -94,14 +94,14 @@ def running(run: Run) -> tuple[Attempt, Note]:
         # Slurm may have begun it again already, while what stands there is still of the start before.
         if told is not None and told.restarts >= was.restarts:
             return attempt, told
-        words = _waits(was, run, attempt)
+        words = _waits(was, run, attempt, began)
         if words != said:
             print(words, file=sys.stderr, flush=True)
             said = words
         time.sleep(_EVERY)
 
 
-def _waits(was: State, run: Run, attempt: Attempt) -> str:
+def _waits(was: State, run: Run, attempt: Attempt, since: float) -> str:
     submitted: dict[str, Any] = attempt.submitted
     if was.name == RUNNING:
         far = run.progress
@@ -109,7 +109,8 @@ def _waits(was: State, run: Run, attempt: Attempt) -> str:
             return f"it has begun: {far['note']}, {10 * int(10 * far['done'] / far['total'])}%"
         return "it has begun, and Jupyter starts"
     words = f"{was.name}: {was.reason}" if was.reason else was.name
-    if submitted.get("executor") == "slurm" and (start := slurm.starts(str(submitted["job_id"]))):
+    on_slurm = submitted.get("executor") == "slurm"
+    if on_slurm and (start := slurm.starts(str(submitted["job_id"]), since)):
         words += f"; Slurm expects it to start at {time.strftime('%Y-%m-%d %H:%M', time.localtime(start))}"
     return words
 

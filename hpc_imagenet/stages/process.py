@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from hpc_imagenet import __version__
 from hpc_imagenet.archives import certificate, folders, meta_bin, shards, space
 from hpc_imagenet.archives.survey import Survey, forget, prepare, survey
@@ -107,19 +109,20 @@ def _commit(config: Config, folder: Path, seen: Survey) -> dict[str, Any]:
     """Make a dataset of what is there: indexes, meta.bin, certificate, and last the manifest."""
     images = _images(config, folder, seen)
     meta = meta_bin.encode(seen.devkit.names, seen.devkit.val_wnids)
-    # From here to the end it is not a dataset: what is bad about the archives was found before.
-    (folder / FILE).unlink(missing_ok=True)
-    for draft in folder.glob(".*.tmp"):  # of a try that was killed
-        draft.unlink()
-    splits = {split: _write_split(folder, split, of) for split, of in images.splits.items()}
-    files = [_write(folder / meta_bin.FILE, meta)]
-    if config.process.layout == "folders":
-        folders.finish(folder, seen, _identity(config, seen), meta)
-    manifest = _manifest(config, seen, images, splits, files, folder)
-    files += _certify(folder, manifest, images)
-    seen.require_unchanged()
-    forget(folder)
-    _manifest(config, seen, images, splits, files, folder).save(folder)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # one at a time, or it is whole of neither
+        # From here to the end it is not a dataset: what is bad about the archives was found before.
+        (folder / FILE).unlink(missing_ok=True)
+        for draft in folder.glob(".*.tmp"):  # of a try that was killed
+            draft.unlink()
+        splits = {split: _write_split(folder, split, of) for split, of in images.splits.items()}
+        files = [_write(folder / meta_bin.FILE, meta)]
+        if config.process.layout == "folders":
+            folders.finish(folder, seen, _identity(config, seen), meta)
+        manifest = _manifest(config, seen, images, splits, files, folder)
+        files += _certify(folder, manifest, images)
+        seen.require_unchanged()
+        forget(folder)
+        _manifest(config, seen, images, splits, files, folder).save(folder)
     counts = {split: of.images for split, of in splits.items()}
     return {
         "images": sum(counts.values()),

@@ -34,7 +34,6 @@ def healthy() -> dict[str, Any]:
                 "disks": {
                     "workspace": disk("/w", "nfs4"),
                     "cluster.scratch": disk("/scratch", "xfs"),
-                    "/dev/shm": disk("/dev/shm", "tmpfs"),
                 },
                 "peers": {"nodes": 1, "failed": []},
                 "memory": {"total": 512 * GB, "limit": 64 * 2.0**30, "slurm": 64 * 2.0**30},
@@ -90,7 +89,7 @@ def test_nothing_is_wrong_with_what_is_well() -> None:
     lines = judged(seen(healthy()))
     assert {line.mark for line in lines.values()} == {WELL}, lines
     assert list(lines) == [
-        *("workspace", "python", "packages", "cores", "memory", "GPUs", "scratch", "/dev/shm"),
+        *("workspace", "python", "packages", "cores", "memory", "GPUs", "scratch"),
         *("internet", "clocks", "network"),
     ]
     assert not any(line.mend for line in lines.values())
@@ -180,10 +179,6 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str, str, tuple[str, ..
     "scratch is small": (
         nodes_told("disks / cluster.scratch", disk("/scratch", "xfs", 80 * GB)),
         *("scratch", UNSURE, ("155.0 GB",)),
-    ),
-    "no shared memory": (
-        nodes_told("disks / /dev/shm", disk("/dev/shm", "tmpfs", 64 * 10**6)),
-        *("/dev/shm", UNSURE, ("loader.workers=0",)),
     ),
     "no internet": (
         lambda told: told["reports"][0]["internet"].update(status=None, error="timed out"),

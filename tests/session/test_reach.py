@@ -22,7 +22,8 @@ ME = getpass.getuser()
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
     cluster = {"executor": "slurm", "login": "there"}
-    config = {"cluster": cluster, "stage": {"name": "session"}}
+    asked = {"time": 60, "gpus": None}
+    config = {"cluster": cluster, "session": asked, "stage": {"name": "session"}}
     run = Record(tmp_path).create("c0ffee00-session-ana", config, {"stage": "session"})
     keys.new_token(run.folder)
     return run

@@ -122,6 +122,18 @@ def test_from_within_an_allocation_and_from_elsewhere(cluster: LabDoor, lab: Lab
     assert (job["NumNodes"], job["NumCPUs"], job["CPUs/Task"]) == ("1", "1", "1")
 
 
+def test_a_cancelled_run_by_hand_leaves_its_allocation(cluster: LabDoor, lab: Lab, store: str) -> None:
+    words = [sys.executable, "-m", "hpc_imagenet", "model=squeezenet1_1", *SMALL, store, "cluster=here"]
+    inner = f"cd / && export HPC_IMAGENET_WORKSPACE={cluster.workspace}; {shlex.join(words)} recipe.epochs=50"
+    after = cluster.cwd / "after"
+    job = lab.sbatch(f"{inner}; echo $? > {after}; sleep 600", "--cpus-per-task=2")
+    eventually(lambda: bool(cluster.runs()) and bool(cluster.jobs()[0]["progress"].get("done")), 60)
+    cluster("cancel", cluster.runs()[0])
+    eventually(lambda: after.exists() and after.read_text() == "1\n")
+    assert cluster.states() == ["cancelled"]
+    assert (lab.job(job)["JobState"], lab.job(job)["Restarts"]) == ("RUNNING", "0")
+
+
 def test_the_cores_asked_for_reach_the_task(cluster: LabDoor, lab: Lab, store: str) -> None:
     note = cluster.workspace.parent / "cores"
     setup = f"cluster.setup=[\"srun --overlap sh -c 'echo $SLURM_CPUS_PER_TASK >> {note}'\"]"

@@ -7,12 +7,14 @@ import random
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import killing
 import pytest
 import torch
 from asking import ask, config_of, refused, run_of
+from filelock import FileLock, Timeout
 from pictures import encoded, jpeg
 from torchvision.datasets import imagenet
 
@@ -98,6 +100,27 @@ def test_index(tmp_path: Path, source: Path) -> None:
             label = images.read(i)[1]
             if split == "train":
                 assert images.name(i).startswith(f"{manifest.classes[label].wnid}_")
+
+
+def test_who_puts_the_dataset_together_is_alone(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = downloaded(tmp_path, small)
+    real, alone = {name: getattr(process, name) for name in ("_write_split", "_manifest")}, []
+
+    def look(name: str) -> Callable[..., object]:
+        def act(*arguments: object) -> object:
+            with pytest.raises(Timeout), FileLock(tmp_path / "datasets" / ".numbers.lock", timeout=0):
+                pass
+            alone.append(name)
+            return real[name](*arguments)
+
+        return act
+
+    for name in real:
+        monkeypatch.setattr(process, name, look(name))
+    ask(process, config)
+    assert alone == ["_write_split", "_write_split", "_manifest", "_manifest"]
 
 
 def test_content_has_a_fallback(tmp_path: Path, small: Path) -> None:
