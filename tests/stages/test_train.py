@@ -78,7 +78,7 @@ def test_more_images_a_step_than_there_are_is_told_before_anything_is_submitted(
 
 
 def test_without_a_datastore_it_says_which_stage_makes_one(tmp_path: Path, run: Run) -> None:
-    with pytest.raises(UserError, match="upload"):
+    with pytest.raises(UserError, match=r"\+stage=pipeline makes it"):
         train.run(config_of(tmp_path), run, World())
     assert list(run.folder.iterdir()) == []
 
