@@ -60,7 +60,7 @@ def run_to_step(stage: str, config: Config, run: Run, below: Path, last: int = 0
         the steps that were begun: less than `last` where the stage came to its end before.
     """
     child, steps = _start(stage, config, run, below, last)
-    child.join(60)
+    child.join(180)
     killed = bool(last) and steps.value == last
     if child.exitcode != (-signal.SIGKILL if killed else 0):
         raise RuntimeError(f"exit code {child.exitcode} at step {steps.value}")
@@ -80,7 +80,7 @@ def _start(stage: str, config: Config, run: Run, below: Path | None, last: int) 
     began, steps = _CONTEXT.Event(), _CONTEXT.Value("i", 0)
     child = _CONTEXT.Process(target=_run, args=(stage, config, run, began, steps, str(below), last))
     child.start()
-    if not began.wait(60):
+    if not began.wait(180):
         raise TimeoutError("the process did not begin")
     return child, steps
 

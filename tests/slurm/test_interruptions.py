@@ -14,7 +14,9 @@ from door import eventually
 from interruptions import Training, assert_the_same
 from lab import Lab, LabDoor
 
-KINDS = ("kill", "requeue", "warning", "preemption", "crash", "freeze")
+KINDS = ("crash", "freeze", "kill", "requeue", "warning", "preemption")
+
+pytestmark = pytest.mark.timeout(1800)  # the fixture's time counts as that of the first test
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +41,25 @@ def trainings(
     }
     for kind in KINDS:
         found[kind].wait_for_a_checkpoint()
-    found["kill"].signal(signal.SIGKILL, 1)
-    lab.scontrol("requeue", found["requeue"].job)
-    lab.slurm("scancel", "--signal=USR2", found["warning"].job)
-    lab.sbatch("sleep 1", "--partition=high", "--nodelist=n2", "--exclusive")
-    lab.crash("n3")
-    # A node that stands still and is cut off: Slurm takes it for dead and starts the job elsewhere.
-    frozen = found["freeze"].signal(signal.SIGSTOP, 0, 1)
-    assert len(frozen) == 2
-    lab.cut("n4")
+        if kind == "crash":
+            lab.crash("n3")
+        elif kind == "freeze":
+            # A node that stands still and is cut off: Slurm takes it for dead and starts the job elsewhere.
+            frozen = found["freeze"].signal(signal.SIGSTOP, 0, 1)
+            assert len(frozen) == 2
+            lab.cut("n4")
+        elif kind == "kill":
+            assert len(found["kill"].signal(signal.SIGKILL, 1)) == 1
+        elif kind == "requeue":
+            lab.scontrol("requeue", found["requeue"].job)
+        elif kind == "warning":
+            lab.slurm("scancel", "--signal=USR2", found["warning"].job)
+        else:
+            lab.sbatch("sleep 1", "--partition=high", "--nodelist=n2", "--exclusive")
     lab.lose("n3")
     lab.lose("n4")
     for kind in ("crash", "freeze"):
-        eventually(lambda kind=kind: lab.job(found[kind].job)["Restarts"] == "1", 60)
+        eventually(lambda kind=kind: lab.job(found[kind].job)["Restarts"] == "1", 120)
         lab.scontrol("update", f"jobid={found[kind].job}", "reqnodelist=n2")  # not only where it was
     # Both copies at once: the old one wakes when the new one has begun.
     found["freeze"].wait_for_a_checkpoint(restarts=1)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from servers import free_port
 
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.store import Store
@@ -66,7 +66,7 @@ def results(result: dict[str, Any]) -> tuple[float, float, float]:
 def tasks(store: Store, run: Run, size: int = 1, **setting: Any) -> list[subprocess.Popen[str]]:
     """One training on `size` ranks; `python tests/training/task.py` is one rank."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    port = 20_000 + random.SystemRandom().randrange(10_000)
+    port = free_port()
     return [
         subprocess.Popen(
             [
