@@ -125,6 +125,13 @@ def eventually(
         time.sleep(0.1)
 
 
+def lives(pid: int) -> bool:
+    """Whether a process is there; not one that has ended and whose parent has not looked yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 class Gate:
     """An HTTP server that holds every request until it is opened: jobs that download from it wait."""
 
