@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,6 +11,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from forked import CONTEXT
+
 from hpc_imagenet.config import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Run
@@ -19,10 +20,6 @@ from hpc_imagenet.stages import download, process
 from hpc_imagenet.world import World
 
 _STAGES = {"download": download, "process": process}
-
-# Forked from a server without threads that has torch and the rest imported: a start takes milliseconds.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([*(stage.__name__ for stage in _STAGES.values()), "scipy.io"])
 
 # What Python tells its audit hooks about files and folders that are made, opened, renamed or removed.
 _STEPS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink")
@@ -77,8 +74,8 @@ def snapshot(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:
 
 
 def _start(stage: str, config: Config, run: Run, below: Path | None, last: int) -> tuple[BaseProcess, Any]:
-    began, steps = _CONTEXT.Event(), _CONTEXT.Value("i", 0)
-    child = _CONTEXT.Process(target=_run, args=(stage, config, run, began, steps, str(below), last))
+    began, steps = CONTEXT.Event(), CONTEXT.Value("i", 0)
+    child = CONTEXT.Process(target=_run, args=(stage, config, run, began, steps, str(below), last))
     child.start()
     if not began.wait(180):
         raise TimeoutError("the process did not begin")
