@@ -83,6 +83,7 @@ def test_a_sweep_is_a_run_a_combination_and_can_be_cancelled(python: Door, gate:
     sweep[0].cancel()
 
 
+@pytest.mark.slow
 def test_a_result_is_what_the_stage_returned(python: Door, tmp_path: Path) -> None:
     (run,) = hpc_imagenet.submit("+stage=download dataset=digits cluster=local wait=true")
     assert run.state() == "finished"
@@ -119,6 +120,7 @@ VERB = {
 }
 
 
+@pytest.mark.slow
 def test_every_verb_says_the_same_from_python(python: Door) -> None:
     for stage in ("download", "process"):
         python(f"+stage={stage}", "dataset=digits", "cluster=here")

@@ -58,6 +58,7 @@ def test_a_dataset_may_choose_its_recipe_and_the_user_has_the_last_word() -> Non
     assert one("recipe=standard90", "dataset=digits").recipe == one().recipe
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(
     models=st.lists(st.sampled_from(["resnet18", "resnet50", "vgg11"]), min_size=1, max_size=2, unique=True),

@@ -97,6 +97,7 @@ def test_an_unreadable_image_is_one_line(config, tiny: Store, tmp_path: Path) ->
     assert train(asked, Store(tmp_path / "v1"), run)["skipped"] == 1
 
 
+@pytest.mark.slow
 def test_a_step_in_parts_is_the_same_step(
     config, tiny: Store, tmp_path: Path, signal_at, monkeypatch
 ) -> None:

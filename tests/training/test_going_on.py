@@ -170,6 +170,7 @@ def test_a_checkpoint_of_another_training_is_refused(config, tiny: Store, tmp_pa
     assert saved(run)["global_step"] == before["global_step"]
 
 
+@pytest.mark.slow
 def test_too_little_memory_names_the_parts_that_would_fit(
     config, tiny: Store, tmp_path: Path, whole, monkeypatch
 ) -> None:

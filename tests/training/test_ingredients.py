@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_going_on_changes_nothing_with_any_ingredient(
     name, config, tiny: Store, tmp_path: Path, whole, signal_at, monkeypatch
@@ -116,6 +117,7 @@ def test_before_the_first_update_the_weights_themselves_are_judged(
     assert results(train(asked, tiny, begin(tmp_path / "run"))) == results(plain)
 
 
+@pytest.mark.slow
 def test_a_probe_trains_nothing_but_the_classifier(
     config, tiny: Store, tmp_path: Path, signal_at, monkeypatch
 ) -> None:
