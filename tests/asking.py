@@ -36,7 +36,7 @@ def config_of(
     config = copy.deepcopy(_composed())
     config.workspace, config.dataset.source, config.dataset.make = str(workspace), str(source), make
     config.dataset.hint = "the hint"
-    config.download.retries, config.download.timeout = 0, 5
+    config.download.retries, config.download.timeout = 0, 60
     config.process.layout, config.process.workers = layout, 1
     for split, values in pins.items():
         for field, value in values.items():

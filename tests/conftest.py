@@ -16,6 +16,9 @@ from hypothesis import settings
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
+# Other programs' complaints are compared with what they say in English.
+os.environ["LC_ALL"] = "C.UTF-8"
+
 # Threads that wait by spinning make a training many times slower beside other work. Read with torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

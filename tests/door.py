@@ -82,7 +82,7 @@ class Door:
     def states(self) -> list[str]:
         return [row["state"] for row in self.jobs()]
 
-    def until(self, *states: str, seconds: float = 60) -> list[dict[str, Any]]:
+    def until(self, *states: str, seconds: float = 120) -> list[dict[str, Any]]:
         """Wait until the jobs, oldest first, have these states."""
         rows: list[dict[str, Any]] = []
         eventually(
@@ -92,25 +92,28 @@ class Door:
         )
         return rows
 
-    def processes(self) -> list[psutil.Process]:
-        """Return every process that works for this workspace."""
+    def processes(self, word: str = "") -> list[psutil.Process]:
+        """Return every process that works for this workspace, of those with `word` in their command."""
         found = []
         for process in psutil.process_iter(["pid"]):
             with contextlib.suppress(psutil.Error):
-                if str(self.workspace) in " ".join(process.cmdline()):
+                command = " ".join(process.cmdline())
+                if str(self.workspace) in command and word in command:
                     found.append(process)
         return found
 
     def close(self) -> None:
-        for _ in range(3):  # a worker may start one more while it is being ended
-            for process in self.processes():
+        for _ in range(100):  # a worker may start one more while it is being ended
+            if not (found := self.processes()):
+                return
+            for process in found:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             time.sleep(0.05)
 
 
 def eventually(
-    true: Callable[[], bool], seconds: float = 30, again: Callable[[], object] = lambda: None
+    true: Callable[[], bool], seconds: float = 60, again: Callable[[], object] = lambda: None
 ) -> None:
     """Return as soon as `true()`; fail after `seconds`, which bounds a wait and measures nothing."""
     end = time.monotonic() + seconds
@@ -120,6 +123,13 @@ def eventually(
             return
         assert time.monotonic() < end, "it did not come to that"
         time.sleep(0.1)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there; not one that has ended and whose parent has not looked yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 class Gate:
@@ -138,7 +148,7 @@ class Gate:
                 name = self.path.strip("/").split("/")[0]
                 if name not in gate.waiting:
                     gate.waiting.append(name)
-                gate.open.wait(60)
+                gate.open.wait(110)
                 self.send_error(404)
 
             do_HEAD = do_GET
@@ -148,7 +158,7 @@ class Gate:
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:

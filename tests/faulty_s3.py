@@ -83,7 +83,7 @@ def proxy(endpoint: str, faults: Faults) -> Iterator[str]:
         request_queue_size = 64
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:

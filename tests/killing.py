@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,6 +11,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from forked import CONTEXT
+
 from hpc_imagenet.config import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Run
@@ -19,10 +20,6 @@ from hpc_imagenet.stages import download, process
 from hpc_imagenet.world import World
 
 _STAGES = {"download": download, "process": process}
-
-# Forked from a server without threads that has torch and the rest imported: a start takes milliseconds.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([*(stage.__name__ for stage in _STAGES.values()), "scipy.io"])
 
 # What Python tells its audit hooks about files and folders that are made, opened, renamed or removed.
 _STEPS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink")
@@ -60,7 +57,7 @@ def run_to_step(stage: str, config: Config, run: Run, below: Path, last: int = 0
         the steps that were begun: less than `last` where the stage came to its end before.
     """
     child, steps = _start(stage, config, run, below, last)
-    child.join(60)
+    child.join(180)
     killed = bool(last) and steps.value == last
     if child.exitcode != (-signal.SIGKILL if killed else 0):
         raise RuntimeError(f"exit code {child.exitcode} at step {steps.value}")
@@ -77,10 +74,10 @@ def snapshot(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:
 
 
 def _start(stage: str, config: Config, run: Run, below: Path | None, last: int) -> tuple[BaseProcess, Any]:
-    began, steps = _CONTEXT.Event(), _CONTEXT.Value("i", 0)
-    child = _CONTEXT.Process(target=_run, args=(stage, config, run, began, steps, str(below), last))
+    began, steps = CONTEXT.Event(), CONTEXT.Value("i", 0)
+    child = CONTEXT.Process(target=_run, args=(stage, config, run, began, steps, str(below), last))
     child.start()
-    if not began.wait(60):
+    if not began.wait(180):
         raise TimeoutError("the process did not begin")
     return child, steps
 

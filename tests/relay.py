@@ -41,7 +41,7 @@ class Relay:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Relay]:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield self
         finally:

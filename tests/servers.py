@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -26,15 +27,24 @@ SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin") or shutil.which("s
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+    """Return a port for a server that binds it later, and that nobody takes meanwhile.
+
+    It is below those that the kernel hands out and above those that the package takes, and another process
+    of these tests takes others.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8
+    while True:
+        port = random.SystemRandom().randrange(30_000 + worker, 32_768, 8)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
-def wait_for(port: int) -> None:
-    deadline = time.monotonic() + 30
+def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise ChildProcessError(f"{server.args} ended with exit code {server.returncode}")
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
             return
         time.sleep(0.05)
@@ -47,7 +57,7 @@ def running(command: list[str], port: int, **env: str) -> Iterator[None]:
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **env}
     )
     try:
-        wait_for(port)
+        wait_for(port, server)
         yield
     finally:
         server.terminate()
@@ -160,4 +170,4 @@ def sshd(folder: Path, relay: Relay | None = None) -> Iterator[str]:
             yield shell
         finally:
             subprocess.run([*shell.split(), "-q", "-O", "exit", "there"], capture_output=True, check=False)
-            shutil.rmtree(short)
+            shutil.rmtree(short, ignore_errors=True)  # ssh takes its socket away meanwhile

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from door import Door, eventually
 
+from hpc_imagenet import local
 from hpc_imagenet.__main__ import main
 from hpc_imagenet.runs import Record
 
@@ -227,6 +228,7 @@ def test_any_stage_killed_at_any_moment_is_finished_by_asking_again(finished: Do
     words = ("+stage=pipeline", *DIGITS, *QUICK)
     try:
         for _ in range(8):
+            killed = []
             door(*words)
             eventually(lambda: "running" in door.states() or set(door.states()) == {"finished"})
             # Most of a short job's life is Python's start; the kill lands anywhere in it.
@@ -236,6 +238,9 @@ def test_any_stage_killed_at_any_moment_is_finished_by_asking_again(finished: Do
                 if attempt and "pid" in attempt.started and not attempt.outcome:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         psutil.Process(attempt.started["pid"]).kill()
+                        killed.append(attempt)
+            # Who has started it lives a moment longer, and who asks meanwhile is told that it runs.
+            eventually(lambda killed=killed: not any(map(local.alive, killed)))
         door(*words, "wait=true")
         rows = door.jobs()
         assert {row["state"] for row in rows} == {"finished"}

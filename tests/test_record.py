@@ -270,7 +270,7 @@ def test_rows_and_leaderboard(tmp_path: Path) -> None:
     assert "1:15" in drawn.get()
 
 
-def test_a_thousand_runs_are_listed_in_one_pass(tmp_path: Path) -> None:
+def test_a_thousand_runs_are_listed_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = Record(tmp_path)
     first = made(record)
     attempt = first.new_attempt()
@@ -280,4 +280,12 @@ def test_a_thousand_runs_are_listed_in_one_pass(tmp_path: Path) -> None:
         (folder / "attempts" / "1").mkdir(parents=True)
         for name in ("run.json", "attempts/1/outcome.json"):
             (folder / name).hardlink_to(first.folder / name)
+    looked: list[Path] = []
+
+    def watched(real: Callable[[Path], object]) -> Callable[[Path], object]:
+        return lambda path: looked.append(Path(path)) or real(path)
+
+    monkeypatch.setattr(os, "listdir", watched(os.listdir))
+    monkeypatch.setattr(os, "scandir", watched(os.scandir))
     assert len(table.rows(record.all())) == 1000
+    assert looked.count(record.folder) == 1

@@ -261,7 +261,7 @@ class Machine:
         process.returncode = 0  # reap() waits for it, not subprocess
         return True
 
-    def _await(self, name: str, ready: Callable[[], bool], seconds: float = 20) -> None:
+    def _await(self, name: str, ready: Callable[[], bool], seconds: float = 60) -> None:
         """Wait for a daemon.
 
         Raises:

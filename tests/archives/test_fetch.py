@@ -310,10 +310,10 @@ def test_missing_on_the_server(target: Path, tmp_path: Path) -> None:
 
 def test_nobody_there(target: Path) -> None:
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
+        unused.bind(("127.0.0.1", 0))  # and kept: nobody else takes it
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    fetch = Fetch(url, target, retries=99)
-    told = fetch.refused()
+        fetch = Fetch(url, target, retries=99)
+        told = fetch.refused()
     assert "Connection refused" in told
     assert "dataset.source" in told
     assert HINT in told

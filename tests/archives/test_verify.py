@@ -97,21 +97,20 @@ HARMS = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "harm", "words"), HARMS)
-def test_names_what_is_wrong(copied, layout: str, harm, words: str) -> None:  # type: ignore[no-untyped-def]
-    folder = copied(layout)
-    harm(folder)
-    wrong = look(folder).wrong
-    assert any(words in line for line in wrong), wrong
-    assert not any("\n" in line for line in wrong)
+SEEN_AT_ONCE = (1, 3, 4, 5, 6, 8, 10, 11, 13)  # without reading an image
 
 
-@pytest.mark.parametrize("number", [1, 3, 4, 5, 6, 8, 10, 11, 13])
-def test_much_is_seen_without_reading_an_image(copied, number: int) -> None:  # type: ignore[no-untyped-def]
-    layout, harm, words = HARMS[number]
+@pytest.mark.parametrize(
+    ("layout", "harm", "words", "at_once"),
+    [(*harm, number in SEEN_AT_ONCE) for number, harm in enumerate(HARMS)],
+)
+def test_names_what_is_wrong(copied, layout: str, harm, words: str, at_once: bool) -> None:  # type: ignore[no-untyped-def]
     folder = copied(layout)
     harm(folder)
-    assert any(words in line for line in look(folder, quick=True).wrong)
+    for quick in {False, at_once}:
+        wrong = look(folder, quick=quick).wrong
+        assert any(words in line for line in wrong), wrong
+        assert not any("\n" in line for line in wrong)
 
 
 def test_an_index_that_leads_elsewhere_is_seen_at_once(copied: Callable[[str], Path]) -> None:

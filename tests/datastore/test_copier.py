@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from door import eventually
+from door import eventually, lives
 from sample_dataset import make_dataset
 
 from hpc_imagenet.config import Datastore
@@ -40,9 +41,12 @@ def silent(done: int) -> None:
 
 
 def children() -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process().children() if "hpc_imagenet.datastore.copier" in child.cmdline()
-    ]
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "hpc_imagenet.datastore.copier" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def test_it_copies_hashes_and_says_what_is_wrong(home: Path, shard: File, tmp_path: Path) -> None:
@@ -73,7 +77,7 @@ def test_one_that_was_killed_is_told_and_another_takes_its_place(
         copier.bring(shard, tmp_path / "copy", silent)
         (child,) = children()
         child.send_signal(signal.SIGSTOP)
-        killer = threading.Timer(0.2, child.kill)
+        killer = threading.Timer(1, child.kill)
         killer.start()
         with pytest.raises(UserError, match=r"has ended \(exit code -9\)"):
             copier.bring(shard, tmp_path / "second", silent)
@@ -133,5 +137,5 @@ def gone_after(order: str, home: Path, shard: File, tmp_path: Path) -> str:
         )
     assert told.returncode == -signal.SIGKILL
     pid = int(told.stdout.split()[-1])
-    eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    eventually(lambda: not lives(pid))
     return (tmp_path / "errors").read_text()

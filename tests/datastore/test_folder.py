@@ -253,11 +253,14 @@ with Folder(pathlib.Path({str(tmp_path)!r})).turn("upload.lock", print):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout
         assert holder.stdout.readline() == b"mine\n"
-        timer = threading.Timer(0.3, holder.kill)
-        timer.start()
-        with Folder(tmp_path).turn("upload.lock", lambda: waited.append(True)):
+
+        def wait() -> None:
+            waited.append(True)
+            threading.Timer(0.3, holder.kill).start()
+
+        with Folder(tmp_path).turn("upload.lock", wait):
             assert waited == [True]
-            assert holder.wait(timeout=10) == -9
+            assert holder.wait(timeout=60) == -9
 
 
 def files(target: Path) -> list[str]:

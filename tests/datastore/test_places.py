@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -91,8 +90,7 @@ def test_files_arrive_whole_and_are_kept(place: Place, tmp_path: Path, algorithm
     assert send(place, pieces[:2]) == Sent(copied=sum(each.file.bytes for each in pieces[:2]))
     again = send(place, pieces)
     assert again.total == total
-    if "rclone" not in str(os.environ.get("AWS_ENDPOINT_URL")):
-        assert again.kept >= pieces[1].file.bytes
+    assert again.kept >= pieces[1].file.bytes
     assert send(place, pieces).kept >= sum(each.file.bytes for each in pieces if each.file.bytes <= 1 << 20)
     assert {name: found.bytes for name, found in place.files("a/v1").items() if name != "upload.json"} == {
         each.file.path: each.file.bytes for each in pieces
@@ -189,8 +187,3 @@ def test_one_of_several_gets_a_number(place: Place) -> None:
         pytest.skip("the server has no conditional writes; uploads find out when they commit")
     assert len(won) == 1
     assert place.read(["a/v1/upload.json"]) == {"a/v1/upload.json": b"of %d" % won[0]}
-
-
-def test_the_host_is_another(where: tuple[str, str]) -> None:
-    if where[0] == "ssh":
-        assert subprocess.run([*where[1].split(), "there", "true"], check=False).returncode == 0

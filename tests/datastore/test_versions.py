@@ -205,7 +205,7 @@ def test_of_claims_at_once_each_content_gets_its_own_number(url: str) -> None:
     processes = [context.Process(target=take, args=(content,)) for content in contents]
     for process in processes:
         process.start()
-    pairs = {results.get(timeout=30) for _ in range(5 * len(contents))}
+    pairs = {results.get(timeout=120) for _ in range(5 * len(contents))}
     for process in processes:
         process.join()
     assert len(pairs) == 6

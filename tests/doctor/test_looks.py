@@ -25,7 +25,7 @@ def server() -> Iterator[str]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/data"
     server.shutdown()
     server.server_close()
@@ -36,14 +36,15 @@ def test_a_server_that_has_nothing_is_reached_all_the_same(server: str) -> None:
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens, and nobody else takes it
         port = closed.getsockname()[1]
-    found = probe.internet(f"http://127.0.0.1:{port}/")
-    assert (found["status"], found["error"]) == (None, "Connection refused")
-    # A proxy is asked instead; its password is shown nowhere.
-    monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{port}")
-    monkeypatch.setenv("no_proxy", "")
-    found = probe.internet("http://image-net.org/")
+        found = probe.internet(f"http://127.0.0.1:{port}/")
+        assert (found["status"], found["error"]) == (None, "Connection refused")
+        # A proxy is asked instead; its password is shown nowhere.
+        monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{port}")
+        monkeypatch.setenv("no_proxy", "")
+        found = probe.internet("http://image-net.org/")
     assert found["proxy"] == "127.0.0.1"
     assert found["error"] == "Connection refused"
     assert "secret" not in str(found)

@@ -24,7 +24,8 @@ def lab() -> Iterator[Lab]:
     """A lab of this session's own, gone when it ends."""
     folder = Path(tempfile.mkdtemp(prefix="lab-"))  # short: it holds sockets
     try:
-        yield Lab(folder)
+        # As on other clusters: who is told to end has the time to save, however busy this machine is.
+        yield Lab(folder, "KillWait=30")
     finally:
         subprocess.run([LAB, "--dir", folder, "down"], check=False)
         shutil.rmtree(folder, ignore_errors=True)

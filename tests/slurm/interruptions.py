@@ -50,12 +50,12 @@ class Training:
     def wait_for_a_checkpoint(self, restarts: int = 0) -> None:
         """Return when this start of the job (0 is the first) has saved something."""
         last = self.folder / "checkpoints/last.ckpt"
-        before = last.stat().st_mtime_ns if last.exists() else 0
+        before = last.stat().st_mtime_ns if restarts and last.exists() else 0
         eventually(
             lambda: (
                 self.holder.get("restarts") == restarts and last.exists() and last.stat().st_mtime_ns > before
             ),
-            120,
+            400,  # all that train on this machine import torch at a time
         )
 
     def tasks(self) -> list[psutil.Process]:
@@ -78,7 +78,7 @@ class Training:
             task.send_signal(number)
         return hit
 
-    def until_finished(self, seconds: float = 300) -> dict[str, Any]:
+    def until_finished(self, seconds: float = 900) -> dict[str, Any]:
         """Wait for the end, which must be a good one."""
         eventually(lambda: self.row["state"] not in ("queued", "running"), seconds)
         row = self.row

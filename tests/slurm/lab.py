@@ -40,7 +40,7 @@ class Lab:
         }
 
     def command(
-        self, *words: str, code: int | None = 0, seconds: float = 90
+        self, *words: str, code: int | None = 0, seconds: float = 180
     ) -> subprocess.CompletedProcess[str]:
         """Run `slurm/lab/lab WORDS` on this lab."""
         command = [str(LAB), "--dir", str(self.folder), *words]
@@ -49,7 +49,7 @@ class Lab:
         return done
 
     def login(
-        self, *words: str, code: int | None = 0, seconds: float = 90
+        self, *words: str, code: int | None = 0, seconds: float = 180
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the login node, which is in the nodes' network."""
         return self.command("login", *words, code=code, seconds=seconds)
@@ -123,7 +123,7 @@ class Lab:
             str(there.fileno()),
         ]
         with here, there:
-            subprocess.run(command, pass_fds=[there.fileno()], check=True, timeout=30)
+            subprocess.run(command, pass_fds=[there.fileno()], check=True, timeout=60)
             return socket.socket(fileno=socket.recv_fds(here, 1, 1)[1][0])
 
     def calm(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from door import Gate, eventually
+from door import eventually
 from lab import LAB, Lab, LabDoor
 
 from hpc_imagenet.durable import read_json
@@ -27,7 +27,7 @@ def job_id(row: dict[str, Any]) -> str:
     return str((read_json(Path(row["dir"]) / "attempts/1/submitted.json") or {})["job_id"])
 
 
-def told(door: LabDoor, *states: str, seconds: float = 120) -> list[dict[str, Any]]:
+def told(door: LabDoor, *states: str, seconds: float = 300) -> list[dict[str, Any]]:
     return door.until(*states, seconds=seconds)
 
 
@@ -54,7 +54,7 @@ def test_a_sweep_is_one_array_and_outlives_the_terminal(cluster: LabDoor, store:
                 len(cluster.runs()) == 2
                 and all(row["reason"] != "is being submitted" for row in cluster.jobs())
             ),
-            60,
+            120,
         )
     finally:
         os.killpg(terminal.pid, signal.SIGHUP)
@@ -116,7 +116,7 @@ def test_from_within_an_allocation_and_from_elsewhere(cluster: LabDoor, lab: Lab
     inner = f"cd / && export HPC_IMAGENET_WORKSPACE={cluster.workspace} && {shlex.join(words)}"
     # The outer job has 2 tasks of 3 CPUs on 2 nodes; the inner one must know nothing of it.
     lab.sbatch(inner, "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=3")
-    eventually(lambda: bool(cluster.runs()), 30)
+    eventually(lambda: bool(cluster.runs()), 120)
     (row,) = told(cluster, "finished")
     job = lab.job(job_id(row))
     assert (job["NumNodes"], job["NumCPUs"], job["CPUs/Task"]) == ("1", "1", "1")
@@ -147,7 +147,7 @@ def test_the_cores_asked_for_reach_the_task(cluster: LabDoor, lab: Lab, store: s
     )
 
 
-def test_states_and_their_reasons(cluster: LabDoor, lab: Lab, gate: tuple[Gate, str]) -> None:
+def test_states_and_their_reasons(cluster: LabDoor, lab: Lab) -> None:
     words = ("+stage=download", "dataset=ilsvrc", "dataset.source=/nowhere")
     cluster(*words, "dataset.name=waits", "+cluster.sbatch.begin=now+1hour")
     cluster(*words, "dataset.name=breaks", "cluster.setup=[exit 3]")
@@ -179,7 +179,7 @@ def test_what_squeue_has_forgotten_is_known_to_sacct(cluster: LabDoor, lab: Lab)
     (stubs / "squeue").write_text("#!/bin/sh\nexit 0\n")
     (stubs / "squeue").chmod(0o755)
     cluster.env["PATH"] = f"{stubs}:{cluster.env['PATH']}"
-    eventually(lambda: cluster.jobs()[0]["reason"] == "Slurm: failed (exit code 3:0)", 30)
+    eventually(lambda: cluster.jobs()[0]["reason"] == "Slurm: failed (exit code 3:0)")
 
 
 def test_dry_run_asks_when_it_would_start(cluster: LabDoor) -> None:
@@ -200,20 +200,22 @@ def test_a_partition_that_is_not_there_is_one_line(cluster: LabDoor) -> None:
     assert "nowhere" in told
 
 
-def test_a_killed_submission_is_still_known(cluster: LabDoor, lab: Lab, gate: tuple[Gate, str]) -> None:
+def test_a_killed_submission_is_still_known(cluster: LabDoor, lab: Lab) -> None:
     """The command dies between sbatch and its note; the job notes for itself who runs it."""
-    cluster("+stage=download", "dataset=digits")
+    cluster("+stage=download", "dataset=digits", "+cluster.sbatch.hold=true")
     (row,) = cluster.jobs()
-    note = Path(row["dir"]) / "attempts/1/submitted.json"
+    job, note = job_id(row), Path(row["dir"]) / "attempts/1/submitted.json"
     note.unlink()
+    lab.scontrol("release", job)
     told(cluster, "finished")
     assert (read_json(note) or {}).get("executor") == "slurm"
+    assert job_id(row) == job
 
 
 def test_a_requeued_job_with_no_requeue_left(cluster: LabDoor, lab: Lab, store: str) -> None:
     cluster("model=squeezenet1_1", *SMALL, store, "cluster.max_requeues=0", "recipe.epochs=50")
     (row,) = cluster.jobs()
-    eventually(lambda: bool(cluster.jobs()[0]["progress"].get("done")), 60)
+    eventually(lambda: bool(cluster.jobs()[0]["progress"].get("done")), 240)
     lab.scontrol("requeue", job_id(row))
     (row,) = told(cluster, "failed")
     assert "cluster.max_requeues=0" in row["reason"]
@@ -247,7 +249,7 @@ def test_the_templates_are_a_pipeline(cluster: LabDoor, lab: Lab) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 4
-    eventually(lambda: cluster.states() == ["finished"] * 5, 180)
+    eventually(lambda: cluster.states() == ["finished"] * 5, 400)
     rows = cluster.jobs()
     assert [row["stage"] for row in rows] == ["download", "process", "upload", "train", "train"]
     assert {row["model"] for row in rows[3:]} == {"squeezenet1_1", "mobilenet_v3_small"}
@@ -268,13 +270,22 @@ def test_out_of_memory_is_told_and_not_tried_again(tmp_path: Path, site: LabDoor
     """On a lab that enforces memory, which needs root and cgroups of the first version."""
     folder = Path(tempfile.mkdtemp(prefix="lab-"))
     try:
-        door = LabDoor(tmp_path / "workspace", Lab(folder, more=("--memory",)))
+        lab = Lab(folder, more=("--memory",))
+        door = LabDoor(tmp_path / "workspace", lab)
         url = f"datastore.url={site.workspace}/datastores"
         door("model=squeezenet1_1", *SMALL, url, "cluster.memory_gb=0.25")
+        greedy = f"exec {sys.executable} -c 'bytearray(400_000_000)'"
+        job, step = lab.sbatch(greedy, "--mem=100M"), lab.sbatch(f"srun {greedy[5:]}", "--mem=100M")
         (row,) = told(door, "failed")
         assert row["reason"].startswith("out of memory on the node: raise cluster.memory_gb")
         assert row["requeued"] == 0
+        eventually(lambda: lab.told(job) == "OUT_OF_MEMORY")
+        eventually(lambda: lab.told(step) not in ("", "PENDING", "RUNNING"))
+        steps = lab.slurm("sacct", "--noheader", f"--jobs={step}.0", "--format=State%30")
+        assert steps.strip() == "OUT_OF_MEMORY"  # of the job itself Slurm then says FAILED
         door.close()
+        lab.command("down")
+        assert not list(Path("/sys/fs/cgroup/memory").glob("slurm_n*"))
     finally:
         subprocess.run([LAB, "--dir", folder, "down"], check=False)
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ import killing
 import psutil
 import pytest
 from asking import ask, run_of
-from door import eventually
+from door import eventually, lives
 from test_process import dataset, downloaded, made, write_small
 
 from hpc_imagenet.config import Config
@@ -142,16 +142,16 @@ def test_workers_of_a_killed_job_end_with_it(tmp_path: Path, small: Path) -> Non
     config = asked(tmp_path / "killed", small, "shards")
     config.process.workers = 2
     child = killing.start("process", config, run_of(config))
-    workers: list[psutil.Process] = []
-    eventually(lambda: len(workers) >= 2, again=lambda: workers.extend(children(child.pid or 0)))
+    workers: set[int] = set()
+    eventually(lambda: len(workers) >= 2, again=lambda: workers.update(children(child.pid or 0)))
     assert killing.kill_after(child, 0)
-    eventually(lambda: not any(worker.is_running() for worker in workers))
+    eventually(lambda: not any(map(lives, workers)))
     ask(process, config)
     assert made(config) == made(whole)
 
 
-def children(pid: int) -> list[psutil.Process]:
+def children(pid: int) -> list[int]:
     try:
-        return psutil.Process(pid).children(recursive=True)
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
+import socket
 import subprocess
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +45,11 @@ def opens(url: str) -> int:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def closed(url: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", urllib.parse.urlsplit(url).port)) == errno.ECONNREFUSED
 
 
 def api(url: str, path: str = "/api/contents") -> str:
@@ -81,6 +89,7 @@ def test_a_session_is_reached_paused_and_resumed_with_other_settings(door: Door,
     assert token in url
     assert (folder / "token").stat().st_mode & 0o777 == 0o600
     written = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    written = [path for path in written if path.suffix != ".tmp"]  # which come and go
     assert [path for path in written if token.encode() in path.read_bytes()] == [folder / "token"]
     for words in (["jobs"], ["jobs", "--json"], ["logs", run]):
         assert token not in door(*words).stdout
@@ -99,7 +108,8 @@ def test_a_session_is_reached_paused_and_resumed_with_other_settings(door: Door,
     assert door.states()[4:] == ["running", "finished"]
 
     with mock.patch.dict(os.environ, door.env, clear=True):
-        assert hpc_imagenet.verb("connect", "ana") == door("connect", "ana").stdout
+        # The minutes that are left may go by between the two.
+        eventually(lambda: hpc_imagenet.verb("connect", "ana") == door("connect", "ana").stdout)
         assert hpc_imagenet.submit(" ".join([*ASK, "wait=true"]))[0].id == run  # it waits for no end
 
     assert "under way already" in door(*ASK).stdout
@@ -107,7 +117,7 @@ def test_a_session_is_reached_paused_and_resumed_with_other_settings(door: Door,
     assert door("pause", "ana").stdout.startswith("paused")
     row = now()
     assert (row["state"], row["reason"]) == ("cancelled", "paused: resume goes on")
-    eventually(lambda: not [p for p in door.processes() if "jupyter_server" in p.cmdline()])
+    eventually(lambda: closed(url))
     assert "has ended" in door("connect", run, code=2).stderr
 
     far = ("session.time=5", bucket, f"cluster.scratch={door.cwd}/scratch")
@@ -119,8 +129,8 @@ def test_a_session_is_reached_paused_and_resumed_with_other_settings(door: Door,
     assert Store(brought).manifest.images == 1797
     assert not [path for path in brought.rglob("*") if path.is_file() and path.stat().st_mode & 0o222]
     eventually(lambda: "mind" in door("connect", run).stdout)
-    assert "this session ends in 5 minutes" in door("connect", run).stdout
-    eventually(lambda: now()["progress"]["note"].startswith("ends soon: 0:04 h left"))
+    assert re.search(r"this session ends in [1-5] minutes?, at ", door("connect", run).stdout)
+    eventually(lambda: bool(re.match(r"ends soon: 0:0[0-4] h left", now()["progress"]["note"])))
     assert (folder / "notebooks/mine.txt").read_text() == "kept"
     assert (folder / "notebooks/prototype.ipynb").read_text() == "{}"
     assert browser(told) != url

@@ -234,7 +234,7 @@ def together(tasks: list[Callable[[], Any]]) -> list[Any]:
     processes = [fork.Process(target=work, args=(number,)) for number in range(len(tasks))]
     for process in processes:
         process.start()
-    results = dict(queue.get(timeout=30) for _ in tasks)
+    results = dict(queue.get(timeout=120) for _ in tasks)
     for process in processes:
         process.join()
     return [results[number] for number in range(len(tasks))]

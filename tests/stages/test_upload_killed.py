@@ -23,7 +23,7 @@ fork = multiprocessing.get_context("fork")  # so that it inherits what a fixture
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.timeout(60 + 60 * KILLS)
+@pytest.mark.timeout(600 + 60 * KILLS)
 def test_killed_at_any_moment_it_goes_on(remote_house: House, url: str, tmp_path: Path) -> None:
     house, seed = remote_house, random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
@@ -33,13 +33,18 @@ def test_killed_at_any_moment_it_goes_on(remote_house: House, url: str, tmp_path
     needs = time.monotonic() - begin
     assert versions.complete(url, "whole") == [1]
     cut = kept = 0
-    for number in range(KILLS):
+    for number in range(10 * KILLS):
+        if cut and number >= KILLS:
+            break
         name = f"digits-{number}"
         child = start(house, url, name)
         time.sleep(moments.uniform(0, 0.8 * needs))
         child.kill()
         child.join()
-        cut += child.exitcode == -signal.SIGKILL
+        if child.exitcode == -signal.SIGKILL:
+            cut += 1
+        else:  # the first had to warm up
+            needs *= 0.8
         assert versions.complete(url, name) in ([], [1])
         result = house.upload(url, name)
         assert result["version"] == 1
@@ -47,7 +52,7 @@ def test_killed_at_any_moment_it_goes_on(remote_house: House, url: str, tmp_path
         assert house.verb(url, "verify", name) == 0
         house.holds(url, tmp_path / "here", name)
         assert house.verb(url, "delete", f"{name}@v1", "--yes") == 0
-    print(f"{cut} of {KILLS} were cut off, {kept} times something was there")
+    print(f"{cut} were cut off, {kept} times something was there")
     assert cut  # else the kills came too late and this test tests nothing
 
 

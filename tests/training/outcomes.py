@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import task
 import torch
+from forked import CONTEXT
+from servers import free_port
 
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.store import Store
@@ -20,7 +19,6 @@ from hpc_imagenet.training.fit import fit
 from hpc_imagenet.world import World
 
 STEPS = 5  # an epoch of the tiny store; two epochs
-HERE = Path(__file__).parent
 
 
 def begin(folder: Path) -> Run:
@@ -63,29 +61,33 @@ def results(result: dict[str, Any]) -> tuple[float, float, float]:
     return result["top1"], result["top5"], result["loss"]
 
 
-def tasks(store: Store, run: Run, size: int = 1, **setting: Any) -> list[subprocess.Popen[str]]:
-    """One training on `size` ranks; `python tests/training/task.py` is one rank."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    port = 20_000 + random.SystemRandom().randrange(10_000)
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                HERE / "task.py",
-                store.folder,
-                run.folder,
-                json.dumps([rank, size, port, setting]),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
+class Task:
+    """One rank of a training, as a process."""
+
+    def __init__(self, store: Store, run: Run, world: World, setting: dict[str, Any]) -> None:
+        said = run.folder.with_name(f"{run.folder.name}-{world.rank}")
+        self._said = [said.with_suffix(suffix) for suffix in (".out", ".err")]
+        self._process = CONTEXT.Process(
+            target=task.begin, args=(store.folder, run, world, setting, self._said)
         )
-        for rank in range(size)
-    ]
+        self._process.start()
+
+    def ended(self) -> tuple[int, str, str]:
+        """Wait for its end; return its exit code and what it has printed."""
+        self._process.join(240)
+        assert self._process.exitcode is not None, "it does not end"
+        out, err = (path.read_text() for path in self._said)
+        return self._process.exitcode, out, err
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
-    told = [process.communicate(timeout=240) for process in processes]
-    assert [p.returncode for p in processes] == [0] * len(processes), told
-    return [json.loads(out.splitlines()[-1]) for out, _ in told]
+def tasks(store: Store, run: Run, size: int = 1, **setting: Any) -> list[Task]:
+    """Start one training on `size` ranks."""
+    port = free_port()
+    worlds = [World(rank, size, rank, size, port=port) for rank in range(size)]
+    return [Task(store, run, world, setting) for world in worlds]
+
+
+def finish(ranks: list[Task]) -> list[dict[str, Any]]:
+    ends = [rank.ended() for rank in ranks]
+    assert [code for code, _, _ in ends] == [0] * len(ranks), ends
+    return [json.loads(out.splitlines()[-1]) for _, out, _ in ends]

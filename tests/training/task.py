@@ -1,15 +1,15 @@
-"""One rank of a training, as a process: STORE RUN [rank, size, port, {what happens to it}]."""
+"""What one rank of a training does in a process of its own."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning.strategies import DDPStrategy
 from tiny_training import tiny_config
 
@@ -22,9 +22,13 @@ from hpc_imagenet.training.fit import fit
 from hpc_imagenet.world import World
 
 
-def main(store: str, folder: str, place: str) -> None:
-    rank, size, port, setting = json.loads(place)
-    config = tiny_config()
+def begin(store: Path, run: Run, world: World, setting: dict[str, Any], said: list[Path]) -> None:
+    """Train; `setting` is what happens to it, `said` where its stdout and stderr go."""
+    for number, path in enumerate(said, 1):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), number)
+    torch.set_num_threads(1)
+    rank, config = world.rank, tiny_config()
     if "dropout" in setting:
         config.model.options = {"dropout": setting["dropout"]}
     if "model" in setting:
@@ -49,13 +53,9 @@ def main(store: str, folder: str, place: str) -> None:
         boundary.FAREWELL = 0.5
         DDPStrategy.teardown = lambda self: time.sleep(600)  # type: ignore[method-assign]
     try:
-        result = fit(config, Store(Path(store)), Run(Path(folder)), World(rank, size, rank, size, port=port))
+        result = fit(config, Store(store), run, world)
     except Interrupted as stopped:
         result = {"interrupted": int(str(stopped).split("step ")[1].split(",")[0])}
     except Lost as lost:
         result = {"lost": str(lost)}
     print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -93,8 +93,7 @@ def test_going_on_after_a_kill_changes_nothing(config, tiny: Store, tmp_path: Pa
     run = begin(tmp_path / "run")
     for step in steps:
         (process,) = tasks(tiny, run, die_at=step, save_every_step=True)
-        process.communicate(timeout=240)
-        assert process.returncode == -signal.SIGKILL
+        assert process.ended()[0] == -signal.SIGKILL
         assert saved(run)["global_step"] == step - (step == STEPS)  # an epoch's last is saved behind it
     train(config(), tiny, run)
     assert_same_training(whole[0], run)
@@ -104,8 +103,9 @@ def test_going_on_after_a_kill_changes_nothing(config, tiny: Store, tmp_path: Pa
 def test_a_signal_to_one_of_two_ranks_stops_both_and_changes_nothing(tiny: Store, tmp_path: Path) -> None:
     whole, run = begin(tmp_path / "whole"), begin(tmp_path / "run")
     normed = {"model": "shufflenet_v2_x0_5"}  # with batch norm: its statistics differ between the ranks
-    expected = finish(tasks(tiny, whole, size=2, **normed))
+    began = tasks(tiny, whole, size=2, **normed)
     stopped = finish(tasks(tiny, run, size=2, signal_at=3, signal_rank=1, **normed))
+    expected = finish(began)
     assert all(told["interrupted"] == 3 for told in stopped)
     assert results(finish(tasks(tiny, run, size=2, **normed))[0]) == results(expected[0])
     assert_same_training(whole, run)
@@ -120,14 +120,13 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_changes_nothing(tiny: Store
 def test_the_others_end_when_a_rank_is_gone(stuck: bool, tiny: Store, tmp_path: Path) -> None:
     """Even where a device waits for it for ever."""
     left, gone = tasks(tiny, begin(tmp_path / "run"), size=2, die_at=3, die_rank=1, stuck=stuck)
-    out, err = left.communicate(timeout=240)
-    gone.communicate(timeout=240)
-    assert gone.returncode == -signal.SIGKILL
+    code, out, err = left.ended()
+    assert gone.ended()[0] == -signal.SIGKILL
     if stuck:
-        assert left.returncode == LATER
+        assert code == LATER
         assert "this task does not come to its end" in err
     else:
-        assert left.returncode == 0, err
+        assert code == 0, err
         assert json.loads(out.splitlines()[-1])["lost"].startswith("lost another task of this job: ")
 
 
@@ -171,6 +170,7 @@ def test_a_checkpoint_of_another_training_is_refused(config, tiny: Store, tmp_pa
     assert saved(run)["global_step"] == before["global_step"]
 
 
+@pytest.mark.slow
 def test_too_little_memory_names_the_parts_that_would_fit(
     config, tiny: Store, tmp_path: Path, whole, monkeypatch
 ) -> None:

@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_going_on_changes_nothing_with_any_ingredient(
     name, config, tiny: Store, tmp_path: Path, whole, signal_at, monkeypatch
@@ -50,8 +51,6 @@ def test_every_size_that_images_grow_to_is_compiled(config, monkeypatch) -> None
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **more: compiled(self, backend=counter, **more)
     )
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", False)
     recipe = config(epochs=12, start_size=8, size=96, grow_to=11).recipe
     assert len(set(recipe.sizes)) == 12
 
@@ -60,15 +59,18 @@ def test_every_size_that_images_grow_to_is_compiled(config, monkeypatch) -> None
             return images.mean((2, 3))
 
     module = Classifier(Network(), 10, recipe, 3, 5, Share(2))
-    module.compile_networks()
-    for size in recipe.sizes:
-        module.model(torch.zeros(2, 3, size, size))
-    with torch.inference_mode():
-        module.eval().model(torch.zeros(2, 3, 96, 96))
+    dynamo, inductor = torch._dynamo.config, torch._inductor.config
+    with dynamo.patch(recompile_limit=8), inductor.patch(fallback_random=False):  # others compile as well
+        module.compile_networks()
+        for size in recipe.sizes:
+            module.model(torch.zeros(2, 3, size, size))
+        with torch.inference_mode():
+            module.eval().model(torch.zeros(2, 3, 96, 96))
+        assert inductor.fallback_random  # dropout draws as it does without
     assert counter.frame_count == 13
-    assert torch._inductor.config.fallback_random  # dropout draws as it does without
 
 
+@pytest.mark.slow
 @pytest.mark.nightly
 def test_going_on_changes_nothing_for_a_compiled_network(
     config, tiny: Store, tmp_path: Path, signal_at, monkeypatch
@@ -115,6 +117,7 @@ def test_before_the_first_update_the_weights_themselves_are_judged(
     assert results(train(asked, tiny, begin(tmp_path / "run"))) == results(plain)
 
 
+@pytest.mark.slow
 def test_a_probe_trains_nothing_but_the_classifier(
     config, tiny: Store, tmp_path: Path, signal_at, monkeypatch
 ) -> None:

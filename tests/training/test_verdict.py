@@ -15,6 +15,7 @@ from hpc_imagenet.training.data import Batches
 from hpc_imagenet.training.module import Classifier
 
 
+@pytest.mark.slow
 def test_the_verdict_names_what_would_mend_it(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
     clock, wait = [0.0], [1.0]
     draw, step = Batches._render, Classifier.training_step
