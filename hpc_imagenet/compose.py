@@ -8,6 +8,7 @@ costs 2 ms a combination instead of the 60 ms of a composition.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ _HERE = Path(__file__).resolve().parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # a wheel's, a checkout's
 
 
+@functools.cache  # whoever composes often, as from Python, tells it once
 def register() -> None:
     """Tell Hydra the schema, and every torchvision backbone that has no file of its own in conf/model."""
     store = ConfigStore.instance()
