@@ -134,9 +134,8 @@ def placement(world: World, place: torch.device, accumulate: int, precision: str
 
 def _name_interface(nodes: int) -> None:
     """Tell gloo by which network to go: by itself it asks this host's name, which may lead nowhere."""
-    site = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix(
-        "="
-    )  # NCCL also takes a beginning, or several
+    # NCCL also takes a beginning, or several; gloo one whole name.
+    site = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     name = "lo" if nodes == 1 else site
     if name in {there for _, there in socket.if_nameindex()}:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
