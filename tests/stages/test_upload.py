@@ -241,6 +241,7 @@ def together(tasks: list[Callable[[], Any]]) -> list[Any]:
 
 
 @pytest.mark.parametrize("links", [True, False])
+@pytest.mark.slow
 def test_killed_at_any_call_and_asked_again_it_is_whole(house: House, links: bool) -> None:
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")

@@ -32,6 +32,7 @@ def test_a_training_tells_what_came_out(tiny: Store, whole: tuple[Run, dict[str,
     assert list((run.folder / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.slow
 def test_a_seed_decides_all(config, tiny: Store, tmp_path: Path, whole: tuple[Run, dict[str, Any]]) -> None:
     again = begin(tmp_path / "again")
     assert results(train(config(), tiny, again)) == results(whole[1])

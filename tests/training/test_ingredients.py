@@ -87,6 +87,7 @@ def test_going_on_changes_nothing_for_a_compiled_network(
     assert_same_training(alone, run)
 
 
+@pytest.mark.slow
 def test_the_averaged_weights_are_judged(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
     seen: list[tuple[int, torch.Tensor]] = []
     original = Account.on_train_batch_end
@@ -109,6 +110,7 @@ def test_the_averaged_weights_are_judged(config, tiny: Store, tmp_path: Path, mo
     assert results(train(asked, tiny, begin(tmp_path / "next"))) == pytest.approx(results(result))
 
 
+@pytest.mark.slow
 def test_before_the_first_update_the_weights_themselves_are_judged(
     config, tiny: Store, tmp_path: Path
 ) -> None:
@@ -140,6 +142,7 @@ def test_a_probe_trains_nothing_but_the_classifier(
     assert_same_training(alone, run)
 
 
+@pytest.mark.slow
 def test_growing_images_are_that_large(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
     original, sizes = Classifier.normalised, []
 

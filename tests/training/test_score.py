@@ -52,6 +52,7 @@ def weights(classes: int, answer: int) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
+@pytest.mark.slow
 def test_scores_a_file(few: Store, tmp_path: Path) -> None:
     torch.save(weights(6, answer=1), tmp_path / "w.pth")
     of = score(few, f"{NAME}={tmp_path / 'w.pth'}", 0)
@@ -84,6 +85,7 @@ def test_scores_what_lies_in_torchvisions_cache(tmp_path: Path, monkeypatch: pyt
     assert "top-1 20.00%, top-5 100.00% of 20 images of val (published: 67.67% and 87.40%)" in told
 
 
+@pytest.mark.slow
 def test_refuses_in_one_line(few: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "text").write_text("no weights")

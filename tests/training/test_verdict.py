@@ -69,7 +69,7 @@ def test_a_pause_between_steps_is_no_waiting_for_data(
     monkeypatch.setattr(Account, "on_train_batch_start", pausing)
     monkeypatch.setattr(verdict, "_now", lambda device: clock[0])
     run = begin(tmp_path / "run")
-    train(config(epochs=4), tiny, run)
+    train(config(), tiny, run)
     told = json.loads((run.folder / "verdict.json").read_text())
     assert told["verdict"] == "fed"
     assert told["waiting"] < verdict.STARVED  # what eight tiny images really take, of a second a step
