@@ -52,6 +52,7 @@ def test_as_many_at_a_time_as_asked(door: Door, gate: tuple[Gate, str]) -> None:
 
 def test_nobody_overtakes_who_waits_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    monkeypatch.setenv(local.CPUS, "")  # a worker sets it for what it starts, here for all later tests
     record = Record(tmp_path)
     attempts = []
     for name, gpus in (("0-first", 1), ("1-large", 2), ("2-small", 1)):
@@ -69,6 +70,7 @@ def test_nobody_overtakes_who_waits_for_gpus(tmp_path: Path, monkeypatch: pytest
 
 def test_a_gpu_is_handed_out_by_the_name_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    monkeypatch.setenv(local.CPUS, "")  # a worker sets it for what it starts, here for all later tests
     record = Record(tmp_path)
     config = {
         "cluster": {"executor": "local", "setup": [f"env > {tmp_path}/env"]},
