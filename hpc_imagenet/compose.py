@@ -143,7 +143,7 @@ def _combinations(parsed: list[Override], multirun: bool, loader: ConfigLoader) 
     swept = [override for override in parsed if override.is_sweep_override()]
     if swept and not multirun:
         raise UserError(f"{swept[0].input_line} is a sweep: add -m (python -m hpc_imagenet -m …)")
-    groups = set(loader.list_groups(""))
+    groups = set(loader.list_groups("")) if swept else set()
     late = {
         override.key_or_group
         for override in swept

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 from door import Door
 
-from hpc_imagenet import aftermath, fence
+from hpc_imagenet import aftermath, fence, plan
+from hpc_imagenet.compose import compose
 from hpc_imagenet.errors import LATER
 from hpc_imagenet.runs import FINISHED, Attempt, Record, Run
 
@@ -46,18 +48,24 @@ class Job:
         return self.attempt.outcome.reason
 
 
+@functools.cache
+def planned() -> plan.Job:
+    (job,) = plan.plan(
+        compose(["+stage=download", "dataset=digits", "cluster=slurm", "cluster.max_requeues=3"]),
+        lambda _: None,
+    )
+    return job
+
+
 @pytest.fixture
-def job(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     folder = tmp_path / "commands"
     folder.mkdir()
-    for name, text in (("sbatch", "echo Submitted batch job 5"), ("srun", "true"), ("squeue", "true")):
-        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
-        (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
-    door.env["PATH"] = f"{folder}:{door.env['PATH']}"
-    door("+stage=download", "dataset=digits", "cluster=slurm", "cluster.max_requeues=3")
-    (run,) = Record(door.workspace).all()
     monkeypatch.setenv("SLURM_JOB_ID", "5")
+    info = {"stage": planned().stage, "label": planned().label, "needs": []}
+    run = Record(tmp_path / "jobs").create(planned().run, planned().frozen(), info)
+    run.new_attempt()
     return Job(folder, run, monkeypatch)
 
 
@@ -141,7 +149,11 @@ def test_an_old_copy_decides_nothing(job: Job) -> None:
     assert job.attempt.outcome is None
 
 
-def test_it_finds_its_run_in_the_pickle(job: Job) -> None:
-    folder = job.attempt.folder
-    found: Any = aftermath._task(folder)
-    assert (found[0].id, found[1].number) == (job.run.id, 1)
+def test_it_finds_its_run_in_the_pickle(door: Door, job: Job) -> None:
+    job.says("sbatch", "echo Submitted batch job 5")
+    door.env["PATH"] = f"{job.folder}:{door.env['PATH']}"
+    door("+stage=download", "dataset=digits", "cluster=slurm")
+    (run,) = Record(door.workspace).all()
+    assert run.attempt is not None
+    found: Any = aftermath._task(run.attempt.folder)
+    assert (found[0].id, found[1].number) == (run.id, 1)

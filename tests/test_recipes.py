@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ NAMES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 IMAGES = 1_281_167
 
 
+@functools.cache
 def recipe(name: str, *overrides: str) -> Recipe:
     return compose([f"recipe={name}", *overrides])[0].recipe
 
