@@ -38,6 +38,9 @@ class State:
         return self.name == FINISHED
 
 
+_BEGUN = State(QUEUED, "is being submitted")
+
+
 def state(run: Run, since: float | None = None) -> State:
     """Return the state of one run; see `states`."""
     return states([run], since)[run.id]
@@ -53,7 +56,7 @@ def states(runs: Iterable[Run], since: float | None = None) -> dict[str, State]:
     for run in runs:
         attempt = run.attempt
         if attempt is None:
-            told[run.id] = State(FAILED, "was never submitted: ask for it again")
+            told[run.id] = _new(run)
         elif outcome := attempt.outcome:
             told[run.id] = _ended(attempt, outcome)
         else:
@@ -79,6 +82,13 @@ def states(runs: Iterable[Run], since: float | None = None) -> dict[str, State]:
     return told
 
 
+def _new(run: Run) -> State:
+    with contextlib.suppress(OSError):  # nobody has asked for it yet
+        if time.time() - run.folder.stat().st_mtime < _SUBMITTING:
+            return _BEGUN
+    return State(FAILED, "was never submitted: ask for it again")
+
+
 def _ended(attempt: Attempt, outcome: Outcome) -> State:
     return State(outcome.state, outcome.reason, attempt.started.get("restarts", 0))
 
@@ -101,7 +111,7 @@ def _here(attempt: Attempt) -> State:
         if local.alive(attempt):
             return State(RUNNING)
         if time.time() - attempt.folder.stat().st_mtime < _SUBMITTING:
-            return State(QUEUED, "is being submitted")
+            return _BEGUN
         return State(FAILED, "its submission was cut off: ask for it again")
     host = submitted.get("host")
     if host != socket.gethostname():

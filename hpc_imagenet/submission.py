@@ -141,8 +141,10 @@ def cancel(run: Run, reason: str = "by the cancel command") -> State:
     """
     was = state(run)
     attempt = run.attempt
-    if not was.active or attempt is None:
+    if not was.active:
         return was
+    if attempt is None:
+        raise UserError(f"{run.id} {was.reason}: cancel it in a moment")
     submitted, started = attempt.submitted, attempt.started
     on_slurm, host = submitted.get("executor") == "slurm", submitted.get("host", socket.gethostname())
     by_hand = on_slurm and run.cluster().executor == "here"  # a step of somebody's allocation

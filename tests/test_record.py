@@ -124,9 +124,14 @@ def test_a_run_is_found_by_what_is_unique_of_it(tmp_path: Path) -> None:
 
 def test_states_without_a_word(tmp_path: Path) -> None:
     run = made(Record(tmp_path))
-    assert state(run).name == FAILED  # the folder was made, and nothing was sent
+    assert state(run).name == QUEUED  # the folder was made, and somebody may be about to send it
+    with pytest.raises(UserError, match="is being submitted: cancel it in a moment"):
+        cancel(run)
+    os.utime(run.folder, (1, 1))
+    assert (state(run).name, "never submitted" in state(run).reason) == (FAILED, True)
+    assert not state(Record(tmp_path).run("00000000-nobody")).active
     attempt = run.new_attempt()
-    assert state(run).name == QUEUED  # somebody may be about to send it
+    assert state(run).name == QUEUED  # it may be sent in a moment
     os.utime(attempt.folder, (1, 1))
     assert (state(run).name, "cut off" in state(run).reason) == (FAILED, True)
     attempt.submit("local", host=socket.gethostname())

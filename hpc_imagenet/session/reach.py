@@ -87,23 +87,24 @@ def running(run: Run) -> tuple[Attempt, Note]:
     said, began = "", time.monotonic()
     while True:
         was, attempt = state(run, began), run.attempt
-        if not was.active or attempt is None:
+        if not was.active:
             why = f": {was.reason}" if was.reason else ""
             raise UserError(f"{run.id} has ended ({was.name}{why}): resume {run.id} takes it up again")
-        told = note(attempt) if was.name == RUNNING else None
+        told = note(attempt) if attempt and was.name == RUNNING else None
         # Slurm may have begun it again already, while what stands there is still of the start before.
-        if told is not None and told.restarts >= was.restarts:
+        if attempt and told is not None and told.restarts >= was.restarts:
             return attempt, told
-        words = _waits(was, run, attempt, began)
+        words = _waits(was, run, began)
         if words != said:
             print(words, file=sys.stderr, flush=True)
             said = words
         time.sleep(_EVERY)
 
 
-def _waits(was: State, run: Run, attempt: Attempt, since: float) -> str:
-    submitted: dict[str, Any] = attempt.submitted
-    if was.name == RUNNING:
+def _waits(was: State, run: Run, since: float) -> str:
+    attempt = run.attempt
+    submitted: dict[str, Any] = attempt.submitted if attempt else {}
+    if attempt and was.name == RUNNING:
         far = run.progress
         if far.get("total") and far["time"] > attempt.started.get("time", ""):  # of this start
             return f"it has begun: {far['note']}, {10 * int(10 * far['done'] / far['total'])}%"
