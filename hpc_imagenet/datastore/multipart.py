@@ -237,8 +237,10 @@ class Sending:
         except Missing:  # put together, or swept, by another; what there is is looked at in the end
             return {"PartNumber": number, "ETag": ""}
         finally:
-            self._give(size, data)
-            self._tally(size, f"sending {file.path}")
+            try:
+                self._tally(size, f"sending {file.path}")  # before there is room to read on
+            finally:
+                self._give(size, data)
 
     def _finish(
         self, at: dict[str, str], file: File, begun: Begun, parts: list[Future[dict[str, Any]]]
