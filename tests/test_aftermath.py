@@ -151,6 +151,7 @@ def test_an_old_copy_decides_nothing(job: Job) -> None:
 
 def test_it_finds_its_run_in_the_pickle(door: Door, job: Job) -> None:
     job.says("sbatch", "echo Submitted batch job 5")
+    job.says("srun", "true")
     door.env["PATH"] = f"{job.folder}:{door.env['PATH']}"
     door("+stage=download", "dataset=digits", "cluster=slurm")
     (run,) = Record(door.workspace).all()

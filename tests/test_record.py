@@ -26,7 +26,7 @@ from hpc_imagenet.monitor import leaderboard, logs, table
 from hpc_imagenet.plan import plan
 from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Record, Run
 from hpc_imagenet.states import state
-from hpc_imagenet.submission import cancel
+from hpc_imagenet.submission import cancel, intend
 
 
 def at_once(act: Callable[[int], object], times: int = 16) -> list[object]:
@@ -120,6 +120,16 @@ def test_a_run_is_found_by_what_is_unique_of_it(tmp_path: Path) -> None:
         record.find("resnet18")
     with pytest.raises(UserError, match="no run nowhere"):
         record.find("nowhere")
+
+
+def test_what_another_command_is_just_sending_is_not_sent_again(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    asked = plan(compose(["dataset=digits", f"workspace={tmp_path}"]), lambda _: None)
+    assert [what for _, what, _ in intend(asked, record)] == ["submitted"]
+    run = made(record)
+    assert [(job.run, what) for job, what, _ in intend(asked, record)] == [(run.id, "active")]
+    os.utime(run.folder, (1, 1))  # it was cut off
+    assert [what for _, what, _ in intend(asked, record)] == ["submitted"]
 
 
 def test_states_without_a_word(tmp_path: Path) -> None:

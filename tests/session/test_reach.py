@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import socket
 import time
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs import Attempt, Record, Run
 from hpc_imagenet.session import keys
 from hpc_imagenet.session.note import Note
-from hpc_imagenet.session.reach import reach
+from hpc_imagenet.session.reach import reach, running
 
 ME = getpass.getuser()
 
@@ -40,6 +42,15 @@ def note(way: str, left: float = 3600, host: str = "n1", **more: str) -> Note:
     where = "/tmp/s/jupyter" if way == "socket" else None
     finger = "0A:1B" if way == "address" else None
     return Note(host, way, 12345, where, finger, "/w/notebooks", time.time() + left, None, 0, **more)
+
+
+def test_a_session_that_is_just_being_made_is_waited_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: os.utime(run.folder, (1, 1)))  # a minute, and nobody sent it
+    with pytest.raises(UserError, match=r"has ended \(failed: was never submitted"):
+        running(run)
+    assert capsys.readouterr().err == "queued: is being submitted\n"
 
 
 @pytest.mark.parametrize(
