@@ -144,7 +144,8 @@ class Staged:
         self._trouble = error
 
     def close(self) -> None:
-        """Let go of all copies, so that they may be evicted."""
+        """Let go of all copies, so that they may be evicted, and end the reads that wait for a shard."""
+        self.fail(UserError("the datastore was closed before the shard came"))  # or a thread never ends
         with self._lock:
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])

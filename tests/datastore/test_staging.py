@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,18 @@ def test_the_end_of_a_job_stops_its_copying(version: Version, held: Held, tmp_pa
     assert held.closed
     assert cached(tmp_path / "disk") == []
     assert not [thread for thread in threading.enumerate() if thread.name == "staging"]
+
+
+def test_closing_ends_a_read_that_waits_for_a_shard(version: Version, tmp_path: Path) -> None:
+    """Threads are joined when a process ends, so one that waits for ever would keep its GPUs."""
+    staged = Staged(None, Cache(tmp_path / "disk"), version.manifest.shards)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(staged.read, 0, 512, 100)
+        with pytest.raises(TimeoutError):
+            reading.result(timeout=0.2)
+        staged.close()
+        with pytest.raises(UserError, match="the datastore was closed before the shard came"):
+            reading.result(timeout=60)
 
 
 def test_a_damaged_copy_is_found_by_the_image_that_cannot_be_decoded(
