@@ -22,9 +22,10 @@ from torch.utils.data import Sampler
 
 from hpc_imagenet.datastore.ahead import ReadAhead
 from hpc_imagenet.datastore.store import Split
-from hpc_imagenet.errors import UserError, first_line
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.training import gpu
 from hpc_imagenet.training.decode import Encoded
+from hpc_imagenet.training.environment import out_of_memory
 from hpc_imagenet.training.gpu import Piece
 from hpc_imagenet.training.sampler import PADDING, Key
 from hpc_imagenet.training.transforms import Crop, View, render
@@ -36,6 +37,8 @@ _Prepared = tuple[Batch, list[Key], list[Piece]]  # a batch, what it is of, what
 AHEAD = 2  # batches in the making while one is worked on, or as many as keep all threads busy
 CPU = torch.device("cpu")
 PART = 8  # images that a thread takes at a time, so that all work on the batch that is wanted next
+SAMPLED = 1 / 64  # share of the images left to the device that a CPU decodes as well, to find damaged ones
+NAMED = 5  # images refused by the device that are printed; further ones are only counted
 
 
 class Batches:
@@ -51,6 +54,7 @@ class Batches:
 
     Attributes:
         skipped: names of the images that could not be read.
+        refused: indices of the images that the device could not decode, and CPUs do.
         spent: images so far, and the seconds that threads have worked on them, added up.
         awaited: seconds that whoever takes the batches has waited for them.
     """
@@ -61,6 +65,7 @@ class Batches:
         self.split, self.seed, self.skip, self.on_gpu = split, seed, skip, on_gpu
         self._views = view
         self.skipped: set[str] = set()
+        self.refused: set[int] = set()
         self.spent = 0, 0.0
         self.awaited = 0.0
         self._lock = threading.Lock()
@@ -73,12 +78,24 @@ class Batches:
         """Return a batch that `fill` has still to write; `pin`: in page-locked memory, for a GPU.
 
         Its images are of one epoch, and so of one size.
+
+        Raises:
+            UserError: the host has no page-locked memory left.
         """
         size = self.view(keys[0][0]).size
         # Whoever asks may be in inference mode, as Lightning is; the threads that write the batch are not.
         with torch.inference_mode(False):
-            pixels = torch.empty(len(keys), size, size, 3, dtype=torch.uint8, pin_memory=pin)
-            labels = torch.full((len(keys),), PADDING, pin_memory=pin)
+            try:
+                pixels = torch.empty(len(keys), size, size, 3, dtype=torch.uint8, pin_memory=pin)
+                labels = torch.full((len(keys),), PADDING, pin_memory=pin)
+            except RuntimeError as error:
+                if not (pin and out_of_memory(error)):
+                    raise
+                # CUDA says "out of memory" here as well, though it is not the GPU's.
+                raise UserError(
+                    f"the host has no page-locked memory for a batch of {len(keys)} images of {size} px: "
+                    "raise cluster.memory_gb, or set train.accumulate"
+                ) from None
         return pixels.permute(0, 3, 1, 2), labels  # a view: channels_last without a copy
 
     def fill(
@@ -87,7 +104,6 @@ class Batches:
         keys: Sequence[Key],
         places: Sequence[int],
         read: Read | None = None,
-        here: bool = False,
     ) -> list[Piece]:
         """Write the images of `places` into their batch; padding is black and has the label -1.
 
@@ -96,7 +112,6 @@ class Batches:
             keys: of all its images.
             places: in the batch, of the images to be written.
             read: returns an image and its label, by its number; None: the split does.
-            here: whether all are decoded here, whatever `on_gpu` says.
 
         Returns:
             those that are left to be decoded on the device.
@@ -114,24 +129,33 @@ class Batches:
             data, label = (read or self.split.read)(index)
             try:
                 try:
-                    crop = self._render(data, keys[place], out, here)
+                    crop = self._render(data, keys[place], out)
                 except ValueError:  # a copy of the shard on this node may be damaged, and not the image
                     whole = self.split.again(index, data)
                     if whole == data:
                         raise
-                    data, crop = whole, self._render(whole, keys[place], out, here)
+                    data, crop = whole, self._render(whole, keys[place], out)
                 if crop:
                     left.append(Piece(place, data, crop))
                 labels[place] = label
             except ValueError as error:
                 self._corrupt(index, str(error))
                 out.zero_()
+                labels[place] = PADDING
         with self._lock:
             images, seconds = self.spent
             self.spent = images + len(places), seconds + time.perf_counter() - begin
         return left
 
-    def _render(self, data: bytes, key: Key, out: Tensor, here: bool) -> Crop | None:
+    def refuse(self, indices: Sequence[int], device: torch.device) -> None:
+        """Leave images that the device could not decode to CPUs from now on; print the first few."""
+        for index in indices:
+            if index not in self.refused and len(self.refused) < NAMED:
+                name = self.split.name(index)
+                print(f"warning: {device} cannot decode image {name}; a CPU decodes it", flush=True)
+            self.refused.add(index)
+
+    def _render(self, data: bytes, key: Key, out: Tensor) -> Crop | None:
         """Write one image, or return what the device has to look at of it.
 
         Raises:
@@ -139,8 +163,11 @@ class Batches:
         """
         epoch, index = key
         image = Encoded(data)
-        crop = self.view(epoch)(image.width, image.height, random.Random(f"{self.seed}/{epoch}/{index}"))
-        if self.on_gpu and image.plain and not here:
+        rng = random.Random(f"{self.seed}/{epoch}/{index}")
+        crop = self.view(epoch)(image.width, image.height, rng)
+        if self.on_gpu and image.plain and index not in self.refused:
+            if rng.random() < SAMPLED:  # the device decodes damaged data without an error
+                image.pixels((0, 0, image.width, image.height))
             return crop
         render(torch.from_numpy(image.pixels(crop.source)).permute(2, 0, 1)[None], crop, out)
         return None
@@ -183,7 +210,6 @@ class Loader:
         self.batches, self.sampler, self.workers = batches, sampler, workers
         self.device, self.bound = device, bound
         self._threads: ThreadPoolExecutor | None = None  # they stay over epochs
-        self._fell_back = False  # whether it was told that the device did not decode a batch
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -257,22 +283,30 @@ class Loader:
         return self.batches.empty(keys, self.device.type == "cuda")
 
     def _finish(self, prepared: _Prepared) -> Batch:
-        """Put a batch on its device, and decode there what is left of it."""
+        """Copy a batch to its device, and decode there what is left of it."""
         (batch, keys, pieces), device = prepared, self.device
-        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-        try:
-            gpu.decode(pieces, pixels)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # it does not say which image it is
-            if not self._fell_back:
-                self._fell_back = True
-                print(
-                    f"warning: {device} did not decode a batch, and CPUs do ({first_line(error)})", flush=True
-                )
-            self.batches.fill(batch, keys, [piece.place for piece in pieces], here=True)
-            pixels, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+        labels = batch[1].to(device, non_blocking=True)
+        if len(pieces) == len(keys):  # nothing is written yet
+            pixels = torch.empty_like(batch[0], device=device)
+        else:
+            pixels = batch[0].to(device, non_blocking=True)
+        refused = gpu.decode(pieces, pixels)
+        if refused:
+            places = [piece.place for piece in refused]
+            self.batches.refuse([keys[place][1] for place in places], device)
+            self._decode_on_cpus(batch, keys, places)
+            pixels[places] = batch[0][places].to(device)
+            labels = batch[1].to(device)
         return pixels, labels
+
+    def _decode_on_cpus(self, batch: Batch, keys: list[Key], places: Sequence[int]) -> None:
+        """Write images that the device refused into their batch on the host, by all threads."""
+        if self._threads is None:
+            self.batches.fill(batch, keys, places)
+            return
+        parts = [places[at : at + PART] for at in range(0, len(places), PART)]
+        for part in [self._threads.submit(self.batches.fill, batch, keys, part) for part in parts]:
+            part.result()
 
 
 def _threads(count: int, bound: frozenset[int]) -> ThreadPoolExecutor:

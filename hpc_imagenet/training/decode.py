@@ -31,6 +31,7 @@ Item = TypeVar("Item", np.uint8, np.bool_)
 _ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of Pillow
 _SOI, _SOS, _DRI, _RST, _EOI = b"\xff\xd8", 0xDA, 0xDD, 0xD0, 0xD9
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2  # Huffman-coded frames
+_APP14 = 0xEE  # Adobe's marker says whether colours are transformed (T.872, 6.5.3)
 _NO_FRAME = (0xC4, 0xC8, 0xCC)  # within C0 to CF those that begin no frame
 _TAIL = 4096  # bytes: so far from the end of the file a JPEG's end mark may lie
 _MARGIN = 2  # px beyond an edge that the smoothing of the colours looks at
@@ -49,6 +50,7 @@ class _Frame(NamedTuple):
     restart: int  # blocks between two restart markers; 0: there are none
     scan: int  # byte offset of the first scan's data
     single: bool  # whether that scan is all there is, top to bottom
+    rgb: bool  # whether its components are red, green and blue, which nvJPEG may take for YCbCr
 
 
 class Encoded:
@@ -60,7 +62,7 @@ class Encoded:
     Attributes:
         width: px.
         height: px.
-        plain: whether it is a JPEG that any decoder takes, and not cut off: grey or three colours, 8 bits,
+        plain: whether it is a JPEG that any decoder takes, and not cut off: grey or YCbCr, 8 bits,
             Huffman-coded.
 
     Raises:
@@ -71,7 +73,7 @@ class Encoded:
         self._data = data
         self._picture: Image.Image | None = None
         self._frame = _frame(data)
-        self.plain = self._frame is not None and _ends(data)
+        self.plain = self._frame is not None and not self._frame.rgb and _ends(data)
         if self._frame:
             self.width, self.height = self._frame.width, self._frame.height
         else:
@@ -184,7 +186,7 @@ def _frame(data: bytes) -> _Frame | None:
     """Read the header of a JPEG up to its first scan; None where it is another image or an unusual one."""
     if data[:2] != _SOI:
         return None
-    at, restart, found = 2, 0, 0
+    at, restart, found, adobe = 2, 0, 0, False
     try:
         while True:
             if data[at] != 0xFF:
@@ -202,6 +204,8 @@ def _frame(data: bytes) -> _Frame | None:
                 if marker not in (*_SEQUENTIAL, _PROGRESSIVE) or found:
                     return None
                 found = at
+            elif marker == _APP14 and data[at + 4 : at + 9] == b"Adobe":
+                adobe = data[at + 15] == 0  # the transform: none
             elif not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xD9:
                 return None
             at = end
@@ -215,6 +219,8 @@ def _frame(data: bytes) -> _Frame | None:
         factors = [data[found + 11 + 3 * i] for i in range(components)] if components > 1 else [0x11]
         block = 8 * max(f >> 4 for f in factors), 8 * max(f & 15 for f in factors)
         single = data[found + 1] in _SEQUENTIAL and data[at + 4] == components
-        return _Frame(width, height, found + 5, block, restart, end, single)
+        ids = bytes(data[found + 10 + 3 * i] for i in range(components))
+        rgb = components == 3 and (adobe or ids == b"RGB")
+        return _Frame(width, height, found + 5, block, restart, end, single, rgb)
     except IndexError:
         return None

@@ -44,7 +44,9 @@ class Loaders(pl.LightningDataModule):
         self.workers = cpus(world) - 1 if asked is None else asked
         options = config.seed, config.loader.on_corrupt == "skip", config.loader.decode == "gpu"
         if config.loader.decode == "gpu":
-            gpu.check(place)
+            line = gpu.check(place, max(1, self.workers))
+            if world.main:
+                print(f"loader.decode=gpu: {line}", flush=True)
         views = [TrainView(size, recipe.crop_scale, recipe.flip) for size in recipe.sizes]
         self.train = Batches(train, views, *options)
         self.val = Batches(val, ValView(recipe.val_size, recipe.val_resize), *options)

@@ -111,6 +111,7 @@ class Verdict(pl.Callback):
             "loader_images_per_second": loader_rate and round(self._ranks * loader_rate, 1),
             "device_images_per_second": round(self._ranks * device_rate, 1),
             "steps": len(self._steps),
+            "refused": len(self._batches.refused),  # images that the device could not decode, so CPUs do
             "mend": "",
         }
         if starved:
@@ -132,7 +133,8 @@ class Verdict(pl.Callback):
 def mend(config: Config, cpus: int, workers: int, loader: float | None, device: float, on_gpu: bool) -> str:
     """Return the one override that would bring the loader to the device's speed.
 
-    The last two resorts are another run each: the pictures are not quite the same then.
+    The last two resorts are another run each, since the pictures are not quite the same then: first smaller
+    images, and GPU decoding where the images are small already.
 
     Args:
         config: of the run.
@@ -153,7 +155,7 @@ def mend(config: Config, cpus: int, workers: int, loader: float | None, device: 
         return f"loader.workers={cpus - 1}"
     if config.cluster.executor == "slurm" and cpus < needed + 1 <= 8 * cpus:
         return f"cluster.cpus_per_task={needed + 1}"
-    return "loader.decode=gpu" if on_gpu else less
+    return "loader.decode=gpu" if on_gpu and config.process.resize else less
 
 
 def _now(device: torch.device) -> Moment:

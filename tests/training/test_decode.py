@@ -129,6 +129,21 @@ def test_unusual_images_are_decoded_as_pillow_does(kind: str) -> None:
         assert same(data, box), box
 
 
+@pytest.mark.parametrize("how", ["adobe", "ids"])
+def test_a_jpeg_of_rgb_components_is_decoded_as_pillow_does_and_not_by_a_gpu(how: str) -> None:
+    data = encoded(size=(60, 60), keep_rgb=True)  # Pillow writes both Adobe's marker and R, G, B as ids
+    if how == "ids":
+        data = data.replace(b"Adobe", b"adobe")
+    else:
+        data = data.replace(b"\x03R\x11\0G\x11\0B", b"\x03\1\x11\0\2\x11\0\3").replace(
+            b"\x03R\0G\0B", b"\x03\1\0\2\0\3"
+        )
+        assert data.count(b"R\0") == 0
+    assert not Encoded(data).plain
+    assert same(data, (0, 0, 60, 60))
+    assert Encoded(encoded(size=(60, 60))).plain
+
+
 def test_a_turned_picture_is_not_turned() -> None:
     """As in training so far, and everywhere: what EXIF says of the camera's position is left aside."""
     exif = Image.Exif()

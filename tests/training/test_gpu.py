@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from PIL import Image
 
 from hpc_imagenet.datastore.store import Split, Store
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.training import gpu
+from hpc_imagenet.training import data, gpu
 from hpc_imagenet.training.data import Batch, Batches, Loader
+from hpc_imagenet.training.environment import out_of_memory
 from hpc_imagenet.training.sampler import PADDING, Share, TrainSampler
 from hpc_imagenet.training.transforms import TrainView
 
@@ -90,7 +92,11 @@ def test_batches_are_sent_by_another_thread_one_ahead(monkeypatch) -> None:
         assert threading.current_thread() is not threading.main_thread()
         return torch.tensor(number), torch.tensor(number)
 
-    device = torch.device("cuda", 0)
+    device = torch.device("cuda", 1)
+    placed: list[tuple[object, str]] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda place: placed.append((place, threading.current_thread().name))
+    )
     sent = gpu.ahead(prepared(), device, finish)
     for number in range(5):
         assert int(next(sent)[0]) == number
@@ -98,6 +104,7 @@ def test_batches_are_sent_by_another_thread_one_ahead(monkeypatch) -> None:
     with pytest.raises(UserError, match="no more"):
         next(sent)
     assert closed == [True]
+    assert placed == [(device, "sender_0")]  # before the stream, whose end goes back to the thread's device
     early = gpu.ahead(prepared(), device, finish)
     next(early)
     early.close()
@@ -105,8 +112,9 @@ def test_batches_are_sent_by_another_thread_one_ahead(monkeypatch) -> None:
     assert "sender" not in str(threading.enumerate())
 
 
-def test_a_device_that_does_not_decode_is_told_before_it_has_to(monkeypatch) -> None:
-    gpu.check(torch.device("cpu"))
+def test_decoding_is_checked_and_measured_before_the_training(monkeypatch) -> None:
+    line = gpu.check(torch.device("cpu"), threads=3)
+    assert re.fullmatch(r"libjpeg: [\d,]+ images/s; 3 CPU threads: about [\d,]+(, so .*)?", line)
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("nvjpegCreateEx failed: 5.\nmore of it")
@@ -117,19 +125,130 @@ def test_a_device_that_does_not_decode_is_told_before_it_has_to(monkeypatch) -> 
         gpu.check(torch.device("cuda"))
 
 
-def test_a_batch_that_the_device_refuses_is_decoded_all_the_same_and_told_once(
-    tiny: Store, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("capability", "library", "expected"),
+    [
+        ((9, 0), True, "nvJPEG (hardware)"),
+        ((8, 6), True, "nvJPEG (software)"),
+        (
+            (9, 0),
+            False,
+            "nvJPEG (software: libnvcuvid.so.1 is missing, NVIDIA_DRIVER_CAPABILITIES needs video)",
+        ),
+    ],
+)
+def test_the_engine_of_nvjpeg_is_named(monkeypatch, capability, library, expected) -> None:
+    def load(name: str) -> None:
+        if not library:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert gpu._engine(torch.device("cuda")) == expected
+
+
+def of_red(data: torch.Tensor) -> bool:
+    """Whether an encoded image is the one that a test has made red."""
+    image = Image.open(io.BytesIO(bytes(data.numpy()))).convert("RGB")
+    red, green, _ = image.getpixel((0, 0))
+    return red > green + 50
+
+
+def with_red(split: Split, image: int) -> Tampered:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(buffer, "JPEG")
+    return Tampered(split, image, buffer.getvalue())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_the_device_refuses_is_decoded_by_cpus_alone(
+    tiny: Store, monkeypatch, capsys, workers: int
 ) -> None:
+    decode, sizes = gpu.decode_jpeg, []
+
+    def picky(encoded: list[torch.Tensor], **more: Any) -> Any:
+        if any(map(of_red, encoded)):
+            raise RuntimeError("Error while decoding JPEG images: Unknown chroma subsampling")
+        sizes.append(len(encoded))
+        return decode(encoded, **more)
+
+    monkeypatch.setattr(gpu, "decode_jpeg", picky)
+    split = with_red(tiny.split("train"), 11)
+    batches = Batches(split, VIEW, 0, on_gpu=True)
+    loader = Loader(batches, TrainSampler(40, 0, Share(20)), workers)
+    there = list(loader)
+    assert sum(sizes) == 39  # each of the others once, on the device
+    here = list(Loader(Batches(split, VIEW, 0), TrainSampler(40, 0, Share(20)), 2))
+    for (pixels, labels), (others, names) in zip(there, here, strict=True):
+        assert torch.equal(labels, names)
+        assert (pixels.int() - others.int()).abs().max() <= 3
+    assert batches.refused == {11}
+    warning = "warning: cpu cannot decode image train_0011.JPEG; a CPU decodes it\n"
+    assert capsys.readouterr().out == warning
+    sizes.clear()
+    list(loader)
+    assert sizes == [20, 19] or sizes == [19, 20]  # it is not left to the device again
+    assert capsys.readouterr().out == ""
+
+
+def without_huffman_table(split: Split, image: int) -> Tampered:
+    """Damage an image so that its header still looks whole."""
+    whole, table = bytearray(split.read(image)[0]), b"\xff\xc4"
+    at = whole.index(table) + 5  # behind marker, length and number
+    whole[at : at + 16] = b"\xff" * 16  # more codes than there can be
+    return Tampered(split, image, bytes(whole))
+
+
+def test_a_refused_image_that_cpus_cannot_decode_either_counts_nowhere(tiny: Store, monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("no")
+        raise RuntimeError("Failed to parse jpeg stream: 3")
 
     monkeypatch.setattr(gpu, "decode_jpeg", refuse)
-    loader = Loader(Batches(tiny.split("train"), VIEW, 0, on_gpu=True), TrainSampler(40, 0, Share(10)), 2)
-    there = list(loader)
-    here = list(Loader(Batches(tiny.split("train"), VIEW, 0), TrainSampler(40, 0, Share(10)), 2))
-    assert all(
-        torch.equal(a, b)
-        for one, other in zip(there, here, strict=True)
-        for a, b in zip(one, other, strict=True)
-    )
-    assert capsys.readouterr().out == "warning: cpu did not decode a batch, and CPUs do (no)\n"
+    cut = without_huffman_table(tiny.split("train"), 5)
+    with pytest.raises(UserError, match=r"image train_0005.JPEG cannot be read"):
+        through(cut, True)
+    pixels, labels = through(cut, True, skip=True)
+    assert (labels == PADDING).sum() == 1
+    assert not pixels[labels == PADDING].any()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Error while decoding JPEG images: CUDA out of memory. Tried to allocate 2.00 MiB",
+        "Error while decoding JPEG images: Failed to decode batch: 5",  # NVJPEG_STATUS_ALLOCATOR_FAILURE
+    ],
+)
+def test_out_of_memory_in_nvjpeg_is_out_of_memory(tiny: Store, monkeypatch, words: str) -> None:
+    calls: list[int] = []
+
+    def refuse(encoded: list[torch.Tensor], **_: object) -> None:
+        calls.append(len(encoded))
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(gpu, "decode_jpeg", refuse)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^nvJPEG: Error while decoding") as caught:
+        through(tiny.split("train"), True)
+    assert calls == [40, 40]  # once more, then no image is blamed for it
+    assert out_of_memory(caught.value)
+
+
+def test_a_sample_of_what_the_device_decodes_is_checked_by_a_cpu(tiny: Store, monkeypatch) -> None:
+    """A device decodes damaged data without an error."""
+    cut = without_huffman_table(tiny.split("train"), 5)
+    monkeypatch.setattr(gpu, "decode_jpeg", lambda encoded, **_: [torch.zeros(3, 32, 32)] * len(encoded))
+    monkeypatch.setattr(data, "SAMPLED", 0.0)
+    through(cut, True)
+    monkeypatch.setattr(data, "SAMPLED", 1.0)
+    with pytest.raises(UserError, match=r"image train_0005.JPEG cannot be read"):
+        through(cut, True)
+
+
+def test_a_host_without_page_locked_memory_does_not_blame_the_gpu(tiny: Store, monkeypatch) -> None:
+    def full(*_: object, **more: object) -> None:
+        assert more["pin_memory"]
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(UserError, match=r"^the host has no page-locked memory for a batch of 1 images of 16"):
+        Batches(tiny.split("train"), VIEW, 0).empty([(0, 0)], pin=True)

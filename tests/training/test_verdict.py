@@ -86,7 +86,9 @@ def test_a_pause_between_steps_is_no_waiting_for_data(
         (16, 14, 1500.0, "slurm", "loader.workers=15"),
         (16, 15, 1500.0, "slurm", "process.layout=shards process.resize=short:256"),
         (8, 7, 700.0, "local", "process.layout=shards process.resize=short:256"),
-        (8, 7, 700.0, "local gpu", "loader.decode=gpu"),
+        (8, 7, 700.0, "local gpu", "process.layout=shards process.resize=short:256"),
+        (8, 7, 700.0, "local gpu small", "loader.decode=gpu"),  # the images are of short side 256 already
+        (8, 7, 700.0, "local small", "process.layout=shards process.resize=short:256"),
         (8, 7, None, "local gpu decode", "process.layout=shards process.resize=short:256"),
     ],
 )
@@ -94,4 +96,5 @@ def test_one_override_would_mend_it(config, cpus, workers, loader, place, right)
     asked, words = config(), place.split()
     asked.cluster.executor = words[0]
     asked.loader.decode = "gpu" if "decode" in words else "cpu"
+    asked.process.resize = "short:256" if "small" in words else None
     assert verdict.mend(asked, cpus, workers, loader, 1000.0, "gpu" in words) == right
