@@ -162,6 +162,7 @@ class Train:
     checkpoint_every_minutes: float = MISSING
     accumulate: int = 1  # parts of a step, where a device's share of the global batch exceeds its memory
     verdict_after_seconds: float = 120  # until it is told what the training waits for
+    deterministic: bool = False  # on a GPU: the same algorithms in every process; slower
 
 
 @dataclass

@@ -17,9 +17,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 
 from hpc_imagenet.config import Config, cluster_for
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.local import gpus
 from hpc_imagenet.training.sampler import Share
 from hpc_imagenet.world import World
 
+CPU = torch.device("cpu")
 PATIENCE = timedelta(minutes=10)  # for a rank that is late; torch's own 30 hold a dead job's nodes too long
 
 
@@ -74,12 +76,18 @@ class Environment(ClusterEnvironment):
 
 
 def device(config: Config, world: World) -> torch.device:
-    """Return the device of this task: its GPU, or the CPU where none was asked for or none is there.
+    """Return the device of this task: its GPU, or the CPU where no GPU was requested and none is there.
 
     Raises:
-        UserError: GPUs are asked for, to train or to decode, and missing, or fewer than tasks.
+        UserError: GPUs are requested, given to this job or in this machine, and torch sees none, or fewer
+            than there are tasks; or the CPU cannot do what `loader.decode` says.
     """
     asked, found = cluster_for(config, "train").gpus_per_node, torch.cuda.device_count()
+    if asked is None and not found and (sign := _sign_of_gpu()):
+        raise UserError(
+            f"{sign}, but torch {torch.__version__} sees no GPU: install a torch that fits the driver"
+            " (nvidia-smi shows it), or set cluster.gpus_per_node=0 to train on CPUs"
+        )
     if asked == 0 or (asked is None and not found):
         if config.loader.decode == "gpu":
             raise UserError("loader.decode=gpu, but this training is on CPUs: set loader.decode=cpu")
@@ -98,6 +106,18 @@ def device(config: Config, world: World) -> torch.device:
     )
 
 
+def _sign_of_gpu() -> str:
+    """Return in words what says that this task has a GPU; empty if nothing does."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # set by the local queue, by Slurm or by hand; without a GPU it is empty or -1
+        return f"CUDA_VISIBLE_DEVICES={visible}" if gpus() else ""
+    if "SLURM_JOB_ID" in os.environ:  # a node's GPUs have files in /dev for jobs without GPUs, too
+        names = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
+        given = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name, "0") not in ("", "0")]
+        return given[0] if given else ""
+    return "this machine has a GPU (/dev/nvidia0)" if gpus() else ""
+
+
 def placement(world: World, place: torch.device, accumulate: int, precision: str) -> dict[str, Any]:
     """Return the trainer's arguments that put every task on its device and let them work together.
 
@@ -105,7 +125,8 @@ def placement(world: World, place: torch.device, accumulate: int, precision: str
         world: the tasks.
         place: this task's device.
         accumulate: parts of a step.
-        precision: Lightning's word; gradients travel in bf16 on GPUs where the network computes in it.
+        precision: Lightning's word. Where the network computes in bf16, gradients are sent in bf16 between
+            nodes; within a node the links are fast enough not to round them.
     """
     on_gpu, index = place.type == "cuda", place.index or 0
     _name_interface(world.nodes)
@@ -121,7 +142,9 @@ def placement(world: World, place: torch.device, accumulate: int, precision: str
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         static_graph=accumulate == 1,  # else the parts of a step differ: only the last one sends
-        ddp_comm_hook=bf16_compress_hook if on_gpu and precision == "bf16-mixed" else None,
+        ddp_comm_hook=bf16_compress_hook
+        if on_gpu and world.nodes > 1 and precision == "bf16-mixed"
+        else None,
     )
     return {
         "accelerator": "gpu" if on_gpu else "cpu",
@@ -142,24 +165,67 @@ def _name_interface(nodes: int) -> None:
 
 
 def precision(asked: str, place: torch.device) -> Any:
-    """Return Lightning's word for recipe.precision; auto is bf16-mixed on GPUs, else 32-true."""
+    """Return Lightning's word for recipe.precision.
+
+    auto is 32-true on CPUs, bf16-mixed on GPUs from Ampere on and 16-mixed on older ones: cuDNN has no bf16
+    convolutions for those, and compiled kernels refuse it.
+    """
     if asked != "auto":
         return asked
-    return "bf16-mixed" if place.type == "cuda" else "32-true"
+    if place.type != "cuda":
+        return "32-true"
+    return "bf16-mixed" if _has_bf16(place) else "16-mixed"
+
+
+def _has_bf16(place: torch.device) -> bool:
+    """Whether a GPU computes in bf16: AMD's do, NVIDIA's from Ampere on."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(place) >= (8, 0)
+
+
+def algorithms(place: torch.device, deterministic: bool) -> dict[str, Any]:
+    """Return the trainer's arguments that choose between fast and deterministic algorithms.
+
+    By default cuDNN times its algorithms at the start of every process and takes the fastest, so two
+    processes may add up in another order. On a CPU all algorithms in use are deterministic as they are.
+    """
+    return {"benchmark": place.type == "cuda" and not deterministic, "deterministic": deterministic}
+
+
+def describe(place: torch.device, precision: str, world: World, cpus: int) -> str:
+    """Return the line that says what a training runs on; `cpus`: number that a task may use."""
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
+    tasks = f"{world.size} tasks on {world.nodes} nodes" if world.nodes > 1 else f"{world.size} tasks"
+    shared = f", {tasks}" if world.size > 1 else ""
+    return f"device: {name}, {cpus} CPUs, {precision}{shared}"
 
 
 def emulated(word: str, place: torch.device) -> str:
     """Return a line of advice where a GPU only emulates the numbers it is to compute with; else nothing."""
-    if place.type != "cuda" or "bf16" not in word or torch.cuda.is_bf16_supported(including_emulation=False):
+    if place.type != "cuda" or "bf16" not in word or _has_bf16(place):
         return ""
     return f"{torch.cuda.get_device_name(place)} emulates bf16: recipe.precision=16-mixed is faster there"
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or this machine, has no memory left for what a step wants."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    # What torch says of a CPU, and CUDA's libraries of a GPU: NCCL by an error that looks like a lost peer.
-    return known or any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+def out_of_memory(error: BaseException, place: torch.device = CPU) -> bool:
+    """Whether a device, or this machine, has no memory left for what a step needs.
+
+    Args:
+        error: what a step has raised.
+        place: the device, whose free memory decides where the words do not.
+    """
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in _NO_MEMORY):
+        return True
+    if _NO_ENGINE not in text or place.type != "cuda":
+        return False
+    # cuDNN tries its algorithms, and hides that none found memory. Otherwise it supports none.
+    free, total = torch.cuda.mem_get_info(place)
+    return free + torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place) < 0.05 * total
+
+
+# What torch says of a CPU, and CUDA, cuBLAS and cuDNN of a GPU: NCCL by an error that looks like a lost peer.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+_NO_ENGINE = "unable to find an engine to execute this computation"  # of cuDNN's Conv_v8.cpp
 
 
 def lost(error: BaseException) -> str:

@@ -81,7 +81,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     look_every = min(LOG_EVERY, steps)
     module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs, share, look_every)
     if config.model.compile:
-        module.compile_networks()
+        module.compile_networks(cpus(world))
     loaders = Loaders(config, train, val, share, world, place)
     told = run.folder / "verdict.json"
     verdict = Verdict(config, told, cpus(world), loaders.workers, loaders.train, world)
@@ -106,8 +106,10 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
                 trainer.validate(module, datamodule=loaders, verbose=False)
             skipped = len(loaders.skipped())
         except (RuntimeError, MemoryError) as error:
-            if environment.out_of_memory(error):
+            if environment.out_of_memory(error, place):
                 raise UserError(_too_much(share, trainer.global_step, place)) from None
+            if missing := _no_deterministic(error):
+                raise UserError(missing) from None
             if world.size > 1 and (gone := environment.lost(error)):
                 raise Lost(gone) from error
             raise
@@ -165,6 +167,17 @@ def _too_much(share: Share, step: int, place: torch.device) -> str:
     )
 
 
+def _no_deterministic(error: BaseException) -> str:
+    """Return in one line that torch has no deterministic algorithm for a layer; empty for other errors."""
+    operation, words, _ = str(error).partition(" does not have a deterministic implementation")
+    if not words:
+        return ""
+    return (
+        f"train.deterministic=true: torch has no deterministic {operation} on this device: "
+        "set train.deterministic=false or take another model"
+    )
+
+
 def _split(store: Store, name: str, classes: int) -> Split:
     split = store.split(name)
     highest = int(split.index["label"].max())
@@ -184,8 +197,10 @@ def _trainer(
 ) -> pl.Trainer:
     step = start.step if start else 0
     precision = environment.precision(config.recipe.precision, place)
-    if world.main and (advice := environment.emulated(precision, place)):
-        print(f"warning: {advice}", flush=True)
+    if world.main:
+        print(environment.describe(place, precision, world, cpus(world)), flush=True)
+        if advice := environment.emulated(precision, place):
+            print(f"warning: {advice}", flush=True)
     arguments = environment.placement(world, place, config.train.accumulate, precision)
     check = run.fence.check if run.fence else lambda: None
     arguments["plugins"].append(Writer(check))
@@ -202,7 +217,7 @@ def _trainer(
         log_every_n_steps=log_every,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # ours know the world
-        benchmark=place.type == "cuda",
+        **environment.algorithms(place, config.train.deterministic),
         enable_checkpointing=False,  # Boundary saves
         enable_progress_bar=False,  # Account tells
         enable_model_summary=False,

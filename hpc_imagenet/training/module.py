@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -59,11 +61,16 @@ class Classifier(pl.LightningModule):
         self.tally = Tally(classes)
         self.train()
 
-    def compile_networks(self) -> None:
+    def compile_networks(self, threads: int) -> None:
         """Let torch compile the forward passes, at each one's first call; names of weights stay.
 
         Dropout and its like draw as they do without; rounding may differ.
+
+        Args:
+            threads: number of processes that compile; torch starts one a core of the machine, up to 32, in
+                every task.
         """
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))  # read by the import of inductor
         from torch._dynamo import config as dynamo  # takes its time
         from torch._inductor import config as inductor
 
@@ -116,7 +123,11 @@ class Classifier(pl.LightningModule):
         return loss
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean over what counts: not what was left out, nor its share of a mix."""
+        """Return the mean over what counts: not what was left out, nor its share of a mix.
+
+        In float32: autocast leaves cross-entropy in the logits' type, and bf16 would round the log-softmax.
+        """
+        logits = logits.float()
         if labels.ndim == 1:
             counts = (labels != PADDING).float()
         else:

@@ -90,7 +90,7 @@ class Prototype:
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                benchmark=self.device.type == "cuda",
+                **environment.algorithms(self.device, self.config.train.deterministic),
             )
             trainer.fit(self.module, datamodule=self.loaders)
             (judged,) = trainer.validate(self.module, datamodule=self.loaders, verbose=False)

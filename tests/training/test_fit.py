@@ -118,6 +118,36 @@ def test_a_step_in_parts_is_the_same_step(
         torch.testing.assert_close(saved(two)["state_dict"][name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_deterministic_algorithms_are_another_way_to_the_same_run(
+    config, tiny: Store, tmp_path: Path, whole
+) -> None:
+    asked, run = config(), begin(tmp_path / "run")
+    asked.train.deterministic = True
+    assert asked.training() == config().training()
+    try:
+        assert results(train(asked, tiny, run)) == results(whole[1])  # on a CPU there are no others
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_layer_without_a_deterministic_algorithm_is_one_line(
+    config, tiny: Store, tmp_path: Path, monkeypatch
+) -> None:
+    def refused(self: Classifier, batch: Any, batch_idx: int) -> Any:
+        raise RuntimeError(
+            "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+            "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation"
+        )
+
+    monkeypatch.setattr(Classifier, "training_step", refused)
+    line = (
+        r"^train.deterministic=true: torch has no deterministic adaptive_avg_pool2d_backward_cuda .*=false or"
+    )
+    with pytest.raises(UserError, match=line):
+        train(config(), tiny, begin(tmp_path / "run"))
+
+
 def test_more_images_a_step_than_there_are(config, tiny: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"recipe.global_batch=41 is more than the 40 images of train"):
         train(config(global_batch=41), tiny, begin(tmp_path / "run"))

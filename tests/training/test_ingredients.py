@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ def test_every_size_that_images_grow_to_is_compiled(config, monkeypatch) -> None
 
     module = Classifier(Network(), 10, recipe, 3, 5, Share(2))
     dynamo, inductor = torch._dynamo.config, torch._inductor.config
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     with dynamo.patch(recompile_limit=8), inductor.patch(fallback_random=False):  # others compile as well
-        module.compile_networks()
+        module.compile_networks(3)
+        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"  # not one a core in every task
         for size in recipe.sizes:
             module.model(torch.zeros(2, 3, size, size))
         with torch.inference_mode():

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from hpc_imagenet import local
+from hpc_imagenet.config import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training import environment
 from hpc_imagenet.training.model import build
@@ -65,8 +68,58 @@ def test_a_share_of_the_global_batch(config) -> None:
     assert environment.share(asked, World(1, 3, 1, 3)).images == 4
 
 
-def test_gpus_that_are_not_there(config, monkeypatch) -> None:
+@pytest.fixture
+def without_gpus(monkeypatch) -> None:
+    """Hide whatever this machine and this job have of GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "sign"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0"),  # as the local queue hands it out
+        ({"CUDA_VISIBLE_DEVICES": "MIG-1a"}, "CUDA_VISIBLE_DEVICES=MIG-1a"),
+        (
+            {"CUDA_VISIBLE_DEVICES": None, "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "2"},
+            "SLURM_GPUS_ON_NODE=2",
+        ),
+        ({"CUDA_VISIBLE_DEVICES": None}, "this machine has a GPU"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, None),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, None),
+        # A job without GPUs on a node that has some.
+        ({"CUDA_VISIBLE_DEVICES": None, "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "0"}, None),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_an_error(
+    config, monkeypatch, without_gpus, tmp_path: Path, variables, sign
+) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(local, "_DEVICES", tmp_path)
+    for name, value in variables.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    if sign is None:
+        assert environment.device(config_of_any_gpus(config), World()).type == "cpu"
+        return
+    with pytest.raises(UserError, match=rf"^{sign}.*, but torch .* sees no GPU: .*cluster.gpus_per_node=0"):
+        environment.device(config_of_any_gpus(config), World())
+    asked = config_of_any_gpus(config)
+    asked.cluster.gpus_per_node = 0
+    assert environment.device(asked, World()).type == "cpu"
+
+
+def config_of_any_gpus(config) -> Config:
+    asked = config()
+    asked.cluster.gpus_per_node = None
+    return asked
+
+
+def test_gpus_that_are_not_there(config, without_gpus) -> None:
     asked = config()
     assert environment.device(asked, World()).type == "cpu"
     asked.cluster.gpus_per_node = 2
@@ -90,6 +143,28 @@ def test_too_little_memory_of_this_machine_is_known_by_what_torch_says() -> None
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
+)
+def test_out_of_memory_in_the_words_of_cudas_libraries(words: str) -> None:
+    assert environment.out_of_memory(RuntimeError(words), torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1, True), (20, False)])
+def test_a_missing_cudnn_engine_is_out_of_memory_only_on_a_full_gpu(monkeypatch, free, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda place: 60 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda place: 59 * 2**30)
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    assert environment.out_of_memory(error, torch.device("cuda", 0)) is expected
+    assert not environment.out_of_memory(error)
+
+
+@pytest.mark.parametrize(
     ("nodes", "site", "right"),
     [(1, "", "lo"), (2, "=lo", "lo"), (2, "nowhere0", None), (2, "^docker", None), (2, "", None)],
 )
@@ -100,14 +175,44 @@ def test_gloo_goes_by_the_network_that_the_site_names(monkeypatch, nodes, site, 
     assert os.environ.get("GLOO_SOCKET_IFNAME") == right
 
 
-def test_precision_is_that_of_the_device() -> None:
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "16-mixed"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")]
+)
+def test_automatic_precision_is_that_of_the_device(monkeypatch, capability, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: capability)
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert [environment.precision("auto", place) for place in (gpu, cpu)] == ["bf16-mixed", "32-true"]
+    assert [environment.precision("auto", place) for place in (gpu, cpu)] == [expected, "32-true"]
     assert environment.precision("16-mixed", gpu) == "16-mixed"
+    assert environment.precision("bf16-mixed", gpu) == "bf16-mixed"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "precision", "compressed"),
+    [(1, "bf16-mixed", False), (2, "bf16-mixed", True), (2, "32-true", False)],
+)
+def test_gradients_are_compressed_between_nodes_only(monkeypatch, nodes, precision, compressed) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    world, gpu = World(size=2, local_size=2 // nodes), torch.device("cuda", 0)
+    strategy = environment.placement(world, gpu, 1, precision)["strategy"]
+    assert (strategy._ddp_comm_hook is not None) == compressed
+
+
+def test_deterministic_algorithms_replace_the_search_for_fast_ones() -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert environment.algorithms(gpu, False) == {"benchmark": True, "deterministic": False}
+    assert environment.algorithms(gpu, True) == {"benchmark": False, "deterministic": True}
+    assert environment.algorithms(cpu, False) == {"benchmark": False, "deterministic": False}
+
+
+def test_the_device_line(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "NVIDIA H100 80GB HBM3")
+    line = environment.describe(torch.device("cuda", 1), "bf16-mixed", World(0, 4, 0, 2), 8)
+    assert line == "device: NVIDIA H100 80GB HBM3, 8 CPUs, bf16-mixed, 4 tasks on 2 nodes"
+    assert environment.describe(torch.device("cpu"), "32-true", World(), 2) == "device: CPU, 2 CPUs, 32-true"
 
 
 def test_a_gpu_that_only_emulates_bf16_is_told(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "Tesla T4")
     right = "Tesla T4 emulates bf16: recipe.precision=16-mixed is faster there"
     assert environment.emulated("bf16-mixed", torch.device("cuda", 0)) == right
