@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,18 @@ from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.store import Store
 from hpc_imagenet.runs import Run
 from hpc_imagenet.training.account import Account
+
+sys.path.append(
+    str(Path(__file__).resolve().parents[2] / "benchmarks")
+)  # whose images and reports serve here
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, for a rehearsal, and the GPU where there is one."""
+    return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,307 @@
+"""Trainings on a GPU; without one, each check is rehearsed on the CPU at the smallest size.
+
+    python -m pytest -s tests/training/test_cuda.py
+
+`-s` shows the figures. benchmarks/gpu.py runs these checks as items A3 (`-k step`), A4 (`-k resume`) and A5
+(`-k nccl`), those of test_cuda_decode.py as A2.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import CONTEXT
+from gpu_report import report
+from outcomes import begin, results, saved, train
+from tiny_training import tiny_config, write_store
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpc_imagenet.compose import compose
+from hpc_imagenet.config import Config
+from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.errors import Interrupted, UserError
+from hpc_imagenet.training import environment
+from hpc_imagenet.training.account import Account
+from hpc_imagenet.training.boundary import Boundary
+from hpc_imagenet.training.model import build
+from hpc_imagenet.training.module import Classifier
+from hpc_imagenet.training.sampler import Share
+from hpc_imagenet.world import World
+
+
+def on(device: torch.device, config: Config) -> Config:
+    """Place a tiny training on the device, with a network of the usual kind."""
+    config.cluster.gpus_per_node = int(device.type == "cuda")
+    config.model.name = "resnet18"
+    return config
+
+
+# A3: steps without hidden waits, the loss, and too little memory.
+
+
+class Waits:
+    """Forbids steps `first` to `last` (from 1) to wait for the device; on a CPU only notes when."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: torch.device, first: int, last: int) -> None:
+        self.modes: list[str] = []
+        self._on_gpu = device.type == "cuda"
+        before, behind = Account.on_train_batch_start, Account.on_train_batch_end
+
+        def begins(account: Account, trainer: Any, *rest: Any) -> None:
+            before(account, trainer, *rest)
+            if trainer.global_step + 1 == first:
+                self.set("error")
+
+        def ends(account: Account, trainer: Any, *rest: Any) -> None:
+            if trainer.global_step == last:
+                self.set("default")
+            behind(account, trainer, *rest)
+
+        monkeypatch.setattr(Account, "on_train_batch_start", begins)
+        monkeypatch.setattr(Account, "on_train_batch_end", ends)
+
+    def set(self, mode: str) -> None:
+        self.modes.append(mode)
+        if self._on_gpu:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.fixture(scope="module")
+def ten_steps(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return write_store(tmp_path_factory.mktemp("ten") / "v1", {"train": 80, "val": 8})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["standard90", "fast16", "modern", "finetune"])
+def test_a_step_waits_for_nothing(
+    device: torch.device, ten_steps: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """Each wait that is not needed costs a GPU what the host needs to catch up."""
+    small = {"epochs": 1, "global_batch": 8, "size": 32, "val_size": 32, "val_resize": 32, "warmup_epochs": 0}
+    words = [f"recipe.{name}={value}" for name, value in small.items()]
+    words += ["recipe.start_size=32"] if recipe == "fast16" else []
+    place = [
+        "dataset=digits",
+        "cluster=here",
+        "loader.workers=2",
+        f"recipe={recipe}",
+        "recipe.precision=auto",
+    ]
+    config = on(device, compose([*place, *words, "model=resnet18"])[0])
+    waits = Waits(monkeypatch, device, first=4, last=9)  # the tenth is logged
+    try:
+        result = train(config, ten_steps, begin(tmp_path / "run"))
+    finally:
+        waits.set("default")
+    assert waits.modes == ["error", "default", "default"]
+    report(f"{recipe}: steps 4 to 9 do not wait for {device}", ok=True)
+    assert result["loss"] > 0
+
+
+def classifier(**recipe: Any) -> Classifier:
+    config = tiny_config(**recipe)
+    return Classifier(build("squeezenet1_1", 10, stem="small"), 10, config.recipe, 0, 10, Share(8))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_a_step_is_that_of_double_precision(
+    device: torch.device, soft: bool, smoothing: float
+) -> None:
+    torch.manual_seed(0)
+    module = classifier(label_smoothing=smoothing)
+    logits = (8 * torch.randn(256, 10, device=device)).to(torch.bfloat16)
+    labels = torch.randint(0, 10, (256,), device=device)
+    if soft:
+        labels = 0.7 * F.one_hot(labels, 10).float() + 0.3 * F.one_hot(labels.flip(0), 10).float()
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = module._cross_entropy(logits, labels)
+    exact = F.cross_entropy(logits.double(), labels.double() if soft else labels, label_smoothing=smoothing)
+    off = abs(float(loss) / float(exact) - 1)
+    report(
+        f"loss from bf16 logits, soft {soft}, smoothing {smoothing}: off {off:.1e}", ok=off < 1e-6, off=off
+    )
+    assert off < 1e-6
+
+
+class Types(TorchDispatchMode):
+    """Notes the type of what every log-softmax gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_softmax: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "log_softmax" in str(func):
+            self.of_softmax.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_loss_of_a_step_on_a_gpu_is_float32() -> None:
+    """Autocast leaves cross-entropy alone on a GPU. Tensors without data show it where there is none."""
+    module = classifier(label_smoothing=0.1)
+    with FakeTensorMode(allow_non_fake_inputs=True), Types() as types:
+        logits = torch.empty(8, 10, dtype=torch.bfloat16, device="cuda")
+        module._cross_entropy(logits, torch.zeros(8, dtype=torch.int64, device="cuda"))
+        module._cross_entropy(logits, torch.zeros(8, 10, device="cuda"))
+    assert types.of_softmax
+    assert set(types.of_softmax) == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [0.3, 1.02])
+def test_a_step_without_memory_is_one_line(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float
+) -> None:
+    """With a part of what a step needs, and with just as much, where cuDNN finds none for its algorithms."""
+    on_gpu = device.type == "cuda"
+    batch, size = (512, 224) if on_gpu else (8, 16)
+    store = write_store(tmp_path / "v1", {"train": 2 * batch if on_gpu else 16, "val": 8})
+    config = on(device, tiny_config(epochs=1, global_batch=batch, size=size, val_size=16, val_resize=16))
+    config.model.stem = "standard"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        train(config, store, begin(tmp_path / "peak"))
+        total = torch.cuda.get_device_properties(device).total_memory
+        limit = room * torch.cuda.max_memory_allocated() / total
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit), device)
+    elif room < 1:
+        full = torch.OutOfMemoryError("CUDA out of memory")
+        monkeypatch.setattr(Classifier, "training_step", lambda *_: (_ for _ in ()).throw(full))
+    try:
+        train(config, store, begin(tmp_path / "run"))
+        line = ""
+    except UserError as error:
+        line = str(error)
+    finally:
+        if on_gpu:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.empty_cache()
+    # Just enough memory may be enough, with slower algorithms; any other end is an error of the test.
+    ok = (room > 1 and not line) or ("out of memory at step 1" in line and "train.accumulate=2" in line)
+    report(f"{room:.0%} of the memory of a step: {line or 'trained all the same'}", ok=ok)
+    assert ok, line
+
+
+# A4: a run that goes on, on the same device and on another one.
+
+
+def off(one: Any, other: Any) -> float:
+    """Return the largest difference between the weights of two runs."""
+    a, b = saved(one)["state_dict"], saved(other)["state_dict"]
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_resume_gives_the_weights_of_an_undisturbed_run(
+    device: torch.device, tiny: Store, tmp_path: Path, signal_at, monkeypatch, deterministic: bool
+) -> None:
+    def config() -> Config:
+        made = on(device, tiny_config(optimizer="adamw", learning_rate=1e-3, ema=0.8))
+        made.train.deterministic = deterministic
+        return made
+
+    whole, run = begin(tmp_path / "whole"), begin(tmp_path / "run")
+    try:
+        expected = train(config(), tiny, whole)
+        signal_at(4)
+        with pytest.raises(Interrupted):
+            train(config(), tiny, run)
+        monkeypatch.undo()
+        assert saved(run)["global_step"] == 4
+        found = train(config(), tiny, run)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    apart = off(whole, run)
+    exact = deterministic or device.type == "cpu"
+    line = f"resume on {device}, train.deterministic={str(deterministic).lower()}: weights off {apart:.1e}"
+    report(line, ok=apart == 0 if exact else None, off=apart)
+    assert apart == 0 or not exact
+    assert results(found) == results(expected) or not exact
+    assert apart < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["cpu first", "cpu last"])
+def test_resume_on_another_device(
+    device: torch.device, tiny: Store, tmp_path: Path, signal_at, monkeypatch, order: str
+) -> None:
+    cpu = torch.device("cpu")
+    first, second = (cpu, device) if order == "cpu first" else (device, cpu)
+    run = begin(tmp_path / "run")
+    signal_at(4)
+    with pytest.raises(Interrupted):
+        train(on(first, tiny_config(ema=0.8)), tiny, run)
+    monkeypatch.undo()
+    result = train(on(second, tiny_config(ema=0.8)), tiny, run)
+    assert saved(run)["global_step"] == 10
+    report(f"resume: from {first} on {second}, loss {result['loss']:.3f}", ok=True)
+
+
+# A5: one rank of NCCL.
+
+
+def one_rank(device: str, store: Path, run: Any, way: str, compiled: bool) -> None:
+    """Train in a process of its own: alone, or as DDP's only rank with gradients in float32 or bf16."""
+    torch.set_num_threads(1)
+    config = on(torch.device(device), tiny_config(epochs=4))
+    config.train.deterministic = True
+    config.model.compile = compiled
+    if compiled and device == "cpu":  # without the minute that a C++ compiler takes
+        torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="eager")  # type: ignore[method-assign]
+    if way != "alone":
+        original, starts = environment.placement, Boundary.on_train_start
+
+        def placement(world: World, place: torch.device, accumulate: int, precision: str) -> dict[str, Any]:
+            strategy = original(World(0, 2, 0, 2), place, accumulate, precision)["strategy"]
+            strategy._ddp_comm_hook = bf16_compress_hook if way == "bf16" else None  # as between nodes
+            return original(world, place, accumulate, precision) | {"strategy": strategy}
+
+        def start(boundary: Boundary, trainer: Any, module: Any) -> None:
+            starts(boundary, trainer, module)
+            boundary._group = torch.distributed.new_group(backend="gloo")  # beside NCCL, as with more ranks
+
+        environment.placement = placement
+        Boundary.on_train_start = start  # type: ignore[method-assign]
+    train(config, Store(store), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "compiled", "limit"), [("float32", False, 1e-3), ("bf16", True, 5e-2)])
+def test_nccl_with_one_rank_trains_as_without(
+    device: torch.device, tiny: Store, tmp_path: Path, way: str, compiled: bool, limit: float
+) -> None:
+    runs = {name: begin(tmp_path / name) for name in ("alone", way)}
+    processes = [
+        CONTEXT.Process(target=one_rank, args=(str(device), tiny.folder, run, name, compiled))
+        for name, run in runs.items()
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]  # None: it does not end
+    apart = off(runs["alone"], runs[way])
+    backend = "NCCL" if device.type == "cuda" else "gloo"
+    form = "compiled" if compiled else "eager"
+    report(
+        f"{backend}, one rank, gradients in {way}, {form}: weights off {apart:.1e}",
+        ok=apart < limit,
+        off=apart,
+    )
+    assert apart < limit
+    if device.type == "cuda" and way == "bf16":  # Lightning registers the hook on GPUs only
+        assert apart > 0

@@ -1,0 +1,155 @@
+"""What nvJPEG decodes, beside libjpeg; without a GPU, the way there is rehearsed on the CPU.
+
+    python -m pytest -s tests/training/test_cuda_decode.py
+
+`-s` shows the figures. benchmarks/gpu.py runs these checks as item A2.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from gpu_report import report
+from loader_data import pictures, write_store
+from PIL import Image
+from torch import Tensor
+
+from hpc_imagenet.datastore.store import Split, Store
+from hpc_imagenet.training import gpu
+from hpc_imagenet.training.data import Batches, Loader
+from hpc_imagenet.training.decode import Encoded
+from hpc_imagenet.training.gpu import Piece
+from hpc_imagenet.training.sampler import Share, TrainSampler
+from hpc_imagenet.training.transforms import Crop, TrainView
+
+SIDE = 64  # px of the square that is compared
+KINDS = 8  # images of each kind
+
+
+def photo(number: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
+    """Return a soft picture in strong colours with a little grain."""
+    bits = np.random.default_rng(number)
+    coarse = Image.fromarray(bits.integers(0, 256, (6, 8, 3), np.uint8))
+    soft = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), float)
+    return Image.fromarray((soft + bits.normal(0, 3, (*soft.shape[:2], 1))).clip(0, 255).astype(np.uint8))
+
+
+def by_pillow(picture: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **({"quality": 95} if form == "JPEG" else {}), **options)
+    return buffer.getvalue()
+
+
+def by_turbo(subsampling: str) -> Callable[[Image.Image], bytes]:
+    return lambda picture: simplejpeg.encode_jpeg(
+        np.ascontiguousarray(picture), quality=95, colorspace="RGB", colorsubsampling=subsampling
+    )
+
+
+def with_adobe_marker(picture: Image.Image) -> bytes:
+    """Return a YCbCr JPEG that says so in Adobe's way, without JFIF's header."""
+    data = by_pillow(picture, subsampling="4:2:0")
+    assert data[2:4] == b"\xff\xe0"
+    behind = 4 + int.from_bytes(data[4:6], "big")
+    return data[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0\1" + data[behind:]
+
+
+ENCODERS: dict[str, tuple[Callable[[Image.Image], bytes], bool]] = {  # and whether a GPU is to decode it
+    "4:4:4": (by_turbo("444"), True),
+    "4:2:2": (by_turbo("422"), True),
+    "4:2:0": (by_turbo("420"), True),
+    "4:4:0": (by_turbo("440"), True),
+    "4:1:1": (by_turbo("411"), True),
+    "grey": (lambda picture: by_pillow(picture.convert("L")), True),
+    "progressive": (functools.partial(by_pillow, progressive=True), True),
+    "restart markers": (functools.partial(by_pillow, restart_marker_blocks=1), True),
+    "RGB-coded": (functools.partial(by_pillow, keep_rgb=True), False),
+    "Adobe YCC": (with_adobe_marker, True),
+    "odd size": (lambda picture: by_pillow(picture.crop((0, 0, 93, 77)), subsampling="4:2:0"), True),
+    "CMYK": (lambda picture: by_pillow(picture.convert("CMYK")), False),
+    "PNG": (lambda picture: by_pillow(picture, "PNG"), False),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_nvjpeg_decodes_each_kind_as_libjpeg_does_or_leaves_it_to_cpus(
+    device: torch.device, kind: str
+) -> None:
+    encode, on_device = ENCODERS[kind]
+    images = [Encoded(encode(photo(number))) for number in range(KINDS)]
+    assert [image.plain for image in images] == [on_device] * KINDS
+    crop = Crop((0, 0, SIDE, SIDE), SIDE, SIDE)  # nothing is resized
+    expected = np.stack([image.pixels(crop.source).copy() for image in images])
+    pieces = [Piece(place, image._data, crop) for place, image in enumerate(images) if image.plain]
+    pixels = torch.zeros(KINDS, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
+    refused = gpu.decode(pieces, pixels)
+    taken = len(pieces) - len(refused)
+    if not taken:
+        report(f"nvJPEG, {kind}: left to CPUs ({len(refused)} of {KINDS} refused)", ok=True)
+        return
+    rows = [piece.place for piece in pieces if piece not in refused]
+    off = np.abs(pixels[rows].permute(0, 2, 3, 1).cpu().numpy().astype(int) - expected[rows])
+    mean, worst = float(off.mean()), float(off.max())
+    ok = mean < 3
+    line = (
+        f"nvJPEG, {kind}: {taken} of {KINDS} on {device}, off {mean:.2f} grey levels mean, {worst:.0f} worst"
+    )
+    report(line, ok=ok, mean=mean, worst=worst)
+    assert ok, line
+
+
+def sums(batches: Any, device: torch.device, busy: int, wait: bool) -> tuple[Tensor, list[int]]:
+    """Return the sum of each image's pixels, taken behind other work of the device; and its memory, bytes.
+
+    Args:
+        batches: iterator over pixels and labels.
+        device: of the batches.
+        busy: side of the matrices that keep the device busy before each sum.
+        wait: whether to wait for the device behind each batch.
+    """
+    work = torch.rand(busy, busy, device=device)
+    made, memory = [], []
+    for pixels, _ in batches:
+        for _ in range(4):
+            work = (work @ work).clamp(0, 1)
+        made.append(pixels.sum((1, 2, 3), dtype=torch.int64))
+        if device.type == "cuda":
+            memory.append(torch.cuda.mem_get_info(device)[1] - torch.cuda.mem_get_info(device)[0])
+            if wait:
+                torch.cuda.synchronize(device)
+    return torch.stack(made).cpu(), memory
+
+
+@pytest.mark.slow
+def test_nvjpeg_batches_beside_a_busy_stream_are_those_of_an_idle_one(
+    device: torch.device, tmp_path: Path
+) -> None:
+    on_gpu = device.type == "cuda"
+    count, batch, size, busy = (300, 256, 224, 4096) if on_gpu else (5, 8, 32, 64)
+    write_store(tmp_path / "photos", [(data, 0) for data in pictures(96 if on_gpu else 8)])
+    store = Store(tmp_path / "photos")
+    split = Split(store, np.resize(store.split("train").index, count * batch))
+    workers = max(1, len(os.sched_getaffinity(0)) - 1)
+
+    def loader() -> Loader:
+        made = Batches(split, TrainView(size, 0.25, 0.5), 0, on_gpu=True)
+        return Loader(made, TrainSampler(len(split), 0, Share(batch)), workers, device)
+
+    quiet = loader()  # batch by batch, nothing at the same time
+    expected, _ = sums(map(quiet._finish, quiet._prepared()), device, busy, wait=True)
+    found, memory = sums(loader(), device, busy, wait=False)
+    different = int((expected != found).sum())
+    grown = (memory[-1] - memory[len(memory) // 4]) / 2**20 if memory else 0.0
+    line = f"nvJPEG: {count} batches beside a busy stream, {different} of {len(split)} images differ"
+    report(f"{line}; memory grew by {grown:.0f} MiB", ok=different == 0 and grown < 256, grown=grown)
+    assert different == 0
+    assert grown < 256
