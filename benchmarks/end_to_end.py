@@ -28,11 +28,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the stage does
 
 import numpy as np
 import torch
-from loader_data import POOL, pictures, write_store
+from loader_data import POOL, pictures, treated, write_store
 from train_step import CLASSES, Task, in_turns, machine, plain
 
-from hpc_imagenet.archives import picture
-from hpc_imagenet.archives.treat import Treatment
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.manifest import Category
 from hpc_imagenet.datastore.store import Split, Store
@@ -73,9 +71,8 @@ def loader(task: Task, config: Config, store: Repeated) -> Iterator[float]:
             yield (time.perf_counter() - begin) / task.steps
 
 
-def measure(task: Task, folder: Path, windows: int, decode: str, workers: int) -> None:
-    """Print one line of images/s."""
-    name = f"{task.name}, {task.size} px, {folder.name}, decoded on {decode}"
+def measure(task: Task, folder: Path, windows: int, decode: str, workers: int) -> dict[str, list[float]]:
+    """Return the images/s of each window: of the loader and the device alone, and of ours together."""
     steps = (1 + windows) * (task.warm + task.steps)
     store, config = Repeated(folder, steps * task.batch), task.config()
     config.loader.decode, config.loader.workers = decode, workers
@@ -84,7 +81,11 @@ def measure(task: Task, folder: Path, windows: int, decode: str, workers: int) -
         "device": plain(task, 1 + windows).__next__,
     }
     seconds = in_turns(task, windows, others, config, store)
-    rates = {way: [task.batch / each for each in seconds[way]] for way in ("loader", "device", "ours")}
+    return {way: [task.batch / each for each in seconds[way]] for way in ("loader", "device", "ours")}
+
+
+def show(name: str, rates: dict[str, list[float]]) -> None:
+    """Print one line of images/s."""
     medians = {way: statistics.median(each) for way, each in rates.items()}
     figures = " ".join(
         f"{medians[way]:9.1f} ({min(each):.1f} to {max(each):.1f})" for way, each in rates.items()
@@ -119,14 +120,16 @@ def main() -> None:
     ):
         pool = pictures(POOL)
         for kind in ("archive", "tiled"):
-            treat, folder = Treatment(tile=kind == "tiled"), Path(name) / kind
-            made = [treat(data, picture.examine(data))[0] for data in pool]
+            folder, (made, note) = Path(name) / kind, treated(pool, kind)
+            if note:
+                print(f"{kind}{note}")
             write_store(folder, [(data, i % 10) for i, data in enumerate(made)])
             sizes = [options.size] if on_gpu else [options.size, max(32, options.size // 3)]
             for model, size in itertools.product(options.model, sizes):
                 task = Task(model, options.batch, size, device, options.steps, warm=WARM)
                 for decode in ("cpu", "gpu") if on_gpu else ("cpu",):
-                    measure(task, folder, options.windows, decode, max(1, len(cpus) - 1))
+                    rates = measure(task, folder, options.windows, decode, max(1, len(cpus) - 1))
+                    show(f"{model}, {size} px, {kind}, decoded on {decode}", rates)
 
 
 if __name__ == "__main__":

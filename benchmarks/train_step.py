@@ -55,6 +55,7 @@ from hpc_imagenet.world import World
 
 CLASSES = 1000
 BACKBONES = ("resnet18", "resnet50", "convnext_tiny", "vit_b_16")
+TIMM = {"vit_b_16": "vit_base_patch16_224"}  # timm's names of networks that torchvision calls otherwise
 Batch = tuple[Tensor, Tensor]
 
 
@@ -182,7 +183,7 @@ def plain(task: Task, windows: int) -> Iterator[float]:
             task.wait()
             begin = time.perf_counter()
         with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
-            loss = F.cross_entropy(network((images - mean) / std), labels)
+            loss = F.cross_entropy(network((images - mean) / std).float(), labels)  # as timm's loop has it
         chosen.zero_grad()
         loss.backward()
         chosen.step()
@@ -230,8 +231,7 @@ def row(task: Task, windows: int, processes: int, script: Path | None = None) ->
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             rounds.append(fresh.submit(both, task, windows).result())
     if script:
-        timm = [timm_rate(script, task) for _ in range(3)]
-        rounds = [{**one, "timm's benchmark.py": timm} for one in rounds]
+        rounds = [{**one, "timm's benchmark.py": [timm_rate(script, task)]} for one in rounds]
     kind = ("compiled" if task.compiled else "eager") if task.device.type == "cuda" else "CPU"
     name = f"{task.name}, {task.batch} x {task.size} px, {kind}"
     for way in rounds[0]:
@@ -279,12 +279,30 @@ def saving(task: Task, repeats: int) -> None:
 
 
 def timm_rate(script: Path, task: Task) -> float:
-    """Return the s a step of timm's own benchmark script."""
-    words = ["--bench", "train", "--model", task.name, "-b", str(task.batch), "--img-size", str(task.size)]
+    """Return the s a step of timm's own benchmark script.
+
+    Raises:
+        RuntimeError: the script failed; its last line.
+    """
+    words = [
+        "--bench",
+        "train",
+        "--model",
+        TIMM.get(task.name, task.name),
+        "-b",
+        str(task.batch),
+        "--img-size",
+        str(task.size),
+    ]
     words += ["--amp", "--amp-dtype", "bfloat16", "--channels-last", "--opt", "momentum"]
+    words += ["--num-warm-iter", "5", "--num-bench-iter", "20", "--no-retry", "--device", task.device.type]
     words += ["--torchcompile"] if task.compiled else []
-    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    if done.returncode or "--result" not in done.stdout:
+        raise RuntimeError(f"{script}: {(done.stderr.strip().splitlines() or ['no result'])[-1]}")
     result = json.loads(done.stdout[done.stdout.index("--result") + len("--result") :])
+    if "error" in result:
+        raise RuntimeError(f"{script}: {result['error']}")
     return task.batch / float(result["train_samples_per_sec"])
 
 
@@ -315,12 +333,11 @@ def main() -> None:
         f"   ({options.processes} processes, {options.windows} windows each)"
     )
     cpu, steps, batch = torch.device("cpu"), options.steps, options.gpu_batch
-    row(Task("resnet18", options.batch, options.size, cpu, steps), options.windows, options.processes)
-    row(Task("squeezenet1_1", 1, 32, cpu, 5 * steps), options.windows, options.processes)
-    for name in BACKBONES:
-        if not torch.cuda.is_available():
-            print(f"{name}, {batch} x 224 px, eager and compiled: no GPU")
-            continue
+    if not torch.cuda.is_available():
+        row(Task("resnet18", options.batch, options.size, cpu, steps), options.windows, options.processes)
+        row(Task("squeezenet1_1", 1, 32, cpu, 5 * steps), options.windows, options.processes)
+        print(f"{', '.join(BACKBONES)}, {batch} x 224 px, eager and compiled: no GPU")
+    for name in BACKBONES if torch.cuda.is_available() else ():
         for compiled in (False, True):
             task = Task(name, batch, 224, torch.device("cuda", 0), 5 * steps, compiled)
             row(task, options.windows, 1, options.timm_benchmark)

@@ -26,7 +26,7 @@ sys.path.append(
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.fixture(params=[pytest.param("cpu", id="rehearsal"), pytest.param("cuda", id="gpu", marks=NEEDS_GPU)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, for a rehearsal, and the GPU where there is one."""
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
