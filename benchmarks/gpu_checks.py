@@ -27,6 +27,9 @@ from gpu_report import Options, report
 from hpc_imagenet.local import gpus
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "training"
+PATIENCE = (
+    150  # s, for two trainings of the digits; below the item's limit, so that it says what it waits for
+)
 TOP1 = 0.95  # of the digits, on bf16
 SEEDS = (0, 1)
 NETWORKS = (("resnet50", "resnet18"), ("convnext_tiny", "vit_b_16"))  # compiled side by side, 40 GB each
@@ -133,7 +136,12 @@ def queue(options: Options) -> None:
 def _watch(options: Options, home: Workspace) -> None:
     there = max(1, len(gpus())) if options.device == "cuda" else 2
     most, killed_at, retried, handed_out = 0, 0, False, set()
+    end = time.monotonic() + PATIENCE
     while True:
+        if time.monotonic() > end:
+            logs = [path.read_text()[-500:] for path in home.folder.glob("runs/.queue/*/worker.log")]
+            report(f"after {PATIENCE} s: {home('jobs')!r}; worker: {logs!r}", ok=False)
+            return
         rows = home.trainings()
         most = max(most, sum(row["state"] == "running" for row in rows))
         for row in rows:
@@ -256,9 +264,8 @@ def _compile(options: Options, names: tuple[str, ...]) -> None:
 def _sizes(options: Options) -> None:
     """Count the graphs of a training that grows from one size to another and validates."""
     import torch
-    from torch._dynamo.utils import counters
-
     from gpu_speed import cheap_compiler
+    from torch._dynamo.utils import counters
 
     from hpc_imagenet.compose import compose
     from hpc_imagenet.training import model

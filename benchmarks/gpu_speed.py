@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import json
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,6 @@ from gpu_report import Options, report
 from loader_data import pictures, treated, write_store
 from train_step import Task, both, in_turns, plain, timm_rate
 
-from hpc_imagenet.config import Config
 from hpc_imagenet.training.data import Batches, Loader
 from hpc_imagenet.training.gpu import check
 from hpc_imagenet.training.sampler import Share, TrainSampler
@@ -34,6 +35,13 @@ LEAST = 2700  # images/s of resnet50, eager: what an A100 makes
 TARGETS = {("resnet50", False): 3300, ("resnet50", True): 3800}  # images/s on an H100
 ROWS = (("resnet50", 3, 12), ("resnet18", 3, 12), ("convnext_tiny", 2, 8), ("vit_b_16", 2, 8))
 THREADS = (1, 4, 8, 15)
+# A process keeps the algorithms that cuDNN has chosen for a shape, and reads CUBLAS_WORKSPACE_CONFIG once:
+# the second group needs a fresh one. What needs most memory comes last.
+WAYS = (
+    ("bf16", "fp16", "blurpool", "modern's augmentation", "batch 512"),
+    ("train.deterministic", "benchmark_limit 0", "batch 1024"),
+)
+KERNELS = 8  # that the profile names
 
 
 def task(options: Options, name: str, compiled: bool = False, steps: int = 12, batch: int = BATCH) -> Task:
@@ -50,20 +58,35 @@ def cheap_compiler(options: Options) -> None:
         torch.nn.Module.compile = compiles  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def by_itself(title: str) -> Iterator[None]:
+    """Report an error as a failed line, and go on with what comes next."""
+    try:
+        yield
+    except Exception as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        report(f"{title}: {line}", ok=False)
+
+
 def step(options: Options) -> None:
     """B1: a step of ours beside one of a plain loop, eager and compiled."""
     known = options.folder / "machine.json"
-    machine = json.loads(known.read_text()) if known.exists() else {"name": "", "copy": 3.0e12}
+    if known.exists():
+        machine = json.loads(known.read_text())
+    else:  # A0 was left out
+        name = torch.cuda.get_device_name() if options.device == "cuda" else ""
+        machine = {"name": name, "copy": 3.0e12}
     rates: dict[str, float] = {}
     for name, windows, steps in ROWS[:1] if options.toy else ROWS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             for compiled in (False, True):
                 one = task(options, name, compiled, steps)
-                seconds = fresh.submit(_both, options, one, 1 if options.toy else windows).result()
-                ours, other = (statistics.median(seconds[way]) for way in ("ours", "plain PyTorch"))
-                rates[f"{name} {compiled}"] = one.batch / ours
-                _report_step(one, ours, other, machine)
-                (options.folder / "step.json").write_text(json.dumps(rates))
+                with by_itself(f"{name}, {'compiled' if compiled else 'eager'}"):
+                    seconds = fresh.submit(_both, options, one, 1 if options.toy else windows).result()
+                    ours, other = (statistics.median(seconds[way]) for way in ("ours", "plain PyTorch"))
+                    rates[f"{name} {compiled}"] = one.batch / ours
+                    _report_step(one, ours, other, machine)
+                    (options.folder / "step.json").write_text(json.dumps(rates))
 
 
 def _both(options: Options, one: Task, windows: int) -> dict[str, list[float]]:
@@ -91,20 +114,20 @@ def timm(options: Options) -> None:
     if options.timm is None:
         report("timm's benchmark.py was not given (--timm FILE)")
         return
+    if importlib.util.find_spec("timm") is None:
+        report("timm is not installed")
+        return
     known = options.folder / "step.json"
     rates = json.loads(known.read_text()) if known.exists() else {}
-    for name, compiled in (("resnet50", False), ("resnet50", True), ("vit_b_16", False)):
-        one = task(options, name, compiled)
+    # Compiled comes last: it may not fit into the time.
+    for name, compiled in (("resnet50", False), ("vit_b_16", False), ("resnet50", True)):
+        one, form = task(options, name, compiled), "compiled" if compiled else "eager"
         one = replace(one, name="resnet18") if options.toy else one  # timm has no squeezenet
-        try:
+        with by_itself(f"timm, {name}, {form}"):
             rate = one.batch / timm_rate(options.timm, one)
-        except RuntimeError as error:
-            report(f"timm, {name}: {error}", ok=False)
-            continue
-        ours = rates.get(f"{name} {compiled}")
-        beside = f"; ours / timm {ours / rate:.2f} (target 1.0)" if ours else ""
-        form = "compiled" if compiled else "eager"
-        report(f"timm, {name}, {form}: {rate:,.0f} images/s{beside}", rate=rate)
+            ours = rates.get(f"{name} {compiled}")
+            beside = f"; ours / timm {ours / rate:.2f} (target 1.0)" if ours else ""
+            report(f"timm, {name}, {form}: {rate:,.0f} images/s{beside}", rate=rate)
 
 
 def photos(options: Options, kind: str) -> Path:
@@ -125,7 +148,8 @@ def loader(options: Options) -> None:
     device, cores = torch.device(options.device), len(os.sched_getaffinity(0))
     threads = sorted({min(count, max(1, cores - 1)) for count in THREADS})
     seconds = 0.1 if options.toy else 2.0
-    report(f"nvJPEG at the start of a run: {check(device, max(1, cores - 1))}")
+    with by_itself("nvJPEG at the start of a run"):
+        report(f"nvJPEG at the start of a run: {check(device, max(1, cores - 1))}")
     for kind in ("archive", "tiled", "short256"):
         folder = photos(options, kind)
         rates = [_loader_rate(options, folder, count, False, seconds) for count in threads]
@@ -133,8 +157,9 @@ def loader(options: Options) -> None:
         by = ", ".join(map(str, threads))
         report(f"loader, {kind}: {line} images/s with {by} threads", rates=rates)
         if kind != "short256":
-            rate = _loader_rate(options, folder, threads[-1], True, 1.5 * seconds)
-            report(f"loader, {kind}, nvJPEG: {rate:,.0f} images/s", rate=rate)
+            with by_itself(f"loader, {kind}, nvJPEG"):
+                rate = _loader_rate(options, folder, threads[-1], True, 1.5 * seconds)
+                report(f"loader, {kind}, nvJPEG: {rate:,.0f} images/s", rate=rate)
 
 
 def _loader_rate(options: Options, folder: Path, threads: int, on_gpu: bool, seconds: float) -> float:
@@ -163,74 +188,98 @@ def end_to_end(options: Options) -> None:
     )
     workers = max(1, len(os.sched_getaffinity(0)) - 1)
     for name, kind, decode in rows[:1] if options.toy else rows:
-        folder = photos(options, kind)
-        one = replace(task(options, name, steps=15), warm=1 if options.toy else WARM)
-        rates = measure(one, folder, 1 if options.toy else 2, decode, workers)
-        alone, device, together = (statistics.median(rates[way]) for way in ("loader", "device", "ours"))
-        share = together / min(alone, device)
-        line = f"{name}, {kind}, decode={decode}: loader {alone:,.0f}, device {device:,.0f}"
-        goal = ", target 9,000" if (name, kind) == ("resnet18", "short256") else ""
-        report(
-            f"{line}, together {together:,.0f} images/s{goal}; {share:.3f} of the slower one (target 0.97)",
-            loader=alone,
-            device=device,
-            together=together,
-        )
+        title = f"{name}, {kind}, decode={decode}"
+        with by_itself(title):
+            folder = photos(options, kind)
+            one = replace(task(options, name, steps=15), warm=1 if options.toy else WARM)
+            rates = measure(one, folder, 1 if options.toy else 2, decode, workers)
+            alone, device, together = (statistics.median(rates[way]) for way in ("loader", "device", "ours"))
+            share, slower = together / min(alone, device), "loader" if alone < device else "device"
+            goal = ", target 9,000" if (name, kind) == ("resnet18", "short256") else ""
+            alone_each = f"loader {alone:,.0f}, device {device:,.0f}"
+            line = f"{title}: {alone_each}, together {together:,.0f} images/s{goal}"
+            report(
+                f"{line}; {share:.3f} of the {slower}, the slower one (target 0.97)",
+                loader=alone,
+                device=device,
+                together=together,
+            )
 
 
 def ingredients(options: Options) -> None:
     """B5: what precision, batch size and a recipe's ingredients cost; and where resnet18's time goes."""
-
-    def modern(config: Config) -> None:
-        config.recipe.augment, config.recipe.erase = "trivial", 0.1
-        config.recipe.mixup, config.recipe.cutmix = 0.2, 1.0
-
-    def exhaustive(config: Config) -> None:
-        torch.backends.cudnn.benchmark_limit = 0  # time all algorithms; torch's default is 10
-
-    def recipe(name: str, value: Any) -> Callable[[Config], None]:
-        return lambda config: setattr(config.recipe, name, value)
-
-    half = "bf16-mixed" if options.toy else "16-mixed"
-    ways: tuple[tuple[str, int, Callable[[Config], None]], ...] = (
-        ("bf16", BATCH, lambda config: None),
-        ("fp16", BATCH, recipe("precision", half)),
-        ("blurpool", BATCH, recipe("blurpool", not options.toy)),  # the toy has nothing to blur
-        ("modern's augmentation", BATCH, modern),
-        ("train.deterministic", BATCH, lambda config: setattr(config.train, "deterministic", True)),
-        ("batch 512", 512, lambda config: None),
-        ("batch 1024", 1024, lambda config: None),
-        ("benchmark_limit 0", BATCH, exhaustive),
-    )
     base = None
-    for name, batch, change in ways:
-        one = task(options, "resnet50", steps=8, batch=batch)
-        config = one.config()
-        change(config)
-        try:
-            (seconds,) = in_turns(one, 1, {}, config)["ours"]
-        except Exception as error:  # the others are measured all the same
-            line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            report(f"resnet50, {name}: {line}", ok=False)
-            continue
-        finally:
-            torch.use_deterministic_algorithms(False)
-        rate = one.batch / seconds
-        base = base or rate
-        report(f"resnet50, {name}: {rate:,.0f} images/s, {rate / base:.2f} of bf16", rate=rate)
-    _profile(options)
+    for names in WAYS:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            for name in names:
+                with by_itself(f"resnet50, {name}"):
+                    rate = fresh.submit(_ingredient, options, name).result()
+                    base = base or (rate if name == "bf16" else None)
+                    beside = f", {rate / base:.2f} of bf16" if base else ""
+                    report(f"resnet50, {name}: {rate:,.0f} images/s{beside}", rate=rate)
+            if names == WAYS[0]:
+                with by_itself("profile"):
+                    fresh.submit(_profile, options).result()
+
+
+def _ingredient(options: Options, name: str) -> float:
+    """Return the images/s of resnet50, eager, with one thing changed; `name` as in WAYS."""
+    batch = int(name.split()[1]) if name.startswith("batch ") else BATCH
+    one = task(options, "resnet50", steps=8, batch=batch)
+    config = one.config()
+    recipe = config.recipe
+    if name == "fp16":
+        recipe.precision = "bf16-mixed" if options.toy else "16-mixed"
+    elif name == "blurpool":
+        recipe.blurpool = not options.toy  # the toy has nothing to blur
+    elif name == "modern's augmentation":
+        recipe.augment, recipe.erase, recipe.mixup, recipe.cutmix = "trivial", 0.1, 0.2, 1.0
+    elif name == "train.deterministic":
+        config.train.deterministic = True
+    elif name == "benchmark_limit 0":
+        torch.backends.cudnn.benchmark_limit = 0  # time all algorithms
+    try:
+        (seconds,) = in_turns(one, 1, {}, config)["ours"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark_limit = 10  # torch's default
+        torch.cuda.empty_cache()
+    return one.batch / seconds
 
 
 def _profile(options: Options) -> None:
-    """Report the kernels that a plain step of resnet18 spends most of its time in."""
-    one = task(options, "resnet18", steps=5)
+    """Report in which kernels a plain step of resnet18 spends its time; on a CPU, in which operators."""
+    one, on_gpu = task(options, "resnet18", steps=5), options.device == "cuda"
+    torch.backends.cudnn.benchmark = on_gpu
     windows = plain(one, 2)
     next(windows)
-    with torch.profiler.profile() as profile:
-        seconds = next(windows)
-    key = "self_device_time_total" if options.device == "cuda" else "self_cpu_time_total"
-    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, key))
-    total = sum(getattr(event, key) for event in events) or 1
-    report(f"{one.name}, plain: {1000 * seconds:.1f} ms a step; by kernel:")
-    for event in events[:8]:
-        report(f"  {getattr(event, key) / total:5.1%} {event.count:5} x {event.key[:80]}")
+    with torch.profiler.profile(acc_events=True) as profile:
+        began = time.perf_counter()
+        next(windows)
+        took = time.perf_counter() - began
+    longest = busiest(profile.key_averages(), on_gpu)
+    steps, total = one.warm + one.steps, sum(spent for spent, _, _ in longest)
+    what, each = "kernel" if on_gpu else "operator", 1000 * took / steps
+    report(
+        f"{one.name}, plain, profiled: {each:.1f} ms a step, of which {what}s {1000 * total / steps:.1f} ms, "
+        f"{total / took:.0%}; by {what}:"
+    )
+    for spent, count, name in longest[:KERNELS]:
+        report(f"  {spent / total:5.1%} {count / steps:5.1f} x {name[:80]}")
+
+
+def busiest(events: Iterable[Any], on_gpu: bool) -> list[tuple[float, int, str]]:
+    """Return the kernels of a profile, or its operators: s, number of calls and name; the longest first.
+
+    On a GPU an operator has the time of its kernels once more, and so has an annotation such as the
+    optimizer's.
+    """
+    times = []
+    for event in events:
+        if event.is_user_annotation or event.key.startswith("Optimizer."):
+            continue
+        if not on_gpu:
+            times.append((1e-6 * event.self_cpu_time_total, event.count, event.key))
+        elif event.device_type == torch.autograd.DeviceType.CUDA:
+            times.append((1e-6 * event.self_device_time_total, event.count, event.key))
+    return sorted(times, reverse=True)

@@ -183,7 +183,7 @@ def plain(task: Task, windows: int) -> Iterator[float]:
             task.wait()
             begin = time.perf_counter()
         with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
-            loss = F.cross_entropy(network((images - mean) / std).float(), labels)  # as timm's loop has it
+            loss = F.cross_entropy(network((images - mean) / std).float(), labels)  # in float32, as ours
         chosen.zero_grad()
         loss.backward()
         chosen.step()
@@ -298,12 +298,14 @@ def timm_rate(script: Path, task: Task) -> float:
     words += ["--num-warm-iter", "5", "--num-bench-iter", "20", "--no-retry", "--device", task.device.type]
     words += ["--torchcompile"] if task.compiled else []
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
-    if done.returncode or "--result" not in done.stdout:
+    _, mark, text = done.stdout.partition("--result")
+    if done.returncode or not mark:
         raise RuntimeError(f"{script}: {(done.stderr.strip().splitlines() or ['no result'])[-1]}")
-    result = json.loads(done.stdout[done.stdout.index("--result") + len("--result") :])
-    if "error" in result:
-        raise RuntimeError(f"{script}: {result['error']}")
-    return task.batch / float(result["train_samples_per_sec"])
+    try:
+        result, _ = json.JSONDecoder().raw_decode(text.strip())  # whatever else is printed behind it
+        return task.batch / float(result["train_samples_per_sec"])
+    except (ValueError, KeyError, TypeError):
+        raise RuntimeError(f"{script}: no train_samples_per_sec in {' '.join(text.split())[:200]}") from None
 
 
 def machine() -> str:

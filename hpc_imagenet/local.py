@@ -89,10 +89,13 @@ def worker_expected(record: Record) -> bool:
 
 
 def job_environment() -> dict[str, str]:
-    """Return the environment for a job: this package can be imported from anywhere, installed or not."""
-    path = str(Path(__file__).resolve().parent.parent)
-    others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([path, *others])}
+    """Return the environment for a job: this package can be imported from anywhere, installed or not.
+
+    A job has another working directory, so relative entries of PYTHONPATH become absolute ones.
+    """
+    given = [str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    paths = dict.fromkeys([str(Path(__file__).resolve().parent.parent), *given])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def identity(pid: int | None = None) -> dict[str, Any]:

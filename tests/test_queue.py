@@ -217,3 +217,14 @@ def test_a_pid_that_another_process_has_now_is_not_the_job(tmp_path: Path) -> No
     note = json.loads((attempt.folder / "process.json").read_text())
     (attempt.folder / "process.json").write_text(json.dumps({**note, "born": note["born"] - 60}))
     assert not local.alive(attempt)
+
+
+def test_a_job_finds_what_a_relative_pythonpath_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its working directory is another one: its worker could not even start."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["here", "", "/there", "."]))
+    paths = local.job_environment()["PYTHONPATH"].split(os.pathsep)
+    assert paths[1:] == [f"{tmp_path}/here", "/there", str(tmp_path)]
+    assert (Path(paths[0]) / "hpc_imagenet").is_dir()

@@ -23,7 +23,7 @@ from hpc_imagenet.durable import replacing
 from hpc_imagenet.errors import LATER, Interrupted, UserError, first_line
 from hpc_imagenet.experiment import Recipe
 from hpc_imagenet.training.checkpoint import LAST
-from hpc_imagenet.training.environment import PATIENCE
+from hpc_imagenet.training.environment import PATIENCE, out_of_memory
 from hpc_imagenet.training.preemption import Asked
 
 LOOK_EVERY = 50  # steps between two looks at a loss on a GPU: each makes the CPU wait for it
@@ -41,6 +41,9 @@ class Boundary(pl.Callback):
         identity: what a later attempt must find the same, as plain values; see `checkpoint.differing`.
         names: of the images of a step, in all ranks.
         writes: whether this rank writes into the run's folder.
+
+    Attributes:
+        out_of_memory: whether the training has failed for want of memory.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Boundary(pl.Callback):
         self._bad: Tensor | None = None  # the first step whose loss is no number, on the device
         self._saved = time.monotonic()
         self._validating = False
+        self.out_of_memory = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Begin to count the minutes."""
@@ -114,6 +118,8 @@ class Boundary(pl.Callback):
         A GPU that was given a collective waits for a rank that is gone, and whoever waits for the GPU, as
         Lightning does while it clears up, with it.
         """
+        # Now, since Lightning's teardown moves the network to the CPU, and the GPU looks empty behind it.
+        self.out_of_memory = out_of_memory(exception, module.device)
         if trainer.world_size > 1 and not isinstance(exception, Interrupted):
             ending = threading.Timer(FAREWELL, _leave, (exception,))
             ending.daemon = True

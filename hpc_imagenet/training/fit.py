@@ -95,7 +95,8 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
 
     with quiet(), Asked() as asked:
         every = 60 * config.train.checkpoint_every_minutes
-        callbacks.append(Boundary(checkpoints, asked, every, identity, loaders.names, world.main))
+        boundary = Boundary(checkpoints, asked, every, identity, loaders.names, world.main)
+        callbacks.append(boundary)
         callbacks.append(verdict)  # last: all that the others do is no waiting for data
         trainer = _trainer(config, run, world, place, start, look_every, callbacks)
         path = start.path if start else None
@@ -106,7 +107,7 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
                 trainer.validate(module, datamodule=loaders, verbose=False)
             skipped = len(loaders.skipped())
         except (RuntimeError, MemoryError) as error:
-            if environment.out_of_memory(error, place):
+            if boundary.out_of_memory or environment.out_of_memory(error, place):
                 raise UserError(_too_much(share, trainer.global_step, place)) from None
             if missing := _no_deterministic(error):
                 raise UserError(missing) from None

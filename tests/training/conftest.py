@@ -22,6 +22,8 @@ from hpc_imagenet.training.account import Account
 sys.path.append(
     str(Path(__file__).resolve().parents[2] / "benchmarks")
 )  # whose images and reports serve here
+# cuBLAS reads it once a process, at the first product of matrices; deterministic trainings need it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 

@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 import torch
 from forked import CONTEXT
 from gpu_report import report
-from outcomes import begin, results, saved, train
+from outcomes import begin, lines, saved, train
 from tiny_training import tiny_config, write_store
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -27,9 +29,11 @@ from hpc_imagenet.compose import compose
 from hpc_imagenet.config import Config
 from hpc_imagenet.datastore.store import Store
 from hpc_imagenet.errors import Interrupted, UserError
+from hpc_imagenet.runs import Run
 from hpc_imagenet.training import environment
 from hpc_imagenet.training.account import Account
 from hpc_imagenet.training.boundary import Boundary
+from hpc_imagenet.training.fit import backbone
 from hpc_imagenet.training.model import build
 from hpc_imagenet.training.module import Classifier
 from hpc_imagenet.training.sampler import Share
@@ -66,11 +70,23 @@ class Waits:
 
         monkeypatch.setattr(Account, "on_train_batch_start", begins)
         monkeypatch.setattr(Account, "on_train_batch_end", ends)
+        # What clears up behind an error waits as well, and would hide it.
+        monkeypatch.setattr(Account, "on_exception", lambda *_: self.set("default"))
 
     def set(self, mode: str) -> None:
         self.modes.append(mode)
-        if self._on_gpu:
-            torch.cuda.set_sync_debug_mode(mode)
+        if not self._on_gpu:
+            return
+        torch.cuda.set_sync_debug_mode(mode)
+        if mode == "error":
+            with pytest.raises(RuntimeError):  # a wait is seen
+                float(torch.zeros((), device="cuda"))
+
+
+def place_of(error: BaseException) -> str:
+    """Return the innermost lines that an error has gone through."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +114,9 @@ def test_a_step_waits_for_nothing(
     waits = Waits(monkeypatch, device, first=4, last=9)  # the tenth is logged
     try:
         result = train(config, ten_steps, begin(tmp_path / "run"))
+    except RuntimeError as error:
+        report(f"{recipe}: {str(error).splitlines()[0]} ({place_of(error)})", ok=False)
+        raise
     finally:
         waits.set("default")
     assert waits.modes == ["error", "default", "default"]
@@ -155,80 +174,125 @@ def test_the_loss_of_a_step_on_a_gpu_is_float32() -> None:
     assert set(types.of_softmax) == {torch.float32}
 
 
+def peak(config: Config, store: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return the bytes on the GPU that a step needs, the search for cuDNN's algorithms left out."""
+    original = Account.on_train_batch_start
+
+    def begins(account: Account, trainer: Any, *rest: Any) -> None:
+        original(account, trainer, *rest)
+        if trainer.global_step == 1:  # the first step has done the search
+            torch.cuda.reset_peak_memory_stats()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Account, "on_train_batch_start", begins)
+        train(config, store, run)
+    return torch.cuda.max_memory_allocated()
+
+
+def limited(device: torch.device, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave this process so many bytes of the GPU, as if there were no more."""
+    gc.collect()  # trainers of before lie in cycles
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda *_: (limit - torch.cuda.memory_reserved(device), limit)
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [0.3, 1.02])
 def test_a_step_without_memory_is_one_line(
-    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a part of what a step needs, and with just as much, where cuDNN finds none for its algorithms."""
+    """With a part of what a step needs, and with about as much, where cuDNN finds none for its algorithms."""
     on_gpu = device.type == "cuda"
-    batch, size = (512, 224) if on_gpu else (8, 16)
-    store = write_store(tmp_path / "v1", {"train": 2 * batch if on_gpu else 16, "val": 8})
+    batch, size = (256, 224) if on_gpu else (8, 16)
+    store = write_store(tmp_path / "v1", {"train": 2 * batch, "val": 8})
     config = on(device, tiny_config(epochs=1, global_batch=batch, size=size, val_size=16, val_resize=16))
     config.model.stem = "standard"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        train(config, store, begin(tmp_path / "peak"))
-        total = torch.cuda.get_device_properties(device).total_memory
-        limit = room * torch.cuda.max_memory_allocated() / total
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit), device)
-    elif room < 1:
-        full = torch.OutOfMemoryError("CUDA out of memory")
-        monkeypatch.setattr(Classifier, "training_step", lambda *_: (_ for _ in ()).throw(full))
-    try:
-        train(config, store, begin(tmp_path / "run"))
-        line = ""
-    except UserError as error:
-        line = str(error)
-    finally:
-        if on_gpu:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
-            torch.cuda.empty_cache()
-    # Just enough memory may be enough, with slower algorithms; any other end is an error of the test.
-    ok = (room > 1 and not line) or ("out of memory at step 1" in line and "train.accumulate=2" in line)
-    report(f"{room:.0%} of the memory of a step: {line or 'trained all the same'}", ok=ok)
-    assert ok, line
+    needed = peak(config, store, begin(tmp_path / "peak"), monkeypatch) if on_gpu else 0
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    failed = []
+    for room in (0.3, 0.9, 0.97, 1.03) if on_gpu else (0.3, 1.03):
+        try:
+            with monkeypatch.context() as patch:
+                if on_gpu:
+                    limited(device, int(room * needed), patch)
+                elif room < 1:
+                    patch.setattr(Classifier, "training_step", lambda *_: (_ for _ in ()).throw(full))
+                train(config, store, begin(tmp_path / f"run-{room}"))
+            line, ok = "trained all the same", room > 0.3  # by algorithms that need less memory
+        except UserError as error:
+            line = str(error)
+            ok = "out of memory at step " in line and "train.accumulate=2" in line
+        except RuntimeError as error:
+            line, ok = f"{str(error).splitlines()[0]} ({place_of(error)})", False
+        finally:
+            if on_gpu:
+                torch.cuda.set_per_process_memory_fraction(1.0, device)
+        report(f"{room:.0%} of the {needed / 2**30:.1f} GiB of a step: {line}", ok=ok)
+        failed += [] if ok else [line]
+    gc.collect()
+    assert not failed
 
 
 # A4: a run that goes on, on the same device and on another one.
 
 
-def off(one: Any, other: Any) -> float:
-    """Return the largest difference between the weights of two runs."""
-    a, b = saved(one)["state_dict"], saved(other)["state_dict"]
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+def apart(one: Run, other: Run, config: Config) -> float:
+    """Return how far the weights of two runs are from each other, as a share of how far they have come.
+
+    Two unlike trainings are about 1 apart. Rounding grows fast at these few images a step, so the rates of
+    learning here are low.
+    """
+    a, b = (saved(run)["state_dict"] for run in (one, other))
+    first = backbone(config, 10, fresh=True)
+    squares = torch.zeros(2, dtype=torch.double)
+    for name, value in first.named_parameters():
+        here, there = (state[f"model.{name}"].cpu().double() for state in (a, b))
+        squares += torch.stack([(here - there).square().sum(), (here - value.detach()).square().sum()])
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def same(one: Run, other: Run) -> bool:
+    """Whether all weights, averages and statistics of two runs are equal, and their lines of metrics."""
+    a, b = (saved(run)["state_dict"] for run in (one, other))
+    return all(torch.equal(a[name], b[name]) for name in a) and lines(one) == lines(other)
+
+
+def resumed(config: Config, store: Path, run: Run) -> None:
+    """Go on with a training in a process of its own, which chooses cuDNN's algorithms anew."""
+    train(config, Store(store), run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_resume_gives_the_weights_of_an_undisturbed_run(
-    device: torch.device, tiny: Store, tmp_path: Path, signal_at, monkeypatch, deterministic: bool
+    device: torch.device, tiny: Store, tmp_path: Path, signal_at, deterministic: bool
 ) -> None:
-    def config() -> Config:
-        made = on(device, tiny_config(optimizer="adamw", learning_rate=1e-3, ema=0.8))
-        made.train.deterministic = deterministic
-        return made
-
+    config = on(device, tiny_config(optimizer="adamw", learning_rate=1e-4, ema=0.8))
+    config.train.deterministic = deterministic
     whole, run = begin(tmp_path / "whole"), begin(tmp_path / "run")
     try:
-        expected = train(config(), tiny, whole)
+        train(config, tiny, whole)
         signal_at(4)
         with pytest.raises(Interrupted):
-            train(config(), tiny, run)
-        monkeypatch.undo()
-        assert saved(run)["global_step"] == 4
-        found = train(config(), tiny, run)
+            train(config, tiny, run)
     finally:
         torch.use_deterministic_algorithms(False)
-    apart = off(whole, run)
-    exact = deterministic or device.type == "cpu"
-    line = f"resume on {device}, train.deterministic={str(deterministic).lower()}: weights off {apart:.1e}"
-    report(line, ok=apart == 0 if exact else None, off=apart)
-    assert apart == 0 or not exact
-    assert results(found) == results(expected) or not exact
-    assert apart < 0.1
+    assert saved(run)["global_step"] == 4
+    process = CONTEXT.Process(target=resumed, args=(config, tiny.folder, run))
+    process.start()
+    process.join(90)
+    code = process.exitcode
+    process.kill()
+    assert code == 0
+    assert saved(run)["global_step"] == 10
+    exact, far = same(whole, run), apart(whole, run, config)
+    line = f"resume on {device}, train.deterministic={str(deterministic).lower()}: weights {far:.1e} apart"
+    needed = deterministic or device.type == "cpu"
+    report(f"{line}{', all the same' if exact else ''}", ok=exact if needed else far < 0.7, apart=far)
+    assert exact if needed else far < 0.7
 
 
 @pytest.mark.slow
@@ -251,12 +315,17 @@ def test_resume_on_another_device(
 # A5: one rank of NCCL.
 
 
-def one_rank(device: str, store: Path, run: Any, way: str, compiled: bool) -> None:
-    """Train in a process of its own: alone, or as DDP's only rank with gradients in float32 or bf16."""
-    torch.set_num_threads(1)
-    config = on(torch.device(device), tiny_config(epochs=4))
+def of_one_rank(device: str, compiled: bool) -> Config:
+    config = on(torch.device(device), tiny_config(epochs=4, learning_rate=1e-5))
     config.train.deterministic = True
     config.model.compile = compiled
+    return config
+
+
+def one_rank(device: str, store: Path, run: Run, way: str, compiled: bool) -> None:
+    """Train in a process of its own: alone, or as DDP's only rank with gradients in float32 or bf16."""
+    torch.set_num_threads(1)
+    config = of_one_rank(device, compiled)
     if compiled and device == "cpu":  # without the minute that a C++ compiler takes
         torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="eager")  # type: ignore[method-assign]
     if way != "alone":
@@ -277,7 +346,7 @@ def one_rank(device: str, store: Path, run: Any, way: str, compiled: bool) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "compiled", "limit"), [("float32", False, 1e-3), ("bf16", True, 5e-2)])
+@pytest.mark.parametrize(("way", "compiled", "limit"), [("float32", False, 0.1), ("bf16", True, 0.5)])
 def test_nccl_with_one_rank_trains_as_without(
     device: torch.device, tiny: Store, tmp_path: Path, way: str, compiled: bool, limit: float
 ) -> None:
@@ -294,14 +363,10 @@ def test_nccl_with_one_rank_trains_as_without(
     for process in processes:
         process.kill()
     assert codes == [0, 0]  # None: it does not end
-    apart = off(runs["alone"], runs[way])
+    far = apart(runs["alone"], runs[way], of_one_rank(str(device), compiled))
     backend = "NCCL" if device.type == "cuda" else "gloo"
     form = "compiled" if compiled else "eager"
-    report(
-        f"{backend}, one rank, gradients in {way}, {form}: weights off {apart:.1e}",
-        ok=apart < limit,
-        off=apart,
-    )
-    assert apart < limit
-    if device.type == "cuda" and way == "bf16":  # Lightning registers the hook on GPUs only
-        assert apart > 0
+    # Lightning registers the hook on GPUs only.
+    ok = far < limit and (far > 0 or device.type == "cpu" or way == "float32")
+    report(f"{backend}, one rank, gradients in {way}, {form}: weights {far:.1e} apart", ok=ok, apart=far)
+    assert ok

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def with_adobe_marker(picture: Image.Image) -> bytes:
     return data[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0\1" + data[behind:]
 
 
+def with_odd_factors(picture: Image.Image) -> bytes:
+    """Return a JPEG whose colours have a quarter of the rows; its blocks are those of another picture."""
+    data = bytearray(by_turbo("420")(picture.resize((256, 128))))
+    frame = data.index(b"\xff\xc0")
+    assert data[frame + 11] == 0x22
+    data[frame + 11] = 0x14  # as many blocks in a unit: 1 x 4 instead of 2 x 2
+    data[frame + 5 : frame + 9] = (256).to_bytes(2, "big") + (128).to_bytes(2, "big")
+    return bytes(data)
+
+
 ENCODERS: dict[str, tuple[Callable[[Image.Image], bytes], bool]] = {  # and whether a GPU is to decode it
     "4:4:4": (by_turbo("444"), True),
     "4:2:2": (by_turbo("422"), True),
@@ -75,9 +86,35 @@ ENCODERS: dict[str, tuple[Callable[[Image.Image], bytes], bool]] = {  # and whet
     "RGB-coded": (functools.partial(by_pillow, keep_rgb=True), False),
     "Adobe YCC": (with_adobe_marker, True),
     "odd size": (lambda picture: by_pillow(picture.crop((0, 0, 93, 77)), subsampling="4:2:0"), True),
+    "odd factors": (with_odd_factors, True),
     "CMYK": (lambda picture: by_pillow(picture.convert("CMYK")), False),
     "PNG": (lambda picture: by_pillow(picture, "PNG"), False),
 }
+
+MAY_BE_REFUSED = ("4:4:0", "4:1:1", "progressive", "odd factors")  # rare ones, which CPUs then decode
+
+
+def compared(
+    images: list[Encoded], pieces: list[Piece], device: torch.device
+) -> tuple[list[Piece], float, float]:
+    """Decode on the device; return what it refuses, and how far the others are from libjpeg (mean, worst)."""
+    pixels = torch.zeros(len(images), 3, SIDE, SIDE, dtype=torch.uint8, device=device)
+    refused = gpu.decode(pieces, pixels)
+    taken = [piece for piece in pieces if piece not in refused]
+    if not taken:
+        return refused, 0.0, 0.0
+    expected = np.stack([images[piece.place].pixels(piece.crop.source).copy() for piece in taken])
+    found = pixels[[piece.place for piece in taken]].permute(0, 2, 3, 1).cpu().numpy()
+    off = np.abs(found.astype(int) - expected)
+    return refused, float(off.mean()), float(off.max())
+
+
+def test_nvjpeg_decodes_at_all(device: torch.device) -> None:
+    """Where it does not, everything else here would be decoded by CPUs, and be right."""
+    line = gpu.check(device, max(1, len(os.sched_getaffinity(0)) - 1))
+    ok = line.startswith("nvJPEG" if device.type == "cuda" else "libjpeg")
+    report(line, ok=ok)
+    assert ok, line
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -87,28 +124,29 @@ def test_nvjpeg_decodes_each_kind_as_libjpeg_does_or_leaves_it_to_cpus(
     encode, on_device = ENCODERS[kind]
     images = [Encoded(encode(photo(number))) for number in range(KINDS)]
     assert [image.plain for image in images] == [on_device] * KINDS
-    crop = Crop((0, 0, SIDE, SIDE), SIDE, SIDE)  # nothing is resized
-    expected = np.stack([image.pixels(crop.source).copy() for image in images])
-    pieces = [Piece(place, image._data, crop) for place, image in enumerate(images) if image.plain]
-    pixels = torch.zeros(KINDS, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
-    refused = gpu.decode(pieces, pixels)
-    taken = len(pieces) - len(refused)
-    if not taken:
-        report(f"nvJPEG, {kind}: left to CPUs ({len(refused)} of {KINDS} refused)", ok=True)
+    right, lower = images[0].width, images[0].height  # where the last blocks may be cut
+    crop = Crop((right - SIDE, lower - SIDE, right, lower), SIDE, SIDE)  # nothing is resized
+    pieces = [Piece(place, image._data, crop) for place, image in enumerate(images)]
+    if not on_device:
+        report(f"nvJPEG, {kind}: left to CPUs", ok=True)
+        if kind == "RGB-coded":  # whether that has to be; the others are no JPEGs of three components
+            refused, mean, _ = compared(images, pieces, device)
+            report(
+                f"nvJPEG, {kind}: {device} refuses {len(refused)}, would be off {mean:.1f} grey levels mean"
+            )
         return
-    rows = [piece.place for piece in pieces if piece not in refused]
-    off = np.abs(pixels[rows].permute(0, 2, 3, 1).cpu().numpy().astype(int) - expected[rows])
-    mean, worst = float(off.mean()), float(off.max())
-    ok = mean < 3
-    line = (
-        f"nvJPEG, {kind}: {taken} of {KINDS} on {device}, off {mean:.2f} grey levels mean, {worst:.0f} worst"
-    )
-    report(line, ok=ok, mean=mean, worst=worst)
+    refused, mean, worst = compared(images, pieces, device)
+    ok = mean < 3 and (not refused or kind in MAY_BE_REFUSED)
+    line = f"nvJPEG, {kind}: {len(refused)} of {KINDS} refused by {device}, the others off {mean:.2f} grey"
+    line = f"{line} levels mean, {worst:.0f} worst"
+    report(line, ok=ok, mean=mean, worst=worst, refused=len(refused))
     assert ok, line
 
 
 def sums(batches: Any, device: torch.device, busy: int, wait: bool) -> tuple[Tensor, list[int]]:
-    """Return the sum of each image's pixels, taken behind other work of the device; and its memory, bytes.
+    """Return the sum of each image's pixels, taken behind other work of the device; torch's memory, bytes.
+
+    nvJPEG's own memory is not in it, but that of the whole device would be other processes' as well.
 
     Args:
         batches: iterator over pixels and labels.
@@ -119,11 +157,11 @@ def sums(batches: Any, device: torch.device, busy: int, wait: bool) -> tuple[Ten
     work = torch.rand(busy, busy, device=device)
     made, memory = [], []
     for pixels, _ in batches:
-        for _ in range(4):
+        for _ in range(8):
             work = (work @ work).clamp(0, 1)
         made.append(pixels.sum((1, 2, 3), dtype=torch.int64))
         if device.type == "cuda":
-            memory.append(torch.cuda.mem_get_info(device)[1] - torch.cuda.mem_get_info(device)[0])
+            memory.append(torch.cuda.memory_reserved(device))
             if wait:
                 torch.cuda.synchronize(device)
     return torch.stack(made).cpu(), memory
@@ -144,12 +182,17 @@ def test_nvjpeg_batches_beside_a_busy_stream_are_those_of_an_idle_one(
         made = Batches(split, TrainView(size, 0.25, 0.5), 0, on_gpu=True)
         return Loader(made, TrainSampler(len(split), 0, Share(batch)), workers, device)
 
-    quiet = loader()  # batch by batch, nothing at the same time
+    quiet, began = loader(), time.perf_counter()  # batch by batch, nothing at the same time
     expected, _ = sums(map(quiet._finish, quiet._prepared()), device, busy, wait=True)
-    found, memory = sums(loader(), device, busy, wait=False)
+    rate = len(split) / (time.perf_counter() - began)
+    report(f"nvJPEG: {count} batches one after another, {rate:,.0f} images/s", rate=rate)
+    beside = loader()
+    found, memory = sums(beside, device, busy, wait=False)
     different = int((expected != found).sum())
     grown = (memory[-1] - memory[len(memory) // 4]) / 2**20 if memory else 0.0
+    refused = len(quiet.batches.refused | beside.batches.refused)
+    ok = different == 0 and grown < 256 and not refused
     line = f"nvJPEG: {count} batches beside a busy stream, {different} of {len(split)} images differ"
-    report(f"{line}; memory grew by {grown:.0f} MiB", ok=different == 0 and grown < 256, grown=grown)
-    assert different == 0
-    assert grown < 256
+    line = f"{line}; {refused} refused; torch's memory grew by {grown:.0f} MiB"
+    report(line, ok=ok, grown=grown, refused=refused)
+    assert ok, line

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from hpc_imagenet import local
 from hpc_imagenet.config import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training import environment
+from hpc_imagenet.training.boundary import Boundary
 from hpc_imagenet.training.model import build
+from hpc_imagenet.training.preemption import Asked as StopSignal
 from hpc_imagenet.training.recipe import optimizer, rate, set_norm_momentum
 from hpc_imagenet.world import World
 
@@ -152,6 +156,21 @@ def test_too_little_memory_of_this_machine_is_known_by_what_torch_says() -> None
 )
 def test_out_of_memory_in_the_words_of_cudas_libraries(words: str) -> None:
     assert environment.out_of_memory(RuntimeError(words), torch.device("cuda", 0))
+
+
+def test_out_of_memory_is_judged_before_lightning_empties_the_gpu(tmp_path: Path, monkeypatch) -> None:
+    """Its teardown moves the network to the CPU."""
+    boundary = Boundary(tmp_path, StopSignal(), 60, {}, lambda step: [], True)
+    free = [2**30]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[0], 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda place: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda place: 0)
+    module: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    boundary.on_exception(SimpleNamespace(world_size=1), module, error)  # type: ignore[arg-type]
+    free[0] = 79 * 2**30
+    assert not environment.out_of_memory(error, module.device)
+    assert boundary.out_of_memory
 
 
 @pytest.mark.parametrize(("free", "expected"), [(1, True), (20, False)])
