@@ -169,6 +169,8 @@ class Runner:
             self._stopped.set()
         self._kill(process, item)
         reader.join(5)
+        if not reader.is_alive():
+            process.stdout.close()
         outcome.seconds = round(time.monotonic() - began, 1)
         outcome.state = "ok" if code == 0 and not outcome.checks(False) else "failed"
         if code is None:

@@ -27,9 +27,7 @@ from gpu_report import Options, report
 from hpc_imagenet.local import gpus
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "training"
-PATIENCE = (
-    150  # s, for two trainings of the digits; below the item's limit, so that it says what it waits for
-)
+PATIENCE = 150  # s, for two trainings of the digits; below the item's limit, so that a hang is explained
 TOP1 = 0.95  # of the digits, on bf16
 SEEDS = (0, 1)
 NETWORKS = (("resnet50", "resnet18"), ("convnext_tiny", "vit_b_16"))  # compiled side by side, 40 GB each

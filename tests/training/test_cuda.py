@@ -358,7 +358,7 @@ def test_nccl_with_one_rank_trains_as_without(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(180)
+        process.join(90)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
