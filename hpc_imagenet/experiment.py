@@ -57,9 +57,7 @@ class Recipe:
     val_size: int = MISSING  # px, side of the centre crop
     crop_scale: float = MISSING  # least share of the area in a random crop, 0 to 1
     flip: float = MISSING  # probability of a horizontal flip
-    precision: str = (
-        MISSING  # of Lightning, such as bf16-mixed or 32-true; auto: bf16-mixed on GPUs from Ampere on
-    )
+    precision: str = MISSING  # of Lightning, such as bf16-mixed or 32-true; auto: what the device does best
     schedule: str = "cosine"  # or linear: how the learning rate falls to zero
     start_size: int | None = None  # px, side of the training crop at first; null: `size` from the start
     grow_from: float = 0.0  # the last epoch (from 0) of start_size
