@@ -158,6 +158,7 @@ def test_a_rehearsal_of_the_machine_the_queue_and_the_compiler(tmp_path: Path) -
     done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout
     assert done.stdout.startswith("rehearsal on the CPU at the smallest sizes: the figures mean nothing\n")
-    assert re.search(r"A1  ok       killed behind \d+ images, went on from step [1-9]", done.stdout)
+    assert re.search(r"A1  ok       killed after \d+ images, went on from step [1-9]", done.stdout)
+    assert re.search(r"A1  ok       device: CPU, \d+ CPUs, 32-true", done.stdout)
     assert re.search(r"A6  ok       squeezenet1_1: 3 graphs for 2 sizes and validation", done.stdout)
     assert re.search(r"0 wrong; 3 items, 0 failed, 0 skipped; \d+ s\n$", done.stdout)
