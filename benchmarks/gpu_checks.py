@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import multiprocessing
 import os
@@ -25,6 +26,8 @@ import psutil
 from gpu_report import Options, report
 
 from hpc_imagenet.local import gpus
+from hpc_imagenet.monitor.table import rows
+from hpc_imagenet.runs import Record
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "training"
 PATIENCE = 150  # s, for two trainings of the digits; below the item's limit, so that a hang is explained
@@ -107,20 +110,17 @@ class Workspace:
         return done.stdout
 
     def trainings(self) -> list[dict[str, Any]]:
-        """Return the rows of the trainings, oldest first."""
-        rows = json.loads(self("jobs", "--json"))
-        return sorted((row for row in rows if row["stage"] == "train"), key=lambda row: row["run"])
+        """Return the rows of the trainings as `jobs` has them, within milliseconds; oldest first."""
+        found = rows(Record(self.folder).all())
+        return sorted((row for row in found if row["stage"] == "train"), key=lambda row: row["run"])
 
 
 def queue(options: Options) -> None:
-    """A1: train the digits by the local queue, kill one training in its second epoch, and retry it."""
+    """A1: train the digits by the local queue, kill one training between two epochs, and retry it."""
     home = Workspace(options.folder / "queue")
-    short = (
-        ("recipe.epochs=4", "recipe.size=8", "recipe.val_size=8", "recipe.val_resize=8")
-        if options.toy
-        else ()
-    )
-    place = ("cluster=local", "cluster.parallel=2", f"seed={','.join(map(str, SEEDS))}", *short)
+    # On a GPU an epoch takes less than a second: so many that one can be met between two looks.
+    length = ("recipe.epochs=4", "model.name=squeezenet1_1") if options.toy else ("recipe.epochs=24",)
+    place = ("cluster=local", "cluster.parallel=2", f"seed={','.join(map(str, SEEDS))}", *length)
     home("-m", "+stage=pipeline", "dataset=digits", "model=resnet18", *place)
     try:
         _watch(options, home)
@@ -134,20 +134,21 @@ def queue(options: Options) -> None:
 def _watch(options: Options, home: Workspace) -> None:
     there = max(1, len(gpus())) if options.device == "cuda" else 2
     most, killed_at, retried, handed_out = 0, 0, False, set()
-    end = time.monotonic() + PATIENCE
+    patience = 3 * PATIENCE if options.toy else PATIENCE
+    end = time.monotonic() + patience
     while True:
         if time.monotonic() > end:
             logs = [path.read_text()[-500:] for path in home.folder.glob("runs/.queue/*/worker.log")]
-            report(f"after {PATIENCE} s: {home('jobs')!r}; worker: {logs!r}", ok=False)
+            report(f"after {patience} s: {home('jobs')!r}; worker: {logs!r}", ok=False)
             return
-        rows = home.trainings()
-        most = max(most, sum(row["state"] == "running" for row in rows))
-        for row in rows:
+        table = home.trainings()
+        most = max(most, sum(row["state"] == "running" for row in table))
+        for row in table:
             note = Path(row["dir"]) / "attempts" / str(row["attempt"]) / "process.json"
             with contextlib.suppress(FileNotFoundError, ValueError):
                 handed_out |= set(map(str, json.loads(note.read_text()).get("gpus", ())))
-        victim = next((row for row in rows if _seed(row) == SEEDS[1]), None)
-        if victim and not killed_at and "epoch 2/" in str(victim["progress"].get("note", "")):
+        victim = next((row for row in table if _seed(row["dir"]) == SEEDS[1]), None)
+        if victim and not killed_at and _between_epochs(victim):
             killed_at = victim["progress"]["done"]
             for process in psutil.process_iter():
                 with contextlib.suppress(psutil.Error):
@@ -157,14 +158,14 @@ def _watch(options: Options, home: Workspace) -> None:
             home("retry", victim["run"])
             retried = True
             continue
-        states = [row["state"] for row in rows]
-        if rows and all(state == "finished" for state in states):
+        states = [row["state"] for row in table]
+        if table and all(state == "finished" for state in states):
             break
         if any(state in ("failed", "cancelled") for state in states) and retried:
-            reasons = [f"{row['run']}: {row['state']} ({row['reason']})" for row in rows]
+            reasons = [f"{row['run']}: {row['state']} ({row['reason']})" for row in table]
             report("; ".join(reasons), ok=False)
             return
-        time.sleep(0.1)
+        time.sleep(0.05)
     on_gpu = options.device == "cuda"
     device = f"GPUs handed out {sorted(handed_out)}" if on_gpu else "CPUs"
     ok = most <= there and bool(handed_out) == on_gpu
@@ -175,7 +176,7 @@ def _watch(options: Options, home: Workspace) -> None:
         f"killed after {killed_at} images, went on from step {went_on[-1] if went_on else 'nothing'}",
         ok=bool(killed_at and retried and went_on),
     )
-    accuracies = [row["top1"] for row in rows]
+    accuracies = [row["top1"] for row in table]
     least = 0.0 if options.toy else TOP1
     line = ", ".join(f"{value:.1%}" for value in accuracies)
     report(f"top-1 {line} (at least {least:.0%})", ok=min(accuracies) >= least, top1=accuracies)
@@ -183,11 +184,18 @@ def _watch(options: Options, home: Workspace) -> None:
     report(lines[-1], ok=lines[-1].startswith("device: ") and ("bf16-mixed" in lines[-1]) == on_gpu)
 
 
-def _seed(row: dict[str, Any]) -> int:
+def _between_epochs(row: dict[str, Any]) -> bool:
+    """Whether a training has an epoch behind it and one before it."""
+    epoch = re.match(r"epoch (\d+)/(\d+)", str(row["progress"].get("note", "")))
+    return row["state"] == "running" and epoch is not None and 1 < int(epoch[1]) < int(epoch[2])
+
+
+@functools.cache
+def _seed(folder: str) -> int:
     """Return the seed of a run, from its frozen config."""
     import yaml
 
-    return int(yaml.safe_load((Path(row["dir"]) / "config.yaml").read_text())["seed"])
+    return int(yaml.safe_load((Path(folder) / "config.yaml").read_text())["seed"])
 
 
 def _runs(process: psutil.Process, row: dict[str, Any]) -> bool:
