@@ -17,6 +17,9 @@ from hpc_imagenet.session.server import Server
 _NEAR = 180.0  # s before its end, in which Slurm's signal of a time limit comes
 _LOOK = 5.0  # s between two looks at what is done in it
 _TICK = 0.5  # s
+# s within which a signal reaches all processes of a job. Slurm sends it to Jupyter as well, which dies of
+# SIGUSR2 and may be gone before this process has its own.
+SPREADS = 5.0
 
 
 class Asked:
@@ -73,8 +76,9 @@ class Life:
         began = last = time.time()
         looked, warned = 0.0, False
         while True:
-            if (code := self.server.ended()) is not None:
-                if code and not asked.name:
+            code = self.server.ended()
+            if code is not None and not asked.wait(SPREADS):
+                if code:
                     raise UserError(f"Jupyter ended with exit code {code}: its last words are in the log")
                 return "shut down from within"
             now = time.time()

@@ -21,9 +21,9 @@ from hpc_imagenet.config import Config, cluster_for
 from hpc_imagenet.datastore import shelf, versions
 from hpc_imagenet.datastore.cache import Cache
 from hpc_imagenet.datastore.opening import scratch
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.errors import Interrupted, UserError
 from hpc_imagenet.runs import Progress, Run
-from hpc_imagenet.session.life import Asked, Life
+from hpc_imagenet.session.life import SPREADS, Asked, Life
 from hpc_imagenet.session.note import Note, notebooks
 from hpc_imagenet.session.server import TOP, Server
 from hpc_imagenet.world import World, cpus
@@ -60,7 +60,12 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
     with Asked().listening() as signals:
         server = Server(run.folder, folder, way, asked.port, (ends - began) / 3600)
         try:
-            server.start(environment)
+            try:
+                server.start(environment)
+            except UserError:
+                if signals.wait(SPREADS):  # Jupyter has ended by the same signal
+                    raise Interrupted(f"stopped by {signals.name}; its folder stays") from None
+                raise
             told = _note(server, folder, ends, config)
             told.save(attempt)
             print(f"serving {folder}; how to reach it: python -m hpc_imagenet connect {run.id}", flush=True)

@@ -30,7 +30,7 @@ from servers import free_port
 
 from hpc_imagenet import temporary
 from hpc_imagenet.errors import Interrupted, UserError
-from hpc_imagenet.session import keys
+from hpc_imagenet.session import keys, life
 from hpc_imagenet.session.life import Asked, Life
 from hpc_imagenet.session.note import WARNING
 from hpc_imagenet.session.server import TOP, Server
@@ -303,6 +303,44 @@ def test_the_signal_of_a_time_limit_is_no_interruption(here: Server) -> None:
         thread, _, ended = lives(here, asked, ends=time.time() + left)
         thread.join()
         assert ended == [told]
+
+
+class Ended:
+    """A server whose process has ended."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def ended(self) -> int:
+        return self.code
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("code", [-signal.SIGUSR2, 0])
+def test_a_preemption_that_ends_jupyter_first_is_an_interruption(late: bool, code: int) -> None:
+    """Slurm signals each process of the job. A session that counts as shut down is not requeued."""
+    asked: Any = Asked()
+    take = threading.Timer(0.3, asked._take, (signal.SIGUSR2, None))
+    if late:
+        take.start()
+    else:
+        asked._take(signal.SIGUSR2, None)
+    server: Any = Ended(code)
+    thread, _, ended = lives(server, asked)
+    thread.join()
+    assert ended == ["stopped by SIGUSR2; its folder stays"]
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [(0, "shut down from within"), (3, "Jupyter ended with exit code 3: its last words are in the log")],
+)
+def test_jupyter_that_ends_without_a_signal_ends_the_session(monkeypatch, code: int, line: str) -> None:
+    monkeypatch.setattr(life, "SPREADS", 0.1)
+    server: Any = Ended(code)
+    thread, _, ended = lives(server, Asked())
+    thread.join()
+    assert ended == [line]
 
 
 def test_a_notebook_saved_in_any_folder_is_activity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
