@@ -31,12 +31,12 @@ import torch
 from loader_data import POOL, pictures, treated, write_store
 from train_step import CLASSES, Task, in_turns, machine, plain
 
-from hpc_imagenet.config import Config
-from hpc_imagenet.datastore.manifest import Category
-from hpc_imagenet.datastore.store import Split, Store
-from hpc_imagenet.training import loaders
-from hpc_imagenet.training.sampler import Share
-from hpc_imagenet.world import World
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.datastore.manifest import ClassNames
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.training.loading import datamodule
+from hpc_imagenet.training.loading.sampler import BatchShare
 
 WARM = 6  # steps before a window: what was made in another's turn is used up
 
@@ -45,20 +45,20 @@ class Repeated:
     """A datastore of few images with an index that names them again and again."""
 
     def __init__(self, folder: Path, images: int) -> None:
-        self.folder, self._store = folder, Store(folder)
-        classes = tuple(Category(f"n{i:08d}", (str(i),)) for i in range(CLASSES))
+        self.folder, self._store = folder, DatasetReader(folder)
+        classes = tuple(ClassNames(f"n{i:08d}", (str(i),)) for i in range(CLASSES))
         self.manifest = replace(self._store.manifest, classes=classes)
-        self._index = np.resize(self._store.split("train").index, images)
+        self._index = np.resize(self._store.open_split("train").index, images)
 
-    def split(self, name: str) -> Split:
+    def split(self, name: str) -> SplitReader:
         """Return the same for either."""
-        return Split(self._store, self._index)
+        return SplitReader(self._store, self._index)
 
 
 def loader(task: Task, config: Config, store: Repeated) -> Iterator[float]:
     """Yield the s a step of each window of the loader alone."""
     train = store.split("train")
-    made = loaders.Loaders(config, train, train, Share(task.batch), World(), task.device)
+    made = datamodule.ImageDataModule(config, train, train, BatchShare(task.batch), DistEnv(), task.device)
     made.trainer = SimpleNamespace(global_step=0)  # type: ignore[assignment]
     begin = 0.0
     for step, _ in enumerate(made.train_dataloader()):
@@ -116,7 +116,7 @@ def main() -> None:
     print(f"images/s, median (min to max) of {options.windows}: loader, device, together; share")
     with (
         tempfile.TemporaryDirectory(prefix="hpc-imagenet-end-") as name,
-        mock.patch.object(loaders, "own_cpus", return_value=decoding),
+        mock.patch.object(datamodule, "own_cpus", return_value=decoding),
     ):
         pool = pictures(POOL)
         for kind in ("archive", "tiled"):

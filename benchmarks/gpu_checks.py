@@ -25,9 +25,9 @@ from typing import Any
 import psutil
 from gpu_report import Options, report
 
-from hpc_imagenet.local import gpus
-from hpc_imagenet.monitor.table import rows
-from hpc_imagenet.runs import Record
+from hpc_imagenet.launch.local_queue import available_gpus
+from hpc_imagenet.report.jobs_table import job_rows
+from hpc_imagenet.runs.store import RunStore
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "training"
 PATIENCE = 150  # s, for two trainings of the digits; below the item's limit, so that a hang is explained
@@ -41,7 +41,7 @@ def machine(options: Options) -> None:
     import torch
     import torchvision
 
-    cores, handed_out = len(os.sched_getaffinity(0)), gpus()
+    cores, handed_out = len(os.sched_getaffinity(0)), available_gpus()
     files = len(list(Path("/dev").glob("nvidia[0-9]*")))
     try:
         ctypes.CDLL("libnvcuvid.so.1")
@@ -111,7 +111,7 @@ class Workspace:
 
     def trainings(self) -> list[dict[str, Any]]:
         """Return the rows of the trainings as `jobs` has them, within milliseconds; oldest first."""
-        found = rows(Record(self.folder).all())
+        found = job_rows(RunStore(self.folder).all())
         return sorted((row for row in found if row["stage"] == "train"), key=lambda row: row["run"])
 
 
@@ -132,7 +132,7 @@ def queue(options: Options) -> None:
 
 
 def _watch(options: Options, home: Workspace) -> None:
-    there = max(1, len(gpus())) if options.device == "cuda" else 2
+    there = max(1, len(available_gpus())) if options.device == "cuda" else 2
     most, killed_at, retried, handed_out = 0, 0, False, set()
     patience = 3 * PATIENCE if options.toy else PATIENCE
     end = time.monotonic() + patience
@@ -275,17 +275,23 @@ def _sizes(options: Options) -> None:
     from gpu_speed import cheap_compiler
     from torch._dynamo.utils import counters
 
-    from hpc_imagenet.compose import compose
-    from hpc_imagenet.training import model
+    from hpc_imagenet.config.compose import compose
+    from hpc_imagenet.training.loading.sampler import BatchShare
+    from hpc_imagenet.training.models import build
     from hpc_imagenet.training.module import Classifier
-    from hpc_imagenet.training.sampler import Share
 
     name, sizes, batch = ("squeezenet1_1", (32, 48), 2) if options.toy else ("resnet18", (160, 192), 64)
-    words = ["cluster=here", "dataset=digits", "recipe=fast16", f"model.name={name}", "model.stem=standard"]
+    words = [
+        "cluster=foreground",
+        "dataset=digits",
+        "recipe=fast16",
+        f"model.name={name}",
+        "model.stem=standard",
+    ]
     recipe = compose(words)[0].recipe
     cheap_compiler(options)
     module = Classifier(
-        model.build(name, 10, stem="standard", size=sizes[0]), 10, recipe, 0, 10, Share(batch)
+        build.build_model(name, 10, stem="standard", size=sizes[0]), 10, recipe, 0, 10, BatchShare(batch)
     )
     module.to(options.device)
     module.compile_networks(max(1, len(os.sched_getaffinity(0)) - 1))

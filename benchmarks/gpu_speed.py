@@ -24,10 +24,10 @@ from gpu_report import Options, report
 from loader_data import pictures, treated, write_store
 from train_step import Task, both, in_turns, plain, timm_rate
 
-from hpc_imagenet.training.data import Batches, Loader
-from hpc_imagenet.training.gpu import check
-from hpc_imagenet.training.sampler import Share, TrainSampler
-from hpc_imagenet.training.transforms import TrainView
+from hpc_imagenet.training.loading.batch_loader import BatchBuilder, BatchLoader
+from hpc_imagenet.training.loading.crop import RandomResizedCrop
+from hpc_imagenet.training.loading.device_prefetch import check_gpu_decode
+from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler
 
 BATCH, SIZE = 256, 224  # images of a step, px
 MOVED = {("resnet50", False): 469e6, ("resnet50", True): 330e6}  # bytes an image, read and written, in a step
@@ -149,7 +149,7 @@ def loader(options: Options) -> None:
     threads = sorted({min(count, max(1, cores - 1)) for count in THREADS})
     seconds = 0.1 if options.toy else 2.0
     with by_itself("nvJPEG at the start of a run"):
-        report(f"nvJPEG at the start of a run: {check(device, max(1, cores - 1))}")
+        report(f"nvJPEG at the start of a run: {check_gpu_decode(device, max(1, cores - 1))}")
     for kind in ("archive", "tiled", "short256"):
         folder = photos(options, kind)
         rates = [_loader_rate(options, folder, count, False, seconds) for count in threads]
@@ -166,9 +166,9 @@ def _loader_rate(options: Options, folder: Path, threads: int, on_gpu: bool, sec
     """Return images/s, from the third batch on."""
     batch, size = (8, 32) if options.toy else (BATCH, SIZE)
     split = Repeated(folder, 1000 * batch).split("train")
-    batches = Batches(split, TrainView(size, 0.08, 0.5), 0, on_gpu=on_gpu)
+    batches = BatchBuilder(split, RandomResizedCrop(size, 0.08, 0.5), 0, on_gpu=on_gpu)
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
-    made = iter(Loader(batches, TrainSampler(len(split), 0, Share(batch)), threads, device))
+    made = iter(BatchLoader(batches, TrainSampler(len(split), 0, BatchShare(batch)), threads, device))
     next(made), next(made)
     began, images = time.perf_counter(), 0
     while (took := time.perf_counter() - began) < seconds:

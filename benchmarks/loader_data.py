@@ -66,21 +66,21 @@ def pictures(count: int) -> list[bytes]:
 
 def write_store(folder: Path, images: list[tuple[bytes, int]]) -> None:
     """Write a datastore of one tar."""
+    from hpc_imagenet.data.tar.tar_writer import shard_member_header
     from hpc_imagenet.datastore.index import ENTRY, write_index
-    from hpc_imagenet.datastore.manifest import Category, File, Manifest, Split
-    from hpc_imagenet.datastore.pack import header
+    from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
 
     folder.mkdir()
     entries = np.zeros(len(images), ENTRY)
     with (folder / "train.tar").open("wb") as tar:
         for number, (data, label) in enumerate(images):
-            tar.write(header(f"{number}.JPEG", len(data)))
+            tar.write(shard_member_header(f"{number}.JPEG", len(data)))
             entries[number] = (tar.tell(), len(data), label, 0)
             tar.write(data + bytes(-len(data) % 512))
         tar.write(bytes(1024))
     write_index(folder / "train.npy", entries)
     files = [File(name, (folder / name).stat().st_size, "") for name in ("train.tar", "train.npy")]
-    classes = tuple(Category(f"n{i:08d}", (str(i),)) for i in range(10))
+    classes = tuple(ClassNames(f"n{i:08d}", (str(i),)) for i in range(10))
     Manifest("bench", "0", "", classes, (files[0],), {"train": Split(files[1], len(images))}).save(folder)
 
 
@@ -94,13 +94,13 @@ def treated(pool: list[bytes], kind: str) -> tuple[list[bytes], str]:
         pool: JPEGs as they were downloaded.
         kind: one of KINDS.
     """
-    from hpc_imagenet.archives import picture
-    from hpc_imagenet.archives.treat import Treatment
+    from hpc_imagenet.data.images import image_header
+    from hpc_imagenet.data.images.shard_transform import ShardTransform
 
     side, tile = ("short" if kind.startswith("short256") else None), "tiled" in kind
     lossless = tile and shutil.which("jpegtran") is not None
-    treatment = Treatment(side, 256, 90, tile=lossless)
-    images = [treatment(data, picture.examine(data))[0] for data in pool]
+    transform = ShardTransform(side, 256, 90, tile=lossless)
+    images = [transform(data, image_header.inspect(data))[0] for data in pool]
     if tile and not lossless:
         return [_with_restart_markers(data) for data in images], " (encoded again: no jpegtran is here)"
     return images, ""

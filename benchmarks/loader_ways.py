@@ -58,12 +58,12 @@ def by_torchvision(data: bytes, box: tuple[int, int, int, int]) -> Any:
 def by_us(data: bytes, box: tuple[int, int, int, int]) -> Any:
     import torch
 
-    from hpc_imagenet.training.decode import Encoded
-    from hpc_imagenet.training.transforms import Crop, render
+    from hpc_imagenet.training.loading.crop import CropBox, apply_crop
+    from hpc_imagenet.training.loading.decode import EncodedImage
 
     out = torch.empty(1, SIZE, SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    pixels = torch.from_numpy(Encoded(data).pixels(box)).permute(2, 0, 1)[None]
-    render(pixels, Crop(box, SIZE, SIZE), out)
+    pixels = torch.from_numpy(EncodedImage(data).pixels(box)).permute(2, 0, 1)[None]
+    apply_crop(pixels, CropBox(box, SIZE, SIZE), out)
     return out[0].permute(1, 2, 0).numpy()
 
 
@@ -94,17 +94,17 @@ def image_folder(folder: Path, workers: int, floats: bool) -> Way:
 def ours(folder: Path, workers: int, variant: str, processes: bool = False) -> Way:
     import torch
 
-    from hpc_imagenet.datastore.store import Store
-    from hpc_imagenet.training.data import Batches, Loader
-    from hpc_imagenet.training.sampler import Share, TrainSampler
-    from hpc_imagenet.training.transforms import TrainView
+    from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+    from hpc_imagenet.training.loading.batch_loader import BatchBuilder, BatchLoader
+    from hpc_imagenet.training.loading.crop import RandomResizedCrop
+    from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler
 
     torch.set_num_threads(1)
-    split = Store(folder / variant).split("train")
-    batches = Batches(split, TrainView(SIZE, SCALE, 0.5), 0)
-    sampler = TrainSampler(len(split), 0, Share(BATCH))
+    split = DatasetReader(folder / variant).open_split("train")
+    batches = BatchBuilder(split, RandomResizedCrop(SIZE, SCALE, 0.5), 0)
+    sampler = TrainSampler(len(split), 0, BatchShare(BATCH))
     if not processes:
-        return Way(endless(Loader(batches, sampler, workers)), by_us)
+        return Way(endless(BatchLoader(batches, sampler, workers)), by_us)
     from torch.utils.data import DataLoader
 
     whole: Any = Whole(split)
@@ -123,23 +123,25 @@ class Whole:
     def __getitem__(self, keys: Any) -> Any:
         import torch
 
-        from hpc_imagenet.training.data import Batches
-        from hpc_imagenet.training.transforms import TrainView
+        from hpc_imagenet.training.loading.batch_loader import BatchBuilder
+        from hpc_imagenet.training.loading.crop import RandomResizedCrop
 
         shape = (len(keys), SIZE, SIZE, 3)
         storage = torch.UntypedStorage._new_shared(len(keys) * SIZE * SIZE * 3)
         pixels = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape).permute(0, 3, 1, 2)  # type: ignore[call-overload]
         labels = torch.zeros(len(keys), dtype=torch.int64)
-        Batches(self.split, TrainView(SIZE, SCALE, 0.5), 0).fill((pixels, labels), keys, range(len(keys)))
+        BatchBuilder(self.split, RandomResizedCrop(SIZE, SCALE, 0.5), 0).fill(
+            (pixels, labels), keys, range(len(keys))
+        )
         return pixels, labels
 
 
 def ours_reading(folder: Path, workers: int) -> Way:
     from concurrent.futures import ThreadPoolExecutor
 
-    from hpc_imagenet.datastore.store import Store
+    from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 
-    split = Store(folder / "archive").split("train")
+    split = DatasetReader(folder / "archive").open_split("train")
     order = np.random.default_rng(0).permutation(len(split)).tolist()
     threads = ThreadPoolExecutor(workers)
 

@@ -36,7 +36,7 @@ from PIL import features
 from process_ways import BASH, GNU_TAR, LITDATA, OURS, SINGLE, TORCHVISION, WEBDATASET
 from shaped import lay_out, make_archives, make_hollow, prepare_val
 
-from hpc_imagenet.archives import shape
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 
 FULL = (1_281_167, 50_000, 1000)  # images of train and of val, classes
 PACKAGES = ("hpc-imagenet", "numpy", "pillow", "torch", "torchvision")
@@ -109,7 +109,7 @@ class Bench:
 
     def command(self) -> Spent:
         """Run the whole command, as a user types it."""
-        words = ["dataset=ilsvrc", "dataset.name=x", f"dataset.source={self.source}", "cluster=here"]
+        words = ["dataset=ilsvrc", "dataset.name=x", f"dataset.source={self.source}", "cluster=foreground"]
         said = timed(
             [sys.executable, "-m", "hpc_imagenet", "+stage=process", *words, f"workspace={self.workspace}"]
         )
@@ -119,28 +119,38 @@ class Bench:
     def bash(self, script: str) -> Spent:
         """Run a shell script."""
         text = script.format(
-            out=self.out, source=self.source, train=shape.TRAIN, val=shape.VAL, prepare=self.prepare
+            out=self.out,
+            source=self.source,
+            train=ilsvrc_writer.TRAIN,
+            val=ilsvrc_writer.VAL,
+            prepare=self.prepare,
         )
         return timed(["bash", "-c", text])
 
     def torchvision(self) -> Spent | str:
         """Let torchvision extract, in a folder of links to the archives."""
-        for file in (shape.TRAIN, shape.VAL, shape.DEVKIT):
+        for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT):
             (self.out / file).symlink_to(self.source / file)
         return self.python(TORCHVISION, str(self.out))
 
     def copy(self) -> Spent:
         """Copy the archives with cp."""
-        return timed(["cp", *(str(self.source / file) for file in (shape.TRAIN, shape.VAL)), str(self.out)])
+        return timed(
+            [
+                "cp",
+                *(str(self.source / file) for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL)),
+                str(self.out),
+            ]
+        )
 
     def writer(self, code: str) -> Spent | str:
         """Let a package write its own format from the images at their addresses."""
-        shards = [str(self.source / file) for file in (shape.TRAIN, shape.VAL)]
+        shards = [str(self.source / file) for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL)]
         return self.python(code, str(self.index), *shards, str(self.out), interpreter=self.peers)
 
     def single(self, way: str) -> Spent | str:
         """Treat single images one after another, on one core."""
-        shards = [str(self.source / file) for file in (shape.TRAIN, shape.VAL)]
+        shards = [str(self.source / file) for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL)]
         return self.python(SINGLE, str(self.index), *shards, str(SAMPLE), way)
 
 

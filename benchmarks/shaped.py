@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hpc_imagenet.archives import receipt, shape
-from hpc_imagenet.archives.shape import Synset
-from hpc_imagenet.archives.wanted import hash_file
-from hpc_imagenet.datastore.pack import header
+from hpc_imagenet.data.download import receipt
+from hpc_imagenet.data.download.expected import md5_of_file
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer
+from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
+from hpc_imagenet.data.tar.tar_writer import shard_member_header
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 88  # of the pictures: px, px, of libjpeg
 
@@ -52,15 +53,15 @@ def make_archives(folder: Path, train: int, val: int, classes: int) -> None:
     folder.mkdir(parents=True)
     pool, bits = pictures(64), random.Random(1)
     sizes = [train * (n + 1) // classes - train * n // classes for n in range(classes)]
-    shape.write_train(
-        folder / shape.TRAIN,
+    ilsvrc_writer.write_train(
+        folder / ilsvrc_writer.TRAIN,
         (
             (one.wnid, [bits.choice(pool) for _ in range(size)])
             for one, size in zip(synsets(classes), sizes, strict=True)
         ),
     )
-    shape.write_val(folder / shape.VAL, (bits.choice(pool) for _ in range(val)))
-    shape.write_devkit(folder / shape.DEVKIT, synsets(classes), truth(val, classes))
+    ilsvrc_writer.write_val(folder / ilsvrc_writer.VAL, (bits.choice(pool) for _ in range(val)))
+    ilsvrc_writer.write_devkit(folder / ilsvrc_writer.DEVKIT, synsets(classes), truth(val, classes))
 
 
 def make_hollow(folder: Path, train: int, val: int, classes: int) -> None:
@@ -70,35 +71,35 @@ def make_hollow(folder: Path, train: int, val: int, classes: int) -> None:
 
     def fill(file: io.BufferedRandom, at: int, name: str) -> int:
         length, head = bits.randrange(60_000, 160_000), bits.choice(pool)
-        os.pwrite(file.fileno(), header(name, length) + head, at)
+        os.pwrite(file.fileno(), shard_member_header(name, length) + head, at)
         os.pwrite(file.fileno(), b"\xff\xd9", at + 512 + length - 2)
         return at + 512 + length + -length % 512
 
-    with (folder / shape.TRAIN).open("w+b") as file:
+    with (folder / ilsvrc_writer.TRAIN).open("w+b") as file:
         at = 0
         for number, one in enumerate(synsets(classes)):
             begin, at = at, at + 512
             for i in range(train * number // classes, train * (number + 1) // classes):
                 at = fill(file, at, f"{one.wnid}_{i}.JPEG")
             at += 1024
-            os.pwrite(file.fileno(), header(f"{one.wnid}.tar", at - begin - 512), begin)
+            os.pwrite(file.fileno(), shard_member_header(f"{one.wnid}.tar", at - begin - 512), begin)
         file.truncate(at + 1024)
-    with (folder / shape.VAL).open("w+b") as file:
+    with (folder / ilsvrc_writer.VAL).open("w+b") as file:
         at = 0
         for i in range(1, val + 1):
             at = fill(file, at, f"ILSVRC2012_val_{i:08d}.JPEG")
         file.truncate(at + 1024)
-    shape.write_devkit(folder / shape.DEVKIT, synsets(classes), truth(val, classes))
+    ilsvrc_writer.write_devkit(folder / ilsvrc_writer.DEVKIT, synsets(classes), truth(val, classes))
 
 
 def lay_out(source: Path, workspace: Path, hashed: bool = True) -> None:
     """Do what the download stage does with a folder: links, and receipts of what was verified."""
     folder = workspace / "archives" / "x"
     folder.mkdir(parents=True)
-    for file in (shape.TRAIN, shape.VAL, shape.DEVKIT):
+    for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT):
         os.link(source / file, folder / file)
-        md5 = hash_file(folder / file, lambda done: None) if hashed else "0" * 32
-        receipt.write(folder / file, md5, str(source), "", (folder / file).stat())
+        md5 = md5_of_file(folder / file, lambda done: None) if hashed else "0" * 32
+        receipt.write_receipt(folder / file, md5, str(source), "", (folder / file).stat())
 
 
 def prepare_val(source: Path, classes: int, val: int) -> str:

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import psutil
 
-from hpc_imagenet.compose import compose
-from hpc_imagenet.durable import read_json
-from hpc_imagenet.plan import plan
-from hpc_imagenet.runs import FINISHED, Record
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.io.atomic_files import read_json
+from hpc_imagenet.runs.plan import make_plan
+from hpc_imagenet.runs.store import FINISHED, RunStore
 
 LAB = Path(__file__).resolve().parent.parent / "slurm/lab/lab"
 JOBS, RUNS = 100, 1000
@@ -113,14 +113,14 @@ class Site:
         self.clear()
         return seconds
 
-    def record(self) -> None:
+    def store(self) -> None:
         """Record a thousand runs of which the last hundred wait in the queue."""
         overrides = [*TRAINING, f"workspace={self.folder / 'recorded'}"]
-        (job,) = plan(compose(overrides), lambda _: None)
-        record = Record(self.folder / "recorded")
+        (job,) = make_plan(compose(overrides), lambda _: None)
+        store = RunStore(self.folder / "recorded")
         for number in range(RUNS - JOBS):
             info = {"stage": job.stage, "label": job.label, "model": job.model, "needs": []}
-            attempt = record.create(f"{number:08x}-{job.label}", job.frozen(), info).new_attempt()
+            attempt = store.create(f"{number:08x}-{job.label}", job.frozen(), info).new_attempt()
             attempt.submit("slurm", job_id="1")
             attempt.start()
             attempt.end(FINISHED, result={"top1": number / RUNS, "images_per_second": 1.0, "seconds": 60.0})
@@ -157,7 +157,7 @@ class Site:
             Path(row["dir"])
             for row in rows
             if row["stage"] == "train"
-            and Record(self.folder / "workspace").run(row["run"]).config().seed == seed
+            and RunStore(self.folder / "workspace").run(row["run"]).config().seed == seed
         )
 
     def _until(self, true: Callable[[], bool]) -> None:
@@ -206,8 +206,8 @@ def main() -> None:
         try:
             site.run(str(LAB), "--dir", str(site.lab), "up")
             for stage in ("download", "process", "upload"):
-                site.door(f"+stage={stage}", "dataset=digits", "cluster=here")
-            site.record()
+                site.door(f"+stage={stage}", "dataset=digits", "cluster=foreground")
+            site.store()
             table = rows(site)
             for repeat in range(options.repeats):
                 for row in table:

@@ -30,10 +30,10 @@ from pathlib import Path
 import numpy as np
 from shaped import pictures
 
-from hpc_imagenet.archives.virtual import END
+from hpc_imagenet.data.sources.virtual_tar import END
+from hpc_imagenet.data.tar.tar_writer import shard_member_header
 from hpc_imagenet.datastore.index import ENTRY, open_index, write_index
-from hpc_imagenet.datastore.manifest import Category, File, Manifest, Split
-from hpc_imagenet.datastore.pack import header
+from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
 
 BATCH, SIZE = 64, 224
 FULL = 1_281_167  # images of ImageNet's train
@@ -50,7 +50,9 @@ def make(home: Path, size: float, shard_size: float) -> int:
             while at < shard_size:
                 image = bits.choice(pool)
                 entries.append((at + 512, len(image), bits.randrange(1000), number))
-                piece = header(f"{len(entries)}.JPEG", len(image)) + image + bytes(-len(image) % 512)
+                piece = (
+                    shard_member_header(f"{len(entries)}.JPEG", len(image)) + image + bytes(-len(image) % 512)
+                )
                 digest.update(piece)
                 file.write(piece)
                 at += len(piece)
@@ -60,7 +62,7 @@ def make(home: Path, size: float, shard_size: float) -> int:
     write_index(folder / "train.npy", np.array(entries, ENTRY))
     data = (folder / "train.npy").read_bytes()
     index = File("train.npy", len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
-    classes = tuple(Category(f"n{i:08d}", (f"class {i}",)) for i in range(1000))
+    classes = tuple(ClassNames(f"n{i:08d}", (f"class {i}",)) for i in range(1000))
     Manifest("made", "0", "", classes, tuple(shards), {"train": Split(index, len(entries))}).save(folder)
     return len(entries)
 
@@ -79,27 +81,27 @@ def child(home: Path, scratch: str, seconds: float) -> None:
     started = time.perf_counter()
     import torch  # noqa: F401 - a part of the start
 
-    from hpc_imagenet.config import Cluster, Datastore
-    from hpc_imagenet.datastore.opening import opened
+    from hpc_imagenet.config.schema import Cluster, Datastore
+    from hpc_imagenet.datastore.open_dataset import open_dataset
     from hpc_imagenet.datastore.versions import open_version
-    from hpc_imagenet.training.data import Batches, Loader
-    from hpc_imagenet.training.sampler import Share, TrainSampler
-    from hpc_imagenet.training.transforms import TrainView
+    from hpc_imagenet.training.loading.batch_loader import BatchBuilder, BatchLoader
+    from hpc_imagenet.training.loading.crop import RandomResizedCrop
+    from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler
 
     begin = time.perf_counter()
     told: dict[str, float] = {}
     version = open_version(Datastore("made", str(home)))
-    with opened(version, Cluster(scratch=scratch or None), stages=True) as store:
-        split, staged = store.split("train"), bool(scratch)
-        loader = Loader(
-            Batches(split, TrainView(SIZE, 0.08, 0.5), 0),
-            TrainSampler(len(split), 0, Share(BATCH)),
+    with open_dataset(version, Cluster(scratch=scratch or None), stages=True) as store:
+        split, staged = store.open_split("train"), bool(scratch)
+        loader = BatchLoader(
+            BatchBuilder(split, RandomResizedCrop(SIZE, 0.08, 0.5), 0),
+            TrainSampler(len(split), 0, BatchShare(BATCH)),
             len(os.sched_getaffinity(0)),
         )
         phases = [(staged, 600.0), (False, seconds)] if staged else [(False, seconds)]
         for far, most in phases:
             batches, images, since = iter(loader), 0, time.perf_counter()
-            while time.perf_counter() - since < most and (not far or store.shards.far()):
+            while time.perf_counter() - since < most and (not far or store.shards.is_remote()):
                 next(batches)
                 told.setdefault("first", time.perf_counter() - begin)
                 told.setdefault("start", time.perf_counter() - started)

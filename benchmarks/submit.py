@@ -28,11 +28,11 @@ from pathlib import Path
 
 import psutil
 
-from hpc_imagenet.compose import compose
-from hpc_imagenet.durable import create_json
-from hpc_imagenet.plan import plan
-from hpc_imagenet.runs import FINISHED, Record
-from hpc_imagenet.submission import cancel
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.io.atomic_files import write_json_once
+from hpc_imagenet.launch.submission import cancel_run
+from hpc_imagenet.runs.plan import make_plan
+from hpc_imagenet.runs.store import FINISHED, RunStore
 
 DIGITS = ("dataset=digits", "cluster=local")
 JOBS = 100
@@ -98,23 +98,23 @@ class Workspace:
 
     def make_runs(self, folder: Path, count: int) -> None:
         """Record `count` finished trainings."""
-        (job,) = plan(compose([*DIGITS, f"workspace={folder}"]), lambda _: None)
-        record = Record(folder)
+        (job,) = make_plan(compose([*DIGITS, f"workspace={folder}"]), lambda _: None)
+        store = RunStore(folder)
         for number in range(count):
             info = {"stage": job.stage, "label": job.label, "model": job.model, "needs": []}
-            run = record.create(f"{number:08x}-{job.label}", job.frozen(), info)
+            run = store.create(f"{number:08x}-{job.label}", job.frozen(), info)
             attempt = run.new_attempt()
             attempt.submit("local", host=socket.gethostname())
             attempt.start()
             result = {"top1": number / count, "images_per_second": 1000.0, "seconds": 60.0}
             attempt.end(FINISHED, result=result)
             progress = {"done": 1, "total": 1, "unit": "images", "rate": 1000.0, "note": "", "time": ""}
-            create_json(run.folder / "progress.json", progress)
+            write_json_once(run.folder / "progress.json", progress)
 
     def settle(self) -> None:
         """Cancel what was submitted, the last first, and wait until nothing works here any more."""
-        for run in reversed(Record(self.folder / "workspace").all()):
-            cancel(run)
+        for run in reversed(RunStore(self.folder / "workspace").all()):
+            cancel_run(run)
         end = time.monotonic() + 60
         while alive := self.processes():
             if time.monotonic() > end:

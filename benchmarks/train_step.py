@@ -42,16 +42,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpc_imagenet.compose import compose
-from hpc_imagenet.config import Config
-from hpc_imagenet.errors import Interrupted
-from hpc_imagenet.runs import Run
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.errors import Preempted
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training import fit as training
-from hpc_imagenet.training import model
-from hpc_imagenet.training.account import Account
+from hpc_imagenet.training.callbacks.progress import ProgressReporter
+from hpc_imagenet.training.models import build
+from hpc_imagenet.training.models.optim import build_optimizer, lr_factor
 from hpc_imagenet.training.module import MEAN, STD
-from hpc_imagenet.training.recipe import optimizer, rate
-from hpc_imagenet.world import World
 
 CLASSES = 1000
 BACKBONES = ("resnet18", "resnet50", "convnext_tiny", "vit_b_16")
@@ -78,7 +78,7 @@ class Task:
         sizes = {"size": self.size, "val_size": self.size, "val_resize": self.size}
         words = [f"recipe.{key}={value}" for key, value in {**steps, **sizes}.items()]
         gpus = int(self.device.type == "cuda")
-        place = ["cluster=here", f"cluster.gpus_per_node={gpus}", "loader.workers=0", "dataset=digits"]
+        place = ["cluster=foreground", f"cluster.gpus_per_node={gpus}", "loader.workers=0", "dataset=digits"]
         named = [f"model={self.name}", f"model.compile={self.compiled}", "model.stem=standard"]
         return compose([*place, *named, "recipe=standard90", *words])[0]
 
@@ -131,30 +131,30 @@ def fit(
     config: Config,
     steps: int,
     run: Run,
-    hook: Callable[[Account, Any], None],
+    hook: Callable[[ProgressReporter, Any], None],
     store: Any = None,
 ) -> dict[str, Any]:
     """Train `steps` steps by ours; `hook` is called behind each. With a `store`: by our loader."""
-    batch, original = task.data(), Account.on_train_batch_end
+    batch, original = task.data(), ProgressReporter.on_train_batch_end
 
-    def noting(self: Account, trainer: Any, *rest: Any) -> None:
+    def noting(self: ProgressReporter, trainer: Any, *rest: Any) -> None:
         original(self, trainer, *rest)
         hook(self, trainer)
 
-    def loader(self: training.Loaders) -> Any:
+    def loader(self: training.ImageDataModule) -> Any:
         return Resident(batch, steps) if store is None else loads(self)
 
-    def judged(self: training.Loaders) -> Resident:
+    def judged(self: training.ImageDataModule) -> Resident:
         return Resident(batch, 1)
 
-    loads = training.Loaders.train_dataloader
+    loads = training.ImageDataModule.train_dataloader
     with (
-        mock.patch.object(Account, "on_train_batch_end", noting),
-        mock.patch.object(training.Loaders, "train_dataloader", loader),
-        mock.patch.object(training.Loaders, "val_dataloader", judged),
+        mock.patch.object(ProgressReporter, "on_train_batch_end", noting),
+        mock.patch.object(training.ImageDataModule, "train_dataloader", loader),
+        mock.patch.object(training.ImageDataModule, "val_dataloader", judged),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        return training.fit(config, store or Images(steps * task.batch), run, World())  # type: ignore[arg-type]
+        return training.fit(config, store or Images(steps * task.batch), run, DistEnv())  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -170,13 +170,13 @@ def plain(task: Task, windows: int) -> Iterator[float]:
     """Yield the s a step of each window of a loop of a dozen lines."""
     recipe, each = task.config().recipe, task.warm + task.steps
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    network = model.build(task.name, CLASSES, stem="standard", size=task.size)
+    network = build.build_model(task.name, CLASSES, stem="standard", size=task.size)
     network = network.to(task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if task.compiled:
         network.compile(dynamic=False)
     mean, std = (255 * torch.tensor(value, device=task.device).view(3, 1, 1) for value in (MEAN, STD))
-    chosen = optimizer(network, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: rate(step, windows * each, 0))
+    chosen = build_optimizer(network, recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: lr_factor(step, windows * each, 0))
     on_gpu, begin = task.device.type == "cuda", 0.0
     for step, (images, labels) in enumerate(Resident(task.data(), windows * each)):
         if step % each == task.warm:
@@ -203,7 +203,7 @@ def in_turns(
     seconds: dict[str, list[float]] = {way: [] for way in ("ours", *others)}
     each, begin = task.warm + task.steps, 0.0
 
-    def hook(_: Account, trainer: Any) -> None:
+    def hook(_: ProgressReporter, trainer: Any) -> None:
         nonlocal begin
         if trainer.global_step % each == task.warm:
             task.wait()
@@ -252,12 +252,12 @@ def saving(task: Task, repeats: int) -> None:
             begun: list[float] = []
             fit_begins = time.perf_counter()
 
-            def hook(_: Account, trainer: Any, begun: list[float] = begun) -> None:
+            def hook(_: ProgressReporter, trainer: Any, begun: list[float] = begun) -> None:
                 begun.append(time.perf_counter())
                 if len(begun) == 2:
                     os.kill(os.getpid(), signal.SIGUSR2)
 
-            with contextlib.suppress(Interrupted):
+            with contextlib.suppress(Preempted):
                 fit(task, task.config(), 4, run, hook)
             saves.append(time.perf_counter() - begun[1])
             fresh.append(begun[0] - fit_begins)

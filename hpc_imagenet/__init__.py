@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpc_imagenet.api import Handle, UserError, jobs, submit, verb
+    from hpc_imagenet.api import Handle, UserError, command, jobs, submit
 
     __version__: str
 
-__all__ = ["Handle", "UserError", "jobs", "submit", "verb"]
+__all__ = ["Handle", "UserError", "command", "jobs", "submit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import Record, Run
+from hpc_imagenet.runs.store import Run, RunStore
 
-__all__ = ["Handle", "UserError", "jobs", "submit", "verb"]
+__all__ = ["Handle", "UserError", "command", "jobs", "submit"]
 
 _EVERY = 0.5  # s
 
@@ -56,13 +56,13 @@ class Handle:
         A handle that is asked for long asks Slurm less and less often, every 15 s in the end; how a run has
         ended is known at once.
         """
-        from hpc_imagenet.states import state
+        from hpc_imagenet.launch.states import state
 
         return state(self._run, self._since).name
 
     def reason(self) -> str:
         """Return in one line why it is in that state: what it waits for, why it failed; else nothing."""
-        from hpc_imagenet.states import state
+        from hpc_imagenet.launch.states import state
 
         return state(self._run, self._since).reason
 
@@ -80,7 +80,7 @@ class Handle:
             UserError: it failed or was cancelled, and why.
             TimeoutError: it has not ended by then; it goes on.
         """
-        from hpc_imagenet.states import state
+        from hpc_imagenet.launch.states import state
 
         began = time.monotonic()
         end = None if seconds is None else began + seconds
@@ -105,9 +105,9 @@ class Handle:
         Raises:
             UserError: it is a Slurm job, and Slurm cannot be asked from here.
         """
-        from hpc_imagenet.submission import cancel
+        from hpc_imagenet.launch.submission import cancel_run
 
-        cancel(self._run)
+        cancel_run(self._run)
 
     def retry(self) -> None:
         """Take it up again from where it stopped, with the runs it needs that did not end well.
@@ -115,9 +115,9 @@ class Handle:
         Raises:
             UserError: it was no job of a queue, or Slurm refused it.
         """
-        from hpc_imagenet.submission import retry
+        from hpc_imagenet.launch.submission import retry_run
 
-        retry(Record(self.folder.parents[1]), self._run)
+        retry_run(RunStore(self.folder.parents[1]), self._run)
 
 
 def submit(overrides: str | Sequence[str], config_dir: str | None = None) -> list[Handle]:
@@ -129,30 +129,30 @@ def submit(overrides: str | Sequence[str], config_dir: str | None = None) -> lis
 
     Returns:
         One run a job, each before those that need it: new ones, those that go on, and those that were
-        finished or under way already. With `cluster=here` they have ended by then, and with `wait=true` too;
+        finished or already running. With `cluster=foreground` they have ended by then, and with `wait=true`;
         sessions then run. With `dry_run=true` there are none: what would be submitted is printed.
 
     Raises:
         UserError: one line that says what is wrong; nothing was submitted.
     """
-    from hpc_imagenet.asking import asked
-    from hpc_imagenet.compose import compose
-    from hpc_imagenet.session.reach import running
+    from hpc_imagenet.cli.submit import prepare
+    from hpc_imagenet.config.compose import compose
+    from hpc_imagenet.session.connect import wait_until_running
 
     words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
-    wanted = asked(compose(words, multirun=True, config_dir=config_dir))
+    wanted = prepare(compose(words, multirun=True, config_dir=config_dir))
     if wanted.first.dry_run:
-        from hpc_imagenet.monitor.dry_run import describe
+        from hpc_imagenet.report.dry_run import print_dry_run
 
-        describe(wanted.jobs, wanted.record, wanted.executor)
+        print_dry_run(wanted.jobs, wanted.store, wanted.executor)
         return []
-    runs = [entry.run for entry in wanted.send()]
+    runs = [entry.run for entry in wanted.submit()]
     handles = [Handle(run.folder) for run in runs]
     if wanted.first.wait:
         for run, handle in zip(runs, handles, strict=True):
             with contextlib.suppress(UserError):  # its state says so
-                if run.info.get("stage") == "session" and wanted.executor != "here":
-                    running(run)
+                if run.info.get("stage") == "session" and wanted.executor != "foreground":
+                    wait_until_running(run)
                 else:
                     handle.result()
     return handles
@@ -169,12 +169,12 @@ def jobs(name: str | None = None, workspace: str | Path | None = None) -> list[H
         UserError: no run is called so, or several are.
     """
     folder = Path(workspace or os.environ.get("HPC_IMAGENET_WORKSPACE", "workspace")).expanduser().absolute()
-    record = Record(folder)
-    found = record.all() if name is None else [record.find(name)]
+    store = RunStore(folder)
+    found = store.all() if name is None else [store.find(name)]
     return [Handle(run.folder) for run in found]
 
 
-def verb(name: str, *words: str) -> Any:
+def command(name: str, *words: str) -> Any:
     """Carry out a verb of the command line, such as `verb("report", "--json")` or `verb("jobs", "--help")`.
 
     Returns:
@@ -184,15 +184,15 @@ def verb(name: str, *words: str) -> Any:
         UserError: what was wrong, in one line; also where the verb finds something wrong, such as `verify`.
             Its `printed` is the text until then.
     """
-    from hpc_imagenet.errors import near
-    from hpc_imagenet.verbs import VERBS, main
+    from hpc_imagenet.cli.commands import COMMANDS, run_command_line
+    from hpc_imagenet.errors import did_you_mean
 
-    if name not in VERBS:
-        raise UserError(f"{name} is no verb{near(name, VERBS)}")
+    if name not in COMMANDS:
+        raise UserError(f"{name} is an unknown command{did_you_mean(name, COMMANDS)}")
     out, code = io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(out):
-            code = main(name, words)
+            code = run_command_line(name, words)
     except SystemExit as end:  # --help
         code = int(end.code or 0)
     except UserError as error:

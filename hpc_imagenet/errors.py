@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 
-LATER = 75  # exit code of a task that can go on when its job is started again (EX_TEMPFAIL of sysexits.h)
+EXIT_REQUEUE = (
+    75  # exit code of a task that can go on when its job is started again (EX_TEMPFAIL of sysexits.h)
+)
 
 
 class UserError(Exception):
@@ -20,11 +22,11 @@ class UserError(Exception):
     printed = ""
 
 
-class Interrupted(Exception):
+class Preempted(Exception):
     """A stage was asked to stop by a signal and has saved its work; the job is to be requeued."""
 
 
-class Lost(Exception):
+class PeerLost(Exception):
     """Another task of this job is gone, so this one cannot go on; the job is to be requeued."""
 
 
@@ -37,7 +39,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
 
 
-def near(name: str, valid: tuple[str, ...] | list[str]) -> str:
+def did_you_mean(name: str, valid: tuple[str, ...] | list[str]) -> str:
     """Return the words `; near: a, b` for a misspelt name, or all valid names where there are few."""
     close = difflib.get_close_matches(name, valid, n=4, cutoff=0.5)
     if close:

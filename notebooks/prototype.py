@@ -10,13 +10,13 @@ import os
 from pathlib import Path
 
 import hpc_imagenet
-from hpc_imagenet.compose import compose
-from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 
 if "HPC_IMAGENET_DATASTORE" not in os.environ:
     raise SystemExit("this session has no datastore: pause it, then resume RUN session.datastore=NAME")
 folder = Path(os.environ["HPC_IMAGENET_DATASTORE"]).resolve()  # …/datastores/NAME/vN
-store = Store(folder)
+store = DatasetReader(folder)
 
 CLUSTER = "auto"  # or your own file: "mine" with CONFIG_DIR = "/…/my-conf"
 CONFIG_DIR = None  # the folder of your own files, whole, since the notebook stands elsewhere
@@ -37,7 +37,7 @@ for name, split in store.manifest.splits.items():
 # %%
 import numpy as np
 
-counts = np.bincount(store.split("train").index["label"], minlength=len(store.manifest.classes))
+counts = np.bincount(store.open_split("train").index["label"], minlength=len(store.manifest.classes))
 print(f"between {counts.min():,} and {counts.max():,} images a class, {np.median(counts):,.0f} in the middle")
 for category, count in list(zip(store.manifest.classes, counts, strict=True))[:10]:
     print(f"{category.names[0]:24.24} {count:6,} {'▇' * round(40 * count / counts.max())}")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from hpc_imagenet.compose import compose
-from hpc_imagenet.config import Config
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import Run
-from hpc_imagenet.world import World
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run
 
 NAME = "numbers"  # of the dataset
 
@@ -51,7 +51,7 @@ def run_of(config: Config) -> Run:
 
 
 def ask(stage: ModuleType, config: Config) -> dict[str, Any]:
-    result: dict[str, Any] = stage.run(config, run_of(config), World())
+    result: dict[str, Any] = stage.run(config, run_of(config), DistEnv())
     return result
 
 

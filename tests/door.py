@@ -19,7 +19,7 @@ from unittest import mock
 import psutil
 import pytest
 
-from hpc_imagenet.__main__ import main
+from hpc_imagenet.cli.main import main
 
 
 class Door:

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import BinaryIO
 
-from hpc_imagenet.archives.serve import Handler, serving
+from hpc_imagenet.demo.http_server import Handler, serving
 
 __all__ = ["Faults", "faulty", "serving"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from forked import CONTEXT
 
-from hpc_imagenet.config import Config
+from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import Run
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import download, process
-from hpc_imagenet.world import World
 
 _STAGES = {"download": download, "process": process}
 
@@ -92,7 +92,7 @@ def _run(stage: str, config: Config, run: Run, began: Any, steps: Any, below: st
     began.set()
     sys.addaudithook(count)
     try:
-        _STAGES[stage].run(config, run, World())
+        _STAGES[stage].run(config, run, DistEnv())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -7,13 +7,13 @@ from typing import Any
 
 from sample_dataset import make_dataset
 
-from hpc_imagenet import verbs
-from hpc_imagenet.config import Config, Dataset, Datastore, Stage, Upload
+from hpc_imagenet.cli import commands
+from hpc_imagenet.config.schema import Config, Dataset, Datastore, Stage, Upload
 from hpc_imagenet.datastore import versions
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.runs import Run
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import upload
-from hpc_imagenet.world import World
 
 
 class House:
@@ -36,21 +36,23 @@ class House:
             datastore=Datastore(name, url),
             upload=Upload(connections=4),
         )
-        return upload.run(config, run, World())
+        return upload.run(config, run, DistEnv())
 
     def verb(self, url: str, *words: str) -> int:
-        return verbs.main("datastores", [*words, f"datastore.url={url}", f"workspace={self.workspace}"])
+        return commands.run_command_line(
+            "datastores", [*words, f"datastore.url={url}", f"workspace={self.workspace}"]
+        )
 
     def holds(self, url: str, target: Path, name: str = "digits") -> None:
         """Fetch the newest version and compare every image; nothing but what belongs to it is there."""
         assert self.verb(url, "fetch", name, str(target)) == 0
         version = versions.open_version(Datastore(name, str(target)))
         assert self.images(version.folder) == self.images(self.dataset)
-        assert set(versions.locate(url).files(version.path)) == {
+        assert set(versions.open_backend(url).files(version.path)) == {
             "manifest.json",
             *(file.path for file in upload.placed(self.manifest).all_files()),
         }
 
     def images(self, at: Path) -> list[tuple[bytes, int]]:
-        store = Store(at)
-        return [image for name in store.manifest.splits for image in store.split(name)]
+        store = DatasetReader(at)
+        return [image for name in store.manifest.splits for image in store.open_split(name)]

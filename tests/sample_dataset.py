@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hpc_imagenet.datastore.index import ENTRY, write_index
-from hpc_imagenet.datastore.manifest import Category, File, Manifest, Split
+from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
 
 
 def file_of(path: Path, relative: str, algorithm: str = "md5") -> File:
@@ -65,7 +65,7 @@ def make_dataset(
         name=name,
         content=content,
         created="2020-01-01T00:00:00.000+00:00",
-        classes=tuple(Category(f"n{i:08d}", (f"class {i}", "synonym")) for i in range(3)),
+        classes=tuple(ClassNames(f"n{i:08d}", (f"class {i}", "synonym")) for i in range(3)),
         shards=tuple(shards),
         splits=splits,
         files=(file_of(folder / "meta.bin", "meta.bin", "sha256"),),

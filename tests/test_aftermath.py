@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from door import Door
 
-from hpc_imagenet import aftermath, fence, plan
-from hpc_imagenet.compose import compose
-from hpc_imagenet.errors import LATER
-from hpc_imagenet.runs import FINISHED, Attempt, Record, Run
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.errors import EXIT_REQUEUE
+from hpc_imagenet.launch import requeue
+from hpc_imagenet.runs import lease, plan
+from hpc_imagenet.runs.store import FINISHED, Attempt, Run, RunStore
 
 
 class Job:
@@ -32,10 +33,10 @@ class Job:
 
     def ends(self, code: int, errors: str = "", restarts: int = 0) -> int:
         self.monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
-        fence.take(self.run.folder, 1)
+        lease.acquire(self.run.folder, 1)
         self.attempt.start()
         (self.attempt.folder / "5_0_log.err").write_text(errors)
-        return aftermath.settle(self.run, self.attempt, code)
+        return requeue.requeue_or_fail(self.run, self.attempt, code)
 
     @property
     def requeued(self) -> str:
@@ -50,7 +51,7 @@ class Job:
 
 @functools.cache
 def planned() -> plan.Job:
-    (job,) = plan.plan(
+    (job,) = plan.make_plan(
         compose(["+stage=download", "dataset=digits", "cluster=slurm", "cluster.max_requeues=3"]),
         lambda _: None,
     )
@@ -64,7 +65,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setenv("PATH", str(folder), prepend=":")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     info = {"stage": planned().stage, "label": planned().label, "needs": []}
-    run = Record(tmp_path / "jobs").create(planned().run, planned().frozen(), info)
+    run = RunStore(tmp_path / "jobs").create(planned().run_id, planned().frozen(), info)
     run.new_attempt()
     return Job(folder, run, monkeypatch)
 
@@ -77,13 +78,13 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
         (134, "NCCL watchdog"),  # SIGABRT, at a lost peer
         (135, ""),  # SIGBUS, at a lost file server
         (128 + 12, ""),  # SIGUSR2 before the time limit, in a stage that just dies of it
-        (LATER, "stopped by SIGUSR2 after step 7, which is saved"),
+        (EXIT_REQUEUE, "stopped by SIGUSR2 after step 7, which is saved"),
         (1, "srun: error: Task launch for StepId=5.0 failed on node n2: Communication connection failure"),
         (1, "srun: error: Node failure on n2"),
     ],
 )
 def test_what_is_beyond_the_job_sends_it_back_to_the_queue(job: Job, code: int, errors: str) -> None:
-    assert job.ends(code, errors) == LATER
+    assert job.ends(code, errors) == EXIT_REQUEUE
     assert job.requeued == "requeue 5\n"
     assert job.attempt.outcome is None
 
@@ -122,7 +123,7 @@ def test_a_failed_outcome_makes_the_script_fail_so_that_afterok_does(job: Job) -
 @pytest.mark.parametrize("word", ["COMPLETING", "PENDING", "CANCELLED"])
 def test_what_slurm_has_taken_in_hand_is_left_to_it(job: Job, word: str) -> None:
     job.says("squeue", f"echo {word}")
-    assert job.ends(143) == LATER
+    assert job.ends(143) == EXIT_REQUEUE
     assert job.requeued == ""
     assert job.attempt.outcome is None
 
@@ -142,9 +143,9 @@ def test_a_slurm_that_refuses_is_told(job: Job) -> None:
 def test_an_old_copy_decides_nothing(job: Job) -> None:
     job.attempt.start()
     job.monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    fence.take(job.run.folder, 1)
+    lease.acquire(job.run.folder, 1)
     job.monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert aftermath.settle(job.run, job.attempt, 137) == LATER
+    assert requeue.requeue_or_fail(job.run, job.attempt, 137) == EXIT_REQUEUE
     assert job.requeued == ""
     assert job.attempt.outcome is None
 
@@ -154,7 +155,7 @@ def test_it_finds_its_run_in_the_pickle(door: Door, job: Job) -> None:
     job.says("srun", "true")
     door.env["PATH"] = f"{job.folder}:{door.env['PATH']}"
     door("+stage=download", "dataset=digits", "cluster=slurm")
-    (run,) = Record(door.workspace).all()
+    (run,) = RunStore(door.workspace).all()
     assert run.attempt is not None
-    found: Any = aftermath._task(run.attempt.folder)
+    found: Any = requeue._task(run.attempt.folder)
     assert (found[0].id, found[1].number) == (run.id, 1)

@@ -16,7 +16,7 @@ from sample_dataset import make_dataset
 
 import hpc_imagenet
 from hpc_imagenet import Handle, UserError
-from hpc_imagenet.verbs import VERBS
+from hpc_imagenet.cli.commands import COMMANDS
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_importing_it_imports_nothing_else() -> None:
 
 
 def test_five_names_and_no_module_stands_in_their_way() -> None:
-    import hpc_imagenet.__main__  # imports what the command line needs
+    import hpc_imagenet.cli.main  # imports what the command line needs
 
     assert len(hpc_imagenet.__all__) == 5
     assert all(callable(getattr(hpc_imagenet, name)) for name in hpc_imagenet.__all__)
@@ -67,7 +67,7 @@ def test_a_handle_is_the_run_that_the_command_line_shows(python: Door, gate: tup
         run.result(120)
     assert "404" in run.reason()
     eventually(lambda: run.reason() in run.logs())  # the outcome is written first
-    assert run.state() == "failed" == hpc_imagenet.verb("jobs", "--json")[0]["state"]
+    assert run.state() == "failed" == hpc_imagenet.command("jobs", "--json")[0]["state"]
 
 
 def test_a_sweep_is_a_run_a_combination_and_can_be_cancelled(python: Door, gate: tuple[Gate, str]) -> None:
@@ -88,8 +88,10 @@ def test_a_result_is_what_the_stage_returned(python: Door, tmp_path: Path) -> No
     (run,) = hpc_imagenet.submit("+stage=download dataset=digits cluster=local wait=true")
     assert run.state() == "finished"
     assert run.result()["bytes"] > 0
-    assert f"finished before  {run.id}" in python("+stage=download", "dataset=digits", "cluster=local").stdout
-    assert "digits" in hpc_imagenet.verb("jobs")
+    assert (
+        f"already finished  {run.id}" in python("+stage=download", "dataset=digits", "cluster=local").stdout
+    )
+    assert "digits" in hpc_imagenet.command("jobs")
 
 
 def test_a_dry_run_prints_what_the_command_line_does(
@@ -115,7 +117,7 @@ VERB = {
     "resume": ["download-digits session.time=5"],
     "report": ["", "--json"],
     "verify": ["digits --quick", "broken --quick", "nothing"],
-    "datastores": ["", "--json", "list", "show nothing", "sweep", "fetch"],
+    "datastores": ["", "--json", "list", "show nothing", "prune", "fetch"],
     "doctor": ["cluster=nowhere", "strange"],
 }
 
@@ -123,10 +125,10 @@ VERB = {
 @pytest.mark.slow
 def test_every_verb_says_the_same_from_python(python: Door) -> None:
     for stage in ("download", "process"):
-        python(f"+stage={stage}", "dataset=digits", "cluster=here")
+        python(f"+stage={stage}", "dataset=digits", "cluster=foreground")
     make_dataset(python.workspace, "broken")
     (python.workspace / "archives/broken/train-1.tar").unlink()
-    assert set(VERB) == set(VERBS)
+    assert set(VERB) == set(COMMANDS)
     codes = set()
     for name, lines in VERB.items():
         for line in [*lines, "--help"]:
@@ -134,11 +136,11 @@ def test_every_verb_says_the_same_from_python(python: Door) -> None:
             typed = python(*words, code=None)
             codes.add(typed.returncode)
             if typed.returncode == 0:
-                told = hpc_imagenet.verb(*words)
+                told = hpc_imagenet.command(*words)
                 assert told == (json.loads(typed.stdout) if "--json" in words else typed.stdout), words
                 continue
             with pytest.raises(UserError) as error:
-                hpc_imagenet.verb(*words)
+                hpc_imagenet.command(*words)
             assert error.value.printed == typed.stdout, words
             assert "\n" not in str(error.value)
             last = typed.stderr.removeprefix("error: ") or f"{name}: {typed.stdout.splitlines()[-1].strip()}"
@@ -151,7 +153,7 @@ def test_every_verb_says_the_same_from_python(python: Door) -> None:
     [
         (lambda: hpc_imagenet.submit("model=resnet81 cluster=local"), "resnet18"),
         (lambda: hpc_imagenet.jobs("nothing"), "no run nothing"),
-        (lambda: hpc_imagenet.verb("repport"), "near: report"),
+        (lambda: hpc_imagenet.command("repport"), "near: report"),
     ],
 )
 def test_what_is_wrong_is_one_line(python: Door, act: object, told: str) -> None:

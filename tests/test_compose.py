@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from hpc_imagenet.backbones import BACKBONES
-from hpc_imagenet.compose import CONF, VERSION_BASE, amended, compose, register
-from hpc_imagenet.config import Config, cluster_for, from_dict
+from hpc_imagenet.config.backbones import BACKBONES
+from hpc_imagenet.config.compose import CONF, VERSION_BASE, compose, register, with_overrides
+from hpc_imagenet.config.schema import Config, cluster_for, from_dict
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.plan import plan
+from hpc_imagenet.runs.plan import make_plan
 
 GROUPS = ("cluster", "dataset", "datastore", "model", "recipe", "stage")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -112,10 +112,10 @@ def test_a_sweep_is_what_hydra_composes_one_by_one(
         (["model=resnet81"], ["model=resnet81 is unknown", "resnet18"]),
         (["dataset=imagnet"], ["dataset=imagnet is unknown", "imagenet"]),
         (["+stage=trian"], ["stage=trian is unknown", "train"]),
-        (["modle=resnet18"], ["modle is no setting", "model"]),
-        (["recipe.epoch=3"], ["recipe.epoch is no setting", "recipe.epochs"]),
-        (["+foo=1"], ["foo is no setting"]),
-        (["+recipe.epoch=1"], ["recipe.epoch is no setting"]),
+        (["modle=resnet18"], ["modle is an unknown setting", "model"]),
+        (["recipe.epoch=3"], ["recipe.epoch is an unknown setting", "recipe.epochs"]),
+        (["+foo=1"], ["foo is an unknown setting"]),
+        (["+recipe.epoch=1"], ["recipe.epoch is an unknown setting"]),
         (["~seed"], ["seed is not set"]),
         (["seed=abc"], ["seed:", "abc", "Integer"]),
         (["seed=-1"], ["seed=-1 is not between 0 and 4294967295"]),
@@ -129,11 +129,14 @@ def test_a_sweep_is_what_hydra_composes_one_by_one(
         (["train.checkpoint_every_minutes=0"], ["train.checkpoint_every_minutes"]),
         (["cluster.gpus_per_node=-1"], ["cluster.gpus_per_node=-1"]),
         (["+cluster.stage.train.nodes=0"], ["cluster.stage.train.nodes=0 is too small: at least 1"]),
-        (["+cluster.stage.train.executor=here"], ["cluster.stage.train.executor=here", "cluster.executor"]),
+        (
+            ["+cluster.stage.train.executor=foreground"],
+            ["cluster.stage.train.executor=foreground", "cluster.executor"],
+        ),
         (["recipe.precision=bf16"], ["recipe.precision=bf16 is unknown", "bf16-mixed"]),
         (["+cluster.stage.trian.time=3"], ["cluster.stage=trian is unknown"]),
         (["cluster.stage.train.time=3"], ["write +cluster.stage.train.time=VALUE"]),
-        (["+cluster.stage.train.tim=3"], ["cluster.stage.train.tim is no setting"]),
+        (["+cluster.stage.train.tim=3"], ["cluster.stage.train.tim is an unknown setting"]),
         (["cluster.sbatch={gres: x}"], ["cluster.sbatch takes new keys", "+cluster.sbatch={"]),
         (["workspace="], ["workspace is empty"]),
         (["dataset=ilsvrc", "dataset.name=x", "dataset.source=''"], ["dataset.source is empty"]),
@@ -199,7 +202,7 @@ def test_a_stage_has_its_own_resources() -> None:
 
 def test_a_session_resumed_without_its_own_gpus_has_those_of_the_cluster() -> None:
     words = ("+stage=session", "cluster=slurm", "+cluster.stage.session.time=9")
-    (job,) = plan([one(*words, "session.gpus=4", "session.time=60")], lambda _: None)
+    (job,) = make_plan([one(*words, "session.gpus=4", "session.time=60")], lambda _: None)
     assert (job.cluster.gpus_per_node, job.cluster.time) == (4, 62)
-    (again,) = plan([amended(from_dict(job.frozen()), ["session.gpus=null"])], lambda _: None)
-    assert (again.run, again.cluster.gpus_per_node, again.cluster.time) == (job.run, 1, 62)
+    (again,) = make_plan([with_overrides(from_dict(job.frozen()), ["session.gpus=null"])], lambda _: None)
+    assert (again.run_id, again.cluster.gpus_per_node, again.cluster.time) == (job.run_id, 1, 62)

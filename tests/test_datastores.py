@@ -12,12 +12,12 @@ import pytest
 from door import Door, Gate, eventually
 from sample_dataset import make_dataset
 
-from hpc_imagenet import datastores
-from hpc_imagenet.config import Config, Dataset, Datastore
+from hpc_imagenet.cli import datastores
+from hpc_imagenet.config.schema import Config, Dataset, Datastore
 from hpc_imagenet.datastore import versions
-from hpc_imagenet.runs import Record, Run
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import upload
-from hpc_imagenet.world import World
 
 
 @pytest.fixture
@@ -30,15 +30,15 @@ def url(door: Door) -> str:
     upload.run(
         Config(workspace=str(door.workspace), dataset=Dataset("digits"), datastore=Datastore("digits", url)),
         run,
-        World(),
+        DistEnv(),
     )
     return url
 
 
 def begin(url: str, content: str, days: float) -> None:
     """Begin an upload, as long ago as that."""
-    claim = versions.claim(
-        versions.locate(url), Datastore("digits", url), content, {"run": "abc", "host": "n1"}
+    claim = versions.claim_version(
+        versions.open_backend(url), Datastore("digits", url), content, {"run": "abc", "host": "n1"}
     )
     then = time.time() - days * 86400
     os.utime(Path(url) / claim.path / "upload.json", (then, then))
@@ -85,29 +85,29 @@ def test_a_mistake_is_told_in_a_line(door: Door, url: str, words: list[str], lin
     told = door.refused("datastores", *words)
     assert re.search(line, told)
     assert "secret" not in told
-    assert versions.complete(url, "digits") == [1]
+    assert versions.complete_versions(url, "digits") == [1]
 
 
 def test_a_sweep_takes_what_lies_still(door: Door, url: str) -> None:
     begin(url, "old", days=8)
     begin(url, "young", days=6)
-    assert door("datastores", "sweep", "--yes").stdout == "removed  digits@v2\n"
+    assert door("datastores", "prune", "--yes").stdout == "removed  digits@v2\n"
     assert [row["version"] for row in json.loads(door("datastores", "--json").stdout)] == [1, 3]
-    assert "nothing to sweep" in door("datastores", "sweep").stdout
-    assert door("datastores", "sweep", "--yes", "--days=5").stdout == "removed  digits@v3\n"
-    assert json.loads(door("datastores", "sweep", "--json").stdout) == []
+    assert "nothing to prune" in door("datastores", "prune").stdout
+    assert door("datastores", "prune", "--yes", "--days=5").stdout == "removed  digits@v3\n"
+    assert json.loads(door("datastores", "prune", "--json").stdout) == []
     gone = json.loads(door("datastores", "delete", "digits@v1", "--yes", "--json").stdout)
     assert gone == [{"name": "digits", "version": 1, "state": "deleted"}]
-    claim = versions.claim(versions.locate(url), Datastore("digits", url), "new", {})
+    claim = versions.claim_version(versions.open_backend(url), Datastore("digits", url), "new", {})
     assert claim.number == 4  # a number never means two things
 
 
 def test_a_sweep_leaves_an_upload_at_work(door: Door, url: str) -> None:
     begin(url, "old", days=8)
-    place = versions.locate(url)
-    with place.turn(f"digits/v2/{versions.LOCK}", lambda: None):
+    place = versions.open_backend(url)
+    with place.lock(f"digits/v2/{versions.LOCK}", lambda: None):
         os.utime(Path(url) / "digits/v2" / versions.LOCK, (0, 0))
-        assert "digits@v2: an upload is at work on it" in door.refused("datastores", "sweep", "--yes")
+        assert "digits@v2: an upload is at work on it" in door.refused("datastores", "prune", "--yes")
     assert (Path(url) / "digits/v2/upload.json").exists()
 
 
@@ -116,11 +116,11 @@ def test_a_delete_that_is_cut_off_goes_on(door: Door, url: str, monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(versions.locate(url)), "clear", cut)
+        patch.setattr(type(versions.open_backend(url)), "clear", cut)
         door("datastores", "delete", "digits@v1", "--yes", code=None)
-    assert versions.complete(url, "digits") == []
+    assert versions.complete_versions(url, "digits") == []
     assert "digits@v1  deleted" in door("datastores").stdout
-    door("datastores", "sweep", "--yes")
+    door("datastores", "prune", "--yes")
     assert "no datastores in" in door("datastores").stdout
     assert [path.name for path in (Path(url) / "digits/v1").iterdir()] == [versions.DELETED]
 
@@ -138,11 +138,13 @@ def test_a_version_that_a_queued_training_reads_is_not_deleted(
     assert row["used_by"] == [run]
     told = door.refused("datastores", "delete", "digits@v1", "--yes")
     assert f"digits@v1 is in use by {run}: cancel them, or wait until they have ended" in told
-    assert versions.complete(url, "digits") == [1]
+    assert versions.complete_versions(url, "digits") == [1]
     # By another way to the same folder as well.
     link = door.workspace.parent / "link"
     link.symlink_to(url)
-    assert datastores.used_by(Record(door.workspace), versions.locate(str(link))) == {"digits@v1": [run]}
+    assert datastores.used_by(RunStore(door.workspace), versions.open_backend(str(link))) == {
+        "digits@v1": [run]
+    }
     door("cancel", run)
     assert door("datastores", "delete", "digits@v1", "--yes").stdout == "deleted  digits@v1\n"
-    assert versions.complete(url, "digits") == []
+    assert versions.complete_versions(url, "digits") == []

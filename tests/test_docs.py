@@ -86,7 +86,7 @@ class Reader:
         """Archives of the ImageNet shape, as they lie somewhere on a disk."""
         folder = self.folder / "archives"
         if not folder.exists():
-            self.types(f"python -m hpc_imagenet.archives.digits {folder}")
+            self.types(f"python -m hpc_imagenet.demo.digits {folder}")
         return folder
 
     def submit_one_more(self) -> str:
@@ -138,7 +138,7 @@ def run_submission(command: str, reader: Reader) -> None:
         assert len(reader.submitted()) > before
     else:
         told = reader.types(shlex.join([*door, *instead(settings, reader)]))
-        assert "submitted" in told or "finished before" in told
+        assert "submitted" in told or "already finished" in told
 
 
 def run_verb(command: str, reader: Reader) -> None:
@@ -164,7 +164,7 @@ def run_session(command: str, reader: Reader) -> None:
     """As the page says, and reached; one that runs already is left alone."""
     if not (reader.door.workspace / "datastores/digits").exists():
         for stage in STAGES[:3]:
-            reader.door(f"+stage={stage}", "dataset=digits", "cluster=here")
+            reader.door(f"+stage={stage}", "dataset=digits", "cluster=foreground")
     assert "/lab?token=" in reader.types(f"{command} cluster=local wait=true")
 
 
@@ -292,7 +292,7 @@ def test_the_python_of_the_pages_works(tmp_path: Path) -> None:
     reader = Reader(tmp_path)
     try:
         for stage in STAGES[:3]:
-            reader.door(f"+stage={stage}", "dataset=digits", "cluster=here")
+            reader.door(f"+stage={stage}", "dataset=digits", "cluster=foreground")
         code = "".join(text for page in PAGES for text in blocks(page, "python"))
         (tmp_path / "page.py").write_text(
             code.replace(' dataset=digits"', ' dataset=digits cluster=local recipe.epochs=1"')

@@ -16,9 +16,9 @@ import psutil
 import pytest
 from door import Door, eventually
 
-from hpc_imagenet import local
-from hpc_imagenet.__main__ import main
-from hpc_imagenet.runs import Record
+from hpc_imagenet.cli.main import main
+from hpc_imagenet.launch import local_queue
+from hpc_imagenet.runs.store import RunStore
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ("dataset=digits", "cluster=local")
@@ -27,7 +27,7 @@ QUICK = ("recipe.epochs=1", "model=mobilenet_v3_small")
 
 def test_submitting_a_sweep_imports_nothing_heavy(door: Door) -> None:
     look = (
-        "import sys; from hpc_imagenet.__main__ import run\n"
+        "import sys; from hpc_imagenet.cli.main import run\n"
         "run(['-m', '+stage=pipeline', 'dataset=digits', 'cluster=local', 'model=resnet18,resnet50'])\n"
         "heavy = {'torch', 'torchvision', 'pytorch_lightning', 'sklearn', 'scipy', 'boto3', 'sh'}\n"
         "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
@@ -66,13 +66,13 @@ def test_a_workspace_without_runs_is_no_error(door: Door) -> None:
     [
         (("model=resnet81",), ("model=resnet81 is unknown", "resnet18")),
         (("model.name=resnet81", *DIGITS), ("model.name=resnet81", "resnet18")),
-        (("modle=resnet18",), ("modle is no setting", "model")),
+        (("modle=resnet18",), ("modle is an unknown setting", "model")),
         (DIGITS, ("no datastore digits", "+stage=pipeline")),
         (("+stage=upload", *DIGITS), ("+stage=process",)),
         (("+stage=process", *DIGITS), ("+stage=download",)),
         (("-m", "seed=0,1", "workspace=a,b"), ("workspace cannot be swept",)),
-        (("jbos",), ("jbos is no verb", "jobs")),
-        (("--wait",), ("--wait is no verb, no option",)),
+        (("jbos",), ("jbos is no command, option or SETTING=VALUE", "jobs")),
+        (("--wait",), ("--wait is no command, option or SETTING=VALUE",)),
         (("--config-dir=", *DIGITS), ("--config-dir: which folder",)),
         (
             ("+stage=pipeline", *DIGITS, "cluster.gpus_per_node=4", "cluster.tasks_per_node=1"),
@@ -169,10 +169,10 @@ def test_a_pipeline_ends_on_the_leaderboard(finished: Door) -> None:
 @pytest.mark.slow
 def test_what_is_finished_is_skipped_and_what_is_gone_is_made_again(finished: Door) -> None:
     words = ("+stage=pipeline", *DIGITS, *QUICK)
-    assert finished(*words).stdout.count("finished before") == 4
+    assert finished(*words).stdout.count("already finished") == 4
     (finished.workspace / "archives" / "digits" / "ILSVRC2012_img_val.tar").unlink()
     done = finished(*words, "wait=true")
-    assert done.stdout.count("finished before") == 3
+    assert done.stdout.count("already finished") == 3
     assert "submitted  " in done.stdout
     assert finished.states() == ["finished"] * 4
 
@@ -233,14 +233,14 @@ def test_any_stage_killed_at_any_moment_is_finished_by_asking_again(finished: Do
             eventually(lambda: "running" in door.states() or set(door.states()) == {"finished"})
             # Most of a short job's life is Python's start; the kill lands anywhere in it.
             time.sleep(chance.uniform(0, 4))
-            for run in Record(door.workspace).all():
+            for run in RunStore(door.workspace).all():
                 attempt = run.attempt
                 if attempt and "pid" in attempt.started and not attempt.outcome:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         psutil.Process(attempt.started["pid"]).kill()
                         killed.append(attempt)
             # Who has started it lives a moment longer, and who asks meanwhile is told that it runs.
-            eventually(lambda killed=killed: not any(map(local.alive, killed)))
+            eventually(lambda killed=killed: not any(map(local_queue.is_alive, killed)))
         door(*words, "wait=true")
         rows = door.jobs()
         assert {row["state"] for row in rows} == {"finished"}
@@ -262,7 +262,8 @@ def test_the_wheel_brings_conf_and_runs_from_any_folder(tmp_path: Path) -> None:
     (tmp_path / "mine" / "cluster").mkdir(parents=True)
     (tmp_path / "mine" / "cluster" / "mine.yaml").write_text("executor: local\n")
     look = (
-        "import hpc_imagenet.compose as c, sys; print(c.CONF); from hpc_imagenet.__main__ import main; main()"
+        "import hpc_imagenet.config.compose as c; print(c.CONF); "
+        "from hpc_imagenet.cli.main import main; main()"
     )
     words = [
         "+stage=pipeline",

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_imagenet import fence
-from hpc_imagenet.durable import replacing
 from hpc_imagenet.errors import Superseded
-from hpc_imagenet.runs import Progress, Run
+from hpc_imagenet.io.atomic_files import atomic_write
+from hpc_imagenet.runs import lease
+from hpc_imagenet.runs.store import Progress, Run
 
 
-def started(folder: Path, attempt: int, restart: int) -> fence.Fence:
+def started(folder: Path, attempt: int, restart: int) -> lease.Lease:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_RESTART_COUNT", str(restart))
-        return fence.take(folder, attempt)
+        return lease.acquire(folder, attempt)
 
 
 def test_a_later_start_takes_over(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_exactly_the_newest_start_holds(
     tmp_path_factory: pytest.TempPathFactory, starts: list[tuple[int, int]]
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
-    taken: list[tuple[tuple[int, int], fence.Fence]] = []
+    taken: list[tuple[tuple[int, int], lease.Lease]] = []
     for attempt, restart in starts:
         try:
             taken.append(((attempt, restart), started(folder, attempt, restart)))
@@ -73,7 +73,7 @@ def test_exactly_the_newest_start_holds(
 
 def test_nothing_takes_its_place_once_it_is_superseded(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.fence = started(tmp_path, 1, 0)
+    run.lease = started(tmp_path, 1, 0)
     progress = Progress(run, every=0)
     progress(1, 10)
     started(tmp_path, 1, 1)
@@ -84,7 +84,7 @@ def test_nothing_takes_its_place_once_it_is_superseded(tmp_path: Path) -> None:
     path.write_text("the new copy's")
 
     def write() -> None:
-        with replacing(path, run.fence.check if run.fence else None) as file:
+        with atomic_write(path, run.lease.check if run.lease else None) as file:
             file.write(b"the old copy's")
 
     with pytest.raises(Superseded):
@@ -96,9 +96,9 @@ def test_nothing_takes_its_place_once_it_is_superseded(tmp_path: Path) -> None:
 def test_whoever_holds_is_known_by_attempt_and_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not fence.holds(tmp_path, 1)
+    assert not lease.is_holder(tmp_path, 1)
     started(tmp_path, 1, 1)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert fence.holds(tmp_path, 1)
+    assert lease.is_holder(tmp_path, 1)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert not fence.holds(tmp_path, 1)
+    assert not lease.is_holder(tmp_path, 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_docs import BLOCK, PAGES, ROOT, commands
 
-from hpc_imagenet import config as schema
+from hpc_imagenet.config import schema as schema
 
 
 def test_notebooks_are_those_of_their_scripts() -> None:
@@ -57,7 +57,7 @@ def exists(name: str) -> bool:
     if name.startswith("cluster.stage."):
         stage, _, rest = name.removeprefix("cluster.stage.").partition(".")
         return stage in schema.STAGES and (not rest or f"cluster.{rest}" in SETTINGS)
-    return name in SETTINGS or any(name.startswith(f"{free}.") for free in schema.FREE)
+    return name in SETTINGS or any(name.startswith(f"{free}.") for free in schema.OPEN_MAPPINGS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -68,33 +68,54 @@ def test_every_setting_in_backticks_exists(page: Path) -> None:
             name, equals, _ = word.lstrip("+").partition("=")
             dotted = "." in name and name.partition(".")[0] in roots and not name.endswith(FILES)
             if re.fullmatch(r"[a-z_]+(\.\w+)*", name) and (equals or dotted):
-                assert exists(name), f"{page.name}: {quoted} is no setting"
+                assert exists(name), f"{page.name}: {quoted} is an unknown setting"
 
 
-def rooms() -> dict[str, set[str]]:
-    """Return who imports whom in the package, imports within functions as well; packages count as one."""
-    package = ROOT / "hpc_imagenet"
-    found: dict[str, set[str]] = {}
-    for path in package.rglob("*.py"):
-        room = path.relative_to(package).parts[0].removesuffix(".py")
-        known = found.setdefault(room, set())
+PACKAGE = ROOT / "hpc_imagenet"
+# Each package may import those before it, and nothing that comes after it.
+LAYERS = [
+    *("errors", "io", "config", "runs", "datastore", "data", "launch", "training", "session", "stages"),
+    *("report", "doctor", "cli", "api", "demo"),
+]
+# Heavy or special packages, and the only place that may import each.
+HOMES = {
+    "torch": "training/",
+    "torchvision": "training/",
+    "torchmetrics": "training/",
+    "pytorch_lightning": "training/",
+    "simplejpeg": "training/loading/",
+    "boto3": "datastore/backends/",
+    "sh": "datastore/backends/ssh_connection.py",
+    "submitit": "launch/",
+    "pyarrow": "data/sources/parquet_source.py",
+    "cryptography": "session/credentials.py",
+}
+
+
+def imports() -> Iterator[tuple[str, str]]:
+    """Yield (file within the package, module that it imports), imports within functions as well."""
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "hpc_imagenet":
-                known |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hpc_imagenet."):
-                known.add((node.module or "").split(".")[1])
+                yield from ((name, f"hpc_imagenet.{alias.name}") for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                yield name, node.module
             elif isinstance(node, ast.Import):
-                known |= {a.name.split(".")[1] for a in node.names if a.name.startswith("hpc_imagenet.")}
-    everybodys = {"errors", "durable", "temporary", "__version__"}
-    assert not any(found[room] - everybodys for room in everybodys & found.keys())
-    return {room: known - everybodys - {room} for room, known in found.items() if room not in everybodys}
+                yield from ((name, alias.name) for alias in node.names)
 
 
-def test_the_rooms_know_whom_the_page_says() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\|$", page, re.MULTILINE)
-    drawn = {room: set(re.findall(r"`(\w+)`", known)) for room, known in rows}
-    assert drawn == rooms()
-    order = list(drawn)
-    for room, known in drawn.items():  # each stands below all that it knows: nothing points back
-        assert all(order.index(other) < order.index(room) for other in known), room
+def test_packages_import_only_the_layers_below_them() -> None:
+    for name, module in imports():
+        package = name.removesuffix(".py").partition("/")[0]
+        root, _, inner = module.partition(".")
+        other = inner.partition(".")[0]
+        if root == "hpc_imagenet" and other in LAYERS and package in LAYERS and other != package:
+            assert LAYERS.index(other) < LAYERS.index(package), f"{name} imports {module}"
+        assert package in (*LAYERS, "__init__", "__main__"), f"{name}: give {package} a layer"
+
+
+def test_heavy_packages_are_imported_in_one_place() -> None:
+    for name, module in imports():
+        home = HOMES.get(module.partition(".")[0])
+        assert home is None or name.startswith(home), f"{name} imports {module}"

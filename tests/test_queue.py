@@ -14,9 +14,9 @@ import psutil
 import pytest
 from door import Door, Gate, eventually
 
-from hpc_imagenet import local
-from hpc_imagenet.runs import Record
-from hpc_imagenet.worker import Worker
+from hpc_imagenet.launch import local_queue
+from hpc_imagenet.launch.local_worker import Worker
+from hpc_imagenet.runs.store import RunStore
 
 pytestmark = pytest.mark.slow
 
@@ -52,37 +52,41 @@ def test_as_many_at_a_time_as_asked(door: Door, gate: tuple[Gate, str]) -> None:
 
 def test_nobody_overtakes_who_waits_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    monkeypatch.setenv(local.CPUS, "")  # a worker sets it for what it starts, here for all later tests
-    record = Record(tmp_path)
+    monkeypatch.setenv(
+        local_queue.CPUS_VARIABLE, ""
+    )  # a worker sets it for what it starts, here for all later tests
+    store = RunStore(tmp_path)
     attempts = []
     for name, gpus in (("0-first", 1), ("1-large", 2), ("2-small", 1)):
         cluster = {"executor": "local", "parallel": 3, "gpus_per_node": gpus}
         config = {"cluster": cluster, "stage": {"name": "train"}}
-        run = record.create(name, config, {"stage": "train", "needs": []})
+        run = store.create(name, config, {"stage": "train", "needs": []})
         attempts.append((run, run.new_attempt()))
-    local.enqueue(record, attempts)
+    local_queue.enqueue(store, attempts)
     (_, first), (_, large), (_, small) = attempts
-    local.note_process(first, gpus=["GPU-a"])
-    Worker(record).step()
-    assert not local.launched(large)
-    assert not local.launched(small)
+    local_queue.record_process(first, gpus=["GPU-a"])
+    Worker(store).step()
+    assert not local_queue.process_record(large)
+    assert not local_queue.process_record(small)
 
 
 def test_a_gpu_is_handed_out_by_the_name_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    monkeypatch.setenv(local.CPUS, "")  # a worker sets it for what it starts, here for all later tests
-    record = Record(tmp_path)
+    monkeypatch.setenv(
+        local_queue.CPUS_VARIABLE, ""
+    )  # a worker sets it for what it starts, here for all later tests
+    store = RunStore(tmp_path)
     config = {
         "cluster": {"executor": "local", "setup": [f"env > {tmp_path}/env"]},
         "stage": {"name": "train"},
     }
-    run = record.create("0-x", config, {"stage": "train", "needs": []})
+    run = store.create("0-x", config, {"stage": "train", "needs": []})
     attempt = run.new_attempt()
-    local.enqueue(record, [(run, attempt)])
-    worker = Worker(record)
+    local_queue.enqueue(store, [(run, attempt)])
+    worker = Worker(store)
     worker.step()
     eventually(lambda: not worker.step())
-    assert local.launched(attempt)["gpus"] == ["GPU-a"]
+    assert local_queue.process_record(attempt)["gpus"] == ["GPU-a"]
     assert "CUDA_VISIBLE_DEVICES=GPU-a\n" in (tmp_path / "env").read_text()
 
 
@@ -104,7 +108,7 @@ def test_the_same_asked_twice_is_under_way_already(door: Door, gate: tuple[Gate,
     send(door, url, "a", "b")
     eventually(lambda: held.waiting == ["a"])
     again = door("-m", *DOWNLOAD, f"dataset.source={url}/${{dataset.name}}", "dataset.name=a,b")
-    assert again.stdout.count("under way already") == 2
+    assert again.stdout.count("already running") == 2
     assert [row["attempt"] for row in door.jobs()] == [1, 1]
 
 
@@ -123,7 +127,7 @@ def test_a_killed_job_has_failed_and_retry_takes_it_up(door: Door, gate: tuple[G
     held, url = gate
     send(door, url, "a")
     eventually(lambda: held.waiting == ["a"])
-    (attempt,) = Record(door.workspace).find("download-a").attempts()
+    (attempt,) = RunStore(door.workspace).find("download-a").attempts()
     psutil.Process(attempt.started["pid"]).kill()
     (row,) = door.until("failed")
     assert "without a word" in row["reason"]
@@ -140,7 +144,7 @@ def test_a_killed_worker_takes_no_job_along_and_asking_again_goes_on(
     held, url = gate
     send(door, url, "a", "b")
     eventually(lambda: held.waiting == ["a"])
-    worker = json.loads((local.queue_folder(Record(door.workspace)) / "worker.json").read_text())
+    worker = json.loads((local_queue.queue_folder(RunStore(door.workspace)) / "worker.json").read_text())
     psutil.Process(worker["pid"]).kill()
     eventually(lambda: "nobody works on the queue" in door.jobs()[1]["reason"])
     assert door.states() == ["running", "queued"]
@@ -156,8 +160,8 @@ def test_a_submission_that_was_cut_off_is_not_run_twice(door: Door, gate: tuple[
     send(door, url, "a")
     eventually(lambda: held.waiting == ["a"])
     send(door, url, "b")
-    record = Record(door.workspace)
-    (attempt,) = record.find("download-b").attempts()
+    store = RunStore(door.workspace)
+    (attempt,) = store.find("download-b").attempts()
     (attempt.folder / "submitted.json").unlink()  # as if the door had been killed before it wrote that
     os.utime(attempt.folder, (1, 1))
     assert "cut off" in door.jobs()[1]["reason"]
@@ -165,7 +169,7 @@ def test_a_submission_that_was_cut_off_is_not_run_twice(door: Door, gate: tuple[
     held.open.set()
     rows = door.until("failed", "failed")
     assert "404" in rows[1]["reason"]
-    first, second = record.find("download-b").attempts()
+    first, second = store.find("download-b").attempts()
     assert first.outcome
     assert "took its place" in first.outcome.reason
     assert not first.started
@@ -210,13 +214,13 @@ def test_wait_says_each_change_and_exits_with_1(door: Door, gate: tuple[Gate, st
 
 
 def test_a_pid_that_another_process_has_now_is_not_the_job(tmp_path: Path) -> None:
-    record = Record(tmp_path)
-    attempt = record.run("0-x").new_attempt()
-    local.note_process(attempt)
-    assert local.alive(attempt)
+    store = RunStore(tmp_path)
+    attempt = store.run("0-x").new_attempt()
+    local_queue.record_process(attempt)
+    assert local_queue.is_alive(attempt)
     note = json.loads((attempt.folder / "process.json").read_text())
     (attempt.folder / "process.json").write_text(json.dumps({**note, "born": note["born"] - 60}))
-    assert not local.alive(attempt)
+    assert not local_queue.is_alive(attempt)
 
 
 def test_a_job_finds_what_a_relative_pythonpath_named(
@@ -225,6 +229,6 @@ def test_a_job_finds_what_a_relative_pythonpath_named(
     """Its working directory is another one: its worker could not even start."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["here", "", "/there", "."]))
-    paths = local.job_environment()["PYTHONPATH"].split(os.pathsep)
+    paths = local_queue.job_environment()["PYTHONPATH"].split(os.pathsep)
     assert paths[1:] == [f"{tmp_path}/here", "/there", str(tmp_path)]
     assert (Path(paths[0]) / "hpc_imagenet").is_dir()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hpc_imagenet.check import jobs
-from hpc_imagenet.compose import CONF, compose
+from hpc_imagenet.config.compose import CONF, compose
+from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.experiment import Recipe
-from hpc_imagenet.plan import plan
-from hpc_imagenet.runs import Record
+from hpc_imagenet.launch.validate import validate_jobs
+from hpc_imagenet.runs.plan import make_plan
+from hpc_imagenet.runs.store import RunStore
 
 NAMES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 IMAGES = 1_281_167
@@ -51,11 +51,11 @@ def test_sizes_grow_in_steps_that_divide_both() -> None:
 
 def test_what_is_left_out_is_not_in_the_signature() -> None:
     def signature(*words: str) -> str:
-        return plan(compose(["dataset=digits", *words]), lambda _: None)[0].signature
+        return make_plan(compose(["dataset=digits", *words]), lambda _: None)[0].signature
 
     plain = signature()
     assert signature("recipe.mixup=0", "recipe.ema=null", "recipe.schedule=cosine") == plain
-    assert signature("model.compile=true", "train.accumulate=2", "train.verdict_after_seconds=5") == plain
+    assert signature("model.compile=true", "train.accumulate=2", "train.bottleneck_after_seconds=5") == plain
     changes = ("mixup=0.1", "ema=0.9", "schedule=linear", "start_size=8", "val_flip=true", "blurpool=true")
     others = {signature(f"recipe.{word}") for word in changes}
     assert len(others | {plain}) == len(changes) + 1
@@ -70,16 +70,16 @@ def test_weights_are_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_door_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
     def asked(*words: str) -> None:
-        jobs(plan(compose(["dataset=digits", *words]), lambda _: None), Record(tmp_path))
+        validate_jobs(make_plan(compose(["dataset=digits", *words]), lambda _: None), RunStore(tmp_path))
 
     with pytest.raises(
         UserError, match=r"^recipe.freeze=true trains the classifier alone: .* model.weights="
     ):
-        asked("recipe=probe")
+        asked("recipe=linear_probe")
     with pytest.raises(UserError, match=r"^model.weights=.*w.pth: no such file"):
-        asked("recipe=probe", f"model.weights={tmp_path / 'w.pth'}")
+        asked("recipe=linear_probe", f"model.weights={tmp_path / 'w.pth'}")
     with pytest.raises(UserError, match="no datastore"):  # all else is well
-        asked("recipe=probe", "model.weights=IMAGENET1K_V1", f"datastore.url={tmp_path}")
+        asked("recipe=linear_probe", "model.weights=IMAGENET1K_V1", f"datastore.url={tmp_path}")
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,16 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from hpc_imagenet import durable, local
-from hpc_imagenet.archives import digits
-from hpc_imagenet.compose import compose
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.demo import digits
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.monitor import leaderboard, logs, table
-from hpc_imagenet.plan import plan
-from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Record, Run
-from hpc_imagenet.states import state
-from hpc_imagenet.submission import cancel, intend
+from hpc_imagenet.io import atomic_files
+from hpc_imagenet.launch import local_queue
+from hpc_imagenet.launch.states import state
+from hpc_imagenet.launch.submission import cancel_run, plan_actions
+from hpc_imagenet.report import jobs_table, leaderboard, logs
+from hpc_imagenet.runs.plan import make_plan
+from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Run, RunStore
 
 
 def at_once(act: Callable[[int], object], times: int = 16) -> list[object]:
@@ -34,12 +35,12 @@ def at_once(act: Callable[[int], object], times: int = 16) -> list[object]:
         return list(pool.map(act, range(times)))
 
 
-def made(record: Record, *overrides: str) -> Run:
-    (job,) = plan(
-        compose(["dataset=digits", f"workspace={record.folder.parent}", *overrides]), lambda _: None
+def made(store: RunStore, *overrides: str) -> Run:
+    (job,) = make_plan(
+        compose(["dataset=digits", f"workspace={store.folder.parent}", *overrides]), lambda _: None
     )
     info = {"stage": job.stage, "label": job.label, "model": job.model, "needs": []}
-    return record.create(job.run, job.frozen(), info)
+    return store.create(job.run_id, job.frozen(), info)
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -50,23 +51,23 @@ def test_of_many_writers_one_creates(tmp_path: Path, links: bool, monkeypatch: p
             raise OSError(errno.EPERM, "no hard links here")
 
         monkeypatch.setattr(os, "link", refuse)
-    won = at_once(lambda i: durable.create_json(tmp_path / "x.json", i))
+    won = at_once(lambda i: atomic_files.write_json_once(tmp_path / "x.json", i))
     assert won.count(True) == 1
-    assert durable.read_json(tmp_path / "x.json") == won.index(True)
+    assert atomic_files.read_json(tmp_path / "x.json") == won.index(True)
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_an_exception_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    durable.write_json(tmp_path / "x.json", 1)
+    atomic_files.write_json(tmp_path / "x.json", 1)
 
     def fail_halfway() -> None:
-        with durable.replacing(tmp_path / "x.json") as file:
+        with atomic_files.atomic_write(tmp_path / "x.json") as file:
             file.write(b"half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail_halfway()
-    assert durable.read_json(tmp_path / "x.json") == 1
+    assert atomic_files.read_json(tmp_path / "x.json") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
@@ -76,10 +77,10 @@ def test_the_umask_decides_who_reads_and_is_never_set(tmp_path: Path) -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.delattr(os, "umask")
-            durable.write_json(tmp_path / "x.json", 1)
-            with durable.replacing(tmp_path / "y", secret=True):
+            atomic_files.write_json(tmp_path / "x.json", 1)
+            with atomic_files.atomic_write(tmp_path / "y", secret=True):
                 pass
-            digits.write(tmp_path / "digits")
+            digits.write_digits(tmp_path / "digits")
     finally:
         real(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
@@ -87,7 +88,7 @@ def test_the_umask_decides_who_reads_and_is_never_set(tmp_path: Path) -> None:
 
 
 def test_attempts_are_claimed_once_each(tmp_path: Path) -> None:
-    run = Record(tmp_path).run("00000000-x")
+    run = RunStore(tmp_path).run("00000000-x")
     numbers = at_once(lambda _: run.new_attempt().number)
     assert sorted(map(int, map(str, numbers))) == list(range(1, 17))
     (run.folder / "attempts" / ".nfs0001").touch()  # as file systems leave them
@@ -95,7 +96,7 @@ def test_attempts_are_claimed_once_each(tmp_path: Path) -> None:
 
 
 def test_the_first_outcome_stands(tmp_path: Path) -> None:
-    attempt = Record(tmp_path).run("00000000-x").new_attempt()
+    attempt = RunStore(tmp_path).run("00000000-x").new_attempt()
     assert attempt.end(CANCELLED, "by hand")
     assert not attempt.end(FINISHED)
     assert attempt.outcome is not None
@@ -103,53 +104,53 @@ def test_the_first_outcome_stands(tmp_path: Path) -> None:
 
 
 def test_the_frozen_config_is_plain_yaml_and_comes_back(tmp_path: Path) -> None:
-    run = made(Record(tmp_path), "seed=7")
+    run = made(RunStore(tmp_path), "seed=7")
     assert yaml.safe_load((run.folder / "config.yaml").read_text())["seed"] == 7
     assert run.config().seed == 7
     assert run.config().recipe == compose(["dataset=digits"])[0].recipe
 
 
 def test_a_run_is_found_by_what_is_unique_of_it(tmp_path: Path) -> None:
-    record = Record(tmp_path)
-    first, second = made(record, "model=resnet18"), made(record, "model=resnet18", "seed=1")
-    other = made(record, "model=resnet50")
-    assert record.find(first.id).id == first.id
-    assert record.find(first.id[:6]).id == first.id
-    assert record.find("resnet50").id == other.id
+    store = RunStore(tmp_path)
+    first, second = made(store, "model=resnet18"), made(store, "model=resnet18", "seed=1")
+    other = made(store, "model=resnet50")
+    assert store.find(first.id).id == first.id
+    assert store.find(first.id[:6]).id == first.id
+    assert store.find("resnet50").id == other.id
     with pytest.raises(UserError, match=f"{second.id}|{first.id}"):
-        record.find("resnet18")
+        store.find("resnet18")
     with pytest.raises(UserError, match="no run nowhere"):
-        record.find("nowhere")
+        store.find("nowhere")
 
 
 def test_what_another_command_is_just_sending_is_not_sent_again(tmp_path: Path) -> None:
-    record = Record(tmp_path)
-    asked = plan(compose(["dataset=digits", f"workspace={tmp_path}"]), lambda _: None)
-    assert [what for _, what, _ in intend(asked, record)] == ["submitted"]
-    run = made(record)
-    assert [(job.run, what) for job, what, _ in intend(asked, record)] == [(run.id, "active")]
+    store = RunStore(tmp_path)
+    asked = make_plan(compose(["dataset=digits", f"workspace={tmp_path}"]), lambda _: None)
+    assert [what for _, what, _ in plan_actions(asked, store)] == ["submitted"]
+    run = made(store)
+    assert [(job.run_id, what) for job, what, _ in plan_actions(asked, store)] == [(run.id, "active")]
     os.utime(run.folder, (1, 1))  # it was cut off
-    assert [what for _, what, _ in intend(asked, record)] == ["submitted"]
+    assert [what for _, what, _ in plan_actions(asked, store)] == ["submitted"]
 
 
 def test_states_without_a_word(tmp_path: Path) -> None:
-    run = made(Record(tmp_path))
+    run = made(RunStore(tmp_path))
     assert state(run).name == QUEUED  # the folder was made, and somebody may be about to send it
     with pytest.raises(UserError, match="is being submitted: cancel it in a moment"):
-        cancel(run)
+        cancel_run(run)
     os.utime(run.folder, (1, 1))
     assert (state(run).name, "never submitted" in state(run).reason) == (FAILED, True)
-    assert not state(Record(tmp_path).run("00000000-nobody")).active
+    assert not state(RunStore(tmp_path).run("00000000-nobody")).active
     attempt = run.new_attempt()
     assert state(run).name == QUEUED  # it may be sent in a moment
     os.utime(attempt.folder, (1, 1))
     assert (state(run).name, "cut off" in state(run).reason) == (FAILED, True)
     attempt.submit("local", host=socket.gethostname())
     assert state(run).name == QUEUED
-    local.note_process(attempt)
+    local_queue.record_process(attempt)
     assert state(run).name == RUNNING
     note = json.loads((attempt.folder / "process.json").read_text())
-    durable.write_json(attempt.folder / "process.json", {**note, "born": 1.0})
+    atomic_files.write_json(attempt.folder / "process.json", {**note, "born": 1.0})
     assert (state(run).name, "without a word" in state(run).reason) == (FAILED, True)
     attempt.end(FINISHED, result={"top1": 0.5})
     assert state(run).name == FINISHED
@@ -158,10 +159,10 @@ def test_states_without_a_word(tmp_path: Path) -> None:
 
 
 def test_an_attempt_that_another_process_carries_out_is_left_alone(tmp_path: Path) -> None:
-    run = made(Record(tmp_path))
+    run = made(RunStore(tmp_path))
     attempt = run.new_attempt()
-    attempt.start(**local.identity(os.getpid()))
-    child = [sys.executable, "-m", "hpc_imagenet.job", str(run.folder), "1"]
+    attempt.start(**local_queue.process_identity(os.getpid()))
+    child = [sys.executable, "-m", "hpc_imagenet.launch.task", str(run.folder), "1"]
     done = subprocess.run(child, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "leaving it alone" in done.stderr
@@ -170,25 +171,25 @@ def test_an_attempt_that_another_process_carries_out_is_left_alone(tmp_path: Pat
 
 
 def test_a_job_of_another_host_is_not_judged_from_here(tmp_path: Path) -> None:
-    run = made(Record(tmp_path))
+    run = made(RunStore(tmp_path))
     attempt = run.new_attempt()
     attempt.submit("local", host="elsewhere")
     assert state(run).name == QUEUED
     attempt.start()
     assert (state(run).name, "elsewhere" in state(run).reason) == (RUNNING, True)
     with pytest.raises(UserError, match="runs on elsewhere: cancel it there"):
-        cancel(run)
+        cancel_run(run)
     assert attempt.outcome is None  # it goes on, and tells its own
     waits = run.new_attempt()
     waits.submit("local", host="elsewhere")
-    cancel(run)
+    cancel_run(run)
     assert waits.outcome
 
 
 def test_a_character_that_is_half_written_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = made(Record(tmp_path))
+    run = made(RunStore(tmp_path))
     attempt = run.new_attempt()
     attempt.submit("local", host="elsewhere")
     log, written = attempt.folder / "1_0_log.out", "größer\n".encode()
@@ -199,7 +200,7 @@ def test_a_character_that_is_half_written_is_waited_for(
         attempt.end(FINISHED)
 
     monkeypatch.setattr(logs.time, "sleep", goes_on)
-    logs.show(run, follow=True)
+    logs.show_logs(run, follow=True)
     assert capsys.readouterr().out == "größer\n"
 
 
@@ -223,75 +224,75 @@ def test_gpus_are_those_that_cuda_would_show(
     devices: tuple[int, ...],
     told: list[str],
 ) -> None:
-    monkeypatch.setattr(local, "_DEVICES", tmp_path)
+    monkeypatch.setattr(local_queue, "_DEVICES", tmp_path)
     for name in (*(f"nvidia{number}" for number in devices), "nvidiactl"):
         (tmp_path / name).touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert local.gpus() == told
+    assert local_queue.available_gpus() == told
 
 
 def test_who_looks_for_a_worker_is_not_taken_for_one(tmp_path: Path) -> None:
-    record = Record(tmp_path)
-    assert not local.worker_alive(record)
-    lock = local.queue_folder(record) / "worker.lock"
+    store = RunStore(tmp_path)
+    assert not local_queue.is_worker_alive(store)
+    lock = local_queue.queue_folder(store) / "worker.lock"
     lock.parent.mkdir(parents=True)
     with FileLock(lock):
-        assert local.worker_alive(record)
+        assert local_queue.is_worker_alive(store)
     real = fcntl.flock
 
     def meanwhile(*arguments: int) -> None:
         real(*arguments)
         with mock.patch.object(fcntl, "flock", real):
-            assert not local.worker_alive(record)
+            assert not local_queue.is_worker_alive(store)
 
     with mock.patch.object(fcntl, "flock", meanwhile):
-        assert not local.worker_alive(record)
+        assert not local_queue.is_worker_alive(store)
 
 
 def test_progress_is_throttled_but_the_end_is_told(tmp_path: Path) -> None:
     progress = Progress(Run(tmp_path), every=3600)
     for done in range(11):
         progress(done, 10, "images", "note")
-    told = durable.read_json(tmp_path / "progress.json")
+    told = atomic_files.read_json(tmp_path / "progress.json")
     assert told is not None
     assert (told["done"], told["total"], told["unit"]) == (10, 10, "images")
     assert told["rate"] > 0
 
 
 def test_rows_and_leaderboard(tmp_path: Path) -> None:
-    record = Record(tmp_path)
+    store = RunStore(tmp_path)
     for seed, top1 in enumerate((0.5, None, 0.9)):
-        attempt = made(record, f"seed={seed}").new_attempt()
+        attempt = made(store, f"seed={seed}").new_attempt()
         attempt.submit("local", host=socket.gethostname())
         attempt.start()
         if top1 is not None:
             attempt.end(FINISHED, result={"top1": top1, "images_per_second": 10.0, "seconds": 75.0})
-    rows = table.rows(record.all())
+    rows = jobs_table.job_rows(store.all())
     assert [row["top1"] for row in rows] == [0.5, None, 0.9]
     assert {"run", "stage", "model", "state", "top1", "dir"} <= rows[0].keys()
-    old = record.all()[0].folder / "config.yaml"  # of a version that had other settings
+    old = store.all()[0].folder / "config.yaml"  # of a version that had other settings
     old.write_text(old.read_text().replace("recipe:\n", "recipe:\n  gone: 1\n"))
-    board = leaderboard.board(record.all())
+    board = leaderboard.leaderboard_rows(store.all())
     assert [row["top1"] for row in board] == [0.9, 0.5, None]
     assert [row["seed"] for row in board] == [2, 0, 1]
-    console = table.terminal()
+    console = jobs_table.terminal()
     with console.capture() as drawn:
-        console.print(leaderboard.render([{**row, "dir": "/a/[b]/c"} for row in board]))
-        console.print(table.render(rows))
+        console.print(leaderboard.render_leaderboard([{**row, "dir": "/a/[b]/c"} for row in board]))
+        console.print(jobs_table.render_jobs(rows))
     assert "90.00" in drawn.get()
     assert drawn.get().count("/a/[b]/c") == 3
     assert "1:15" in drawn.get()
 
 
 def test_a_thousand_runs_are_listed_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = Record(tmp_path)
-    first = made(record)
+    store = RunStore(tmp_path)
+    first = made(store)
     attempt = first.new_attempt()
     attempt.end(FINISHED, result={"top1": 0.5})
     for number in range(999):
-        folder = record.folder / f"{number:08x}-resnet18"
+        folder = store.folder / f"{number:08x}-resnet18"
         (folder / "attempts" / "1").mkdir(parents=True)
         for name in ("run.json", "attempts/1/outcome.json"):
             (folder / name).hardlink_to(first.folder / name)
@@ -302,5 +303,5 @@ def test_a_thousand_runs_are_listed_in_one_pass(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "listdir", watched(os.listdir))
     monkeypatch.setattr(os, "scandir", watched(os.scandir))
-    assert len(table.rows(record.all())) == 1000
-    assert looked.count(record.folder) == 1
+    assert len(jobs_table.job_rows(store.all())) == 1000
+    assert looked.count(store.folder) == 1

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from door import Door
 
-from hpc_imagenet import job, slurm
 from hpc_imagenet.api import Handle
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.monitor import logs, table
-from hpc_imagenet.runs import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Record, Run
-from hpc_imagenet.session import reach
-from hpc_imagenet.worker import Worker
+from hpc_imagenet.launch import slurm, task
+from hpc_imagenet.launch.local_worker import Worker
+from hpc_imagenet.report import jobs_table, logs
+from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Run, RunStore
+from hpc_imagenet.session import connect
 
 
 def command(folder: Path, name: str, text: str) -> None:
@@ -32,7 +32,7 @@ def command(folder: Path, name: str, text: str) -> None:
 def commands(tmp_path: Path) -> Path:
     folder = tmp_path / "slurm-bin"
     folder.mkdir()
-    slurm._heard.clear()
+    slurm._reply_cache.clear()
     # sbatch numbers the jobs and keeps each script, with the SLURM_ variables that it would have exported.
     command(
         folder,
@@ -80,16 +80,18 @@ def test_a_job_without_a_time_is_refused(cluster: Door) -> None:
 
 def test_what_was_run_by_hand_is_not_sent_by_retry(cluster: Door, commands: Path) -> None:
     cluster.env["SLURM_JOB_ID"] = "5"
-    cluster("+stage=download", "dataset=digits", "cluster=here", code=1)  # srun says nothing and does nothing
+    cluster(
+        "+stage=download", "dataset=digits", "cluster=foreground", code=1
+    )  # srun says nothing and does nothing
     (row,) = cluster.jobs()
-    assert "cluster=here" in cluster("retry", row["run"], code=2).stderr
+    assert "cluster=foreground" in cluster("retry", row["run"], code=2).stderr
 
 
 def test_by_hand_a_task_gets_the_cpus_of_its_allocation(cluster: Door, commands: Path) -> None:
     """Since 22.05 srun takes them from a variable of its own, and else gives each task one."""
     command(commands, "srun", f"env > {commands}/srun-env")
     cluster.env |= {"SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "7"}
-    cluster("+stage=download", "dataset=digits", "cluster=here", code=1)
+    cluster("+stage=download", "dataset=digits", "cluster=foreground", code=1)
     assert "SRUN_CPUS_PER_TASK=7\n" in (commands / "srun-env").read_text()
     # A dry run of what comes next has the next attempt's folder.
     told = cluster(
@@ -183,7 +185,7 @@ def test_two_treatments_of_one_dataset_are_not_in_the_queue_at_once(cluster: Doo
     (commands / "queue").write_text("2|PENDING|0|0|Dependency\n3|PENDING|0|0|Dependency\n")
     process = cluster.jobs()[1]["run"]
     assert process in cluster.refused(*words, "process.layout=shards")
-    assert cluster(*words).stdout.count("under way already") == 2
+    assert cluster(*words).stdout.count("already running") == 2
     (commands / "queue").write_text("")
     cluster(*words, "process.layout=shards")
     (commands / "queue").write_text("8|PENDING|0|0|Dependency\n")
@@ -193,7 +195,7 @@ def test_two_treatments_of_one_dataset_are_not_in_the_queue_at_once(cluster: Doo
 
 def test_a_need_that_is_none_of_slurms_fails_what_was_not_sent(cluster: Door, commands: Path) -> None:
     cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
-    *_, upload, train = Record(cluster.workspace).all()
+    *_, upload, train = RunStore(cluster.workspace).all()
     assert upload.attempt
     upload.attempt.submit("local", host="elsewhere")
     assert "which runs on this machine" in cluster("retry", train.id, code=2).stderr
@@ -221,13 +223,13 @@ def test_of_a_run_by_hand_only_its_step_is_cancelled(
 ) -> None:
     """The rest of the allocation is the user's: a shell, other runs."""
     cluster.env["SLURM_JOB_ID"] = "5"
-    cluster("+stage=download", "dataset=digits", "cluster=here", code=1)
-    (run,) = Record(cluster.workspace).all()
+    cluster("+stage=download", "dataset=digits", "cluster=foreground", code=1)
+    (run,) = RunStore(cluster.workspace).all()
     attempt = run.new_attempt()
     attempt.submit("slurm", job_id="5")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_STEP_ID", "3")
-    job._begin(run, attempt)
+    task._begin(run, attempt)
     (commands / "queue").write_text("5|RUNNING|0|0|None\n")
     cluster("cancel", run.id)
     assert (commands / "cancelled").read_text() == "5.3\n"
@@ -241,7 +243,7 @@ def test_asking_again_sends_only_what_ended(cluster: Door, commands: Path) -> No
         "1|RUNNING|2|0|None\n2|PENDING|0|0|Dependency\n3|PENDING|0|0|Dependency\n"
     )
     done = cluster(*words)
-    assert done.stdout.count("under way already") == 3
+    assert done.stdout.count("already running") == 3
     assert "#SBATCH --dependency=afterok:3\n" in scripts(commands)[4]
 
 
@@ -264,16 +266,16 @@ def test_every_word_of_slurm_has_a_state(
 ) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
     (commands / "queue").write_text(f"12_3|{name}|0|0|None\n12_4|RUNNING|0|0|None\n")
-    assert slurm.ask(["12_3"])["12_3"].state == state
+    assert slurm.query_jobs(["12_3"])["12_3"].state == state
 
 
 def test_what_left_the_queue_is_asked_of_sacct(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
     (commands / "queue").write_text("1|RUNNING|0|0|None\n")
     command(commands, "sacct", "echo '2|OUT_OF_MEMORY|0:125'; echo '3|RUNNING|0:0'")
-    answers = slurm.ask(["1", "2", "3"])
+    answers = slurm.query_jobs(["1", "2", "3"])
     assert answers["1"].state == RUNNING
-    assert answers["2"] == slurm.Answer(FAILED, "Slurm: out of memory (exit code 0:125)")
+    assert answers["2"] == slurm.JobStatus(FAILED, "Slurm: out of memory (exit code 0:125)")
     assert "3" not in answers  # squeue is right at once: what it does not have is not running
 
 
@@ -296,9 +298,9 @@ def test_slurm_asked_for_where_there_is_none(door: Door, tmp_path: Path) -> None
 
 def blocked(run: Run) -> None:
     """Wait as the worker of this machine does for a need that is on Slurm."""
-    record = Record(run.folder.parents[1])
-    needy = record.create("0-needy", {}, {"stage": "train", "needs": [run.id]})
-    worker = Worker(record, began=time.monotonic())
+    store = RunStore(run.folder.parents[1])
+    needy = store.create("0-needy", {}, {"stage": "train", "needs": [run.id]})
+    worker = Worker(store, began=time.monotonic())
     while worker._blocked(needy) == "":
         time.sleep(0.2)
 
@@ -306,10 +308,10 @@ def blocked(run: Run) -> None:
 @pytest.mark.parametrize(
     "wait",
     [
-        lambda run: table.watch([run], table.terminal()),
-        lambda run: logs.show(run, follow=True),
+        lambda run: jobs_table.watch([run], jobs_table.terminal()),
+        lambda run: logs.show_logs(run, follow=True),
         lambda run: Handle(run.folder).result(),
-        reach.running,
+        connect.wait_until_running,
         blocked,
     ],
     ids=["watch", "logs", "result", "connect", "worker"],
@@ -324,7 +326,7 @@ def test_who_waits_long_asks_slurm_seldom_and_reads_the_record_at_once(
     (commands / "answer").write_text(
         "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
     )
-    run = Record(tmp_path).create("0-x", {}, {"stage": "session"})
+    run = RunStore(tmp_path).create("0-x", {}, {"stage": "session"})
     attempt = run.new_attempt()
     attempt.submit("slurm", job_id="12")
     clock, long, really = [1000.0], 900.0, time.sleep
@@ -343,7 +345,7 @@ def test_who_waits_long_asks_slurm_seldom_and_reads_the_record_at_once(
         patch.setattr(time, "sleep", sleep)
         with contextlib.suppress(UserError):  # a session that has ended is no session to connect to
             wait(run)
-    questions = 2 if wait is reach.running else 1  # also when it would start
+    questions = 2 if wait is connect.wait_until_running else 1  # also when it would start
     asked = len((commands / "asked").read_text().splitlines())
     assert long / 15 <= asked <= questions * 120
 
@@ -354,12 +356,12 @@ def test_an_answer_serves_whoever_waits_and_nobody_else(
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
     (commands / "queue").write_text("12|PENDING|0|0|Priority\n")
     long_ago = time.monotonic() - 3600
-    assert slurm.ask(["12"], long_ago)["12"].state == QUEUED
+    assert slurm.query_jobs(["12"], long_ago)["12"].state == QUEUED
     (commands / "queue").write_text("12|RUNNING|0|0|None\n")
-    assert slurm.ask(["12"], long_ago)["12"].state == QUEUED
-    assert slurm.ask(["12"])["12"].state == RUNNING  # a verb
-    assert slurm.ask(["12"], time.monotonic())["12"].state == RUNNING  # who has just begun to wait
+    assert slurm.query_jobs(["12"], long_ago)["12"].state == QUEUED
+    assert slurm.query_jobs(["12"])["12"].state == RUNNING  # a verb
+    assert slurm.query_jobs(["12"], time.monotonic())["12"].state == RUNNING  # who has just begun to wait
     (commands / "queue").write_text("12|COMPLETING|3|0|None\n")
-    assert slurm.ask(["12"], long_ago)["12"].restarts == 0
-    slurm.cancel("12")
-    assert slurm.ask(["12"], long_ago)["12"].restarts == 3
+    assert slurm.query_jobs(["12"], long_ago)["12"].restarts == 0
+    slurm.cancel_job("12")
+    assert slurm.query_jobs(["12"], long_ago)["12"].restarts == 3

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from sample_dataset import make_dataset
 
-from hpc_imagenet.temporary import Temporary, sweep
+from hpc_imagenet.io.tempdir import NodeTempDir, remove_stale
 
-HOLD = "import sys; from pathlib import Path; from hpc_imagenet.temporary import Temporary; "
+HOLD = "import sys; from pathlib import Path; from hpc_imagenet.io.tempdir import Temporary; "
 HOLD += "print(Temporary('session', Path(sys.argv[1])).folder, flush=True); input()"
 
 
@@ -28,10 +28,10 @@ def test_a_killed_start_is_swept_by_the_next_one_and_a_living_one_is_not(tmp_pat
         (folder / "runtime").mkdir()
         (folder / "runtime/key").write_text("a secret")
         assert folder.stat().st_mode & 0o777 == 0o700
-        assert sweep("session", tmp_path) == []
+        assert remove_stale("session", tmp_path) == []
         process.send_signal(signal.SIGKILL)
         process.wait()
-    again = Temporary("session", tmp_path)
+    again = NodeTempDir("session", tmp_path)
     assert list(tmp_path.iterdir()) == [again.folder]
     again.close()
     assert not list(tmp_path.iterdir())
@@ -48,16 +48,16 @@ def test_links_files_and_folders_of_others_are_left_alone(tmp_path: Path) -> Non
         (tmp_path / "hpc_imagenet-session-theirs").mkdir()
         os.chown(tmp_path / "hpc_imagenet-session-theirs", 65534, 65534)
     before = sorted(tmp_path.rglob("*"))
-    assert sweep("session", tmp_path) == []
+    assert remove_stale("session", tmp_path) == []
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_many_that_start_at_once_each_keep_their_own(tmp_path: Path) -> None:
-    places: list[Temporary] = []
+    places: list[NodeTempDir] = []
 
     def start() -> None:
         for _ in range(10):
-            places.append(Temporary("session", tmp_path))
+            places.append(NodeTempDir("session", tmp_path))
 
     threads = [threading.Thread(target=start) for _ in range(4)]
     for thread in threads:
@@ -74,7 +74,7 @@ def test_only_folders_of_the_same_purpose_are_swept(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "hpc_imagenet-session-old").mkdir()
     (tmp_path / "hpc_imagenet-indexes-old").mkdir()
-    made = Temporary("indexes")
+    made = NodeTempDir("indexes")
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "hpc_imagenet-session-old", made.folder])
     made.close()
 

@@ -1,1 +1,1 @@
-"""Named, versioned datasets: index, manifest, the folder form, and the reader that training uses."""
+"""Datastores: named, numbered versions of a dataset that never change."""

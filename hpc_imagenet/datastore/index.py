@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpc_imagenet.durable import replacing
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import atomic_write
 
 ENTRY = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u2"), ("shard", "<u2")])
 
@@ -26,7 +26,7 @@ def write_index(path: Path, entries: Index) -> None:
     """Write `entries` (shape [images], dtype `ENTRY`) to `path`, whole or not at all."""
     if entries.dtype != ENTRY or entries.ndim != 1:
         raise TypeError(f"an index has one dimension of {ENTRY}, not {entries.ndim} of {entries.dtype}")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.save(file, entries, allow_pickle=False)
 
 

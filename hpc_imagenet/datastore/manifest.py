@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.durable import write_json
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import write_json
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -38,7 +38,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Category:
+class ClassNames:
     """One class; its place in `Manifest.classes` is its label."""
 
     wnid: str
@@ -57,7 +57,7 @@ class Manifest:
     name: str
     content: str
     created: str  # ISO 8601, UTC
-    classes: tuple[Category, ...]
+    classes: tuple[ClassNames, ...]
     shards: tuple[File, ...]  # an entry's `shard` is the place in here
     splits: dict[str, Split]  # train, val
     files: tuple[File, ...] = ()
@@ -114,7 +114,7 @@ def parse_manifest(data: bytes, path: Path | str) -> Manifest:
             name=raw["name"],
             content=raw["content"],
             created=raw["created"],
-            classes=tuple(Category(c["wnid"], tuple(c["names"])) for c in raw["classes"]),
+            classes=tuple(ClassNames(c["wnid"], tuple(c["names"])) for c in raw["classes"]),
             shards=tuple(File(**file) for file in raw["shards"]),
             splits={k: Split(File(**s["index"]), s["images"]) for k, s in raw["splits"].items()},
             files=tuple(File(**file) for file in raw["files"]),

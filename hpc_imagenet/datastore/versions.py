@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpc_imagenet.datastore.backends.storage_backend import StorageBackend, StoredFile, SupportsRangeReads
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
-from hpc_imagenet.datastore.transport import Place, Ranges, Stored
-from hpc_imagenet.errors import UserError, near
+from hpc_imagenet.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # it needs packages that a transfer does not
-    from hpc_imagenet.config import Datastore
+    from hpc_imagenet.config.schema import Datastore
 
 CLAIM, LOCK, DELETED = "upload.json", "upload.lock", "deleted.json"
 COMPLETE, PARTIAL, GONE = "complete", "partial", "deleted"  # states of a version
@@ -41,7 +41,7 @@ class Version:
 
     name: str  # of the datastore
     number: int
-    place: Place
+    backend: StorageBackend
     manifest: Manifest
 
     @property
@@ -52,16 +52,16 @@ class Version:
     @property
     def folder(self) -> Path | None:
         """The folder with its files; None where files cannot be opened."""
-        return self.place.folder and self.place.folder / self.path
+        return self.backend.folder and self.backend.folder / self.path
 
 
 @dataclass(frozen=True)
-class Claim:
+class VersionClaim:
     """A version number held for one content."""
 
     name: str
     number: int
-    place: Place
+    backend: StorageBackend
 
     @property
     def path(self) -> str:
@@ -71,11 +71,11 @@ class Claim:
     @property
     def complete(self) -> bool:
         """Whether an upload has finished it."""
-        return bool(self.place.read([f"{self.path}/{FILE}"]))
+        return bool(self.backend.read([f"{self.path}/{FILE}"]))
 
     def manifest(self) -> Manifest:
         """Return the manifest of a version that is complete."""
-        return parse_manifest(*_only(self.place, f"{self.path}/{FILE}"))
+        return parse_manifest(*_only(self.backend, f"{self.path}/{FILE}"))
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest, and with it make the version complete.
@@ -83,52 +83,52 @@ class Claim:
         Raises:
             UserError: not all is there that it names, or the number is not held for this content any more.
         """
-        held = note(self.place.read([f"{self.path}/{CLAIM}"]).get(f"{self.path}/{CLAIM}"))
-        there = self.place.files(self.path)
+        held = read_note(self.backend.read([f"{self.path}/{CLAIM}"]).get(f"{self.path}/{CLAIM}"))
+        there = self.backend.files(self.path)
         for file in manifest.all_files():
-            if there.get(file.path, Stored(-1, 0)).bytes != file.bytes:
-                raise UserError(f"{self.place.url}/{self.path}/{file.path} did not arrive whole: ask again")
+            if there.get(file.path, StoredFile(-1, 0)).bytes != file.bytes:
+                raise UserError(f"{self.backend.url}/{self.path}/{file.path} did not arrive whole: ask again")
         if not self.complete:
             if held.get("content") != manifest.content or DELETED in there:
                 raise UserError(
-                    f"{self.place.url}/{self.path} was taken away from this upload meanwhile: ask again"
+                    f"{self.backend.url}/{self.path} was taken away from this upload meanwhile: ask again"
                 )
-            self.place.create(f"{self.path}/{FILE}", manifest.encode())
+            self.backend.create(f"{self.path}/{FILE}", manifest.encode())
         if self.manifest().content != manifest.content:
-            raise UserError(f"{self.place.url}/{self.path} was taken by other images meanwhile: ask again")
+            raise UserError(f"{self.backend.url}/{self.path} was taken by other images meanwhile: ask again")
 
     def settle(self) -> None:
         """Take away what only an upload needs, once the manifest is written."""
         with contextlib.suppress(OSError, UserError):  # such as a colleague's version: theirs to tidy
-            there = [name for name in self.place.files(self.path) if re.fullmatch(r"upload[^/]*", name)]
-            self.place.remove([f"{self.path}/{name}" for name in there])
-            self.place.tidy(self.path)
+            there = [name for name in self.backend.files(self.path) if re.fullmatch(r"upload[^/]*", name)]
+            self.backend.remove([f"{self.path}/{name}" for name in there])
+            self.backend.remove_partial(self.path)
 
     def vouch(self, name: str, files: Mapping[str, File]) -> None:
         """Note, in `upload-<name>.json`, that these files are there and were proved; by paths in here."""
-        there = self.place.files(self.path)
+        there = self.backend.files(self.path)
         proved = {
             path: [file.hash, there[path].bytes, there[path].modified]
             for path, file in files.items()
             if path in there
         }
         path = f"{self.path}/upload-{name}.json"
-        self.place.remove([path])
-        self.place.create(path, json.dumps(proved).encode())
+        self.backend.remove([path])
+        self.backend.create(path, json.dumps(proved).encode())
 
     def vouched(self) -> dict[str, str]:
         """Return the hash of each file that such a note has and that was not touched since, by its path."""
-        there = self.place.files(self.path)
+        there = self.backend.files(self.path)
         notes = [name for name in there if re.fullmatch(r"upload-[^/]*\.json", name)]
         return {
             path: stamp[0]
-            for data in self.place.read([f"{self.path}/{name}" for name in notes]).values()
-            for path, stamp in note(data).items()
+            for data in self.backend.read([f"{self.path}/{name}" for name in notes]).values()
+            for path, stamp in read_note(data).items()
             if path in there and [there[path].bytes, there[path].modified] == stamp[1:]
         }
 
 
-def parse(reference: str) -> tuple[str, int | None]:
+def parse_reference(reference: str) -> tuple[str, int | None]:
     """Split `imagenet` or `imagenet@v3` into name and version number (None: not pinned).
 
     Raises:
@@ -142,16 +142,16 @@ def parse(reference: str) -> tuple[str, int | None]:
     return match[1], int(match[2]) if match[2] else None
 
 
-def locate(url: str, connections: int = CONNECTIONS) -> Place:
+def open_backend(url: str, connections: int = CONNECTIONS) -> StorageBackend:
     """Return the place that `datastore.url` stands for. Every transport's door is here.
 
     Raises:
         UserError: the url names a place of another kind, or its transport cannot begin.
     """
     if url.startswith("s3://"):
-        from hpc_imagenet.datastore.bucket import Bucket
+        from hpc_imagenet.datastore.backends.s3_backend import S3Backend
 
-        return Bucket(url, connections)
+        return S3Backend(url, connections)
     if url.startswith("file:"):
         path = url.removeprefix("file:")
         url = "/" + path.lstrip("/") if path.startswith("/") else path
@@ -160,28 +160,28 @@ def locate(url: str, connections: int = CONNECTIONS) -> Place:
             f"datastore.url={url} is of no known kind: a folder, user@host:/path or s3://bucket/prefix"
         )
     elif _HOST.fullmatch(url):
-        from hpc_imagenet.datastore.rsync import Host
+        from hpc_imagenet.datastore.backends.ssh_backend import SshBackend
 
-        return Host(url)
+        return SshBackend(url)
     if not url:
         raise UserError("datastore.url is empty: give a folder that the jobs can read")
-    from hpc_imagenet.datastore.folder import Folder
+    from hpc_imagenet.datastore.backends.folder_backend import FolderBackend
 
-    return Folder(Path(url).expanduser())
+    return FolderBackend(Path(url).expanduser())
 
 
-def remote(url: str) -> bool:
+def is_remote(url: str) -> bool:
     """Whether no files can be opened at `url`; nobody is asked."""
     return not url.startswith("file:") and bool(_SCHEME.fullmatch(url) or _HOST.fullmatch(url))
 
 
-def check_readable(place: Place, scratch: str | None, name: str) -> None:
+def check_readable(place: StorageBackend, scratch: str | None, name: str) -> None:
     """Refuse a training that could not read: behind ssh no byte can be had but by fetching a file.
 
     Raises:
         UserError: there are no files at `place`, no ranges of them, and no folder to fetch them to.
     """
-    if place.folder is None and not isinstance(place, Ranges) and not scratch:
+    if place.folder is None and not isinstance(place, SupportsRangeReads) and not scratch:
         raise UserError(
             f"training cannot read at datastore.url={place.url}: give cluster.scratch, a folder on the nodes "
             f"where it is copied to, or python -m hpc_imagenet datastores fetch {name} DIR "
@@ -189,9 +189,9 @@ def check_readable(place: Place, scratch: str | None, name: str) -> None:
         )
 
 
-def complete(url: str, name: str) -> list[int]:
+def complete_versions(url: str, name: str) -> list[int]:
     """Return the numbers of all versions of `name` that have a manifest, ascending."""
-    return sorted(_manifests(locate(url), name))
+    return sorted(_manifests(open_backend(url), name))
 
 
 def pinned(datastore: Datastore) -> tuple[str, int | None]:
@@ -200,7 +200,7 @@ def pinned(datastore: Datastore) -> tuple[str, int | None]:
     Raises:
         UserError: datastore.name has another form, or pins another version than datastore.version.
     """
-    name, number = parse(datastore.name)
+    name, number = parse_reference(datastore.name)
     if None not in (number, datastore.version) and number != datastore.version:
         raise UserError(
             f"datastore.name={datastore.name} and datastore.version={datastore.version} differ: drop one"
@@ -217,7 +217,7 @@ def open_version(datastore: Datastore) -> Version:
         UserError: there is no such datastore or version, or the pinned version holds other content.
     """
     name, number = pinned(datastore)
-    place = locate(datastore.url)
+    place = open_backend(datastore.url)
     there = _manifests(place, name)
     listed = _listed(sorted(there))
     if not there:
@@ -239,7 +239,9 @@ def open_version(datastore: Datastore) -> Version:
     )
 
 
-def claim(place: Place, datastore: Datastore, content: str, by: Mapping[str, str]) -> Claim:
+def claim_version(
+    place: StorageBackend, datastore: Datastore, content: str, by: Mapping[str, str]
+) -> VersionClaim:
     """Hold the version that `content` is uploaded to; `by` says who does.
 
     In this order: a complete version that has the content already; an upload of it that was cut off; the
@@ -254,7 +256,7 @@ def claim(place: Place, datastore: Datastore, content: str, by: Mapping[str, str
         taken = _contents(place, name)
         same = [n for n, (holds, _) in taken.items() if holds == content and number in (None, n)]
         if same:
-            return Claim(name, max(same, key=lambda n: (taken[n][1] == COMPLETE, n)), place)
+            return VersionClaim(name, max(same, key=lambda n: (taken[n][1] == COMPLETE, n)), place)
         if number in taken:
             states = {COMPLETE: "exists", PARTIAL: "is taken by another upload", GONE: "was deleted"}
             state = states[taken[number][1]]
@@ -265,10 +267,10 @@ def claim(place: Place, datastore: Datastore, content: str, by: Mapping[str, str
         free = number if number is not None else max(taken, default=0) + 1
         data = json.dumps({"content": content, **by}, indent=2).encode() + b"\n"
         if place.claim(f"{name}/v{free}", CLAIM, data):
-            return Claim(name, free, place)
+            return VersionClaim(name, free, place)
 
 
-def older(place: Place, name: str) -> dict[File, list[str]]:
+def existing_files(place: StorageBackend, name: str) -> dict[File, list[str]]:
     """Return where files lie that complete versions have, by their bytes and hashes (and no path)."""
     found: dict[File, list[str]] = {}
     for number, data in _manifests(place, name).items():
@@ -278,7 +280,7 @@ def older(place: Place, name: str) -> dict[File, list[str]]:
     return found
 
 
-def _contents(place: Place, name: str) -> dict[int, tuple[str | None, str]]:
+def _contents(place: StorageBackend, name: str) -> dict[int, tuple[str | None, str]]:
     """Return which content each version holds or is being given, and its state."""
     begun = place.versions(name)
     notes = place.read([f"{path}/{file}" for path in begun for file in (FILE, CLAIM, DELETED)])
@@ -290,30 +292,30 @@ def _contents(place: Place, name: str) -> dict[int, tuple[str | None, str]]:
         elif f"{path}/{DELETED}" in notes:
             found[_number(path)] = None, GONE
         else:
-            found[_number(path)] = note(notes.get(f"{path}/{CLAIM}")).get("content"), PARTIAL
+            found[_number(path)] = read_note(notes.get(f"{path}/{CLAIM}")).get("content"), PARTIAL
     return found
 
 
-def _manifests(place: Place, name: str) -> dict[int, bytes]:
+def _manifests(place: StorageBackend, name: str) -> dict[int, bytes]:
     begun = place.versions(name)
     there = place.read([f"{path}/{FILE}" for path in begun])
     return {_number(path.rpartition("/")[0]): data for path, data in there.items()}
 
 
-def names(place: Place) -> list[str]:
+def datastore_names(place: StorageBackend) -> list[str]:
     """Return the datastores of a place that have a complete version, sorted."""
     there = place.read([f"{path}/{FILE}" for path in place.versions()])
     return sorted({path.partition("/")[0] for path in there})
 
 
-def _only(place: Place, path: str) -> tuple[bytes, str]:
+def _only(place: StorageBackend, path: str) -> tuple[bytes, str]:
     try:
         return place.read([path])[path], f"{place.url}/{path}"
     except KeyError:
         raise UserError(f"{place.url}/{path} is missing") from None
 
 
-def note(data: bytes | None) -> dict[str, Any]:
+def read_note(data: bytes | None) -> dict[str, Any]:
     """Return what stands in a small file of an upload; nothing where there is none, or a broken one."""
     with contextlib.suppress(ValueError):
         value = json.loads(data or b"{}")
@@ -326,13 +328,13 @@ def _number(path: str) -> int:
     return int(path.rpartition("/v")[2])
 
 
-def _missing(place: Place, name: str) -> str:
+def _missing(place: StorageBackend, name: str) -> str:
     begun = [number for number, (holds, _) in _contents(place, name).items() if holds]
     if begun:
         return f"datastore {name} has no complete version yet: +stage=upload finishes {_listed(begun)}"
-    there = names(place)
+    there = datastore_names(place)
     makes = "+stage=pipeline makes it from the archives"
-    return f"no datastore {name} in {place.url}: {makes}{near(name, there) if there else ''}"
+    return f"no datastore {name} in {place.url}: {makes}{did_you_mean(name, there) if there else ''}"
 
 
 def _listed(numbers: list[int]) -> str:

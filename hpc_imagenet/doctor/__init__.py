@@ -1,1 +1,1 @@
-"""Is this cluster set up? Asks Slurm, sends a probe as a run's job would be sent, and says what to set."""
+"""Check whether a cluster is set up: query Slurm, send a probe job, report what to fix."""

@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet import __version__
-from hpc_imagenet.durable import read_json, write_json
-from hpc_imagenet.world import World, from_environment
+from hpc_imagenet.io.atomic_files import read_json, write_json
+from hpc_imagenet.launch.dist_env import DistEnv, from_environment
 
 PATIENCE = 20.0  # s for what another side is to do: the doctor's echo, a node's hello
 IMPORTING = 120.0  # s for the imports: torch is a thousand files, and the file system may be cold
@@ -66,24 +66,24 @@ class Probe:
 
     def __call__(self) -> None:
         """Look around; see `look`."""
-        look(Path(self.folder))
+        run_probe(Path(self.folder))
 
 
-def look(folder: Path) -> None:
+def run_probe(folder: Path) -> None:
     """Say hello, find out what `ask.json` in `folder` wants to know, and report it.
 
     Raises:
         OSError: the folder is not here, or cannot be written.
     """
     ask = json.loads((folder / "ask.json").read_bytes())
-    world = from_environment()
-    with _listening(world) as (ports, taken):
+    dist_env = from_environment()
+    with _listening(dist_env) as (ports, taken):
         hello = {
-            "rank": world.rank,
-            "size": world.size,
-            "nodes": world.nodes,
+            "rank": dist_env.rank,
+            "size": dist_env.size,
+            "nodes": dist_env.nodes,
             "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-            "first": world.local_rank == 0,  # of its node
+            "first": dist_env.local_rank == 0,  # of its node
             "nodelist": os.environ.get("SLURM_JOB_NODELIST", ""),
             "cores": len(os.sched_getaffinity(0)),
             "visible": _visible(),
@@ -95,34 +95,40 @@ def look(folder: Path) -> None:
             "code": str(Path(__file__).resolve().parents[1]),
             "sent": time.time(),
         }
-        write_json(folder / f"hello-{world.rank}.json", hello)
-        if world.local_rank != 0:
+        write_json(folder / f"hello-{dist_env.rank}.json", hello)
+        if dist_env.local_rank != 0:
             return
-        report: dict[str, Any] = {"rank": world.rank, "node": hello["node"]}
-        report["clock"] = _clock(folder, world.rank, float(str(hello["sent"])))
-        report["disks"] = {"workspace": disk(folder)}
-        if world.nodes > 1:
-            report["peers"] = _peers(folder, world)
-    report["memory"] = memory()
+        report: dict[str, Any] = {"rank": dist_env.rank, "node": hello["node"]}
+        report["clock"] = _clock(folder, dist_env.rank, float(str(hello["sent"])))
+        report["disks"] = {"workspace": probe_disk(folder)}
+        if dist_env.nodes > 1:
+            report["peers"] = _peers(folder, dist_env)
+    report["memory"] = probe_memory()
     for name, place in _places(ask.get("scratch")).items():
-        report["disks"][name] = disk(place)
+        report["disks"][name] = probe_disk(place)
     if url := ask.get("url"):
-        report["internet"] = internet(url)
+        report["internet"] = probe_internet(url)
     if source := ask.get("source"):
-        report["source"] = disk(Path(source), writes=False)
+        report["source"] = probe_disk(Path(source), writes=False)
     if ask.get("gpus"):
-        report["gpus"] = gpus()
+        report["gpus"] = probe_gpus()
     if packages := ask.get("packages"):
-        report["packages"] = imports(packages)
-    write_json(folder / f"report-{world.rank}.json", report)
+        report["packages"] = probe_imports(packages)
+    write_json(folder / f"report-{dist_env.rank}.json", report)
 
 
-def disk(path: Path, writes: bool = True) -> dict[str, Any]:
+def probe_disk(path: Path, writes: bool = True) -> dict[str, Any]:
     """Return what a folder is like: path, kind (of file system), free (bytes), inodes, error.
 
     Inodes are None where they are not counted. `writes` tries to write in it as well; nothing is left there.
     """
-    found: dict[str, Any] = {"path": str(path), "kind": kind(path), "free": None, "inodes": None, "error": ""}
+    found: dict[str, Any] = {
+        "path": str(path),
+        "kind": filesystem_type(path),
+        "free": None,
+        "inodes": None,
+        "error": "",
+    }
     try:
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "no such folder")
@@ -141,7 +147,7 @@ def disk(path: Path, writes: bool = True) -> dict[str, Any]:
     return found
 
 
-def kind(path: Path) -> str:
+def filesystem_type(path: Path) -> str:
     """Return the type of the file system that holds a path, such as nfs4 or ext4; empty if unknown."""
     best, found = -1, ""
     with contextlib.suppress(OSError):
@@ -155,7 +161,7 @@ def kind(path: Path) -> str:
     return found
 
 
-def memory() -> dict[str, float | None]:
+def probe_memory() -> dict[str, float | None]:
     """Return the bytes of the machine, of this job's cgroup, and of Slurm's word for this node."""
     total: float | None = None
     with contextlib.suppress(OSError, StopIteration):
@@ -170,7 +176,7 @@ def memory() -> dict[str, float | None]:
     return {"total": total, "limit": min(limits, default=None), "slurm": told or None}
 
 
-def internet(url: str) -> dict[str, Any]:
+def probe_internet(url: str) -> dict[str, Any]:
     """Ask a server for its headers, through the environment's proxy where there is one.
 
     Returns:
@@ -199,7 +205,7 @@ def internet(url: str) -> dict[str, Any]:
     return found
 
 
-def gpus() -> dict[str, Any]:
+def probe_gpus() -> dict[str, Any]:
     """Return how many GPUs Slurm says it gave (None: it says nothing), and those that the driver names.
 
     The driver's list has name, driver and memory (MiB) for each; error says why it is empty.
@@ -231,7 +237,7 @@ def _visible() -> int | None:
     return None if visible is None else sum(part.strip() not in ("", "-1") for part in visible.split(","))
 
 
-def imports(packages: Sequence[str]) -> list[dict[str, Any]]:
+def probe_imports(packages: Sequence[str]) -> list[dict[str, Any]]:
     """Import each `module=package` in a Python of its own.
 
     Returns:
@@ -256,7 +262,7 @@ def imports(packages: Sequence[str]) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _listening(world: World) -> Iterator[tuple[list[int], str]]:
+def _listening(dist_env: DistEnv) -> Iterator[tuple[list[int], str]]:
     """Listen on the port that a training would meet on, and on a free one, where there are nodes to meet.
 
     Yields:
@@ -264,7 +270,7 @@ def _listening(world: World) -> Iterator[tuple[list[int], str]]:
     """
     with contextlib.ExitStack() as kept:
         ports, taken = [], ""
-        for port in (world.port, 0) if world.nodes > 1 and world.local_rank == 0 else ():
+        for port in (dist_env.port, 0) if dist_env.nodes > 1 and dist_env.local_rank == 0 else ():
             try:
                 ports.append(kept.enter_context(_server(port)).getsockname()[1])
             except OSError as error:
@@ -289,14 +295,14 @@ def _clock(folder: Path, rank: int, sent: float) -> dict[str, float] | None:
     return {"sent": sent, **echo[0], "back": time.time()} if echo else None
 
 
-def _peers(folder: Path, world: World) -> dict[str, Any]:
+def _peers(folder: Path, dist_env: DistEnv) -> dict[str, Any]:
     """Call every other node by its name on all its ports, and stay to be called.
 
     Returns:
         nodes (how many others said hello where this one could see it), failed (a line each).
     """
-    step = world.local_size
-    others = [rank for rank in range(0, world.size, step) if rank != world.rank]
+    step = dist_env.local_size
+    others = [rank for rank in range(0, dist_env.size, step) if rank != dist_env.rank]
     hellos = _await(folder, [f"hello-{rank}.json" for rank in others])
     failed = []
     for other in hellos:
@@ -308,7 +314,7 @@ def _peers(folder: Path, world: World) -> dict[str, Any]:
                 break
             except OSError as error:
                 failed.append(f"{other['node']}:{port} {error.strerror or error}")
-    write_json(folder / f"met-{world.rank}.json", {})
+    write_json(folder / f"met-{dist_env.rank}.json", {})
     _await(folder, [f"met-{rank}.json" for rank in others])
     return {"nodes": len(hellos), "failed": failed}
 
@@ -360,4 +366,4 @@ def _cgroup_limits() -> Iterator[float]:
 
 
 if __name__ == "__main__":
-    look(Path(sys.argv[1]))
+    run_probe(Path(sys.argv[1]))

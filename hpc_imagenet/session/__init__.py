@@ -1,1 +1,1 @@
-"""An interactive machine as a job: Jupyter Lab on a node, how it ends, and how it is reached."""
+"""An interactive session: Jupyter Lab on a node, its access and its end."""

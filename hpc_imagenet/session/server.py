@@ -25,10 +25,10 @@ from typing import Any
 
 import psutil
 
-from hpc_imagenet.durable import write_json
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.session import keys
-from hpc_imagenet.temporary import Temporary
+from hpc_imagenet.io.atomic_files import write_json
+from hpc_imagenet.io.tempdir import NodeTempDir
+from hpc_imagenet.session import credentials
 
 TOP = Path("/tmp")  # not $TMPDIR: the address of a socket has at most 107 bytes
 _STARTS = (
@@ -42,7 +42,7 @@ _NEWS = "@jupyterlab/apputils-extension:announcements"  # asks whether to look f
 _PORTS = 10_000, 20_000  # the first, and how many: below those that the kernel gives away
 
 
-class Server:
+class JupyterServer:
     """Jupyter Lab over one folder.
 
     Args:
@@ -63,11 +63,11 @@ class Server:
         if port and way != "socket":
             _refuse_taken(port, "" if way == "address" else "127.0.0.1")
         self.port = port or _free_port("" if way == "address" else "127.0.0.1")
-        self._temporary = Temporary("session", TOP)
+        self._temporary = NodeTempDir("session", TOP)
         self.folder = self._temporary.folder
         self.socket = str(self.folder / "jupyter") if way == "socket" else None
         self.fingerprint: str | None = None
-        self._token = keys.new_token(run_folder)
+        self._token = credentials.new_token(run_folder)
         self._tls: ssl.SSLContext | None = None
         settings: dict[str, Any] = {
             "ServerApp.root_dir": str(notebooks),
@@ -87,7 +87,7 @@ class Server:
         else:
             settings |= {"ServerApp.ip": "127.0.0.1", "ServerApp.port": self.port}
         if way == "address":
-            certificate, key, self.fingerprint = keys.certificate(self.folder, hours)
+            certificate, key, self.fingerprint = credentials.certificate(self.folder, hours)
             settings |= {
                 "ServerApp.ip": "0.0.0.0",
                 "ServerApp.certfile": str(certificate),
@@ -97,7 +97,9 @@ class Server:
             self._tls = ssl.create_default_context(cafile=str(certificate))
         self._process: subprocess.Popen[bytes] | None = None
         self._lives, self._ends = os.pipe()
-        (self.folder / "server.py").write_text(_configuration(settings, run_folder / keys.TOKEN, self._lives))
+        (self.folder / "server.py").write_text(
+            _configuration(settings, run_folder / credentials.TOKEN, self._lives)
+        )
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it and wait until it answers.
@@ -203,7 +205,7 @@ class Server:
         with contextlib.suppress(OSError):
             os.close(self._ends)
         self._temporary.close()
-        (self.run_folder / keys.TOKEN).unlink(missing_ok=True)
+        (self.run_folder / credentials.TOKEN).unlink(missing_ok=True)
 
     def _answers(self) -> bool:
         # Another server at our port would refuse our token; then Jupyter has moved on to the next.
@@ -238,7 +240,7 @@ def _configuration(settings: Mapping[str, Any], token: Path, lives: int) -> str:
     """Return a configuration file of Jupyter's, which is Python."""
     lines = [
         "from pathlib import Path",
-        "from hpc_imagenet.session.parent import end_with",
+        "from hpc_imagenet.session.exit_with_parent import end_with",
         "c = get_config()",
     ]
     lines += [f"c.{name} = {value!r}" for name, value in settings.items()]

@@ -11,22 +11,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpc_imagenet.archives import loose, parquet, receipt, space
-from hpc_imagenet.archives.fetch import Fetch
-from hpc_imagenet.archives.local import Folder, adopt
-from hpc_imagenet.archives.login import Login
-from hpc_imagenet.archives.part import allocated
-from hpc_imagenet.archives.remote import Remote
-from hpc_imagenet.archives.s3 import Bucket
-from hpc_imagenet.archives.wanted import SUMS, Wanted, archive_folder, parse_sums, wanted
-from hpc_imagenet.archives.web import Web
-from hpc_imagenet.config import Config
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.data.download import receipt
+from hpc_imagenet.data.download.downloader import Downloader
+from hpc_imagenet.data.download.expected import (
+    MD5SUMS_FILE,
+    ExpectedArchive,
+    archive_folder,
+    expected_archives,
+    parse_sums,
+)
+from hpc_imagenet.data.download.partial_file import allocated_bytes
+from hpc_imagenet.data.sources import class_folder_source, parquet_source
+from hpc_imagenet.data.sources.archive_folder import ArchiveFolder, verify_in_place
+from hpc_imagenet.data.sources.http_credentials import HttpCredentials
+from hpc_imagenet.data.sources.http_source import HttpSource
+from hpc_imagenet.data.sources.range_source import RangeSource
+from hpc_imagenet.data.sources.s3_source import S3Source
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import Progress, Run
-from hpc_imagenet.world import World
+from hpc_imagenet.io import disk
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Progress, Run
 
 
-class Source(Protocol):
+class ArchiveSource(Protocol):
     """Where archives come from: a URL prefix, a bucket, a folder.
 
     Attributes:
@@ -38,14 +46,14 @@ class Source(Protocol):
     def text(self, file: str) -> str | None:
         """Return a small text file, or None where there is none."""
 
-    def size(self, want: Wanted) -> int | None:
+    def size(self, want: ExpectedArchive) -> int | None:
         """Return the bytes of an archive, or None where that cannot be known."""
 
-    def fetch(self, want: Wanted, target: Path, progress: Callable[[int], None]) -> int:
+    def fetch(self, want: ExpectedArchive, target: Path, progress: Callable[[int], None]) -> int:
         """Bring an archive to its final place; return the bytes that came over the network."""
 
 
-def run(config: Config, run: Run, world: World) -> dict[str, Any]:
+def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """Bring the archives of `config.dataset` into the workspace.
 
     Returns:
@@ -54,7 +62,7 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
     Raises:
         UserError: an archive cannot be had, or is not what it should be.
     """
-    if not world.main:
+    if not dist_env.is_rank_zero:
         return {}
     folder = archive_folder(Path(config.workspace), config.dataset)
     try:
@@ -62,12 +70,12 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"workspace={config.workspace} cannot be written: {error}") from None
     progress = Progress(run)
-    files = wanted(config.dataset, {})
+    files = expected_archives(config.dataset, {})
     downloaded = 0
     if not all(_is_settled(folder, want, config) for want in files):
         source = open_source(config)
         if any(want.md5 is None for want in files):
-            files = wanted(config.dataset, parse_sums(source.text(SUMS) or ""))
+            files = expected_archives(config.dataset, parse_sums(source.text(MD5SUMS_FILE) or ""))
         downloaded = _bring(files, folder, source, config, progress)
     for want in files:  # all are whole: what a killed try has left of them is litter
         for leftover in (*folder.glob(f".{want.file}.*"), folder / f"{want.file}.part.json"):
@@ -77,7 +85,7 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
     return {"bytes": total, "files": len(files), "downloaded": downloaded}
 
 
-def open_source(config: Config) -> Source:
+def open_source(config: Config) -> ArchiveSource:
     """Return dataset.source, made first where dataset.make can and it is a folder that is not there.
 
     A folder is looked at: archives are taken as they are, and of loose files archives are made.
@@ -88,9 +96,11 @@ def open_source(config: Config) -> Source:
     asked, source = config.download, config.dataset.source
     scheme = urllib.parse.urlsplit(source).scheme
     if scheme in ("http", "https"):
-        return _fetched(Web(source, asked.timeout, asked.connections, Login(source, asked.login)), config)
+        return _fetched(
+            HttpSource(source, asked.timeout, asked.connections, HttpCredentials(source, asked.login)), config
+        )
     if scheme == "s3":
-        return _fetched(Bucket(source, asked.timeout, asked.connections), config)
+        return _fetched(S3Source(source, asked.timeout, asked.connections), config)
     if scheme == "file":
         source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
     elif re.match(r"[a-z][a-z0-9+.-]*://", source):
@@ -102,18 +112,23 @@ def open_source(config: Config) -> Source:
         _make(config.dataset.make, folder)
     files = {split: archive.file for split, archive in config.dataset.archives.items()}
     if not any((folder / file).exists() for file in files.values()):
-        if layout := loose.look(folder):
+        if layout := class_folder_source.detect_layout(folder):
             _unpinned(config, layout.kind)
-            return _fetched(loose.Loose(layout, config.dataset.source, files, asked.connections), config)
-        if shards := parquet.look(folder):
-            _unpinned(config, parquet.KIND)
-            return parquet.Parquet(shards, config.dataset.source, files)
-    return Folder(folder, config.dataset.source)
+            return _fetched(
+                class_folder_source.ClassFolderSource(
+                    layout, config.dataset.source, files, asked.connections
+                ),
+                config,
+            )
+        if shards := parquet_source.find_parquet_shards(folder):
+            _unpinned(config, parquet_source.KIND)
+            return parquet_source.ParquetSource(shards, config.dataset.source, files)
+    return ArchiveFolder(folder, config.dataset.source)
 
 
-def _fetched(remote: Remote, config: Config) -> Fetch:
+def _fetched(remote: RangeSource, config: Config) -> Downloader:
     asked = config.download
-    return Fetch(
+    return Downloader(
         remote,
         asked.retries,
         asked.timeout,
@@ -136,22 +151,24 @@ def _unpinned(config: Config, kind: str) -> None:
     print(f"dataset.source={source} has {kind}: archives are made of them", flush=True)
 
 
-def _bring(files: list[Wanted], folder: Path, source: Source, config: Config, progress: Progress) -> int:
+def _bring(
+    files: list[ExpectedArchive], folder: Path, source: ArchiveSource, config: Config, progress: Progress
+) -> int:
     sizes = [_size(folder, want, source) for want in files]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     if source.copies:
         missing = [
-            max(0, (size or 0) - allocated(folder / want.file))
+            max(0, (size or 0) - allocated_bytes(folder / want.file))
             for want, size in zip(files, sizes, strict=True)
             if not (folder / want.file).exists()
         ]
-        space.require(folder, sum(missing), f"{len(missing)} archives", 2 * len(missing))
+        disk.require_free_space(folder, sum(missing), f"{len(missing)} archives", 2 * len(missing))
     done = downloaded = 0
     for want in files:
         tell = partial(_tell, progress, done, total, want.file)
         target = folder / want.file
-        with space.telling_full(folder):
-            if receipt.load(target) is not None:
+        with disk.explain_disk_full(folder):
+            if receipt.load_receipt(target) is not None:
                 if not _is_settled(folder, want, config):
                     raise UserError(
                         f"{target}: came from elsewhere, and no MD5 says whether dataset.source="
@@ -159,7 +176,7 @@ def _bring(files: list[Wanted], folder: Path, source: Source, config: Config, pr
                         "dataset.name, or remove it"
                     )
             elif target.exists():
-                adopt(target, want, config.dataset.source, tell)
+                verify_in_place(target, want, config.dataset.source, tell)
             else:
                 downloaded += source.fetch(want, target, tell)
         done += target.stat().st_size
@@ -170,18 +187,18 @@ def _tell(progress: Progress, before: int, total: int | None, file: str, done: i
     progress(before + done, total, "B", file)
 
 
-def _size(folder: Path, want: Wanted, source: Source) -> int | None:
-    settled = receipt.load(folder / want.file)
+def _size(folder: Path, want: ExpectedArchive, source: ArchiveSource) -> int | None:
+    settled = receipt.load_receipt(folder / want.file)
     return settled.bytes if settled else want.bytes or source.size(want)
 
 
-def _is_settled(folder: Path, want: Wanted, config: Config) -> bool:
+def _is_settled(folder: Path, want: ExpectedArchive, config: Config) -> bool:
     """Whether the archive is in place, verified, and known to be what the config asks for.
 
     Raises:
         UserError: it is in place and verified, but another one.
     """
-    settled = receipt.load(folder / want.file)
+    settled = receipt.load_receipt(folder / want.file)
     if settled is None:
         return False
     for word, has, asked in (("MD5", settled.md5, want.md5), ("size", settled.bytes, want.bytes)):

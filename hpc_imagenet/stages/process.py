@@ -18,15 +18,22 @@ from typing import Any
 from filelock import FileLock
 
 from hpc_imagenet import __version__
-from hpc_imagenet.archives import certificate, folders, meta_bin, shards, space
-from hpc_imagenet.archives.survey import Survey, forget, prepare, survey
-from hpc_imagenet.archives.walk import Array
-from hpc_imagenet.config import Config
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.data.ilsvrc import meta_bin
+from hpc_imagenet.data.ilsvrc.scanned_archives import (
+    ScannedArchives,
+    load_or_scan,
+    prepare_folder,
+    remove_shared_scan,
+)
+from hpc_imagenet.data.prepare import certificate, class_folder_writer, shard_writer
+from hpc_imagenet.data.tar.tar_scan import Array
 from hpc_imagenet.datastore.index import Index, write_index
-from hpc_imagenet.datastore.manifest import FILE, Category, File, Manifest, Split
-from hpc_imagenet.durable import replacing
-from hpc_imagenet.runs import Progress, Run, now
-from hpc_imagenet.world import World, cpus
+from hpc_imagenet.datastore.manifest import FILE, ClassNames, File, Manifest, Split
+from hpc_imagenet.io import disk
+from hpc_imagenet.io.atomic_files import atomic_write
+from hpc_imagenet.launch.dist_env import DistEnv, available_cpus
+from hpc_imagenet.runs.store import Progress, Run, now
 
 _SHARDS = ("train", "val")  # of an index over the archives, in the order of their numbers
 
@@ -43,7 +50,7 @@ class _Images:
     tools: dict[str, str]
 
 
-def run(config: Config, run: Run, world: World) -> dict[str, Any]:
+def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """Make the dataset of `config.dataset` from its archives in the workspace, or one part of it.
 
     Returns:
@@ -54,21 +61,21 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
         UserError: the archives are missing, damaged, or do not belong to each other; an image is corrupt;
             no room; parts are missing.
     """
-    if not world.main:
+    if not dist_env.is_rank_zero:
         return {}
     workspace, stage = Path(config.workspace), config.stage
     folder = workspace / "datasets" / config.dataset.name
-    workers = config.process.workers or cpus(world)
+    workers = config.process.workers or available_cpus(dist_env)
     progress = Progress(run)
-    with space.telling_full(folder):
-        seen = survey(
+    with disk.explain_disk_full(folder):
+        seen = load_or_scan(
             config,
             folder,
             stage.parts > 1,
             workers,
             lambda done, total: progress(done, total, "archives", "index"),
         )
-        prepare(folder)
+        prepare_folder(folder)
 
         def tell(done: int, total: int) -> None:
             progress(done, total, "images", config.process.layout)
@@ -83,7 +90,7 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
 def _part(
     config: Config,
     folder: Path,
-    seen: Survey,
+    seen: ScannedArchives,
     part: int,
     parts: int,
     workers: int,
@@ -91,24 +98,26 @@ def _part(
 ) -> int:
     """Do one part's share of what takes time; return its images."""
     if config.process.layout == "shards":
-        plan = shards.plan(folder, seen, config.process)
+        plan = shard_writer.plan_shards(folder, seen, config.process)
         # Neighbours, so that a part reads one stretch of the archive.
         begin, end = (len(plan.shards) * n // parts for n in (part, part + 1))
-        return shards.make(plan, plan.shards[begin:end], workers, tell)
+        return shard_writer.write_shards(plan, plan.shards[begin:end], workers, tell)
     if config.process.layout == "folders":
-        return folders.make(folder, seen, _identity(config, seen), part, parts, workers, tell)
+        return class_folder_writer.write_class_folders(
+            folder, seen, _identity(config, seen), part, parts, workers, tell
+        )
     return 0
 
 
-def _identity(config: Config, seen: Survey) -> dict[str, Any]:
+def _identity(config: Config, seen: ScannedArchives) -> dict[str, Any]:
     """Return whose images class folders hold."""
     return {"archives": seen.md5s(), **config.process.identity()}
 
 
-def _commit(config: Config, folder: Path, seen: Survey) -> dict[str, Any]:
+def _commit(config: Config, folder: Path, seen: ScannedArchives) -> dict[str, Any]:
     """Make a dataset of what is there: indexes, meta.bin, certificate, and last the manifest."""
     images = _images(config, folder, seen)
-    meta = meta_bin.encode(seen.devkit.names, seen.devkit.val_wnids)
+    meta = meta_bin.encode_meta_bin(seen.devkit.names, seen.devkit.val_wnids)
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # one at a time, or it is whole of neither
         # From here to the end it is not a dataset: what is bad about the archives was found before.
         (folder / FILE).unlink(missing_ok=True)
@@ -117,11 +126,11 @@ def _commit(config: Config, folder: Path, seen: Survey) -> dict[str, Any]:
         splits = {split: _write_split(folder, split, of) for split, of in images.splits.items()}
         files = [_write(folder / meta_bin.FILE, meta)]
         if config.process.layout == "folders":
-            folders.finish(folder, seen, _identity(config, seen), meta)
+            class_folder_writer.finalize_class_folders(folder, seen, _identity(config, seen), meta)
         manifest = _manifest(config, seen, images, splits, files, folder)
         files += _certify(folder, manifest, images)
         seen.require_unchanged()
-        forget(folder)
+        remove_shared_scan(folder)
         _manifest(config, seen, images, splits, files, folder).save(folder)
     counts = {split: of.images for split, of in splits.items()}
     return {
@@ -132,11 +141,11 @@ def _commit(config: Config, folder: Path, seen: Survey) -> dict[str, Any]:
     }
 
 
-def _images(config: Config, folder: Path, seen: Survey) -> _Images:
+def _images(config: Config, folder: Path, seen: ScannedArchives) -> _Images:
     found = seen.scan
     if config.process.layout == "shards":
-        plan = shards.plan(folder, seen, config.process)
-        whole = shards.gather(plan)
+        plan = shard_writer.plan_shards(folder, seen, config.process)
+        whole = shard_writer.combine_receipts(plan)
         return _Images(
             whole.shards, whole.splits, whole.facts, whole.names, seen.skipped + whole.skipped, plan.tools
         )
@@ -158,14 +167,14 @@ def _write_split(folder: Path, split: str, entries: Index) -> Split:
 
 
 def _write(path: Path, data: bytes) -> File:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(data)
     return _file(path, data)
 
 
 def _certify(folder: Path, manifest: Manifest, images: _Images) -> list[File]:
     """Write the certificate of what the manifest lists."""
-    described = certificate.describe(
+    described = certificate.build_certificate(
         name=manifest.name,
         content=manifest.content,
         classes=manifest.classes,
@@ -177,7 +186,7 @@ def _certify(folder: Path, manifest: Manifest, images: _Images) -> list[File]:
         provenance=manifest.provenance,
         tools=images.tools,
     )
-    page = certificate.page(described, manifest.classes)
+    page = certificate.render_page(described, manifest.classes)
     return [
         _write(folder / certificate.JSON, (json.dumps(described, indent=1) + "\n").encode()),
         _write(folder / certificate.PAGE, page.encode("utf-8", "backslashreplace")),
@@ -186,7 +195,7 @@ def _certify(folder: Path, manifest: Manifest, images: _Images) -> list[File]:
 
 def _manifest(
     config: Config,
-    seen: Survey,
+    seen: ScannedArchives,
     images: _Images,
     splits: dict[str, Split],
     files: Sequence[File],
@@ -198,7 +207,7 @@ def _manifest(
         name=config.dataset.name,
         content=config.datastore.content or fallback,
         created=now(),
-        classes=tuple(Category(wnid, names) for wnid, names in seen.devkit.names.items()),
+        classes=tuple(ClassNames(wnid, names) for wnid, names in seen.devkit.names.items()),
         shards=images.shards,
         splits=splits,
         files=tuple(files),
@@ -213,7 +222,7 @@ def _manifest(
 
 
 def _words(config: Config) -> list[str]:
-    changed = config.process.pictures()
+    changed = config.process.image_identity()
     return [json.dumps(changed, sort_keys=True)] if changed else []
 
 

@@ -16,30 +16,31 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet import fence, slurm
-from hpc_imagenet.config import Config, cluster_for
-from hpc_imagenet.datastore import shelf, versions
-from hpc_imagenet.datastore.cache import Cache
-from hpc_imagenet.datastore.opening import scratch
-from hpc_imagenet.errors import Interrupted, UserError
-from hpc_imagenet.runs import Progress, Run
-from hpc_imagenet.session.life import SPREADS, Asked, Life
-from hpc_imagenet.session.note import Note, notebooks
-from hpc_imagenet.session.server import TOP, Server
-from hpc_imagenet.world import World, cpus
+from hpc_imagenet.config.schema import Config, cluster_for
+from hpc_imagenet.datastore import catalog, versions
+from hpc_imagenet.datastore.node_cache.cache import NodeCache
+from hpc_imagenet.datastore.open_dataset import scratch_folder
+from hpc_imagenet.errors import Preempted, UserError
+from hpc_imagenet.launch import slurm
+from hpc_imagenet.launch.dist_env import DistEnv, available_cpus
+from hpc_imagenet.runs import lease
+from hpc_imagenet.runs.store import Progress, Run
+from hpc_imagenet.session.connection import ConnectionInfo, notebook_folder
+from hpc_imagenet.session.server import TOP, JupyterServer
+from hpc_imagenet.session.watchdog import SPREADS, StopEvent, Watchdog
 
 _IN_ORDER = 120.0  # s before Slurm's own end, so that the outcome can be written
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def run(config: Config, run: Run, world: World) -> dict[str, Any]:
+def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """Serve until the end, and return how it came: ended (in words), minutes.
 
     Raises:
         UserError: no Jupyter, no such datastore here, a port that is taken.
         Interrupted: a signal asked to stop.
     """
-    if not world.main:
+    if not dist_env.is_rank_zero:
         return {}
     asked, attempt, began = config.session, run.attempt, time.time()
     assert attempt is not None
@@ -49,27 +50,30 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
             "pip install -c constraints.txt -e '.[session]' in the checkout"
         )
     _enough_gpus(asked.gpus)
-    folder = notebooks(run.folder)
+    folder = notebook_folder(run.folder)
     folder.mkdir(exist_ok=True)
     _examples(folder)
-    environment = {"HPC_IMAGENET_WORKSPACE": config.workspace, "HPC_IMAGENET_CPUS": str(cpus(world))}
+    environment = {
+        "HPC_IMAGENET_WORKSPACE": config.workspace,
+        "HPC_IMAGENET_CPUS": str(available_cpus(dist_env)),
+    }
     environment |= _datastore(config, folder / "datastore", Progress(run))
     progress = Progress(run, every=5)
-    ends = min(began + 60 * asked.time, (slurm.ends() or float("inf")) - _IN_ORDER)
+    ends = min(began + 60 * asked.time, (slurm.end_time() or float("inf")) - _IN_ORDER)
     way = _way(asked.listen)
-    with Asked().listening() as signals:
-        server = Server(run.folder, folder, way, asked.port, (ends - began) / 3600)
+    with StopEvent().listening() as signals:
+        server = JupyterServer(run.folder, folder, way, asked.port, (ends - began) / 3600)
         try:
             try:
                 server.start(environment)
             except UserError:
                 if signals.wait(SPREADS):  # Jupyter has ended by the same signal
-                    raise Interrupted(f"stopped by {signals.name}; its folder stays") from None
+                    raise Preempted(f"stopped by {signals.name}; its folder stays") from None
                 raise
             told = _note(server, folder, ends, config)
             told.save(attempt)
             print(f"serving {folder}; how to reach it: python -m hpc_imagenet connect {run.id}", flush=True)
-            life = Life(
+            life = Watchdog(
                 server,
                 ends,
                 asked.idle_minutes,
@@ -113,8 +117,8 @@ def _answers_ssh() -> bool:
         return False
 
 
-def _note(server: Server, folder: Path, ends: float, config: Config) -> Note:
-    return Note(
+def _note(server: JupyterServer, folder: Path, ends: float, config: Config) -> ConnectionInfo:
+    return ConnectionInfo(
         host=socket.gethostname(),
         way=server.way,
         port=server.port,
@@ -123,7 +127,7 @@ def _note(server: Server, folder: Path, ends: float, config: Config) -> Note:
         notebooks=str(folder),
         ends=ends,
         idle_minutes=config.session.idle_minutes,
-        restarts=fence.restarts(),
+        restarts=lease.restart_count(),
         job=os.environ.get("SLURM_JOB_ID"),
     )
 
@@ -134,7 +138,7 @@ def _state(host: str, left: float, idle: float) -> str:
     return f"{soon}{int(left) // 60}:{int(left) % 60:02} h left on {host}{quiet}"
 
 
-def _warn(line: str, server: Server) -> None:
+def _warn(line: str, server: JupyterServer) -> None:
     print(line, flush=True)
     server.tell(line)
 
@@ -172,7 +176,7 @@ def _datastore(config: Config, link: Path, progress: Progress) -> dict[str, str]
         raise UserError(f"{link} is not a link of this session's making: give it another name")
     try:
         version = versions.open_version(config.datastore)
-        folder, url = version.folder, version.place.url
+        folder, url = version.folder, version.backend.url
         if folder is None:
             folder = _brought(config, version, progress)
         if not os.access(folder / "manifest.json", os.R_OK):
@@ -188,14 +192,14 @@ def _datastore(config: Config, link: Path, progress: Progress) -> dict[str, str]
 def _brought(config: Config, version: versions.Version, progress: Progress) -> Path:
     setting = cluster_for(config, "session").scratch
     if not setting:
-        raise UserError(f"it lies at {version.place.url}: cluster.scratch=FOLDER brings it to the node")
-    entry = shelf.find(version.place, f"{version.name}@v{version.number}")
+        raise UserError(f"it lies at {version.backend.url}: cluster.scratch=FOLDER brings it to the node")
+    entry = catalog.find_version(version.backend, f"{version.name}@v{version.number}")
     # Beside the copies that trainings make there, of which the cache throws away what it has no room for.
-    target = Cache(scratch(setting)).folder / ".datastores"
+    target = NodeCache(scratch_folder(setting)).folder / ".datastores"
     target.mkdir(exist_ok=True)
     total = version.manifest.bytes
 
     def tell(done: int, _: str) -> None:
         progress(done, total, "B", f"bringing {entry.reference} to this node")
 
-    return shelf.fetch(version.place, entry, target, 4, tell)
+    return catalog.fetch_version(version.backend, entry, target, 4, tell)

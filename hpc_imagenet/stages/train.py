@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from hpc_imagenet.config import Config, cluster_for
-from hpc_imagenet.datastore.opening import opened
+from hpc_imagenet.config.schema import Config, cluster_for
+from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.versions import open_version
-from hpc_imagenet.runs import Run
-from hpc_imagenet.world import World
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run
 
 
-def run(config: Config, run: Run, world: World) -> dict[str, Any]:
+def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """Train, or go on training, and return what came out: top1, images_per_second and more.
 
     Raises:
@@ -25,5 +25,5 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
     from hpc_imagenet.training.fit import fit
 
     version = open_version(config.datastore)
-    with opened(version, cluster_for(config, "train"), stages=world.local_rank == 0) as store:
-        return fit(config, store, run, world)
+    with open_dataset(version, cluster_for(config, "train"), stages=dist_env.local_rank == 0) as store:
+        return fit(config, store, run, dist_env)

@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hpc_imagenet import __version__, runs
-from hpc_imagenet.config import Config
-from hpc_imagenet.datastore import links, transport, versions
+from hpc_imagenet import __version__
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.datastore import hardlink_check, versions
+from hpc_imagenet.datastore.backends import storage_backend
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, Split, load_manifest
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import Run
-from hpc_imagenet.world import World
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs import store
+from hpc_imagenet.runs.store import Run
 
 
-def run(config: Config, run: Run, world: World) -> dict[str, Any]:
+def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """Bring `workspace/datasets/<dataset.name>/`, or one part of it, into the datastore.
 
     Returns:
@@ -35,18 +37,18 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
         UserError: the input is missing or has changed, the version is taken, there is no room, or the place
             cannot be reached.
     """
-    if not world.main:
+    if not dist_env.is_rank_zero:
         return {}
     source = Path(config.workspace) / "datasets" / config.dataset.name
     manifest, written = _processed(source, config)
-    progress = runs.Progress(run)
-    place = versions.locate(config.datastore.url, config.upload.connections)
-    with transport.told("datastore.url", place.url):
-        note = {"run": run.id, "host": socket.gethostname(), "time": runs.now()}
-        claim = versions.claim(place, config.datastore, manifest.content, note)
-        sent, part = transport.Sent(), config.stage.part
+    progress = store.Progress(run)
+    place = versions.open_backend(config.datastore.url, config.upload.connections)
+    with storage_backend.explain_os_errors("datastore.url", place.url):
+        note = {"run": run.id, "host": socket.gethostname(), "time": store.now()}
+        claim = versions.claim_version(place, config.datastore, manifest.content, note)
+        sent, part = storage_backend.UploadStats(), config.stage.part
         if not claim.complete:
-            with place.turn(
+            with place.lock(
                 f"{claim.path}/{_lock(config)}",
                 lambda: progress(0, None, note="another upload of the same images is at work"),
             ):
@@ -61,7 +63,7 @@ def run(config: Config, run: Run, world: World) -> dict[str, Any]:
     return {**result, "images": done.images, "bytes": done.bytes, **_by(sent)}
 
 
-def _by(sent: transport.Sent) -> dict[str, int]:
+def _by(sent: storage_backend.UploadStats) -> dict[str, int]:
     return dataclasses.asdict(sent)
 
 
@@ -89,28 +91,30 @@ def _processed(source: Path, config: Config) -> tuple[Manifest, float]:
 
 
 def _fill(
-    claim: versions.Claim,
+    claim: versions.VersionClaim,
     source: Path,
     manifest: Manifest,
     written: float,
     config: Config,
     run: Run,
-    progress: runs.Progress,
-) -> transport.Sent:
+    progress: store.Progress,
+) -> storage_backend.UploadStats:
     if claim.complete:  # by whoever had the turn before
-        return transport.Sent()
+        return storage_backend.UploadStats()
     target, stage = placed(manifest), config.stage
     pieces = [
-        transport.Piece(source / old.path, new, link=number < len(manifest.shards))
+        storage_backend.UploadFile(source / old.path, new, link=number < len(manifest.shards))
         for number, (old, new) in enumerate(zip(manifest.all_files(), target.all_files(), strict=True))
     ]
     proved = claim.vouched()
     vouched = [file.path for file in target.all_files() if proved.get(file.path) == file.hash]
-    known = transport.Known(written, versions.older(claim.place, claim.name), frozenset(vouched))
+    known = storage_backend.Reusable(
+        written, versions.existing_files(claim.backend, claim.name), frozenset(vouched)
+    )
     if stage.part is not None:
-        pieces = share(pieces, stage.part, stage.parts)
+        pieces = part_of(pieces, stage.part, stage.parts)
     total = sum(piece.file.bytes for piece in pieces)
-    sent = claim.place.send(
+    sent = claim.backend.send(
         pieces, claim.path, known, lambda done, note: progress(done, total, "bytes", note)
     )
     if stage.part is not None:
@@ -119,25 +123,29 @@ def _fill(
         return sent
     details: dict[str, Any] = {
         "version": claim.number,
-        "time": runs.now(),
+        "time": store.now(),
         "run": run.id,
         "dataset": config.dataset.name,
         "package": __version__,
     }
-    if claim.place.folder is not None:
-        details[links.STAMPS] = links.stamps(claim.place.folder / claim.path, target.shards)
+    if claim.backend.folder is not None:
+        details[hardlink_check.STAMPS] = hardlink_check.link_times(
+            claim.backend.folder / claim.path, target.shards
+        )
     claim.commit(
         dataclasses.replace(
             target,
             name=claim.name,
-            created=runs.now(),
+            created=store.now(),
             provenance={**manifest.provenance, "upload": details},
         )
     )
     return sent
 
 
-def share(pieces: Sequence[transport.Piece], part: int, parts: int) -> list[transport.Piece]:
+def part_of(
+    pieces: Sequence[storage_backend.UploadFile], part: int, parts: int
+) -> list[storage_backend.UploadFile]:
     """Return the pieces of one part: all parts have about as many bytes, and each piece is of one part."""
     loads = [0] * parts
     mine = []

@@ -16,29 +16,35 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
-from hpc_imagenet.config import Config
-from hpc_imagenet.datastore.store import Split, Store
-from hpc_imagenet.errors import Lost, UserError
-from hpc_imagenet.runs import Progress, Run
-from hpc_imagenet.training import environment, model, weights
-from hpc_imagenet.training.account import Account
-from hpc_imagenet.training.average import Average
-from hpc_imagenet.training.blurpool import blur_before_halving
-from hpc_imagenet.training.boundary import Boundary
-from hpc_imagenet.training.checkpoint import Checkpoint, Writer, differing, newest
-from hpc_imagenet.training.loaders import Loaders
-from hpc_imagenet.training.metrics import Table, write_classes
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
+from hpc_imagenet.errors import PeerLost, UserError
+from hpc_imagenet.io.signals import StopSignal
+from hpc_imagenet.launch.dist_env import DistEnv, available_cpus
+from hpc_imagenet.runs.store import Progress, Run
+from hpc_imagenet.training import distributed
+from hpc_imagenet.training.callbacks.bottleneck import BottleneckMonitor
+from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
+from hpc_imagenet.training.callbacks.checkpoint_file import (
+    AtomicCheckpointIO,
+    Checkpoint,
+    differing,
+    newest_checkpoint,
+)
+from hpc_imagenet.training.callbacks.progress import ProgressReporter
+from hpc_imagenet.training.loading.datamodule import ImageDataModule
+from hpc_imagenet.training.loading.sampler import BatchShare
+from hpc_imagenet.training.metrics import CsvLogger, write_class_accuracies
+from hpc_imagenet.training.models import build, pretrained
+from hpc_imagenet.training.models.blurpool import blur_before_halving
+from hpc_imagenet.training.models.ema import EMACallback
+from hpc_imagenet.training.models.optim import set_norm_momentum
 from hpc_imagenet.training.module import Classifier
-from hpc_imagenet.training.preemption import Asked
-from hpc_imagenet.training.recipe import set_norm_momentum
-from hpc_imagenet.training.sampler import Share
-from hpc_imagenet.training.verdict import Verdict
-from hpc_imagenet.world import World, cpus
 
 LOG_EVERY = 50  # steps
 
 
-def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
+def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """Train what `config` describes on `store`, or go on with it; called by every task of the job.
 
     Returns:
@@ -54,10 +60,10 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     """
     began = time.monotonic()
     recipe, checkpoints = config.recipe, run.folder / "checkpoints"
-    place, share = environment.device(config, world), environment.share(config, world)
-    torch.set_num_threads(cpus(world))
+    place, share = distributed.device(config, dist_env), distributed.batch_share(config, dist_env)
+    torch.set_num_threads(available_cpus(dist_env))
     main: Any = rank_zero_only
-    main.rank = world.rank  # else Lightning guesses from variables that another job may have left
+    main.rank = dist_env.rank  # else Lightning guesses from variables that another job may have left
 
     classes = len(store.manifest.classes)
     train, val = _split(store, "train", classes), _split(store, "val", classes)
@@ -65,9 +71,9 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     if not steps:
         raise UserError(f"recipe.global_batch={share.batch} is more than the {len(train)} images of train")
 
-    start = newest(checkpoints)
+    start = newest_checkpoint(checkpoints)
     identity = {
-        **config.training(),
+        **config.training_identity(),
         "data": store.manifest.content,
         "code": (run.attempt.submitted.get("code") or {}) if run.attempt else {},
     }
@@ -81,42 +87,46 @@ def fit(config: Config, store: Store, run: Run, world: World) -> dict[str, Any]:
     look_every = min(LOG_EVERY, steps)
     module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs, share, look_every)
     if config.model.compile:
-        module.compile_networks(cpus(world))
-    loaders = Loaders(config, train, val, share, world, place)
-    told = run.folder / "verdict.json"
-    verdict = Verdict(config, told, cpus(world), loaders.workers, loaders.train, world)
-    account = Account(share.batch, Progress(run) if world.main else None, verdict)
+        module.compile_networks(available_cpus(dist_env))
+    loaders = ImageDataModule(config, train, val, share, dist_env, place)
+    told = run.folder / "bottleneck.json"
+    verdict = BottleneckMonitor(
+        config, told, available_cpus(dist_env), loaders.workers, loaders.train, dist_env
+    )
+    account = ProgressReporter(share.batch, Progress(run) if dist_env.is_rank_zero else None, verdict)
     callbacks: list[pl.Callback] = [account]
     if recipe.ema is not None:
-        callbacks.append(Average(recipe.ema, recipe.ema_every, steps * recipe.warmup_epochs))
+        callbacks.append(EMACallback(recipe.ema, recipe.ema_every, steps * recipe.warmup_epochs))
 
-    if start and world.main:
+    if start and dist_env.is_rank_zero:
         print(f"going on from step {start.step}", flush=True)
 
-    with quiet(), Asked() as asked:
+    with quiet(), StopSignal() as asked:
         every = 60 * config.train.checkpoint_every_minutes
-        boundary = Boundary(checkpoints, asked, every, identity, loaders.names, world.main)
+        boundary = CheckpointCallback(
+            checkpoints, asked, every, identity, loaders.names, dist_env.is_rank_zero
+        )
         callbacks.append(boundary)
         callbacks.append(verdict)  # last: all that the others do is no waiting for data
-        trainer = _trainer(config, run, world, place, start, look_every, callbacks)
+        trainer = _trainer(config, run, dist_env, place, start, look_every, callbacks)
         path = start.path if start else None
         try:
             trainer.fit(module, datamodule=loaders, ckpt_path=path, weights_only=True)
-            if "val_top1" not in trainer.callback_metrics:  # it was finished before
+            if "val_top1" not in trainer.callback_metrics:  # it was already finished
                 trainer.loggers = []  # who know it
                 trainer.validate(module, datamodule=loaders, verbose=False)
             skipped = len(loaders.skipped())
         except (RuntimeError, MemoryError) as error:
-            if boundary.out_of_memory or environment.out_of_memory(error, place):
+            if boundary.out_of_memory or distributed.out_of_memory(error, place):
                 raise UserError(_too_much(share, trainer.global_step, place)) from None
             if missing := _no_deterministic(error):
                 raise UserError(missing) from None
-            if world.size > 1 and (gone := environment.lost(error)):
-                raise Lost(gone) from error
+            if dist_env.size > 1 and (gone := distributed.peer_failure(error)):
+                raise PeerLost(gone) from error
             raise
     counted = module.tally.compute()["counts"]
-    if world.main:
-        write_classes(run.folder / "val_classes.csv", store.manifest.classes, counted)
+    if dist_env.is_rank_zero:
+        write_class_accuracies(run.folder / "val_classes.csv", store.manifest.classes, counted)
     if dist.is_initialized():
         dist.destroy_process_group()
     metrics = trainer.callback_metrics
@@ -136,27 +146,29 @@ def backbone(config: Config, classes: int, fresh: bool) -> nn.Module:
     """Return the backbone as the recipe wants it; `fresh` if no checkpoint follows that has its weights."""
     torch.manual_seed(config.seed)
     options, recipe = config.model, config.recipe
-    network = model.build(
+    network = build.build_model(
         options.name,
         classes,
         stem=options.stem,
         size=recipe.size,
         val_size=recipe.val_size,
         start_size=recipe.start_size,
-        options={**weights.options(options.name, options.weights), **options.options},
+        options={**pretrained.constructor_options(options.name, options.weights), **options.options},
     )
     if recipe.blurpool and not blur_before_halving(network):
         raise UserError(f"recipe.blurpool=true: {options.name} has no convolution that it would change")
     set_norm_momentum(network, recipe.norm_momentum)
-    fits = weights.load(network, options.name, options.weights) if options.weights and fresh else True
+    fits = (
+        pretrained.load_weights(network, options.name, options.weights) if options.weights and fresh else True
+    )
     if not fits:
         print(f"model.weights={options.weights}: of other classes, so the classifier begins anew", flush=True)
     if recipe.freeze:
-        weights.freeze(network)
+        pretrained.freeze_backbone(network)
     return network
 
 
-def _too_much(share: Share, step: int, place: torch.device) -> str:
+def _too_much(share: BatchShare, step: int, place: torch.device) -> str:
     """Say that the memory of the device is too small, and what would need about half of it."""
     each = share.batch // share.size
     smaller = [parts for parts in range(2 * share.accumulate, each + 1) if each % parts == 0]
@@ -179,8 +191,8 @@ def _no_deterministic(error: BaseException) -> str:
     )
 
 
-def _split(store: Store, name: str, classes: int) -> Split:
-    split = store.split(name)
+def _split(store: DatasetReader, name: str, classes: int) -> SplitReader:
+    split = store.open_split(name)
     highest = int(split.index["label"].max())
     if highest >= classes:
         raise UserError(f"{store.folder}: {name} has the label {highest}, but there are {classes} classes")
@@ -190,35 +202,35 @@ def _split(store: Store, name: str, classes: int) -> Split:
 def _trainer(
     config: Config,
     run: Run,
-    world: World,
+    dist_env: DistEnv,
     place: torch.device,
     start: Checkpoint | None,
     log_every: int,
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
     step = start.step if start else 0
-    precision = environment.precision(config.recipe.precision, place)
-    if world.main:
-        print(environment.describe(place, precision, world, cpus(world)), flush=True)
-        if advice := environment.emulated(precision, place):
+    precision = distributed.precision(config.recipe.precision, place)
+    if dist_env.is_rank_zero:
+        print(distributed.describe_device(place, precision, dist_env, available_cpus(dist_env)), flush=True)
+        if advice := distributed.emulated(precision, place):
             print(f"warning: {advice}", flush=True)
-    arguments = environment.placement(world, place, config.train.accumulate, precision)
-    check = run.fence.check if run.fence else lambda: None
-    arguments["plugins"].append(Writer(check))
+    arguments = distributed.trainer_arguments(dist_env, place, config.train.accumulate, precision)
+    check = run.lease.check if run.lease else lambda: None
+    arguments["plugins"].append(AtomicCheckpointIO(check))
     trainer = pl.Trainer(
         **arguments,
         precision=precision,
         max_epochs=config.recipe.epochs,
         accumulate_grad_batches=config.train.accumulate,
         logger=[
-            Table(run.folder, step, check),
+            CsvLogger(run.folder, step, check),
             TensorBoardLogger(run.folder, name="", version="tensorboard", purge_step=step),
         ],
         callbacks=callbacks,
         log_every_n_steps=log_every,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # ours know the world
-        **environment.algorithms(place, config.train.deterministic),
+        **distributed.algorithm_arguments(place, config.train.deterministic),
         enable_checkpointing=False,  # Boundary saves
         enable_progress_bar=False,  # Account tells
         enable_model_summary=False,

@@ -19,9 +19,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 
-from hpc_imagenet.datastore.manifest import Category
-from hpc_imagenet.durable import replacing
-from hpc_imagenet.training.sampler import PADDING
+from hpc_imagenet.datastore.manifest import ClassNames
+from hpc_imagenet.io.atomic_files import atomic_write
+from hpc_imagenet.training.loading.sampler import PADDING
 
 COLUMNS = (
     *("step", "epoch"),  # steps done; epoch from 0
@@ -30,7 +30,7 @@ COLUMNS = (
 )
 
 
-class Tally(Metric):
+class ClassificationMetrics(Metric):
     """Images, hits among the first and the first five, and loss, class by class; exact over all ranks."""
 
     full_state_update = False
@@ -67,7 +67,7 @@ class Tally(Metric):
         }
 
 
-def write_classes(path: Path, classes: Sequence[Category], counts: Tensor) -> None:
+def write_class_accuracies(path: Path, classes: Sequence[ClassNames], counts: Tensor) -> None:
     """Write `val_classes.csv`: id, names and images of each class, and the shares of 1 that were right."""
     text = io.StringIO()
     lines = csv.writer(text)
@@ -75,11 +75,11 @@ def write_classes(path: Path, classes: Sequence[Category], counts: Tensor) -> No
     for label, (category, (images, *hits)) in enumerate(zip(classes, counts.T.tolist(), strict=True)):
         shares = [f"{hit / images:.4f}" if images else "" for hit in hits]
         lines.writerow([label, category.wnid, ", ".join(category.names), images, *shares])
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 
 
-class Table(Logger):
+class CsvLogger(Logger):
     """Appends to `<folder>/metrics.csv`.
 
     Args:
@@ -131,7 +131,7 @@ class Table(Logger):
             with self.path.open(newline="") as file:
                 lines = [line for line in csv.DictReader(file) if _whole(line, self._step)]
         self._validated = max((int(line["step"]) for line in lines if line["val_loss"]), default=-1)
-        with replacing(self.path) as raw:
+        with atomic_write(self.path) as raw:
             text = [",".join(COLUMNS), *(",".join(line[name] for name in COLUMNS) for line in lines)]
             raw.write(("\r\n".join(text) + "\r\n").encode())
         self._ready = True

@@ -12,13 +12,13 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpc_imagenet.experiment import Recipe
-from hpc_imagenet.training.average import averaging
-from hpc_imagenet.training.data import Batch
-from hpc_imagenet.training.metrics import Tally
-from hpc_imagenet.training.mixing import Mixing
-from hpc_imagenet.training.recipe import optimizer, rate
-from hpc_imagenet.training.sampler import PADDING, Share
+from hpc_imagenet.config.recipe import Recipe
+from hpc_imagenet.training.augment.batch_augment import BatchAugment
+from hpc_imagenet.training.loading.batch_loader import Batch
+from hpc_imagenet.training.loading.sampler import PADDING, BatchShare
+from hpc_imagenet.training.metrics import ClassificationMetrics
+from hpc_imagenet.training.models.ema import ema_copy
+from hpc_imagenet.training.models.optim import build_optimizer, lr_factor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, RGB, 0 to 1
 AUXILIARY = 0.3  # weight of an auxiliary head's loss, Szegedy et al. 2014
@@ -47,18 +47,18 @@ class Classifier(pl.LightningModule):
         recipe: Recipe,
         seed: int,
         steps: int,
-        share: Share,
+        share: BatchShare,
         look_every: int = 1,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = averaging(self.model) if recipe.ema is not None else None
+        self.average = ema_copy(self.model) if recipe.ema is not None else None
         self.recipe, self.seed, self.steps, self.look_every = recipe, seed, steps, look_every
         self.parts = share.accumulate
-        self.mixing = Mixing(recipe, classes, seed, share)
+        self.mixing = BatchAugment(recipe, classes, seed, share)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
-        self.tally = Tally(classes)
+        self.tally = ClassificationMetrics(classes)
         self.train()
 
     def compile_networks(self, threads: int) -> None:
@@ -165,9 +165,9 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the recipe's optimizer, its learning rate set anew at every step."""
         recipe, steps = self.recipe, self.steps
-        chosen = optimizer(self.model, recipe)
+        chosen = build_optimizer(self.model, recipe)
         warmup = recipe.warmup_epochs * steps / recipe.epochs
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            chosen, lambda step: rate(step, steps, warmup, recipe.schedule)
+            chosen, lambda step: lr_factor(step, steps, warmup, recipe.schedule)
         )
         return {"optimizer": chosen, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -9,15 +9,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from hpc_imagenet.config import Config
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.training import environment
-from hpc_imagenet.training.data import Loader
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.launch.dist_env import DistEnv, available_cpus
+from hpc_imagenet.training import distributed
 from hpc_imagenet.training.fit import backbone, quiet
-from hpc_imagenet.training.loaders import Loaders
+from hpc_imagenet.training.loading.batch_loader import BatchLoader
+from hpc_imagenet.training.loading.datamodule import ImageDataModule
+from hpc_imagenet.training.loading.sampler import TrainSampler
 from hpc_imagenet.training.module import Classifier
-from hpc_imagenet.training.sampler import TrainSampler
-from hpc_imagenet.world import World, cpus
 
 _JUDGED = 20  # batches of val
 
@@ -34,25 +34,25 @@ class Prototype:
         UserError: the batch does not come out even, or the model cannot be built so.
     """
 
-    def __init__(self, config: Config, store: Store) -> None:
-        world, classes = World(), len(store.manifest.classes)
+    def __init__(self, config: Config, store: DatasetReader) -> None:
+        dist_env, classes = DistEnv(), len(store.manifest.classes)
         self.config, self.device = config, torch.device("cuda", 0) if torch.cuda.is_available() else _CPU
-        torch.set_num_threads(cpus(world))
-        share, train = environment.share(config, world), store.split("train")
+        torch.set_num_threads(available_cpus(dist_env))
+        share, train = distributed.batch_share(config, dist_env), store.open_split("train")
         steps = max(1, len(train) // share.batch)
         network = backbone(config, classes, fresh=True)
         self.module = Classifier(
             network, classes, config.recipe, config.seed, steps * config.recipe.epochs, share
         )
         self.module.average = None  # in so short a time it would be worth nothing
-        self.loaders = Loaders(config, train, store.split("val"), share, world, self.device)
+        self.loaders = ImageDataModule(config, train, store.open_split("val"), share, dist_env, self.device)
         self._share = share
 
-    def loader(self) -> Loader:
+    def loader(self) -> BatchLoader:
         """Return the batches of the first epoch: uint8 [images, 3, size, size] and int64 [images]."""
         batches = self.loaders.train
         sampler = TrainSampler(len(batches.split), self.config.seed, self._share)
-        return Loader(batches, sampler, self.loaders.workers, self.device)
+        return BatchLoader(batches, sampler, self.loaders.workers, self.device)
 
     def speed(self, seconds: float = 10) -> float:
         """Return how many images a second the loader makes, over about so many seconds or one epoch."""
@@ -71,12 +71,12 @@ class Prototype:
         Returns:
             losses, one a device batch; images_per_second; on some batches of val top1, top5 (0 to 1), loss.
         """
-        seen = _Seen()
-        precision = environment.precision(self.config.recipe.precision, self.device)
+        seen = _LossHistory()
+        precision = distributed.precision(self.config.recipe.precision, self.device)
         accumulate = self.config.train.accumulate
         with quiet():
             trainer = pl.Trainer(
-                **environment.placement(World(), self.device, accumulate, precision),
+                **distributed.trainer_arguments(DistEnv(), self.device, accumulate, precision),
                 precision=precision,
                 max_epochs=self.config.recipe.epochs,
                 max_time=timedelta(minutes=minutes),
@@ -90,7 +90,7 @@ class Prototype:
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                **environment.algorithms(self.device, self.config.train.deterministic),
+                **distributed.algorithm_arguments(self.device, self.config.train.deterministic),
             )
             trainer.fit(self.module, datamodule=self.loaders)
             (judged,) = trainer.validate(self.module, datamodule=self.loaders, verbose=False)
@@ -103,7 +103,7 @@ class Prototype:
         }
 
 
-class _Seen(pl.Callback):
+class _LossHistory(pl.Callback):
     """Keeps the loss of every step, and when the first and the last of them ended."""
 
     def __init__(self) -> None:

@@ -11,37 +11,38 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hpc_imagenet.archives import digits, ilsvrc, shape
-from hpc_imagenet.archives.devkit import read_devkit
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scan
+from hpc_imagenet.data.ilsvrc.devkit import read_devkit
+from hpc_imagenet.demo import digits
 from hpc_imagenet.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits") / "source"
-    digits.write(folder)
+    digits.write_digits(folder)
     return folder
 
 
 def test_shape(archives: Path) -> None:
     assert sorted(path.name for path in archives.iterdir()) == [
-        shape.DEVKIT,
-        shape.TRAIN,
-        shape.VAL,
+        ilsvrc_writer.DEVKIT,
+        ilsvrc_writer.TRAIN,
+        ilsvrc_writer.VAL,
         "md5sums",
     ]
     assert [path.name for path in archives.parent.iterdir()] == ["source"], "a draft was left behind"
     subprocess.run(["md5sum", "--check", "--quiet", "md5sums"], cwd=archives, check=True)
-    devkit = read_devkit(archives / shape.DEVKIT)
+    devkit = read_devkit(archives / ilsvrc_writer.DEVKIT)
     assert [names[1] for names in devkit.names.values()] == [str(digit) for digit in range(10)]
     assert sorted(devkit.wnid_of) == list(range(1, 11))
     assert [devkit.wnid_of[i] for i in range(1, 11)] != list(devkit.names), "ids are in the order of labels"
 
 
 def test_images_are_those_of_the_source_each_once_with_its_label(archives: Path) -> None:
-    devkit = read_devkit(archives / shape.DEVKIT)
-    found = ilsvrc.scan(archives / shape.TRAIN, archives / shape.VAL, devkit)
-    data = [(archives / name).read_bytes() for name in (shape.TRAIN, shape.VAL)]
+    devkit = read_devkit(archives / ilsvrc_writer.DEVKIT)
+    found = scan.scan(archives / ilsvrc_writer.TRAIN, archives / ilsvrc_writer.VAL, devkit)
+    data = [(archives / name).read_bytes() for name in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL)]
     seen: list[tuple[bytes, int]] = []
     counts = {}
     for split, entries in found.splits.items():
@@ -66,7 +67,7 @@ def test_images_are_those_of_the_source_each_once_with_its_label(archives: Path)
 
 
 def test_bytes_are_the_same_each_time(archives: Path, tmp_path: Path) -> None:
-    digits.write(tmp_path / "again")
+    digits.write_digits(tmp_path / "again")
     for path in archives.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -74,7 +75,7 @@ def test_bytes_are_the_same_each_time(archives: Path, tmp_path: Path) -> None:
 def test_refuses_a_folder_that_holds_something(archives: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in archives.iterdir()}
     with pytest.raises(UserError, match="cannot be written"):
-        digits.write(archives)
+        digits.write_digits(archives)
     assert {path: path.stat().st_mtime_ns for path in archives.iterdir()} == before
     assert [path.name for path in archives.parent.iterdir()] == ["source"]
 
@@ -82,5 +83,5 @@ def test_refuses_a_folder_that_holds_something(archives: Path) -> None:
 def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"pip install -c constraints\.txt -e '\.\[demo\]'"):
-        digits.write(tmp_path / "x")
+        digits.write_digits(tmp_path / "x")
     assert not list(tmp_path.iterdir())

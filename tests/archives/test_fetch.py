@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from faulty_server import Faults, faulty, serving
 
-from hpc_imagenet.archives import receipt
-from hpc_imagenet.archives.fetch import LOOK
-from hpc_imagenet.archives.fetch import Fetch as Source
-from hpc_imagenet.archives.login import Login
-from hpc_imagenet.archives.receipt import Receipt
-from hpc_imagenet.archives.wanted import Wanted
-from hpc_imagenet.archives.web import Web
+from hpc_imagenet.data.download import receipt
+from hpc_imagenet.data.download.downloader import LOOK
+from hpc_imagenet.data.download.downloader import Downloader as Source
+from hpc_imagenet.data.download.expected import ExpectedArchive
+from hpc_imagenet.data.download.receipt import Receipt
+from hpc_imagenet.data.sources.http_credentials import HttpCredentials
+from hpc_imagenet.data.sources.http_source import HttpSource
 from hpc_imagenet.errors import UserError
 
 FILE = "x.tar"
@@ -51,7 +51,7 @@ class Fetch:
     ) -> None:
         self.slept: list[float] = []
         self.told: list[int] = []
-        remote = Web(url, timeout, connections, Login(url))
+        remote = HttpSource(url, timeout, connections, HttpCredentials(url))
         self.http = Source(
             remote, retries, timeout, connections=connections, hint=HINT, sleep=self.slept.append
         )
@@ -59,7 +59,7 @@ class Fetch:
         target.parent.mkdir(exist_ok=True)
 
     def __call__(self, **known: object) -> int:
-        want = Wanted("dataset.archives.train", FILE, False, **known)  # type: ignore[arg-type]
+        want = ExpectedArchive("dataset.archives.train", FILE, False, **known)  # type: ignore[arg-type]
         return self.http.fetch(want, self.target, self.told.append)
 
     def refused(self, **known: object) -> str:
@@ -76,7 +76,7 @@ def md5(path: Path) -> str:
 def assert_whole(target: Path, served: Path, source: str, *others: str) -> None:
     """The file is there with its receipt, and nothing else but `others`."""
     assert target.read_bytes() == (served / FILE).read_bytes()
-    found = receipt.load(target)
+    found = receipt.load_receipt(target)
     assert isinstance(found, Receipt)
     assert (found.md5, found.source, found.bytes) == (md5(target), source, target.stat().st_size)
     assert {path.name for path in target.parent.iterdir()} == {FILE, f"{FILE}.receipt.json", *others}
@@ -88,7 +88,7 @@ def test_well(served: Path, target: Path) -> None:
         fetch = Fetch(f"{url}/", target)
         assert fetch(md5=md5(served / FILE), bytes=size, vouched="md5sums") == size
         assert_whole(target, served, f"{url}/")
-    assert receipt.load(target).verified == "md5sums"  # type: ignore[union-attr]
+    assert receipt.load_receipt(target).verified == "md5sums"  # type: ignore[union-attr]
     assert fetch.told == sorted(fetch.told)
     assert fetch.told[-1] == size
     assert not fetch.slept
@@ -387,7 +387,7 @@ def test_two_at_once(served: Path, target: Path) -> None:
         told: list[str] = []
         first = Fetch(url, target)
         first.http.fetch(
-            Wanted("dataset.archives.train", FILE, False),
+            ExpectedArchive("dataset.archives.train", FILE, False),
             target,
             lambda done: told or told.append(Fetch(url, target).refused()),
         )

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_imagenet.archives import ilsvrc, shape
-from hpc_imagenet.archives.devkit import META, TRUTH, Devkit, read_devkit
-from hpc_imagenet.archives.shape import Synset
-from hpc_imagenet.archives.tar import BLOCK
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scan
+from hpc_imagenet.data.ilsvrc.devkit import META, TRUTH, Devkit, read_devkit
+from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
+from hpc_imagenet.data.tar.tar_reader import BLOCK
 from hpc_imagenet.errors import UserError
 
 # In the kit's order, which is not that of the wnids; the last row is no class.
@@ -27,14 +27,14 @@ TRUTH_IDS = [2, 3, 1]
 
 def write(folder: Path) -> tuple[Path, Path, Path]:
     paths = folder / "train.tar", folder / "val.tar", folder / "devkit.tar.gz"
-    shape.write_train(paths[0], TRAIN)
-    shape.write_val(paths[1], VAL)
-    shape.write_devkit(paths[2], SYNSETS, TRUTH_IDS)
+    ilsvrc_writer.write_train(paths[0], TRAIN)
+    ilsvrc_writer.write_val(paths[1], VAL)
+    ilsvrc_writer.write_devkit(paths[2], SYNSETS, TRUTH_IDS)
     return paths
 
 
-def read(folder: Path) -> ilsvrc.Scan:
-    return ilsvrc.scan(folder / "train.tar", folder / "val.tar", read_devkit(folder / "devkit.tar.gz"))
+def read(folder: Path) -> scan.Scan:
+    return scan.scan(folder / "train.tar", folder / "val.tar", read_devkit(folder / "devkit.tar.gz"))
 
 
 def repack(path: Path, members: list[tuple[str, bytes]]) -> None:
@@ -56,7 +56,7 @@ def test_devkit(tmp_path: Path) -> None:
 
 
 def test_devkit_of_one_class(tmp_path: Path) -> None:
-    shape.write_devkit(tmp_path / "kit", [Synset(7, "n1", "x")], [7])
+    ilsvrc_writer.write_devkit(tmp_path / "kit", [Synset(7, "n1", "x")], [7])
     assert read_devkit(tmp_path / "kit") == Devkit({"n1": ("x",)}, {7: "n1"}, ["n1"])
 
 
@@ -74,7 +74,7 @@ def test_devkit_of_one_class(tmp_path: Path) -> None:
 def test_devkit_at_odds_with_itself(
     tmp_path: Path, synsets: list[Synset], truth: list[int], words: str
 ) -> None:
-    shape.write_devkit(tmp_path / "kit.tar.gz", synsets, truth)
+    ilsvrc_writer.write_devkit(tmp_path / "kit.tar.gz", synsets, truth)
     with pytest.raises(UserError, match=words):
         read_devkit(tmp_path / "kit.tar.gz")
 
@@ -126,7 +126,9 @@ def test_val_labels_follow_names_not_places(tmp_path: Path) -> None:
 
 
 def train_without(folder: Path, *gone: str) -> None:
-    shape.write_train(folder / "train.tar", [(wnid, images) for wnid, images in TRAIN if wnid not in gone])
+    ilsvrc_writer.write_train(
+        folder / "train.tar", [(wnid, images) for wnid, images in TRAIN if wnid not in gone]
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,14 +137,23 @@ def train_without(folder: Path, *gone: str) -> None:
         (lambda f: train_without(f, "n002"), "class n002 is missing in it"),
         (lambda f: train_without(f, "n002", "n001"), "classes n001, n002 are missing in it"),
         (
-            lambda f: shape.write_train(f / "train.tar", [*TRAIN, ("n9", [b"x"])]),
+            lambda f: ilsvrc_writer.write_train(f / "train.tar", [*TRAIN, ("n9", [b"x"])]),
             "class n9 is in it, but not",
         ),
-        (lambda f: shape.write_train(f / "train.tar", []), "an empty archive"),
-        (lambda f: shape.write_train(f / "train.tar", [*TRAIN[:2], ("n002", [])]), "n002.tar: an empty"),
-        (lambda f: shape.write_train(f / "train.tar", [*TRAIN[:2], ("n002", [b""])]), "n002_0.JPEG has 0 b"),
-        (lambda f: shape.write_val(f / "val.tar", VAL[:2]), "2 images, but the ground truth .* 3 lines"),
-        (lambda f: shape.write_val(f / "val.tar", []), "an empty archive"),
+        (lambda f: ilsvrc_writer.write_train(f / "train.tar", []), "an empty archive"),
+        (
+            lambda f: ilsvrc_writer.write_train(f / "train.tar", [*TRAIN[:2], ("n002", [])]),
+            "n002.tar: an empty",
+        ),
+        (
+            lambda f: ilsvrc_writer.write_train(f / "train.tar", [*TRAIN[:2], ("n002", [b""])]),
+            "n002_0.JPEG has 0 b",
+        ),
+        (
+            lambda f: ilsvrc_writer.write_val(f / "val.tar", VAL[:2]),
+            "2 images, but the ground truth .* 3 lines",
+        ),
+        (lambda f: ilsvrc_writer.write_val(f / "val.tar", []), "an empty archive"),
         (lambda f: (f / "val.tar").replace(f / "train.tar"), "where one tar a class is expected"),
         (lambda f: repack(f / "train.tar", [("n001.tar", b"x" * 2000)]), "n002, n003 are missing in it"),
         (lambda f: repack(f / "val.tar", [("README", b"x")]), "README, which is no image"),
@@ -176,4 +187,4 @@ def test_more_classes_than_an_index_holds(tmp_path: Path) -> None:
     write(tmp_path)
     devkit = Devkit({f"n{i:05d}": ("x",) for i in range(65_537)}, {}, [])
     with pytest.raises(UserError, match="at most 65536"):
-        ilsvrc.scan(tmp_path / "train.tar", tmp_path / "val.tar", devkit)
+        scan.scan(tmp_path / "train.tar", tmp_path / "val.tar", devkit)

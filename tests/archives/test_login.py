@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from faulty_server import Faults, faulty, serving
 
-from hpc_imagenet.archives.fetch import Fetch
-from hpc_imagenet.archives.login import COOKIE, HEADER, Login
-from hpc_imagenet.archives.remote import Refused
-from hpc_imagenet.archives.web import Web
+from hpc_imagenet.data.download.downloader import Downloader
+from hpc_imagenet.data.sources.http_credentials import COOKIE, HEADER, HttpCredentials
+from hpc_imagenet.data.sources.http_source import HttpSource
+from hpc_imagenet.data.sources.range_source import NotAvailable
 from hpc_imagenet.errors import UserError
 
 HOST = "https://images.example/data"
@@ -37,13 +37,13 @@ def basic(user: str) -> dict[str, str]:
 
 
 def test_without_one() -> None:
-    assert Login(HOST).headers(f"{HOST}/x") == {}
+    assert HttpCredentials(HOST).headers(f"{HOST}/x") == {}
 
 
 def test_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COOKIE, f"session={SECRET}")
     monkeypatch.setenv(HEADER, f"Authorization: Bearer {SECRET}")
-    assert Login(HOST).headers(f"{HOST}/x") == {
+    assert HttpCredentials(HOST).headers(f"{HOST}/x") == {
         "Cookie": f"session={SECRET}",
         "Authorization": f"Bearer {SECRET}",
     }
@@ -51,7 +51,7 @@ def test_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_from_a_file_of_headers(tmp_path: Path) -> None:
     path = private(tmp_path / "login", f"# of the library\nX-Token: {SECRET}\nCookie: a={SECRET}\n")
-    assert Login(HOST, path).headers(f"{HOST}/x") == {"X-Token": SECRET, "Cookie": f"a={SECRET}"}
+    assert HttpCredentials(HOST, path).headers(f"{HOST}/x") == {"X-Token": SECRET, "Cookie": f"a={SECRET}"}
 
 
 def test_from_exported_cookies(tmp_path: Path) -> None:
@@ -61,21 +61,21 @@ def test_from_exported_cookies(tmp_path: Path) -> None:
         "other.example\tFALSE\t/\tFALSE\t0\tsession\tof-somebody-else\n"
     )
     path = private(tmp_path / "cookies.txt", lines)
-    assert Login(HOST, path).headers(f"{HOST}/x") == {"Cookie": f"session={SECRET}"}
+    assert HttpCredentials(HOST, path).headers(f"{HOST}/x") == {"Cookie": f"session={SECRET}"}
 
 
 def test_from_a_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"machine images.example login ada password {SECRET}\n"
     path = private(tmp_path / "netrc", text)
-    assert Login(HOST, path).headers(f"{HOST}/x") == basic("ada")
+    assert HttpCredentials(HOST, path).headers(f"{HOST}/x") == basic("ada")
     with pytest.raises(UserError, match=r"without a line for elsewhere\.example"):
-        Login("https://elsewhere.example", path)
+        HttpCredentials("https://elsewhere.example", path)
     # Where people have it already; a netrc for other hosts is nobody's login.
     private(tmp_path / "home" / ".netrc", text)
-    assert Login(HOST).headers(f"{HOST}/x") == basic("ada")
-    assert Login("https://elsewhere.example").headers("https://elsewhere.example/x") == {}
+    assert HttpCredentials(HOST).headers(f"{HOST}/x") == basic("ada")
+    assert HttpCredentials("https://elsewhere.example").headers("https://elsewhere.example/x") == {}
     monkeypatch.setenv("NETRC", private(tmp_path / "mine", text.replace("ada", "bob")))
-    assert Login(HOST).headers(f"{HOST}/x") == basic("bob")
+    assert HttpCredentials(HOST).headers(f"{HOST}/x") == basic("bob")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
@@ -84,13 +84,13 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> No
     private(path, f"X-Token: {SECRET}")
     path.chmod(mode)
     with pytest.raises(UserError) as caught:
-        Login(HOST, str(path))
+        HttpCredentials(HOST, str(path))
     assert f"(mode {mode:o}): chmod 600 {path}" in str(caught.value)
     path = tmp_path / "home" / ".netrc"
     private(path, f"machine images.example login a password {SECRET}")
     path.chmod(mode)
     with pytest.raises(UserError, match="chmod 600"):
-        Login(HOST)
+        HttpCredentials(HOST)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> No
 )
 def test_what_cannot_be_read_is_not_shown(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError) as caught:
-        Login(HOST, private(tmp_path / "login", text))
+        HttpCredentials(HOST, private(tmp_path / "login", text))
     assert SECRET not in str(caught.value)
     assert str(tmp_path / "login") in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -115,14 +115,14 @@ def test_what_cannot_be_read_is_not_shown(tmp_path: Path, text: str) -> None:
 def test_a_header_that_would_be_two_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COOKIE, f"{SECRET}\r\nX-More: 1")
     with pytest.raises(UserError) as caught:
-        Login(HOST)
+        HttpCredentials(HOST)
     assert COOKIE in str(caught.value)
     assert SECRET not in str(caught.value)
 
 
 def test_a_file_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"download\.login=.*/none cannot be read \(No such file"):
-        Login(HOST, str(tmp_path / "none"))
+        HttpCredentials(HOST, str(tmp_path / "none"))
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_is_sent_to_the_host_of_the_source_and_to_no_other(
     with serving(folder, faulty(other)) as there, caplog.at_level(logging.DEBUG):
         here = Faults(redirect=there)
         with serving(folder, faulty(here)) as url:
-            source = Fetch(Web(url, 5, 1, Login(url, path)), 0, 5)
+            source = Downloader(HttpSource(url, 5, 1, HttpCredentials(url, path)), 0, 5)
             assert source.text("md5sums") == "hello"
     assert [headers.get("X-Token") for headers in here.headers] == [SECRET]
     assert len(other.headers) == 1
@@ -153,20 +153,20 @@ def test_stays_within_the_host(folder: Path, tmp_path: Path) -> None:
     path = private(tmp_path / "login", f"X-Token: {SECRET}")
     faults = Faults(statuses=[(302, {"Location": "/md5sums"})], only="moved")
     with serving(folder, faulty(faults)) as url:
-        assert Fetch(Web(url, 5, 1, Login(url, path)), 0, 5).text("moved") == "hello"
+        assert Downloader(HttpSource(url, 5, 1, HttpCredentials(url, path)), 0, 5).text("moved") == "hello"
     assert [headers.get("X-Token") for headers in faults.headers] == [SECRET, SECRET]
 
 
 def test_redirects_without_end(folder: Path) -> None:
     faults = Faults(statuses=[(302, {"Location": "/x.tar"})] * 99)
     with serving(folder, faulty(faults)) as url, pytest.raises(UserError, match="too many redirects"):
-        Fetch(Web(url, 5, 1, Login(url)), 0, 5).text("x.tar")
+        Downloader(HttpSource(url, 5, 1, HttpCredentials(url)), 0, 5).text("x.tar")
     assert len(faults.seen) == 6
 
 
 def test_a_refusal_is_one(folder: Path) -> None:
     with serving(folder, faulty(Faults(statuses=[(401, {})]))) as url:
-        web = Web(url, 5, 1, Login(url))
-        with pytest.raises(Refused) as caught, web.ask("x.tar"):
+        web = HttpSource(url, 5, 1, HttpCredentials(url))
+        with pytest.raises(NotAvailable) as caught, web.open("x.tar"):
             pass
     assert caught.value.status == 401

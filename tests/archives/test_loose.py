@@ -16,9 +16,11 @@ from asking import ask, config_of, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_imagenet.archives import digits, receipt, shape
-from hpc_imagenet.archives.devkit import read_devkit
-from hpc_imagenet.archives.virtual import Tar, TarOfTars, header
+from hpc_imagenet.data.download import receipt
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer
+from hpc_imagenet.data.ilsvrc.devkit import read_devkit
+from hpc_imagenet.data.sources.virtual_tar import VirtualTar, VirtualTarOfTars, long_name_header
+from hpc_imagenet.demo import digits
 from hpc_imagenet.stages import download
 
 Images = dict[str, dict[str, bytes]]  # class → name → bytes
@@ -28,15 +30,15 @@ Images = dict[str, dict[str, bytes]]  # class → name → bytes
 def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Images]:
     """The digits, a few of each, as they lie in their archives."""
     folder = tmp_path_factory.mktemp("sources") / "digits"
-    digits.write(folder)
+    digits.write_digits(folder)
     train: Images = {}
-    with tarfile.open(folder / shape.TRAIN) as outer:
+    with tarfile.open(folder / ilsvrc_writer.TRAIN) as outer:
         for member in outer:
             with tarfile.open(fileobj=io.BytesIO(read(outer, member))) as inner:
                 train[member.name[:-4]] = {m.name: read(inner, m) for m in inner.getmembers()[:12]}
-    wnids = read_devkit(folder / shape.DEVKIT).val_wnids
+    wnids = read_devkit(folder / ilsvrc_writer.DEVKIT).val_wnids
     val: Images = {}
-    with tarfile.open(folder / shape.VAL) as archive:
+    with tarfile.open(folder / ilsvrc_writer.VAL) as archive:
         for wnid, member in list(zip(wnids, archive, strict=True))[:60]:
             val.setdefault(wnid, {})[member.name] = read(archive, member)
     return {"train": train, "val": val}
@@ -106,13 +108,13 @@ def made(workspace: Path) -> tuple[Images, Images, dict[str, tuple[str, ...]]]:
     """Return train, val and the names of the classes as the archives of the workspace have them."""
     folder = workspace / "archives" / "numbers"
     train: Images = {}
-    with tarfile.open(folder / shape.TRAIN) as outer:
+    with tarfile.open(folder / ilsvrc_writer.TRAIN) as outer:
         for member in outer:
             with tarfile.open(fileobj=io.BytesIO(read(outer, member))) as inner:
                 train[member.name[:-4]] = {m.name: read(inner, m) for m in inner}
-    kit = read_devkit(folder / shape.DEVKIT)
+    kit = read_devkit(folder / ilsvrc_writer.DEVKIT)
     val: Images = {}
-    with tarfile.open(folder / shape.VAL) as archive:
+    with tarfile.open(folder / ilsvrc_writer.VAL) as archive:
         members = sorted(archive.getmembers(), key=lambda member: member.name)
         for wnid, member in zip(kit.val_wnids, members, strict=True):
             val.setdefault(wnid, {})[member.name] = read(archive, member)
@@ -144,10 +146,10 @@ def test_archives_are_made(
     other = config_of(tmp_path / "again", source)
     other.download.connections = 1
     ask(download, other)
-    for file in (shape.TRAIN, shape.VAL, shape.DEVKIT):
+    for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT):
         one, two = (place / "archives/numbers" / file for place in (tmp_path, tmp_path / "again"))
         assert one.read_bytes() == two.read_bytes()
-        got = receipt.load(one)
+        got = receipt.load_receipt(one)
         assert got
         assert (got.source, got.verified) == (str(source), "")
     assert len(list((tmp_path / "archives/numbers").iterdir())) == 6
@@ -252,7 +254,7 @@ def test_files_that_change_meanwhile(
     told = refused(download, config_of(tmp_path, source))
     assert f"{victim}: had " in told
     assert "bytes and has 2: it changes" in told
-    assert not receipt.load(tmp_path / "archives/numbers" / shape.TRAIN)
+    assert not receipt.load_receipt(tmp_path / "archives/numbers" / ilsvrc_writer.TRAIN)
     monkeypatch.undo()
     # Listed anew it is another archive, and what was written of the first one is thrown away.
     ask(download, config_of(tmp_path, source))
@@ -267,8 +269,10 @@ def test_any_byte_of_a_virtual_tar(names: list[str], data: st.DataObject) -> Non
         files = {f"{i}.JPEG": data.draw(st.binary(max_size=1100)) for i in range(len(names))}
         for path, content in files.items():
             (root / path).write_bytes(content)
-        tar = Tar(root, names, list(files), [len(content) for content in files.values()], [0] * len(files))
-        nested = TarOfTars({"n1": tar, "n2": tar})
+        tar = VirtualTar(
+            root, names, list(files), [len(content) for content in files.values()], [0] * len(files)
+        )
+        nested = VirtualTarOfTars({"n1": tar, "n2": tar})
         whole = b"".join(pieces(nested, 0))
         assert len(whole) == nested.length
         with tarfile.open(fileobj=io.BytesIO(whole)) as outer:
@@ -280,13 +284,16 @@ def test_any_byte_of_a_virtual_tar(names: list[str], data: st.DataObject) -> Non
                     )
         for at in {0, nested.length - 1, *(data.draw(st.integers(0, nested.length - 1)) for _ in range(4))}:
             assert b"".join(pieces(nested, at)) == whole[at:]
-    assert header("x", 5) == tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT)[:124] + header("x", 5)[124:]
+    assert (
+        long_name_header("x", 5)
+        == tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT)[:124] + long_name_header("x", 5)[124:]
+    )
 
 
-def pieces(nested: TarOfTars, at: int) -> list[bytes]:
+def pieces(nested: VirtualTarOfTars, at: int) -> list[bytes]:
     found = []
     while at < nested.length:
-        found.append(nested.piece(at))
+        found.append(nested.read_from(at))
         assert found[-1]
         at += len(found[-1])
     return found

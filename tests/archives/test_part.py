@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hpc_imagenet.archives.part import Part
-from hpc_imagenet.archives.remote import Origin
+from hpc_imagenet.data.download.partial_file import PartialFile
+from hpc_imagenet.data.sources.range_source import Origin
 
 
 @pytest.mark.parametrize("meanwhile", ["nothing", "another part"])
@@ -17,7 +17,7 @@ def test_an_archive_that_became_whole_before_the_lock_was_had_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
 ) -> None:
     target = tmp_path / "x.tar"
-    first = Part(target)
+    first = PartialFile(target)
     first.begin(Origin("http://there/x.tar", None, None, 5, True))
     first.write(0, b"bytes")
     lock = fcntl.flock
@@ -25,14 +25,14 @@ def test_an_archive_that_became_whole_before_the_lock_was_had_is_left_alone(
     def late(*args: Any) -> None:
         """The other one ends between this one's opening of the part and its lock."""
         monkeypatch.setattr(fcntl, "flock", lock)
-        first.become_whole()
+        first.finalize()
         first.__exit__()
         if meanwhile == "another part":
             first.path.touch()
         lock(*args)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with Part(target) as second:
+    with PartialFile(target) as second:
         assert target.read_bytes() == b"bytes"
         assert second.size == 0
         second.write(0, b"other")

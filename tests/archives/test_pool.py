@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from pictures import jpeg
 
-from hpc_imagenet.archives import ilsvrc, pool, shape
-from hpc_imagenet.archives.devkit import read_devkit
-from hpc_imagenet.archives.shape import Synset
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scan
+from hpc_imagenet.data.ilsvrc.devkit import read_devkit
+from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io import process_pool
 
 
 def double(number: int) -> int:
@@ -31,38 +32,38 @@ def die(number: int) -> int:
 
 
 def test_one_worker_is_this_process() -> None:
-    pids = pool.in_order(lambda _: os.getpid(), [1, 2], 1)
+    pids = process_pool.map_in_order(lambda _: os.getpid(), [1, 2], 1)
     assert list(pids) == [os.getpid()] * 2
-    assert list(pool.in_order(double, [], 4)) == []
+    assert list(process_pool.map_in_order(double, [], 4)) == []
 
 
 @pytest.mark.slow
 def test_results_come_in_order() -> None:
-    assert list(pool.in_order(double, range(20), 2)) == [2 * i for i in range(20)]
+    assert list(process_pool.map_in_order(double, range(20), 2)) == [2 * i for i in range(20)]
 
 
 @pytest.mark.slow
 def test_errors_of_workers_are_raised_here() -> None:
     with pytest.raises(UserError, match="three"):
-        list(pool.in_order(refuse, range(8), 2))
+        list(process_pool.map_in_order(refuse, range(8), 2))
     with pytest.raises(UserError, match=r"process\.workers"):
-        list(pool.in_order(die, range(8), 2))
+        list(process_pool.map_in_order(die, range(8), 2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [ilsvrc.HEADER, ilsvrc.DECODE])
+@pytest.mark.parametrize("check", [scan.HEADER, scan.DECODE])
 def test_several_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str) -> None:
     bits = random.Random(1)
     synsets = [Synset(i + 1, f"n{i}", "x") for i in range(4)]
     train, val, kit = (tmp_path / name for name in ("train.tar", "val.tar", "kit.tar.gz"))
-    shape.write_train(train, [(s.wnid, [jpeg(bits, 900) for _ in range(5)]) for s in synsets])
-    shape.write_val(val, [jpeg(bits) for _ in range(9)])
-    shape.write_devkit(kit, synsets, [1] * 9)
+    ilsvrc_writer.write_train(train, [(s.wnid, [jpeg(bits, 900) for _ in range(5)]) for s in synsets])
+    ilsvrc_writer.write_val(val, [jpeg(bits) for _ in range(9)])
+    ilsvrc_writer.write_devkit(kit, synsets, [1] * 9)
     devkit = read_devkit(kit)
-    monkeypatch.setattr(ilsvrc, "_MANY", 0)
-    monkeypatch.setattr(ilsvrc, "_TOGETHER", 4)
-    one, two = (ilsvrc.scan(train, val, devkit, check=check, workers=workers) for workers in (1, 2))
-    for split in ilsvrc.SPLITS:
+    monkeypatch.setattr(scan, "_MANY", 0)
+    monkeypatch.setattr(scan, "_TOGETHER", 4)
+    one, two = (scan.scan(train, val, devkit, check=check, workers=workers) for workers in (1, 2))
+    for split in scan.SPLITS:
         for mine, theirs in zip(
             (one.splits, one.facts, one.names), (two.splits, two.facts, two.names), strict=True
         ):

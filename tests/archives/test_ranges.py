@@ -17,28 +17,28 @@ from faulty_server import Faults, faulty, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_imagenet.archives import fetch, ranges
-from hpc_imagenet.archives.fetch import LOOK, Fetch
-from hpc_imagenet.archives.follow import Follower
-from hpc_imagenet.archives.login import Login
-from hpc_imagenet.archives.pace import Pace
-from hpc_imagenet.archives.part import Part
-from hpc_imagenet.archives.ranges import Ranges
-from hpc_imagenet.archives.remote import Origin
-from hpc_imagenet.archives.virtual import member
-from hpc_imagenet.archives.wanted import Wanted
-from hpc_imagenet.archives.web import Web
+from hpc_imagenet.data.download import downloader, range_scheduler
+from hpc_imagenet.data.download.downloader import LOOK, Downloader
+from hpc_imagenet.data.download.expected import ExpectedArchive
+from hpc_imagenet.data.download.partial_file import PartialFile
+from hpc_imagenet.data.download.range_scheduler import RangeScheduler
+from hpc_imagenet.data.download.rate_limit import RateLimiter
+from hpc_imagenet.data.download.streaming_hash import StreamingHash
+from hpc_imagenet.data.sources.http_credentials import HttpCredentials
+from hpc_imagenet.data.sources.http_source import HttpSource
+from hpc_imagenet.data.sources.range_source import Origin
+from hpc_imagenet.data.sources.virtual_tar import tar_member
 from hpc_imagenet.errors import UserError
 
 FILE = "x.tar"
 SIZE = 6_000_000
-WANT = Wanted("dataset.archives.train", FILE, False)
+WANT = ExpectedArchive("dataset.archives.train", FILE, False)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
-    (folder / FILE).write_bytes(member("image.JPEG", random.Random(1).randbytes(SIZE)) + bytes(1024))
+    (folder / FILE).write_bytes(tar_member("image.JPEG", random.Random(1).randbytes(SIZE)) + bytes(1024))
     return folder
 
 
@@ -49,14 +49,14 @@ def target(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "LEAST", 300_000)
-    monkeypatch.setattr(fetch, "READ", 40_000)
-    monkeypatch.setattr(ranges, "LEAST", 50_000)
+    monkeypatch.setattr(downloader, "LEAST", 300_000)
+    monkeypatch.setattr(downloader, "READ", 40_000)
+    monkeypatch.setattr(range_scheduler, "LEAST", 50_000)
 
 
-def source(url: str, connections: int, timeout: float = 5.0, **kwargs: float) -> Fetch:
-    remote = Web(url, timeout, connections, Login(url))
-    return Fetch(remote, 5, timeout, connections=connections, **kwargs)  # type: ignore[arg-type]
+def source(url: str, connections: int, timeout: float = 5.0, **kwargs: float) -> Downloader:
+    remote = HttpSource(url, timeout, connections, HttpCredentials(url))
+    return Downloader(remote, 5, timeout, connections=connections, **kwargs)  # type: ignore[arg-type]
 
 
 def assert_same(target: Path, served: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_stall_is_fetched_by_another_connection(served: Path, target: Path) ->
 def test_a_trickle_counts_as_broken(
     served: Path, target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fetch, "SLOWEST", 10_000_000)
+    monkeypatch.setattr(downloader, "SLOWEST", 10_000_000)
     faults = Faults(pause=0.05)
 
     def hurry(done: int) -> None:
@@ -142,14 +142,14 @@ def test_retry_after_holds_for_all_connections(served: Path, target: Path) -> No
         http.sleep = lambda seconds: slept.append((threading.current_thread().name, seconds))
         faults.statuses = []
         # The first request settles what can be done; the next one is refused.
-        real, asked = http.remote.ask, list[int]()
+        real, asked = http.remote.open, list[int]()
 
         def ask(*args: object) -> object:
             asked.append(1)
             faults.statuses = [(429, {"Retry-After": "7"})] if len(asked) == 2 else faults.statuses
             return real(*args)  # type: ignore[arg-type]
 
-        http.remote.ask = ask  # type: ignore[method-assign, assignment]
+        http.remote.open = ask  # type: ignore[method-assign, assignment]
         http.fetch(WANT, target, lambda done: None)
     assert_same(target, served)
     assert 7 in [seconds for _, seconds in slept]
@@ -186,7 +186,7 @@ def test_the_limit_is_kept(served: Path, target: Path) -> None:
     slept: list[float] = []
     with serving(served) as url:
         http = source(url, 4)
-        http.pace = Pace(1e5, slept.append)
+        http.pace = RateLimiter(1e5, slept.append)
         http.fetch(WANT, target, lambda done: None)
     assert_same(target, served)
     # Nobody really sleeps: the waits pile up to those of all bytes at 0.1 MB/s.
@@ -196,7 +196,9 @@ def test_the_limit_is_kept(served: Path, target: Path) -> None:
 def test_what_came_before_is_read_once_and_not_fetched(served: Path, target: Path) -> None:
     with serving(served, faulty(Faults(drops=[1 << 30, 1_000_000]))) as url:
         with pytest.raises(UserError):
-            Fetch(Web(url, 5, 1, Login(url)), -1, 5).fetch(WANT, target, lambda done: None)
+            Downloader(HttpSource(url, 5, 1, HttpCredentials(url)), -1, 5).fetch(
+                WANT, target, lambda done: None
+            )
         assert source(url, 4).fetch(WANT, target, lambda done: None) < SIZE - 900_000
     assert_same(target, served)
 
@@ -210,7 +212,7 @@ def test_a_part_knows_which_bytes_it_has(spans: list[tuple[int, int]]) -> None:
     origin = Origin("x", '"1"', None, 80, ranges=True)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        with Part(folder / "f") as part:
+        with PartialFile(folder / "f") as part:
             part.begin(origin)
             has = [False] * 80
             for begin, length in spans:
@@ -218,21 +220,21 @@ def test_a_part_knows_which_bytes_it_has(spans: list[tuple[int, int]]) -> None:
                 has[begin : begin + length] = [True] * length
                 assert part.has(begin, begin + length)
             assert part.size == sum(has)
-            assert part.front == [*has, False].index(False)
+            assert part.contiguous_size == [*has, False].index(False)
             missing = [i for a, b in part.gaps() for i in range(a, b)]
             assert missing == [i for i in range(80) if not has[i]]
             for begin in range(80):
                 assert part.has(begin, begin + 1) == has[begin]
-        with Part(folder / "f") as again:  # from its note
+        with PartialFile(folder / "f") as again:  # from its note
             assert again.size == (sum(has) if any(has) else 0)
             assert (again.origin == origin) == any(has)
 
 
 def test_claims_never_overlap_and_cover_all(tmp_path: Path) -> None:
-    with Part(tmp_path / "f") as part:
+    with PartialFile(tmp_path / "f") as part:
         part.begin(Origin("x", '"1"', None, 1_000_000, ranges=True))
         part.write(300_000, bytes(100_000))
-        shared = Ranges(part, 3)
+        shared = RangeScheduler(part, 3)
         claims = [shared.take(250_000) for _ in range(5)]
         spans = [(claim.begin, claim.end) for claim in claims if claim]
         assert spans[:2] == [(0, 250_000), (250_000, 300_000)]
@@ -247,9 +249,9 @@ def test_claims_never_overlap_and_cover_all(tmp_path: Path) -> None:
 
 def test_the_follower_begins_anew_with_the_part(tmp_path: Path) -> None:
     data = random.Random(3).randbytes(500_000)
-    with Part(tmp_path / "f") as part:
+    with PartialFile(tmp_path / "f") as part:
         part.begin(Origin("x", '"1"', None, len(data), ranges=True))
-        with Follower(part) as follower:
+        with StreamingHash(part) as follower:
             part.write(0, b"something else")
             follower.result(lambda: None)
             part.begin(Origin("x", '"2"', None, len(data), ranges=True))
@@ -262,7 +264,7 @@ def test_a_part_is_taken_up_only_with_a_note_that_fits(tmp_path: Path) -> None:
     def left(note: str) -> int:
         (tmp_path / "f.part").write_bytes(bytes(LOOK))
         (tmp_path / "f.part.json").write_text(note)
-        with Part(tmp_path / "f") as part:
+        with PartialFile(tmp_path / "f") as part:
             return part.size
 
     assert left('{"url": "x", "total": 99999, "spans": [[0, 10], [20, 30]]}') == 20

@@ -7,44 +7,46 @@ from pathlib import Path
 
 import pytest
 
-from hpc_imagenet.archives import receipt
-from hpc_imagenet.archives.receipt import Receipt
+from hpc_imagenet.data.download import receipt
+from hpc_imagenet.data.download.receipt import Receipt
 
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
     path = tmp_path / "x.tar"
     path.write_bytes(b"12345")
-    receipt.write(path, "0" * 32, "http://x", "md5sums", path.stat())
+    receipt.write_receipt(path, "0" * 32, "http://x", "md5sums", path.stat())
     return path
 
 
 def test_holds_as_long_as_the_file_is_the_same(archive: Path) -> None:
-    assert receipt.load(archive) == Receipt(5, "0" * 32, archive.stat().st_mtime_ns, "http://x", "md5sums")
+    assert receipt.load_receipt(archive) == Receipt(
+        5, "0" * 32, archive.stat().st_mtime_ns, "http://x", "md5sums"
+    )
     stat = archive.stat()
     os.utime(archive, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert receipt.load(archive) is None
+    assert receipt.load_receipt(archive) is None
     os.utime(archive, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert receipt.load(archive) is not None
+    assert receipt.load_receipt(archive) is not None
     archive.write_bytes(b"123456")
     os.utime(archive, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert receipt.load(archive) is None
+    assert receipt.load_receipt(archive) is None
 
 
 def test_none_without_file_or_for_nonsense(archive: Path) -> None:
-    assert receipt.missing(archive.parent, ["x.tar", "y.tar"]) == ["y.tar"]
+    assert receipt.missing_receipts(archive.parent, ["x.tar", "y.tar"]) == ["y.tar"]
     note = archive.with_name("x.tar.receipt.json")
     for nonsense in ("{", "{}", '{"bytes": 5}', "[]"):
         note.write_text(nonsense)
-        assert receipt.missing(archive.parent, ["x.tar"]) == ["x.tar"], nonsense
+        assert receipt.missing_receipts(archive.parent, ["x.tar"]) == ["x.tar"], nonsense
     note.unlink()
-    assert receipt.load(archive) is None
+    assert receipt.load_receipt(archive) is None
     archive.unlink()
-    assert receipt.load(archive) is None
+    assert receipt.load_receipt(archive) is None
 
 
 def test_is_light() -> None:
     heavy = {"numpy", "scipy", "torch", "urllib3"}
-    code = "import sys, hpc_imagenet.archives.receipt; print(*sys.modules)"
+    code = "import sys, hpc_imagenet.data.download.receipt; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert not heavy & set(loaded.split())

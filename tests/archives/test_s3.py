@@ -10,14 +10,16 @@ import pytest
 import servers
 from asking import ask, config_of, refused
 
-from hpc_imagenet.archives import digits, receipt, shape
-from hpc_imagenet.archives.fetch import LOOK
-from hpc_imagenet.archives.part import Part
-from hpc_imagenet.archives.remote import Changed
-from hpc_imagenet.archives.s3 import Bucket
+from hpc_imagenet.data.download import receipt
+from hpc_imagenet.data.download.downloader import LOOK
+from hpc_imagenet.data.download.partial_file import PartialFile
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer
+from hpc_imagenet.data.sources.range_source import ContentChanged
+from hpc_imagenet.data.sources.s3_source import S3Source
+from hpc_imagenet.demo import digits
 from hpc_imagenet.stages import download
 
-FILES = (shape.TRAIN, shape.VAL, shape.DEVKIT)
+FILES = (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT)
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("buckets") / "library" / "ILSVRC"
-    digits.write(folder)
+    digits.write_digits(folder)
     return folder
 
 
@@ -48,7 +50,7 @@ def test_from_a_bucket(tmp_path: Path, source: Path) -> None:
     for file in FILES:
         archive = tmp_path / "archives/numbers" / file
         assert archive.read_bytes() == (source / file).read_bytes()
-        got = receipt.load(archive)
+        got = receipt.load_receipt(archive)
         assert got
         assert (got.source, got.verified) == ("s3://library/ILSVRC", "md5sums")
     for path in tmp_path.rglob("*"):
@@ -56,29 +58,33 @@ def test_from_a_bucket(tmp_path: Path, source: Path) -> None:
 
 
 def test_goes_on_with_what_an_earlier_try_left(tmp_path: Path, source: Path) -> None:
-    bucket = Bucket("s3://library/ILSVRC", 5, 1)
-    target = tmp_path / "archives/numbers" / shape.TRAIN
+    bucket = S3Source("s3://library/ILSVRC", 5, 1)
+    target = tmp_path / "archives/numbers" / ilsvrc_writer.TRAIN
     target.parent.mkdir(parents=True)
-    with bucket.ask(shape.TRAIN, 0, LOOK) as answer:
+    with bucket.open(ilsvrc_writer.TRAIN, 0, LOOK) as answer:
         origin = answer.origin
         data = b"".join(iter(lambda: answer.read(1 << 20), b""))
     assert (len(data), answer.ranged, answer.end) == (LOOK, True, LOOK)
-    with Part(target) as part:
+    with PartialFile(target) as part:
         part.begin(origin)
         part.write(0, data)
     size = sum((source / file).stat().st_size for file in FILES)
     assert ask(download, config_of(tmp_path, "s3://library/ILSVRC"))["downloaded"] == size - LOOK
-    assert target.read_bytes() == (source / shape.TRAIN).read_bytes()
+    assert target.read_bytes() == (source / ilsvrc_writer.TRAIN).read_bytes()
 
 
 def test_an_object_that_changes(tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = source.parent / "changing"
     path.write_bytes(b"a" * 1000)
-    bucket = Bucket("s3://library", 5, 1)
-    with bucket.ask("changing", 0, 10) as answer:
+    bucket = S3Source("s3://library", 5, 1)
+    with bucket.open("changing", 0, 10) as answer:
         before = answer.origin
     path.write_bytes(b"b" * 999)
-    with caplog.at_level(logging.WARNING), pytest.raises(Changed), bucket.ask("changing", 10, 20, before):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(ContentChanged),
+        bucket.open("changing", 10, 20, before),
+    ):
         pass
     path.unlink()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import urllib3
 
-from hpc_imagenet.archives.serve import serving
+from hpc_imagenet.demo.http_server import serving
 
 DATA = bytes(range(256)) * 10
 
@@ -57,7 +57,7 @@ def test_nothing_outside_the_folder(folder: Path) -> None:
 
 def test_command(folder: Path, tmp_path: Path) -> None:
     port = tmp_path / "port"
-    command = [sys.executable, "-m", "hpc_imagenet.archives.serve", str(folder), "--port-file", str(port)]
+    command = [sys.executable, "-m", "hpc_imagenet.demo.http_server", str(folder), "--port-file", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_imagenet.archives import tar
-from hpc_imagenet.archives.tar import BLOCK, Member, members
+from hpc_imagenet.data.tar import tar_reader
+from hpc_imagenet.data.tar.tar_reader import BLOCK, Member, members
 from hpc_imagenet.errors import UserError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -185,7 +185,7 @@ def test_a_flipped_bit_in_a_header_is_told() -> None:
 def test_names_what_came_instead_of_a_tar(data: bytes, words: str) -> None:
     assert f"not a tar but {words}" in refusal(data)
     with pytest.raises(UserError, match=words):
-        tar.check_first_block(data[:BLOCK], "x.tar")
+        tar_reader.check_first_block(data[:BLOCK], "x.tar")
 
 
 @pytest.mark.parametrize(

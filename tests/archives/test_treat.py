@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from pictures import encoded, jpeg
 from PIL import Image
 
-from hpc_imagenet.archives import picture, treat
-from hpc_imagenet.archives.picture import CMYK, GREY, PNG, PROGRESSIVE, TILED, TURNED
-from hpc_imagenet.archives.treat import Treatment
+from hpc_imagenet.data.images import image_header, shard_transform
+from hpc_imagenet.data.images.image_header import CMYK, GREY, PNG, PROGRESSIVE, ROTATED, TILED
+from hpc_imagenet.data.images.shard_transform import ShardTransform
 from hpc_imagenet.errors import UserError
 
 needs_jpegtran = pytest.mark.skipif(not shutil.which("jpegtran"), reason="no jpegtran on the PATH")
 TURN = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
 
 
-def treated(data: bytes, how: Treatment) -> tuple[bytes, picture.Look]:
-    out, look = how(data, picture.examine(data))
-    assert picture.examine(out)._replace(marks=0) == look._replace(marks=0)
-    assert picture.examine(out).marks == look.marks & ~TILED
+def treated(data: bytes, how: ShardTransform) -> tuple[bytes, image_header.ImageInfo]:
+    out, look = how(data, image_header.inspect(data))
+    assert image_header.inspect(out)._replace(marks=0) == look._replace(marks=0)
+    assert image_header.inspect(out).flags == look.flags & ~TILED
     return out, look
 
 
@@ -34,7 +34,7 @@ def pixels(data: bytes) -> np.ndarray:  # type: ignore[type-arg]
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from(["short", "long"]), st.integers(1, 600))
 def test_sizes(width: int, height: int, side: str, px: int) -> None:
-    new = Treatment(side, px).size(width, height)
+    new = ShardTransform(side, px).size(width, height)
     pick = min if side == "short" else max
     assert pick(new) == min(px, pick(width, height)) or min(new) == 1
     assert new[0] <= width
@@ -46,28 +46,28 @@ def test_sizes(width: int, height: int, side: str, px: int) -> None:
 
 
 def test_resizes_only_what_is_larger() -> None:
-    how = Treatment("short", 24)
+    how = ShardTransform("short", 24)
     small = encoded(size=(24, 90))
     assert treated(small, how)[0] == small
     large, look = treated(encoded(size=(200, 100)), how)
-    assert (look.width, look.height, look.marks) == (48, 24, 0)
+    assert (look.width, look.height, look.flags) == (48, 24, 0)
     theirs = Image.open(io.BytesIO(encoded(size=(200, 100)))).resize((48, 24), Image.Resampling.BICUBIC)
     assert abs(pixels(large) - np.asarray(theirs).astype(int)).mean() < 3
 
 
 def test_resize_keeps_what_matters() -> None:
-    how = Treatment("long", 20, 95)
-    assert treated(encoded(mode="L", size=(64, 64)), how)[1].marks == GREY
-    assert treated(encoded(exif=TURN, size=(64, 64)), how)[1].marks == TURNED
+    how = ShardTransform("long", 20, 95)
+    assert treated(encoded(mode="L", size=(64, 64)), how)[1].flags == GREY
+    assert treated(encoded(exif=TURN, size=(64, 64)), how)[1].flags == ROTATED
     for data in (encoded("PNG", size=(64, 64)), encoded(mode="CMYK", size=(64, 64))):
         out, look = treated(data, how)
-        assert (look.width, look.height, look.marks) == (20, 20, 0)
+        assert (look.width, look.height, look.flags) == (20, 20, 0)
         assert Image.open(io.BytesIO(out)).mode == "RGB"
 
 
 def test_quality_is_a_matter_of_bytes() -> None:
     data = encoded(size=(300, 300), quality=100)
-    sizes = [len(treated(data, Treatment("long", 200, quality))[0]) for quality in (10, 50, 90)]
+    sizes = [len(treated(data, ShardTransform("long", 200, quality))[0]) for quality in (10, 50, 90)]
     assert sizes == sorted(set(sizes))
 
 
@@ -82,15 +82,15 @@ def test_quality_is_a_matter_of_bytes() -> None:
     ],
 )
 def test_normalises_at_little_loss(data: bytes, most: int) -> None:
-    out, look = treated(data, Treatment(normalise=True))
-    assert not look.marks & (PNG | CMYK | PROGRESSIVE)
+    out, look = treated(data, ShardTransform(normalise=True))
+    assert not look.flags & (PNG | CMYK | PROGRESSIVE)
     assert abs(pixels(out) - pixels(data)).max() <= most
 
 
 @needs_jpegtran
 def test_normalise_leaves_the_ordinary_alone() -> None:
     for data in (encoded(), encoded(mode="L"), encoded(exif=TURN)):
-        assert treated(data, Treatment(normalise=True))[0] == data
+        assert treated(data, ShardTransform(normalise=True))[0] == data
 
 
 @needs_jpegtran
@@ -107,8 +107,8 @@ def test_normalise_leaves_the_ordinary_alone() -> None:
     ],
 )
 def test_tiles_show_the_same_picture_bit_for_bit(data: bytes) -> None:
-    out, look = treated(data, Treatment(tile=True))
-    assert look.marks & TILED
+    out, look = treated(data, ShardTransform(tile=True))
+    assert look.flags & TILED
     assert b"\xff\xdd\x00\x04\x00\x01" in out, "restart interval of one block"
     assert out.count(b"\xff\xd0") >= (look.width > 16)
     with Image.open(io.BytesIO(data)) as before, Image.open(io.BytesIO(out)) as after:
@@ -120,21 +120,21 @@ def test_tiles_show_the_same_picture_bit_for_bit(data: bytes) -> None:
 @needs_jpegtran
 def test_what_cannot_be_tiled_stays() -> None:
     data = encoded("PNG")
-    assert treated(data, Treatment(tile=True)) == (data, picture.examine(data))
+    assert treated(data, ShardTransform(tile=True)) == (data, image_header.inspect(data))
 
 
 def test_a_missing_jpegtran_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    treat._jpegtran_version.cache_clear()
-    for how in (Treatment(tile=True), Treatment(normalise=True)):
+    shard_transform._jpegtran_version.cache_clear()
+    for how in (ShardTransform(tile=True), ShardTransform(normalise=True)):
         with pytest.raises(UserError, match="need the program jpegtran"):
             how.tools()
-    assert Treatment("short", 256).tools().keys() == {"pillow"}
-    assert Treatment().tools() == {}
-    treat._jpegtran_version.cache_clear()
+    assert ShardTransform("short", 256).tools().keys() == {"pillow"}
+    assert ShardTransform().tools() == {}
+    shard_transform._jpegtran_version.cache_clear()
 
 
 def test_a_corrupt_image_is_told() -> None:
     data = encoded(size=(64, 64))
     with pytest.raises(ValueError, match="Truncated"):
-        Treatment("short", 8)(data[:400], picture.Look(64, 64, 0))
+        ShardTransform("short", 8)(data[:400], image_header.ImageInfo(64, 64, 0))

@@ -18,10 +18,11 @@ from door import Door, eventually
 from pictures import jpeg
 from sample_dataset import make_dataset
 
-from hpc_imagenet.archives import shape, verify
-from hpc_imagenet.archives.shape import Synset
-from hpc_imagenet.archives.verify import Report
-from hpc_imagenet.compose import compose
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer
+from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
+from hpc_imagenet.data.prepare import verify
+from hpc_imagenet.data.prepare.verify import VerifyReport
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.stages import download, process, upload
@@ -35,9 +36,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source, bits = tmp_path_factory.mktemp("sources") / "small", random.Random(3)
     source.mkdir()
     synsets = [Synset(3 - i, f"n{i}", f"word {i}") for i in range(3)]
-    shape.write_train(source / shape.TRAIN, [(s.wnid, [jpeg(bits, 800) for _ in range(9)]) for s in synsets])
-    shape.write_val(source / shape.VAL, [jpeg(bits, 500) for _ in range(6)])
-    shape.write_devkit(source / shape.DEVKIT, synsets, [1 + i % 3 for i in range(6)])
+    ilsvrc_writer.write_train(
+        source / ilsvrc_writer.TRAIN, [(s.wnid, [jpeg(bits, 800) for _ in range(9)]) for s in synsets]
+    )
+    ilsvrc_writer.write_val(source / ilsvrc_writer.VAL, [jpeg(bits, 500) for _ in range(6)])
+    ilsvrc_writer.write_devkit(source / ilsvrc_writer.DEVKIT, synsets, [1 + i % 3 for i in range(6)])
     workspaces = {}
     for layout in LAYOUTS:
         workspace = tmp_path_factory.mktemp(layout)
@@ -58,8 +61,8 @@ def copied(made: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
-def look(folder: Path, quick: bool = False) -> Report:
-    return verify.verify(folder, quick=quick, workers=2)
+def look(folder: Path, quick: bool = False) -> VerifyReport:
+    return verify.verify_dataset(folder, quick=quick, workers=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -80,8 +83,8 @@ def flip(path: Path, at: int) -> None:
 
 
 HARMS = [
-    ("index", lambda f: flip(f / "../../archives/numbers" / shape.VAL, 900), "has other bytes"),
-    ("index", lambda f: (f / "../../archives/numbers" / shape.TRAIN).unlink(), "is missing"),
+    ("index", lambda f: flip(f / "../../archives/numbers" / ilsvrc_writer.VAL, 900), "has other bytes"),
+    ("index", lambda f: (f / "../../archives/numbers" / ilsvrc_writer.TRAIN).unlink(), "is missing"),
     ("index", lambda f: flip(f / "train.npy", 140), "train.npy has other bytes"),
     ("index", lambda f: (f / "val.npy").write_bytes((f / "val.npy").read_bytes()[:-3]), "val.npy has"),
     ("index", lambda f: (f / "meta.bin").unlink(), "meta.bin is missing"),
@@ -137,13 +140,13 @@ def test_a_certificate_of_something_else_is_seen(copied: Callable[[str], Path]) 
 def test_targets(made: dict[str, Path], tmp_path: Path) -> None:
     workspace = made["shards"]
     folder = workspace / "datasets" / "numbers"
-    assert verify.find(workspace, "numbers") == [folder]
-    assert verify.find(workspace, str(folder)) == [folder]
-    assert verify.everything(workspace) == [folder]
-    assert verify.everything(tmp_path) == []
+    assert verify.find_folders(workspace, "numbers") == [folder]
+    assert verify.find_folders(workspace, str(folder)) == [folder]
+    assert verify.all_folders(workspace) == [folder]
+    assert verify.all_folders(tmp_path) == []
     for name in ("other", "numbers@v1", str(tmp_path)):
         with pytest.raises(UserError, match="no dataset, datastore or folder"):
-            verify.find(workspace, name)
+            verify.find_folders(workspace, name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -152,9 +155,9 @@ def test_an_uploaded_version_is_verified_as_well(copied: Callable[[str], Path], 
     words = ["dataset=ilsvrc", "dataset.name=numbers", "dataset.source=x", f"workspace={workspace}"]
     (config,) = compose(words)
     ask(upload, config)
-    (dataset, version) = verify.find(workspace, "numbers")
+    (dataset, version) = verify.find_folders(workspace, "numbers")
     assert version == workspace / "datastores" / "numbers" / "v1"
-    assert verify.find(workspace, "numbers@v1") == [version]
+    assert verify.find_folders(workspace, "numbers@v1") == [version]
     assert look(version).wrong == []
     (version / "certificate.md").chmod(0o644)
     (version / "certificate.md").write_text("x")

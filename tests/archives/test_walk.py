@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import encoded, jpeg
 
-from hpc_imagenet.archives import picture, walk
-from hpc_imagenet.archives.walk import Found
+from hpc_imagenet.data.images import image_header
+from hpc_imagenet.data.tar import tar_scan
+from hpc_imagenet.data.tar.tar_scan import ImageEntries
 from hpc_imagenet.errors import UserError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -42,16 +43,16 @@ def build(files: Sequence[tuple[str, bytes]], form: str = "gnu") -> bytes:
     return buffer.getvalue()
 
 
-def find(data: bytes, begin: int = 0, end: int | None = None) -> Found:
+def find(data: bytes, begin: int = 0, end: int | None = None) -> ImageEntries:
     descriptor = os.memfd_create("tar")
     try:
         os.write(descriptor, data)
-        return walk.find(descriptor, begin, len(data) if end is None else end, "x.tar")
+        return tar_scan.find_images(descriptor, begin, len(data) if end is None else end, "x.tar")
     finally:
         os.close(descriptor)
 
 
-def same(one: Found, other: Found) -> bool:
+def same(one: ImageEntries, other: ImageEntries) -> bool:
     return all(np.array_equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
 
@@ -73,21 +74,23 @@ def test_finds_what_tarfile_and_pillow_find(
 ) -> None:
     inner = build(files, form)
     skip = front * 512
-    with mock.patch.object(walk, "AT_ONCE", at_once):
+    with mock.patch.object(tar_scan, "AT_ONCE", at_once):
         found = find(b"x" * skip + inner + b"y" * 700, skip, skip + len(inner))
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         assert found.names.tolist() == [os.fsencode(member.name) for member in archive]
         assert (found.offsets - skip).tolist() == [member.offset_data for member in archive]
         assert found.lengths.tolist() == [member.size for member in archive]
-    assert [picture.Look(*facts) for facts in found.facts.tolist()] == [picture.examine(d) for _, d in files]
+    assert [image_header.ImageInfo(*facts) for facts in found.facts.tolist()] == [
+        image_header.inspect(d) for _, d in files
+    ]
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
 def test_an_ordinary_tar_takes_the_fast_way(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = build([(f"n1_{i}.JPEG", image) for i, image in enumerate(IMAGES)], form)
-    with mock.patch.object(walk, "_plain", return_value=None):
+    with mock.patch.object(tar_scan, "_plain", return_value=None):
         slow = find(data)
-    monkeypatch.setattr(walk, "_careful", lambda *_: pytest.fail("it was not plain"))
+    monkeypatch.setattr(tar_scan, "_careful", lambda *_: pytest.fail("it was not plain"))
     assert same(find(data), slow)
 
 
@@ -168,7 +171,7 @@ def test_damage_is_refused_as_the_careful_walk_refuses_it(draw: st.DataObject) -
 
 
 def outcome(data: bytes, end: int | None = None, careful: bool = False) -> object:
-    with mock.patch.object(walk, "_plain", return_value=None) if careful else mock.MagicMock():
+    with mock.patch.object(tar_scan, "_plain", return_value=None) if careful else mock.MagicMock():
         try:
             found = find(data, 0, end)
         except UserError as error:

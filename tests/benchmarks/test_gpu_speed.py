@@ -23,7 +23,7 @@ import loader_data
 from gpu_report import MARK, Options
 from train_step import Task, timm_rate
 
-from hpc_imagenet.training.decode import Encoded
+from hpc_imagenet.training.loading.decode import EncodedImage
 
 # A stand-in for timm's benchmark.py: 200 images/s, or a failure for one network.
 TIMM = """
@@ -272,6 +272,6 @@ def test_tiled_photos_without_jpegtran_have_restart_markers(monkeypatch) -> None
         32 * 24 / 8,
     )  # an eighth of the blocks
     assert Image.open(io.BytesIO(tiled)).size == (loader_data.WIDTH, loader_data.HEIGHT)
-    assert Encoded(tiled).plain
+    assert EncodedImage(tiled).plain
     (same,), note = loader_data.treated(pool, "archive")
     assert (same, note) == (pool[0], "")

@@ -15,10 +15,10 @@ import pytest
 from door import eventually, lives
 from sample_dataset import make_dataset
 
-from hpc_imagenet.config import Datastore
+from hpc_imagenet.config.schema import Datastore
 from hpc_imagenet.datastore import versions
-from hpc_imagenet.datastore.copier import NICE, Copier
 from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.node_cache.copy_process import NICE, CopyProcess
 from hpc_imagenet.errors import UserError
 
 
@@ -44,21 +44,21 @@ def children() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            if "hpc_imagenet.datastore.copier" in child.cmdline():
+            if "hpc_imagenet.datastore.node_cache.copy_process" in child.cmdline():
                 found.append(child)
     return found
 
 
 def test_it_copies_hashes_and_says_what_is_wrong(home: Path, shard: File, tmp_path: Path) -> None:
-    copier = Copier(str(home), "digits/v1", tmp_path)
+    copier = CopyProcess(str(home), "digits/v1", tmp_path)
     try:
         assert not children()
-        copier.bring(shard, tmp_path / "copy", silent)
+        copier.fetch(shard, tmp_path / "copy", silent)
         assert copier.hash(tmp_path / "copy", shard, silent) == shard.hash
         (tmp_path / "copy").write_bytes(b"else")
         assert copier.hash(tmp_path / "copy", shard, silent) != shard.hash
         with pytest.raises(UserError, match="digits/v1/none is missing"):
-            copier.bring(File("none", 1, shard.hash), tmp_path / "none", silent)
+            copier.fetch(File("none", 1, shard.hash), tmp_path / "none", silent)
         assert not (tmp_path / "none").exists()
         (child,) = children()
         assert child.nice() == min(19, max(NICE, os.nice(0)))
@@ -66,33 +66,33 @@ def test_it_copies_hashes_and_says_what_is_wrong(home: Path, shard: File, tmp_pa
         copier.close()
     eventually(lambda: not children())
     with pytest.raises(UserError, match="not copied any more"):
-        copier.bring(shard, tmp_path / "copy", silent)
+        copier.fetch(shard, tmp_path / "copy", silent)
 
 
 def test_one_that_was_killed_is_told_and_another_takes_its_place(
     home: Path, shard: File, tmp_path: Path
 ) -> None:
-    copier = Copier(str(home), "digits/v1", tmp_path)
+    copier = CopyProcess(str(home), "digits/v1", tmp_path)
     try:
-        copier.bring(shard, tmp_path / "copy", silent)
+        copier.fetch(shard, tmp_path / "copy", silent)
         (child,) = children()
         child.send_signal(signal.SIGSTOP)
         killer = threading.Timer(1, child.kill)
         killer.start()
         with pytest.raises(UserError, match=r"has ended \(exit code -9\)"):
-            copier.bring(shard, tmp_path / "second", silent)
+            copier.fetch(shard, tmp_path / "second", silent)
         assert not (tmp_path / "second").exists()
-        copier.bring(shard, tmp_path / "second", silent)
+        copier.fetch(shard, tmp_path / "second", silent)
         assert (tmp_path / "second").stat().st_size == shard.bytes
     finally:
         copier.close()
 
 
 def test_what_is_no_answer_is_told(home: Path, shard: File, tmp_path: Path) -> None:
-    copier = Copier(str(home), "digits/v1", tmp_path)
+    copier = CopyProcess(str(home), "digits/v1", tmp_path)
     copier._command = [sys.executable, "-c", "print('Welcome to n1')"]
     with pytest.raises(UserError, match="says 'Welcome to n1', which is no answer"):
-        copier.bring(shard, tmp_path / "copy", silent)
+        copier.fetch(shard, tmp_path / "copy", silent)
     copier.close()
 
 
@@ -116,7 +116,7 @@ def gone_after(order: str, home: Path, shard: File, tmp_path: Path) -> str:
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from hpc_imagenet.datastore.copier import Copier\n"
+        "from hpc_imagenet.datastore.node_cache.copy_process import Copier\n"
         "from hpc_imagenet.datastore.manifest import File\n"
         "copier = Copier(sys.argv[1], 'digits/v1', Path(sys.argv[2]))\n"
         "shard = File(sys.argv[3], int(sys.argv[4]), sys.argv[5])\n"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_imagenet.datastore.manifest import FILE, Category, File, Manifest, Split, load_manifest
+from hpc_imagenet.datastore.manifest import FILE, ClassNames, File, Manifest, Split, load_manifest
 from hpc_imagenet.errors import UserError
 
 files = st.builds(File, path=st.text(), bytes=st.integers(0, 2**50), hash=st.text())
@@ -19,7 +19,7 @@ manifests = st.builds(
     name=st.text(),
     content=st.text(),
     created=st.text(),
-    classes=st.lists(st.builds(Category, st.text(), st.lists(st.text()).map(tuple)), max_size=3).map(tuple),
+    classes=st.lists(st.builds(ClassNames, st.text(), st.lists(st.text()).map(tuple)), max_size=3).map(tuple),
     shards=st.lists(files, max_size=3).map(tuple),
     splits=st.dictionaries(st.text(), st.builds(Split, files, st.integers(0, 2**32)), max_size=3),
     files=st.lists(files, max_size=3).map(tuple),

@@ -11,16 +11,18 @@ import servers
 from faulty_s3 import Faults, proxy
 from sample_dataset import make_dataset
 
-from hpc_imagenet.config import Cluster, Config, Dataset, Datastore, Stage, Upload
-from hpc_imagenet.datastore import s3, shards, versions
-from hpc_imagenet.datastore.ahead import ReadAhead
-from hpc_imagenet.datastore.opening import opened
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.datastore.transport import Ranges
+from hpc_imagenet.config.schema import Cluster, Config, Dataset, Datastore, Stage, Upload
+from hpc_imagenet.datastore import versions
+from hpc_imagenet.datastore.backends import s3_client
+from hpc_imagenet.datastore.backends.storage_backend import SupportsRangeReads
+from hpc_imagenet.datastore.open_dataset import open_dataset
+from hpc_imagenet.datastore.reader import shard_reader
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.datastore.reader.prefetch import Prefetcher
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import Run
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import upload
-from hpc_imagenet.world import World
 
 pytestmark = pytest.mark.slow
 KINDS = ["moto", "rclone", "ssh"]
@@ -56,47 +58,47 @@ def url(where: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         datastore=Datastore("digits", url),
         upload=Upload(connections=4),
     )
-    upload.run(config, run, World())
+    upload.run(config, run, DistEnv())
     return url
 
 
 @pytest.fixture
 def expected(url: str, tmp_path: Path) -> list[tuple[bytes, int]]:
-    return images(Store(tmp_path / "workspace" / "datasets" / "digits"))
+    return images(DatasetReader(tmp_path / "workspace" / "datasets" / "digits"))
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits between tries are short."""
-    monkeypatch.setattr(s3, "PAUSE", 0.0)
+    monkeypatch.setattr(s3_client, "PAUSE", 0.0)
 
 
-def images(store: Store) -> list[tuple[bytes, int]]:
-    return [image for split in ("train", "val") for image in store.split(split)]
+def images(store: DatasetReader) -> list[tuple[bytes, int]]:
+    return [image for split in ("train", "val") for image in store.open_split(split)]
 
 
 def test_images_are_the_same_from_there_and_from_the_node(
     url: str, expected: list[tuple[bytes, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(shard_reader, "LOOK_AGAIN", 0.01)
     version = versions.open_version(Datastore("digits", url))
-    if isinstance(version.place, Ranges):
-        with opened(version, Cluster(), stages=True) as store:
+    if isinstance(version.backend, SupportsRangeReads):
+        with open_dataset(version, Cluster(), stages=True) as store:
             assert images(store) == expected
-            assert store.shards.far()
+            assert store.shards.is_remote()
     else:
         with (
             pytest.raises(UserError, match=r"give cluster\.scratch"),
-            opened(version, Cluster(), stages=True),
+            open_dataset(version, Cluster(), stages=True),
         ):
             pass
-    with opened(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
+    with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
         assert images(store) == expected
         for _ in range(3000):
-            if not store.shards.far():
+            if not store.shards.is_remote():
                 break
             time.sleep(0.01)
             images(store)
-        assert not store.shards.far()
+        assert not store.shards.is_remote()
         assert images(store) == expected
 
 
@@ -114,11 +116,11 @@ def test_reading_ahead_from_a_bucket_survives_faults(
     with proxy(where[1], faults) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         version = versions.open_version(Datastore("digits", url))
-        with opened(version, Cluster(), stages=True) as store:
-            train = store.split("train")
-            ahead = ReadAhead(train, threads=4)
+        with open_dataset(version, Cluster(), stages=True) as store:
+            train = store.open_split("train")
+            ahead = Prefetcher(train, threads=4)
             try:
-                for image in ahead.over((image, [image]) for image in range(len(train))):
+                for image in ahead.batches((image, [image]) for image in range(len(train))):
                     assert ahead.read(image) == expected[image]
             finally:
                 ahead.close()
@@ -133,8 +135,8 @@ def test_a_server_that_stays_away_is_one_line_without_the_signature(
     with proxy(where[1], Faults(every=1, kinds=("503",), only=b"shards/")) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         version = versions.open_version(Datastore("digits", url))
-        with opened(version, Cluster(), stages=True) as store, pytest.raises(UserError) as caught:
-            store.split("train").read(0)
+        with open_dataset(version, Cluster(), stages=True) as store, pytest.raises(UserError) as caught:
+            store.open_split("train").read(0)
     assert "status 503, 9 tries" in str(caught.value)
     assert "Signature" not in str(caught.value)
     assert "AKIA" not in str(caught.value)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_imagenet.datastore import pack
-from hpc_imagenet.datastore.pack import Packer, header
+from hpc_imagenet.data.tar import tar_writer
+from hpc_imagenet.data.tar.tar_writer import TarWriter, shard_member_header
 
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=120)
 
@@ -21,7 +21,7 @@ names = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",
 def test_headers_are_tarfiles(name: str, length: int) -> None:
     info = tarfile.TarInfo(name)
     info.size = length
-    assert header(name, length) == info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    assert shard_member_header(name, length) == info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
 @settings(deadline=None)
@@ -30,11 +30,11 @@ def test_headers_are_tarfiles(name: str, length: int) -> None:
     st.sampled_from([512, 700, 1 << 20]),
 )
 def test_what_is_packed_is_read(files: list[tuple[str, bytes, bool]], buffer: int) -> None:
-    pack_buffer, pack._BUFFER = pack._BUFFER, buffer
+    pack_buffer, tar_writer._BUFFER = tar_writer._BUFFER, buffer
     target, source = io.BytesIO(), os.memfd_create("source")
     descriptor = os.memfd_create("tar")
     try:
-        with open(descriptor, "w+b", closefd=False) as file, Packer(file) as packer:
+        with open(descriptor, "w+b", closefd=False) as file, TarWriter(file) as packer:
             offsets = []
             for name, data, copied in files:
                 if copied:
@@ -44,7 +44,7 @@ def test_what_is_packed_is_read(files: list[tuple[str, bytes, bool]], buffer: in
                     offsets.append(packer.add(name.rstrip("/") or "x", data))
         target.write(os.pread(descriptor, 1 << 20, 0))
     finally:
-        pack._BUFFER = pack_buffer
+        tar_writer._BUFFER = pack_buffer
         os.close(source)
         os.close(descriptor)
     whole = target.getvalue()
@@ -60,7 +60,7 @@ def test_what_is_packed_is_read(files: list[tuple[str, bytes, bool]], buffer: in
 
 
 def test_gnu_tar_reads_it(tmp_path: Path) -> None:
-    with (tmp_path / "x.tar").open("wb") as file, Packer(file) as packer:
+    with (tmp_path / "x.tar").open("wb") as file, TarWriter(file) as packer:
         packer.add("n1/a.JPEG", b"image")
         packer.add("n1/a.cls", b"7")
     subprocess.run(["tar", "xf", "x.tar"], cwd=tmp_path, check=True)
@@ -71,7 +71,7 @@ def test_gnu_tar_reads_it(tmp_path: Path) -> None:
 def test_an_archive_that_ends_too_soon(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(b"abc")
     descriptor = os.open(tmp_path / "short", os.O_RDONLY)
-    with pytest.raises(EOFError), (tmp_path / "x").open("wb") as file, Packer(file) as packer:
+    with pytest.raises(EOFError), (tmp_path / "x").open("wb") as file, TarWriter(file) as packer:
         packer.copy("a", descriptor, 1, 5)
     os.close(descriptor)
 
@@ -80,6 +80,6 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match="No space left"),
         Path("/dev/full").open("wb", buffering=0) as file,
-        Packer(file) as packer,
+        TarWriter(file) as packer,
     ):
         packer.add("a", bytes(9 << 20))

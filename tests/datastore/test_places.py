@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import servers
 
-from hpc_imagenet.datastore import bucket, multipart, versions
+from hpc_imagenet.datastore import versions
+from hpc_imagenet.datastore.backends import s3_backend, s3_upload
+from hpc_imagenet.datastore.backends.storage_backend import Reusable, StorageBackend, UploadFile, UploadStats
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.transport import Known, Piece, Place, Sent
 from hpc_imagenet.errors import UserError
 
 KINDS = ["folder", "rclone", "moto", "ssh"]
-LATE = Known(written=4e9)  # a manifest of then vouches for every file of now
+LATE = Reusable(written=4e9)  # a manifest of then vouches for every file of now
 
 pytestmark = pytest.mark.slow
 
@@ -33,26 +34,28 @@ def where(
 
 
 @pytest.fixture
-def place(where: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(where: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StorageBackend:
     kind, how = where
     if kind == "ssh":
         monkeypatch.setenv("RSYNC_RSH", how)
-        return versions.locate(f"there:{tmp_path}/stores with 'odd names")
+        return versions.open_backend(f"there:{tmp_path}/stores with 'odd names")
     if kind == "folder":
-        return versions.locate(str(tmp_path / "stores"))
+        return versions.open_backend(str(tmp_path / "stores"))
     servers.credentials(monkeypatch, how)
-    monkeypatch.setattr(multipart, "WHOLE", 1 << 20)
-    monkeypatch.setattr(multipart, "PART", 5 << 20)  # the least that S3 takes
-    return versions.locate(f"s3://bucket/{tmp_path.name}/stores")
+    monkeypatch.setattr(s3_upload, "WHOLE", 1 << 20)
+    monkeypatch.setattr(s3_upload, "PART", 5 << 20)  # the least that S3 takes
+    return versions.open_backend(f"s3://bucket/{tmp_path.name}/stores")
 
 
-def piece(source: Path, data: bytes, path: str = "", algorithm: str = "sha256") -> Piece:
+def piece(source: Path, data: bytes, path: str = "", algorithm: str = "sha256") -> UploadFile:
     source.write_bytes(data)
     value = hashlib.new(algorithm, data).hexdigest()
-    return Piece(source, File(path or f"shards/{source.name}", len(data), f"{algorithm}:{value}"))
+    return UploadFile(source, File(path or f"shards/{source.name}", len(data), f"{algorithm}:{value}"))
 
 
-def send(place: Place, pieces: list[Piece], path: str = "a/v1", known: Known = LATE) -> Sent:
+def send(
+    place: StorageBackend, pieces: list[UploadFile], path: str = "a/v1", known: Reusable = LATE
+) -> UploadStats:
     told: list[int] = []
     sent = place.send(pieces, path, known, lambda done, note: told.append(done))
     assert told == sorted(told)
@@ -60,7 +63,7 @@ def send(place: Place, pieces: list[Piece], path: str = "a/v1", known: Known = L
     return sent
 
 
-def test_versions_and_small_files(place: Place) -> None:
+def test_versions_and_small_files(place: StorageBackend) -> None:
     assert place.versions() == place.versions("a") == []
     assert place.read(["a/v1/manifest.json"]) == {}
     assert place.claim("a/v1", "upload.json", b"one\n")
@@ -81,13 +84,13 @@ def test_versions_and_small_files(place: Place) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
-def test_files_arrive_whole_and_are_kept(place: Place, tmp_path: Path, algorithm: str) -> None:
+def test_files_arrive_whole_and_are_kept(place: StorageBackend, tmp_path: Path, algorithm: str) -> None:
     place.claim("a/v1", "upload.json", b"{}")
     sizes = {"0.tar": 12_345_678, "1.tar": 1 << 20, "2.tar": 1, "ä ö.tar": 4_000_000}
     pieces = [piece(tmp_path / name, os.urandom(size), "", algorithm) for name, size in sizes.items()]
     pieces.append(piece(tmp_path / "meta.bin", b"abc", "meta.bin", algorithm))
     total = sum(each.file.bytes for each in pieces)
-    assert send(place, pieces[:2]) == Sent(copied=sum(each.file.bytes for each in pieces[:2]))
+    assert send(place, pieces[:2]) == UploadStats(copied=sum(each.file.bytes for each in pieces[:2]))
     again = send(place, pieces)
     assert again.total == total
     assert again.kept >= pieces[1].file.bytes
@@ -105,22 +108,22 @@ def test_files_arrive_whole_and_are_kept(place: Place, tmp_path: Path, algorithm
         place.fetch("a/v1/never", pieces[0].file, tmp_path / "never", lambda done: None)
 
 
-def test_an_older_version_spares_the_way(place: Place, tmp_path: Path) -> None:
+def test_an_older_version_spares_the_way(place: StorageBackend, tmp_path: Path) -> None:
     one = piece(tmp_path / "0.tar", os.urandom(3_000_000))
     place.claim("a/v1", "upload.json", b"{}")
     send(place, [one])
     older = {File("", one.file.bytes, one.file.hash): [f"a/v1/{one.file.path}"]}
     place.claim("a/v2", "upload.json", b"{}")
     renamed = replace(one, file=replace(one.file, path="shards/new.tar"))
-    sent = send(place, [renamed], "a/v2", Known(4e9, older))
-    assert sent == Sent(reused=one.file.bytes)
+    sent = send(place, [renamed], "a/v2", Reusable(4e9, older))
+    assert sent == UploadStats(reused=one.file.bytes)
     assert place.hash("a/v2/shards/new.tar", one.file, lambda done: None) == one.file.hash
-    place.clear("a/v1", "upload.json")  # it does not hang on the old one
+    place.delete_all("a/v1", "upload.json")  # it does not hang on the old one
     assert set(place.files("a/v1")) == {"upload.json"}
     assert place.hash("a/v2/shards/new.tar", one.file, lambda done: None) == one.file.hash
 
 
-def test_other_bytes_are_refused_and_do_not_appear(place: Place, tmp_path: Path) -> None:
+def test_other_bytes_are_refused_and_do_not_appear(place: StorageBackend, tmp_path: Path) -> None:
     place.claim("a/v1", "upload.json", b"{}")
     for size in (1000, 12_000_000):
         one = piece(tmp_path / f"{size}.tar", os.urandom(size))
@@ -139,7 +142,7 @@ def test_other_bytes_are_refused_and_do_not_appear(place: Place, tmp_path: Path)
     assert set(place.files("a/v1")) == {"upload.json"}
 
 
-def test_a_fetch_goes_on_and_mends_what_is_wrong(place: Place, tmp_path: Path) -> None:
+def test_a_fetch_goes_on_and_mends_what_is_wrong(place: StorageBackend, tmp_path: Path) -> None:
     place.claim("a/v1", "upload.json", b"{}")
     one = piece(tmp_path / "0.tar", os.urandom(20_000_000))
     send(place, [one])
@@ -157,21 +160,21 @@ def test_a_fetch_goes_on_and_mends_what_is_wrong(place: Place, tmp_path: Path) -
     assert not target.exists()
 
 
-def test_what_was_left_half_sent_is_tidied(place: Place, where: tuple[str, str]) -> None:
+def test_what_was_left_half_sent_is_tidied(place: StorageBackend, where: tuple[str, str]) -> None:
     place.claim("a/v1", "upload.json", b"{}")
     place.create("a/v1/shards.txt", b"x")
     place.create("a/v1/.manifest.json.1234.tmp", b"half")
     if place.folder:
         (place.folder / "a/v1/.fetched.tmp/shards").mkdir(parents=True)
         (place.folder / "a/v1/.fetched.tmp/shards/.0.tar.5678.tmp").write_bytes(b"half")
-    place.tidy("a/v1")
+    place.remove_partial("a/v1")
     kept = {"upload.json", "shards.txt"}
     if where[0] in ("rclone", "moto"):  # where nothing has such a name on its way
         kept.add(".manifest.json.1234.tmp")
     assert set(place.files("a/v1")) == kept
 
 
-def test_one_of_several_gets_a_number(place: Place) -> None:
+def test_one_of_several_gets_a_number(place: StorageBackend) -> None:
     won: list[int] = []
 
     def take(number: int) -> None:
@@ -183,7 +186,7 @@ def test_one_of_several_gets_a_number(place: Place) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    if isinstance(place, bucket.Bucket) and not place._server.conditional:
+    if isinstance(place, s3_backend.S3Backend) and not place._server.conditional:
         pytest.skip("the server has no conditional writes; uploads find out when they commit")
     assert len(won) == 1
     assert place.read(["a/v1/upload.json"]) == {"a/v1/upload.json": b"of %d" % won[0]}

@@ -14,8 +14,8 @@ from sample_dataset import file_of, make_dataset, write_tar
 
 from hpc_imagenet.datastore.index import ENTRY, write_index
 from hpc_imagenet.datastore.manifest import File, Manifest, Split
-from hpc_imagenet.datastore.shards import Files
-from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.datastore.reader.shard_reader import FolderShards
 from hpc_imagenet.errors import UserError
 
 names = st.text("abcdefghijklmnop_0123456789", min_size=1, max_size=90).map(lambda name: f"{name}.JPEG")
@@ -39,7 +39,7 @@ def test_reads_what_tarfile_reads(
     files = tuple(file_of(folder / f"{n}.tar", f"{n}.tar") for n in range(len(shards)))
     Manifest("x", "c", "", (), files, {"train": split}).save(folder)
 
-    train = Store(folder).split("train")
+    train = DatasetReader(folder).open_split("train")
     assert len(train) == len(expected)
     assert [(train.name(i), train.read(i)[0]) for i in range(len(train))] == expected
     assert [label for _, label in train] == list(range(len(train)))
@@ -52,8 +52,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_another_process_opens_its_own_files(folder: Path) -> None:
-    store = Store(folder)
-    images = list(store.split("train"))
+    store = DatasetReader(folder)
+    images = list(store.open_split("train"))
     assert store.shards._descriptors
     copy = pickle.loads(pickle.dumps(store))
     assert copy.shards._descriptors == {}
@@ -62,7 +62,7 @@ def test_another_process_opens_its_own_files(folder: Path) -> None:
 
 def test_forked_processes_read_at_once(folder: Path) -> None:
     # A descriptor that moves, as read() does, would mix up the readers: they share it after a fork.
-    split = Store(folder).split("train")
+    split = DatasetReader(folder).open_split("train")
     images = list(split)
 
     def read() -> None:
@@ -87,21 +87,21 @@ def test_a_missing_or_short_shard_is_told(folder: Path) -> None:
     with shard.open("r+b") as file:
         file.truncate(size - 1)
     with pytest.raises(UserError, match=rf"train-1\.tar has {size - 1} bytes instead of {size}"):
-        Store(folder)
+        DatasetReader(folder)
     shard.unlink()
     with pytest.raises(UserError, match=r"train-1\.tar is missing"):
-        Store(folder)
+        DatasetReader(folder)
 
 
 def test_what_is_no_dataset_is_told(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="no dataset here"):
-        Store(tmp_path)
+        DatasetReader(tmp_path)
     with pytest.raises(UserError, match="no split test; there are train, val"):
-        Store(folder).split("test")
+        DatasetReader(folder).open_split("test")
 
 
 def test_an_image_beyond_the_end_is_told(folder: Path) -> None:
-    store = Store(folder)
+    store = DatasetReader(folder)
     size = store.shards.paths[0].stat().st_size
     with pytest.raises(UserError, match="ends inside the image"):
         store.read(0, size - 10, 11)
@@ -115,7 +115,7 @@ def test_more_shards_are_read_than_files_may_be_open_at_first(
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(opened()) + 10, hard))
     try:
-        files = Files(tmp_path, [File(f"{number}", 2, "md5:0") for number in range(50)])
+        files = FolderShards(tmp_path, [File(f"{number}", 2, "md5:0") for number in range(50)])
         assert [files.read(number, 0, 2) for number in range(50)] == [b"%02d" % n for n in range(50)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -126,7 +126,7 @@ def test_more_shards_are_read_than_files_may_be_open_at_first(
 def test_a_thread_that_comes_second_to_a_shard_closes_its_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, before, really = Store(folder), opened(), os.open
+    store, before, really = DatasetReader(folder), opened(), os.open
 
     def late(*args: Any) -> int:
         """Let another be faster."""

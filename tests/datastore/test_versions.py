@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_imagenet.config import Datastore
+from hpc_imagenet.config.schema import Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import FILE, Manifest
 from hpc_imagenet.errors import UserError
@@ -21,8 +21,8 @@ def url(tmp_path: Path) -> str:
     return str(tmp_path / "datastores")
 
 
-def claim(datastore: Datastore, content: str, note: dict[str, str]) -> versions.Claim:
-    return versions.claim(versions.locate(datastore.url), datastore, content, note)
+def claim(datastore: Datastore, content: str, note: dict[str, str]) -> versions.VersionClaim:
+    return versions.claim_version(versions.open_backend(datastore.url), datastore, content, note)
 
 
 def put(url: str, name: str, number: int, content: str) -> None:
@@ -34,7 +34,7 @@ def put(url: str, name: str, number: int, content: str) -> None:
 @given(name=names, number=st.none() | st.integers(1, 10**9 - 1))
 def test_a_reference_is_a_name_and_maybe_a_version(name: str, number: int | None) -> None:
     reference = name if number is None else f"{name}@v{number}"
-    assert versions.parse(reference) == (name, number)
+    assert versions.parse_reference(reference) == (name, number)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_reference_is_a_name_and_maybe_a_version(name: str, number: int | None
 )
 def test_anything_else_is_refused(wrong: str) -> None:
     with pytest.raises(UserError, match=r"^datastore\.name="):
-        versions.parse(wrong)
+        versions.parse_reference(wrong)
 
 
 def test_a_url_is_a_folder_a_host_or_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,12 +56,12 @@ def test_a_url_is_a_folder_a_host_or_a_bucket(tmp_path: Path, monkeypatch: pytes
         "file:/data/x": "/data/x",
         "~/x": "/home/me/x",
     }.items():
-        assert versions.locate(url).folder == Path(folder)
-        assert not versions.remote(url)
+        assert versions.open_backend(url).folder == Path(folder)
+        assert not versions.is_remote(url)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     for url in ("s3://bucket/prefix", "me@host:/data", "host:data"):
-        assert versions.remote(url)
-        assert versions.locate(url).folder is None
+        assert versions.is_remote(url)
+        assert versions.open_backend(url).folder is None
     for url in (
         "https://host/data",
         "S3://bucket",
@@ -72,9 +72,9 @@ def test_a_url_is_a_folder_a_host_or_a_bucket(tmp_path: Path, monkeypatch: pytes
         "",
     ):
         with pytest.raises(UserError, match=r"^datastore\.url"):
-            versions.locate(url)
+            versions.open_backend(url)
     with pytest.raises(UserError, match="without a login") as caught:
-        versions.locate("s3://key:word@bucket/prefix")
+        versions.open_backend("s3://key:word@bucket/prefix")
     assert "word" not in str(caught.value)
 
 
@@ -83,14 +83,14 @@ def test_training_from_a_host_is_told_what_it_needs() -> None:
         UserError,
         match=r"give cluster\.scratch.*datastores fetch a DIR datastore\.url=host:/data, then datastore",
     ) as caught:
-        versions.check_readable(versions.locate("host:/data"), None, "a")
+        versions.check_readable(versions.open_backend("host:/data"), None, "a")
     assert "\n" not in str(caught.value)
-    versions.check_readable(versions.locate("host:/data"), "/scratch", "a")
+    versions.check_readable(versions.open_backend("host:/data"), "/scratch", "a")
 
 
 def test_only_what_has_a_manifest_is_there(url: str) -> None:
-    assert versions.complete(url, "a") == []
-    assert versions.names(versions.locate(url)) == []
+    assert versions.complete_versions(url, "a") == []
+    assert versions.datastore_names(versions.open_backend(url)) == []
     for number in (10, 2, 1):
         put(url, "a", number, "c")
     (Path(url) / "a" / "v3").mkdir()
@@ -98,8 +98,8 @@ def test_only_what_has_a_manifest_is_there(url: str) -> None:
     (Path(url) / "a" / "v4" / FILE).rename(Path(url) / "a" / "v4" / ".manifest.json.x.tmp")
     (Path(url) / "a" / "v05").mkdir()
     (Path(url) / "empty").mkdir()
-    assert versions.complete(url, "a") == [1, 2, 10]
-    assert versions.names(versions.locate(url)) == ["a"]
+    assert versions.complete_versions(url, "a") == [1, 2, 10]
+    assert versions.datastore_names(versions.open_backend(url)) == ["a"]
 
 
 def test_the_newest_the_pinned_or_that_of_the_content_is_opened(url: str) -> None:
@@ -151,7 +151,7 @@ def test_a_claim_takes_the_next_number(url: str) -> None:
     first = claim(Datastore("a", url), "one", {"run": "r"})
     assert (first.number, first.complete) == (1, False)
     assert first.path == "a/v1"
-    assert versions.complete(url, "a") == []
+    assert versions.complete_versions(url, "a") == []
     assert claim(Datastore("a", url), "two", {}).number == 2
     assert claim(Datastore("a@v9", url), "three", {}).number == 9
     assert claim(Datastore("a", url), "four", {}).number == 10

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hpc_imagenet.config import Cluster
-from hpc_imagenet.doctor import login, nodes
-from hpc_imagenet.doctor.line import UNSURE, WELL, WRONG, Line, Seen
+from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.doctor import cluster_checks, node_checks
+from hpc_imagenet.doctor.check_result import FAIL, OK, WARN, CheckResult, ProbeReport
 
 GB = 10**9
 VERSIONS = {"torch": "2.11.0", "pytorch-lightning": "2.6.6"}
@@ -68,8 +68,8 @@ def cluster(**settings: Any) -> Cluster:
     return Cluster(executor="slurm", **{**usual, **settings})
 
 
-def seen(told: dict[str, Any], **settings: Any) -> Seen:
-    return Seen(
+def seen(told: dict[str, Any], **settings: Any) -> ProbeReport:
+    return ProbeReport(
         stage="train",
         cluster=cluster(**settings),
         overlaid=frozenset({"partition"}),
@@ -81,18 +81,18 @@ def seen(told: dict[str, Any], **settings: Any) -> Seen:
     )
 
 
-def judged(seen: Seen) -> dict[str, Line]:
-    return {line.check: line for line in nodes.lines(seen)}
+def judged(seen: ProbeReport) -> dict[str, CheckResult]:
+    return {line.check: line for line in node_checks.check_nodes(seen)}
 
 
 def test_nothing_is_wrong_with_what_is_well() -> None:
     lines = judged(seen(healthy()))
-    assert {line.mark for line in lines.values()} == {WELL}, lines
+    assert {line.status for line in lines.values()} == {OK}, lines
     assert list(lines) == [
         *("workspace", "python", "packages", "cores", "memory", "GPUs", "scratch"),
         *("internet", "clocks", "network"),
     ]
-    assert not any(line.mend for line in lines.values())
+    assert not any(line.fix for line in lines.values())
     assert "2 x H200 (140 GiB, driver 570.1)" in lines["GPUs"].found
 
 
@@ -116,41 +116,41 @@ def lost(which: str, rank: int) -> Callable[[dict[str, Any]], None]:
 
 
 CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str, str, tuple[str, ...]]] = {
-    "a task said nothing": (lost("hellos", 3), "workspace", WRONG, ("1 of 4 tasks", "workspace=FOLDER")),
-    "a node stopped": (lost("reports", 2), "workspace", WRONG, ("n2 began", "cluster.memory_gb")),
+    "a task said nothing": (lost("hellos", 3), "workspace", FAIL, ("1 of 4 tasks", "workspace=FOLDER")),
+    "a node stopped": (lost("reports", 2), "workspace", FAIL, ("n2 began", "cluster.memory_gb")),
     "not writable": (
         nodes_told("disks / workspace", disk("/w", "nfs4", error="Read-only file system")),
-        *("workspace", WRONG, ("n2: Read-only file system", "workspace=FOLDER")),
+        *("workspace", FAIL, ("n2: Read-only file system", "workspace=FOLDER")),
     ),
-    "nothing of ours was seen": (nodes_told("clock", None), "workspace", UNSURE, ("a node saw nothing",)),
+    "nothing of ours was seen": (nodes_told("clock", None), "workspace", WARN, ("a node saw nothing",)),
     "seen late": (
         nodes_told("clock", {"sent": 0.0, "seen": 20.0, "answered": 20.0, "back": 40.0}),
-        *("workspace", UNSURE, ("within 40.0 s",)),
+        *("workspace", WARN, ("within 40.0 s",)),
     ),
     "another python": (
         nodes_told("python", "3.9.1", "hellos"),
-        *("python", WRONG, ("n2: python 3.9.1 (here 3.11.7)", "cluster.setup")),
+        *("python", FAIL, ("n2: python 3.9.1 (here 3.11.7)", "cluster.setup")),
     ),
-    "another checkout": (nodes_told("code", "/old", "hellos"), "python", WRONG, ("/old (here /c)",)),
+    "another checkout": (nodes_told("code", "/old", "hellos"), "python", FAIL, ("/old (here /c)",)),
     "another torch": (
         nodes_told("packages / 0", {"package": "torch", "version": "2.6.0", "error": "", "gpus": ["a"] * 2}),
-        *("packages", WRONG, ("n2: torch 2.6.0 (here 2.11.0)",)),
+        *("packages", FAIL, ("n2: torch 2.6.0 (here 2.11.0)",)),
     ),
     "no lightning": (
         nodes_told("packages / 1 / error", "PackageNotFoundError: none"),
-        *("packages", WRONG, ("n2: pytorch-lightning: PackageNotFoundError",)),
+        *("packages", FAIL, ("n2: pytorch-lightning: PackageNotFoundError",)),
     ),
     "one core": (
         nodes_told("cores", 1, "hellos", 3),
-        *("cores", WRONG, ("1 to 8 of the 8 that cluster.cpus_per_task", "cluster.srun=[--cpu-bind=none]")),
+        *("cores", FAIL, ("1 to 8 of the 8 that cluster.cpus_per_task", "cluster.srun=[--cpu-bind=none]")),
     ),
     "little memory": (
         nodes_told("memory / limit", 8 * 2.0**30),
-        *("memory", WRONG, ("n2: 8.6 GB (cgroup)", "less than cluster.memory_gb=64")),
+        *("memory", FAIL, ("n2: 8.6 GB (cgroup)", "less than cluster.memory_gb=64")),
     ),
     "a GPU does not answer": (
         nodes_told("packages / 0 / gpus", ["H200"]),
-        *("GPUs", WRONG, ("2 asked for, 1 answers", "built for this driver")),
+        *("GPUs", FAIL, ("2 asked for, 1 answers", "built for this driver")),
     ),
     "no driver": (
         lambda told: [
@@ -158,47 +158,47 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str, str, tuple[str, ..
             or nodes_told("packages / 0 / gpus", [], rank=rank)(told)
             for rank in (0, 2)
         ],
-        *("GPUs", WRONG, ("0 answer (no nvidia-smi, Slurm gave 2", "cluster.stage.train.partition")),
+        *("GPUs", FAIL, ("0 answer (no nvidia-smi, Slurm gave 2", "cluster.stage.train.partition")),
     ),
     "no scratch": (
         nodes_told("disks / cluster.scratch", disk("/scratch", "", 0, error="no such folder")),
-        *("scratch", WRONG, ("/scratch on n2: no such folder", "cluster.scratch=FOLDER")),
+        *("scratch", FAIL, ("/scratch on n2: no such folder", "cluster.scratch=FOLDER")),
     ),
     "scratch is full": (
         nodes_told("disks / cluster.scratch", disk("/scratch", "xfs", 10**6)),
-        *("scratch", WRONG, ("on n2", "full", "cluster.scratch=FOLDER")),
+        *("scratch", FAIL, ("on n2", "full", "cluster.scratch=FOLDER")),
     ),
     "scratch has no files left": (
         nodes_told("disks / cluster.scratch", disk("/scratch", "xfs", inodes=3)),
-        *("scratch", WRONG, ("3 files free",)),
+        *("scratch", FAIL, ("3 files free",)),
     ),
     "scratch is shared": (
         nodes_told("disks / cluster.scratch", disk("/scratch", "lustre", 8 * GB)),
-        *("scratch", UNSURE, ("network file system",)),
+        *("scratch", WARN, ("network file system",)),
     ),
     "scratch is small": (
         nodes_told("disks / cluster.scratch", disk("/scratch", "xfs", 80 * GB)),
-        *("scratch", UNSURE, ("155.0 GB",)),
+        *("scratch", WARN, ("155.0 GB",)),
     ),
     "no internet": (
         lambda told: told["reports"][0]["internet"].update(status=None, error="timed out"),
-        *("internet", WRONG, ("not reachable from n1 (timed out)", "cluster.stage.download.partition=")),
+        *("internet", FAIL, ("not reachable from n1 (timed out)", "cluster.stage.download.partition=")),
     ),
     "a clock is wrong": (
         nodes_told("clock", {"sent": 60.0, "seen": 0.1, "answered": 0.1, "back": 60.2}),
-        *("clocks", WRONG, ("n2 is 60 s ahead", "+cluster.sbatch.exclude=n2")),
+        *("clocks", FAIL, ("n2 is 60 s ahead", "+cluster.sbatch.exclude=n2")),
     ),
     "a name is none": (
         nodes_told("peers / failed", ["n1 is no name here"]),
-        *("network", WRONG, ("from n2: n1 is no name here", "cluster.nodes=1")),
+        *("network", FAIL, ("from n2: n1 is no name here", "cluster.nodes=1")),
     ),
     "a node's files are not seen by another": (
         nodes_told("peers / nodes", 0),
-        *("network", WRONG, ("from n2: does not see the files of 1",)),
+        *("network", FAIL, ("from n2: does not see the files of 1",)),
     ),
     "the port is taken": (
         nodes_told("taken", "port 12345: Address already in use", "hellos"),
-        *("network", WRONG, ("n2: port 12345", "ask again")),
+        *("network", FAIL, ("n2: port 12345", "ask again")),
     ),
 }
 
@@ -210,13 +210,13 @@ def test_each_line_fails_alone_and_says_what_to_set(case: str) -> None:
     change(told)
     lines = judged(seen(told))
     line = lines[check]
-    assert line.mark == mark, line
-    assert line.mend
+    assert line.status == mark, line
+    assert line.fix
     for word in words:
-        assert word in line.found + line.mend, line
-    wrong = {line.check for line in lines.values() if line.mark == WRONG}
+        assert word in line.found + line.fix, line
+    wrong = {line.check for line in lines.values() if line.status == FAIL}
     assert wrong <= {check}, lines
-    assert "\n" not in line.found + line.mend
+    assert "\n" not in line.found + line.fix
 
 
 @pytest.mark.parametrize(
@@ -235,14 +235,14 @@ def test_what_is_not_asked_for_may_be_too_little(settings: dict[str, Any], check
         if check == "memory":
             report["memory"] = {"total": 512 * GB, "limit": None, "slurm": 200 * 2.0**20}
     line = judged(seen(told, **settings))[check]
-    assert (line.mark, word in line.mend) == (WRONG, True), line
+    assert (line.status, word in line.fix) == (FAIL, True), line
 
 
 def test_gpus_that_no_setting_counts() -> None:
     """`--gres` among the further options of sbatch gives some as well; training takes what is there."""
     told = healthy()
     usual = {"gpus_per_node": None, "tasks_per_node": 2, "sbatch": {"gres": "gpu:2"}}
-    assert judged(seen(told, **usual))["GPUs"].mark == WELL
+    assert judged(seen(told, **usual))["GPUs"].status == OK
     for report in told["reports"].values():
         report["packages"][0]["gpus"] = []
     assert "2 asked for, 0 answer" in judged(seen(told, **usual))["GPUs"].found
@@ -255,20 +255,20 @@ def test_tasks_that_are_bound_to_a_gpu_each() -> None:
     told = healthy()
     for report in told["reports"].values():
         report["packages"][0]["gpus"] = ["H200"]
-    assert judged(seen(told, tasks_per_node=2))["GPUs"].mark == WRONG
+    assert judged(seen(told, tasks_per_node=2))["GPUs"].status == FAIL
     for hello in told["hellos"].values():
         hello["visible"] = 1
-    assert judged(seen(told, tasks_per_node=2))["GPUs"].mark == WELL
+    assert judged(seen(told, tasks_per_node=2))["GPUs"].status == OK
 
 
 def test_a_clock_is_judged_by_what_is_certain() -> None:
     """A slow file system makes the way there and back long, and says nothing about the clock."""
     told = healthy()
     told["reports"][2]["clock"] = {"sent": 0.0, "seen": 9.0, "answered": 9.0, "back": 9.1}
-    assert judged(seen(told))["clocks"].mark == WELL
+    assert judged(seen(told))["clocks"].status == OK
     told["reports"][2]["clock"] = {"sent": -60.0, "seen": 9.0, "answered": 9.0, "back": -50.9}
     line = judged(seen(told))["clocks"]
-    assert line.mark == WRONG
+    assert line.status == FAIL
     assert "n2 is 64 s behind" in line.found
 
 
@@ -285,40 +285,45 @@ def test_a_clock_is_judged_by_what_is_certain() -> None:
     ],
 )
 def test_a_probe_that_told_nothing(log: str | None, check: str, word: str) -> None:
-    line = nodes.nothing(seen({}), "/w", log, "Slurm: failed (exit code 7)")
-    assert (line.check, line.mark) == (check, WRONG)
-    assert word in line.found + line.mend
+    line = node_checks.explain_no_report(seen({}), "/w", log, "Slurm: failed (exit code 7)")
+    assert (line.check, line.status) == (check, FAIL)
+    assert word in line.found + line.fix
 
 
 @pytest.mark.parametrize(
     ("config", "partition", "mark", "word"),
     [
-        ("PreemptType=preempt/none", "", WELL, "not preempted"),
+        ("PreemptType=preempt/none", "", OK, "not preempted"),
         (
             "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE",
             "PreemptMode=OFF",
-            WELL,
+            OK,
             "not in partition",
         ),
         (
             "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE",
             "GraceTime=0",
-            UNSURE,
+            WARN,
             "without a warning",
         ),
-        ("PreemptType=preempt/qos\nPreemptMode=CANCEL", "GraceTime=0", UNSURE, "retry"),
-        ("PreemptType=preempt/partition_prio\nPreemptMode=GANG,SUSPEND", "", WELL, "wait and go on"),
-        ("", "", UNSURE, "does not answer"),
+        ("PreemptType=preempt/qos\nPreemptMode=CANCEL", "GraceTime=0", WARN, "retry"),
+        ("PreemptType=preempt/partition_prio\nPreemptMode=GANG,SUSPEND", "", OK, "wait and go on"),
+        ("", "", WARN, "does not answer"),
     ],
 )
 def test_what_a_preemption_would_do(config: str, partition: str, mark: str, word: str) -> None:
     settings = dict(line.split("=") for line in config.splitlines())
     told = dict(pair.split("=") for pair in partition.split()) | {"Default": "YES"}
-    line = login.preemption(cluster(), settings, {"debug": told})
-    assert (line.mark, word in line.found) == (mark, True), line
+    line = cluster_checks.check_preemption(cluster(), settings, {"debug": told})
+    assert (line.status, word in line.found) == (mark, True), line
 
 
 def test_a_job_that_is_not_to_be_requeued() -> None:
-    assert login.requeues(cluster(), {"JobRequeue": "0"}).mark == WELL  # our jobs ask for it themselves
-    assert login.requeues(cluster(sbatch={"no_requeue": True}), {"JobRequeue": "1"}).mark == UNSURE
-    assert login.requeues(cluster(sbatch={"requeue": False}), {}).mark == UNSURE
+    assert (
+        cluster_checks.check_requeues(cluster(), {"JobRequeue": "0"}).status == OK
+    )  # our jobs ask for it themselves
+    assert (
+        cluster_checks.check_requeues(cluster(sbatch={"no_requeue": True}), {"JobRequeue": "1"}).status
+        == WARN
+    )
+    assert cluster_checks.check_requeues(cluster(sbatch={"requeue": False}), {}).status == WARN

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from door import Door
 
-from hpc_imagenet import slurm
-from hpc_imagenet.doctor import examine, sent
-from hpc_imagenet.doctor.line import UNSURE, WELL, WRONG
+from hpc_imagenet.doctor import probe_job, run
+from hpc_imagenet.doctor.check_result import FAIL, OK, WARN
+from hpc_imagenet.launch import slurm
 
 
 def row(job: object, state: str, reason: str = "None") -> str:
@@ -98,10 +98,10 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    monkeypatch.setattr(examine, "PACKAGES", ("submitit=submitit",))  # torch takes seconds
-    monkeypatch.setattr(sent, "LAG", 0.5)
-    monkeypatch.setattr(sent, "_EVERY", 0.2)
-    slurm.most_of_an_array.cache_clear()
+    monkeypatch.setattr(run, "PACKAGES", ("submitit=submitit",))  # torch takes seconds
+    monkeypatch.setattr(probe_job, "LAG", 0.5)
+    monkeypatch.setattr(probe_job, "_EVERY", 0.2)
+    slurm.max_array_size.cache_clear()
     return Stage(tmp_path)
 
 
@@ -110,11 +110,11 @@ ONE = "~cluster.stage.download"  # as training: one probe for both
 
 def test_all_is_well_and_nothing_is_left(stage: Stage) -> None:
     lines = stage.doctor("cluster.cpus_per_task=1")
-    assert {line["mark"] for line in lines.values()} <= {WELL, UNSURE}, lines
+    assert {line["status"] for line in lines.values()} <= {OK, WARN}, lines
     assert {where for where, _ in lines} == {"login", "download", "train"}
     assert lines["train", "probe"]["found"].startswith("job 1 ran on n1")
     assert "submitit" in lines["train", "packages"]["found"]
-    assert lines["train", "sacct"]["mark"] == lines["train", "workspace"]["mark"] == WELL
+    assert lines["train", "sacct"]["status"] == lines["train", "workspace"]["status"] == OK
     assert "30 s (GraceTime)" in lines["login", "preemption"]["found"]
     assert stage.left == []
     assert stage.cancelled == ""
@@ -128,7 +128,7 @@ def test_all_is_well_and_nothing_is_left(stage: Stage) -> None:
 @pytest.mark.slow
 def test_a_wrong_line_keeps_what_the_probe_printed(stage: Stage) -> None:
     lines = stage.doctor("cluster.cpus_per_task=4096", ONE, "cluster.scratch=/no/where", code=1)
-    wrong = {check for (_, check), line in lines.items() if line["mark"] == WRONG}
+    wrong = {check for (_, check), line in lines.items() if line["status"] == FAIL}
     assert wrong == {"cores", "scratch"}
     assert list(stage.left[0].glob("train/1_0_log.err"))
 
@@ -158,18 +158,18 @@ def test_what_slurm_refuses_names_the_setting(stage: Stage, said: str, words: tu
     stage.plays("sbatch", f"[[ $1 == --version ]] || {{ echo '{said}' >&2; exit 1; }}")
     lines = stage.doctor(ONE, code=1)
     line = lines["login", "train"]
-    assert line["mark"] == WRONG
+    assert line["status"] == FAIL
     assert said.removeprefix("sbatch: error: ") in line["found"]
     for word in words:
-        assert word in line["mend"], line
+        assert word in line["fix"], line
     assert ("train", "probe") not in lines
 
 
 def test_a_stage_s_own_setting_is_named_in_full(stage: Stage) -> None:
     stage.plays("sbatch", "[[ $1 == --version ]] || { echo 'invalid partition specified: net' >&2; exit 1; }")
     lines = stage.doctor("+cluster.stage.download.partition=net", code=1)
-    assert "cluster.stage.download.partition=net" in lines["login", "download"]["mend"]
-    assert "cluster.partition=null" in lines["login", "upload"]["mend"]
+    assert "cluster.stage.download.partition=net" in lines["login", "download"]["fix"]
+    assert "cluster.partition=null" in lines["login", "upload"]["fix"]
 
 
 def test_sbatch_may_refuse_what_it_took_on_trial(stage: Stage) -> None:
@@ -178,7 +178,7 @@ def test_sbatch_may_refuse_what_it_took_on_trial(stage: Stage) -> None:
     )
     stage.plays("sbatch", usual)
     line = stage.doctor(ONE, code=1)["train", "probe"]
-    assert line["mark"] == WRONG
+    assert line["status"] == FAIL
     assert "QOSMaxSubmitJobPerUserLimit" in line["found"]
 
 
@@ -187,9 +187,9 @@ def test_a_probe_that_never_starts_is_cancelled(stage: Stage) -> None:
     stage.plays("squeue", f"echo '{row(1, 'PENDING', 'Resources')}'")
     stage.plays("srun", "true")
     line = stage.doctor(ONE, "--timeout=0.5", code=1)["train", "probe"]
-    assert line["mark"] == WRONG
+    assert line["status"] == FAIL
     assert "(Resources) and was cancelled" in line["found"]
-    assert "--timeout" in line["mend"]
+    assert "--timeout" in line["fix"]
     assert stage.cancelled == "1\n"
     assert stage.left == []
 
@@ -198,7 +198,7 @@ def test_a_reason_that_no_waiting_mends_is_not_waited_for(stage: Stage) -> None:
     stage.plays("squeue", f"echo '{row(1, 'PENDING', 'InvalidQOS')}'")
     stage.plays("srun", "true")
     line = stage.doctor(ONE, "cluster.qos=fast", code=1)["train", "probe"]
-    assert "change cluster.qos" in line["mend"]
+    assert "change cluster.qos" in line["fix"]
     assert stage.cancelled == "1\n"
 
 
@@ -210,9 +210,9 @@ def test_a_workspace_that_the_nodes_do_not_have(stage: Stage) -> None:
         STUBS["sbatch"].replace("SLURM_JOB_ID=$n SLURM", "true || SLURM").replace("COMPLETED", "FAILED"),
     )
     line = stage.doctor(ONE, code=1)["train", "workspace"]
-    assert line["mark"] == WRONG
+    assert line["status"] == FAIL
     assert "is not shared with the nodes" in line["found"]
-    assert "workspace=FOLDER" in line["mend"]
+    assert "workspace=FOLDER" in line["fix"]
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_a_node_without_python(stage: Stage) -> None:
         "srun", "echo 'slurmstepd: error: execve(): /x/python: No such file or directory' >&2; exit 2"
     )
     lines = stage.doctor(ONE, code=1)
-    assert lines["train", "python"]["mark"] == WRONG
+    assert lines["train", "python"]["status"] == FAIL
     assert "execve" in lines["train", "python"]["found"]
     assert stage.left
 
@@ -231,7 +231,7 @@ def test_what_the_setup_printed_is_shown(stage: Stage) -> None:
     line = stage.doctor(ONE, "cluster.cpus_per_task=1", "cluster.setup=[no-such-module load]")[
         "train", "printed"
     ]
-    assert line["mark"] == UNSURE
+    assert line["status"] == WARN
     assert "no-such-module: command not found" in line["found"]
 
 
@@ -240,7 +240,7 @@ def test_a_login_side_without_accounting_is_no_failure(stage: Stage) -> None:
     stage.plays("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     lines = stage.doctor(ONE, "cluster.cpus_per_task=1")
     for where in ("login", "train"):
-        assert lines[where, "sacct"]["mark"] == UNSURE
+        assert lines[where, "sacct"]["status"] == WARN
         assert "squeue" in lines[where, "sacct"]["found"]
     assert "storage is disabled" in lines["login", "sacct"]["found"]
 
@@ -256,13 +256,13 @@ def test_no_slurm_at_all(stage: Stage, tmp_path: Path) -> None:
     stage.door.env["PATH"] = str(tmp_path)
     line = stage.doctor(code=1)["login", "commands"]
     assert "no sbatch, srun, squeue, scontrol, scancel" in line["found"]
-    assert "cluster=local" in line["mend"]
+    assert "cluster=local" in line["fix"]
 
 
 def test_a_workspace_that_cannot_be_made(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     lines = stage.doctor(f"workspace={tmp_path}/file/workspace", code=1)
-    assert lines["login", "workspace"]["mark"] == WRONG
+    assert lines["login", "workspace"]["status"] == FAIL
     assert ("train", "probe") not in lines
 
 
@@ -277,7 +277,7 @@ def test_a_source_that_the_nodes_do_not_see(stage: Stage) -> None:
     )
     line = stage.doctor(*words, code=1)["train", "source"]
     assert line["found"] == "/no/birds: no such folder on n1"
-    assert "dataset.source=FOLDER" in line["mend"]
+    assert "dataset.source=FOLDER" in line["fix"]
 
 
 def test_on_this_machine_it_is_a_process(stage: Stage) -> None:

@@ -28,20 +28,20 @@ import pytest
 import websocket
 from servers import free_port
 
-from hpc_imagenet import temporary
-from hpc_imagenet.errors import Interrupted, UserError
-from hpc_imagenet.session import keys, life
-from hpc_imagenet.session.life import Asked, Life
-from hpc_imagenet.session.note import WARNING
-from hpc_imagenet.session.server import TOP, Server
+from hpc_imagenet.errors import Preempted, UserError
+from hpc_imagenet.io import tempdir
+from hpc_imagenet.session import credentials, watchdog
+from hpc_imagenet.session.connection import WARNING
+from hpc_imagenet.session.server import TOP, JupyterServer
+from hpc_imagenet.session.watchdog import StopEvent, Watchdog
 
 pytestmark = pytest.mark.slow
 
 
 @contextlib.contextmanager
-def serving(folder: Path, way: str = "loopback", port: int | None = None) -> Iterator[Server]:
+def serving(folder: Path, way: str = "loopback", port: int | None = None) -> Iterator[JupyterServer]:
     (folder / "notebooks").mkdir(parents=True, exist_ok=True)
-    server = Server(folder, folder / "notebooks", way, port, 1)
+    server = JupyterServer(folder, folder / "notebooks", way, port, 1)
     try:
         server.start({})
         yield server
@@ -50,14 +50,14 @@ def serving(folder: Path, way: str = "loopback", port: int | None = None) -> Ite
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
     port = free_port()
     with serving(tmp_path_factory.mktemp("here"), port=port) as server:
         assert server.port == port
         yield server
 
 
-def connection(server: Server) -> http.client.HTTPConnection:
+def connection(server: JupyterServer) -> http.client.HTTPConnection:
     """Return a connection as a browser behind a tunnel has it."""
     if server.socket:
         over = http.client.HTTPConnection("localhost")
@@ -71,7 +71,9 @@ def connection(server: Server) -> http.client.HTTPConnection:
     return http.client.HTTPConnection("localhost", server.port, timeout=30)
 
 
-def ask(server: Server, path: str, token: str | None, method: str = "GET", body: str | None = None) -> Any:
+def ask(
+    server: JupyterServer, path: str, token: str | None, method: str = "GET", body: str | None = None
+) -> Any:
     """Return the JSON of an answer, or its status where that is not a good one."""
     over = connection(server)
     over.request(method, path, body, {"Authorization": f"token {token}"} if token else {})
@@ -81,16 +83,16 @@ def ask(server: Server, path: str, token: str | None, method: str = "GET", body:
     return json.loads(data or b"null") if answer.status < 300 else answer.status
 
 
-def post(server: Server, path: str, **body: Any) -> Any:
-    return ask(server, path, keys.token(server.run_folder), "POST", json.dumps(body))
+def post(server: JupyterServer, path: str, **body: Any) -> Any:
+    return ask(server, path, credentials.token(server.run_folder), "POST", json.dumps(body))
 
 
-def talk(server: Server, path: str) -> websocket.WebSocket:
-    header = [f"Authorization: token {keys.token(server.run_folder)}"]
+def talk(server: JupyterServer, path: str) -> websocket.WebSocket:
+    header = [f"Authorization: token {credentials.token(server.run_folder)}"]
     return websocket.create_connection(f"ws://127.0.0.1:{server.port}{path}", header=header, timeout=30)
 
 
-def execute(server: Server, code: str) -> websocket.WebSocket:
+def execute(server: JupyterServer, code: str) -> websocket.WebSocket:
     """Run code in a new kernel, and return what listens to it."""
     kernel = post(server, "/api/kernels", name="python3")["id"]
     over = talk(server, f"/api/kernels/{kernel}/channels")
@@ -120,23 +122,23 @@ def printed(over: websocket.WebSocket, text: str) -> str:
     return said
 
 
-def opens(server: Server) -> None:
+def opens(server: JupyterServer) -> None:
     """Nothing but the token opens a server."""
-    token = keys.token(server.run_folder)
+    token = credentials.token(server.run_folder)
     assert ask(server, "/api/contents", token)["type"] == "directory"
     for wrong in (None, "wrong", token[:-1], token.upper()):
         assert ask(server, "/api/contents", wrong) == 403
         assert ask(server, "/api/terminals", wrong, "POST") == 403
 
 
-def test_the_token_opens_it_and_nothing_else_does(here: Server) -> None:
+def test_the_token_opens_it_and_nothing_else_does(here: JupyterServer) -> None:
     opens(here)
     assert here.fingerprint is None
 
 
-def test_nobody_is_asked_about_news_which_nodes_do_not_reach(here: Server) -> None:
+def test_nobody_is_asked_about_news_which_nodes_do_not_reach(here: JupyterServer) -> None:
     over = connection(here)
-    over.request("GET", "/lab", headers={"Authorization": f"token {keys.token(here.run_folder)}"})
+    over.request("GET", "/lab", headers={"Authorization": f"token {credentials.token(here.run_folder)}"})
     page = over.getresponse().read().decode()
     over.close()
     found = re.search(r"jupyter-config-data[^>]*>(.*?)</script>", page, re.DOTALL)
@@ -144,7 +146,9 @@ def test_nobody_is_asked_about_news_which_nodes_do_not_reach(here: Server) -> No
     assert "@jupyterlab/apputils-extension:announcements" in json.loads(found[1])["disabledExtensions"]
 
 
-def test_at_an_address_it_has_a_certificate_and_a_port_of_its_own(tmp_path: Path, here: Server) -> None:
+def test_at_an_address_it_has_a_certificate_and_a_port_of_its_own(
+    tmp_path: Path, here: JupyterServer
+) -> None:
     with serving(tmp_path, "address") as server:
         opens(server)
         over = connection(server)
@@ -155,29 +159,29 @@ def test_at_an_address_it_has_a_certificate_and_a_port_of_its_own(tmp_path: Path
         digest = subprocess.run(command, input=shown, capture_output=True, check=True)
         assert digest.stdout.decode().strip().endswith(f"={server.fingerprint}")
         assert server.port != here.port
-        assert ask(server, "/api/status", keys.token(here.run_folder)) == 403
+        assert ask(server, "/api/status", credentials.token(here.run_folder)) == 403
 
 
 def test_at_a_socket_it_is_shut_down_from_within_and_leaves_nothing(tmp_path: Path) -> None:
     with serving(tmp_path, "socket") as server:
         opens(server)
         assert server.fingerprint is None
-        thread, _, ended = lives(server, Asked())
+        thread, _, ended = lives(server, StopEvent())
         post(server, "/api/shutdown")
         thread.join()
         folder = server.folder
         assert folder.exists()
     assert ended == ["shut down from within"]
     assert not folder.exists()
-    assert not (tmp_path / keys.TOKEN).exists()
+    assert not (tmp_path / credentials.TOKEN).exists()
 
 
 def test_each_start_has_a_token_of_its_own_that_its_owner_alone_can_read(tmp_path: Path) -> None:
-    tokens = {keys.new_token(tmp_path) for _ in range(20)}
+    tokens = {credentials.new_token(tmp_path) for _ in range(20)}
     assert len(tokens) == 20
     assert all(len(token) == 64 for token in tokens)
-    assert (tmp_path / keys.TOKEN).stat().st_mode & 0o777 == 0o600
-    assert keys.token(tmp_path) in tokens
+    assert (tmp_path / credentials.TOKEN).stat().st_mode & 0o777 == 0o600
+    assert credentials.token(tmp_path) in tokens
 
 
 def test_the_token_is_in_no_process_and_no_output_and_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
@@ -199,7 +203,7 @@ def test_the_token_is_in_no_process_and_no_output_and_it_ends_with_whoever_start
         while not (lines and lines[-1].startswith(f"{TOP}/")):
             lines.append(process.stdout.readline())
         folder, port = Path(lines[-1].split()[0]), int(lines[-1].split()[1])
-        token = keys.token(tmp_path)
+        token = credentials.token(tmp_path)
         with socket.create_connection(("127.0.0.1", port)) as over:  # as a browser's first visit
             over.sendall(f"GET /lab?token={token} HTTP/1.0\r\n\r\n".encode())
             assert b"200 OK" in over.recv(4096)
@@ -207,19 +211,19 @@ def test_the_token_is_in_no_process_and_no_output_and_it_ends_with_whoever_start
         for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 told += [" ".join(each.cmdline()), " ".join(each.environ().values())]
-        assert folder not in temporary.sweep("session", TOP)
+        assert folder not in tempdir.remove_stale("session", TOP)
         process.kill()
         lines += process.stdout.readlines()  # until the last of them has ended
     assert len(told) >= 4
     assert not any(token in line for line in [*told, *lines])
     written = [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_text("latin-1")]
-    assert written == [tmp_path / keys.TOKEN]  # of a killed one; the next start replaces it
+    assert written == [tmp_path / credentials.TOKEN]  # of a killed one; the next start replaces it
     # Another session of this user may have been quicker.
-    assert folder in temporary.sweep("session", TOP) or not folder.exists()
+    assert folder in tempdir.remove_stale("session", TOP) or not folder.exists()
     assert not folder.exists()
 
 
-def test_kernels_are_reached_by_sockets_that_are_nobody_elses(here: Server) -> None:
+def test_kernels_are_reached_by_sockets_that_are_nobody_elses(here: JupyterServer) -> None:
     over = execute(here, "print(6 * 7)")
     printed(over, "42")
     over.close()
@@ -240,8 +244,8 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"session\.port={port} on .*: Address already in use"):
-            Server(tmp_path, tmp_path, "loopback", port, 1)
-    assert not (tmp_path / keys.TOKEN).exists()
+            JupyterServer(tmp_path, tmp_path, "loopback", port, 1)
+    assert not (tmp_path / credentials.TOKEN).exists()
 
 
 def test_jupyter_that_breaks_down_at_once_is_one_line(
@@ -255,7 +259,9 @@ def test_jupyter_that_breaks_down_at_once_is_one_line(
         pass
 
 
-def lives(server: Server, asked: Asked, **more: Any) -> tuple[threading.Thread, list[str], list[str]]:
+def lives(
+    server: JupyterServer, asked: StopEvent, **more: Any
+) -> tuple[threading.Thread, list[str], list[str]]:
     """Watch a server in a thread; return it, the warnings, and how it ended."""
     warned: list[str] = []
     ended: list[str] = []
@@ -267,8 +273,8 @@ def lives(server: Server, asked: Asked, **more: Any) -> tuple[threading.Thread, 
 
     def watch() -> None:
         try:
-            ended.append(Life(server, tell=lambda *_: None, warn=warn, **settings).watch(asked))
-        except (Interrupted, UserError) as error:
+            ended.append(Watchdog(server, tell=lambda *_: None, warn=warn, **settings).watch(asked))
+        except (Preempted, UserError) as error:
             ended.append(str(error))
 
     thread = threading.Thread(target=watch)
@@ -276,11 +282,11 @@ def lives(server: Server, asked: Asked, **more: Any) -> tuple[threading.Thread, 
     return thread, warned, ended
 
 
-def test_its_terminals_are_warned_before_it_ends(here: Server) -> None:
+def test_its_terminals_are_warned_before_it_ends(here: JupyterServer) -> None:
     terminal = post(here, "/api/terminals")["name"]
     with contextlib.closing(talk(here, f"/terminals/websocket/{terminal}")) as over:
         printed(over, '"stdout"')  # the shell is there
-        asked = Asked()
+        asked = StopEvent()
         thread, warned, ended = lives(here, asked, ends=time.time() + WARNING + 2)
         assert "this session ends in 10 minutes" in printed(over, "takes it up again")
         asked._take(signal.SIGTERM, None)
@@ -289,16 +295,16 @@ def test_its_terminals_are_warned_before_it_ends(here: Server) -> None:
     assert ended == ["stopped by SIGTERM; its folder stays"]
 
 
-def test_time_that_is_over_ends_it(here: Server) -> None:
-    thread, warned, ended = lives(here, Asked(), ends=time.time() + 3)
+def test_time_that_is_over_ends_it(here: JupyterServer) -> None:
+    thread, warned, ended = lives(here, StopEvent(), ends=time.time() + 3)
     thread.join()
     assert warned
     assert ended == ["its time was over"]
 
 
-def test_the_signal_of_a_time_limit_is_no_interruption(here: Server) -> None:
+def test_the_signal_of_a_time_limit_is_no_interruption(here: JupyterServer) -> None:
     for left, told in ((100, "its time was over"), (3600, "stopped by SIGUSR2; its folder stays")):
-        asked = Asked()
+        asked = StopEvent()
         asked._take(signal.SIGUSR2, None)
         thread, _, ended = lives(here, asked, ends=time.time() + left)
         thread.join()
@@ -319,7 +325,7 @@ class Ended:
 @pytest.mark.parametrize("code", [-signal.SIGUSR2, 0])
 def test_a_preemption_that_ends_jupyter_first_is_an_interruption(late: bool, code: int) -> None:
     """Slurm signals each process of the job. A session that counts as shut down is not requeued."""
-    asked: Any = Asked()
+    asked: Any = StopEvent()
     take = threading.Timer(0.3, asked._take, (signal.SIGUSR2, None))
     if late:
         take.start()
@@ -336,9 +342,9 @@ def test_a_preemption_that_ends_jupyter_first_is_an_interruption(late: bool, cod
     [(0, "shut down from within"), (3, "Jupyter ended with exit code 3: its last words are in the log")],
 )
 def test_jupyter_that_ends_without_a_signal_ends_the_session(monkeypatch, code: int, line: str) -> None:
-    monkeypatch.setattr(life, "SPREADS", 0.1)
+    monkeypatch.setattr(watchdog, "SPREADS", 0.1)
     server: Any = Ended(code)
-    thread, _, ended = lives(server, Asked())
+    thread, _, ended = lives(server, StopEvent())
     thread.join()
     assert ended == [line]
 
@@ -352,23 +358,23 @@ def test_a_notebook_saved_in_any_folder_is_activity(tmp_path: Path, monkeypatch:
         (shown / name).touch()
         os.utime(shown / name, (when, when))
     (shown / "datastore").symlink_to(tmp_path / "elsewhere")
-    server = Server(tmp_path, shown, "loopback", None, 1)
+    server = JupyterServer(tmp_path, shown, "loopback", None, 1)
     monkeypatch.setattr(server, "ask", lambda _: [])  # no kernel, no terminal
     assert server.active() == 3.0
     server.close()
 
 
-def test_a_cell_that_runs_is_activity_and_an_open_tab_is_not(here: Server) -> None:
+def test_a_cell_that_runs_is_activity_and_an_open_tab_is_not(here: JupyterServer) -> None:
     over = execute(here, "import time; print('be' + 'gun', flush=True); time.sleep(600)")
     printed(over, "begun")
-    asked = Asked()
+    asked = StopEvent()
     thread, _, ended = lives(here, asked, idle_minutes=0.02)
     time.sleep(2.4)  # twice as long as it may be idle
     assert not ended
     (kernel,) = [each for each in here.ask("/api/kernels") if each["execution_state"] == "busy"]
-    ask(here, f"/api/kernels/{kernel['id']}/interrupt", keys.token(here.run_folder), "POST")
+    ask(here, f"/api/kernels/{kernel['id']}/interrupt", credentials.token(here.run_folder), "POST")
     while not ended:  # a tab asks all the time
-        ask(here, "/api/sessions", keys.token(here.run_folder))
+        ask(here, "/api/sessions", credentials.token(here.run_folder))
         time.sleep(0.1)
     thread.join()
     over.close()

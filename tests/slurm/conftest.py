@@ -45,7 +45,7 @@ def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabDoor
     door = LabDoor(tmp_path_factory.mktemp("site") / "workspace", lab)
     # Made by the stages themselves, in this process: how they fare as jobs is tested elsewhere.
     for stage in ("download", "process", "upload"):
-        door(f"+stage={stage}", "dataset=digits", "cluster=here")
+        door(f"+stage={stage}", "dataset=digits", "cluster=foreground")
     yield door
     door.close()
 

@@ -13,7 +13,7 @@ import torch
 from door import eventually
 from lab import Lab, LabDoor
 
-from hpc_imagenet.durable import read_json
+from hpc_imagenet.io.atomic_files import read_json
 
 # 22 steps an epoch; a checkpoint about every second, so that there is something to go on from.
 TRAINING = (
@@ -45,7 +45,7 @@ class Training:
 
     @property
     def holder(self) -> dict[str, Any]:
-        return read_json(self.folder / "holder.json") or {}
+        return read_json(self.folder / "lease.json") or {}
 
     def wait_for_a_checkpoint(self, restarts: int = 0) -> None:
         """Return when this start of the job (0 is the first) has saved something."""

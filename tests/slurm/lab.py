@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from door import Door, eventually
 
-from hpc_imagenet.verbs import VERBS
+from hpc_imagenet.cli.commands import COMMANDS
 
 LAB = Path(__file__).resolve().parents[2] / "slurm/lab/lab"
 NODES = ("n1", "n2", "n3", "n4")
@@ -151,6 +151,6 @@ class LabDoor(Door):
 
 
 def _on_lab(words: tuple[str, ...]) -> tuple[str, ...]:
-    submits = bool(words) and words[0] not in VERBS and not words[0].startswith("--")
+    submits = bool(words) and words[0] not in COMMANDS and not words[0].startswith("--")
     named = any(word.startswith("cluster=") for word in words)
     return (*words, "cluster=lab") if submits and not named else words

@@ -41,7 +41,7 @@ def doctor(cluster: LabDoor, *words: str, code: int = 0) -> Lines:
 
 
 def wrong(lines: Lines) -> set[tuple[str, str]]:
-    return {key for key, line in lines.items() if line["mark"] == "wrong"}
+    return {key for key, line in lines.items() if line["status"] == "wrong"}
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_all_is_well_on_two_nodes(lab: Lab, cluster: LabDoor, source: str) -> No
         ("download", "internet", "login answers n1 (HTTP 200)"),
     ):
         line = lines[where, check]
-        assert line["mark"] == "well", line
+        assert line["status"] == "well", line
         assert found in line["found"], line
     assert list((cluster.workspace / "runs/.doctor").iterdir()) == []
     assert cluster.jobs() == []
@@ -97,13 +97,13 @@ def test_all_is_well_on_two_nodes(lab: Lab, cluster: LabDoor, source: str) -> No
 def test_no_internet(cluster: LabDoor) -> None:
     lines = doctor(cluster, "dataset.source=http://10.255.255.1:9/x", "dataset.make=null", code=1)
     assert wrong(lines) == {("download", "internet")}
-    assert "cluster.stage.download.partition=" in lines["download", "internet"]["mend"]
+    assert "cluster.stage.download.partition=" in lines["download", "internet"]["fix"]
 
 
 def test_a_wrong_partition_sends_nothing(lab: Lab, cluster: LabDoor) -> None:
     lines = doctor(cluster, "cluster.partition=gpu", code=1)
     assert wrong(lines) == {("login", stage) for stage in ("download", "process", "upload", "train")}
-    assert "cluster.partition=gpu (partitions: debug, low, high)" in lines["login", "train"]["mend"]
+    assert "cluster.partition=gpu (partitions: debug, low, high)" in lines["login", "train"]["fix"]
     assert not lab.slurm("squeue", "--noheader")
 
 
@@ -137,7 +137,7 @@ def test_a_port_that_somebody_else_has(lab: Lab, cluster: LabDoor, tmp_path: Pat
     squatter = tmp_path / "squatter.py"
     squatter.write_text(
         "import os, pathlib, socket, time\n"
-        "from hpc_imagenet.world import _port\n"
+        "from hpc_imagenet.launch.dist_env import _port\n"
         "job = int(os.environ['SLURM_JOB_ID'])\n"
         "kept = [socket.create_server(('', _port(job + n))) for n in range(1, 20)]\n"
         f"pathlib.Path({str(ready)!r}, os.environ['SLURMD_NODENAME']).touch()\n"
@@ -174,7 +174,7 @@ def test_a_full_queue_and_an_interrupt(lab: Lab, cluster: LabDoor) -> None:
 
 
 def test_inside_an_allocation_it_goes_by_srun(lab: Lab, cluster: LabDoor, tmp_path: Path) -> None:
-    command = f"{sys.executable} -m hpc_imagenet doctor cluster=here dataset=digits --json"
+    command = f"{sys.executable} -m hpc_imagenet doctor cluster=foreground dataset=digits --json"
     options = (
         "--nodes=2",
         "--ntasks-per-node=1",
@@ -187,5 +187,5 @@ def test_inside_an_allocation_it_goes_by_srun(lab: Lab, cluster: LabDoor, tmp_pa
     lab.sbatch(script, *options)
     eventually(Path(f"{said}.whole").exists, 120)
     lines = {line["check"]: line for line in json.loads(said.read_text())}
-    assert "wrong" not in {line["mark"] for line in lines.values()}
+    assert "wrong" not in {line["status"] for line in lines.values()}
     assert "n1 n2 reach one another" in lines["network"]["found"]

@@ -17,7 +17,7 @@ import pytest
 from door import eventually
 from lab import LAB, Lab, LabDoor
 
-from hpc_imagenet.durable import read_json
+from hpc_imagenet.io.atomic_files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("dataset=digits", "recipe.epochs=1", "cluster.cpus_per_task=1")
@@ -123,7 +123,7 @@ def test_from_within_an_allocation_and_from_elsewhere(cluster: LabDoor, lab: Lab
 
 
 def test_a_cancelled_run_by_hand_leaves_its_allocation(cluster: LabDoor, lab: Lab, store: str) -> None:
-    words = [sys.executable, "-m", "hpc_imagenet", "model=squeezenet1_1", *SMALL, store, "cluster=here"]
+    words = [sys.executable, "-m", "hpc_imagenet", "model=squeezenet1_1", *SMALL, store, "cluster=foreground"]
     inner = f"cd / && export HPC_IMAGENET_WORKSPACE={cluster.workspace}; {shlex.join(words)} recipe.epochs=50"
     after = cluster.cwd / "after"
     job = lab.sbatch(f"{inner}; echo $? > {after}; sleep 600", "--cpus-per-task=2")

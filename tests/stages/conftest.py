@@ -9,7 +9,7 @@ import pytest
 import servers
 from remote_house import House
 
-from hpc_imagenet.datastore import bucket, multipart, s3, ssh
+from hpc_imagenet.datastore.backends import s3_backend, s3_client, s3_upload, ssh_connection
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +53,9 @@ def remote_house(tmp_path: Path) -> House:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits between tries are short, and what is large is small."""
-    for room in (s3, ssh):
+    for room in (s3_client, ssh_connection):
         monkeypatch.setattr(room, "PAUSE", room.PAUSE / 50)
         monkeypatch.setattr(room, "LONGEST", room.LONGEST / 50)
-    monkeypatch.setattr(bucket, "SETTLE", bucket.SETTLE / 50)
-    monkeypatch.setattr(multipart, "WHOLE", 1 << 20)
-    monkeypatch.setattr(multipart, "PART", 5 << 20)  # the least that S3 takes
+    monkeypatch.setattr(s3_backend, "SETTLE", s3_backend.SETTLE / 50)
+    monkeypatch.setattr(s3_upload, "WHOLE", 1 << 20)
+    monkeypatch.setattr(s3_upload, "PART", 5 << 20)  # the least that S3 takes

@@ -20,11 +20,13 @@ from door import Door
 from faulty_server import Faults, faulty, serving
 from rich.console import Console
 
-from hpc_imagenet.archives import digits, local, receipt
-from hpc_imagenet.monitor import table
-from hpc_imagenet.runs import Run
+from hpc_imagenet.data.download import receipt
+from hpc_imagenet.data.sources import archive_folder
+from hpc_imagenet.demo import digits
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.report import jobs_table
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import download
-from hpc_imagenet.world import World
 
 FILES = {
     "train": "ILSVRC2012_img_train.tar",
@@ -36,7 +38,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources") / "digits"
-    digits.write(folder)
+    digits.write_digits(folder)
     return folder
 
 
@@ -44,7 +46,7 @@ def assert_whole(workspace: Path, source: Path) -> None:
     folder = workspace / "archives" / "numbers"
     for file in FILES.values():
         assert (folder / file).read_bytes() == (source / file).read_bytes()
-    assert not receipt.missing(folder, FILES.values())
+    assert not receipt.missing_receipts(folder, FILES.values())
     assert len(list(folder.iterdir())) == 6, list(folder.iterdir())
 
 
@@ -57,7 +59,7 @@ def test_over_http(tmp_path: Path, source: Path) -> None:
         assert_whole(tmp_path, source)
         made = [tmp_path / "archives/numbers" / file for file in FILES.values()]
         assert not [path for path in made if path.stat().st_mode & 0o222]
-        got = receipt.load(tmp_path / "archives/numbers" / FILES["train"])
+        got = receipt.load_receipt(tmp_path / "archives/numbers" / FILES["train"])
         assert got
         assert (got.verified, got.source) == ("md5sums", url)
         progress = json.loads((tmp_path / "runs/abc-stage/progress.json").read_text())
@@ -76,7 +78,7 @@ def test_pinned_archives_need_no_md5sums(tmp_path: Path, source: Path) -> None:
             config_of(tmp_path, url, **{split: {"md5": sums[file]} for split, file in FILES.items()}),
         )
     assert not [seen for seen in faults.seen if "md5sums" in seen[1]]
-    got = receipt.load(tmp_path / "archives/numbers" / FILES["val"])
+    got = receipt.load_receipt(tmp_path / "archives/numbers" / FILES["val"])
     assert got
     assert got.verified == "dataset.archives.val.md5"
 
@@ -121,7 +123,7 @@ def test_wrong_md5_in_a_folder_is_left_there(tmp_path: Path, source: Path) -> No
     assert str(copy / FILES["val"]) in told
     assert "but md5sums says" in told
     assert (copy / FILES["val"]).exists()
-    assert receipt.missing(tmp_path / "archives/numbers", [FILES["val"]])
+    assert receipt.missing_receipts(tmp_path / "archives/numbers", [FILES["val"]])
 
 
 def test_archives_put_in_place_by_hand_are_adopted(tmp_path: Path, source: Path) -> None:
@@ -142,7 +144,7 @@ def test_archives_put_in_place_by_hand_are_adopted(tmp_path: Path, source: Path)
 def test_another_archive_of_the_same_name(tmp_path: Path, source: Path) -> None:
     ask(download, config_of(tmp_path, source))
     other = tmp_path / "other"
-    digits.write(other, copies=2)
+    digits.write_digits(other, copies=2)
     told = refused(download, config_of(tmp_path, other))
     assert "another archive is there" in told
     assert "dataset.name" in told
@@ -164,15 +166,15 @@ def test_truncated_archives_that_nothing_vouches_for(tmp_path: Path, source: Pat
     path = copy / FILES[split]
     path.write_bytes(path.read_bytes()[: -12_000 if split == "val" else -4])
     assert "truncated" in refused(download, config_of(tmp_path / "cut", copy))
-    assert receipt.missing(tmp_path / "cut/archives/numbers", [FILES[split]])
+    assert receipt.missing_receipts(tmp_path / "cut/archives/numbers", [FILES[split]])
 
 
 def test_makes_the_source(tmp_path: Path) -> None:
     source = tmp_path / "sources" / "digits"
-    config = config_of(tmp_path, source, make="hpc_imagenet.archives.digits:write")
+    config = config_of(tmp_path, source, make="hpc_imagenet.demo.digits:write")
     ask(download, config)
     assert_whole(tmp_path, source)
-    for function in ("hpc_imagenet.archives.digits:wrong", "nowhere:x", "nothing"):
+    for function in ("hpc_imagenet.demo.digits:wrong", "nowhere:x", "nothing"):
         told = refused(download, config_of(tmp_path / "b", tmp_path / "c", make=function))
         assert f"dataset.make={function}" in told
 
@@ -193,7 +195,7 @@ def test_settings_that_make_no_sense(tmp_path: Path, source: Path) -> None:
 
 
 def test_only_one_process_of_a_job_works(tmp_path: Path) -> None:
-    assert download.run(config_of(tmp_path, "/nowhere"), Run(tmp_path), World(rank=1, size=2)) == {}
+    assert download.run(config_of(tmp_path, "/nowhere"), Run(tmp_path), DistEnv(rank=1, size=2)) == {}
     assert not list(tmp_path.iterdir())
 
 
@@ -202,9 +204,9 @@ def test_jobs_shows_bytes_rate_and_the_time_that_is_left(tmp_path: Path) -> None
     run.folder.mkdir()
     progress = {"done": 38.7e9, "total": 154.6e9, "unit": "B", "rate": 115.9e6, "note": FILES["train"]}
     (run.folder / "progress.json").write_text(json.dumps(progress))
-    (row,) = table.rows([run])
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table.render([{**row, "state": "running", "reason": ""}]))
+    (row,) = jobs_table.job_rows([run])
+    console = Console(width=200, store=True, file=io.StringIO())
+    console.print(jobs_table.render_jobs([{**row, "state": "running", "reason": ""}]))
     shown = console.export_text()
     assert f"25% {FILES['train']} · 38.7 GB of 154.6 GB · 115.9 MB/s · 16:40 left" in shown
 
@@ -286,7 +288,7 @@ def test_killed_while_archives_are_made_of_folders(tmp_path: Path, source: Path)
     killing.run_to_step("download", config, run_of(config), below)
     but = tuple(f"{file}.receipt.json" for file in FILES.values())  # they hold times
     assert killing.snapshot(below, but=but) == killing.snapshot(tmp_path / "whole/archives", but=but)
-    assert not receipt.missing(below / "numbers", FILES.values())
+    assert not receipt.missing_receipts(below / "numbers", FILES.values())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
@@ -322,7 +324,7 @@ def test_an_archive_that_changes_while_it_is_read(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)
-    real = local.hash_file
+    real = archive_folder.md5_of_file
 
     def hash_and_write(path: Path, progress: Callable[[int], None]) -> str:
         found = real(path, progress)
@@ -330,10 +332,10 @@ def test_an_archive_that_changes_while_it_is_read(
             file.write(b"more")
         return found
 
-    monkeypatch.setattr(local, "hash_file", hash_and_write)
+    monkeypatch.setattr(archive_folder, "hash_file", hash_and_write)
     told = refused(download, config_of(tmp_path, copy))
     assert "changed while it was read" in told
-    assert receipt.missing(tmp_path / "archives/numbers", FILES.values()) == list(FILES.values())
+    assert receipt.missing_receipts(tmp_path / "archives/numbers", FILES.values()) == list(FILES.values())
 
 
 @pytest.mark.slow

@@ -18,19 +18,20 @@ from filelock import FileLock, Timeout
 from pictures import encoded, jpeg
 from torchvision.datasets import imagenet
 
-from hpc_imagenet.archives import digits, ilsvrc, shape, survey
-from hpc_imagenet.archives.shape import Synset
-from hpc_imagenet.config import Config
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scan, scanned_archives
+from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.datastore.manifest import load_manifest
-from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.demo import digits
+from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.stages import download, process
-from hpc_imagenet.world import World
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources") / "digits"
-    digits.write(folder)
+    digits.write_digits(folder)
     return folder
 
 
@@ -45,13 +46,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_small(folder: Path, bits: random.Random) -> None:
     synsets = [Synset(3 - i, f"n{i}", f"word {i}, other {i}") for i in range(3)]
-    shape.write_train(
-        folder / shape.TRAIN,
+    ilsvrc_writer.write_train(
+        folder / ilsvrc_writer.TRAIN,
         [(s.wnid, [jpeg(bits, bits.randrange(1, 9000)) for _ in range(40)]) for s in synsets],
     )
-    shape.write_val(folder / shape.VAL, [jpeg(bits) for _ in range(12)])
-    shape.write_devkit(folder / shape.DEVKIT, synsets, [1 + i % 3 for i in range(12)])
-    shape.write_sums(folder)
+    ilsvrc_writer.write_val(folder / ilsvrc_writer.VAL, [jpeg(bits) for _ in range(12)])
+    ilsvrc_writer.write_devkit(folder / ilsvrc_writer.DEVKIT, synsets, [1 + i % 3 for i in range(12)])
+    ilsvrc_writer.write_md5sums(folder)
 
 
 def downloaded(workspace: Path, source: Path, layout: str = "index") -> Config:
@@ -83,18 +84,20 @@ def test_index(tmp_path: Path, source: Path) -> None:
     manifest = load_manifest(folder)
     assert (manifest.name, manifest.content, manifest.images) == ("numbers", "abc", 1797)
     assert [shard.path for shard in manifest.shards] == [
-        f"../../archives/numbers/{file}" for file in (shape.TRAIN, shape.VAL)
+        f"../../archives/numbers/{file}" for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL)
     ]
     sums = dict(reversed(line.split()) for line in (source / "md5sums").read_text().splitlines())
-    assert [shard.hash for shard in manifest.shards] == [f"md5:{sums[f]}" for f in (shape.TRAIN, shape.VAL)]
+    assert [shard.hash for shard in manifest.shards] == [
+        f"md5:{sums[f]}" for f in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL)
+    ]
     assert manifest.provenance["archives"] == sums
     for file in manifest.all_files()[2:]:
         found = subprocess.run(["sha256sum", folder / file.path], capture_output=True, check=True).stdout
         assert file.hash == f"sha256:{found.decode().split()[0]}"
         assert file.bytes == (folder / file.path).stat().st_size
-    store = Store(folder)
+    store = DatasetReader(folder)
     for split in ("train", "val"):
-        images = store.split(split)
+        images = store.open_split(split)
         assert images.read(0)[0][:3] == b"\xff\xd8\xff"
         for i in range(0, len(images), 97):
             label = images.read(i)[1]
@@ -157,10 +160,10 @@ def test_folders_are_read_by_torchvision(folders: Config) -> None:
     root = dataset(folders)
     metas = {(root / place / "meta.bin").read_bytes() for place in (".", "train", "val")}
     assert len(metas) == 1
-    store = Store(root)
+    store = DatasetReader(root)
     for split in ("train", "val"):
         theirs = imagenet.ImageNet(root, split)
-        index = store.split(split)
+        index = store.open_split(split)
         assert len(theirs) == len(index)
         mine = {index.name(i): index.read(i) for i in range(len(index))}
         assert len(mine) == len(index)
@@ -173,7 +176,7 @@ def test_folders_are_what_torchvision_extracts(
     folders: Config, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imagenet, "_verify_archive", lambda *_: None)
-    for file in (shape.TRAIN, shape.VAL, shape.DEVKIT):
+    for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT):
         shutil.copy(source / file, tmp_path)
     imagenet.parse_devkit_archive(tmp_path)
     imagenet.parse_train_archive(tmp_path)
@@ -244,7 +247,7 @@ def test_folders_that_were_not_made_here_are_not_touched(tmp_path: Path, small: 
 def test_archives_that_are_not_there(tmp_path: Path, small: Path) -> None:
     assert "+stage=download" in refused(process, config_of(tmp_path, small))
     config = downloaded(tmp_path, small)
-    archive = tmp_path / "archives" / "numbers" / shape.VAL
+    archive = tmp_path / "archives" / "numbers" / ilsvrc_writer.VAL
     os.utime(archive, ns=(0, 0))
     told = refused(process, config)
     assert "changed since it was verified" in told
@@ -259,8 +262,8 @@ def test_bad_archives_leave_the_dataset_as_it_was(tmp_path: Path, small: Path) -
     shutil.rmtree(tmp_path / "archives")
     other = tmp_path / "other"
     shutil.copytree(small, other)
-    shape.write_val(other / shape.VAL, [b"too", b"few"])
-    shape.write_sums(other)
+    ilsvrc_writer.write_val(other / ilsvrc_writer.VAL, [b"too", b"few"])
+    ilsvrc_writer.write_md5sums(other)
     config = downloaded(tmp_path, other)
     assert "2 images, but the ground truth" in refused(process, config)
     assert killing.snapshot(dataset(config)) == before
@@ -270,14 +273,14 @@ def test_an_archive_that_changes_meanwhile(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = downloaded(tmp_path, small)
-    scan = ilsvrc.scan
+    original = scan.scan
 
-    def disturbed(train: Path, *rest: object, **more: object) -> ilsvrc.Scan:
-        found = scan(train, *rest, **more)  # type: ignore[arg-type]
+    def disturbed(train: Path, *rest: object, **more: object) -> scan.Scan:
+        found = original(train, *rest, **more)  # type: ignore[arg-type]
         os.utime(train)
         return found
 
-    monkeypatch.setattr(survey, "scan", disturbed)
+    monkeypatch.setattr(scanned_archives, "scan", disturbed)
     assert "changed" in refused(process, config)
     assert not (dataset(config) / "manifest.json").exists()
 
@@ -289,12 +292,12 @@ def test_shards_are_found_through_links(tmp_path: Path, small: Path) -> None:
     (workspace / "datasets").symlink_to(tmp_path / "far" / "away")
     config = downloaded(workspace, small)
     ask(process, config)
-    assert Store(dataset(config)).split("val").read(0)[0][:2] == b"\xff\xd8"
+    assert DatasetReader(dataset(config)).open_split("val").read(0)[0][:2] == b"\xff\xd8"
 
 
 def test_only_one_process_of_a_job_works(tmp_path: Path, small: Path) -> None:
     config = config_of(tmp_path, small)
-    assert process.run(config, run_of(config), World(rank=1, size=2)) == {}
+    assert process.run(config, run_of(config), DistEnv(rank=1, size=2)) == {}
     assert not (tmp_path / "datasets").exists()
 
 
@@ -347,12 +350,12 @@ def test_folders_by_several_processes_are_the_same(tmp_path: Path, small: Path) 
 def test_parts_share_one_scan(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = downloaded(tmp_path, small, "folders")
     ask(process, part_of(config, 0, 2))
-    monkeypatch.setattr(survey, "scan", lambda *_, **__: pytest.fail("it was there already"))
+    monkeypatch.setattr(scanned_archives, "scan", lambda *_, **__: pytest.fail("it was there already"))
     ask(process, part_of(config, 1, 2))
     (dataset(config) / ".scan.npz").write_bytes((dataset(config) / ".scan.npz").read_bytes()[:1000])
     monkeypatch.undo()
     ask(process, part_of(config, None, 2))
-    assert len(Store(dataset(config)).split("val")) == 12
+    assert len(DatasetReader(dataset(config)).open_split("val")) == 12
 
 
 def test_the_certificate_says_what_is_there(tmp_path: Path, source: Path) -> None:
@@ -378,8 +381,8 @@ def test_the_certificate_names_the_odd_ones(tmp_path: Path, small: Path) -> None
     source, bits = tmp_path / "source", random.Random(1)
     shutil.copytree(small, source)
     odd = [encoded("PNG"), encoded(mode="CMYK"), encoded(mode="L"), encoded(progressive=True), encoded("BMP")]
-    shape.write_val(source / shape.VAL, [*odd, *(jpeg(bits) for _ in range(7))])
-    shape.write_sums(source)
+    ilsvrc_writer.write_val(source / ilsvrc_writer.VAL, [*odd, *(jpeg(bits) for _ in range(7))])
+    ilsvrc_writer.write_md5sums(source)
     config = downloaded(tmp_path, source)
     assert ask(process, config)["images"] == 132, "none of them is dropped"
     found = json.loads((dataset(config) / "certificate.json").read_text())["oddities"]["val"]

@@ -19,7 +19,7 @@ from asking import ask, run_of
 from door import eventually, lives
 from test_process import dataset, downloaded, made, write_small
 
-from hpc_imagenet.config import Config
+from hpc_imagenet.config.schema import Config
 from hpc_imagenet.stages import process
 
 KILLS = int(os.environ.get("HPC_IMAGENET_TEST_KILLS", "8"))

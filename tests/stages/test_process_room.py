@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up(
     config.process.shard_size = 40_000 / 2**30
     assert words in refused(process, config)
     # Free when asked, taken by somebody else meanwhile.
-    monkeypatch.setattr("hpc_imagenet.archives.space.require", lambda *_: None)
+    monkeypatch.setattr("hpc_imagenet.io.disk.require", lambda *_: None)
     assert "No space left" in refused(process, config)
     assert not (dataset(config) / "manifest.json").exists()
     assert not (dataset(config) / "train").exists()

@@ -23,11 +23,11 @@ from door import Door, eventually
 from servers import credentials, rclone, sshd
 
 import hpc_imagenet
-from hpc_imagenet import check
-from hpc_imagenet.compose import compose
-from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import Progress, Record, Run
+from hpc_imagenet.launch import validate
+from hpc_imagenet.runs.store import Progress, Run, RunStore
 from hpc_imagenet.stages import session
 
 ASK = ("+stage=session", "dataset=digits", "cluster=local", "session.name=ana")
@@ -70,7 +70,7 @@ def bucket(door: Door) -> Iterator[str]:
 @pytest.mark.slow
 def test_a_session_is_reached_paused_and_resumed_with_other_settings(door: Door, bucket: str) -> None:
     for words in (["+stage=download"], ["+stage=process"], ["+stage=upload"], ["+stage=upload", bucket]):
-        door(*words, "dataset=digits", "cluster=here")
+        door(*words, "dataset=digits", "cluster=foreground")
     told = door.process(*ASK, "session.datastore=digits", "wait=true").stdout
     url = browser(told)
 
@@ -109,10 +109,10 @@ def test_a_session_is_reached_paused_and_resumed_with_other_settings(door: Door,
 
     with mock.patch.dict(os.environ, door.env, clear=True):
         # The minutes that are left may go by between the two.
-        eventually(lambda: hpc_imagenet.verb("connect", "ana") == door("connect", "ana").stdout)
+        eventually(lambda: hpc_imagenet.command("connect", "ana") == door("connect", "ana").stdout)
         assert hpc_imagenet.submit(" ".join([*ASK, "wait=true"]))[0].id == run  # it waits for no end
 
-    assert "under way already" in door(*ASK).stdout
+    assert "already running" in door(*ASK).stdout
     assert "pause it first" in door.refused("resume", run, "session.time=30")
     assert door("pause", "ana").stdout.startswith("paused")
     row = now()
@@ -126,7 +126,7 @@ def test_a_session_is_reached_paused_and_resumed_with_other_settings(door: Door,
     assert re.search(r"bringing digits@v1 to this node, \d+%", done.stderr)
     brought = (folder / "notebooks/datastore").resolve()
     assert brought.is_relative_to(door.cwd / "scratch")
-    assert Store(brought).manifest.images == 1797
+    assert DatasetReader(brought).manifest.images == 1797
     assert not [path for path in brought.rglob("*") if path.is_file() and path.stat().st_mode & 0o222]
     eventually(lambda: "mind" in door("connect", run).stdout)
     assert re.search(r"this session ends in [1-5] minutes?, at ", door("connect", run).stdout)
@@ -155,7 +155,7 @@ def test_a_datastore_behind_ssh_is_brought_to_the_node(door: Door, monkeypatch: 
         door.env["RSYNC_RSH"] = shell
         url = f"datastore.url=there:{door.cwd}/stores"
         for words in (["+stage=download"], ["+stage=process"], ["+stage=upload", url]):
-            door(*words, "dataset=digits", "cluster=here")
+            door(*words, "dataset=digits", "cluster=foreground")
         told = door.refused(*ASK, "session.datastore=digits", url)
         assert (
             f"lies at there:{door.cwd}/stores, where no files can be linked: cluster.scratch=FOLDER" in told
@@ -169,7 +169,7 @@ def test_a_datastore_behind_ssh_is_brought_to_the_node(door: Door, monkeypatch: 
         "HPC_IMAGENET_DATASTORE_URL": f"there:{door.cwd}/stores",
     }
     assert link.resolve().is_relative_to(door.cwd / "scratch")
-    assert Store(link).manifest.images == 1797
+    assert DatasetReader(link).manifest.images == 1797
 
 
 @pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
@@ -201,13 +201,13 @@ def test_a_session_that_could_not_work_is_refused(door: Door, monkeypatch: pytes
         ("session.name=a/b", "session.name=a/b names a folder"),
     ):
         assert told in door.refused(*ASK[:3], setting)
-    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    monkeypatch.setattr(validate, "find_spec", lambda name: None)
     assert "pip install -c constraints.txt -e '.[session]'" in door.refused(*ASK)
 
 
 def test_verbs_of_sessions_leave_other_runs_alone(door: Door) -> None:
     about = {"stage": "download", "label": "download-digits"}
-    Record(door.workspace).create("c0ffee00-download-digits", {}, about)
+    RunStore(door.workspace).create("c0ffee00-download-digits", {}, about)
     for verb in ("connect", "pause", "resume"):
         assert "is no session" in door.refused(verb, "download-digits")
 

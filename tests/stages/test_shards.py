@@ -18,11 +18,12 @@ from asking import ask, config_of, refused
 from pictures import encoded, jpeg
 from PIL import Image
 
-from hpc_imagenet.archives import shape, treat
-from hpc_imagenet.archives.shape import Synset
-from hpc_imagenet.config import Config
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer
+from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
+from hpc_imagenet.data.images import shard_transform
 from hpc_imagenet.datastore.manifest import load_manifest
-from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.stages import download, process
 
 SIZE = 40_000 / 2**30  # GiB of a shard: three images of train or so, all of val
@@ -41,17 +42,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     plain = [encoded(size=(60 + i, 40)) for i in range(5)]
     synsets = [Synset(3 - i, f"n{i}", f"word {i}") for i in range(3)]
-    shape.write_train(
-        folder / shape.TRAIN,
+    ilsvrc_writer.write_train(
+        folder / ilsvrc_writer.TRAIN,
         [
             ("n1", odd + plain),
             ("n0", [jpeg(bits, bits.randrange(500, 12_000)) for _ in range(10)]),
             ("n2", [jpeg(bits, bits.randrange(500, 12_000)) for _ in range(9)]),
         ],
     )
-    shape.write_val(folder / shape.VAL, [jpeg(bits, 900) for _ in range(6)])
-    shape.write_devkit(folder / shape.DEVKIT, synsets, [1 + i % 3 for i in range(6)])
-    shape.write_sums(folder)
+    ilsvrc_writer.write_val(folder / ilsvrc_writer.VAL, [jpeg(bits, 900) for _ in range(6)])
+    ilsvrc_writer.write_devkit(folder / ilsvrc_writer.DEVKIT, synsets, [1 + i % 3 for i in range(6)])
+    ilsvrc_writer.write_md5sums(folder)
     return folder
 
 
@@ -83,7 +84,7 @@ def files(config: Config) -> dict[str, bytes]:
 
 
 def images(folder: Path, split: str) -> list[tuple[str, bytes, int]]:
-    of = Store(folder).split(split)
+    of = DatasetReader(folder).open_split(split)
     return [(of.name(i), *of.read(i)) for i in range(len(of))]
 
 
@@ -103,7 +104,7 @@ def test_shards_hold_the_images_of_the_archives_in_their_order(
     assert all(shard.bytes <= 40_000 + 12_000 for shard in manifest.shards)
     shutil.rmtree(Path(config.workspace) / "archives")  # they are not needed any more
     assert len(images(dataset(config), "train")) == 28
-    rows = Store(dataset(config)).split("train").index
+    rows = DatasetReader(dataset(config)).open_split("train").index
     in_order = all(np.diff(rows["shard"].astype(int)) >= 0)
     assert in_order == (order == "archive")
 
@@ -202,7 +203,7 @@ def test_resized_images(tmp_path: Path, source: Path) -> None:
         for (name, data, label), (new_name, new, new_label) in pairs:
             assert (name, label) == (new_name, new_label)
             before, after = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(new))
-            assert after.size == treat.Treatment("short", 20).size(*before.size)
+            assert after.size == shard_transform.ShardTransform("short", 20).size(*before.size)
             assert (data == new) == (min(before.size) <= 20)
     certificate = json.loads((dataset(config) / "certificate.json").read_text())
     assert certificate["sizes"]["train"]["height"][2] == 20 or certificate["sizes"]["train"]["width"][2] <= 40
@@ -258,15 +259,17 @@ def test_webdataset_reads_the_shards(tmp_path: Path, source: Path) -> None:
 def test_images_that_would_be_one_sample_are_refused(tmp_path: Path, source: Path) -> None:
     other = tmp_path / "source"
     shutil.copytree(source, other)
-    with tarfile.open(other / shape.VAL, "w") as archive:
+    with tarfile.open(other / ilsvrc_writer.VAL, "w") as archive:
         for name in ("a.JPEG", "a.png", *(f"{i}.JPEG" for i in range(4))):
             header, data = tarfile.TarInfo(name), encoded()
             header.size = len(data)
             archive.addfile(header, io.BytesIO(data))
-    shape.write_devkit(
-        other / shape.DEVKIT, [Synset(3 - i, f"n{i}", f"word {i}") for i in range(3)], [1, 1, 1, 1, 2, 2]
+    ilsvrc_writer.write_devkit(
+        other / ilsvrc_writer.DEVKIT,
+        [Synset(3 - i, f"n{i}", f"word {i}") for i in range(3)],
+        [1, 1, 1, 1, 2, 2],
     )
-    shape.write_sums(other)
+    ilsvrc_writer.write_md5sums(other)
     assert "are called a;" in refused(process, downloaded(tmp_path, other))
 
 
@@ -282,8 +285,10 @@ def test_corrupt_images_are_named_and_left_out_if_one_says_so(
     harmed = bytearray(whole)
     harmed[len(harmed) // 2 : len(harmed) // 2 + 200] = bytes(200)  # header and end are as they should be
     cut = whole[: len(whole) // 2]
-    shape.write_val(other / shape.VAL, [jpeg(bits), cut, jpeg(bits), b"no image", jpeg(bits), bytes(harmed)])
-    shape.write_sums(other)
+    ilsvrc_writer.write_val(
+        other / ilsvrc_writer.VAL, [jpeg(bits), cut, jpeg(bits), b"no image", jpeg(bits), bytes(harmed)]
+    )
+    ilsvrc_writer.write_md5sums(other)
     config = downloaded(tmp_path, other, layout=layout, check=check)
     told = refused(process, config)
     assert "ILSVRC2012_val_00000002.JPEG, ILSVRC2012_val_00000004.JPEG" in told
@@ -307,8 +312,10 @@ def test_corrupt_images_that_only_decoding_finds(tmp_path: Path, source: Path) -
     bits = random.Random(1)
     whole = encoded(size=(200, 200), quality=95)
     no_tables = whole.replace(b"\xff\xdb", b"\xff\xfe")
-    shape.write_val(other / shape.VAL, [jpeg(bits), no_tables, *(jpeg(bits) for _ in range(4))])
-    shape.write_sums(other)
+    ilsvrc_writer.write_val(
+        other / ilsvrc_writer.VAL, [jpeg(bits), no_tables, *(jpeg(bits) for _ in range(4))]
+    )
+    ilsvrc_writer.write_md5sums(other)
     lenient = downloaded(tmp_path / "header", other, layout="index")
     assert ask(process, lenient)["images"] == 34, "header and end are there"
     strict = downloaded(tmp_path / "decode", other, layout="index", check="decode")
@@ -326,7 +333,7 @@ def test_an_archive_that_changes_while_shards_are_made(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = downloaded(tmp_path, source)
-    train = Path(config.workspace) / "archives" / config.dataset.name / shape.TRAIN
+    train = Path(config.workspace) / "archives" / config.dataset.name / ilsvrc_writer.TRAIN
     real, calls = os.preadv, []
 
     def disturbed(descriptor: int, *rest: object) -> int:

@@ -12,16 +12,16 @@ import pytest
 from PIL import Image
 from sample_dataset import file_of, write_tar
 
-from hpc_imagenet import check
-from hpc_imagenet.compose import compose
-from hpc_imagenet.config import Config
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.index import ENTRY, write_index
-from hpc_imagenet.datastore.manifest import Category, Manifest, Split
+from hpc_imagenet.datastore.manifest import ClassNames, Manifest, Split
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.plan import plan
-from hpc_imagenet.runs import Record, Run
+from hpc_imagenet.launch import validate
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.plan import make_plan
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import train
-from hpc_imagenet.world import World
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def write_version(folder: Path, images: int = 8) -> None:
         write_index(folder / f"{name}.npy", np.array(entries, ENTRY))
         shards.append(file_of(folder / f"{name}.tar", f"{name}.tar"))
         splits[name] = Split(file_of(folder / f"{name}.npy", f"{name}.npy"), images)
-    classes = (Category("n00000001", ("red",)), Category("n00000002", ("blue",)))
+    classes = (ClassNames("n00000001", ("red",)), ClassNames("n00000002", ("blue",)))
     Manifest("digits", "0", "", classes, tuple(shards), splits).save(folder)
 
 
 def test_a_training_from_the_datastore_to_the_result(tmp_path: Path, run: Run) -> None:
     write_version(tmp_path / "datastores" / "digits" / "v1")
-    result = train.run(config_of(tmp_path), run, World())
+    result = train.run(config_of(tmp_path), run, DistEnv())
     assert json.loads(json.dumps(result)) == result
     assert {"top1", "top5", "loss", "images_per_second", "skipped", "epochs", "seconds", "parameters"} == set(
         result
@@ -69,17 +69,17 @@ def test_a_training_from_the_datastore_to_the_result(tmp_path: Path, run: Run) -
 def test_more_images_a_step_than_there_are_is_told_before_anything_is_submitted(tmp_path: Path) -> None:
     write_version(tmp_path / "datastores" / "digits" / "v1")
     for batch in (8, 12):
-        asked = plan([config_of(tmp_path, f"recipe.global_batch={batch}")], check.finder())
+        asked = make_plan([config_of(tmp_path, f"recipe.global_batch={batch}")], validate.version_finder())
         if batch == 8:
-            check.jobs(asked, Record(tmp_path))
+            validate.validate_jobs(asked, RunStore(tmp_path))
             continue
         with pytest.raises(UserError, match=r"^recipe.global_batch=12 is more than the 8 images of train$"):
-            check.jobs(asked, Record(tmp_path))
+            validate.validate_jobs(asked, RunStore(tmp_path))
 
 
 def test_without_a_datastore_it_says_which_stage_makes_one(tmp_path: Path, run: Run) -> None:
     with pytest.raises(UserError, match=r"\+stage=pipeline makes it"):
-        train.run(config_of(tmp_path), run, World())
+        train.run(config_of(tmp_path), run, DistEnv())
     assert list(run.folder.iterdir()) == []
 
 
@@ -91,12 +91,14 @@ def test_bad_settings_leave_nothing_behind(tmp_path: Path, run: Run) -> None:
         ("model=maxvit_t", r"recipe.size=16 does not fit model.name=maxvit_t"),
     ):
         with pytest.raises(UserError, match=line):
-            train.run(config_of(tmp_path, override), run, World())
+            train.run(config_of(tmp_path, override), run, DistEnv())
     assert list(run.folder.iterdir()) == []
 
 
 def test_torch_is_loaded_only_by_running() -> None:
-    ask = "import sys, hpc_imagenet.stages.train, hpc_imagenet.backbones; print('torch' in sys.modules)"
+    ask = (
+        "import sys, hpc_imagenet.stages.train, hpc_imagenet.config.backbones; print('torch' in sys.modules)"
+    )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     told = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 from sample_dataset import file_of, make_dataset
 
-from hpc_imagenet.config import Config, Dataset, Datastore
-from hpc_imagenet.datastore import folder, transport, versions
+from hpc_imagenet.config.schema import Config, Dataset, Datastore
+from hpc_imagenet.datastore import versions
+from hpc_imagenet.datastore.backends import folder_backend, storage_backend
 from hpc_imagenet.datastore.manifest import load_manifest
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.durable import read_json
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import Run
+from hpc_imagenet.io.atomic_files import read_json
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import upload
-from hpc_imagenet.world import World
 
 fork = multiprocessing.get_context("fork")
 
@@ -43,14 +44,14 @@ class House:
             dataset=Dataset(name=dataset),
             datastore=Datastore(name, str(self.url), **settings),
         )
-        return upload.run(config, self.run, World())
+        return upload.run(config, self.run, DistEnv())
 
     def version(self, number: int) -> Path:
         return self.url / "digits" / f"v{number}"
 
     def images(self, at: Path) -> list[tuple[bytes, int, str]]:
-        store = Store(at)
-        splits = [store.split(name) for name in store.manifest.splits]
+        store = DatasetReader(at)
+        splits = [store.open_split(name) for name in store.manifest.splits]
         return [(*split.read(i), split.name(i)) for split in splits for i in range(len(split))]
 
 
@@ -108,7 +109,7 @@ def test_the_archives_may_go_once_they_are_linked(house: House) -> None:
 
 
 def test_only_the_first_process_uploads(house: House) -> None:
-    assert upload.run(Config(), house.run, World(rank=1, size=2)) == {}
+    assert upload.run(Config(), house.run, DistEnv(rank=1, size=2)) == {}
 
 
 def test_the_same_content_is_uploaded_once(house: House) -> None:
@@ -174,7 +175,7 @@ def test_a_changed_archive_leaves_nothing_visible(house: House) -> None:
     os.utime(archive, (future, future))
     with pytest.raises(UserError, match=r"train-1\.tar is not what \+stage=process saw"):
         house.upload()
-    assert versions.complete(str(house.url), "digits") == []
+    assert versions.complete_versions(str(house.url), "digits") == []
     make_dataset(house.workspace)  # as it was
     assert house.upload()["version"] == 1
     assert_whole(house.version(1))
@@ -200,7 +201,7 @@ def test_shards_of_the_same_name_keep_apart(house: House) -> None:
 def test_gnu_tar_reads_the_shards(house: House) -> None:
     house.upload()
     listed = []
-    for shard in Store(house.version(1)).shards.paths:
+    for shard in DatasetReader(house.version(1)).shards.paths:
         done = subprocess.run(["tar", "tf", shard], capture_output=True, text=True, check=True)
         listed += done.stdout.split()
     assert sorted(listed) == sorted(name for _, _, name in house.images(house.version(1)))
@@ -251,10 +252,10 @@ def test_killed_at_any_call_and_asked_again_it_is_whole(house: House, links: boo
     for moment in random.Random(seed).sample(range(calls), 12):
         shutil.rmtree(house.url)
         upload_and_die(house, links, at=moment)
-        cut += not versions.complete(str(house.url), "digits")
+        cut += not versions.complete_versions(str(house.url), "digits")
         assert house.upload()["version"] == 1
         assert_whole(house.version(1))
-        assert versions.complete(str(house.url), "digits") == [1]
+        assert versions.complete_versions(str(house.url), "digits") == [1]
         assert house.images(house.version(1)) == house.images(house.dataset)
     assert cut > 6  # else the kills came too late and this test tests nothing
 
@@ -264,7 +265,7 @@ def upload_and_die(house: House, links: bool, at: int | None) -> int:
     made = fork.Value("q", 0)
 
     def work() -> None:
-        transport.BLOCK = 1_000
+        storage_backend.BLOCK = 1_000
         if not links:
             os.link = refuse
 
@@ -291,20 +292,20 @@ def refuse(source: object, destination: object) -> None:
 
 def test_a_cut_off_upload_sends_only_what_is_missing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", refuse)
-    real, copied = folder._copy, []
+    real, copied = folder_backend._copy, []
 
-    def cut(piece: transport.Piece, *rest: Any) -> None:
+    def cut(piece: storage_backend.UploadFile, *rest: Any) -> None:
         if len(copied) == 2:
             raise KeyboardInterrupt
         copied.append(piece.file.bytes)
         real(piece, *rest)
 
-    monkeypatch.setattr(folder, "_copy", cut)
+    monkeypatch.setattr(folder_backend, "_copy", cut)
     with pytest.raises(KeyboardInterrupt):
         house.upload()
-    assert versions.complete(str(house.url), "digits") == []
+    assert versions.complete_versions(str(house.url), "digits") == []
     assert read_json(house.version(1) / "upload.json")["run"] == "abc-upload"
-    monkeypatch.setattr(folder, "_copy", real)
+    monkeypatch.setattr(folder_backend, "_copy", real)
     result = house.upload()
     assert result["kept"] == sum(copied)
     assert result["copied"] == house.manifest.bytes - sum(copied)
@@ -316,24 +317,24 @@ def test_a_linked_archive_keeps_its_mode_and_is_watched(house: House) -> None:
     archive.chmod(0o664)
     house.upload()
     assert archive.stat().st_mode & 0o777 == 0o664
-    Store(house.version(1))
+    DatasetReader(house.version(1))
     before = archive.stat()
     with archive.open("r+b") as file:
         file.seek(600)
         file.write(b"other")
     os.utime(archive, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
     with pytest.raises(UserError, match=r"train-0\.tar was written to after its upload: .*verify digits@v1"):
-        Store(house.version(1))
+        DatasetReader(house.version(1))
     copy = house.url / "digits" / "v2"
     make_dataset(house.workspace)  # the archive of this name is another file now
     shutil.copytree(house.version(1), copy)  # with other times, and not a link of anything
-    Store(copy)
+    DatasetReader(copy)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_every_file_is_of_one_part(house: House, parts: int) -> None:
-    pieces = [transport.Piece(Path(file.path), file) for file in house.manifest.all_files()]
-    shares = [upload.share(pieces, part, parts) for part in range(parts)]
+    pieces = [storage_backend.UploadFile(Path(file.path), file) for file in house.manifest.all_files()]
+    shares = [upload.part_of(pieces, part, parts) for part in range(parts)]
     assert sorted(piece.file.path for share in shares for piece in share) == sorted(
         piece.file.path for piece in pieces
     )

@@ -17,7 +17,8 @@ from faulty_s3 import KINDS, Faults, answer, proxy
 from relay import Relay
 from remote_house import House
 
-from hpc_imagenet.datastore import multipart, versions
+from hpc_imagenet.datastore import versions
+from hpc_imagenet.datastore.backends import s3_upload
 from hpc_imagenet.errors import UserError
 
 AWAY = float(os.environ.get("HPC_IMAGENET_TEST_AWAY", "0.5"))  # s that a server is away; 30 takes real waits
@@ -68,7 +69,7 @@ def test_faults_of_a_server_are_overcome(
         assert house.upload(bucket)["version"] == 1
         with pytest.raises(UserError, match=r"train-1\.tar has other bytes than when it was made"):
             house.verb(bucket, "fetch", "digits", str(tmp_path / "here"))
-        assert versions.complete(str(tmp_path / "here"), "digits") == []
+        assert versions.complete_versions(str(tmp_path / "here"), "digits") == []
         assert faults.made[kind] >= 2
         faults.every = 0
     assert house.upload(bucket)["version"] == 1
@@ -139,7 +140,7 @@ def test_a_server_that_stays_away_is_told_and_nothing_is_seen(
     with pytest.raises(UserError, match=r"503 SlowDown, 9 tries in a row; .*ask again") as caught:
         house.upload(bucket)
     assert "\n" not in str(caught.value)
-    assert versions.complete(bucket, "digits") == []
+    assert versions.complete_versions(bucket, "digits") == []
     faults.answers = []
     assert house.upload(bucket)["kept"] > 0
     house.holds(bucket, tmp_path / "here")
@@ -151,7 +152,7 @@ def test_only_missing_parts_are_sent_again(house: House, faults: Faults, bucket:
     faults.answers = [answer("403", "ExpiredToken")] * 100
     with pytest.raises(UserError, match=r"the credentials have expired \(ExpiredToken\): renew them"):
         house.upload(bucket)
-    assert versions.complete(bucket, "digits") == []
+    assert versions.complete_versions(bucket, "digits") == []
     faults.answers, faults.lines = [], []
     assert house.upload(bucket)["version"] == 1
     again = [line for line in faults.lines if b"PUT" in line and b"partNumber=1&" in line]
@@ -191,7 +192,7 @@ def test_where_it_must_give_up_it_says_so(
         house.upload(bucket)
     assert "\n" not in str(caught.value)
     assert servers.SECRET not in str(caught.value)
-    assert versions.complete(bucket, "digits") == []
+    assert versions.complete_versions(bucket, "digits") == []
 
 
 @pytest.mark.usefixtures("quick")
@@ -204,13 +205,13 @@ def test_a_full_bucket(
         with pytest.raises(UserError, match=r"^datastore\.url=s3://bucket/x: .*ask again") as caught:
             house.upload("s3://bucket/x")
         assert "\n" not in str(caught.value)
-        assert versions.complete("s3://bucket/x", "digits") == []
+        assert versions.complete_versions("s3://bucket/x", "digits") == []
         subprocess.run(["mount", "-o", "remount,size=90m", str(small_disk)], check=True)
         for _ in range(4):
             # Parts that this server could not write are lost for ever: a try finds that out and drops them.
             with contextlib.suppress(UserError):
                 house.upload("s3://bucket/x")
-        assert versions.complete("s3://bucket/x", "digits") == [1]
+        assert versions.complete_versions("s3://bucket/x", "digits") == [1]
         house.holds("s3://bucket/x", tmp_path / "here")
 
 
@@ -222,7 +223,7 @@ def test_a_full_host(
     url = f"there:{small_disk}"
     with pytest.raises(UserError, match="No space left"):
         house.upload(url)
-    assert versions.complete(url, "digits") == []
+    assert versions.complete_versions(url, "digits") == []
     subprocess.run(["mount", "-o", "remount,size=90m", str(small_disk)], check=True)
     assert house.upload(url)["version"] == 1
     house.holds(url, tmp_path / "here")
@@ -248,7 +249,7 @@ def test_a_connection_that_breaks_goes_on(
             house.upload(f"there:{tmp_path}/stores")
         assert "\n" not in str(caught.value)
         relay.back()
-        assert versions.complete(f"there:{tmp_path}/stores", "digits") == [1]
+        assert versions.complete_versions(f"there:{tmp_path}/stores", "digits") == [1]
         assert house.upload(f"there:{tmp_path}/stores")["version"] == 2
         house.holds(f"there:{tmp_path}/stores", tmp_path / "here")
 
@@ -257,10 +258,10 @@ def test_a_connection_that_breaks_goes_on(
 def test_a_file_that_changes_while_it_is_read(
     house: House, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(multipart, "MEMORY", multipart.PART)  # no reading far ahead
+    monkeypatch.setattr(s3_upload, "MEMORY", s3_upload.PART)  # no reading far ahead
     archive = house.dataset / house.manifest.shards[0].path
     monkeypatch.setattr(os, "link", refuse)
-    place = versions.locate(url)
+    place = versions.open_backend(url)
     real = type(place).send
 
     def send(self: object, pieces: object, path: str, known: object, tell: object) -> object:
@@ -274,7 +275,7 @@ def test_a_file_that_changes_while_it_is_read(
         patch.setattr(type(place), "send", send)
         with pytest.raises(UserError, match=r"train-0\.tar is not what \+stage=process saw \(written to"):
             house.upload(url)
-    assert versions.complete(url, "digits") == []
+    assert versions.complete_versions(url, "digits") == []
     assert house.upload(url)["version"] == 1
     assert house.verb(url, "verify", "digits") == 0
 

@@ -31,7 +31,7 @@ def test_killed_at_any_moment_it_goes_on(remote_house: House, url: str, tmp_path
     begin = time.monotonic()
     start(house, url, "whole").join()
     needs = time.monotonic() - begin
-    assert versions.complete(url, "whole") == [1]
+    assert versions.complete_versions(url, "whole") == [1]
     cut = kept = 0
     for number in range(10 * KILLS):
         if cut and number >= KILLS:
@@ -45,7 +45,7 @@ def test_killed_at_any_moment_it_goes_on(remote_house: House, url: str, tmp_path
             cut += 1
         else:  # the first had to warm up
             needs *= 0.8
-        assert versions.complete(url, name) in ([], [1])
+        assert versions.complete_versions(url, name) in ([], [1])
         result = house.upload(url, name)
         assert result["version"] == 1
         kept += result["kept"] > 0

@@ -11,7 +11,8 @@ import pytest
 import servers
 from remote_house import House
 
-from hpc_imagenet.datastore import rsync, ssh, versions
+from hpc_imagenet.datastore import versions
+from hpc_imagenet.datastore.backends import ssh_backend, ssh_connection
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.stages import upload
 
@@ -33,7 +34,7 @@ def test_a_version_comes_and_goes(
     assert (again["version"], again["kept"]) == (1, house.manifest.bytes)
     house.fill("2nd")
     assert house.upload(url)["datastore"] == "digits@v2"
-    assert versions.complete(url, "digits") == [1, 2]
+    assert versions.complete_versions(url, "digits") == [1, 2]
     capsys.readouterr()
     assert house.verb(url) == 0
     table = capsys.readouterr().out
@@ -43,14 +44,14 @@ def test_a_version_comes_and_goes(
     assert "digits@v2 is whole: 0.019 GB read" in capsys.readouterr().out
     house.holds(url, tmp_path / "here")
     assert house.verb(url, "delete", "digits@v2", "--yes") == 0
-    assert versions.complete(url, "digits") == [1]
-    assert house.verb(url, "sweep", "--yes", "--days=0") == 0
+    assert versions.complete_versions(url, "digits") == [1]
+    assert house.verb(url, "prune", "--yes", "--days=0") == 0
     assert house.upload(url)["datastore"] == "digits@v3"  # a number never means two things
 
 
 def test_what_is_wrong_is_found(house: House, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     house.upload(url)
-    place = versions.locate(url)
+    place = versions.open_backend(url)
     place.remove(["digits/v1/meta.bin"])
     place.create("digits/v1/meta.bin", b"x" * 99)
     place.remove(["digits/v1/val.npy"])
@@ -64,10 +65,10 @@ def test_parts_send_and_one_commits(house: House, url: str) -> None:
     parts = [house.upload(url, part=part, parts=3) for part in range(3)]
     assert sum(part["bytes"] for part in parts) == house.manifest.bytes
     assert all(part["copied"] + part["linked"] == part["bytes"] > 0 for part in parts)
-    assert versions.complete(url, "digits") == []
+    assert versions.complete_versions(url, "digits") == []
     whole = house.upload(url, parts=3)
     assert (whole["version"], whole["copied"]) == (1, 0)
-    assert set(versions.locate(url).files("digits/v1")) == {
+    assert set(versions.open_backend(url).files("digits/v1")) == {
         "manifest.json",
         *(file.path for file in upload.placed(house.manifest).all_files()),
     }
@@ -95,7 +96,7 @@ def test_two_upload_other_images_of_one_name_at_once(house: House, url: str, tmp
         assert "rclone" in os.environ["PYTEST_CURRENT_TEST"]
     numbers = [house.upload(url, dataset=name)["version"] for name in ("digits", "other")]
     assert len(set(numbers)) == 2
-    assert sorted(versions.complete(url, "digits")) == sorted(numbers)
+    assert sorted(versions.complete_versions(url, "digits")) == sorted(numbers)
     assert house.verb(url, "verify", f"digits@v{numbers[0]}") == 0
     assert house.verb(url, "verify", f"digits@v{numbers[1]}") == 0
     assert first.content != house.manifest.content
@@ -124,7 +125,7 @@ def test_a_fetch_that_is_cut_off_goes_on(
     house: House, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     house.upload(url)
-    place, here = type(versions.locate(url)), tmp_path / "here"
+    place, here = type(versions.open_backend(url)), tmp_path / "here"
     real, fetched = place.fetch, []
 
     def cut(self: Any, path: str, *rest: Any) -> None:
@@ -136,7 +137,7 @@ def test_a_fetch_that_is_cut_off_goes_on(
     monkeypatch.setattr(place, "fetch", cut)
     with pytest.raises(KeyboardInterrupt):
         house.verb(url, "fetch", "digits", str(here))
-    assert versions.complete(str(here), "digits") == []
+    assert versions.complete_versions(str(here), "digits") == []
     again: list[str] = []
     monkeypatch.setattr(
         place, "fetch", lambda self, path, *rest: (again.append(path), real(self, path, *rest))
@@ -151,11 +152,11 @@ def test_a_fetch_by_rsync_that_is_cut_off_goes_on(
     monkeypatch.setenv("RSYNC_RSH", host)
     url, here = f"there:{tmp_path}/stores", tmp_path / "here"
     house.upload(url)
-    part = here / "digits" / "v1" / rsync.FETCHED
+    part = here / "digits" / "v1" / ssh_backend.FETCHED
     cut, whole = (part / shard.path for shard in upload.placed(house.manifest).shards[:2])
-    real, came = ssh.Shell.rsync, []
+    real, came = ssh_connection.SshConnection.rsync, []
 
-    def run(self: ssh.Shell, what: str, words: list[str], *tell: object) -> None:
+    def run(self: ssh_connection.SshConnection, what: str, words: list[str], *tell: object) -> None:
         told = [0]
         real(self, what, words, told.append)
         came.append(max(told))
@@ -163,10 +164,10 @@ def test_a_fetch_by_rsync_that_is_cut_off_goes_on(
             raise KeyboardInterrupt
 
     again = False
-    monkeypatch.setattr(ssh.Shell, "rsync", run)
+    monkeypatch.setattr(ssh_connection.SshConnection, "rsync", run)
     with pytest.raises(KeyboardInterrupt):
         house.verb(url, "fetch", "digits", str(here))
-    assert versions.complete(str(here), "digits") == []
+    assert versions.complete_versions(str(here), "digits") == []
     assert came[0] >= sum(shard.bytes for shard in house.manifest.shards)
     data = cut.read_bytes()
     cut.write_bytes(b"x" + data[1 : len(data) // 2])  # cut off, and wrong at its beginning
@@ -186,18 +187,18 @@ def test_two_uploads_of_different_images_without_conditional_writes(
     """The later claim wins; the earlier upload sees it when it commits, and leaves nothing wrong."""
     servers.credentials(monkeypatch, rclone)
     url = f"s3://bucket/{tmp_path.name}"
-    real = versions.Claim.commit
+    real = versions.VersionClaim.commit
 
-    def commit(claim: versions.Claim, manifest: Any) -> None:
-        claim.place.remove([f"{claim.path}/upload.json"])
-        claim.place.create(f"{claim.path}/upload.json", b'{"content": "of another"}')
+    def commit(claim: versions.VersionClaim, manifest: Any) -> None:
+        claim.backend.remove([f"{claim.path}/upload.json"])
+        claim.backend.create(f"{claim.path}/upload.json", b'{"content": "of another"}')
         real(claim, manifest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(versions.Claim, "commit", commit)
+        patch.setattr(versions.VersionClaim, "commit", commit)
         with pytest.raises(UserError, match="was taken away from this upload meanwhile: ask again"):
             house.upload(url)
-    assert versions.complete(url, "digits") == []
+    assert versions.complete_versions(url, "digits") == []
     assert house.upload(url)["version"] == 2
 
 

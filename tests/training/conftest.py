@@ -14,10 +14,10 @@ import torch
 from outcomes import begin, train
 from tiny_training import tiny_config, write_store
 
-from hpc_imagenet.config import Config
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.runs import Run
-from hpc_imagenet.training.account import Account
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.runs.store import Run
+from hpc_imagenet.training.callbacks.progress import ProgressReporter
 
 sys.path.append(
     str(Path(__file__).resolve().parents[2] / "benchmarks")
@@ -35,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> DatasetReader:
     """40 train and 13 val images: five steps of eight."""
     return write_store(tmp_path_factory.mktemp("tiny") / "v1", {"train": 40, "val": 13})
 
@@ -51,7 +51,7 @@ def config() -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def whole(tiny: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
+def whole(tiny: DatasetReader, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
     """The uninterrupted training that the others are compared with."""
     run = begin(tmp_path_factory.mktemp("whole") / "run")
     return run, train(tiny_config(), tiny, run)
@@ -62,13 +62,13 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Send this process SIGUSR2 within that step."""
 
     def arrange(step: int) -> None:
-        original = Account.on_train_batch_end
+        original = ProgressReporter.on_train_batch_end
 
-        def noisy(self: Account, trainer: Any, *rest: Any) -> None:
+        def noisy(self: ProgressReporter, trainer: Any, *rest: Any) -> None:
             original(self, trainer, *rest)
             if trainer.global_step == step:
                 os.kill(os.getpid(), signal.SIGUSR2)
 
-        monkeypatch.setattr(Account, "on_train_batch_end", noisy)
+        monkeypatch.setattr(ProgressReporter, "on_train_batch_end", noisy)
 
     return arrange

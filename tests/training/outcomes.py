@@ -12,11 +12,11 @@ import torch
 from forked import CONTEXT
 from servers import free_port
 
-from hpc_imagenet.config import Config
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.runs import Run
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.fit import fit
-from hpc_imagenet.world import World
 
 STEPS = 5  # an epoch of the tiny store; two epochs
 
@@ -26,8 +26,8 @@ def begin(folder: Path) -> Run:
     return Run(folder)
 
 
-def train(config: Config, store: Store, run: Run) -> dict[str, Any]:
-    result = fit(config, store, run, World())
+def train(config: Config, store: DatasetReader, run: Run) -> dict[str, Any]:
+    result = fit(config, store, run, DistEnv())
     torch.set_num_threads(1)  # fit takes all there are
     return result
 
@@ -67,11 +67,11 @@ def results(result: dict[str, Any]) -> tuple[float, float, float]:
 class Task:
     """One rank of a training, as a process."""
 
-    def __init__(self, store: Store, run: Run, world: World, setting: dict[str, Any]) -> None:
-        said = run.folder.with_name(f"{run.folder.name}-{world.rank}")
+    def __init__(self, store: DatasetReader, run: Run, dist_env: DistEnv, setting: dict[str, Any]) -> None:
+        said = run.folder.with_name(f"{run.folder.name}-{dist_env.rank}")
         self._said = [said.with_suffix(suffix) for suffix in (".out", ".err")]
         self._process = CONTEXT.Process(
-            target=task.begin, args=(store.folder, run, world, setting, self._said)
+            target=task.begin, args=(store.folder, run, dist_env, setting, self._said)
         )
         self._process.start()
 
@@ -83,11 +83,11 @@ class Task:
         return self._process.exitcode, out, err
 
 
-def tasks(store: Store, run: Run, size: int = 1, **setting: Any) -> list[Task]:
+def tasks(store: DatasetReader, run: Run, size: int = 1, **setting: Any) -> list[Task]:
     """Start one training on `size` ranks."""
     port = free_port()
-    worlds = [World(rank, size, rank, size, port=port) for rank in range(size)]
-    return [Task(store, run, world, setting) for world in worlds]
+    worlds = [DistEnv(rank, size, rank, size, port=port) for rank in range(size)]
+    return [Task(store, run, dist_env, setting) for dist_env in worlds]
 
 
 def finish(ranks: list[Task]) -> list[dict[str, Any]]:

@@ -13,22 +13,22 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 from tiny_training import tiny_config
 
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.errors import Interrupted, Lost
-from hpc_imagenet.runs import Run
-from hpc_imagenet.training import boundary
-from hpc_imagenet.training.boundary import Boundary
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.errors import PeerLost, Preempted
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run
+from hpc_imagenet.training.callbacks import checkpoint
+from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
 from hpc_imagenet.training.fit import fit
-from hpc_imagenet.world import World
 
 
-def begin(store: Path, run: Run, world: World, setting: dict[str, Any], said: list[Path]) -> None:
+def begin(store: Path, run: Run, dist_env: DistEnv, setting: dict[str, Any], said: list[Path]) -> None:
     """Train; `setting` is what happens to it, `said` where its stdout and stderr go."""
     for number, path in enumerate(said, 1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
     torch.set_num_threads(1)
-    rank, config = world.rank, tiny_config()
+    rank, config = dist_env.rank, tiny_config()
     if "dropout" in setting:
         config.model.options = {"dropout": setting["dropout"]}
     if "model" in setting:
@@ -39,23 +39,23 @@ def begin(store: Path, run: Run, world: World, setting: dict[str, Any], said: li
         config.train.accumulate = setting["accumulate"]
     if setting.get("save_every_step"):
         config.train.checkpoint_every_minutes = 1e-9
-    original = Boundary.on_train_batch_end
+    original = CheckpointCallback.on_train_batch_end
 
-    def eventful(self: Boundary, trainer: Any, *rest: Any) -> None:
+    def eventful(self: CheckpointCallback, trainer: Any, *rest: Any) -> None:
         if trainer.global_step == setting.get("signal_at") and rank == setting["signal_rank"]:
             os.kill(os.getpid(), signal.SIGUSR2)
         original(self, trainer, *rest)
         if trainer.global_step == setting.get("die_at") and rank == setting.get("die_rank", 0):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Boundary.on_train_batch_end = eventful  # type: ignore[method-assign]
+    CheckpointCallback.on_train_batch_end = eventful  # type: ignore[method-assign]
     if setting.get("stuck"):  # as where a GPU waits for a rank that is gone
-        boundary.FAREWELL = 0.5
+        checkpoint.FAREWELL = 0.5
         DDPStrategy.teardown = lambda self: time.sleep(600)  # type: ignore[method-assign]
     try:
-        result = fit(config, Store(store), run, world)
-    except Interrupted as stopped:
+        result = fit(config, DatasetReader(store), run, dist_env)
+    except Preempted as stopped:
         result = {"interrupted": int(str(stopped).split("step ")[1].split(",")[0])}
-    except Lost as lost:
+    except PeerLost as lost:
         result = {"lost": str(lost)}
     print(json.dumps(result))

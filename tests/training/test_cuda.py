@@ -25,19 +25,19 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpc_imagenet.compose import compose
-from hpc_imagenet.config import Config
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.errors import Interrupted, UserError
-from hpc_imagenet.runs import Run
-from hpc_imagenet.training import environment
-from hpc_imagenet.training.account import Account
-from hpc_imagenet.training.boundary import Boundary
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.errors import Preempted, UserError
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.runs.store import Run
+from hpc_imagenet.training import distributed
+from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
+from hpc_imagenet.training.callbacks.progress import ProgressReporter
 from hpc_imagenet.training.fit import backbone
-from hpc_imagenet.training.model import build
+from hpc_imagenet.training.loading.sampler import BatchShare
+from hpc_imagenet.training.models.build import build_model
 from hpc_imagenet.training.module import Classifier
-from hpc_imagenet.training.sampler import Share
-from hpc_imagenet.world import World
 
 
 def on(device: torch.device, config: Config) -> Config:
@@ -56,22 +56,22 @@ class Waits:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, device: torch.device, first: int, last: int) -> None:
         self.modes: list[str] = []
         self._on_gpu = device.type == "cuda"
-        before, behind = Account.on_train_batch_start, Account.on_train_batch_end
+        before, behind = ProgressReporter.on_train_batch_start, ProgressReporter.on_train_batch_end
 
-        def begins(account: Account, trainer: Any, *rest: Any) -> None:
+        def begins(account: ProgressReporter, trainer: Any, *rest: Any) -> None:
             before(account, trainer, *rest)
             if trainer.global_step + 1 == first:
                 self.set("error")
 
-        def ends(account: Account, trainer: Any, *rest: Any) -> None:
+        def ends(account: ProgressReporter, trainer: Any, *rest: Any) -> None:
             if trainer.global_step == last:
                 self.set("default")
             behind(account, trainer, *rest)
 
-        monkeypatch.setattr(Account, "on_train_batch_start", begins)
-        monkeypatch.setattr(Account, "on_train_batch_end", ends)
+        monkeypatch.setattr(ProgressReporter, "on_train_batch_start", begins)
+        monkeypatch.setattr(ProgressReporter, "on_train_batch_end", ends)
         # What clears up behind an error waits as well, and would hide it.
-        monkeypatch.setattr(Account, "on_exception", lambda *_: self.set("default"))
+        monkeypatch.setattr(ProgressReporter, "on_exception", lambda *_: self.set("default"))
 
     def set(self, mode: str) -> None:
         self.modes.append(mode)
@@ -90,14 +90,18 @@ def place_of(error: BaseException) -> str:
 
 
 @pytest.fixture(scope="module")
-def ten_steps(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def ten_steps(tmp_path_factory: pytest.TempPathFactory) -> DatasetReader:
     return write_store(tmp_path_factory.mktemp("ten") / "v1", {"train": 80, "val": 8})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["standard90", "fast16", "modern", "finetune"])
 def test_a_step_waits_for_nothing(
-    device: torch.device, ten_steps: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+    device: torch.device,
+    ten_steps: DatasetReader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
 ) -> None:
     """Each wait that is not needed costs a GPU what the host needs to catch up."""
     small = {"epochs": 1, "global_batch": 8, "size": 32, "val_size": 32, "val_resize": 32, "warmup_epochs": 0}
@@ -105,7 +109,7 @@ def test_a_step_waits_for_nothing(
     words += ["recipe.start_size=32"] if recipe == "fast16" else []
     place = [
         "dataset=digits",
-        "cluster=here",
+        "cluster=foreground",
         "loader.workers=2",
         f"recipe={recipe}",
         "recipe.precision=auto",
@@ -126,7 +130,7 @@ def test_a_step_waits_for_nothing(
 
 def classifier(**recipe: Any) -> Classifier:
     config = tiny_config(**recipe)
-    return Classifier(build("squeezenet1_1", 10, stem="small"), 10, config.recipe, 0, 10, Share(8))
+    return Classifier(build_model("squeezenet1_1", 10, stem="small"), 10, config.recipe, 0, 10, BatchShare(8))
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -174,17 +178,17 @@ def test_the_loss_of_a_step_on_a_gpu_is_float32() -> None:
     assert set(types.of_softmax) == {torch.float32}
 
 
-def peak(config: Config, store: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> int:
+def peak(config: Config, store: DatasetReader, run: Run, monkeypatch: pytest.MonkeyPatch) -> int:
     """Return the bytes on the GPU that a step needs, the search for cuDNN's algorithms left out."""
-    original = Account.on_train_batch_start
+    original = ProgressReporter.on_train_batch_start
 
-    def begins(account: Account, trainer: Any, *rest: Any) -> None:
+    def begins(account: ProgressReporter, trainer: Any, *rest: Any) -> None:
         original(account, trainer, *rest)
         if trainer.global_step == 1:  # the first step has done the search
             torch.cuda.reset_peak_memory_stats()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Account, "on_train_batch_start", begins)
+        patch.setattr(ProgressReporter, "on_train_batch_start", begins)
         train(config, store, run)
     return torch.cuda.max_memory_allocated()
 
@@ -262,13 +266,13 @@ def same(one: Run, other: Run) -> bool:
 
 def resumed(config: Config, store: Path, run: Run) -> None:
     """Go on with a training in a process of its own, which chooses cuDNN's algorithms anew."""
-    train(config, Store(store), run)
+    train(config, DatasetReader(store), run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_resume_gives_the_weights_of_an_undisturbed_run(
-    device: torch.device, tiny: Store, tmp_path: Path, signal_at, deterministic: bool
+    device: torch.device, tiny: DatasetReader, tmp_path: Path, signal_at, deterministic: bool
 ) -> None:
     config = on(device, tiny_config(optimizer="adamw", learning_rate=1e-4, ema=0.8))
     config.train.deterministic = deterministic
@@ -276,7 +280,7 @@ def test_resume_gives_the_weights_of_an_undisturbed_run(
     try:
         train(config, tiny, whole)
         signal_at(4)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Preempted):
             train(config, tiny, run)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -298,13 +302,13 @@ def test_resume_gives_the_weights_of_an_undisturbed_run(
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["cpu first", "cpu last"])
 def test_resume_on_another_device(
-    device: torch.device, tiny: Store, tmp_path: Path, signal_at, monkeypatch, order: str
+    device: torch.device, tiny: DatasetReader, tmp_path: Path, signal_at, monkeypatch, order: str
 ) -> None:
     cpu = torch.device("cpu")
     first, second = (cpu, device) if order == "cpu first" else (device, cpu)
     run = begin(tmp_path / "run")
     signal_at(4)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Preempted):
         train(on(first, tiny_config(ema=0.8)), tiny, run)
     monkeypatch.undo()
     result = train(on(second, tiny_config(ema=0.8)), tiny, run)
@@ -329,26 +333,28 @@ def one_rank(device: str, store: Path, run: Run, way: str, compiled: bool) -> No
     if compiled and device == "cpu":  # without the minute that a C++ compiler takes
         torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="eager")  # type: ignore[method-assign]
     if way != "alone":
-        original, starts = environment.placement, Boundary.on_train_start
+        original, starts = distributed.trainer_arguments, CheckpointCallback.on_train_start
 
-        def placement(world: World, place: torch.device, accumulate: int, precision: str) -> dict[str, Any]:
-            strategy = original(World(0, 2, 0, 2), place, accumulate, precision)["strategy"]
+        def placement(
+            dist_env: DistEnv, place: torch.device, accumulate: int, precision: str
+        ) -> dict[str, Any]:
+            strategy = original(DistEnv(0, 2, 0, 2), place, accumulate, precision)["strategy"]
             strategy._ddp_comm_hook = bf16_compress_hook if way == "bf16" else None  # as between nodes
-            return original(world, place, accumulate, precision) | {"strategy": strategy}
+            return original(dist_env, place, accumulate, precision) | {"strategy": strategy}
 
-        def start(boundary: Boundary, trainer: Any, module: Any) -> None:
+        def start(boundary: CheckpointCallback, trainer: Any, module: Any) -> None:
             starts(boundary, trainer, module)
             boundary._group = torch.distributed.new_group(backend="gloo")  # beside NCCL, as with more ranks
 
-        environment.placement = placement
-        Boundary.on_train_start = start  # type: ignore[method-assign]
-    train(config, Store(store), run)
+        distributed.trainer_arguments = placement
+        CheckpointCallback.on_train_start = start  # type: ignore[method-assign]
+    train(config, DatasetReader(store), run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "compiled", "limit"), [("float32", False, 0.1), ("bf16", True, 0.5)])
 def test_nccl_with_one_rank_trains_as_without(
-    device: torch.device, tiny: Store, tmp_path: Path, way: str, compiled: bool, limit: float
+    device: torch.device, tiny: DatasetReader, tmp_path: Path, way: str, compiled: bool, limit: float
 ) -> None:
     runs = {name: begin(tmp_path / name) for name in ("alone", way)}
     processes = [

@@ -24,13 +24,13 @@ from loader_data import pictures, write_store
 from PIL import Image
 from torch import Tensor
 
-from hpc_imagenet.datastore.store import Split, Store
-from hpc_imagenet.training import gpu
-from hpc_imagenet.training.data import Batches, Loader
-from hpc_imagenet.training.decode import Encoded
-from hpc_imagenet.training.gpu import Piece
-from hpc_imagenet.training.sampler import Share, TrainSampler
-from hpc_imagenet.training.transforms import Crop, TrainView
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
+from hpc_imagenet.training.loading import device_prefetch
+from hpc_imagenet.training.loading.batch_loader import BatchBuilder, BatchLoader
+from hpc_imagenet.training.loading.crop import CropBox, RandomResizedCrop
+from hpc_imagenet.training.loading.decode import EncodedImage
+from hpc_imagenet.training.loading.device_prefetch import PendingImage
+from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler
 
 SIDE = 64  # px of the square that is compared
 KINDS = 8  # images of each kind
@@ -95,11 +95,11 @@ MAY_BE_REFUSED = ("4:4:0", "4:1:1", "progressive", "odd factors")  # rare ones, 
 
 
 def compared(
-    images: list[Encoded], pieces: list[Piece], device: torch.device
-) -> tuple[list[Piece], float, float]:
+    images: list[EncodedImage], pieces: list[PendingImage], device: torch.device
+) -> tuple[list[PendingImage], float, float]:
     """Decode on the device; return what it refuses, and how far the others are from libjpeg (mean, worst)."""
     pixels = torch.zeros(len(images), 3, SIDE, SIDE, dtype=torch.uint8, device=device)
-    refused = gpu.decode(pieces, pixels)
+    refused = device_prefetch.decode_on_gpu(pieces, pixels)
     taken = [piece for piece in pieces if piece not in refused]
     if not taken:
         return refused, 0.0, 0.0
@@ -111,7 +111,7 @@ def compared(
 
 def test_nvjpeg_decodes_at_all(device: torch.device) -> None:
     """Where it does not, everything else here would be decoded by CPUs, and be right."""
-    line = gpu.check(device, max(1, len(os.sched_getaffinity(0)) - 1))
+    line = device_prefetch.check_gpu_decode(device, max(1, len(os.sched_getaffinity(0)) - 1))
     ok = line.startswith("nvJPEG" if device.type == "cuda" else "libjpeg")
     report(line, ok=ok)
     assert ok, line
@@ -122,11 +122,11 @@ def test_nvjpeg_decodes_each_kind_as_libjpeg_does_or_leaves_it_to_cpus(
     device: torch.device, kind: str
 ) -> None:
     encode, on_device = ENCODERS[kind]
-    images = [Encoded(encode(photo(number))) for number in range(KINDS)]
+    images = [EncodedImage(encode(photo(number))) for number in range(KINDS)]
     assert [image.plain for image in images] == [on_device] * KINDS
     right, lower = images[0].width, images[0].height  # where the last blocks may be cut
-    crop = Crop((right - SIDE, lower - SIDE, right, lower), SIDE, SIDE)  # nothing is resized
-    pieces = [Piece(place, image._data, crop) for place, image in enumerate(images)]
+    crop = CropBox((right - SIDE, lower - SIDE, right, lower), SIDE, SIDE)  # nothing is resized
+    pieces = [PendingImage(place, image._data, crop) for place, image in enumerate(images)]
     if not on_device:
         report(f"nvJPEG, {kind}: left to CPUs", ok=True)
         if kind == "RGB-coded":  # whether that has to be; the others are no JPEGs of three components
@@ -174,13 +174,13 @@ def test_nvjpeg_batches_beside_a_busy_stream_are_those_of_an_idle_one(
     on_gpu = device.type == "cuda"
     count, batch, size, busy = (300, 256, 224, 4096) if on_gpu else (5, 8, 32, 64)
     write_store(tmp_path / "photos", [(data, 0) for data in pictures(96 if on_gpu else 8)])
-    store = Store(tmp_path / "photos")
-    split = Split(store, np.resize(store.split("train").index, count * batch))
+    store = DatasetReader(tmp_path / "photos")
+    split = SplitReader(store, np.resize(store.open_split("train").index, count * batch))
     workers = max(1, len(os.sched_getaffinity(0)) - 1)
 
-    def loader() -> Loader:
-        made = Batches(split, TrainView(size, 0.25, 0.5), 0, on_gpu=True)
-        return Loader(made, TrainSampler(len(split), 0, Share(batch)), workers, device)
+    def loader() -> BatchLoader:
+        made = BatchBuilder(split, RandomResizedCrop(size, 0.25, 0.5), 0, on_gpu=True)
+        return BatchLoader(made, TrainSampler(len(split), 0, BatchShare(batch)), workers, device)
 
     quiet, began = loader(), time.perf_counter()  # batch by batch, nothing at the same time
     expected, _ = sums(map(quiet._finish, quiet._prepared()), device, busy, wait=True)

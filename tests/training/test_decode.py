@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pictures import encoded
 from PIL import Image
 
-from hpc_imagenet.archives.picture import TILED, examine
-from hpc_imagenet.archives.treat import Treatment
-from hpc_imagenet.training.decode import Encoded
+from hpc_imagenet.data.images.image_header import TILED, inspect
+from hpc_imagenet.data.images.shard_transform import ShardTransform
+from hpc_imagenet.training.loading.decode import EncodedImage
 
 JPEGTRAN = shutil.which("jpegtran")
 needs_jpegtran = pytest.mark.skipif(JPEGTRAN is None, reason="no jpegtran (libjpeg-turbo-progs)")
@@ -58,7 +58,7 @@ def parts(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
 
 
 def same(data: bytes, box: tuple[int, int, int, int]) -> bool:
-    return np.array_equal(Encoded(data).pixels(box), pillow(data)[box[1] : box[3], box[0] : box[2]])
+    return np.array_equal(EncodedImage(data).pixels(box), pillow(data)[box[1] : box[3], box[0] : box[2]])
 
 
 @settings(max_examples=50, deadline=None)
@@ -80,9 +80,9 @@ def test_a_part_of_a_tiled_picture_has_them_too(part, subsampling: int, interval
 def test_of_a_tiled_picture_only_what_is_wanted_is_decoded() -> None:
     """What lies outside the part may be destroyed."""
     plain = noisy((160, 160), 2)
-    data, look = Treatment(tile=True)(plain, examine(plain))  # what process.tile=true writes
-    assert look.marks & TILED
-    scan, box = Encoded(data)._frame.scan, (100, 100, 130, 130)
+    data, look = ShardTransform(tile=True)(plain, inspect(plain))  # what process.tile=true writes
+    assert look.flags & TILED
+    scan, box = EncodedImage(data)._frame.scan, (100, 100, 130, 130)
     marks = [at for at in range(scan, len(data)) if data[at] == 0xFF and 0xD0 <= data[at + 1] <= 0xD7]
     assert len(marks) == 99
     spoilt = bytearray(data)
@@ -90,8 +90,8 @@ def test_of_a_tiled_picture_only_what_is_wanted_is_decoded() -> None:
         spoilt[at] = 0
     left, upper, right, lower = box
     expected = pillow(data)[upper:lower, left:right]
-    assert np.array_equal(Encoded(bytes(spoilt)).pixels(box), expected)
-    assert not np.array_equal(Encoded(bytes(spoilt)).pixels((60, 0, 100, 16)), pillow(data)[:16, 60:100])
+    assert np.array_equal(EncodedImage(bytes(spoilt)).pixels(box), expected)
+    assert not np.array_equal(EncodedImage(bytes(spoilt)).pixels((60, 0, 100, 16)), pillow(data)[:16, 60:100])
 
 
 @needs_jpegtran
@@ -104,7 +104,7 @@ def test_damaged_restart_markers_are_left_to_pillow(harm: str) -> None:
     else:
         data[at + 1] = 0xD6
     whole = pillow(bytes(data))
-    assert np.array_equal(Encoded(bytes(data)).pixels((40, 40, 64, 64)), whole[40:64, 40:64])
+    assert np.array_equal(EncodedImage(bytes(data)).pixels((40, 40, 64, 64)), whole[40:64, 40:64])
 
 
 ODD = {
@@ -122,7 +122,7 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 def test_unusual_images_are_decoded_as_pillow_does(kind: str) -> None:
     data = ODD[kind]
-    image = Encoded(data)
+    image = EncodedImage(data)
     width, height = Image.open(io.BytesIO(data)).size
     assert (image.width, image.height) == (width, height)
     for box in ((0, 0, width, height), (2, 3, width // 2, height // 2)):
@@ -139,9 +139,9 @@ def test_a_jpeg_of_rgb_components_is_decoded_as_pillow_does_and_not_by_a_gpu(how
             b"\x03R\0G\0B", b"\x03\1\0\2\0\3"
         )
         assert data.count(b"R\0") == 0
-    assert not Encoded(data).plain
+    assert not EncodedImage(data).plain
     assert same(data, (0, 0, 60, 60))
-    assert Encoded(encoded(size=(60, 60))).plain
+    assert EncodedImage(encoded(size=(60, 60))).plain
 
 
 def test_a_turned_picture_is_not_turned() -> None:
@@ -149,7 +149,7 @@ def test_a_turned_picture_is_not_turned() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(size=(48, 32), exif=exif)
-    assert (Encoded(data).width, Encoded(data).height) == (48, 32)
+    assert (EncodedImage(data).width, EncodedImage(data).height) == (48, 32)
     assert same(data, (0, 0, 48, 32))
 
 
@@ -158,7 +158,7 @@ def test_a_turned_picture_is_not_turned() -> None:
 )
 def test_what_is_no_image_is_an_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        Encoded(data).pixels((0, 0, 1, 1))
+        EncodedImage(data).pixels((0, 0, 1, 1))
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
@@ -167,7 +167,7 @@ def test_a_picture_that_was_cut_off_is_an_error(share: float, lower: int) -> Non
     """Even where the part that is wanted is there: every epoch would meet another part of it."""
     data = noisy((120, 120), 2)
     with pytest.raises(ValueError, match="truncated"):
-        Encoded(data[: int(share * len(data))]).pixels((0, 0, 16, lower))
+        EncodedImage(data[: int(share * len(data))]).pixels((0, 0, 16, lower))
 
 
 def test_random_damage_is_judged_as_by_pillow() -> None:
@@ -183,7 +183,7 @@ def test_random_damage_is_judged_as_by_pillow() -> None:
         except (OSError, SyntaxError, ValueError):
             expected = None
         try:
-            image = Encoded(bytes(data))
+            image = EncodedImage(bytes(data))
             found = image.pixels((0, 0, image.width, image.height)) if image.width < 1000 else None
         except ValueError:
             assert expected is None

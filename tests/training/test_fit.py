@@ -10,14 +10,14 @@ import torch
 from outcomes import STEPS, assert_same_training, begin, finish, lines, results, saved, tasks, train
 from pytorch_lightning.utilities import rank_zero_only
 
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.errors import Interrupted, UserError
-from hpc_imagenet.runs import Run
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.errors import Preempted, UserError
+from hpc_imagenet.runs.store import Run
+from hpc_imagenet.training.loading.sampler import permutation
 from hpc_imagenet.training.module import Classifier
-from hpc_imagenet.training.sampler import permutation
 
 
-def test_a_training_tells_what_came_out(tiny: Store, whole: tuple[Run, dict[str, Any]]) -> None:
+def test_a_training_tells_what_came_out(tiny: DatasetReader, whole: tuple[Run, dict[str, Any]]) -> None:
     run, result = whole
     assert 0 <= result["top1"] <= result["top5"] <= 1
     assert result["top1"] == pytest.approx(round(result["top1"] * 13) / 13)
@@ -33,7 +33,9 @@ def test_a_training_tells_what_came_out(tiny: Store, whole: tuple[Run, dict[str,
 
 
 @pytest.mark.slow
-def test_a_seed_decides_all(config, tiny: Store, tmp_path: Path, whole: tuple[Run, dict[str, Any]]) -> None:
+def test_a_seed_decides_all(
+    config, tiny: DatasetReader, tmp_path: Path, whole: tuple[Run, dict[str, Any]]
+) -> None:
     again = begin(tmp_path / "again")
     assert results(train(config(), tiny, again)) == results(whole[1])
     assert_same_training(whole[0], again)
@@ -45,19 +47,21 @@ def test_a_seed_decides_all(config, tiny: Store, tmp_path: Path, whole: tuple[Ru
         assert_same_training(whole[0], other)
 
 
-def test_every_class_is_told(tiny: Store, whole: tuple[Run, dict[str, Any]]) -> None:
+def test_every_class_is_told(tiny: DatasetReader, whole: tuple[Run, dict[str, Any]]) -> None:
     run, result = whole
     with (run.folder / "val_classes.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == [f"n{digit:08d}" for digit in range(10)]
-    labels = tiny.split("val").index["label"].tolist()
+    labels = tiny.open_split("val").index["label"].tolist()
     assert [int(row["images"]) for row in rows] == [labels.count(digit) for digit in range(10)]
     for name in ("top1", "top5"):
         hits = sum(float(row[name]) * int(row["images"]) for row in rows if row["images"] != "0")
         assert hits / 13 == pytest.approx(result[name], abs=1e-4)
 
 
-def test_a_loss_that_is_no_number_stops_at_its_step(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
+def test_a_loss_that_is_no_number_stops_at_its_step(
+    config, tiny: DatasetReader, tmp_path: Path, monkeypatch
+) -> None:
     original = Classifier.training_step
 
     def spoilt(self: Classifier, batch: Any, batch_idx: int) -> Any:
@@ -71,15 +75,15 @@ def test_a_loss_that_is_no_number_stops_at_its_step(config, tiny: Store, tmp_pat
     ):
         train(config(), tiny, run)
     order = permutation(40, 3, 1)[8:16]
-    names = [tiny.split("train").name(i) for i in order.tolist()]
+    names = [tiny.open_split("train").name(i) for i in order.tolist()]
     assert (run.folder / "bad_batch.txt").read_text().split() == names
     assert saved(run)["global_step"] == STEPS
     assert all(torch.isfinite(value).all() for value in saved(run)["state_dict"].values())
 
 
-def test_an_unreadable_image_is_one_line(config, tiny: Store, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_one_line(config, tiny: DatasetReader, tmp_path: Path) -> None:
     shutil.copytree(tiny.folder, tmp_path / "v1")
-    offset, length, *_ = tiny.split("train").index[7].item()
+    offset, length, *_ = tiny.open_split("train").index[7].item()
     with (tmp_path / "v1" / "train.tar").open("r+b") as file:
         file.seek(offset)
         file.write(b"\0" * length)
@@ -87,20 +91,20 @@ def test_an_unreadable_image_is_one_line(config, tiny: Store, tmp_path: Path) ->
     asked.loader.workers = 1
     run = begin(tmp_path / "run")
     with pytest.raises(UserError) as caught:
-        train(asked, Store(tmp_path / "v1"), run)
+        train(asked, DatasetReader(tmp_path / "v1"), run)
     assert str(caught.value).startswith(f"{tmp_path}/v1: image train_0007.JPEG cannot be read")
     assert "\n" not in str(caught.value)
     asked.loader.on_corrupt = "skip"
-    result = train(asked, Store(tmp_path / "v1"), run)
+    result = train(asked, DatasetReader(tmp_path / "v1"), run)
     assert result["skipped"] == 1
     assert result["loss"] < 10
     # An attempt that only looks whether all is done read none of them.
-    assert train(asked, Store(tmp_path / "v1"), run)["skipped"] == 1
+    assert train(asked, DatasetReader(tmp_path / "v1"), run)["skipped"] == 1
 
 
 @pytest.mark.slow
 def test_a_step_in_parts_is_the_same_step(
-    config, tiny: Store, tmp_path: Path, signal_at, monkeypatch
+    config, tiny: DatasetReader, tmp_path: Path, signal_at, monkeypatch
 ) -> None:
     def parts(count: int, run: Run) -> None:
         asked = config()
@@ -110,7 +114,7 @@ def test_a_step_in_parts_is_the_same_step(
     one, two = begin(tmp_path / "one"), begin(tmp_path / "two")
     parts(1, one)
     signal_at(8)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Preempted):
         parts(2, two)
     monkeypatch.undo()
     parts(2, two)
@@ -119,7 +123,7 @@ def test_a_step_in_parts_is_the_same_step(
 
 
 def test_deterministic_algorithms_are_another_way_to_the_same_run(
-    config, tiny: Store, tmp_path: Path, whole
+    config, tiny: DatasetReader, tmp_path: Path, whole
 ) -> None:
     asked, run = config(), begin(tmp_path / "run")
     asked.train.deterministic = True
@@ -132,7 +136,7 @@ def test_deterministic_algorithms_are_another_way_to_the_same_run(
 
 
 def test_a_layer_without_a_deterministic_algorithm_is_one_line(
-    config, tiny: Store, tmp_path: Path, monkeypatch
+    config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:
     def refused(self: Classifier, batch: Any, batch_idx: int) -> Any:
         raise RuntimeError(
@@ -148,13 +152,13 @@ def test_a_layer_without_a_deterministic_algorithm_is_one_line(
         train(config(), tiny, begin(tmp_path / "run"))
 
 
-def test_more_images_a_step_than_there_are(config, tiny: Store, tmp_path: Path) -> None:
+def test_more_images_a_step_than_there_are(config, tiny: DatasetReader, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"recipe.global_batch=41 is more than the 40 images of train"):
         train(config(global_batch=41), tiny, begin(tmp_path / "run"))
 
 
 @pytest.mark.slow
-def test_two_ranks_see_what_one_sees(tiny: Store, tmp_path: Path, whole) -> None:
+def test_two_ranks_see_what_one_sees(tiny: DatasetReader, tmp_path: Path, whole) -> None:
     """Without dropout and batch norm the weights agree as closely as sums in another order can."""
     alone, shared = begin(tmp_path / "alone"), begin(tmp_path / "shared")
     # A step in parts on two ranks, with the treatment of images that all worlds have in common. The first
@@ -185,7 +189,7 @@ def test_two_ranks_see_what_one_sees(tiny: Store, tmp_path: Path, whole) -> None
 
 
 def test_variables_of_an_outer_slurm_job_change_nothing(
-    config, tiny: Store, tmp_path: Path, monkeypatch
+    config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:
     outer = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "RANK": "2"}
     for name, value in {**outer, "SLURM_JOB_NAME": "outer", "SLURM_CPUS_PER_TASK": "1"}.items():

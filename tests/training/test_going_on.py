@@ -15,23 +15,23 @@ import pytest
 import torch
 from outcomes import STEPS, assert_same_training, begin, finish, results, saved, tasks, train
 
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.errors import LATER, Interrupted, UserError
-from hpc_imagenet.runs import Run
-from hpc_imagenet.training.metrics import Table
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.errors import EXIT_REQUEUE, Preempted, UserError
+from hpc_imagenet.runs.store import Run
+from hpc_imagenet.training.metrics import CsvLogger
 from hpc_imagenet.training.module import Classifier
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 6, 10])  # 5 and 10: an epoch's last
 def test_going_on_after_a_signal_changes_nothing(
-    step, config, tiny: Store, tmp_path: Path, whole, signal_at, monkeypatch
+    step, config, tiny: DatasetReader, tmp_path: Path, whole, signal_at, monkeypatch
 ) -> None:
     run = begin(tmp_path / "run")
     before = signal.getsignal(signal.SIGUSR2)
     signal_at(step)
     asked = config()
     asked.loader.workers = step % 3  # the whole training had none
-    with pytest.raises(Interrupted, match=f"SIGUSR2 after step {step}, which is saved"):
+    with pytest.raises(Preempted, match=f"SIGUSR2 after step {step}, which is saved"):
         train(asked, tiny, run)
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGUSR2) is before
@@ -41,7 +41,7 @@ def test_going_on_after_a_signal_changes_nothing(
 
 
 def test_going_on_in_the_middle_of_a_validation(
-    config, tiny: Store, tmp_path: Path, whole, monkeypatch
+    config, tiny: DatasetReader, tmp_path: Path, whole, monkeypatch
 ) -> None:
     original, calls = Classifier.validation_step, iter(range(100))
 
@@ -52,14 +52,16 @@ def test_going_on_in_the_middle_of_a_validation(
 
     run = begin(tmp_path / "run")
     monkeypatch.setattr(Classifier, "validation_step", noisy)
-    with pytest.raises(Interrupted, match="SIGTERM after step 5"):
+    with pytest.raises(Preempted, match="SIGTERM after step 5"):
         train(config(), tiny, run)
     monkeypatch.undo()
     assert results(train(config(), tiny, run)) == results(whole[1])
     assert_same_training(whole[0], run)
 
 
-def test_a_finished_training_only_validates(config, tiny: Store, whole, tmp_path: Path, monkeypatch) -> None:
+def test_a_finished_training_only_validates(
+    config, tiny: DatasetReader, whole, tmp_path: Path, monkeypatch
+) -> None:
     run = Run(tmp_path / "run")
     shutil.copytree(whole[0].folder, run.folder)
     monkeypatch.setattr(Classifier, "training_step", lambda *_: pytest.fail("it trains again"))
@@ -70,7 +72,7 @@ def test_a_finished_training_only_validates(config, tiny: Store, whole, tmp_path
 
 
 def test_a_spoilt_checkpoint_falls_back_to_the_one_before(
-    config, tiny: Store, tmp_path: Path, whole, capsys
+    config, tiny: DatasetReader, tmp_path: Path, whole, capsys
 ) -> None:
     run = Run(tmp_path / "run")
     shutil.copytree(whole[0].folder, run.folder)
@@ -86,7 +88,7 @@ def test_a_spoilt_checkpoint_falls_back_to_the_one_before(
 
 
 @pytest.mark.slow
-def test_going_on_after_a_kill_changes_nothing(config, tiny: Store, tmp_path: Path, whole) -> None:
+def test_going_on_after_a_kill_changes_nothing(config, tiny: DatasetReader, tmp_path: Path, whole) -> None:
     seed = random.SystemRandom().randrange(2**32)
     steps = sorted(random.Random(seed).sample(range(1, 2 * STEPS), 2))
     print(f"seed {seed}: killed at steps {steps}")
@@ -100,7 +102,9 @@ def test_going_on_after_a_kill_changes_nothing(config, tiny: Store, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_ranks_stops_both_and_changes_nothing(tiny: Store, tmp_path: Path) -> None:
+def test_a_signal_to_one_of_two_ranks_stops_both_and_changes_nothing(
+    tiny: DatasetReader, tmp_path: Path
+) -> None:
     whole, run = begin(tmp_path / "whole"), begin(tmp_path / "run")
     normed = {"model": "shufflenet_v2_x0_5"}  # with batch norm: its statistics differ between the ranks
     began = tasks(tiny, whole, size=2, **normed)
@@ -117,13 +121,13 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_changes_nothing(tiny: Store
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stuck", [False, True])
-def test_the_others_end_when_a_rank_is_gone(stuck: bool, tiny: Store, tmp_path: Path) -> None:
+def test_the_others_end_when_a_rank_is_gone(stuck: bool, tiny: DatasetReader, tmp_path: Path) -> None:
     """Even where a device waits for it for ever."""
     left, gone = tasks(tiny, begin(tmp_path / "run"), size=2, die_at=3, die_rank=1, stuck=stuck)
     code, out, err = left.ended()
     assert gone.ended()[0] == -signal.SIGKILL
     if stuck:
-        assert code == LATER
+        assert code == EXIT_REQUEUE
         assert "this task does not come to its end" in err
     else:
         assert code == 0, err
@@ -131,26 +135,28 @@ def test_the_others_end_when_a_rank_is_gone(stuck: bool, tiny: Store, tmp_path: 
 
 
 def test_metrics_go_on_where_the_checkpoint_is(tmp_path: Path) -> None:
-    def told(table: Table) -> list[tuple[str, str]]:
+    def told(table: CsvLogger) -> list[tuple[str, str]]:
         with table.path.open(newline="") as file:
             return [(line["step"], line["val_loss"]) for line in csv.DictReader(file)]
 
-    first = Table(tmp_path, step=0)
+    first = CsvLogger(tmp_path, step=0)
     for step in range(4):
         first.log_metrics({"train_loss": 1.0}, step)
     first.log_metrics({"val_loss": 2.0}, 3)
     with first.path.open("a") as file:
         file.write("5,1,1.0")  # and a kill
-    second = Table(tmp_path, step=4)
+    second = CsvLogger(tmp_path, step=4)
     second.log_metrics({"val_loss": 2.0}, 3)  # the same validation again
     second.log_metrics({"train_loss": 1.0}, 4)
     assert told(second) == [("1", ""), ("2", ""), ("3", ""), ("4", ""), ("4", "2.0"), ("5", "")]
-    third = Table(tmp_path, step=2)  # the work behind step 2 was lost
+    third = CsvLogger(tmp_path, step=2)  # the work behind step 2 was lost
     third.log_metrics({"train_loss": 1.0}, 2)
     assert told(third) == [("1", ""), ("2", ""), ("3", "")]
 
 
-def test_a_checkpoint_of_another_training_is_refused(config, tiny: Store, tmp_path: Path, whole) -> None:
+def test_a_checkpoint_of_another_training_is_refused(
+    config, tiny: DatasetReader, tmp_path: Path, whole
+) -> None:
     run = Run(tmp_path / "run")
     shutil.copytree(whole[0].folder, run.folder)
     before = saved(run)
@@ -172,7 +178,7 @@ def test_a_checkpoint_of_another_training_is_refused(config, tiny: Store, tmp_pa
 
 @pytest.mark.slow
 def test_too_little_memory_names_the_parts_that_would_fit(
-    config, tiny: Store, tmp_path: Path, whole, monkeypatch
+    config, tiny: DatasetReader, tmp_path: Path, whole, monkeypatch
 ) -> None:
     """And the run goes on with so many parts, from the checkpoint of before."""
     asked, run = config(), begin(tmp_path / "run")

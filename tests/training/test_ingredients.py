@@ -11,12 +11,12 @@ import torch
 from outcomes import STEPS, assert_same_training, begin, lines, results, saved, train
 from torch._dynamo.testing import CompileCounter
 
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.errors import Interrupted
-from hpc_imagenet.training.account import Account
-from hpc_imagenet.training.model import build
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.errors import Preempted
+from hpc_imagenet.training.callbacks.progress import ProgressReporter
+from hpc_imagenet.training.loading.sampler import BatchShare
+from hpc_imagenet.training.models.build import build_model
 from hpc_imagenet.training.module import Classifier
-from hpc_imagenet.training.sampler import Share
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "averaged": {"ema": 0.8, "ema_every": 2, "schedule": "linear", "blurpool": True, "val_flip": True},
@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_going_on_changes_nothing_with_any_ingredient(
-    name, config, tiny: Store, tmp_path: Path, whole, signal_at, monkeypatch
+    name, config, tiny: DatasetReader, tmp_path: Path, whole, signal_at, monkeypatch
 ) -> None:
     asked = config(**OPTIONS[name])
     if name == "averaged":
@@ -38,7 +38,7 @@ def test_going_on_changes_nothing_with_any_ingredient(
     assert lines(alone) != lines(whole[0])
     signal_at(4)
     asked.loader.workers = 3
-    with pytest.raises(Interrupted):
+    with pytest.raises(Preempted):
         train(asked, tiny, run)
     monkeypatch.undo()
     asked.loader.workers = 1
@@ -59,7 +59,7 @@ def test_every_size_that_images_grow_to_is_compiled(config, monkeypatch) -> None
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.mean((2, 3))
 
-    module = Classifier(Network(), 10, recipe, 3, 5, Share(2))
+    module = Classifier(Network(), 10, recipe, 3, 5, BatchShare(2))
     dynamo, inductor = torch._dynamo.config, torch._inductor.config
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     with dynamo.patch(recompile_limit=8), inductor.patch(fallback_random=False):  # others compile as well
@@ -76,14 +76,14 @@ def test_every_size_that_images_grow_to_is_compiled(config, monkeypatch) -> None
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_going_on_changes_nothing_for_a_compiled_network(
-    config, tiny: Store, tmp_path: Path, signal_at, monkeypatch
+    config, tiny: DatasetReader, tmp_path: Path, signal_at, monkeypatch
 ) -> None:
     asked = config(ema=0.8)
     asked.model.compile = True
     alone, run = begin(tmp_path / "alone"), begin(tmp_path / "run")
     expected = train(asked, tiny, alone)
     signal_at(4)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Preempted):
         train(asked, tiny, run)
     monkeypatch.undo()
     assert results(train(asked, tiny, run)) == results(expected)
@@ -91,15 +91,15 @@ def test_going_on_changes_nothing_for_a_compiled_network(
 
 
 @pytest.mark.slow
-def test_the_averaged_weights_are_judged(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
+def test_the_averaged_weights_are_judged(config, tiny: DatasetReader, tmp_path: Path, monkeypatch) -> None:
     seen: list[tuple[int, torch.Tensor]] = []
-    original = Account.on_train_batch_end
+    original = ProgressReporter.on_train_batch_end
 
-    def noting(self: Account, trainer: Any, module: Any, *rest: Any) -> None:
+    def noting(self: ProgressReporter, trainer: Any, module: Any, *rest: Any) -> None:
         original(self, trainer, module, *rest)
         seen.append((trainer.global_step, module.model.classifier[1].bias.detach().clone()))
 
-    monkeypatch.setattr(Account, "on_train_batch_end", noting)
+    monkeypatch.setattr(ProgressReporter, "on_train_batch_end", noting)
     run = begin(tmp_path / "run")
     result = train(config(ema=0.75, ema_every=2, warmup_epochs=0.8), tiny, run)
     right = dict(seen)[4]  # up to there it is a copy
@@ -115,7 +115,7 @@ def test_the_averaged_weights_are_judged(config, tiny: Store, tmp_path: Path, mo
 
 @pytest.mark.slow
 def test_before_the_first_update_the_weights_themselves_are_judged(
-    config, tiny: Store, tmp_path: Path
+    config, tiny: DatasetReader, tmp_path: Path
 ) -> None:
     plain = train(config(), tiny, begin(tmp_path / "plain"))
     asked = config(ema=0.99, ema_every=100, warmup_epochs=0.5)
@@ -124,10 +124,10 @@ def test_before_the_first_update_the_weights_themselves_are_judged(
 
 @pytest.mark.slow
 def test_a_probe_trains_nothing_but_the_classifier(
-    config, tiny: Store, tmp_path: Path, signal_at, monkeypatch
+    config, tiny: DatasetReader, tmp_path: Path, signal_at, monkeypatch
 ) -> None:
     torch.manual_seed(1)
-    source = build("shufflenet_v2_x0_5", 7, size=16).state_dict()
+    source = build_model("shufflenet_v2_x0_5", 7, size=16).state_dict()
     torch.save(source, tmp_path / "w.pth")
     asked = config(freeze=True, learning_rate=0.1)
     asked.model.name, asked.model.weights = "shufflenet_v2_x0_5", str(tmp_path / "w.pth")
@@ -137,7 +137,7 @@ def test_a_probe_trains_nothing_but_the_classifier(
     changed = {key for key in source if not torch.equal(state[f"model.{key}"], source[key])}
     assert changed == {"fc.weight", "fc.bias"}  # and no statistics of batch norm
     signal_at(3)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Preempted):
         train(asked, tiny, run)
     monkeypatch.undo()
     (tmp_path / "w.pth").unlink()  # what it began with is not needed any more
@@ -146,7 +146,7 @@ def test_a_probe_trains_nothing_but_the_classifier(
 
 
 @pytest.mark.slow
-def test_growing_images_are_that_large(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
+def test_growing_images_are_that_large(config, tiny: DatasetReader, tmp_path: Path, monkeypatch) -> None:
     original, sizes = Classifier.normalised, []
 
     def noting(self: Classifier, images: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torchvision import models
 
-from hpc_imagenet.backbones import BACKBONES
+from hpc_imagenet.config.backbones import BACKBONES
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.training.average import averaging, update
-from hpc_imagenet.training.blurpool import blur_before_halving
-from hpc_imagenet.training.model import _probe, build
-from hpc_imagenet.training.weights import classifier, freeze
+from hpc_imagenet.training.models.blurpool import blur_before_halving
+from hpc_imagenet.training.models.build import _probe, build_model
+from hpc_imagenet.training.models.ema import ema_copy, update_ema
+from hpc_imagenet.training.models.pretrained import classifier_name, freeze_backbone
 
 # One of each family, small enough to run a step here.
 SMALL = (
@@ -33,20 +33,20 @@ def test_the_names_are_torchvisions() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_small_backbones_take_a_step_on_small_images(name: str) -> None:
-    model = build(name, 7, size=32)
+    model = build_model(name, 7, size=32)
     logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 7)
     logits.square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
     # And with every option that changes the network.
     blur_before_halving(model)
-    average = averaging(model)
-    update(average, model, 0.9)
-    freeze(model)
+    average = ema_copy(model)
+    update_ema(average, model, 0.9)
+    freeze_backbone(model)
     model.zero_grad()
     model.eval()(torch.randn(2, 3, 32, 32)).square().mean().backward()
     learning = {key for key, p in model.named_parameters() if p.grad is not None}
-    assert learning == {f"{classifier(model)}.weight", f"{classifier(model)}.bias"}
+    assert learning == {f"{classifier_name(model)}.weight", f"{classifier_name(model)}.bias"}
 
 
 @pytest.mark.slow
@@ -56,23 +56,23 @@ def test_small_backbones_take_a_step_on_small_images(name: str) -> None:
 )
 def test_large_backbones_have_the_right_shapes(name: str, size: int) -> None:
     with torch.device("meta"):
-        model = build(name, 7, size=size)
+        model = build_model(name, 7, size=size)
     assert _probe(model, size).shape == (2, 7)
     assert model.training
-    assert model.get_submodule(classifier(model)).weight.shape[0] == 7
+    assert model.get_submodule(classifier_name(model)).weight.shape[0] == 7
     blur_before_halving(model)
     assert _probe(model, size).shape == (2, 7)
 
 
 def test_windows_that_must_divide_are_told() -> None:
     with pytest.raises(UserError, match=r"recipe.size=32 .* model.name=maxvit_t .*a multiple of 56 would"):
-        build("maxvit_t", 7, size=32)
+        build_model("maxvit_t", 7, size=32)
     with torch.device("meta"):
-        assert _probe(build("maxvit_t", 7, size=56), 56).shape == (2, 7)
+        assert _probe(build_model("maxvit_t", 7, size=56), 56).shape == (2, 7)
 
 
 def test_the_small_stem_of_a_resnet() -> None:
-    model = build("resnet18", 10, size=32)
+    model = build_model("resnet18", 10, size=32)
     assert isinstance(model.conv1, nn.Conv2d)
     assert (model.conv1.kernel_size, model.conv1.stride) == ((3, 3), (1, 1))
     assert isinstance(model.maxpool, nn.Identity)
@@ -92,7 +92,7 @@ def test_the_small_stem_of_a_resnet() -> None:
 )
 def test_the_small_stem_takes_a_factor_of_four_back(name: str, layer: str, side: int) -> None:
     sides = []
-    model = build(name, 10, size=32)
+    model = build_model(name, 10, size=32)
     model.get_submodule(layer).register_forward_hook(lambda m, i, out: sides.append(out.shape[-1]))
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, 32, 32))
@@ -100,14 +100,14 @@ def test_the_small_stem_takes_a_factor_of_four_back(name: str, layer: str, side:
 
 
 def test_auto_is_small_up_to_64_px() -> None:
-    assert build("resnet18", 10, size=64).conv1.stride == (1, 1)
-    assert build("resnet18", 10, size=65).conv1.stride == (2, 2)
-    assert build("resnet18", 10, size=32, stem="standard").conv1.stride == (2, 2)
-    assert build("resnet18", 10, size=128, stem="small").conv1.stride == (1, 1)
+    assert build_model("resnet18", 10, size=64).conv1.stride == (1, 1)
+    assert build_model("resnet18", 10, size=65).conv1.stride == (2, 2)
+    assert build_model("resnet18", 10, size=32, stem="standard").conv1.stride == (2, 2)
+    assert build_model("resnet18", 10, size=128, stem="small").conv1.stride == (1, 1)
 
 
 def test_a_small_vision_transformer_has_64_patches() -> None:
-    model = build("vit_b_16", 10, size=32)
+    model = build_model("vit_b_16", 10, size=32)
     assert model.conv_proj.kernel_size == (4, 4)
     assert model.encoder.pos_embedding.shape == (1, 65, 768)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_the_seed_decides_the_weights() -> None:
     states = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        states.append(build("mobilenet_v3_small", 10, size=32).state_dict()["features.0.0.weight"])
+        states.append(build_model("mobilenet_v3_small", 10, size=32).state_dict()["features.0.0.weight"])
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
 
@@ -139,20 +139,20 @@ def test_the_seed_decides_the_weights() -> None:
 def test_what_does_not_fit_is_told_in_a_line(arguments, line: str) -> None:
     name, more = arguments
     with pytest.raises(UserError, match=line) as caught, torch.device("meta"):
-        build(name, 10, **more)
+        build_model(name, 10, **more)
     assert "\n" not in str(caught.value)
 
 
 def test_no_warning_reaches_the_log() -> None:
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("error")
-        build("googlenet", 10)
+        build_model("googlenet", 10)
 
 
 @pytest.mark.parametrize(("name", "halvings"), [("resnet50", 6), ("mobilenet_v3_small", 4), ("vit_b_16", 0)])
 def test_blur_stands_before_what_halves(name: str, halvings: int) -> None:
     with torch.device("meta"):
-        model = build(name, 7, size=224)
+        model = build_model(name, 7, size=224)
     before = list(model.state_dict())
     assert blur_before_halving(model) == halvings
     assert list(model.state_dict()) == before  # published weights still fit
@@ -177,4 +177,4 @@ def test_blur_makes_a_shift_matter_less() -> None:
 
 def test_a_size_to_begin_with_must_fit_too() -> None:
     with pytest.raises(UserError, match=r"recipe.start_size=160 .*vit_b_16"), torch.device("meta"):
-        build("vit_b_16", 7, size=224, start_size=160)
+        build_model("vit_b_16", 7, size=224, start_size=160)

@@ -8,43 +8,43 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_imagenet import local
-from hpc_imagenet.config import Config
+from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.training import environment
-from hpc_imagenet.training.boundary import Boundary
-from hpc_imagenet.training.model import build
-from hpc_imagenet.training.preemption import Asked as StopSignal
-from hpc_imagenet.training.recipe import optimizer, rate, set_norm_momentum
-from hpc_imagenet.world import World
+from hpc_imagenet.io.signals import StopSignal as StopSignal
+from hpc_imagenet.launch import local_queue
+from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.training import distributed
+from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
+from hpc_imagenet.training.models.build import build_model
+from hpc_imagenet.training.models.optim import build_optimizer, lr_factor, set_norm_momentum
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero() -> None:
-    rates = [rate(step, 100, 10) for step in range(100)]
+    rates = [lr_factor(step, 100, 10) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates.index(max(rates)) == 10
     assert rates[10] == 1
     assert rates[55] == pytest.approx(0.5)
     assert sorted(rates[10:], reverse=True) == rates[10:]
     assert rates[-1] < 1e-3
-    assert rate(100, 100, 10) == pytest.approx(0)
-    assert rate(0, 100, 0) == 1
+    assert lr_factor(100, 100, 10) == pytest.approx(0)
+    assert lr_factor(0, 100, 0) == 1
 
 
 def test_norms_and_biases_are_spared_where_the_recipe_says(config) -> None:
-    model = build("resnet18", 10, size=32)
+    model = build_model("resnet18", 10, size=32)
     everything = sum(p.numel() for p in model.parameters())
     for decays in (True, False):
-        groups = optimizer(model, config(norm_decay=decays, weight_decay=0.5).recipe).param_groups
+        groups = build_optimizer(model, config(norm_decay=decays, weight_decay=0.5).recipe).param_groups
         assert sum(p.numel() for g in groups for p in g["params"]) == everything
         spared = [p for g in groups for p in g["params"] if g["weight_decay"] == 0]
         assert {p.ndim for p in spared} == (set() if decays else {1})
         assert all(g["weight_decay"] in (0, 0.5) for g in groups)
-    assert isinstance(optimizer(model, config(optimizer="adamw").recipe), torch.optim.AdamW)
+    assert isinstance(build_optimizer(model, config(optimizer="adamw").recipe), torch.optim.AdamW)
 
 
 def test_norm_momentum() -> None:
-    model = build("mobilenet_v3_small", 10, size=32)
+    model = build_model("mobilenet_v3_small", 10, size=32)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     set_norm_momentum(model, None)
     assert {m.momentum for m in norms} == {0.01}
@@ -63,13 +63,13 @@ def test_a_global_batch_that_does_not_divide(config, batch, size, accumulate, ne
     asked = config(global_batch=batch)
     asked.train.accumulate = accumulate
     with pytest.raises(UserError, match=f"recipe.global_batch={batch} does not divide {near}"):
-        environment.share(asked, World(size=size, local_size=size))
+        distributed.batch_share(asked, DistEnv(size=size, local_size=size))
 
 
 def test_a_share_of_the_global_batch(config) -> None:
     asked = config(global_batch=24)
     asked.train.accumulate = 2
-    assert environment.share(asked, World(1, 3, 1, 3)).images == 4
+    assert distributed.batch_share(asked, DistEnv(1, 3, 1, 3)).images == 4
 
 
 @pytest.fixture
@@ -101,20 +101,20 @@ def test_a_gpu_that_torch_does_not_see_is_an_error(
     config, monkeypatch, without_gpus, tmp_path: Path, variables, sign
 ) -> None:
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(local, "_DEVICES", tmp_path)
+    monkeypatch.setattr(local_queue, "_DEVICES", tmp_path)
     for name, value in variables.items():
         if value is None:
             monkeypatch.delenv(name)
         else:
             monkeypatch.setenv(name, value)
     if sign is None:
-        assert environment.device(config_of_any_gpus(config), World()).type == "cpu"
+        assert distributed.device(config_of_any_gpus(config), DistEnv()).type == "cpu"
         return
     with pytest.raises(UserError, match=rf"^{sign}.*, but torch .* sees no GPU: .*cluster.gpus_per_node=0"):
-        environment.device(config_of_any_gpus(config), World())
+        distributed.device(config_of_any_gpus(config), DistEnv())
     asked = config_of_any_gpus(config)
     asked.cluster.gpus_per_node = 0
-    assert environment.device(asked, World()).type == "cpu"
+    assert distributed.device(asked, DistEnv()).type == "cpu"
 
 
 def config_of_any_gpus(config) -> Config:
@@ -125,25 +125,25 @@ def config_of_any_gpus(config) -> Config:
 
 def test_gpus_that_are_not_there(config, without_gpus) -> None:
     asked = config()
-    assert environment.device(asked, World()).type == "cpu"
+    assert distributed.device(asked, DistEnv()).type == "cpu"
     asked.cluster.gpus_per_node = 2
     with pytest.raises(UserError, match=r"cluster.gpus_per_node=2, but .* set cluster.gpus_per_node=0"):
-        environment.device(asked, World())
+        distributed.device(asked, DistEnv())
     asked.cluster.gpus_per_node = None
-    assert environment.device(asked, World()).type == "cpu"
+    assert distributed.device(asked, DistEnv()).type == "cpu"
     asked.loader.decode = "gpu"
     with pytest.raises(UserError, match=r"^loader.decode=gpu, but .* on CPUs: set loader.decode=cpu$"):
-        environment.device(asked, World())
+        distributed.device(asked, DistEnv())
 
 
 def test_too_little_memory_of_this_machine_is_known_by_what_torch_says() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert environment.out_of_memory(caught.value)
-    assert environment.out_of_memory(torch.OutOfMemoryError())
+    assert distributed.out_of_memory(caught.value)
+    assert distributed.out_of_memory(torch.OutOfMemoryError())
     # No peer is lost because NCCL finds no memory.
-    assert environment.out_of_memory(RuntimeError("NCCL error … Cuda failure 2 'out of memory'"))
-    assert not environment.out_of_memory(RuntimeError("shape mismatch"))
+    assert distributed.out_of_memory(RuntimeError("NCCL error … Cuda failure 2 'out of memory'"))
+    assert not distributed.out_of_memory(RuntimeError("shape mismatch"))
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,12 @@ def test_too_little_memory_of_this_machine_is_known_by_what_torch_says() -> None
     ],
 )
 def test_out_of_memory_in_the_words_of_cudas_libraries(words: str) -> None:
-    assert environment.out_of_memory(RuntimeError(words), torch.device("cuda", 0))
+    assert distributed.out_of_memory(RuntimeError(words), torch.device("cuda", 0))
 
 
 def test_out_of_memory_is_judged_before_lightning_empties_the_gpu(tmp_path: Path, monkeypatch) -> None:
     """Its teardown moves the network to the CPU."""
-    boundary = Boundary(tmp_path, StopSignal(), 60, {}, lambda step: [], True)
+    boundary = CheckpointCallback(tmp_path, StopSignal(), 60, {}, lambda step: [], True)
     free = [2**30]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[0], 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda place: 0)
@@ -169,7 +169,7 @@ def test_out_of_memory_is_judged_before_lightning_empties_the_gpu(tmp_path: Path
     error = RuntimeError("GET was unable to find an engine to execute this computation")
     boundary.on_exception(SimpleNamespace(world_size=1), module, error)  # type: ignore[arg-type]
     free[0] = 79 * 2**30
-    assert not environment.out_of_memory(error, module.device)
+    assert not distributed.out_of_memory(error, module.device)
     assert boundary.out_of_memory
 
 
@@ -179,8 +179,8 @@ def test_a_missing_cudnn_engine_is_out_of_memory_only_on_a_full_gpu(monkeypatch,
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda place: 60 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda place: 59 * 2**30)
     error = RuntimeError("GET was unable to find an engine to execute this computation")
-    assert environment.out_of_memory(error, torch.device("cuda", 0)) is expected
-    assert not environment.out_of_memory(error)
+    assert distributed.out_of_memory(error, torch.device("cuda", 0)) is expected
+    assert not distributed.out_of_memory(error)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_missing_cudnn_engine_is_out_of_memory_only_on_a_full_gpu(monkeypatch,
 def test_gloo_goes_by_the_network_that_the_site_names(monkeypatch, nodes, site, right) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", site)
-    environment.placement(World(size=nodes), torch.device("cpu"), 1, "32-true")
+    distributed.trainer_arguments(DistEnv(size=nodes), torch.device("cpu"), 1, "32-true")
     assert os.environ.get("GLOO_SOCKET_IFNAME") == right
 
 
@@ -200,9 +200,9 @@ def test_gloo_goes_by_the_network_that_the_site_names(monkeypatch, nodes, site, 
 def test_automatic_precision_is_that_of_the_device(monkeypatch, capability, expected) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: capability)
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert [environment.precision("auto", place) for place in (gpu, cpu)] == [expected, "32-true"]
-    assert environment.precision("16-mixed", gpu) == "16-mixed"
-    assert environment.precision("bf16-mixed", gpu) == "bf16-mixed"
+    assert [distributed.precision("auto", place) for place in (gpu, cpu)] == [expected, "32-true"]
+    assert distributed.precision("16-mixed", gpu) == "16-mixed"
+    assert distributed.precision("bf16-mixed", gpu) == "bf16-mixed"
 
 
 @pytest.mark.parametrize(
@@ -211,40 +211,43 @@ def test_automatic_precision_is_that_of_the_device(monkeypatch, capability, expe
 )
 def test_gradients_are_compressed_between_nodes_only(monkeypatch, nodes, precision, compressed) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    world, gpu = World(size=2, local_size=2 // nodes), torch.device("cuda", 0)
-    strategy = environment.placement(world, gpu, 1, precision)["strategy"]
+    dist_env, gpu = DistEnv(size=2, local_size=2 // nodes), torch.device("cuda", 0)
+    strategy = distributed.trainer_arguments(dist_env, gpu, 1, precision)["strategy"]
     assert (strategy._ddp_comm_hook is not None) == compressed
 
 
 def test_deterministic_algorithms_replace_the_search_for_fast_ones() -> None:
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert environment.algorithms(gpu, False) == {"benchmark": True, "deterministic": False}
-    assert environment.algorithms(gpu, True) == {"benchmark": False, "deterministic": True}
-    assert environment.algorithms(cpu, False) == {"benchmark": False, "deterministic": False}
+    assert distributed.algorithm_arguments(gpu, False) == {"benchmark": True, "deterministic": False}
+    assert distributed.algorithm_arguments(gpu, True) == {"benchmark": False, "deterministic": True}
+    assert distributed.algorithm_arguments(cpu, False) == {"benchmark": False, "deterministic": False}
 
 
 def test_the_device_line(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "NVIDIA H100 80GB HBM3")
-    line = environment.describe(torch.device("cuda", 1), "bf16-mixed", World(0, 4, 0, 2), 8)
+    line = distributed.describe_device(torch.device("cuda", 1), "bf16-mixed", DistEnv(0, 4, 0, 2), 8)
     assert line == "device: NVIDIA H100 80GB HBM3, 8 CPUs, bf16-mixed, 4 tasks on 2 nodes"
-    assert environment.describe(torch.device("cpu"), "32-true", World(), 2) == "device: CPU, 2 CPUs, 32-true"
+    assert (
+        distributed.describe_device(torch.device("cpu"), "32-true", DistEnv(), 2)
+        == "device: CPU, 2 CPUs, 32-true"
+    )
 
 
 def test_a_gpu_that_only_emulates_bf16_is_told(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "Tesla T4")
     right = "Tesla T4 emulates bf16: recipe.precision=16-mixed is faster there"
-    assert environment.emulated("bf16-mixed", torch.device("cuda", 0)) == right
-    assert not environment.emulated("16-mixed", torch.device("cuda", 0))
-    assert not environment.emulated("bf16-mixed", torch.device("cpu"))
+    assert distributed.emulated("bf16-mixed", torch.device("cuda", 0)) == right
+    assert not distributed.emulated("16-mixed", torch.device("cuda", 0))
+    assert not distributed.emulated("bf16-mixed", torch.device("cpu"))
 
 
 def test_gpus_that_are_there(config, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     asked = config()
     asked.cluster.gpus_per_node = 2
-    assert environment.device(asked, World(3, 4, 1, 2)) == torch.device("cuda", 1)
+    assert distributed.device(asked, DistEnv(3, 4, 1, 2)) == torch.device("cuda", 1)
     with pytest.raises(UserError, match=r"4 tasks share 2 GPUs on this node: set cluster.tasks_per_node=2"):
-        environment.device(asked, World(3, 4, 3, 4))
+        distributed.device(asked, DistEnv(3, 4, 3, 4))
     asked.cluster.gpus_per_node = 0
-    assert environment.device(asked, World()).type == "cpu"
+    assert distributed.device(asked, DistEnv()).type == "cpu"

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_imagenet.training.sampler import PADDING, Share, TrainSampler, ValSampler, permutation
+from hpc_imagenet.training.loading.sampler import PADDING, BatchShare, TrainSampler, ValSampler, permutation
 
 worlds = st.integers(1, 4)
 
@@ -26,7 +26,7 @@ def global_batches(
     """Indices as [step][part, all ranks together]."""
     ranks = []
     for rank in range(size):
-        sampler = TrainSampler(images, seed, Share(batch, rank, size, accumulate), epoch, start)
+        sampler = TrainSampler(images, seed, BatchShare(batch, rank, size, accumulate), epoch, start)
         keys = list(sampler)
         assert all(e == epoch for part in keys for e, _ in part)
         ranks.append([[i for _, i in part] for part in keys])
@@ -69,7 +69,7 @@ def test_epochs_and_seeds_differ_and_come_back() -> None:
 
 
 def test_the_next_epoch_begins_at_its_beginning() -> None:
-    sampler = TrainSampler(10, 0, Share(2), epoch=1, start=3)
+    sampler = TrainSampler(10, 0, BatchShare(2), epoch=1, start=3)
     assert len(sampler) == 5  # of the epoch, as Lightning counts
     sampler.set_epoch(1)
     assert len(list(sampler)) == 2

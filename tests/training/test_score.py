@@ -10,35 +10,35 @@ from door import Door
 from pictures import encoded
 from torchvision import models
 
-from hpc_imagenet.archives import shape
-from hpc_imagenet.archives.shape import Synset
-from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer
+from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.stages import download, process
-from hpc_imagenet.training.score import score
+from hpc_imagenet.training.evaluate import evaluate
 
 NAME = "mobilenet_v3_small"
 FILE = "mobilenet_v3_small-047dcff4.pth"  # as torchvision's cache calls it
 
 
-def made(workspace: Path, classes: int) -> Store:
+def made(workspace: Path, classes: int) -> DatasetReader:
     """Process a dataset with one train image a class and 20 of val, those of the first five classes."""
     source, bits = workspace / "source", random.Random(2)
     source.mkdir()
     synsets = [Synset(i + 1, f"n{i:04d}", f"word {i}") for i in range(classes)]
     image = encoded()
-    shape.write_train(source / shape.TRAIN, [(synset.wnid, [image]) for synset in synsets])
+    ilsvrc_writer.write_train(source / ilsvrc_writer.TRAIN, [(synset.wnid, [image]) for synset in synsets])
     sizes = [(bits.randrange(20, 60), bits.randrange(20, 60)) for _ in range(20)]
-    shape.write_val(source / shape.VAL, [encoded(size=size) for size in sizes])
-    shape.write_devkit(source / shape.DEVKIT, synsets, [1 + i % 5 for i in range(20)])
+    ilsvrc_writer.write_val(source / ilsvrc_writer.VAL, [encoded(size=size) for size in sizes])
+    ilsvrc_writer.write_devkit(source / ilsvrc_writer.DEVKIT, synsets, [1 + i % 5 for i in range(20)])
     config = config_of(workspace, source)
     ask(download, config)
     ask(process, config)
-    return Store(workspace / "datasets" / config.dataset.name)
+    return DatasetReader(workspace / "datasets" / config.dataset.name)
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def few(tmp_path_factory: pytest.TempPathFactory) -> DatasetReader:
     return made(tmp_path_factory.mktemp("few"), 6)
 
 
@@ -53,21 +53,21 @@ def weights(classes: int, answer: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_scores_a_file(few: Store, tmp_path: Path) -> None:
+def test_scores_a_file(few: DatasetReader, tmp_path: Path) -> None:
     torch.save(weights(6, answer=1), tmp_path / "w.pth")
-    of = score(few, f"{NAME}={tmp_path / 'w.pth'}", 0)
+    of = evaluate(few, f"{NAME}={tmp_path / 'w.pth'}", 0)
     # A fifth of val is of class 1; of the five that rank highest only class 5 is missing, which val has not.
     assert (of.images, of.top1, of.top5, of.published) == (20, pytest.approx(0.2), 1.0, None)
     torch.save(weights(6, answer=5), tmp_path / "w.pth")
-    of = score(few, f"{NAME}={tmp_path / 'w.pth'}", 0)
+    of = evaluate(few, f"{NAME}={tmp_path / 'w.pth'}", 0)
     assert (of.top1, of.top5) == (0.0, pytest.approx(0.8))
 
 
-def test_scores_a_file_of_another_time(few: Store, tmp_path: Path) -> None:
+def test_scores_a_file_of_another_time(few: DatasetReader, tmp_path: Path) -> None:
     """Which counts no batches, as training takes it as well."""
     old = {k: v for k, v in weights(6, answer=1).items() if not k.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / "w.pth")
-    assert score(few, f"{NAME}={tmp_path / 'w.pth'}", 0).top1 == pytest.approx(0.2)
+    assert evaluate(few, f"{NAME}={tmp_path / 'w.pth'}", 0).top1 == pytest.approx(0.2)
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_scores_what_lies_in_torchvisions_cache(tmp_path: Path, monkeypatch: pyt
     folder.mkdir(parents=True)
     torch.save(weights(1000, answer=2), folder / FILE)
     store = made(tmp_path, 1000)
-    of = score(store, NAME, 0)
+    of = evaluate(store, NAME, 0)
     assert (of.weights, of.top1, of.top5) == (f"{NAME}:IMAGENET1K_V1", pytest.approx(0.2), pytest.approx(1.0))
     assert of.published == pytest.approx((0.67668, 0.87402))
     door = Door(tmp_path)
@@ -86,7 +86,7 @@ def test_scores_what_lies_in_torchvisions_cache(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_refuses_in_one_line(few: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_in_one_line(few: DatasetReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "text").write_text("no weights")
     torch.save(weights(7, answer=0), tmp_path / "seven.pth")
@@ -102,5 +102,5 @@ def test_refuses_in_one_line(few: Store, tmp_path: Path, monkeypatch: pytest.Mon
         (f"{NAME}={tmp_path / 'seven.pth'}", "is not mobilenet_v3_small for 6 classes"),
     ):
         with pytest.raises(UserError, match=words) as caught:
-            score(few, wanted, 0)
+            evaluate(few, wanted, 0)
         assert "\n" not in str(caught.value)

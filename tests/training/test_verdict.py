@@ -8,19 +8,22 @@ from typing import Any
 import pytest
 from outcomes import STEPS, begin, train
 
-from hpc_imagenet.datastore.store import Store
-from hpc_imagenet.training import data, verdict
-from hpc_imagenet.training.account import Account
-from hpc_imagenet.training.data import Batches
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.training.callbacks import bottleneck
+from hpc_imagenet.training.callbacks.progress import ProgressReporter
+from hpc_imagenet.training.loading import batch_loader
+from hpc_imagenet.training.loading.batch_loader import BatchBuilder
 from hpc_imagenet.training.module import Classifier
 
 
 @pytest.mark.slow
-def test_the_verdict_names_what_would_mend_it(config, tiny: Store, tmp_path: Path, monkeypatch) -> None:
+def test_the_verdict_names_what_would_mend_it(
+    config, tiny: DatasetReader, tmp_path: Path, monkeypatch
+) -> None:
     clock, wait = [0.0], [1.0]
-    draw, step = Batches._render, Classifier.training_step
+    draw, step = BatchBuilder._render, Classifier.training_step
 
-    def slow(self: Batches, *rest: Any, **more: Any) -> Any:
+    def slow(self: BatchBuilder, *rest: Any, **more: Any) -> Any:
         clock[0] += wait[0] / 8  # for each image of a batch
         return draw(self, *rest, **more)
 
@@ -28,52 +31,52 @@ def test_the_verdict_names_what_would_mend_it(config, tiny: Store, tmp_path: Pat
         clock[0] += 0.25
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(Batches, "_render", slow)
+    monkeypatch.setattr(BatchBuilder, "_render", slow)
     monkeypatch.setattr(Classifier, "training_step", working)
-    monkeypatch.setattr(verdict, "_now", lambda device: clock[0])
-    monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(bottleneck, "_now", lambda device: clock[0])
+    monkeypatch.setattr(batch_loader, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     asked, run = config(epochs=4), begin(tmp_path / "run")
-    asked.train.verdict_after_seconds = 0
+    asked.train.bottleneck_after_seconds = 0
     train(asked, tiny, run)
-    told = json.loads((run.folder / "verdict.json").read_text())
-    assert told["verdict"] == "starved"
+    told = json.loads((run.folder / "bottleneck.json").read_text())
+    assert told["bottleneck"] == "input_bound"
     assert told["waiting"] == 0.8
     assert told["device_images_per_second"] == 32
     assert told["workers"] == 0
     assert told["loader_images_per_second"] == 8
     right = "loader.workers=" if told["cores"] > 1 else "process.layout="
-    assert told["mend"].startswith(right)
+    assert told["suggestion"].startswith(right)
     assert "waits for data" in run.progress["note"]
-    wait[0], fed = 0.001, begin(tmp_path / "fed")  # and told at the end, where it is over before
-    asked.train.verdict_after_seconds = 1000
+    wait[0], fed = 0.001, begin(tmp_path / "compute_bound")  # and told at the end, where it is over before
+    asked.train.bottleneck_after_seconds = 1000
     train(asked, tiny, fed)
-    told = json.loads((fed.folder / "verdict.json").read_text())
-    assert (told["verdict"], told["mend"], told["steps"]) == ("fed", "", 3 * (STEPS - 1))
+    told = json.loads((fed.folder / "bottleneck.json").read_text())
+    assert (told["bottleneck"], told["suggestion"], told["steps"]) == ("compute_bound", "", 3 * (STEPS - 1))
 
 
 def test_a_pause_between_steps_is_no_waiting_for_data(
-    config, tiny: Store, tmp_path: Path, monkeypatch
+    config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:
     clock = [0.0]
-    step, tell = Classifier.training_step, Account.on_train_batch_start
+    step, tell = Classifier.training_step, ProgressReporter.on_train_batch_start
 
     def working(self: Classifier, batch: Any, batch_idx: int) -> Any:
         clock[0] += 0.25
         return step(self, batch, batch_idx)
 
-    def pausing(self: Account, *rest: Any) -> None:
+    def pausing(self: ProgressReporter, *rest: Any) -> None:
         clock[0] += 0.75
         tell(self, *rest)
 
     monkeypatch.setattr(Classifier, "training_step", working)
-    monkeypatch.setattr(Account, "on_train_batch_start", pausing)
-    monkeypatch.setattr(verdict, "_now", lambda device: clock[0])
+    monkeypatch.setattr(ProgressReporter, "on_train_batch_start", pausing)
+    monkeypatch.setattr(bottleneck, "_now", lambda device: clock[0])
     run = begin(tmp_path / "run")
     train(config(), tiny, run)
-    told = json.loads((run.folder / "verdict.json").read_text())
-    assert told["verdict"] == "fed"
-    assert told["waiting"] < verdict.STARVED  # what eight tiny images really take, of a second a step
-    assert told["device_images_per_second"] == pytest.approx(8, rel=verdict.STARVED)
+    told = json.loads((run.folder / "bottleneck.json").read_text())
+    assert told["bottleneck"] == "compute_bound"
+    assert told["waiting"] < bottleneck.INPUT_BOUND  # what eight tiny images really take, of a second a step
+    assert told["device_images_per_second"] == pytest.approx(8, rel=bottleneck.INPUT_BOUND)
 
 
 @pytest.mark.parametrize(
@@ -97,4 +100,4 @@ def test_one_override_would_mend_it(config, cpus, workers, loader, place, right)
     asked.cluster.executor = words[0]
     asked.loader.decode = "gpu" if "decode" in words else "cpu"
     asked.process.resize = "short:256" if "small" in words else None
-    assert verdict.mend(asked, cpus, workers, loader, 1000.0, "gpu" in words) == right
+    assert bottleneck.suggestion(asked, cpus, workers, loader, 1000.0, "gpu" in words) == right

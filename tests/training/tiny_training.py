@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hpc_imagenet.compose import compose
-from hpc_imagenet.config import Config
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.index import ENTRY, write_index
-from hpc_imagenet.datastore.manifest import Category, File, Manifest, Split
-from hpc_imagenet.datastore.store import Store
+from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
+from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 
 CLASSES = 10
 
 
-def write_store(folder: Path, counts: dict[str, int], size: int = 32) -> Store:
+def write_store(folder: Path, counts: dict[str, int], size: int = 32) -> DatasetReader:
     """scikit-learn's digits, the first so many of each split, as JPEGs in one tar a split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -54,9 +54,9 @@ def write_store(folder: Path, counts: dict[str, int], size: int = 32) -> Store:
         write_index(folder / f"{name}.npy", entries)
         shards.append(_file(folder / f"{name}.tar"))
         splits[name] = Split(_file(folder / f"{name}.npy"), count)
-    categories = tuple(Category(f"n{digit:08d}", (str(digit),)) for digit in range(CLASSES))
+    categories = tuple(ClassNames(f"n{digit:08d}", (str(digit),)) for digit in range(CLASSES))
     Manifest("digits", "0", "", categories, tuple(shards), splits).save(folder)
-    return Store(folder)
+    return DatasetReader(folder)
 
 
 def _file(path: Path) -> File:
@@ -67,7 +67,7 @@ def _file(path: Path) -> File:
 def _composed() -> Config:
     # What is not said below is as in conf/.
     model = ("model.name=squeezenet1_1", "model.stem=auto")  # it has dropout: random states matter as well
-    return compose(["dataset=digits", "cluster=here", "cluster.gpus_per_node=0", *model])[0]
+    return compose(["dataset=digits", "cluster=foreground", "cluster.gpus_per_node=0", *model])[0]
 
 
 def tiny_config(**recipe: Any) -> Config:

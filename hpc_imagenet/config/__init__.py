@@ -1,0 +1,1 @@
+"""Configuration: the typed schema, its bounds, and how Hydra composes it."""

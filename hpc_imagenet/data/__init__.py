@@ -1,0 +1,1 @@
+"""From archives or images to a dataset: download, index, prepare, verify."""

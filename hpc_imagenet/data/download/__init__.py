@@ -1,0 +1,1 @@
+"""Download archives in ranges, resumed, retried and verified by MD5."""

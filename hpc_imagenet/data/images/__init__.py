@@ -1,0 +1,1 @@
+"""Image headers, and the transforms applied while shards are written."""

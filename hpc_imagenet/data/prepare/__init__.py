@@ -1,0 +1,1 @@
+"""Write shards and class folders, and verify a dataset."""

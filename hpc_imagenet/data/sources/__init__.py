@@ -1,0 +1,1 @@
+"""Where archives come from: HTTP, S3, a folder, class folders, parquet."""

@@ -1,0 +1,1 @@
+"""Read, scan and write uncompressed tar files."""

@@ -1,0 +1,1 @@
+"""Read single images of a version by address."""

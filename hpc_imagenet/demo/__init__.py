@@ -1,0 +1,1 @@
+"""The demo: handwritten digits as ILSVRC-shaped archives, served over HTTP."""

@@ -1,0 +1,159 @@
+"""Serve a folder over HTTP to this machine alone: `python -m hpc_imagenet.demo.http_server FOLDER`.
+
+It stands in for an archive's real server in the demo and in the tests, with what a download needs from one:
+HEAD, ranges, If-Range, ETag. Source: RFC 9110.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from email.utils import formatdate
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hpc_imagenet.io.atomic_files import atomic_write
+
+CHUNK = 1 << 18
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET and HEAD of the files in one folder."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, *args: Any, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(*args)
+
+    def handle(self) -> None:
+        """Answer requests until the other side has enough, politely or not."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+    def do_HEAD(self) -> None:
+        """Answer without a body."""
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        """Answer with the file, or with one range of it."""
+        self._answer(body=True)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the one who fetches keeps the log."""
+
+    def etag(self, path: Path) -> str:
+        """Return the strong validator of a file."""
+        stat = path.stat()
+        return f'"{stat.st_size:x}-{stat.st_mtime_ns:x}"'
+
+    def _answer(self, body: bool) -> None:
+        path = self._path()
+        if path is None:
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        with path.open("rb") as file:
+            self.send_file(path, file, body)
+
+    def send_file(self, path: Path, file: BinaryIO, body: bool) -> None:
+        """Send the status, the headers and, if `body`, the bytes that were asked for."""
+        size = path.stat().st_size
+        begin, end = 0, size
+        wanted = self._range(size) if self.headers.get("If-Range") in (None, self.etag(path)) else None
+        if wanted is not None:
+            begin, end = wanted
+            if begin >= end:
+                self.send_response(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+                self.send_header("Content-Range", f"bytes */{size}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(HTTPStatus.PARTIAL_CONTENT)
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
+        else:
+            self.send_response(HTTPStatus.OK)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(end - begin))
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("ETag", self.etag(path))
+        self.send_header("Last-Modified", formatdate(path.stat().st_mtime, usegmt=True))
+        self.end_headers()
+        if body:
+            self.send_body(file, begin, end)
+
+    def send_body(self, file: BinaryIO, begin: int, end: int) -> None:
+        """Send the bytes [begin, end) of a file."""
+        file.seek(begin)
+        while begin < end and (chunk := file.read(min(CHUNK, end - begin))):
+            self.wfile.write(chunk)
+            begin += len(chunk)
+
+    def _path(self) -> Path | None:
+        name = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).lstrip("/")
+        root = self.folder.resolve()
+        path = (root / name).resolve()
+        return path if path.is_relative_to(root) and path.is_file() else None
+
+    def _range(self, size: int) -> tuple[int, int] | None:
+        """Return the bytes [begin, end) that are asked for; None for the whole file."""
+        said = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if not said or said[1] == said[2] == "":
+            return None
+        if not said[1]:
+            return max(0, size - int(said[2])), size
+        return int(said[1]), min(size, int(said[2]) + 1) if said[2] else size
+
+
+def start_server(folder: Path, port: int = 0, handler: type[Handler] = Handler) -> ThreadingHTTPServer:
+    """Return a server of `folder` that listens on a loopback port but does not answer yet."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), partial(handler, folder=folder))
+    server.daemon_threads = True
+    return server
+
+
+@contextlib.contextmanager
+def serving(folder: Path, handler: type[Handler] = Handler) -> Iterator[str]:
+    """Serve `folder` from a thread for as long as the block lasts; yield the URL."""
+    server = start_server(folder, handler=handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield url_of(server)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def url_of(server: ThreadingHTTPServer) -> str:
+    """Return where a server listens."""
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def main() -> None:
+    """Serve until interrupted."""
+    parser = argparse.ArgumentParser(description="Serve a folder over HTTP, to this machine alone.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--port", type=int, default=0, help="0 (the default) takes a free one")
+    parser.add_argument("--port-file", type=Path, help="write the port's number there once it is open")
+    options = parser.parse_args()
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is no folder")
+    server = start_server(options.folder, options.port)
+    print(url_of(server), flush=True)
+    if options.port_file:
+        with atomic_write(options.port_file) as file:
+            file.write(f"{server.server_address[1]}\n".encode())
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Atomic files, temporary folders, disk space, process pools, signals."""

@@ -1,0 +1,1 @@
+"""From planned jobs to processes: validate, submit to Slurm or the local queue, run, requeue."""

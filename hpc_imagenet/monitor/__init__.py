@@ -1,1 +1,0 @@
-"""Looking at the record: the table of jobs, the logs, the leaderboard."""

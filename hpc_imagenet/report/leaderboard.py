@@ -1,0 +1,53 @@
+"""The leaderboard: every training of a workspace, the best first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from hpc_imagenet.report.jobs_table import clock, job_rows
+from hpc_imagenet.runs.store import Run
+
+
+def leaderboard_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Return one row a training: those of `monitor.table.rows` with top5, images_per_second, seed and so on.
+
+    The best top-1 comes first; runs without one stand at the end.
+    """
+    trainings = [run for run in runs if run.info.get("stage") == "train"]
+    table = job_rows(trainings)
+    for run, row in zip(trainings, table, strict=True):
+        frozen, result = run.frozen(), row.pop("result")  # config() takes 50 ms, and not of every version
+        row |= {key: result.get(key) for key in ("top5", "loss", "images_per_second", "epochs", "parameters")}
+        # The wall time of the training itself; `seconds` counts from the job's start.
+        row["training_seconds"] = result.get("seconds")
+        row["datastore"] = frozen["datastore"]["name"]
+        row["seed"] = frozen["seed"]
+    return sorted(table, key=lambda row: -1.0 if row["top1"] is None else row["top1"], reverse=True)
+
+
+def render_leaderboard(table: Iterable[dict[str, Any]]) -> Table:
+    """Return the leaderboard as a table for a terminal."""
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    drawn.add_column("model", no_wrap=True)
+    drawn.add_column("datastore", no_wrap=True)
+    for name in ("seed", "top-1 %", "top-5 %", "images/s", "time"):
+        drawn.add_column(name, justify="right", no_wrap=True)
+    drawn.add_column("state", no_wrap=True)
+    drawn.add_column("run folder", overflow="fold")
+    for row in table:
+        drawn.add_row(
+            escape(row["model"]),
+            escape(row["datastore"]),
+            str(row["seed"]),
+            "" if row["top1"] is None else f"{100 * row['top1']:.2f}",
+            "" if row["top5"] is None else f"{100 * row['top5']:.2f}",
+            "" if row["images_per_second"] is None else f"{row['images_per_second']:,.0f}",
+            clock(row["training_seconds"]),
+            row["state"],
+            escape(row["dir"]),
+        )
+    return drawn

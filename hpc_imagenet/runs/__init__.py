@@ -1,0 +1,1 @@
+"""Run folders: planned jobs, attempts, outcomes, and which process may write."""

@@ -1,0 +1,1 @@
+"""Augmentations of a whole batch on its device."""

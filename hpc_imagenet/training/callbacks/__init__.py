@@ -1,0 +1,1 @@
+"""Lightning callbacks: checkpoints, progress, bottleneck report."""

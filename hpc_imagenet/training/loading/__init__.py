@@ -1,0 +1,1 @@
+"""From addresses to device batches: sample, read, decode, crop, prefetch."""

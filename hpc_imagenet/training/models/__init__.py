@@ -1,0 +1,1 @@
+"""Build backbones, load pretrained weights, average weights, optimizers."""
