@@ -1,4 +1,4 @@
-"""What a lab has on disk: one private folder, and the configuration of every daemon in it."""
+"""Files of a lab: its private folder, and the configuration of every daemon and node."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NODES = ("n1", "n2", "n3", "n4")
-GPUS, CPUS, MEMORY_MB = 2, 8, 64000  # a node; declared, whatever the machine has
+GPUS, CPUS, MEMORY_MB = 2, 8, 64000  # per node; declared to Slurm, whatever the machine has
 
 # The network is the lab's own, so two labs may use the same addresses.
 LOGIN = "10.77.0.1"
@@ -54,7 +54,7 @@ SlurmctldPidFile={folder}/run/slurmctld.pid
 SlurmdPidFile={folder}/run/slurmd-%n.pid
 SwitchType=switch/none
 MpiDefault=none
-# No cgroups unless asked for: cores are not bound and memory is not enforced.
+# No cgroups by default (see `lab up --memory`): cores are not bound and memory is not enforced.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/linux
@@ -119,7 +119,7 @@ CgroupMountpoint=/sys/fs/cgroup
 ConstrainRAMSpace=yes
 """
 
-# From inside the lab its namespaces are either our own, or (in a user namespace) not to be looked at.
+# Inside the lab its namespaces are either our own or (in a user namespace) cannot be inspected.
 COMMAND = """\
 #!/bin/sh
 export SLURM_CONF='{conf}'
@@ -146,23 +146,24 @@ class Folder:
 
     @property
     def socket(self) -> Path:
-        """Where the lab's init takes commands; somebody listens there as long as the lab runs."""
+        """The socket on which the lab's init accepts commands while the lab runs."""
         return self / "run/lab.sock"
 
     @property
     def slurm_conf(self) -> Path:
-        """What SLURM_CONF must be."""
+        """The value of SLURM_CONF."""
         return self / "etc/slurm.conf"
 
     def scratch(self, node: str) -> Path:
-        """Return what a node sees as /scratch: its own disk."""
+        """Return the folder that a node sees as /scratch."""
         return self / f"nodes/{node}/scratch"
 
     def make(self) -> None:
-        """Make the folder, for its owner alone: it holds the cluster's key."""
+        """Create the folder with mode 700: it holds the cluster's key."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.path.stat().st_uid != os.getuid():
-            raise PermissionError(f"{self} belongs to somebody else: choose another with --dir")
+            owner = self.path.stat().st_uid
+            raise PermissionError(f"{self} belongs to user {owner}: choose another folder with --dir")
         self.path.chmod(0o700)
         for name in ("bin", "dev", "empty", "etc", "log", "mysql", "root", "run", "spool", "state"):
             (self / name).mkdir(exist_ok=True)
@@ -172,8 +173,8 @@ class Folder:
     def prepare(self, settings: dict[str, str], memory: bool) -> None:
         """Write all configuration for a cold start; `settings` replace lines of slurm.conf.
 
-        Only the accounting of earlier starts and the scratch disks stay. With `memory` a job that takes more
-        than it asked for is killed, and called OUT_OF_MEMORY.
+        Only the accounting of earlier starts and the scratch disks are kept. With `memory` a job that exceeds
+        its requested memory is killed, with the state OUT_OF_MEMORY.
         """
         self.remove_cgroups()
         for name in ("log", "run", "spool", "state"):
@@ -204,14 +205,14 @@ class Folder:
             f"NodeName=n[1-{len(NODES)}] Name=gpu File={self}/dev/nvidia[0-{GPUS - 1}]\n",
         )
         names = {LOGIN: "login"} | {ADDRESS[n]: n for n in NODES}
-        # The second form is what an IPv6 socket sees of an IPv4 peer: torch asks for its name, and complains.
+        # The second form is an IPv4 peer as seen by an IPv6 socket; torch looks up its name.
         lines = [f"{address} {name}\n::ffff:{address} {name}\n" for address, name in names.items()]
         self._write("hosts", "".join(["127.0.0.1 localhost\n", *lines]))
-        # Nobody answers there, and says so at once; a server out of reach would cost 20 s a name.
+        # No server listens there, so look-ups fail at once; an unreachable server would cost 20 s per name.
         self._write("resolv.conf", "nameserver 127.0.0.1\n")
 
     def write_commands(self, enter: list[str], pid: int) -> None:
-        """Write bin/: Slurm's commands for shells outside the lab's network, each a step into it."""
+        """Write bin/: Slurm's commands for shells outside the lab, each of which enters its network."""
         for name in COMMANDS:
             real = shutil.which(name, path="/usr/local/bin:/usr/bin:/bin")
             if real is None:
@@ -224,17 +225,17 @@ class Folder:
             new.replace(path)
 
     def remove_cgroups(self) -> None:
-        """Take away the one thing that memory limits leave on the machine when the lab has ended."""
+        """Remove the cgroups that memory limits leave on the machine after the lab has ended."""
         conf = self / "etc/cgroup.conf"
         if conf.exists():
             for node in NODES:
                 for path, _, _ in os.walk(f"{CGROUPS}/slurm_{node}", topdown=False):
-                    with contextlib.suppress(OSError):  # the kernel keeps what somebody is in
+                    with contextlib.suppress(OSError):  # the kernel keeps cgroups that have processes
                         Path(path).rmdir()
             conf.unlink()
 
     def _first_job(self) -> int:
-        # Ids that come again would find the results of other jobs in a workspace that was kept.
+        # A reused job id would find the results of another job in a workspace that was kept.
         path = self / "first-job.json"
         last = json.loads(path.read_text()) if path.exists() else random.randrange(1, 3000) * 10_000
         path.write_text(json.dumps(last + 10_000))

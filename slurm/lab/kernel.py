@@ -1,4 +1,4 @@
-"""The few calls of Linux that Python 3.10 does not have: namespaces, mounts, capabilities."""
+"""Linux system calls that Python 3.10 lacks: namespaces, mounts, capabilities."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def unshare(flags: int) -> None:
-    """Give this process (its children, where pids are concerned) namespaces of their own."""
+    """Move this process (for pids: its children) into new namespaces."""
     _checked(_libc.unshare(flags), "unshare")
 
 
 def bind(source: str, target: str) -> None:
-    """Let `target` show `source` with all that is mounted below it, in this mount namespace."""
+    """Bind-mount `source` with everything below it at `target`, in this mount namespace."""
     _checked(_libc.mount(source.encode(), target.encode(), None, _BIND | _RECURSIVE, None), target)
 
 
@@ -28,7 +28,7 @@ def mount(kind: str, target: str) -> None:
 
 
 def enter_root(root: str) -> None:
-    """Make `root` the / of this mount namespace (as an initramfs does: no chroot is left to be seen)."""
+    """Make `root` the / of this mount namespace, as an initramfs does, without a visible chroot."""
     os.chdir(root)
     _checked(_libc.mount(b".", b"/", None, _MOVE, None), root)
     os.chroot(".")
@@ -36,7 +36,7 @@ def enter_root(root: str) -> None:
 
 
 def drop_capabilities() -> None:
-    """Let the next program have no more rights than its user: `unshare --keep-caps` hands them on."""
+    """Drop the ambient capabilities that `unshare --keep-caps` passes on to the next program."""
     _checked(_libc.prctl(_AMBIENT, _CLEAR_ALL, 0, 0, 0), "prctl")
 
 

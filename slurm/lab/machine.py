@@ -1,7 +1,7 @@
 """The lab's init: process 1 of its pid namespace, which starts every daemon and every node.
 
-When it ends, however it ends, the kernel ends all that is in the lab and takes its network and mounts away.
-Run by `lab up` as `unshare … python machine.py FOLDER [PIDFD]`; it takes one JSON command a connection.
+When it ends, for any reason, the kernel ends all processes of the lab and removes its network and mounts.
+`lab up` runs it as `unshare … python machine.py FOLDER [PIDFD]`; it accepts one JSON command per connection.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class Machine:
         self.ended = False
 
     def boot(self) -> None:
-        """Start everything, each as soon as what it needs answers."""
+        """Start every daemon and node, each as soon as its dependencies answer."""
         self._become_login_node()
-        self.heal()
+        self.repair()
 
-    def heal(self) -> None:
-        """Start whatever does not run, and join every cable."""
+    def repair(self) -> None:
+        """Start every daemon and node that is not running, and connect all nodes."""
         run = self.folder / "run"
         if self._start("munged", self._munged()):
             self._await("munged", lambda: (run / "munge.sock").exists())
         try:
             self._start_database()
-        except OSError:  # nothing is synced to disk, so a crash of the machine may have broken it
+        except OSError:  # nothing is synced to disk, so a crash of the machine may have damaged it
             if "mariadbd" in self.daemons:
                 raise
             shutil.rmtree(self.folder / "mysql")
@@ -62,10 +62,10 @@ class Machine:
         for node in NODES:
             if node not in self.nodes:
                 self.revive(node)
-            self.mend(node)
+            self.reconnect(node)
 
     def crash(self, node: str) -> None:
-        """Cut the power: every process of the node is gone at once."""
+        """Kill every process of the node at once, as a power cut does."""
         pid = self.nodes.pop(node, None)
         if pid is None:
             raise ValueError(f"{node} is already down")
@@ -74,7 +74,7 @@ class Machine:
         self.cut.discard(node)
 
     def revive(self, node: str) -> None:
-        """Switch a crashed node on again."""
+        """Start a crashed node."""
         if node in self.nodes:
             raise ValueError(f"{node} is up")
         _ip(f"link del {node}", may_fail=True)
@@ -87,21 +87,21 @@ class Machine:
         connected()
 
     def unplug(self, node: str) -> None:
-        """Cut the network cable; what runs on the node runs on."""
+        """Disconnect the network of a node; its processes keep running."""
         if node not in self.nodes:
             raise ValueError(f"{node} is down")
         _ip(f"link set {node} down")
         self.cut.add(node)
 
-    def mend(self, node: str) -> None:
-        """Join the cable again."""
+    def reconnect(self, node: str) -> None:
+        """Connect the network of a node again."""
         if node not in self.nodes:
             raise ValueError(f"{node} is down")
         _ip(f"link set {node} up")
         self.cut.discard(node)
 
     def status(self) -> dict[str, Any]:
-        """Return which daemons run and how each node is, seen from outside of Slurm."""
+        """Return which daemons run, and whether each node is up, crashed or cut."""
         names = ("munged", "mariadbd", "slurmdbd", "slurmctld")
         return {
             "daemons": {name: name in self.daemons for name in names},
@@ -111,7 +111,7 @@ class Machine:
         }
 
     def end(self) -> None:
-        """End the nodes at once and the daemons in order, so that the accounting is whole next time."""
+        """End the nodes at once and the daemons in order, to keep the accounting database consistent."""
         self.ended = True
         for node in list(self.nodes):
             self.crash(node)
@@ -124,7 +124,7 @@ class Machine:
                     self.reap()
 
     def reap(self) -> None:
-        """Take note of all processes that have ended."""
+        """Forget all processes that have ended."""
         with contextlib.suppress(ChildProcessError):
             while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
                 for table in (self.daemons, self.nodes):
@@ -132,7 +132,7 @@ class Machine:
                         del table[name]
 
     def serve(self, listener: socket.socket, owner: int | None) -> None:
-        """Take commands until one says down, or the process behind the pidfd `owner` has ended."""
+        """Accept commands until `down`, or until the process of the pidfd `owner` has ended."""
         watched = [listener] if owner is None else [listener, owner]
         while not self.ended:
             ready = select.select(watched, [], [], 0.2)[0]
@@ -145,18 +145,18 @@ class Machine:
                     client.sendall(json.dumps(self._answer(client.recv(4096))).encode())
 
     def _answer(self, request: bytes) -> dict[str, Any]:
-        verbs: dict[str, Callable[..., Any]] = {
-            "heal": self.heal,
+        actions: dict[str, Callable[..., Any]] = {
+            "repair": self.repair,
             "crash": self.crash,
             "revive": self.revive,
             "cut": self.unplug,
-            "mend": self.mend,
+            "reconnect": self.reconnect,
             "status": self.status,
             "down": self.end,
         }
         try:
-            verb, *nodes = json.loads(request)
-            return {"answer": verbs[verb](*nodes)}
+            action, *nodes = json.loads(request)
+            return {"answer": actions[action](*nodes)}
         except Exception as error:
             return {"error": str(error)}
 
@@ -167,7 +167,7 @@ class Machine:
         if Path("/etc/resolv.conf").exists():
             kernel.bind(f"{etc}/resolv.conf", "/etc/resolv.conf")
         kernel.bind(str(etc), "/etc/slurm")
-        # Within the lab the real commands do: those in bin/ lead into it from outside.
+        # Inside the lab the real commands are used; those in bin/ enter the lab from outside.
         kernel.bind(str(self.folder / "empty"), str(self.folder / "bin"))
         _ip(
             "link set lo up",
@@ -182,7 +182,7 @@ class Machine:
         return [
             "munged",
             "--foreground",
-            "--force",  # in a user namespace / belongs to nobody, which it would refuse
+            "--force",  # in a user namespace / is owned by `nobody`, which munged would refuse
             f"--socket={run}/munge.sock",
             f"--key-file={key}",
             f"--pid-file={run}/munged.pid",
@@ -191,7 +191,7 @@ class Machine:
 
     def _mariadbd(self) -> list[str]:
         run = self.folder / "run"
-        # Who can reach the socket is the owner; nothing here must survive a power cut of the real machine.
+        # Only the owner reaches the socket; nothing here has to survive a power cut of the real machine.
         return [
             "mariadbd",
             "--no-defaults",
@@ -217,10 +217,10 @@ class Machine:
         if "mariadbd" in self.daemons:
             return
         data = self.folder / "mysql"
-        if not (data / "whole").exists():
+        if not (data / "complete").exists():
             shutil.rmtree(data, ignore_errors=True)
             (data / "mysql").mkdir(parents=True)
-            # The system's own tables are enough; mariadb-install-db takes longer than all the rest.
+            # The system tables suffice; mariadb-install-db takes longer than everything else.
             tables = next(path for path in map(Path, [*SYSTEM_TABLES, "/dev/null"]) if path.exists())
             with (self.folder / "log/mariadb-bootstrap.log").open("wb") as log:
                 done = subprocess.run(
@@ -233,13 +233,13 @@ class Machine:
                 )
             if done.returncode != 0:
                 raise OSError(f"MariaDB cannot make its tables: see {log.name}")
-            (data / "whole").touch()
+            (data / "complete").touch()
         self._start("mariadbd", self._mariadbd())
         socket_path = str(self.folder / "run/mysql.sock")
         self._await("mariadbd", lambda: _answers(socket.AF_UNIX, socket_path))
 
     def _start(self, name: str, command: list[str]) -> bool:
-        """Start a daemon unless it runs; its output goes to log/<name>.log."""
+        """Start a daemon unless it is running, with its output in log/<name>.log."""
         if name in self.daemons:
             return False
         with (self.folder / f"log/{name}.log").open("ab") as log:
@@ -265,7 +265,7 @@ class Machine:
         """Wait for a daemon.
 
         Raises:
-            OSError: it ended, or did not come to it in time.
+            OSError: it ended, or was not ready in time.
         """
         end = time.monotonic() + seconds
         while not ready():
@@ -289,13 +289,13 @@ def _answers(family: int, address: Any) -> bool:
 
 
 def main() -> None:
-    """Be a lab until told otherwise."""
+    """Run a lab until `down` or a signal."""
     folder = Folder(Path(sys.argv[1]))
     machine = Machine(folder)
     signal.signal(signal.SIGTERM, lambda *_: setattr(machine, "ended", True))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
-        # First of all: who finds this socket knows that the folder is taken, and its request waits.
+        # Before booting: the socket shows that the folder is in use, and requests wait in it.
         listener.bind(str(folder.socket))
         listener.listen()
         try:

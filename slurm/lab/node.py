@@ -1,4 +1,4 @@
-"""One node: namespaces of its own for processes, mounts, network, name and shared memory; slurmd in them."""
+"""A node of the lab: slurmd in its own namespaces for processes, mounts, network, name and IPC."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 import kernel
 from files import ADDRESS, Folder
 
-_OWN = ("proc", "scratch")  # what a node does not share with the machine, beside /dev/shm
+_OWN = ("proc", "scratch")  # not shared with the machine, besides /dev/shm
 
 
 def start_node(folder: Folder, name: str) -> tuple[int, Callable[[], None]]:
-    """Start a node's init; return its pid, and what to call once its cable is plugged in."""
-    told, tell = os.pipe()  # the pid, from the middle process
+    """Start the init of a node; return its pid, and a function to call once its network is connected."""
+    pid_reader, pid_writer = os.pipe()  # the pid, from the middle process
     plugged, plug = os.pipe()
     if os.fork() == 0:
-        # A middle process, so that the new pid namespace is for its child alone.
+        # A middle process, so that only its child enters the new pid namespace.
         try:
             flags = kernel.NEW_PID | kernel.NEW_NET | kernel.NEW_UTS | kernel.NEW_IPC | kernel.NEW_MOUNTS
             kernel.unshare(flags)
@@ -28,12 +28,12 @@ def start_node(folder: Folder, name: str) -> tuple[int, Callable[[], None]]:
             if pid == 0:
                 os.close(plug)
                 _init(folder, name, plugged)
-            os.write(tell, str(pid).encode())
+            os.write(pid_writer, str(pid).encode())
         finally:
             os._exit(0)
-    os.close(tell)
+    os.close(pid_writer)
     os.close(plugged)
-    with os.fdopen(told) as file:
+    with os.fdopen(pid_reader) as file:
         pid = int(file.read() or 0)
     if pid == 0:
         os.close(plug)
@@ -47,7 +47,7 @@ def start_node(folder: Folder, name: str) -> tuple[int, Callable[[], None]]:
 
 
 def _init(folder: Folder, name: str, plugged: int) -> None:
-    """Be process 1 of the node for ever."""
+    """Run as process 1 of the node, forever."""
     try:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.setsid()
@@ -71,7 +71,7 @@ def _init(folder: Folder, name: str, plugged: int) -> None:
         )
         while True:
             try:
-                os.wait()  # also for what lost its parent
+                os.wait()  # reaps orphans as well
             except ChildProcessError:
                 signal.pause()
     except BaseException as error:
@@ -81,24 +81,24 @@ def _init(folder: Folder, name: str, plugged: int) -> None:
 
 
 def _mount(folder: Folder, name: str) -> None:
-    """Make the node's /: everything of the machine, and a /proc, /dev/shm and /scratch of its own.
+    """Build the root of a node: the files of the machine, with its own /proc, /dev/shm and /scratch.
 
-    A new root is built for it, since nothing may be made in the machine's.
+    It is a new root, since nothing may be created in the machine's.
     """
     root = folder / "root"
     kernel.mount("tmpfs", str(root))
     for entry in Path("/").iterdir():
-        place = root / entry.name
+        target = root / entry.name
         if entry.name in _OWN:
             continue
         if entry.is_symlink():
-            place.symlink_to(entry.readlink())
+            target.symlink_to(entry.readlink())
         elif entry.is_dir():
-            place.mkdir()
-            kernel.bind(str(entry), str(place))
+            target.mkdir()
+            kernel.bind(str(entry), str(target))
         else:
-            place.touch()
-            kernel.bind(str(entry), str(place))
+            target.touch()
+            kernel.bind(str(entry), str(target))
     (root / "proc").mkdir()
     kernel.mount("proc", str(root / "proc"))
     kernel.mount("tmpfs", str(root / "dev/shm"))
