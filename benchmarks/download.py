@@ -1,11 +1,11 @@
-"""How long one archive takes over loopback, beside aria2c, curl and wget in the same run.
+"""Measure the download of one archive over loopback, beside aria2c, curl and wget in the same run.
 
     python benchmarks/download.py [--gib 2] [--repeats 3] [--folder DIR]
 
-The server is nginx with sendfile. In the second table it gives each connection 4 MB/s, and a proxy holds all
-bytes back so that an answer comes 50 ms later: a far server as most people meet it. Ours verifies the MD5 and
-ends when the bytes are on the disk (fsync); the peers do neither, but for `aria2c --checksum`. All are whole
-processes, Python's start included, and take turns. Peers that are missing are said to be.
+The server is nginx with sendfile. In the second table it gives each connection 4 MB/s, and a proxy delays
+all bytes so that a response comes 50 ms later, like a typical remote server. Ours verifies the MD5 and ends
+when the bytes are on disk (fsync); the peers do neither, except `aria2c --checksum`. All are whole
+processes, Python's start included, and alternate. Missing peers are listed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ import psutil
 from hpc_imagenet.data.sources.virtual_tar import END, long_name_header
 
 FILE = "archive.tar"
-DELAY = 0.050  # s that an answer is late
-CAP = 4_000_000  # bytes a second and connection
+DELAY = 0.050  # s of round-trip delay
+CAP = 4_000_000  # bytes per second and connection
 FAR_BYTES = 128 << 20
 
 NGINX = """
@@ -53,33 +53,34 @@ http {{
 OURS = """
 import sys
 from pathlib import Path
-from hpc_imagenet.archives.fetch import Fetch
-from hpc_imagenet.archives.login import Login
-from hpc_imagenet.archives.wanted import Wanted
-from hpc_imagenet.archives.web import Web
+from hpc_imagenet.data.download.downloader import Downloader
+from hpc_imagenet.data.sources.http_credentials import HttpCredentials
+from hpc_imagenet.data.download.expected import ExpectedArchive
+from hpc_imagenet.data.sources.http_source import HttpSource
 url, folder, file, md5, connections = sys.argv[1:]
-source = Fetch(Web(url, 60, int(connections), Login(url)), 8, 60, connections=int(connections))
-want = Wanted("dataset.archives.train", file, False, md5=md5, vouched="md5sums")
+count = int(connections)
+source = Downloader(HttpSource(url, 60, count, HttpCredentials(url)), 8, 60, connections=count)
+want = ExpectedArchive("dataset.archives.train", file, False, md5=md5, md5_source="md5sums")
 source.fetch(want, Path(folder) / file, lambda done: None)
 """
 
 
 @dataclass
 class Row:
-    """One program, measured."""
+    """A program and its measured times."""
 
     name: str
-    command: Callable[[str, Path, str], list[str]]  # of URL, folder and MD5
+    command: Callable[[str, Path, str], list[str]]  # from URL, folder and MD5
     seconds: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
-        """In s."""
+        """Median in s."""
         return statistics.median(self.seconds)
 
     @property
     def missing(self) -> bool:
-        """Whether the program is not here."""
+        """Whether the program is not installed."""
         return shutil.which(self.command("", Path(), "")[0]) is None
 
 
@@ -91,7 +92,7 @@ def ours(connections: int) -> Row:
 
 
 def aria2(words: str, *more: str) -> Row:
-    # As fast as it gets: no preallocation, and -s, since -x alone keeps to five connections.
+    # The fastest options: no preallocation, and -s, since -x alone uses five connections.
     common = ["aria2c", "-q", "-x16", "-s16", "--file-allocation=none", "--no-conf=true", *more]
     return Row(
         f"aria2c -x16{words}",
@@ -115,13 +116,13 @@ def rows(*for_aria2: str) -> list[Row]:
 
 
 def write_archive(path: Path, size: int) -> str:
-    """Write a tar of one file of about that many bytes; return its MD5."""
+    """Write a tar of one file of about `size` bytes; return its MD5."""
     path.parent.mkdir(parents=True)
     md5, block = hashlib.md5(usedforsecurity=False), random.Random(0).randbytes(1 << 20)
     with path.open("wb") as file:
         pieces = [long_name_header("image.JPEG", size), *([block] * (size >> 20)), END]
         for number, piece in enumerate(pieces):
-            # No two alike, for file systems that would notice.
+            # All blocks differ, for file systems that deduplicate.
             data = number.to_bytes(8, "little") + piece[8:] if len(piece) == 1 << 20 else piece
             file.write(data)
             md5.update(data)
@@ -146,7 +147,7 @@ def nginx(folder: Path, near: int, far: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def delayed(port: int, to: int) -> Iterator[None]:
-    """Listen at `port` and pass all on to `to` and back, each way half of DELAY later."""
+    """Listen on `port` and forward to `to` and back, each way delayed by half of DELAY."""
     proxy = multiprocessing.get_context("spawn").Process(target=_proxy, args=(port, to), daemon=True)
     proxy.start()
     try:
@@ -200,7 +201,7 @@ def wait_for(port: int) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         time.sleep(0.05)
-    raise SystemExit(f"nobody listens at port {port}")
+    raise SystemExit(f"no server listens on port {port}")
 
 
 def free_port() -> int:
@@ -210,14 +211,14 @@ def free_port() -> int:
 
 
 def measure(table: list[Row], url: str, archive: Path, md5: str, into: Path, repeats: int) -> None:
-    """Let the programs take turns; the first turn is not counted."""
+    """Run the programs alternately; the first round is not counted."""
     for turn in range(repeats + 1):
         for row in table:
             if row.missing or (turn == 0 and url.endswith("/far")):
                 continue
             folder = into / "to"
             folder.mkdir()
-            os.sync()  # what the one before has left to write is not this one's
+            os.sync()  # the previous program's dirty pages must not count here
             begin = time.perf_counter()
             done = subprocess.run(row.command(url, folder, md5), capture_output=True, text=True)
             seconds = time.perf_counter() - begin
@@ -258,7 +259,7 @@ def version(*command: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--gib", type=float, default=2, help="size of the archive near by (2)")
+    parser.add_argument("--gib", type=float, default=2, help="size of the archive on loopback (2)")
     parser.add_argument("--repeats", type=int, default=3, help="times each program is run (3)")
     parser.add_argument(
         "--folder", type=Path, help="where to write; default: the system's for temporary files"
@@ -276,12 +277,12 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="hpc-imagenet-download-", dir=options.folder) as name:
         folder = Path(name).resolve()
-        folder.chmod(0o755)  # nginx drops its rights
+        folder.chmod(0o755)  # nginx drops its privileges
         near, far, late = free_port(), free_port(), free_port()
         archive, slow = folder / "www" / FILE, folder / "far" / "far" / FILE
         md5, slow_md5 = write_archive(archive, int(options.gib * 1024) << 20), write_archive(slow, FAR_BYTES)
         with nginx(folder, near, far), delayed(late, far):
-            # 16 pieces of the small archive need a smaller piece; near by that makes it slower.
+            # 16 pieces of the small archive need a smaller piece size; on loopback that would be slower.
             table, distant = rows(), rows("-k1M")
             measure(table, f"http://127.0.0.1:{near}", archive, md5, folder, options.repeats)
             measure(distant, f"http://127.0.0.1:{late}/far", slow, slow_md5, folder, options.repeats)

@@ -1,13 +1,13 @@
-"""Is a training as fast as the slower of its loader and its device? Each alone, and both together.
+"""Measure loader and device, each alone and both together, in images/s.
 
     python benchmarks/end_to_end.py [--windows 9] [--steps 10] [--model NAME] [--batch 64] [--size 96]
 
-The images are those of loader.py, as they were downloaded and tiled; the loader alone brings them to the
-device, the device alone trains on one batch that lies there in a plain loop, and together it is the whole of
-`training.fit`. On a CPU one core is the device and the others decode, so that they share no more than memory
-and caches; images of a third of the size follow, of which the loader is the slower part. On a GPU all cores
-decode, and the GPU itself as well (`loader.decode=gpu`). The three live in one process and take turns, so
-that a busy moment of the machine meets all of them. The last column is together / min(loader, device).
+The images are those of loader.py, original and tiled. The loader alone copies them to the device, the
+device alone trains on one resident batch in a plain loop, and together is the whole of `training.fit`. On a
+CPU one core is the device and the others decode, so that they share only memory and caches; images of a
+third of the size follow, where the loader is the slower part. On a GPU all cores decode, and the GPU itself
+as well (`loader.decode=gpu`). The three run in one process and alternate, so that a busy moment of the
+machine affects all of them. The last column is together / min(loader, device).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the stage does
 
 import numpy as np
 import torch
-from loader_data import POOL, pictures, treated, write_store
+from loader_data import POOL, as_processed, make_images, write_store
 from train_step import CLASSES, Task, in_turns, machine, plain
 
 from hpc_imagenet.config.schema import Config
@@ -38,11 +38,11 @@ from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.training.loading import datamodule
 from hpc_imagenet.training.loading.sampler import BatchShare
 
-WARM = 6  # steps before a window: what was made in another's turn is used up
+WARM = 6  # steps before a window, which use up batches prepared during another's turn
 
 
 class Repeated:
-    """A datastore of few images with an index that names them again and again."""
+    """A datastore of few images with an index that repeats them."""
 
     def __init__(self, folder: Path, images: int) -> None:
         self.folder, self._store = folder, DatasetReader(folder)
@@ -50,14 +50,14 @@ class Repeated:
         self.manifest = replace(self._store.manifest, classes=classes)
         self._index = np.resize(self._store.open_split("train").index, images)
 
-    def split(self, name: str) -> SplitReader:
-        """Return the same for either."""
+    def open_split(self, name: str) -> SplitReader:
+        """Return the same split for every name."""
         return SplitReader(self._store, self._index)
 
 
 def loader(task: Task, config: Config, store: Repeated) -> Iterator[float]:
-    """Yield the s a step of each window of the loader alone."""
-    train = store.split("train")
+    """Yield s per step of each window of the loader alone."""
+    train = store.open_split("train")
     made = datamodule.ImageDataModule(config, train, train, BatchShare(task.batch), DistEnv(), task.device)
     made.trainer = SimpleNamespace(global_step=0)  # type: ignore[assignment]
     begin = 0.0
@@ -72,7 +72,7 @@ def loader(task: Task, config: Config, store: Repeated) -> Iterator[float]:
 
 
 def measure(task: Task, folder: Path, windows: int, decode: str, workers: int) -> dict[str, list[float]]:
-    """Return the images/s of each window: of the loader and the device alone, and of ours together."""
+    """Return images/s of each window: loader alone, device alone, and both together."""
     steps = (1 + windows) * (task.warm + task.steps)
     store, config = Repeated(folder, steps * task.batch), task.config()
     config.loader.decode, config.loader.workers = decode, workers
@@ -107,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     cpus = sorted(os.sched_getaffinity(0))
     if not on_gpu and len(cpus) < 2:
-        raise SystemExit("one CPU core: nothing can be done side by side")
+        raise SystemExit("one CPU core: loader and device cannot run in parallel")
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     decoding = frozenset() if on_gpu else frozenset(cpus[1:])
     print(machine())
@@ -116,11 +116,11 @@ def main() -> None:
     print(f"images/s, median (min to max) of {options.windows}: loader, device, together; share")
     with (
         tempfile.TemporaryDirectory(prefix="hpc-imagenet-end-") as name,
-        mock.patch.object(datamodule, "own_cpus", return_value=decoding),
+        mock.patch.object(datamodule, "pinned_cpus", return_value=decoding),
     ):
-        pool = pictures(POOL)
+        pool = make_images(POOL)
         for kind in ("archive", "tiled"):
-            folder, (made, note) = Path(name) / kind, treated(pool, kind)
+            folder, (made, note) = Path(name) / kind, as_processed(pool, kind)
             if note:
                 print(f"{kind}{note}")
             write_store(folder, [(data, i % 10) for i, data in enumerate(made)])

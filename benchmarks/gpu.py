@@ -1,15 +1,15 @@
-r"""Prove and measure the GPU code on one GPU, within a time budget.
+r"""Check and measure the GPU code on one GPU, within a time budget.
 
     python benchmarks/gpu.py [--minutes 9] [--only A,B1] [--timm PATH/benchmark.py] [--rehearse]
 
-Group A checks: a queue that hands out the GPU, bf16 accuracy behind a kill, nvJPEG's pixels, hidden waits,
-too little memory, deterministic resume, one-rank NCCL, torch.compile. Group B measures: a step beside a plain
-loop and timm's own benchmark, the loader, both together, what ingredients cost. Each item is a process with a
-time limit. Its lines are printed at once, and kept in gpu.txt and gpu.json (in the folder $OUT, else here).
-The exit code is 1 if a check failed. `--rehearse` runs every item at the smallest size on the CPU, where
-figures mean nothing.
+Group A checks: the queue assigns the GPU, bf16 accuracy after a kill, pixels of nvJPEG, hidden
+synchronisation, out of memory, deterministic resume, one-rank NCCL, torch.compile. Group B measures: a step
+beside a plain loop and timm's benchmark, the loader, both together, the cost of ingredients. Each item is a
+process with a time limit. Its lines are printed at once, and saved in gpu.txt and gpu.json (in the folder
+$OUT, else here). The exit code is 1 if a check failed. `--rehearse` runs every item at the smallest size on
+the CPU, where figures mean nothing.
 
-A machine without internet needs, beside torch, torchvision, Lightning, scikit-learn, pytest and psutil:
+A machine without internet needs, besides torch, torchvision, Lightning, scikit-learn, pytest and psutil:
 
     python -m pip wheel --no-deps -c constraints.txt -w .whl simplejpeg hydra-core omegaconf submitit \
         antlr4-python3-runtime cloudpickle filelock rich markdown-it-py mdurl pygments sh boto3 botocore \
@@ -48,15 +48,15 @@ TAIL = 15  # lines of other output that are shown of an item that failed
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to check or to measure.
+    """A check or measurement.
 
     Attributes:
         name: such as A2; the letter is the group.
-        title: a few words.
+        title: short description.
         function: module and function, as "module:function".
-        expected: s on a GPU.
+        expected: duration on a GPU, s.
         limit: s, after which it is killed.
-        alone: whether nothing runs beside it.
+        alone: whether no other item runs at the same time.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Item:
     alone: bool = False
 
 
-# In order of importance: what does not fit into the budget is left out from the end.
+# In order of importance: items that exceed the budget are skipped from the end.
 ITEMS = (
     Item("A0", "the machine", "gpu_checks:machine", 20, 60, alone=True),
     Item("A6", "torch.compile", "gpu_checks:compiled", 120, 200),
@@ -86,7 +86,7 @@ ITEMS = (
 
 @dataclass
 class Outcome:
-    """What came of an item: its state (ok, failed or skipped), s, and what it reported."""
+    """Result of an item: its state (ok, failed or skipped), duration in s, and reports."""
 
     item: Item
     state: str = "skipped"
@@ -105,7 +105,7 @@ class Runner:
         options: of the items.
         seconds: the budget.
         folder: of gpu.txt and gpu.json.
-        beside: number of items of group A that run side by side.
+        beside: number of items of group A that run in parallel.
     """
 
     def __init__(self, options: Options, seconds: float, folder: Path, beside: int) -> None:
@@ -154,7 +154,7 @@ class Runner:
                 f"{item.name}  skipped  {item.title}: takes {item.expected:.0f} s, {left:.0f} s are left"
             )
             return
-        # The limits are a GPU's; how long a rehearsal takes says how busy the machine is.
+        # The limits are for a GPU; the duration of a rehearsal depends on the load of the machine.
         began, limit = time.monotonic(), left if self._options.toy else min(item.limit, left)
         process = self._start(item)
         tail: collections.deque[str] = collections.deque(maxlen=TAIL)
@@ -223,7 +223,7 @@ class Runner:
             self.line(f"{outcome.item.name}  {word:7}  {report['line']}")
 
     def _kill(self, process: subprocess.Popen[str], item: Item) -> None:
-        """End an item and all that it has started, also in sessions of their own."""
+        """Kill an item and all processes that it started, also those in other sessions."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         for other in psutil.process_iter():
@@ -258,7 +258,7 @@ class Runner:
 
 
 def sees_gpu() -> bool:
-    """Whether the driver has a GPU for this process; torch would take seconds to say so."""
+    """Whether the driver offers a GPU to this process; importing torch would take seconds."""
     with contextlib.suppress(OSError):
         cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
         return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
@@ -305,7 +305,7 @@ def main() -> int:
         if given.timm and not given.timm.is_file():
             raise ValueError(f"--timm {given.timm}: no such file")
         if not given.rehearse and not sees_gpu():
-            raise ValueError("no GPU is here: --rehearse runs every item on the CPU at the smallest size")
+            raise ValueError("no GPU found: --rehearse runs every item on the CPU at the smallest size")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

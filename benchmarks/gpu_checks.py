@@ -1,7 +1,7 @@
-"""Group A of gpu.py: does everything work on the GPU as it does on a CPU?
+"""Group A of gpu.py: checks that the code works on a GPU as it does on a CPU.
 
 The checks of decoding, steps, resume and NCCL are tests (tests/training/test_cuda*.py), so that `make test`
-runs them on any machine with a GPU; here they are run one group an item.
+runs them on any machine with a GPU; here each item runs one group of them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _smi(*words: str) -> str:
 
 
 class Workspace:
-    """The command line on a workspace of its own."""
+    """The command line on a private workspace."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -118,7 +118,7 @@ class Workspace:
 def queue(options: Options) -> None:
     """A1: train the digits by the local queue, kill one training between two epochs, and retry it."""
     home = Workspace(options.folder / "queue")
-    # On a GPU an epoch takes less than a second: so many that one can be met between two looks.
+    # On a GPU an epoch takes less than a second: enough epochs to hit one between two polls.
     length = ("recipe.epochs=4", "model.name=squeezenet1_1") if options.toy else ("recipe.epochs=24",)
     place = ("cluster=local", "cluster.parallel=2", f"seed={','.join(map(str, SEEDS))}", *length)
     home("-m", "+stage=pipeline", "dataset=digits", "model=resnet18", *place)
@@ -171,7 +171,7 @@ def _watch(options: Options, home: Workspace) -> None:
     ok = most <= there and bool(handed_out) == on_gpu
     report(f"queue: {device}, at most {most} trainings at a time", ok=ok)
     log = home("logs", victim["run"]) if victim else ""
-    went_on = re.findall(r"going on from step (\d+)", log)
+    went_on = re.findall(r"resuming from step (\d+)", log)
     report(
         f"killed after {killed_at} images, went on from step {went_on[-1] if went_on else 'nothing'}",
         ok=bool(killed_at and retried and went_on),
@@ -185,7 +185,7 @@ def _watch(options: Options, home: Workspace) -> None:
 
 
 def _between_epochs(row: dict[str, Any]) -> bool:
-    """Whether a training has an epoch behind it and one before it."""
+    """Whether a training has finished an epoch and has another to go."""
     epoch = re.match(r"epoch (\d+)/(\d+)", str(row["progress"].get("note", "")))
     return row["state"] == "running" and epoch is not None and 1 < int(epoch[1]) < int(epoch[2])
 
@@ -216,7 +216,7 @@ def steps(options: Options) -> None:
 
 
 def resume(options: Options) -> None:
-    """A4: a run that goes on."""
+    """A4: resuming a run."""
     _pytest(options, "test_cuda.py", "resume")
 
 
@@ -226,15 +226,15 @@ def nccl(options: Options) -> None:
 
 
 def _pytest(options: Options, file: str, word: str) -> None:
-    """Run tests in this process; they report by themselves.
+    """Run tests in this process; they report their own lines.
 
     Raises:
-        SystemExit: a test failed, or none was there.
+        SystemExit: a test failed, or none was found.
     """
     import pytest
 
     device = "rehearsal" if options.device == "cpu" else "not rehearsal"
-    # Without the project's options, which need plugins that a machine may not have.
+    # Without the project's pytest options, whose plugins may be missing.
     plain = ["-q", "-s", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
     code = pytest.main([*plain, str(TESTS / file), "-k", f"{word} and {device}"])
     if code:

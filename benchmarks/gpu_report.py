@@ -1,7 +1,7 @@
-"""What the items of gpu.py share: their options, and how they report a line.
+"""Options of the items of gpu.py, and how they report a result.
 
-An item runs in a process of its own. Each line that it reports is a JSON object behind `MARK` on its stdout,
-which gpu.py prints as text at once and keeps in gpu.json; all other output is shown only if the item fails.
+An item runs in its own process. Each result is a JSON object after `MARK` on its stdout, which gpu.py
+prints at once and saves in gpu.json; other output is shown only if the item fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Options:
         device: "cuda", or "cpu" for a rehearsal.
         toy: whether to use the smallest sizes that run all of the code; figures then mean nothing.
         folder: where the item may write; it is shared by all items of a run.
-        timm: timm's benchmark.py; None: it is not there.
+        timm: timm's benchmark.py; None: not available.
     """
 
     device: str

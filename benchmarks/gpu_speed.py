@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the stage does
 import torch
 from end_to_end import WARM, Repeated, measure
 from gpu_report import Options, report
-from loader_data import pictures, treated, write_store
+from loader_data import as_processed, make_images, write_store
 from train_step import Task, both, in_turns, plain, timm_rate
 
 from hpc_imagenet.training.loading.batch_loader import BatchBuilder, BatchLoader
@@ -131,10 +131,10 @@ def timm(options: Options) -> None:
 
 
 def photos(options: Options, kind: str) -> Path:
-    """Return a datastore of different photos, made once for all items; `kind` as in `loader_data.treated`."""
+    """Return a datastore of different photos, made once for all items; `kind`: see `as_processed`."""
     folder = options.folder / f"photos-{kind}"
     if not folder.exists():
-        images, note = treated(pictures(8 if options.toy else 96), kind)
+        images, note = as_processed(make_images(8 if options.toy else 96), kind)
         new = folder.with_suffix(f".{os.getpid()}")
         write_store(new, [(data, number % 10) for number, data in enumerate(images)])
         new.rename(folder)
@@ -165,7 +165,7 @@ def loader(options: Options) -> None:
 def _loader_rate(options: Options, folder: Path, threads: int, on_gpu: bool, seconds: float) -> float:
     """Return images/s, from the third batch on."""
     batch, size = (8, 32) if options.toy else (BATCH, SIZE)
-    split = Repeated(folder, 1000 * batch).split("train")
+    split = Repeated(folder, 1000 * batch).open_split("train")
     batches = BatchBuilder(split, RandomResizedCrop(size, 0.08, 0.5), 0, on_gpu=on_gpu)
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     made = iter(BatchLoader(batches, TrainSampler(len(split), 0, BatchShare(batch)), threads, device))

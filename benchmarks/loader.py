@@ -1,17 +1,17 @@
-"""How fast images become batches, a core, beside the usual ways; and how far from Pillow's the pictures are.
+"""Measure images/s of loaders per core, beside common loaders, and how far pixels are from Pillow's.
 
     python benchmarks/loader.py [--images 1024] [--folder DIR] [--peers PYTHON] [--repeats 3]
 
-The images are made here from the photos that come with scikit-learn (and scikit-image, where it is there):
-crops with the grain of a sensor, JPEGs of 500 x 375 px and about 105 kB, as ImageNet's are. They lie in the
-page cache. All ways do the same: RandomResizedCrop to 224 px of at least 0.08 of the area, mirrored half the
-time, batches of 64. They run in processes of their own, bound with all that they do to as many CPUs as they
-have workers, and take turns, so that a busy moment meets all of them. `--peers` is an interpreter that has
-litdata, webdataset, DALI and FFCV, if this one has not; FFCV's installation builds it against the headers of
-OpenCV and libjpeg-turbo, and its images are JPEGs that it has encoded itself.
+The images are made from the photos of scikit-learn (and of scikit-image, if installed): crops with the
+grain of a sensor, JPEGs of 500 x 375 px and about 105 kB, like ImageNet's, in the page cache. All loaders
+do the same: RandomResizedCrop to 224 px of at least 0.08 of the area, mirrored half the time, batches of
+64. Each runs in its own process, bound to as many CPUs as it has workers; they alternate, so that a busy
+moment affects all of them. `--peers` is an interpreter with litdata, webdataset, DALI and FFCV, if this one
+lacks them; installing FFCV builds it against the headers of OpenCV and libjpeg-turbo, and its images are
+JPEGs that it has encoded.
 
-Off: grey levels from the same crops by Pillow, mean over all pixels, and the worst. CPU ms: of all processes,
-for one image. First: seconds from opening the data to the first batch, without imports.
+Off: difference to the same crops by Pillow in grey levels, mean over all pixels, and the worst. CPU ms: of
+all processes, per image. First: seconds from opening the data to the first batch, without imports.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from loader_ways import WAYS
 
 PACKAGES = ("hpc-imagenet", "numpy", "pillow", "simplejpeg", "torch", "torchvision")
 PEERS = ("litdata", "webdataset", "nvidia-dali-cuda120", "ffcv")
-WITH_US = ("ours", "read-ours")  # ways of this interpreter; the others are those of the peers
+WITH_US = ("ours", "read-ours")  # loaders of this interpreter; the others run in that of the peers
 
 
 @dataclass
 class Row:
-    """One way, measured several times with one worker and with two."""
+    """A loader, measured several times with one worker and with two."""
 
     name: str
-    told: dict[int, list[dict[str, float]]] = field(default_factory=lambda: {1: [], 2: []})
+    results: dict[int, list[dict[str, float]]] = field(default_factory=lambda: {1: [], 2: []})
     why: str = ""
 
     def median(self, what: str, workers: int = 1) -> float:
-        """Of all measurements."""
-        return statistics.median(one[what] for one in self.told[workers])
+        """Median over all measurements."""
+        return statistics.median(one[what] for one in self.results[workers])
 
 
 def measure(rows: list[Row], folder: Path, images: int, repeats: int, peers: str) -> None:
@@ -66,7 +66,7 @@ def measure(rows: list[Row], folder: Path, images: int, repeats: int, peers: str
                 if done.returncode:
                     row.why = (done.stderr.strip().splitlines() or ["failed"])[-1]
                 else:
-                    row.told[workers].append(json.loads(done.stdout.strip().splitlines()[-1]))
+                    row.results[workers].append(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def show(rows: list[Row]) -> None:
@@ -78,13 +78,13 @@ def show(rows: list[Row]) -> None:
     )
     for row in rows:
         title = WAYS[row.name][0]
-        if not row.told[1]:
+        if not row.results[1]:
             print(f"{title:{width}}  {row.why}")
             continue
-        rates = [one["rate"] for one in row.told[1]]
+        rates = [one["rate"] for one in row.results[1]]
         line = f"{title:{width}}  {row.median('rate'):18,.0f}{min(rates):7,.0f}{max(rates):7,.0f}"
         line += f"{row.median('cpu'):8.2f}{row.median('first'):9.2f}"
-        if row.told[2]:
+        if row.results[2]:
             two = row.median("rate", 2)
             line += f"{two:11,.0f}{two / row.median('rate'):7.2f}"
         else:
@@ -93,11 +93,11 @@ def show(rows: list[Row]) -> None:
             ("", "read-litdata", "") if row.name.startswith("read") else ("folder-float", "litdata", "ffcv")
         )
         for base, columns in zip(bases, (15, 11, 8), strict=True):
-            told = base in by_name and by_name[base].told[1]
-            ratio = f"{row.median('rate') / by_name[base].median('rate'):.2f}" if told else ""
+            results = base in by_name and by_name[base].results[1]
+            ratio = f"{row.median('rate') / by_name[base].median('rate'):.2f}" if results else ""
             line += f"{ratio:>{columns}}"
-        if "off" in row.told[1][0]:
-            line += f"{row.median('off'):7.2f}{max(one['worst'] for one in row.told[1]):7.0f}"
+        if "off" in row.results[1][0]:
+            line += f"{row.median('off'):7.2f}{max(one['worst'] for one in row.results[1]):7.0f}"
         print(line.rstrip())
 
 

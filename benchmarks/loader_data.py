@@ -1,6 +1,6 @@
-"""The images that loader.py measures with: made of free photos, and written in the form of each way.
+"""Images for loader.py, made of free photos and written in the format of each loader.
 
-They are crops with the grain of a sensor, JPEGs of 500 x 375 px and about 105 kB, as ImageNet's are.
+They are crops with the grain of a sensor, JPEGs of 500 x 375 px and about 105 kB, like ImageNet's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 WIDTH, HEIGHT = 500, 375  # px
-QUALITY = 96  # of libjpeg; together with the grain it makes the size of ImageNet's files
+QUALITY = 96  # of libjpeg; with the grain this gives the size of ImageNet's files
 PHOTOS = (
     "astronaut",
     "chelsea",
@@ -44,8 +44,8 @@ def photos() -> list[Any]:
     return found + [Image.open(path).convert("RGB") for path in paths]
 
 
-def pictures(count: int) -> list[bytes]:
-    """Return different JPEGs of WIDTH x HEIGHT px that look and weigh like ImageNet's."""
+def make_images(count: int) -> list[bytes]:
+    """Return different JPEGs of WIDTH x HEIGHT px, similar to ImageNet's in content and size."""
     from PIL import Image
 
     bits, sources, made = np.random.default_rng(0), photos(), []
@@ -87,11 +87,11 @@ def write_store(folder: Path, images: list[tuple[bytes, int]]) -> None:
 KINDS = ("archive", "tiled", "short256", "short256-tiled")
 
 
-def treated(pool: list[bytes], kind: str) -> tuple[list[bytes], str]:
-    """Return what the process stage makes of images, and a note where it is not quite that.
+def as_processed(pool: list[bytes], kind: str) -> tuple[list[bytes], str]:
+    """Return images as the process stage writes them, and a note if they differ from that.
 
     Args:
-        pool: JPEGs as they were downloaded.
+        pool: original JPEGs.
         kind: one of KINDS.
     """
     from hpc_imagenet.data.images import image_header
@@ -102,12 +102,12 @@ def treated(pool: list[bytes], kind: str) -> tuple[list[bytes], str]:
     transform = ShardTransform(side, 256, 90, tile=lossless)
     images = [transform(data, image_header.inspect(data))[0] for data in pool]
     if tile and not lossless:
-        return [_with_restart_markers(data) for data in images], " (encoded again: no jpegtran is here)"
+        return [_with_restart_markers(data) for data in images], " (re-encoded: jpegtran is missing)"
     return images, ""
 
 
 def _with_restart_markers(data: bytes) -> bytes:
-    """Encode a JPEG again with a restart marker behind each block; it is as fast to decode as a tiled one."""
+    """Re-encode a JPEG with a restart marker after each block; it decodes as fast as a tiled one."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -116,18 +116,18 @@ def _with_restart_markers(data: bytes) -> bytes:
 
 
 def make(folder: Path, images: int) -> str:
-    """Write all the forms of the data that need no peer; return what they weigh."""
-    pool, bits, said = pictures(min(POOL, images)), random.Random(0), []
+    """Write all formats that need no peer; return their mean image sizes as text."""
+    pool, bits, sizes = make_images(min(POOL, images)), random.Random(0), []
     order = [bits.randrange(len(pool)) for _ in range(images)]
     for name in KINDS:
-        made, note = treated(pool, name)
+        made, note = as_processed(pool, name)
         write_store(folder / name, [(made[one], number % 10) for number, one in enumerate(order)])
-        said.append(f"{name} {statistics.mean(map(len, made)) / 1e3:.0f} kB{note}")
+        sizes.append(f"{name} {statistics.mean(map(len, made)) / 1e3:.0f} kB{note}")
     for number, one in enumerate(order):
         path = folder / "folders" / f"n{number % 10:08d}" / f"{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pool[one])
-    return ", ".join(said)
+    return ", ".join(sizes)
 
 
 LITDATA = """
@@ -140,7 +140,7 @@ def sample(path):
     data = Path(path).read_bytes()
     image = Image.open(io.BytesIO(data)) if sys.argv[3] == "image" else data
     if sys.argv[3] == "image":
-        image.filename = path  # as if it had been opened by its name: then the file's bytes are kept
+        image.filename = path  # as if opened by name: then litdata keeps the bytes of the file
     return {"image": image, "label": int(Path(path).parent.name[1:])}
 
 if __name__ == "__main__":
@@ -178,12 +178,12 @@ if __name__ == "__main__":
 
 
 def convert(folder: Path, peers: str) -> None:
-    """Let the peers write their own forms; what fails is said where it is to be read."""
+    """Let the peers write their own formats; failures appear in the table of results."""
     for name, code, kind in (
         ("litdata", LITDATA, "image"),
         ("litdata-bytes", LITDATA, "bytes"),
         ("webdataset", WEBDATASET, ""),
-        ("ffcv", FFCV, "90"),  # its default, and what its authors take
+        ("ffcv", FFCV, "90"),  # its default, which its authors use
         ("ffcv-same", FFCV, str(QUALITY)),
     ):
         (folder / name).mkdir()

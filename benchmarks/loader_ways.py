@@ -1,9 +1,9 @@
-"""The ways from images in a folder to batches: ours, and packages', each in a process of its own.
+"""Loaders from images in a folder to batches, ours and those of packages, each in its own process.
 
     python loader_ways.py NAME FOLDER WORKERS IMAGES
 
-loader.py runs it. The process binds itself to as many CPUs as it has workers, and prints what came out as
-JSON: images/s, CPU ms an image, s to the first batch, and grey levels from the same crops by Pillow.
+loader.py runs it. The process binds itself to as many CPUs as it has workers, and prints JSON: images/s,
+CPU ms per image, s to the first batch, and the difference to the same crops by Pillow in grey levels.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from typing import Any
 import numpy as np
 
 BATCH, SIZE, SCALE = 64, 224, 0.08
-CHECKED = 48  # images that are held against Pillow
+CHECKED = 48  # images that are compared with Pillow
 
 Draw = Callable[[bytes, tuple[int, int, int, int]], Any]  # a crop of an image, [SIZE, SIZE, 3]
 
 
 @dataclass
 class Way:
-    """Batches without end, and what a crop looks like that way."""
+    """An endless iterator of batches, and how this loader crops an image."""
 
     batches: Iterator[Any]
-    draw: Draw | None = None  # None: nothing is drawn, or by Pillow itself
+    draw: Draw | None = None  # None: no crop, or by Pillow itself
 
 
 def pillow(data: bytes, box: tuple[int, int, int, int]) -> Any:
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(data)).convert("RGB").crop(box)
-    return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+    image = Image.open(io.BytesIO(data)).convert("RGB").crop(box)
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 
 
 def by_torchvision(data: bytes, box: tuple[int, int, int, int]) -> Any:
@@ -48,10 +48,10 @@ def by_torchvision(data: bytes, box: tuple[int, int, int, int]) -> Any:
     from torchvision.io import ImageReadMode, decode_jpeg
     from torchvision.transforms.v2 import functional
 
-    picture = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     left, upper, right, lower = box
     size = [SIZE, SIZE]
-    drawn = functional.resized_crop(picture, upper, left, lower - upper, right - left, size, antialias=True)
+    drawn = functional.resized_crop(image, upper, left, lower - upper, right - left, size, antialias=True)
     return drawn.permute(1, 2, 0).numpy()
 
 
@@ -115,7 +115,7 @@ def ours(folder: Path, workers: int, variant: str, processes: bool = False) -> W
 
 
 class Whole:
-    """Our batches for PyTorch's worker processes, written into shared memory at once."""
+    """Our batches for PyTorch's worker processes, written directly into shared memory."""
 
     def __init__(self, split: Any) -> None:
         self.split = split
@@ -209,9 +209,9 @@ def dali(folder: Path, workers: int) -> Way:
     @pipeline_def(batch_size=BATCH, num_threads=workers, device_id=None, seed=0)  # type: ignore[untyped-decorator]
     def pipeline() -> Any:
         data, label = fn.readers.file(file_root=str(folder / "folders"), random_shuffle=True)
-        pictures = fn.decoders.image_random_crop(data, random_area=[SCALE, 1], output_type=types.RGB)
-        pictures = fn.resize(pictures, size=[SIZE, SIZE], interp_type=types.INTERP_LINEAR, antialias=True)
-        return fn.flip(pictures, horizontal=fn.random.coin_flip()), label
+        images = fn.decoders.image_random_crop(data, random_area=[SCALE, 1], output_type=types.RGB)
+        images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.flip(images, horizontal=fn.random.coin_flip()), label
 
     built = pipeline()
     built.build()
@@ -265,7 +265,7 @@ WAYS: dict[str, tuple[str, Callable[[Path, int], Way]]] = {
 
 
 def child(name: str, folder: Path, workers: int, images: int) -> None:
-    """Measure one way once, and print what came out as JSON."""
+    """Measure one loader once, and print the result as JSON."""
     import psutil
     import torch  # noqa: F401 - imports are not measured
 
@@ -277,18 +277,18 @@ def child(name: str, folder: Path, workers: int, images: int) -> None:
     way = WAYS[name][1](folder, workers)
     next(way.batches)
     first = time.perf_counter() - begin
-    for _ in range(2):  # what was made while the first one was waited for
+    for _ in range(2):  # prepared during the wait for the first one
         next(way.batches)
     spent, begin, done = cpu(), time.perf_counter(), 0
     while done < images:
         next(way.batches)
         done += BATCH
     wall = time.perf_counter() - begin
-    told = {"rate": done / wall, "cpu": (cpu() - spent) / done * 1e3, "first": first}
+    result = {"rate": done / wall, "cpu": (cpu() - spent) / done * 1e3, "first": first}
     if way.draw:
-        told |= fidelity(way.draw, folder)
-    print(json.dumps(told), flush=True)
-    for one in psutil.Process().children(recursive=True):  # workers of loaders without end
+        result |= fidelity(way.draw, folder)
+    print(json.dumps(result), flush=True)
+    for one in psutil.Process().children(recursive=True):  # workers of endless loaders
         one.kill()
     os._exit(0)
 
@@ -304,7 +304,7 @@ def cpu() -> float:
 
 
 def fidelity(draw: Draw, folder: Path) -> dict[str, float]:
-    """Hold crops of the archive's images against Pillow's."""
+    """Compare crops of the archive's images with Pillow's."""
     import torch
     from PIL import Image
     from torchvision.transforms import RandomResizedCrop
@@ -313,8 +313,8 @@ def fidelity(draw: Draw, folder: Path) -> dict[str, float]:
     means, worst = [], 0
     for path in sorted((folder / "folders").rglob("*.JPEG"))[:CHECKED]:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
-            upper, left, high, wide = RandomResizedCrop.get_params(picture, [SCALE, 1.0], [3 / 4, 4 / 3])
+        with Image.open(io.BytesIO(data)) as image:
+            upper, left, high, wide = RandomResizedCrop.get_params(image, [SCALE, 1.0], [3 / 4, 4 / 3])
         box = (left, upper, left + wide, upper + high)
         off = np.abs(np.asarray(draw(data, box)).astype(int) - pillow(data, box).astype(int))
         means.append(float(off.mean()))

@@ -1,15 +1,14 @@
-"""What it takes to get from ILSVRC-shaped archives to something that a loader reads, beside the usual ways.
+"""Measure the way from ILSVRC archives to a dataset that a loader reads, beside common tools.
 
     python benchmarks/process.py [--train 8000] [--val 1000] [--folder DIR] [--peers PYTHON] [--repeats 3]
 
-The archives are made by shaped.py: JPEGs of 500 x 375 px and 105 kB, in the shape of the real ones. Every way
-starts from them, in the page cache; ways take turns, so that a busy moment meets all of them. Times are of
-the work alone, without Python's start and imports, but for the row that says otherwise. Ours end with fsync,
-the others do not. Ratios are those of images/s. `--peers` is an interpreter that has webdataset and litdata,
-if this one has not.
+The archives are made by shaped.py: JPEGs of 500 x 375 px and 105 kB, in the layout of the real ones. Every
+tool starts from them, in the page cache; tools alternate, so that a busy moment affects all of them. Times
+are of the work alone, without Python's start and imports, except in one row that names it. Ours end with
+fsync, the others do not. Ratios are those of images/s. `--peers` is an interpreter with webdataset and
+litdata, if this one lacks them.
 
-The last rows index archives of ImageNet's full count: headers and ends of 1,331,167 images, the pictures
-between them holes of a sparse file.
+The last rows index archives of ImageNet's full count: headers and ends of 1,331,167 images in sparse files.
 """
 
 from __future__ import annotations
@@ -34,23 +33,23 @@ from pathlib import Path
 import psutil
 from PIL import features
 from process_ways import BASH, GNU_TAR, LITDATA, OURS, SINGLE, TORCHVISION, WEBDATASET
-from shaped import lay_out, make_archives, make_hollow, prepare_val
+from shaped import link_archives, make_archives, make_hollow, prepare_val
 
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 
 FULL = (1_281_167, 50_000, 1000)  # images of train and of val, classes
 PACKAGES = ("hpc-imagenet", "numpy", "pillow", "torch", "torchvision")
-SAMPLE = 400  # images of the rows about single images
+SAMPLE = 400  # images in the rows of single images
 
-Spent = tuple[float, float]  # s, and s of CPU: the same on a busy machine as on a calm one
+Spent = tuple[float, float]  # s of wall clock, and s of CPU
 
 
 @dataclass
 class Row:
-    """One way, measured."""
+    """A tool and its measured times."""
 
     name: str
-    act: Callable[[], Spent | str]  # or why it cannot be
+    act: Callable[[], Spent | str]  # or why it cannot run
     images: int
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -64,20 +63,20 @@ class Row:
 
 
 class Bench:
-    """Archives, a workspace with them, and a place for what the ways make of them."""
+    """Archives, a workspace with them, and an output folder for the tools."""
 
     def __init__(self, folder: Path, train: int, val: int, classes: int, peers: str) -> None:
         self.source, self.workspace, self.out = folder / "source", folder / "workspace", folder / "out"
         self.train, self.val, self.peers = train, val, peers
         self.images = train + val
         make_archives(self.source, train, val, classes)
-        lay_out(self.source, self.workspace)
+        link_archives(self.source, self.workspace)
         self.prepare = folder / "prepare.sh"
         self.prepare.write_text(prepare_val(self.source, classes, val))
         self.index = folder / "train.npy"
 
     def clean(self) -> None:
-        """Remove what the last way made, and let the disk come to rest."""
+        """Delete the output of the last tool, and sync the disk."""
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.rmtree(self.workspace / "datasets", ignore_errors=True)
         self.out.mkdir()
@@ -94,11 +93,11 @@ class Bench:
             )
             for part in range(tasks)
         ]
-        told = [spent(part.communicate()[0].decode()) for part in parts]
+        output = [spent(part.communicate()[0].decode()) for part in parts]
         last = self.python(OURS, str(self.workspace), "", str(tasks), *settings)
         if isinstance(last, str):
             return last
-        return max(wall for wall, _ in told) + last[0], sum(cpu for _, cpu in told) + last[1]
+        return max(wall for wall, _ in output) + last[0], sum(cpu for _, cpu in output) + last[1]
 
     def python(self, code: str, *arguments: str, interpreter: str = sys.executable) -> Spent | str:
         """Return what `code` prints, or the last line of what it complains of."""
@@ -110,11 +109,11 @@ class Bench:
     def command(self) -> Spent:
         """Run the whole command, as a user types it."""
         words = ["dataset=ilsvrc", "dataset.name=x", f"dataset.source={self.source}", "cluster=foreground"]
-        said = timed(
+        result = timed(
             [sys.executable, "-m", "hpc_imagenet", "+stage=process", *words, f"workspace={self.workspace}"]
         )
         shutil.rmtree(self.workspace / "runs")
-        return said
+        return result
 
     def bash(self, script: str) -> Spent:
         """Run a shell script."""
@@ -149,19 +148,19 @@ class Bench:
         return self.python(code, str(self.index), *shards, str(self.out), interpreter=self.peers)
 
     def single(self, way: str) -> Spent | str:
-        """Treat single images one after another, on one core."""
+        """Process single images one after another, on one core."""
         shards = [str(self.source / file) for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL)]
         return self.python(SINGLE, str(self.index), *shards, str(SAMPLE), way)
 
 
-def spent(told: str) -> Spent:
-    """Read the two numbers that a process has printed last."""
-    wall, cpu = told.strip().splitlines()[-1].split()
+def spent(output: str) -> Spent:
+    """Parse the two numbers that a process printed last."""
+    wall, cpu = output.strip().splitlines()[-1].split()
     return float(wall), float(cpu)
 
 
 def timed(command: list[str]) -> Spent:
-    """Run a command, and return its seconds and those of CPU that it and its children took."""
+    """Run a command; return its wall time and the CPU time of it and its children, in s."""
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -205,10 +204,10 @@ def rows(bench: Bench) -> list[Row]:
 
 
 def full_count(folder: Path, repeats: int) -> list[Row]:
-    """Index archives of ImageNet's count, with one CPU and with all; the memory is of all processes."""
+    """Index archives of ImageNet's count with one CPU and with all; memory is that of all processes."""
     make_hollow(folder / "hollow", *FULL)
     workspace = folder / "full"
-    lay_out(folder / "hollow", workspace, hashed=False)
+    link_archives(folder / "hollow", workspace, hashed=False)
     table = []
     for workers in ("1", str(len(os.sched_getaffinity(0)))):
         row = Row(f"index of {sum(FULL[:2]):,} images, {workers} process", lambda: "", sum(FULL[:2]))
@@ -229,7 +228,7 @@ def full_count(folder: Path, repeats: int) -> list[Row]:
 
 
 def watched(command: list[str]) -> tuple[Spent, int]:
-    """Return what a command prints, and the most memory that its processes had together, bytes."""
+    """Return the times that a command prints, and the peak memory of its processes together, in bytes."""
     child = subprocess.Popen(command, stdout=subprocess.PIPE)
     peak = 0
     while child.poll() is None:
@@ -244,7 +243,7 @@ def watched(command: list[str]) -> tuple[Spent, int]:
 
 
 def resident(process: psutil.Process) -> int:
-    """Bytes of a process's own; what it maps of the archives and libraries counts as well."""
+    """Resident bytes of a process, with its mapped pages of archives and libraries."""
     with contextlib.suppress(psutil.Error):
         return int(process.memory_info().rss)
     return 0
@@ -252,11 +251,11 @@ def resident(process: psutil.Process) -> int:
 
 def measure(bench: Bench, table: list[Row], repeats: int) -> None:
     bench.clean()
-    said = bench.ours("process.layout=index")
-    if isinstance(said, str):
-        raise SystemExit(said)
+    result = bench.ours("process.layout=index")
+    if isinstance(result, str):
+        raise SystemExit(result)
     shutil.copy(bench.workspace / "datasets" / "x" / "train.npy", bench.index)
-    with contextlib.suppress(KeyboardInterrupt):  # shows what was measured until then
+    with contextlib.suppress(KeyboardInterrupt):  # shows the measurements until then
         _measure(bench, table, repeats)
 
 
@@ -266,12 +265,12 @@ def _measure(bench: Bench, table: list[Row], repeats: int) -> None:
             if row.why:
                 continue
             bench.clean()
-            said = row.act()
-            if isinstance(said, str):
-                row.why = said
+            result = row.act()
+            if isinstance(result, str):
+                row.why = result
             else:
-                row.seconds.append(said[0])
-                row.cpu.append(said[1])
+                row.seconds.append(result[0])
+                row.cpu.append(result[1])
 
 
 def show(table: list[Row]) -> None:

@@ -1,7 +1,7 @@
-"""The ways from archives to something that a loader reads, as programs: ours, packages', shell scripts.
+"""Programs for process.py: ours, those of packages, and shell scripts.
 
-Each Python program is run in a process of its own and prints two numbers: the seconds of its work, without
-the imports, and those of CPU. It takes its arguments as `process.Bench` gives them.
+Each Python program runs in its own process and prints two numbers: seconds of wall clock, without the
+imports, and seconds of CPU. Its arguments are those that `process.Bench` passes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 OURS = """
 import sys, time
 from pathlib import Path
-from hpc_imagenet.compose import compose
-from hpc_imagenet.runs import Run
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import process
-from hpc_imagenet.world import World
+from hpc_imagenet.launch.dist_env import DistEnv
 import scipy.io, PIL.Image, PIL.JpegImagePlugin
 
 def main():
@@ -24,7 +24,7 @@ def main():
     run = Run(Path(workspace) / "runs" / f"bench{part}")
     run.folder.mkdir(parents=True, exist_ok=True)
     begin, cpu = time.perf_counter(), time.process_time()
-    process.run(config, run, World())
+    process.run(config, run, DistEnv())
     print(time.perf_counter() - begin, time.process_time() - cpu)
 
 if __name__ == "__main__":
@@ -80,8 +80,8 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
-from hpc_imagenet.archives import picture
-from hpc_imagenet.archives.treat import Treatment
+from hpc_imagenet.data.images import image_header
+from hpc_imagenet.data.images.shard_transform import ShardTransform
 torch.set_num_threads(1)
 rows, way = np.load(sys.argv[1])[: int(sys.argv[4])].tolist(), sys.argv[5]
 file = open(sys.argv[2], "rb")
@@ -89,24 +89,24 @@ images = []
 for offset, length, *_ in rows:
     file.seek(offset)
     images.append(file.read(length))
-looks = [picture.examine(data) for data in images]
-small, tile = Treatment("short", 256, 90), Treatment(tile=True)
+looks = [image_header.inspect(data) for data in images]
+small, tile = ShardTransform("short", 256, 90), ShardTransform(tile=True)
 
 def pillow(data, look):
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
-    scale = 256 / min(picture.size)
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = 256 / min(image.size)
     buffer = io.BytesIO()
-    size = round(picture.width * scale), round(picture.height * scale)
-    picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    size = round(image.width * scale), round(image.height * scale)
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 def torchvision(data, look):
-    picture = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    small = resize(picture, 256, InterpolationMode.BICUBIC, antialias=True)
+    image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    small = resize(image, 256, InterpolationMode.BICUBIC, antialias=True)
     return encode_jpeg(small, 90).numpy().tobytes()
 
 act = {"ours": small, "pillow": pillow, "torchvision": torchvision, "tile": tile}.get(way)
-act = act or (lambda data, look: picture.flaw(data))
+act = act or (lambda data, look: image_header.decode_error(data))
 begin = time.perf_counter()
 spent = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
 for data, look in zip(images, looks):
@@ -117,7 +117,7 @@ for of, before in zip((resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN), spent):
     cpu += now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
 print(wall, cpu)
 """
-# As the scripts that people copy do it: all inner tars first, then each into its folder; val by a list of mv.
+# As the common scripts do: extract all inner tars, then each into its folder; sort val by a list of mv.
 BASH = """
 set -e
 mkdir -p {out}/train {out}/val

@@ -1,8 +1,8 @@
-"""Make archives of the ILSVRC shape, of any number of images: what benchmarks start from.
+"""Write archives in the ILSVRC layout with any number of images, as input for benchmarks.
 
     python benchmarks/shaped.py FOLDER [--train 8000] [--val 1000] [--classes 40] [--hollow]
 
-The pictures are 500 x 375 px and about 105 kB, soft forms with grain, the same at every call. With `--hollow`
+The images are 500 x 375 px and about 105 kB, soft shapes with grain, identical at every call. With `--hollow`
 only headers and ends of images are written and the rest of the file is a hole: ImageNet's full count, 155 GB,
 takes 7 GB and can be indexed, but not decoded.
 """
@@ -24,11 +24,11 @@ from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.data.tar.tar_writer import shard_member_header
 
-WIDTH, HEIGHT, QUALITY = 500, 375, 88  # of the pictures: px, px, of libjpeg
+WIDTH, HEIGHT, QUALITY = 500, 375, 88  # px, px, quality of libjpeg
 
 
-def pictures(count: int) -> list[bytes]:
-    """Return different JPEGs, soft forms with grain, about as large as those of ImageNet."""
+def make_images(count: int) -> list[bytes]:
+    """Return different JPEGs, soft shapes with grain, of about the size of ImageNet's."""
     bits, made = np.random.default_rng(0), []
     for _ in range(count):
         coarse = bits.integers(0, 256, (HEIGHT // 6, WIDTH // 6, 3), np.uint8)
@@ -49,9 +49,9 @@ def truth(val: int, classes: int) -> list[int]:
 
 
 def make_archives(folder: Path, train: int, val: int, classes: int) -> None:
-    """Write archives of that many images; the same at every call."""
+    """Write archives with these numbers of images, identical at every call."""
     folder.mkdir(parents=True)
-    pool, bits = pictures(64), random.Random(1)
+    pool, bits = make_images(64), random.Random(1)
     sizes = [train * (n + 1) // classes - train * n // classes for n in range(classes)]
     ilsvrc_writer.write_train(
         folder / ilsvrc_writer.TRAIN,
@@ -67,7 +67,7 @@ def make_archives(folder: Path, train: int, val: int, classes: int) -> None:
 def make_hollow(folder: Path, train: int, val: int, classes: int) -> None:
     """Write archives with every header and every image's first and last bytes; holes between them."""
     folder.mkdir(parents=True)
-    pool, bits = [data[:700] for data in pictures(4)], random.Random(1)
+    pool, bits = [data[:700] for data in make_images(4)], random.Random(1)
 
     def fill(file: io.BufferedRandom, at: int, name: str) -> int:
         length, head = bits.randrange(60_000, 160_000), bits.choice(pool)
@@ -92,8 +92,8 @@ def make_hollow(folder: Path, train: int, val: int, classes: int) -> None:
     ilsvrc_writer.write_devkit(folder / ilsvrc_writer.DEVKIT, synsets(classes), truth(val, classes))
 
 
-def lay_out(source: Path, workspace: Path, hashed: bool = True) -> None:
-    """Do what the download stage does with a folder: links, and receipts of what was verified."""
+def link_archives(source: Path, workspace: Path, hashed: bool = True) -> None:
+    """Link the archives and write their receipts, as the download stage does with a folder."""
     folder = workspace / "archives" / "x"
     folder.mkdir(parents=True)
     for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT):
@@ -103,7 +103,7 @@ def lay_out(source: Path, workspace: Path, hashed: bool = True) -> None:
 
 
 def prepare_val(source: Path, classes: int, val: int) -> str:
-    """Return the usual script that sorts val: one mkdir a class, one mv an image."""
+    """Return the usual script that sorts val: one mkdir per class, one mv per image."""
     by_id = {one.id: one.wnid for one in synsets(classes)}
     lines = [f"mkdir -p {one.wnid}" for one in synsets(classes)]
     lines += [

@@ -1,10 +1,10 @@
-"""What a cluster costs: the lab's start, an array of a hundred, the states, the first step after a requeue.
+"""Measure the Slurm path: start of the lab, array submission, `jobs`, first step after a requeue.
 
     python benchmarks/slurm.py [--repeats 5]
 
-It brings up a private Slurm cluster (slurm/lab) of its own and takes it down again. The peers are submitit's
-own ways to submit a hundred functions, on the same cluster in the same run; commands take turns. All is done
-as a user does it, by starting a process.
+It starts a private Slurm cluster (slurm/lab) and stops it again. The peers are submitit's own methods to
+submit a hundred functions, on the same cluster in the same run; commands alternate. Every measurement
+starts a process, as a user does.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ print(len(jobs))
 
 @dataclass
 class Row:
-    """One thing, measured so often."""
+    """A measurement and its times."""
 
     name: str
-    measure: Callable[[int], float]  # s, of the repetition's number
+    measure: Callable[[int], float]  # s, by repetition
     peer: str = ""  # the row to compare with
     seconds: list[float] = field(default_factory=list)
 
 
 class Site:
-    """A lab, and the package on it."""
+    """A lab, and the command line on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lab = folder, folder / "lab"
@@ -70,7 +70,7 @@ class Site:
         }
 
     def run(self, *command: str) -> tuple[float, str]:
-        """Return how long a command took, in s, and what it printed."""
+        """Run a command; return its duration in s and its stdout."""
         begin = time.perf_counter()
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=self.folder, env=self.env, check=False
@@ -80,41 +80,41 @@ class Site:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         return seconds, done.stdout
 
-    def door(self, *words: str, workspace: str = "workspace") -> tuple[float, str]:
-        """Open the package's door on a workspace of this site."""
+    def command(self, *words: str, workspace: str = "workspace") -> tuple[float, str]:
+        """Run `python -m hpc_imagenet` on a workspace of this site."""
         there = f"workspace={self.folder / workspace}"
         return self.run(sys.executable, "-m", "hpc_imagenet", *words, there)
 
     def up(self, _: int = 0) -> float:
-        """Start another lab, from nothing, and end it again."""
+        """Start another lab in a new folder, and stop it again."""
         with tempfile.TemporaryDirectory(prefix="lab-") as folder:
             seconds = self.run(str(LAB), "--dir", folder, "up")[0]
             self.run(str(LAB), "--dir", folder, "down")
         return seconds
 
     def clear(self) -> None:
-        """End all jobs but those of `record`."""
+        """Cancel all jobs except those of `make_runs`."""
         self.run("scancel", "--partition=debug")
         while self.run("squeue", "--noheader", "--partition=debug")[1]:
             time.sleep(0.2)
 
     def array(self, repeat: int) -> float:
-        """Submit a hundred trainings; they are held, so that nothing is trained meanwhile."""
+        """Submit a hundred trainings; held, so that none of them starts."""
         seeds = f"seed=range({1000 + JOBS * repeat},{1000 + JOBS * (repeat + 1)})"
-        seconds, told = self.door("-m", *TRAINING, seeds, "+cluster.sbatch.hold=true")
-        assert told.count("submitted") == JOBS, told
+        seconds, output = self.command("-m", *TRAINING, seeds, "+cluster.sbatch.hold=true")
+        assert output.count("submitted") == JOBS, output
         self.clear()
         return seconds
 
     def submitit(self, how: str) -> float:
-        """Submit a hundred functions by submitit alone."""
-        seconds, told = self.run(sys.executable, "-c", PEER, str(self.folder / "submitit"), how)
-        assert told.strip() == str(JOBS), told
+        """Submit a hundred functions with submitit alone."""
+        seconds, output = self.run(sys.executable, "-c", PEER, str(self.folder / "submitit"), how)
+        assert output.strip() == str(JOBS), output
         self.clear()
         return seconds
 
-    def store(self) -> None:
-        """Record a thousand runs of which the last hundred wait in the queue."""
+    def make_runs(self) -> None:
+        """Make a thousand runs, of which the last hundred are queued."""
         overrides = [*TRAINING, f"workspace={self.folder / 'recorded'}"]
         (job,) = make_plan(compose(overrides), lambda _: None)
         store = RunStore(self.folder / "recorded")
@@ -126,18 +126,18 @@ class Site:
             attempt.end(FINISHED, result={"top1": number / RUNS, "images_per_second": 1.0, "seconds": 60.0})
         url = f"datastore.url={self.folder / 'workspace/datastores'}"
         held = ("cluster.partition=high", "+cluster.sbatch.hold=true")
-        self.door("-m", *TRAINING, f"seed=range({JOBS})", url, *held, workspace="recorded")
+        self.command("-m", *TRAINING, f"seed=range({JOBS})", url, *held, workspace="recorded")
 
     def jobs(self, *words: str) -> float:
-        """List the runs that `record` has made."""
-        seconds, told = self.door("jobs", *words, workspace="recorded")
-        assert told.count("squeezenet1_1") >= RUNS, told
+        """List the runs of `make_runs`."""
+        seconds, output = self.command("jobs", *words, workspace="recorded")
+        assert output.count("squeezenet1_1") >= RUNS, output
         return seconds
 
     def requeue(self, repeat: int) -> float:
-        """Requeue a training at work, and wait for its next step; from the node's start, by Slurm's word."""
+        """Requeue a running training and wait for its next step; s from the start time that Slurm reports."""
         settings = ("recipe.epochs=500", "train.checkpoint_every_minutes=0.02", f"seed={repeat}")
-        self.door(*TRAINING, *settings)
+        self.command(*TRAINING, *settings)
         run = self._training(repeat)
         self._until(lambda: (run / "checkpoints/last.ckpt").exists())
         job = (read_json(run / "attempts/1/submitted.json") or {})["job_id"]
@@ -146,13 +146,13 @@ class Site:
         before = read_json(run / "progress.json") or {}
         self._until(lambda: (read_json(run / "progress.json") or {}).get("done", 0) > before["done"])
         first = datetime.fromisoformat((read_json(run / "progress.json") or {})["time"]).timestamp()
-        told = self.run("squeue", "--noheader", f"--jobs={job}", "--Format=StartTime:30")[1].strip()
+        output = self.run("squeue", "--noheader", f"--jobs={job}", "--Format=StartTime:30")[1].strip()
         self.run("scancel", job)
         self.clear()
-        return first - datetime.fromisoformat(told).timestamp()
+        return first - datetime.fromisoformat(output).timestamp()
 
     def _training(self, seed: int) -> Path:
-        rows = json.loads(self.door("jobs", "--json")[1])
+        rows = json.loads(self.command("jobs", "--json")[1])
         return next(
             Path(row["dir"])
             for row in rows
@@ -160,11 +160,11 @@ class Site:
             and RunStore(self.folder / "workspace").run(row["run"]).config().seed == seed
         )
 
-    def _until(self, true: Callable[[], bool]) -> None:
+    def _until(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 180
-        while not true():
+        while not condition():
             if time.monotonic() > end:
-                raise SystemExit("a training on the lab does not come along")
+                raise SystemExit("a training on the lab makes no progress")
             time.sleep(0.05)
 
 
@@ -206,8 +206,8 @@ def main() -> None:
         try:
             site.run(str(LAB), "--dir", str(site.lab), "up")
             for stage in ("download", "process", "upload"):
-                site.door(f"+stage={stage}", "dataset=digits", "cluster=foreground")
-            site.store()
+                site.command(f"+stage={stage}", "dataset=digits", "cluster=foreground")
+            site.make_runs()
             table = rows(site)
             for repeat in range(options.repeats):
                 for row in table:

@@ -1,14 +1,14 @@
-"""Training on a node that has nothing yet: how soon, how fast while the shards come, how fast afterwards.
+"""Measure reading on a node without copies: first batch, images/s during staging and after it.
 
     python benchmarks/staging.py [--gb 8] [--shard-gb 1] [--repeats 3] [--folder DIR] [--scratch DIR]
 
-A version of made-up images of ImageNet's size (500 x 375 px, about 105 kB) lies in DIR and is taken out of
-the page cache before each start. A new process opens it with cluster.scratch, and a loader with one thread
-a CPU makes batches of 64 for 224 px: first while a process of low priority copies and hashes the shards,
-then from the copies. First batch: s from opening the version; with the imports of Python and torch behind it.
-The same without scratch is the last row. Then the index of ImageNet's full count: ms to open it, and the
-memory of its own (dirty, so that the page cache does not count) that a process takes to open it and look up
-images.
+A version of synthetic images of ImageNet's size (500 x 375 px, about 105 kB) is stored in DIR and dropped
+from the page cache before each start. A new process opens it with cluster.scratch, and a loader with one
+thread per CPU makes batches of 64 at 224 px: first while a process of low priority copies and hashes the
+shards, then from the copies. First batch: s from opening the version, and the same with the imports of
+Python and torch. The last row is without scratch. Then the index of ImageNet's full count: ms to open it,
+and the private dirty memory that a process needs to open it and look up images (the page cache does not
+count).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from shaped import pictures
+from shaped import make_images
 
 from hpc_imagenet.data.sources.virtual_tar import END
 from hpc_imagenet.data.tar.tar_writer import shard_member_header
@@ -41,7 +41,7 @@ FULL = 1_281_167  # images of ImageNet's train
 
 def make(home: Path, size: float, shard_size: float) -> int:
     """Write `home/made/v1` of about `size` bytes; return its images."""
-    folder, pool, bits = home / "made/v1", pictures(64), random.Random(0)
+    folder, pool, bits = home / "made/v1", make_images(64), random.Random(0)
     (folder / "shards").mkdir(parents=True)
     shards, entries = [], []
     for number in range(max(1, round(size / shard_size))):
@@ -68,7 +68,7 @@ def make(home: Path, size: float, shard_size: float) -> int:
 
 
 def forget(folder: Path) -> None:
-    """Take all files of a folder out of the page cache."""
+    """Drop all files of a folder from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -77,7 +77,7 @@ def forget(folder: Path) -> None:
 
 
 def child(home: Path, scratch: str, seconds: float) -> None:
-    """Read as a training does, and print what was seen as JSON."""
+    """Read as a training does, and print the measurements as JSON."""
     started = time.perf_counter()
     import torch  # noqa: F401 - a part of the start
 
@@ -89,7 +89,7 @@ def child(home: Path, scratch: str, seconds: float) -> None:
     from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler
 
     begin = time.perf_counter()
-    told: dict[str, float] = {}
+    measured: dict[str, float] = {}
     version = open_version(Datastore("made", str(home)))
     with open_dataset(version, Cluster(scratch=scratch or None), stages=True) as store:
         split, staged = store.open_split("train"), bool(scratch)
@@ -103,24 +103,24 @@ def child(home: Path, scratch: str, seconds: float) -> None:
             batches, images, since = iter(loader), 0, time.perf_counter()
             while time.perf_counter() - since < most and (not far or store.shards.is_remote()):
                 next(batches)
-                told.setdefault("first", time.perf_counter() - begin)
-                told.setdefault("start", time.perf_counter() - started)
+                measured.setdefault("first", time.perf_counter() - begin)
+                measured.setdefault("start", time.perf_counter() - started)
                 images += BATCH
-                if far and images % (16 * BATCH) == 0:  # the loader looks for shards that it reads
+                if far and images % (16 * BATCH) == 0:  # the loader polls only the shards that it reads
                     [staged_shard(store, shard) for shard in range(len(store.manifest.shards))]
             took = time.perf_counter() - since
-            told |= {"while": images / took, "took": took} if far else {"after": images / took}
-    print(json.dumps(told))
+            measured |= {"while": images / took, "took": took} if far else {"after": images / took}
+    print(json.dumps(measured))
     sys.stdout.flush()
     os._exit(0)
 
 
 def staged_shard(store: object, shard: int) -> bool:
-    return bool(store.shards.look(shard))  # type: ignore[attr-defined]
+    return bool(store.shards.poll(shard))  # type: ignore[attr-defined]
 
 
 def index_of_full_count(folder: Path) -> tuple[float, float]:
-    """Return ms to open an index of FULL images, and MB of its own that a process takes to look up all."""
+    """Return ms to open an index of FULL images, and MB of private memory to look up images."""
     path, bits = folder / "full.npy", np.random.default_rng(0)
     entries = np.zeros(FULL, ENTRY)
     entries["offset"], entries["length"] = np.arange(FULL) * 110_000, 105_000
@@ -138,14 +138,16 @@ def index_of_full_count(folder: Path) -> tuple[float, float]:
         f"total = sum(index[i]['length'].item() for i in range(0, {FULL}, 7))\n"
         "print(own() - before)\n"
     )
-    told = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
+    measured = subprocess.run(
+        [sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True
+    )
     times = []
     for _ in range(5):
         begin = time.perf_counter()
         index = open_index(path)
         index[int(order[0])]
         times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times), int(told.stdout) / 1e3
+    return statistics.median(times), int(measured.stdout) / 1e3
 
 
 def main() -> None:
@@ -153,8 +155,8 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=8.0, help="GB of the version (8)")
     parser.add_argument("--shard-gb", type=float, default=1.0, help="GB of a shard (1)")
     parser.add_argument("--repeats", type=int, default=3, help="times each (3)")
-    parser.add_argument("--folder", type=Path, help="where the version lies (a temporary folder)")
-    parser.add_argument("--scratch", type=Path, help="the node's own disk (beside it)")
+    parser.add_argument("--folder", type=Path, help="folder of the version (default: a temporary one)")
+    parser.add_argument("--scratch", type=Path, help="scratch folder (default: beside it)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -168,8 +170,8 @@ def main() -> None:
                 shutil.rmtree(scratch, ignore_errors=True)
                 forget(home)
                 command = [sys.executable, __file__, "--child", str(home), where]
-                told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                seen[row].append(json.loads(told.splitlines()[-1]))
+                measured = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                seen[row].append(json.loads(measured.splitlines()[-1]))
         print(f"{platform.machine()}, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f} at the end")
         print(
             f"{images:,} images, {options.gb:g} GB in shards of {options.shard_gb:g} GB; medians of ", end=""

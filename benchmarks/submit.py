@@ -1,12 +1,12 @@
-"""How long a command takes until it returns, beside Hydra's own launcher on the same configuration.
+"""Measure the time until a submitting command returns, compared with Hydra's basic launcher.
 
     python benchmarks/submit.py [--repeats 5]
 
-Everything is done as a user does it, by starting a process: interpreter, imports and all. The peer is Hydra's
-basic launcher with a task function that only collects the resolved config: no plan, no check, no record, no
-queue. Commands take turns, so that a busy moment of the machine meets all of them.
+Every measurement starts a process, as a user does, and includes the interpreter and its imports. The peer is
+Hydra's basic launcher with a task function that only collects the resolved config: no plan, no validation, no
+run folders, no queue. Commands alternate, so that a busy moment of the machine affects all of them.
 
-It works in a temporary workspace, cancels what it submits and leaves nothing behind.
+It uses a temporary workspace, cancels what it submits and deletes everything.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PACKAGES = ("hpc-imagenet", "hydra-core", "omegaconf", "submitit", "torch")
 PEER = """
 import hydra
 from omegaconf import OmegaConf
-from hpc_imagenet.compose import CONF, register
+from hpc_imagenet.config.compose import CONF, register
 register()
 collected = []
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -55,12 +55,12 @@ print(len(collected))
 
 @dataclass
 class Row:
-    """One command, measured."""
+    """A command and its measured times."""
 
     name: str
-    command: Callable[[int], list[str]]  # of the repetition's number
-    says: str  # what stdout must hold for the time to count
-    times: int  # how often
+    command: Callable[[int], list[str]]  # by repetition
+    expected: str  # text that stdout must contain for the time to count
+    times: int  # number of its occurrences
     peer: str = ""  # the row to compare with
     after: Callable[[], None] = lambda: None
     seconds: list[float] = field(default_factory=list)
@@ -78,23 +78,23 @@ class Workspace:
         self.folder = folder
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HPC_IMAGENET_"))}
 
-    def door(self, *words: str) -> list[str]:
+    def command(self, *words: str) -> list[str]:
         """Return a command of the project on this workspace."""
         return [sys.executable, "-m", "hpc_imagenet", *words, f"workspace={self.folder / 'workspace'}"]
 
-    def run(self, command: list[str], says: str, times: int) -> float:
-        """Run a command and return how long it took, in s."""
+    def run(self, command: list[str], expected: str, times: int) -> float:
+        """Run a command and return its duration in s."""
         begin = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self.env)
         seconds = time.perf_counter() - begin
-        if done.returncode or done.stdout.count(says) != times:
+        if done.returncode or done.stdout.count(expected) != times:
             raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         return seconds
 
     def make_datastore(self) -> None:
-        """Bring the digits into a datastore, for trainings to be submitted on."""
+        """Upload the digits to a datastore that trainings can read."""
         for stage in ("download", "process", "upload"):
-            self.run(self.door(f"+stage={stage}", *DIGITS, "wait=true"), "finished ", 1)
+            self.run(self.command(f"+stage={stage}", *DIGITS, "wait=true"), "finished ", 1)
 
     def make_runs(self, folder: Path, count: int) -> None:
         """Record `count` finished trainings."""
@@ -111,8 +111,8 @@ class Workspace:
             progress = {"done": 1, "total": 1, "unit": "images", "rate": 1000.0, "note": "", "time": ""}
             write_json_once(run.folder / "progress.json", progress)
 
-    def settle(self) -> None:
-        """Cancel what was submitted, the last first, and wait until nothing works here any more."""
+    def cancel_all(self) -> None:
+        """Cancel what was submitted, newest first, and wait until its processes have ended."""
         for run in reversed(RunStore(self.folder / "workspace").all()):
             cancel_run(run)
         end = time.monotonic() + 60
@@ -124,7 +124,7 @@ class Workspace:
             time.sleep(0.1)
 
     def processes(self) -> list[psutil.Process]:
-        """Return the processes that work for the workspace."""
+        """Return the processes that use the workspace."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -144,25 +144,25 @@ def rows(space: Workspace) -> list[Row]:
     recorded = [sys.executable, "-m", "hpc_imagenet"]
     there = f"workspace={space.folder / 'recorded'}"
     launcher_two, launcher_many = "Hydra's basic launcher, 2", f"Hydra's basic launcher, {JOBS}"
-    settle = space.settle
+    cancel_all = space.cancel_all
     return [
         Row(launcher_two, peer(two), "2", 1),
         Row(
             "-m model=resnet18,resnet50, 2 jobs",
-            lambda r: space.door("-m", two, *DIGITS, f"seed={r}"),
+            lambda r: space.command("-m", two, *DIGITS, f"seed={r}"),
             "submitted",
             2,
             launcher_two,
-            settle,
+            cancel_all,
         ),
         Row(launcher_many, peer(many), str(JOBS), 1),
         Row(
             f"-m seed=range({JOBS}), {JOBS} jobs",
-            lambda r: space.door("-m", *DIGITS, seeds(r)),
+            lambda r: space.command("-m", *DIGITS, seeds(r)),
             "submitted",
             JOBS,
             launcher_many,
-            settle,
+            cancel_all,
         ),
         Row(f"jobs, {RUNS:,} runs", lambda _: [*recorded, "jobs", there], "top-1", RUNS),
         Row(f"jobs --json, {RUNS:,} runs", lambda _: [*recorded, "jobs", "--json", there], '"run":', RUNS),
@@ -202,15 +202,15 @@ def main() -> None:
             space.make_datastore()
             space.make_runs(space.folder / "recorded", RUNS)
             table = rows(space)
-            for row in table:  # once for the page cache and the .pyc files; not counted
-                space.run(row.command(options.repeats), row.says, row.times)
+            for row in table:  # warm-up of the page cache and the .pyc files; not counted
+                space.run(row.command(options.repeats), row.expected, row.times)
                 row.after()
             for repeat in range(options.repeats):
                 for row in table:
-                    row.seconds.append(space.run(row.command(repeat), row.says, row.times))
+                    row.seconds.append(space.run(row.command(repeat), row.expected, row.times))
                     row.after()
         finally:
-            space.settle()
+            space.cancel_all()
     show(table, options.repeats)
 
 

@@ -1,14 +1,14 @@
-"""What our training loop costs beside a plain PyTorch loop, and what saving and going on cost.
+"""Measure a training step beside a plain PyTorch loop, and the cost of saving and resuming.
 
     python benchmarks/train_step.py [--processes 7] [--windows 6] [--timm-benchmark PATH/benchmark.py]
 
-Ours is the whole of `training.fit`: Lightning, metrics, boundary, verdict and record. Only its loader is
-replaced, by one batch that lies on the device already; the plain loop gets the same. Both live in one process
-and take turns, a few steps each, so that a busy moment of the machine meets both. Where in its memory a
-process has which tensors makes either a few per cent faster, for all of its life: on a CPU both are measured
-in several processes, and / plain is the median of what each of those says. A second row has so little
-to compute that the loops themselves are seen. On a GPU four backbones follow, eager and compiled, beside
-timm's own benchmark script where its path is given.
+Ours is the whole of `training.fit`: Lightning, metrics, checkpoints, bottleneck monitor and run folder.
+Only its loader is replaced, by one batch that is on the device already; the plain loop uses the same batch.
+Both run in one process and alternate, a few steps each, so that a busy moment of the machine affects both.
+The addresses of tensors make either a few per cent faster for the lifetime of a process, so on a CPU both
+are measured in several processes, and / plain is the median of their ratios. A second row computes so
+little that the loops themselves are measured. On a GPU four backbones follow, eager and compiled, beside
+timm's benchmark script if its path is given.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ from hpc_imagenet.training.module import MEAN, STD
 
 CLASSES = 1000
 BACKBONES = ("resnet18", "resnet50", "convnext_tiny", "vit_b_16")
-TIMM = {"vit_b_16": "vit_base_patch16_224"}  # timm's names of networks that torchvision calls otherwise
+TIMM = {"vit_b_16": "vit_base_patch16_224"}  # torchvision's names → timm's names
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A step to be measured."""
+    """A training step to measure."""
 
     name: str  # of the backbone
     batch: int  # images
@@ -69,11 +69,11 @@ class Task:
     device: torch.device
     steps: int  # of a window
     compiled: bool = False
-    warm: int = 2  # steps before a window: whoever had the turn before has filled the caches with its own
+    warm: int = 2  # steps before a window, since the other loop has filled the caches
 
     def config(self) -> Config:
         """Return a run's config, of one epoch."""
-        # No step costs more at a higher rate, but some networks diverge.
+        # The learning rate does not change the cost of a step, but some networks diverge at a higher one.
         steps = {"epochs": 1, "global_batch": self.batch, "warmup_epochs": 0, "learning_rate": 1e-4}
         sizes = {"size": self.size, "val_size": self.size, "val_resize": self.size}
         words = [f"recipe.{key}={value}" for key, value in {**steps, **sizes}.items()]
@@ -90,13 +90,13 @@ class Task:
         return images, torch.randint(0, CLASSES, (self.batch,)).to(self.device)
 
     def wait(self) -> None:
-        """Let the device finish what it was given."""
+        """Wait until the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 class Resident:
-    """A loader of one batch, again and again."""
+    """A loader that repeats one batch."""
 
     def __init__(self, batch: Batch, length: int) -> None:
         self.batch, self.length = batch, length
@@ -109,7 +109,7 @@ class Resident:
 
 
 class Images:
-    """As much of a datastore as a training looks at when its loader is another."""
+    """The parts of a datastore that a training reads when its loader is replaced."""
 
     def __init__(self, count: int) -> None:
         self.folder = Path("memory")
@@ -121,8 +121,8 @@ class Images:
     def __len__(self) -> int:
         return self._count
 
-    def split(self, name: str) -> Images:
-        """Return itself, for either."""
+    def open_split(self, name: str) -> Images:
+        """Return itself, for every name."""
         return self
 
 
@@ -134,7 +134,7 @@ def fit(
     hook: Callable[[ProgressReporter, Any], None],
     store: Any = None,
 ) -> dict[str, Any]:
-    """Train `steps` steps by ours; `hook` is called behind each. With a `store`: by our loader."""
+    """Train `steps` steps by ours; `hook` is called after each. With a `store`: with our loader."""
     batch, original = task.data(), ProgressReporter.on_train_batch_end
 
     def noting(self: ProgressReporter, trainer: Any, *rest: Any) -> None:
@@ -163,11 +163,11 @@ def new_run() -> Iterator[Run]:
         yield Run(Path(folder))
 
 
-Window = Callable[[], float]  # a window of one way: `warm` steps, then s a step of those that follow
+Window = Callable[[], float]  # runs a window: `warm` steps, then returns s per step of those that follow
 
 
 def plain(task: Task, windows: int) -> Iterator[float]:
-    """Yield the s a step of each window of a loop of a dozen lines."""
+    """Yield s per step of each window of a loop of a dozen lines."""
     recipe, each = task.config().recipe, task.warm + task.steps
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     network = build.build_model(task.name, CLASSES, stem="standard", size=task.size)
@@ -196,9 +196,9 @@ def plain(task: Task, windows: int) -> Iterator[float]:
 def in_turns(
     task: Task, windows: int, others: dict[str, Window], config: Config | None = None, store: Any = None
 ) -> dict[str, list[float]]:
-    """Return the s a step of every window of ours, and of the others, whose turn it is after each of ours.
+    """Return s per step of every window of ours, and of the others, each of which runs after one of ours.
 
-    A first window of each, in which memory is found and code is compiled, does not count.
+    The first window of each, in which memory is allocated and code is compiled, does not count.
     """
     seconds: dict[str, list[float]] = {way: [] for way in ("ours", *others)}
     each, begin = task.warm + task.steps, 0.0
@@ -220,12 +220,12 @@ def in_turns(
 
 
 def both(task: Task, windows: int) -> dict[str, list[float]]:
-    """Return the s a step of every window of ours and of the plain loop."""
+    """Return s per step of every window of ours and of the plain loop."""
     return in_turns(task, windows, {"plain PyTorch": plain(task, 1 + windows).__next__})
 
 
 def row(task: Task, windows: int, processes: int, script: Path | None = None) -> None:
-    """Print a line a way; the last figure is the time beside the plain loop's."""
+    """Print a line per loop; the last figure is its time divided by that of the plain loop."""
     rounds = []
     for _ in range(processes):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
@@ -245,7 +245,7 @@ def row(task: Task, windows: int, processes: int, script: Path | None = None) ->
 
 
 def saving(task: Task, repeats: int) -> None:
-    """Print what a checkpoint costs, and going on from it beyond a fresh start."""
+    """Print the cost of a checkpoint, and of resuming from it compared with a fresh start."""
     saves, fresh, again, megabytes = [], [], [], 0.0
     for _ in range(repeats):
         with new_run() as run:
@@ -263,7 +263,7 @@ def saving(task: Task, repeats: int) -> None:
             fresh.append(begun[0] - fit_begins)
             megabytes = (run.folder / "checkpoints" / "last.ckpt").stat().st_size / 1e6
             begun.clear()
-            begun.append(0.0)  # so that nothing stops it again
+            begun.append(0.0)  # so that the hook does not stop it again
             begun.append(0.0)
             fit_begins = time.perf_counter()
             fit(task, task.config(), 4, run, hook)
@@ -279,7 +279,7 @@ def saving(task: Task, repeats: int) -> None:
 
 
 def timm_rate(script: Path, task: Task) -> float:
-    """Return the s a step of timm's own benchmark script.
+    """Return s per step of timm's benchmark script.
 
     Raises:
         RuntimeError: the script failed; its last line.
@@ -302,7 +302,7 @@ def timm_rate(script: Path, task: Task) -> float:
     if done.returncode or not mark:
         raise RuntimeError(f"{script}: {(done.stderr.strip().splitlines() or ['no result'])[-1]}")
     try:
-        result, _ = json.JSONDecoder().raw_decode(text.strip())  # whatever else is printed behind it
+        result, _ = json.JSONDecoder().raw_decode(text.strip())  # ignores what is printed after it
         return task.batch / float(result["train_samples_per_sec"])
     except (ValueError, KeyError, TypeError):
         raise RuntimeError(f"{script}: no train_samples_per_sec in {' '.join(text.split())[:200]}") from None

