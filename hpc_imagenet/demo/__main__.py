@@ -1,10 +1,10 @@
-"""The whole way in a few minutes: archives over HTTP → index → datastore → two backbones → leaderboard.
+"""Demo of the whole pipeline in minutes: archives over HTTP, index, datastore, two backbones, leaderboard.
 
     python -m hpc_imagenet.demo [SETTING=VALUE …]
 
-It writes the digits archives, serves them on this machine, and then gives the same command that the real
-archives would get; nothing behind it knows that the source is a toy. With cluster=NAME the jobs go to a Slurm
-cluster, whose nodes could not reach such a server: there the download takes the archives from a folder.
+It writes the digits archives, serves them on this machine, and runs the same command as for the real
+archives. With cluster=NAME the jobs go to a Slurm cluster, whose nodes cannot reach a server on this machine:
+there the download stage makes the archives itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hpc_imagenet.cli import main as door
+from hpc_imagenet.cli import main as cli
 from hpc_imagenet.cli.commands import print_error
 from hpc_imagenet.demo import digits
 from hpc_imagenet.demo.http_server import serving
@@ -31,9 +31,9 @@ NEXT = """
 Where to look next:
   the run folders above                      frozen config, logs, metrics, checkpoints
   . .venv/bin/activate                       puts python and hpc-imagenet on the PATH
-  python -m hpc_imagenet jobs                every run and its state
+  python -m hpc_imagenet jobs                all runs and their states
   python -m hpc_imagenet +stage=pipeline dry_run=true
-                                             what the same would be for ImageNet itself (155 GB)
+                                             the same plan for ImageNet (155 GB)
   README.md                                  clusters, recipes, settings"""
 
 
@@ -46,20 +46,23 @@ def main() -> None:
     except UserError as error:
         code = print_error(error)
     except KeyboardInterrupt:
-        print("\ninterrupted: the archives are served no more; make demo goes on from here", file=sys.stderr)
+        print(
+            "\ninterrupted: the server of the archives has stopped; `make demo` resumes from here",
+            file=sys.stderr,
+        )
         code = 130
     if code == 0:
-        words = ["report", *(word for word in settings if word.startswith("workspace="))]
-        print(f"\n$ python -m hpc_imagenet {' '.join(words)}")
-        door.run(words)
+        arguments = ["report", *(setting for setting in settings if setting.startswith("workspace="))]
+        print(f"\n$ python -m hpc_imagenet {' '.join(arguments)}")
+        cli.run(arguments)
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
-        print(f"the whole way took {minutes}:{seconds:02}")
+        print(f"total time {minutes}:{seconds:02} (min:s)")
         print(NEXT)
     sys.exit(code)
 
 
 def _pipeline(settings: list[str]) -> int:
-    if any(word.startswith("cluster=") and word != "cluster=local" for word in settings):
+    if any(setting.startswith("cluster=") and setting != "cluster=local" for setting in settings):
         return _sweep(*settings)
     with tempfile.TemporaryDirectory(prefix="hpc-imagenet-demo-") as folder:
         digits.write_digits(Path(folder) / "digits")
@@ -70,7 +73,7 @@ def _pipeline(settings: list[str]) -> int:
 def _sweep(*settings: str) -> int:
     command = ["-m", *SWEEP, *dict.fromkeys(settings)]
     print(f"$ python -m hpc_imagenet {' '.join(command)}", flush=True)
-    return door.run(command)
+    return cli.run(command)
 
 
 if __name__ == "__main__":

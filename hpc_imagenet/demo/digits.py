@@ -1,13 +1,13 @@
-"""scikit-learn's handwritten digits as ILSVRC-shaped archives.
+"""Digits dataset: scikit-learn's handwritten digits as archives in the ILSVRC2012 layout.
 
     python -m hpc_imagenet.demo.digits FOLDER
 
-1,797 real 8x8 images of 10 classes, enlarged to 32x32 and written as JPEGs: archives of 2 MB that go the
-whole way of the real ones. Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits",
-UCI Machine Learning Repository, 1998, the test part, as `sklearn.datasets.load_digits` carries it.
+1,797 real 8x8 images of 10 classes, enlarged to 32x32 and written as JPEGs: archives of 2 MB that run through
+the whole pipeline like the real ones. Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten
+Digits", UCI Machine Learning Repository, 1998, the test set, as provided by `sklearn.datasets.load_digits`.
 
-The split is fixed and stratified: of the n images of a digit, in the order of the source, the 36 at places
-floor(k·n/36), k = 0 … 35, are val (360 in all) and the other 1,437 train.
+The split is fixed and stratified: of the n images of a digit, in source order, the 36 with the indices
+floor(k·n/36), k = 0 … 35, are val (360 in total); the other 1,437 images are train.
 """
 
 from __future__ import annotations
@@ -31,44 +31,46 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def write_digits(folder: Path, copies: int = 1) -> None:
-    """Write the archives into the new folder `folder`, whole or not at all.
+    """Write the archives into a new folder; on an error no folder is left behind.
 
     Args:
-        folder: must not exist, or be empty.
-        copies: how often each train image is in the archive, for archives of a size of your choice.
+        folder: output folder; must not exist or must be empty.
+        copies: number of copies of each train image, to make larger archives.
 
     Raises:
-        UserError: scikit-learn is missing, or the folder holds something.
+        UserError: scikit-learn is not installed, or the folder is not empty or not writable.
     """
     images, labels = _digits()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{os.urandom(8).hex()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{os.urandom(8).hex()}.tmp")
     try:
-        draft.mkdir()
-        _write(draft, images, labels, copies)
-        draft.rename(folder)
+        temporary.mkdir()
+        _write(temporary, images, labels, copies)
+        temporary.rename(folder)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def wnid(digit: int) -> str:
-    """Return the made-up WordNet id of a digit; in alphabetical order the label is the digit."""
+    """Return the fictitious WordNet id of a digit; in alphabetical order the label equals the digit."""
     return f"n{90000000 + digit}"
 
 
 def devkit_id(digit: int) -> int:
-    """Return the kit's id of a digit, 1 to 10: not in the order of the labels, as in the real kit."""
+    """Return the devkit id of a digit, 1 to 10; as in the real kit, ids are not in label order."""
     return (3 * digit + 7) % 10 + 1
 
 
 def is_val(labels: list[int]) -> list[bool]:
-    """Return for each image whether the fixed split puts it into val."""
-    places: dict[int, list[int]] = {}
+    """Return for each image whether it is in val."""
+    indices: dict[int, list[int]] = {}
     for i, label in enumerate(labels):
-        places.setdefault(label, []).append(i)
-    chosen = {of[k * len(of) // VAL_PER_CLASS] for of in places.values() for k in range(VAL_PER_CLASS)}
+        indices.setdefault(label, []).append(i)
+    chosen = {
+        group[k * len(group) // VAL_PER_CLASS] for group in indices.values() for k in range(VAL_PER_CLASS)
+    }
     return [i in chosen for i in range(len(labels))]
 
 
@@ -77,7 +79,7 @@ def _digits() -> tuple[list[bytes], list[int]]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError(
-            "the dataset digits comes with scikit-learn, which is missing: "
+            "the dataset digits needs scikit-learn, which is not installed: run "
             "pip install -c constraints.txt -e '.[demo]' in the checkout"
         ) from None
     source: Any = load_digits()
@@ -85,7 +87,7 @@ def _digits() -> tuple[list[bytes], list[int]]:
 
 
 def _jpeg(image: Any) -> bytes:
-    """Encode an image of shape [8, 8], values 0 to 16, as a colour JPEG, as nearly all of ImageNet is."""
+    """Encode an image of shape [8, 8], values 0 to 16, as an RGB JPEG, like nearly all ImageNet images."""
     grey = Image.fromarray((image * (255 / 16)).round().astype("uint8"))
     buffer = io.BytesIO()
     colour = grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
@@ -100,7 +102,7 @@ def _write(folder: Path, images: list[bytes], labels: list[int], copies: int) ->
         if not held_out:
             train[label] += [image] * copies
     ilsvrc_writer.write_train(
-        folder / ilsvrc_writer.TRAIN, ((wnid(digit), of) for digit, of in train.items())
+        folder / ilsvrc_writer.TRAIN, ((wnid(digit), jpegs) for digit, jpegs in train.items())
     )
     ilsvrc_writer.write_val(
         folder / ilsvrc_writer.VAL, (image for image, held_out in zip(images, val, strict=True) if held_out)
@@ -118,7 +120,7 @@ def _synsets(train: dict[int, list[bytes]]) -> list[ilsvrc_writer.Synset]:
     leaves.sort(key=lambda leaf: leaf.id)
     even = tuple(devkit_id(digit) for digit in range(0, 10, 2))
     odd = tuple(devkit_id(digit) for digit in range(1, 10, 2))
-    # The real table ends with the inner nodes of the tree.
+    # As in the real table, the inner nodes of the tree come last.
     return [
         *leaves,
         ilsvrc_writer.Synset(11, "n90000010", "even digit", even),
@@ -129,9 +131,11 @@ def _synsets(train: dict[int, list[bytes]]) -> list[ilsvrc_writer.Synset]:
 
 def main() -> None:
     """Write the archives into a folder."""
-    parser = argparse.ArgumentParser(description="Write the digits as ILSVRC-shaped archives.")
+    parser = argparse.ArgumentParser(
+        description="Write the digits dataset as archives in the ILSVRC2012 layout."
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--copies", type=int, default=1, help="how often each train image is in the archive")
+    parser.add_argument("--copies", type=int, default=1, help="copies of each train image in the archive")
     options = parser.parse_args()
     try:
         write_digits(options.folder, options.copies)

@@ -1,7 +1,7 @@
-"""Serve a folder over HTTP to this machine alone: `python -m hpc_imagenet.demo.http_server FOLDER`.
+"""HTTP server of a folder on the loopback interface: `python -m hpc_imagenet.demo.http_server FOLDER`.
 
-It stands in for an archive's real server in the demo and in the tests, with what a download needs from one:
-HEAD, ranges, If-Range, ETag. Source: RFC 9110.
+It replaces the real archive server in the demo and the tests, with the features that the download stage uses:
+HEAD, Range, If-Range, ETag. Source: RFC 9110.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHUNK = 1 << 18
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET and HEAD of the files in one folder."""
+    """Request handler for GET and HEAD of the files in one folder."""
 
     protocol_version = "HTTP/1.1"
 
@@ -34,23 +34,23 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def handle(self) -> None:
-        """Answer requests until the other side has enough, politely or not."""
+        """Handle requests until the client closes the connection, cleanly or not."""
         with contextlib.suppress(ConnectionError):
             super().handle()
 
     def do_HEAD(self) -> None:
-        """Answer without a body."""
+        """Respond to HEAD, without a body."""
         self._answer(body=False)
 
     def do_GET(self) -> None:
-        """Answer with the file, or with one range of it."""
+        """Respond to GET with the file or one range of it."""
         self._answer(body=True)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: the one who fetches keeps the log."""
+        """Log nothing: the client keeps the log."""
 
     def etag(self, path: Path) -> str:
-        """Return the strong validator of a file."""
+        """Return the strong ETag of a file."""
         stat = path.stat()
         return f'"{stat.st_size:x}-{stat.st_mtime_ns:x}"'
 
@@ -63,12 +63,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_file(path, file, body)
 
     def send_file(self, path: Path, file: BinaryIO, body: bool) -> None:
-        """Send the status, the headers and, if `body`, the bytes that were asked for."""
+        """Send the status, the headers and, if `body`, the requested bytes."""
         size = path.stat().st_size
         begin, end = 0, size
-        wanted = self._range(size) if self.headers.get("If-Range") in (None, self.etag(path)) else None
-        if wanted is not None:
-            begin, end = wanted
+        byte_range = self._range(size) if self.headers.get("If-Range") in (None, self.etag(path)) else None
+        if byte_range is not None:
+            begin, end = byte_range
             if begin >= end:
                 self.send_response(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
                 self.send_header("Content-Range", f"bytes */{size}")
@@ -102,17 +102,17 @@ class Handler(BaseHTTPRequestHandler):
         return path if path.is_relative_to(root) and path.is_file() else None
 
     def _range(self, size: int) -> tuple[int, int] | None:
-        """Return the bytes [begin, end) that are asked for; None for the whole file."""
-        said = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if not said or said[1] == said[2] == "":
+        """Return the requested bytes [begin, end), or None for the whole file."""
+        match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if not match or match[1] == match[2] == "":
             return None
-        if not said[1]:
-            return max(0, size - int(said[2])), size
-        return int(said[1]), min(size, int(said[2]) + 1) if said[2] else size
+        if not match[1]:
+            return max(0, size - int(match[2])), size
+        return int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
 
 
 def start_server(folder: Path, port: int = 0, handler: type[Handler] = Handler) -> ThreadingHTTPServer:
-    """Return a server of `folder` that listens on a loopback port but does not answer yet."""
+    """Return a server of `folder` that is bound to a loopback port but does not handle requests yet."""
     server = ThreadingHTTPServer(("127.0.0.1", port), partial(handler, folder=folder))
     server.daemon_threads = True
     return server
@@ -120,7 +120,7 @@ def start_server(folder: Path, port: int = 0, handler: type[Handler] = Handler) 
 
 @contextlib.contextmanager
 def serving(folder: Path, handler: type[Handler] = Handler) -> Iterator[str]:
-    """Serve `folder` from a thread for as long as the block lasts; yield the URL."""
+    """Serve `folder` from a thread within the block; yield the URL."""
     server = start_server(folder, handler=handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
@@ -133,19 +133,19 @@ def serving(folder: Path, handler: type[Handler] = Handler) -> Iterator[str]:
 
 
 def url_of(server: ThreadingHTTPServer) -> str:
-    """Return where a server listens."""
+    """Return the URL of a server."""
     return f"http://127.0.0.1:{server.server_address[1]}"
 
 
 def main() -> None:
     """Serve until interrupted."""
-    parser = argparse.ArgumentParser(description="Serve a folder over HTTP, to this machine alone.")
+    parser = argparse.ArgumentParser(description="Serve a folder over HTTP on the loopback interface.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--port", type=int, default=0, help="0 (the default) takes a free one")
-    parser.add_argument("--port-file", type=Path, help="write the port's number there once it is open")
+    parser.add_argument("--port", type=int, default=0, help="port; 0 (the default) chooses a free one")
+    parser.add_argument("--port-file", type=Path, help="file to write the port number to once it is open")
     options = parser.parse_args()
     if not options.folder.is_dir():
-        parser.error(f"{options.folder} is no folder")
+        parser.error(f"{options.folder} is not a folder")
     server = start_server(options.folder, options.port)
     print(url_of(server), flush=True)
     if options.port_file:

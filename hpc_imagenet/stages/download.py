@@ -1,4 +1,4 @@
-"""The download stage: the archives of a dataset, whole and verified, into `archives/<dataset>/`."""
+"""The download stage: fetch and verify the archives of a dataset into `archives/<dataset>/`."""
 
 from __future__ import annotations
 
@@ -35,32 +35,32 @@ from hpc_imagenet.runs.store import Progress, Run
 
 
 class ArchiveSource(Protocol):
-    """Where archives come from: a URL prefix, a bucket, a folder.
+    """A source of archives: a URL prefix, a bucket, a folder.
 
     Attributes:
-        copies: whether they take room in the workspace; else they are linked.
+        copies: whether archives are copied into the workspace and need free space; else they are linked.
     """
 
     copies: bool
 
     def text(self, file: str) -> str | None:
-        """Return a small text file, or None where there is none."""
+        """Return the content of a small text file; None if it does not exist."""
 
-    def size(self, want: ExpectedArchive) -> int | None:
-        """Return the bytes of an archive, or None where that cannot be known."""
+    def size(self, expected: ExpectedArchive) -> int | None:
+        """Return the size of an archive in bytes; None if unknown."""
 
-    def fetch(self, want: ExpectedArchive, target: Path, progress: Callable[[int], None]) -> int:
-        """Bring an archive to its final place; return the bytes that came over the network."""
+    def fetch(self, expected: ExpectedArchive, target: Path, progress: Callable[[int], None]) -> int:
+        """Copy or link an archive to its final path; return the bytes transferred over the network."""
 
 
 def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-    """Bring the archives of `config.dataset` into the workspace.
+    """Fetch the archives of `config.dataset` into the workspace and verify them.
 
     Returns:
-        `bytes` of all archives, `files`, and `downloaded`: bytes that came over the network.
+        `bytes` and number (`files`) of all archives, and `downloaded`: bytes transferred over the network.
 
     Raises:
-        UserError: an archive cannot be had, or is not what it should be.
+        UserError: an archive cannot be fetched, or is not the expected one.
     """
     if not dist_env.is_rank_zero:
         return {}
@@ -68,155 +68,164 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"workspace={config.workspace} cannot be written: {error}") from None
+        raise UserError(
+            f"workspace={config.workspace} cannot be written: {error}; set workspace= to a folder of yours"
+        ) from None
     progress = Progress(run)
-    files = expected_archives(config.dataset, {})
+    archives = expected_archives(config.dataset, {})
     downloaded = 0
-    if not all(_is_settled(folder, want, config) for want in files):
+    if not all(_is_up_to_date(folder, expected, config) for expected in archives):
         source = open_source(config)
-        if any(want.md5 is None for want in files):
-            files = expected_archives(config.dataset, parse_sums(source.text(MD5SUMS_FILE) or ""))
-        downloaded = _bring(files, folder, source, config, progress)
-    for want in files:  # all are whole: what a killed try has left of them is litter
-        for leftover in (*folder.glob(f".{want.file}.*"), folder / f"{want.file}.part.json"):
+        if any(expected.md5 is None for expected in archives):
+            sums = parse_sums(source.text(MD5SUMS_FILE) or "")
+            archives = expected_archives(config.dataset, sums)
+        downloaded = _fetch_missing(archives, folder, source, config, progress)
+    for expected in archives:  # all are complete, so files of killed attempts are not needed any more
+        for leftover in (*folder.glob(f".{expected.file}.*"), folder / f"{expected.file}.part.json"):
             leftover.unlink(missing_ok=True)
-    total = sum((folder / want.file).stat().st_size for want in files)
+    total = sum((folder / expected.file).stat().st_size for expected in archives)
     progress(total, total, "B")
-    return {"bytes": total, "files": len(files), "downloaded": downloaded}
+    return {"bytes": total, "files": len(archives), "downloaded": downloaded}
 
 
 def open_source(config: Config) -> ArchiveSource:
-    """Return dataset.source, made first where dataset.make can and it is a folder that is not there.
+    """Return the source of the archives.
 
-    A folder is looked at: archives are taken as they are, and of loose files archives are made.
+    A folder without the archives is searched for class folders, the Kaggle layout and parquet shards, which
+    archives are made of. A missing folder is first created by dataset.make, if set.
 
     Raises:
-        UserError: neither a folder nor http(s) nor s3, or its files cannot have the MD5s that are asked.
+        UserError: dataset.source has an unsupported scheme, dataset.make fails, or an MD5 or size is
+            configured for archives that are made of images.
     """
-    asked, source = config.download, config.dataset.source
+    settings, source = config.download, config.dataset.source
     scheme = urllib.parse.urlsplit(source).scheme
     if scheme in ("http", "https"):
-        return _fetched(
-            HttpSource(source, asked.timeout, asked.connections, HttpCredentials(source, asked.login)), config
-        )
+        credentials = HttpCredentials(source, settings.login)
+        return _downloader(HttpSource(source, settings.timeout, settings.connections, credentials), config)
     if scheme == "s3":
-        return _fetched(S3Source(source, asked.timeout, asked.connections), config)
+        return _downloader(S3Source(source, settings.timeout, settings.connections), config)
     if scheme == "file":
         source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
     elif re.match(r"[a-z][a-z0-9+.-]*://", source):
         raise UserError(
-            f"dataset.source={source}: a folder, http://, https:// or s3:// is read, not {scheme}://"
+            f"dataset.source={source}: {scheme}:// is not supported; set a folder, http://, https:// or s3://"
         )
     folder = Path(source).expanduser()
     if config.dataset.make and not folder.exists():
-        _make(config.dataset.make, folder)
+        _make_source(config.dataset.make, folder)
     files = {split: archive.file for split, archive in config.dataset.archives.items()}
     if not any((folder / file).exists() for file in files.values()):
         if layout := class_folder_source.detect_layout(folder):
-            _unpinned(config, layout.kind)
-            return _fetched(
-                class_folder_source.ClassFolderSource(
-                    layout, config.dataset.source, files, asked.connections
-                ),
-                config,
+            _announce_packing(config, layout.kind)
+            class_folders = class_folder_source.ClassFolderSource(
+                layout, config.dataset.source, files, settings.connections
             )
+            return _downloader(class_folders, config)
         if shards := parquet_source.find_parquet_shards(folder):
-            _unpinned(config, parquet_source.KIND)
+            _announce_packing(config, parquet_source.KIND)
             return parquet_source.ParquetSource(shards, config.dataset.source, files)
     return ArchiveFolder(folder, config.dataset.source)
 
 
-def _fetched(remote: RangeSource, config: Config) -> Downloader:
-    asked = config.download
+def _downloader(source: RangeSource, config: Config) -> Downloader:
+    settings = config.download
     return Downloader(
-        remote,
-        asked.retries,
-        asked.timeout,
-        connections=asked.connections,
-        limit=None if asked.limit is None else asked.limit * 1e6,
+        source,
+        settings.retries,
+        settings.timeout,
+        connections=settings.connections,
+        limit=None if settings.limit is None else settings.limit * 1e6,
         hint=config.dataset.hint,
     )
 
 
-def _unpinned(config: Config, kind: str) -> None:
-    """Tell that archives are made of loose files; those have other bytes than the published ones."""
+def _announce_packing(config: Config, kind: str) -> None:
+    """Print that archives are made of images; they differ in bytes from the published archives.
+
+    Raises:
+        UserError: an MD5 or size is configured.
+    """
     source = config.dataset.source
     for split, archive in config.dataset.archives.items():
         if archive.md5 or archive.bytes:
-            pin = "md5" if archive.md5 else "bytes"
+            field = "md5" if archive.md5 else "bytes"
             raise UserError(
-                f"dataset.source={source} has {kind}; archives made of them cannot have "
-                f"dataset.archives.{split}.{pin}: dataset=ilsvrc dataset.name=NAME takes them without"
+                f"dataset.source={source} contains {kind}; archives made of them differ from the published "
+                f"ones, so dataset.archives.{split}.{field} cannot match: set dataset=ilsvrc "
+                "dataset.name=NAME, which has no MD5s"
             )
-    print(f"dataset.source={source} has {kind}: archives are made of them", flush=True)
+    print(f"dataset.source={source} contains {kind}: making archives of them", flush=True)
 
 
-def _bring(
-    files: list[ExpectedArchive], folder: Path, source: ArchiveSource, config: Config, progress: Progress
+def _fetch_missing(
+    archives: list[ExpectedArchive], folder: Path, source: ArchiveSource, config: Config, progress: Progress
 ) -> int:
-    sizes = [_size(folder, want, source) for want in files]
+    """Fetch or verify all archives without a receipt; return the bytes transferred over the network."""
+    sizes = [_archive_size(folder, expected, source) for expected in archives]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     if source.copies:
         missing = [
-            max(0, (size or 0) - allocated_bytes(folder / want.file))
-            for want, size in zip(files, sizes, strict=True)
-            if not (folder / want.file).exists()
+            max(0, (size or 0) - allocated_bytes(folder / expected.file))
+            for expected, size in zip(archives, sizes, strict=True)
+            if not (folder / expected.file).exists()
         ]
         disk.require_free_space(folder, sum(missing), f"{len(missing)} archives", 2 * len(missing))
     done = downloaded = 0
-    for want in files:
-        tell = partial(_tell, progress, done, total, want.file)
-        target = folder / want.file
+    for expected in archives:
+        report = partial(_report_progress, progress, done, total, expected.file)
+        target = folder / expected.file
         with disk.explain_disk_full(folder):
             if receipt.load_receipt(target) is not None:
-                if not _is_settled(folder, want, config):
+                if not _is_up_to_date(folder, expected, config):
                     raise UserError(
-                        f"{target}: came from elsewhere, and no MD5 says whether dataset.source="
-                        f"{config.dataset.source} has the same; pin {want.setting}.md5, choose another "
-                        "dataset.name, or remove it"
+                        f"{target}: was fetched from another source, and without an MD5 it cannot be "
+                        f"compared with dataset.source={config.dataset.source}; set {expected.setting}.md5 "
+                        "or another dataset.name, or remove the file"
                     )
             elif target.exists():
-                verify_in_place(target, want, config.dataset.source, tell)
+                verify_in_place(target, expected, config.dataset.source, report)
             else:
-                downloaded += source.fetch(want, target, tell)
+                downloaded += source.fetch(expected, target, report)
         done += target.stat().st_size
     return downloaded
 
 
-def _tell(progress: Progress, before: int, total: int | None, file: str, done: int) -> None:
+def _report_progress(progress: Progress, before: int, total: int | None, file: str, done: int) -> None:
     progress(before + done, total, "B", file)
 
 
-def _size(folder: Path, want: ExpectedArchive, source: ArchiveSource) -> int | None:
-    settled = receipt.load_receipt(folder / want.file)
-    return settled.bytes if settled else want.bytes or source.size(want)
+def _archive_size(folder: Path, expected: ExpectedArchive, source: ArchiveSource) -> int | None:
+    verified = receipt.load_receipt(folder / expected.file)
+    return verified.bytes if verified else expected.bytes or source.size(expected)
 
 
-def _is_settled(folder: Path, want: ExpectedArchive, config: Config) -> bool:
-    """Whether the archive is in place, verified, and known to be what the config asks for.
+def _is_up_to_date(folder: Path, expected: ExpectedArchive, config: Config) -> bool:
+    """Whether an archive has a valid receipt and comes from dataset.source or has the expected MD5.
 
     Raises:
-        UserError: it is in place and verified, but another one.
+        UserError: the receipt has another MD5 or size than expected.
     """
-    settled = receipt.load_receipt(folder / want.file)
-    if settled is None:
+    verified = receipt.load_receipt(folder / expected.file)
+    if verified is None:
         return False
-    for word, has, asked in (("MD5", settled.md5, want.md5), ("size", settled.bytes, want.bytes)):
-        if asked is not None and has != asked:
+    for name, actual, required in (
+        ("MD5", verified.md5, expected.md5),
+        ("size", verified.bytes, expected.bytes),
+    ):
+        if required is not None and actual != required:
             raise UserError(
-                f"{folder / want.file}: another archive is there, its {word} is {has} instead of {asked}; "
-                "choose another dataset.name, or remove it"
+                f"{folder / expected.file}: is another archive: its {name} is {actual}, not {required}; "
+                "set another dataset.name, or remove the file"
             )
-    return want.md5 is not None or settled.source == config.dataset.source
+    return expected.md5 is not None or verified.source == config.dataset.source
 
 
-def _make(function: str, folder: Path) -> None:
+def _make_source(function: str, folder: Path) -> None:
     module, _, name = function.partition(":")
     try:
         write = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"dataset.make={function}: {error}; it names a function as package.module:name"
-        ) from None
+        raise UserError(f"dataset.make={function}: {error}; set a function as package.module:name") from None
     folder.parent.mkdir(parents=True, exist_ok=True)
     write(folder)

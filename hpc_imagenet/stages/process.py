@@ -1,8 +1,8 @@
-"""The process stage: from verified archives to a dataset that training opens, in `datasets/<dataset>/`.
+"""Process stage: make a dataset that training can open, `datasets/<dataset>/`, from verified archives.
 
-By default no image is copied: the index holds the address of each in the archives as they lie.
-`process.layout=shards` writes new tars, `process.layout=folders` class folders besides; both may be cut into
-parts, jobs that run side by side, and one more job that puts together what they made.
+By default no image is copied: the index stores the byte offset of each image in the archives.
+`process.layout=shards` writes new tars, and `process.layout=folders` also writes class folders. Both can be
+split into parts, which run as parallel jobs, and a final job that combines their output.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.launch.dist_env import DistEnv, available_cpus
 from hpc_imagenet.runs.store import Progress, Run, now
 
-_SHARDS = ("train", "val")  # of an index over the archives, in the order of their numbers
+_SHARDS = ("train", "val")  # splits in the order of their shard numbers in an index of the archives
 
 
 @dataclass(frozen=True)
 class _Images:
-    """What the dataset's index shall hold, and of which shards."""
+    """The images of the dataset by split, and the shards that contain them."""
 
     shards: tuple[File, ...]
     splits: dict[str, Index]
@@ -51,15 +51,15 @@ class _Images:
 
 
 def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-    """Make the dataset of `config.dataset` from its archives in the workspace, or one part of it.
+    """Make the dataset of `config.dataset`, or one part of it, from its archives in the workspace.
 
     Returns:
-        `images` in all, of `train` and of `val`, the number of `classes` and of images `skipped` as corrupt;
-        of a part: the number of its `images`.
+        numbers of images: `images` in total, in `train`, in `val` and `skipped` as corrupt; and `classes`.
+        For a part: only the number of its `images`.
 
     Raises:
-        UserError: the archives are missing, damaged, or do not belong to each other; an image is corrupt;
-            no room; parts are missing.
+        UserError: an archive is missing or damaged, or the archives do not match each other; an image is
+            corrupt; not enough free space; parts are missing.
     """
     if not dist_env.is_rank_zero:
         return {}
@@ -68,7 +68,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     workers = config.process.workers or available_cpus(dist_env)
     progress = Progress(run)
     with disk.explain_disk_full(folder):
-        seen = load_or_scan(
+        scanned = load_or_scan(
             config,
             folder,
             stage.parts > 1,
@@ -77,87 +77,93 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         )
         prepare_folder(folder)
 
-        def tell(done: int, total: int) -> None:
+        def report_images(done: int, total: int) -> None:
             progress(done, total, "images", config.process.layout)
 
         if stage.part is not None:
-            return {"images": _part(config, folder, seen, stage.part, stage.parts, workers, tell)}
+            images = _run_part(config, folder, scanned, stage.part, stage.parts, workers, report_images)
+            return {"images": images}
         if stage.parts == 1:
-            _part(config, folder, seen, 0, 1, workers, tell)
-        return _commit(config, folder, seen)
+            _run_part(config, folder, scanned, 0, 1, workers, report_images)
+        return _commit(config, folder, scanned)
 
 
-def _part(
+def _run_part(
     config: Config,
     folder: Path,
-    seen: ScannedArchives,
+    scanned: ScannedArchives,
     part: int,
     parts: int,
     workers: int,
-    tell: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
 ) -> int:
-    """Do one part's share of what takes time; return its images."""
+    """Write the shards or class folders of one part; return its number of images."""
     if config.process.layout == "shards":
-        plan = shard_writer.plan_shards(folder, seen, config.process)
-        # Neighbours, so that a part reads one stretch of the archive.
+        plan = shard_writer.plan_shards(folder, scanned, config.process)
+        # Consecutive shards, so that a part reads one contiguous range of the archive.
         begin, end = (len(plan.shards) * n // parts for n in (part, part + 1))
-        return shard_writer.write_shards(plan, plan.shards[begin:end], workers, tell)
+        return shard_writer.write_shards(plan, plan.shards[begin:end], workers, progress)
     if config.process.layout == "folders":
         return class_folder_writer.write_class_folders(
-            folder, seen, _identity(config, seen), part, parts, workers, tell
+            folder, scanned, _identity(config, scanned), part, parts, workers, progress
         )
     return 0
 
 
-def _identity(config: Config, seen: ScannedArchives) -> dict[str, Any]:
-    """Return whose images class folders hold."""
-    return {"archives": seen.md5s(), **config.process.identity()}
+def _identity(config: Config, scanned: ScannedArchives) -> dict[str, Any]:
+    """Return the JSON value that identifies the images of the class folders."""
+    return {"archives": scanned.md5s(), **config.process.identity()}
 
 
-def _commit(config: Config, folder: Path, seen: ScannedArchives) -> dict[str, Any]:
-    """Make a dataset of what is there: indexes, meta.bin, certificate, and last the manifest."""
-    images = _images(config, folder, seen)
-    meta = meta_bin.encode_meta_bin(seen.devkit.names, seen.devkit.val_wnids)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # one at a time, or it is whole of neither
-        # From here to the end it is not a dataset: what is bad about the archives was found before.
+def _commit(config: Config, folder: Path, scanned: ScannedArchives) -> dict[str, Any]:
+    """Write the indexes, meta.bin, the certificate and finally the manifest."""
+    images = _images(config, folder, scanned)
+    meta = meta_bin.encode_meta_bin(scanned.devkit.names, scanned.devkit.val_wnids)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # two jobs at once would mix their files
+        # Without a manifest it is not a dataset. Errors in the archives were found before this point.
         (folder / FILE).unlink(missing_ok=True)
-        for draft in folder.glob(".*.tmp"):  # of a try that was killed
-            draft.unlink()
-        splits = {split: _write_split(folder, split, of) for split, of in images.splits.items()}
+        for leftover in folder.glob(".*.tmp"):  # of a killed attempt
+            leftover.unlink()
+        splits = {split: _write_split(folder, split, entries) for split, entries in images.splits.items()}
         files = [_write(folder / meta_bin.FILE, meta)]
         if config.process.layout == "folders":
-            class_folder_writer.finalize_class_folders(folder, seen, _identity(config, seen), meta)
-        manifest = _manifest(config, seen, images, splits, files, folder)
-        files += _certify(folder, manifest, images)
-        seen.require_unchanged()
+            class_folder_writer.finalize_class_folders(folder, scanned, _identity(config, scanned), meta)
+        manifest = _build_manifest(config, scanned, images, splits, files, folder)
+        files += _write_certificate(folder, manifest, images)
+        scanned.require_unchanged()
         remove_shared_scan(folder)
-        _manifest(config, seen, images, splits, files, folder).save(folder)
-    counts = {split: of.images for split, of in splits.items()}
+        _build_manifest(config, scanned, images, splits, files, folder).save(folder)
+    counts = {split: split_info.images for split, split_info in splits.items()}
     return {
         "images": sum(counts.values()),
         **counts,
-        "classes": len(seen.devkit.names),
+        "classes": len(scanned.devkit.names),
         "skipped": len(images.skipped),
     }
 
 
-def _images(config: Config, folder: Path, seen: ScannedArchives) -> _Images:
-    found = seen.scan
+def _images(config: Config, folder: Path, scanned: ScannedArchives) -> _Images:
+    found = scanned.scan
     if config.process.layout == "shards":
-        plan = shard_writer.plan_shards(folder, seen, config.process)
-        whole = shard_writer.combine_receipts(plan)
+        plan = shard_writer.plan_shards(folder, scanned, config.process)
+        contents = shard_writer.combine_receipts(plan)
         return _Images(
-            whole.shards, whole.splits, whole.facts, whole.names, seen.skipped + whole.skipped, plan.tools
+            contents.shards,
+            contents.splits,
+            contents.facts,
+            contents.names,
+            scanned.skipped + contents.skipped,
+            plan.tools,
         )
     archives = tuple(
         File(
-            _relative(seen.archives[split], folder),
-            seen.receipts[split].bytes,
-            f"md5:{seen.receipts[split].md5}",
+            _relative(scanned.archives[split], folder),
+            scanned.receipts[split].bytes,
+            f"md5:{scanned.receipts[split].md5}",
         )
         for split in _SHARDS
     )
-    return _Images(archives, found.splits, found.facts, found.names, seen.skipped, {})
+    return _Images(archives, found.splits, found.facts, found.names, scanned.skipped, {})
 
 
 def _write_split(folder: Path, split: str, entries: Index) -> Split:
@@ -172,9 +178,9 @@ def _write(path: Path, data: bytes) -> File:
     return _file(path, data)
 
 
-def _certify(folder: Path, manifest: Manifest, images: _Images) -> list[File]:
-    """Write the certificate of what the manifest lists."""
-    described = certificate.build_certificate(
+def _write_certificate(folder: Path, manifest: Manifest, images: _Images) -> list[File]:
+    """Write the certificate of the files that the manifest lists."""
+    content = certificate.build_certificate(
         name=manifest.name,
         content=manifest.content,
         classes=manifest.classes,
@@ -186,33 +192,33 @@ def _certify(folder: Path, manifest: Manifest, images: _Images) -> list[File]:
         provenance=manifest.provenance,
         tools=images.tools,
     )
-    page = certificate.render_page(described, manifest.classes)
+    page = certificate.render_page(content, manifest.classes)
     return [
-        _write(folder / certificate.JSON, (json.dumps(described, indent=1) + "\n").encode()),
+        _write(folder / certificate.JSON, (json.dumps(content, indent=1) + "\n").encode()),
         _write(folder / certificate.PAGE, page.encode("utf-8", "backslashreplace")),
     ]
 
 
-def _manifest(
+def _build_manifest(
     config: Config,
-    seen: ScannedArchives,
+    scanned: ScannedArchives,
     images: _Images,
     splits: dict[str, Split],
     files: Sequence[File],
     folder: Path,
 ) -> Manifest:
-    md5s = {seen.archives[split].name: got.md5 for split, got in seen.receipts.items()}
-    fallback = hashlib.sha256(" ".join([*md5s.values(), *_words(config)]).encode()).hexdigest()[:12]
+    md5s = {scanned.archives[split].name: receipt.md5 for split, receipt in scanned.receipts.items()}
+    fallback = hashlib.sha256(" ".join([*md5s.values(), *_image_settings(config)]).encode()).hexdigest()[:12]
     return Manifest(
         name=config.dataset.name,
         content=config.datastore.content or fallback,
         created=now(),
-        classes=tuple(ClassNames(wnid, names) for wnid, names in seen.devkit.names.items()),
+        classes=tuple(ClassNames(wnid, names) for wnid, names in scanned.devkit.names.items()),
         shards=images.shards,
         splits=splits,
         files=tuple(files),
         provenance={
-            "source": seen.receipts["train"].source,
+            "source": scanned.receipts["train"].source,
             "archives": md5s,
             "layout": config.process.layout,
             "process": config.process.identity(),
@@ -221,7 +227,7 @@ def _manifest(
     )
 
 
-def _words(config: Config) -> list[str]:
+def _image_settings(config: Config) -> list[str]:
     changed = config.process.image_identity()
     return [json.dumps(changed, sort_keys=True)] if changed else []
 
@@ -231,5 +237,5 @@ def _file(path: Path, data: bytes) -> File:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    # Through real paths: `..` behind a symbolic link leads elsewhere. The archive itself may be a link.
+    # Resolve the folders: `..` after a symbolic link leads elsewhere. The archive itself may be a link.
     return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())

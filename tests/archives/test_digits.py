@@ -24,26 +24,28 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_shape(archives: Path) -> None:
+def test_digits_archives_have_the_ilsvrc_layout(archives: Path) -> None:
     assert sorted(path.name for path in archives.iterdir()) == [
         ilsvrc_writer.DEVKIT,
         ilsvrc_writer.TRAIN,
         ilsvrc_writer.VAL,
         "md5sums",
     ]
-    assert [path.name for path in archives.parent.iterdir()] == ["source"], "a draft was left behind"
+    assert [path.name for path in archives.parent.iterdir()] == ["source"], (
+        "a temporary folder was left behind"
+    )
     subprocess.run(["md5sum", "--check", "--quiet", "md5sums"], cwd=archives, check=True)
     devkit = read_devkit(archives / ilsvrc_writer.DEVKIT)
     assert [names[1] for names in devkit.names.values()] == [str(digit) for digit in range(10)]
     assert sorted(devkit.wnid_of) == list(range(1, 11))
-    assert [devkit.wnid_of[i] for i in range(1, 11)] != list(devkit.names), "ids are in the order of labels"
+    assert [devkit.wnid_of[i] for i in range(1, 11)] != list(devkit.names), "ids must not be in label order"
 
 
-def test_images_are_those_of_the_source_each_once_with_its_label(archives: Path) -> None:
+def test_each_source_image_occurs_once_with_its_label(archives: Path) -> None:
     devkit = read_devkit(archives / ilsvrc_writer.DEVKIT)
     found = scan.scan(archives / ilsvrc_writer.TRAIN, archives / ilsvrc_writer.VAL, devkit)
     data = [(archives / name).read_bytes() for name in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL)]
-    seen: list[tuple[bytes, int]] = []
+    decoded: list[tuple[bytes, int]] = []
     counts = {}
     for split, entries in found.splits.items():
         counts[split] = len(entries)
@@ -51,28 +53,28 @@ def test_images_are_those_of_the_source_each_once_with_its_label(archives: Path)
             with Image.open(io.BytesIO(data[shard][offset : offset + length])) as image:
                 assert (image.size, image.mode, image.format) == ((32, 32), "RGB", "JPEG")
                 small = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), float) / 255 * 16
-            seen.append((small.round().astype(np.uint8).tobytes(), label))
+            decoded.append((small.round().astype(np.uint8).tobytes(), label))
         if split == "val":
             assert Counter(entries["label"].tolist()) == dict.fromkeys(range(10), 36)
     assert counts == {"train": 1437, "val": 360}
     source = load_digits()
-    assert Counter(label for _, label in seen) == Counter(source.target.tolist())
-    # Enlarged, compressed and made small again, an image is still nearest to itself, with its own label.
-    small = np.array([np.frombuffer(pixels, np.uint8) for pixels, _ in seen], float)
+    assert Counter(label for _, label in decoded) == Counter(source.target.tolist())
+    # After enlarging, compressing and shrinking, the nearest source image is still the original.
+    small = np.array([np.frombuffer(pixels, np.uint8) for pixels, _ in decoded], float)
     flat = source.data
     distance = (small**2).sum(1)[:, None] - 2 * small @ flat.T + (flat**2).sum(1)
     nearest = distance.argmin(1)
-    assert (source.target[nearest] == [label for _, label in seen]).mean() > 0.999
+    assert (source.target[nearest] == [label for _, label in decoded]).mean() > 0.999
     assert len(set(nearest.tolist())) > 1780
 
 
-def test_bytes_are_the_same_each_time(archives: Path, tmp_path: Path) -> None:
+def test_digits_archives_are_reproducible(archives: Path, tmp_path: Path) -> None:
     digits.write_digits(tmp_path / "again")
     for path in archives.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_refuses_a_folder_that_holds_something(archives: Path) -> None:
+def test_write_digits_rejects_a_non_empty_folder(archives: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in archives.iterdir()}
     with pytest.raises(UserError, match="cannot be written"):
         digits.write_digits(archives)
@@ -80,7 +82,9 @@ def test_refuses_a_folder_that_holds_something(archives: Path) -> None:
     assert [path.name for path in archives.parent.iterdir()] == ["source"]
 
 
-def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_scikit_learn_error_names_the_install_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r"pip install -c constraints\.txt -e '\.\[demo\]'"):
         digits.write_digits(tmp_path / "x")

@@ -13,7 +13,7 @@ from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.data.tar.tar_reader import BLOCK
 from hpc_imagenet.errors import UserError
 
-# In the kit's order, which is not that of the wnids; the last row is no class.
+# In devkit order, which is not the order of the wnids; the last row is not a class.
 SYNSETS = [
     Synset(1, "n003", "tench, Tinca tinca"),
     Synset(2, "n001", "kite"),
@@ -45,41 +45,41 @@ def repack(path: Path, members: list[tuple[str, bytes]]) -> None:
             archive.addfile(header, io.BytesIO(data))
 
 
-def test_devkit(tmp_path: Path) -> None:
+def test_read_devkit(tmp_path: Path) -> None:
     _, _, path = write(tmp_path)
     assert read_devkit(path) == Devkit(
         {"n001": ("kite",), "n002": ("goldfish", "Carassius auratus"), "n003": ("tench", "Tinca tinca")},
         {1: "n003", 2: "n001", 3: "n002"},
         ["n001", "n002", "n003"],
     )
-    assert list(read_devkit(path).names) == ["n001", "n002", "n003"], "labels are places in this order"
+    assert list(read_devkit(path).names) == ["n001", "n002", "n003"], "a label is the index in this order"
 
 
-def test_devkit_of_one_class(tmp_path: Path) -> None:
+def test_read_devkit_with_one_class(tmp_path: Path) -> None:
     ilsvrc_writer.write_devkit(tmp_path / "kit", [Synset(7, "n1", "x")], [7])
     assert read_devkit(tmp_path / "kit") == Devkit({"n1": ("x",)}, {7: "n1"}, ["n1"])
 
 
 @pytest.mark.parametrize(
-    ("synsets", "truth", "words"),
+    ("synsets", "truth", "message"),
     [
-        (SYNSETS, [2, 9], r"line 2 is '9': not an id of a class"),
-        (SYNSETS, [4], r"line 1 is '4': not an id of a class"),
-        ([*SYNSETS, Synset(9, "n001", "again")], [1], "names an id or a wnid twice"),
-        ([*SYNSETS, Synset(1, "n009", "again")], [1], "names an id or a wnid twice"),
-        ([Synset(1, "../x", "up")], [1], "a wnid is a name"),
+        (SYNSETS, [2, 9], r"line 2 is '9', which is not the id of a class"),
+        (SYNSETS, [4], r"line 1 is '4', which is not the id of a class"),
+        ([*SYNSETS, Synset(9, "n001", "again")], [1], "an id or a wnid occurs twice in"),
+        ([*SYNSETS, Synset(1, "n009", "again")], [1], "an id or a wnid occurs twice in"),
+        ([Synset(1, "../x", "up")], [1], "invalid wnid"),
         ([Synset(1, "n1", "x", (2,))], [], "has no class"),
     ],
 )
-def test_devkit_at_odds_with_itself(
-    tmp_path: Path, synsets: list[Synset], truth: list[int], words: str
+def test_inconsistent_devkit_is_rejected(
+    tmp_path: Path, synsets: list[Synset], truth: list[int], message: str
 ) -> None:
     ilsvrc_writer.write_devkit(tmp_path / "kit.tar.gz", synsets, truth)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         read_devkit(tmp_path / "kit.tar.gz")
 
 
-def test_devkit_that_is_none(tmp_path: Path) -> None:
+def test_invalid_devkit_error_names_the_problem(tmp_path: Path) -> None:
     _, _, path = write(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-200])
@@ -89,7 +89,7 @@ def test_devkit_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="an HTML page"):
         read_devkit(path)
     repack(path, [(f"x/{TRUTH}", b"1\n")])
-    with pytest.raises(UserError, match=r"no data/meta.mat in it"):
+    with pytest.raises(UserError, match=r"does not contain data/meta.mat"):
         read_devkit(path)
     repack(path, [(f"x/{TRUTH}", b"1\n"), (f"x/{META}", b"no mat")])
     with pytest.raises(UserError, match="no readable table"):
@@ -99,7 +99,7 @@ def test_devkit_that_is_none(tmp_path: Path) -> None:
         read_devkit(path)
 
 
-def test_scan(tmp_path: Path) -> None:
+def test_scan_finds_offsets_lengths_labels_and_names(tmp_path: Path) -> None:
     paths = write(tmp_path)
     found = read(tmp_path)
     for split, expected in (
@@ -116,29 +116,32 @@ def test_scan(tmp_path: Path) -> None:
     assert found.names["val"].tolist() == [f"ILSVRC2012_val_{i:08d}.JPEG".encode() for i in (1, 2, 3)]
 
 
-def test_val_labels_follow_names_not_places(tmp_path: Path) -> None:
+def test_val_labels_follow_file_names_not_archive_order(tmp_path: Path) -> None:
     write(tmp_path)
     repack(tmp_path / "val.tar", [("b.JPEG", b"2"), ("c.JPEG", b"3"), ("a.JPEG", b"1")])
     found = read(tmp_path)
     assert found.names["val"].tolist() == [b"b.JPEG", b"c.JPEG", b"a.JPEG"]
-    # The truth, in the order of the names: n001, n002, n003.
+    # The ground truth, in file name order: n001, n002, n003.
     np.testing.assert_array_equal(found.splits["val"]["label"], [1, 2, 0])
 
 
-def train_without(folder: Path, *gone: str) -> None:
+def train_without(folder: Path, *omitted: str) -> None:
     ilsvrc_writer.write_train(
-        folder / "train.tar", [(wnid, images) for wnid, images in TRAIN if wnid not in gone]
+        folder / "train.tar", [(wnid, images) for wnid, images in TRAIN if wnid not in omitted]
     )
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("damage", "message"),
     [
-        (lambda f: train_without(f, "n002"), "class n002 is missing in it"),
-        (lambda f: train_without(f, "n002", "n001"), "classes n001, n002 are missing in it"),
+        (lambda f: train_without(f, "n002"), "class n002 is in the development kit but missing"),
+        (
+            lambda f: train_without(f, "n002", "n001"),
+            "classes n001, n002 are in the development kit but missing",
+        ),
         (
             lambda f: ilsvrc_writer.write_train(f / "train.tar", [*TRAIN, ("n9", [b"x"])]),
-            "class n9 is in it, but not",
+            "class n9 is in the archive but not",
         ),
         (lambda f: ilsvrc_writer.write_train(f / "train.tar", []), "an empty archive"),
         (
@@ -154,26 +157,29 @@ def train_without(folder: Path, *gone: str) -> None:
             "2 images, but the ground truth .* 3 lines",
         ),
         (lambda f: ilsvrc_writer.write_val(f / "val.tar", []), "an empty archive"),
-        (lambda f: (f / "val.tar").replace(f / "train.tar"), "where one tar a class is expected"),
-        (lambda f: repack(f / "train.tar", [("n001.tar", b"x" * 2000)]), "n002, n003 are missing in it"),
-        (lambda f: repack(f / "val.tar", [("README", b"x")]), "README, which is no image"),
+        (lambda f: (f / "val.tar").replace(f / "train.tar"), "one tar per class is expected"),
+        (
+            lambda f: repack(f / "train.tar", [("n001.tar", b"x" * 2000)]),
+            "n002, n003 are in the development kit but missing",
+        ),
+        (lambda f: repack(f / "val.tar", [("README", b"x")]), "README, which is not an image"),
         (lambda f: repack(f / "val.tar", [(f"{d}/a.JPEG", b"x") for d in "abc"]), "the same file name"),
         (
             lambda f: repack(f / "train.tar", [("a/n001.tar", b""), ("b/n001.tar", b"")]),
-            "n001 is there twice",
+            "n001 occurs twice",
         ),
         (lambda f: (f / "train.tar").unlink(), "no such file"),
         (lambda f: (f / "val.tar").write_bytes((f / "val.tar").read_bytes()[:700]), "truncated"),
     ],
 )
-def test_archives_that_do_not_fit(tmp_path: Path, harm, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_or_mismatched_archives_are_rejected(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
     write(tmp_path)
-    harm(tmp_path)
-    with pytest.raises(UserError, match=words):
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
         read(tmp_path)
 
 
-def test_a_damaged_class_tar_is_named(tmp_path: Path) -> None:
+def test_damaged_class_tar_error_names_the_tar_and_byte(tmp_path: Path) -> None:
     path, _, _ = write(tmp_path)
     begin = int(read(tmp_path).splits["train"]["offset"][2]) - BLOCK
     data = bytearray(path.read_bytes())
@@ -183,7 +189,7 @@ def test_a_damaged_class_tar_is_named(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_more_classes_than_an_index_holds(tmp_path: Path) -> None:
+def test_too_many_classes_for_the_index_are_rejected(tmp_path: Path) -> None:
     write(tmp_path)
     devkit = Devkit({f"n{i:05d}": ("x",) for i in range(65_537)}, {}, [])
     with pytest.raises(UserError, match="at most 65536"):

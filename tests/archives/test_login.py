@@ -18,8 +18,8 @@ SECRET = "b7Xq-9secret"
 
 
 @pytest.fixture(autouse=True)
-def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No login from where the tests run."""
+def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the credentials of the user who runs the tests."""
     for name in (COOKIE, HEADER, "NETRC"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "home").mkdir()
@@ -36,11 +36,11 @@ def basic(user: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{user}:{SECRET}".encode()).decode()}
 
 
-def test_without_one() -> None:
+def test_no_credentials() -> None:
     assert HttpCredentials(HOST).headers(f"{HOST}/x") == {}
 
 
-def test_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COOKIE, f"session={SECRET}")
     monkeypatch.setenv(HEADER, f"Authorization: Bearer {SECRET}")
     assert HttpCredentials(HOST).headers(f"{HOST}/x") == {
@@ -49,37 +49,37 @@ def test_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_from_a_file_of_headers(tmp_path: Path) -> None:
-    path = private(tmp_path / "login", f"# of the library\nX-Token: {SECRET}\nCookie: a={SECRET}\n")
+def test_credentials_from_a_file_of_headers(tmp_path: Path) -> None:
+    path = private(tmp_path / "login", f"# library account\nX-Token: {SECRET}\nCookie: a={SECRET}\n")
     assert HttpCredentials(HOST, path).headers(f"{HOST}/x") == {"X-Token": SECRET, "Cookie": f"a={SECRET}"}
 
 
-def test_from_exported_cookies(tmp_path: Path) -> None:
+def test_credentials_from_exported_cookies(tmp_path: Path) -> None:
     lines = (
         "# Netscape HTTP Cookie File\n"
         f"#HttpOnly_.images.example\tTRUE\t/\tTRUE\t0\tsession\t{SECRET}\n"
-        "other.example\tFALSE\t/\tFALSE\t0\tsession\tof-somebody-else\n"
+        "other.example\tFALSE\t/\tFALSE\t0\tsession\tof-another-host\n"
     )
     path = private(tmp_path / "cookies.txt", lines)
     assert HttpCredentials(HOST, path).headers(f"{HOST}/x") == {"Cookie": f"session={SECRET}"}
 
 
-def test_from_a_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_from_a_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"machine images.example login ada password {SECRET}\n"
     path = private(tmp_path / "netrc", text)
     assert HttpCredentials(HOST, path).headers(f"{HOST}/x") == basic("ada")
-    with pytest.raises(UserError, match=r"without a line for elsewhere\.example"):
+    with pytest.raises(UserError, match=r"without an entry for elsewhere\.example"):
         HttpCredentials("https://elsewhere.example", path)
-    # Where people have it already; a netrc for other hosts is nobody's login.
+    # ~/.netrc is used by default; one without an entry for the host is ignored.
     private(tmp_path / "home" / ".netrc", text)
     assert HttpCredentials(HOST).headers(f"{HOST}/x") == basic("ada")
     assert HttpCredentials("https://elsewhere.example").headers("https://elsewhere.example/x") == {}
-    monkeypatch.setenv("NETRC", private(tmp_path / "mine", text.replace("ada", "bob")))
+    monkeypatch.setenv("NETRC", private(tmp_path / "other-netrc", text.replace("ada", "bob")))
     assert HttpCredentials(HOST).headers(f"{HOST}/x") == basic("bob")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
-def test_a_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+def test_file_readable_by_other_users_is_refused(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "login"
     private(path, f"X-Token: {SECRET}")
     path.chmod(mode)
@@ -104,7 +104,7 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> No
         "",
     ],
 )
-def test_what_cannot_be_read_is_not_shown(tmp_path: Path, text: str) -> None:
+def test_invalid_file_content_is_not_shown_in_the_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError) as caught:
         HttpCredentials(HOST, private(tmp_path / "login", text))
     assert SECRET not in str(caught.value)
@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_not_shown(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_header_that_would_be_two_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_header_with_line_break_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COOKIE, f"{SECRET}\r\nX-More: 1")
     with pytest.raises(UserError) as caught:
         HttpCredentials(HOST)
@@ -120,7 +120,7 @@ def test_a_header_that_would_be_two_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert SECRET not in str(caught.value)
 
 
-def test_a_file_that_is_missing(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"download\.login=.*/none cannot be read \(No such file"):
         HttpCredentials(HOST, str(tmp_path / "none"))
 
@@ -132,24 +132,24 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "served"
 
 
-def test_is_sent_to_the_host_of_the_source_and_to_no_other(
+def test_credentials_are_not_sent_to_another_host_on_redirect(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = private(tmp_path / "login", f"Cookie: {SECRET}\nAuthorization: {SECRET}\nX-Token: {SECRET}")
     other = Faults()
-    with serving(folder, faulty(other)) as there, caplog.at_level(logging.DEBUG):
-        here = Faults(redirect=there)
-        with serving(folder, faulty(here)) as url:
+    with serving(folder, faulty(other)) as other_url, caplog.at_level(logging.DEBUG):
+        redirecting = Faults(redirect=other_url)
+        with serving(folder, faulty(redirecting)) as url:
             source = Downloader(HttpSource(url, 5, 1, HttpCredentials(url, path)), 0, 5)
             assert source.text("md5sums") == "hello"
-    assert [headers.get("X-Token") for headers in here.headers] == [SECRET]
+    assert [headers.get("X-Token") for headers in redirecting.headers] == [SECRET]
     assert len(other.headers) == 1
     assert SECRET not in str(other.headers)
-    assert "the login goes over the network as it is" in caplog.text
+    assert "the login is sent unencrypted" in caplog.text
     assert SECRET not in caplog.text
 
 
-def test_stays_within_the_host(folder: Path, tmp_path: Path) -> None:
+def test_credentials_are_kept_on_redirect_within_the_host(folder: Path, tmp_path: Path) -> None:
     path = private(tmp_path / "login", f"X-Token: {SECRET}")
     faults = Faults(statuses=[(302, {"Location": "/md5sums"})], only="moved")
     with serving(folder, faulty(faults)) as url:
@@ -157,16 +157,16 @@ def test_stays_within_the_host(folder: Path, tmp_path: Path) -> None:
     assert [headers.get("X-Token") for headers in faults.headers] == [SECRET, SECRET]
 
 
-def test_redirects_without_end(folder: Path) -> None:
+def test_endless_redirects_are_refused(folder: Path) -> None:
     faults = Faults(statuses=[(302, {"Location": "/x.tar"})] * 99)
     with serving(folder, faulty(faults)) as url, pytest.raises(UserError, match="too many redirects"):
         Downloader(HttpSource(url, 5, 1, HttpCredentials(url)), 0, 5).text("x.tar")
-    assert len(faults.seen) == 6
+    assert len(faults.requests) == 6
 
 
-def test_a_refusal_is_one(folder: Path) -> None:
+def test_status_401_raises_not_available(folder: Path) -> None:
     with serving(folder, faulty(Faults(statuses=[(401, {})]))) as url:
-        web = HttpSource(url, 5, 1, HttpCredentials(url))
-        with pytest.raises(NotAvailable) as caught, web.open("x.tar"):
+        source = HttpSource(url, 5, 1, HttpCredentials(url))
+        with pytest.raises(NotAvailable) as caught, source.open("x.tar"):
             pass
     assert caught.value.status == 401

@@ -1,4 +1,4 @@
-"""Class folders, the Kaggle layout and parquet shards: by way of the stage, the images that lay there."""
+"""Archives made of class folders, the Kaggle layout and parquet shards by the download stage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Images = dict[str, dict[str, bytes]]  # class → name → bytes
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Images]:
-    """The digits, a few of each, as they lie in their archives."""
+    """A few images of each digit, read from the archives."""
     folder = tmp_path_factory.mktemp("sources") / "digits"
     digits.write_digits(folder)
     train: Images = {}
@@ -50,7 +50,7 @@ def read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def write(root: Path, classes: Images, flat: bool = False) -> None:
+def write_images(root: Path, classes: Images, flat: bool = False) -> None:
     for wnid, files in classes.items():
         folder = root if flat else root / wnid
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,19 +58,21 @@ def write(root: Path, classes: Images, flat: bool = False) -> None:
             (folder / name).write_bytes(data)
 
 
-def class_folders(root: Path, images: dict[str, Images]) -> Path:
-    write(root / "train", images["train"])
-    write(root / "val", images["val"])
-    (root / "train" / ".DS_Store").write_text("what a Mac leaves behind")
+def write_class_folders(root: Path, images: dict[str, Images]) -> Path:
+    write_images(root / "train", images["train"])
+    write_images(root / "val", images["val"])
+    (root / "train" / ".DS_Store").write_text("written by macOS")
     return root
 
 
-def kaggle(root: Path, images: dict[str, Images]) -> Path:
+def write_kaggle(root: Path, images: dict[str, Images]) -> Path:
     data = root / "ILSVRC" / "Data" / "CLS-LOC"
-    write(data / "train", images["train"])
-    write(data / "val", images["val"], flat=True)
+    write_images(data / "train", images["train"])
+    write_images(data / "val", images["val"], flat=True)
     lines = [
-        f"{name[:-5]},{wnid} 1 2 3 4 {wnid} 5 6 7 8" for wnid, of in images["val"].items() for name in of
+        f"{name[:-5]},{wnid} 1 2 3 4 {wnid} 5 6 7 8"
+        for wnid, files in images["val"].items()
+        for name in files
     ]
     (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines[::-1]]) + "\n")
     mapping = [f"{wnid} {digits.WORDS[i]}, number {i}" for i, wnid in enumerate(sorted(images["train"]))]
@@ -78,7 +80,7 @@ def kaggle(root: Path, images: dict[str, Images]) -> Path:
     return root
 
 
-def shards(root: Path, images: dict[str, Images]) -> Path:
+def write_shards(root: Path, images: dict[str, Images]) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     (root / "data").mkdir(parents=True)
@@ -92,7 +94,7 @@ def shards(root: Path, images: dict[str, Images]) -> Path:
                 rows.append(
                     {"image": {"bytes": data, "path": f"{path[:-5]}_{wnid}.JPEG"}, "label": wnids.index(wnid)}
                 )
-        rows.sort(key=lambda row: row["image"]["bytes"])  # in no order
+        rows.sort(key=lambda row: row["image"]["bytes"])  # not in class order
         for part in range(2):
             table = pyarrow.Table.from_pylist(rows[part::2]).replace_schema_metadata(metadata)
             path = root / "data" / f"{name}-{part:05d}-of-00002.parquet"
@@ -100,12 +102,16 @@ def shards(root: Path, images: dict[str, Images]) -> Path:
     return root
 
 
-LAYOUTS = {"class folders": class_folders, "the Kaggle layout": kaggle, "parquet shards": shards}
+LAYOUTS = {
+    "class folders": write_class_folders,
+    "the Kaggle layout": write_kaggle,
+    "parquet shards": write_shards,
+}
 Write = Callable[[Path, dict[str, Images]], Path]
 
 
-def made(workspace: Path) -> tuple[Images, Images, dict[str, tuple[str, ...]]]:
-    """Return train, val and the names of the classes as the archives of the workspace have them."""
+def read_archives(workspace: Path) -> tuple[Images, Images, dict[str, tuple[str, ...]]]:
+    """Return train images, val images and class names from the archives in the workspace."""
     folder = workspace / "archives" / "numbers"
     train: Images = {}
     with tarfile.open(folder / ilsvrc_writer.TRAIN) as outer:
@@ -123,54 +129,58 @@ def made(workspace: Path) -> tuple[Images, Images, dict[str, tuple[str, ...]]]:
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_archives_are_made(
+def test_archives_are_made_of_every_layout(
     tmp_path: Path, images: dict[str, Images], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = LAYOUTS[kind](tmp_path / "source", images)
     config = config_of(tmp_path, source)
     config.download.connections = 3
     result = ask(download, config)
-    assert f"has {kind}: archives are made of them" in capsys.readouterr().out
-    train, val, names = made(tmp_path)
+    assert f"contains {kind}: making archives of them" in capsys.readouterr().out
+    train, val, names = read_archives(tmp_path)
     assert train == images["train"]
     assert val == images["val"]
     wnid = digits.wnid(3)
-    words = {
+    class_names = {
         "class folders": (wnid,),
         "the Kaggle layout": ("three", "number 3"),
         "parquet shards": ("three", "so named"),
     }
-    assert names[wnid] == words[kind]
+    assert names[wnid] == class_names[kind]
     assert result["files"] == 3
-    # Made again, the bytes are the same; the receipts say what they are.
+    # A second run makes equal bytes.
     other = config_of(tmp_path / "again", source)
     other.download.connections = 1
     ask(download, other)
     for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT):
-        one, two = (place / "archives/numbers" / file for place in (tmp_path, tmp_path / "again"))
+        one, two = (workspace / "archives/numbers" / file for workspace in (tmp_path, tmp_path / "again"))
         assert one.read_bytes() == two.read_bytes()
-        got = receipt.load_receipt(one)
-        assert got
-        assert (got.source, got.verified) == (str(source), "")
+        loaded = receipt.load_receipt(one)
+        assert loaded
+        assert (loaded.source, loaded.verified) == (str(source), "")
     assert len(list((tmp_path / "archives/numbers").iterdir())) == 6
 
 
-def test_a_kaggle_folder_may_be_given_from_within(tmp_path: Path, images: dict[str, Images]) -> None:
-    source = kaggle(tmp_path / "source", images)
+def test_source_may_be_the_inner_kaggle_folder(tmp_path: Path, images: dict[str, Images]) -> None:
+    source = write_kaggle(tmp_path / "source", images)
     ask(download, config_of(tmp_path, source / "ILSVRC" / "Data" / "CLS-LOC"))
-    assert made(tmp_path)[:2] == (images["train"], images["val"])
+    assert read_archives(tmp_path)[:2] == (images["train"], images["val"])
 
 
-def test_val_images_of_the_same_name(tmp_path: Path, images: dict[str, Images]) -> None:
+def test_equal_val_names_are_prefixed_with_the_class(tmp_path: Path, images: dict[str, Images]) -> None:
     val = {
-        wnid: {"1.JPEG": data, "2.JPEG": data} for wnid, of in images["val"].items() for data in of.values()
+        wnid: {"1.JPEG": data, "2.JPEG": data}
+        for wnid, files in images["val"].items()
+        for data in files.values()
     }
-    ask(download, config_of(tmp_path, class_folders(tmp_path / "source", {**images, "val": val})))
-    got = made(tmp_path)[1]
-    assert got == {wnid: {f"{wnid}_{name}": data for name, data in of.items()} for wnid, of in val.items()}
+    ask(download, config_of(tmp_path, write_class_folders(tmp_path / "source", {**images, "val": val})))
+    loaded = read_archives(tmp_path)[1]
+    assert loaded == {
+        wnid: {f"{wnid}_{name}": data for name, data in files.items()} for wnid, files in val.items()
+    }
 
 
-def test_parquet_without_paths(tmp_path: Path, images: dict[str, Images]) -> None:
+def test_parquet_without_paths_names_classes_by_label(tmp_path: Path, images: dict[str, Images]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -182,88 +192,98 @@ def test_parquet_without_paths(tmp_path: Path, images: dict[str, Images]) -> Non
     for name in ("train", "val"):
         parquet.write_table(table, tmp_path / "source" / f"{name}-0.parquet")
     ask(download, config_of(tmp_path, tmp_path / "source"))
-    train, val, _ = made(tmp_path)
-    assert {wnid: len(of) for wnid, of in train.items()} == {f"class{n:05d}": 3 for n in range(3)}
+    train, val, _ = read_archives(tmp_path)
+    assert {wnid: len(files) for wnid, files in train.items()} == {f"class{n:05d}": 3 for n in range(3)}
     assert list(train["class00001"]) == ["train_00000002.JPEG", "train_00000005.JPEG", "train_00000008.JPEG"]
     assert sum(map(len, val.values())) == 9
 
 
-def spoil_solution(source: Path) -> None:
+def remove_solution_line(source: Path) -> None:
     path = source / "LOC_val_solution.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
-def lose_an_image(source: Path) -> None:
+def remove_image(source: Path) -> None:
     min((source / "ILSVRC/Data/CLS-LOC/val").iterdir()).unlink()
 
 
-def lose_the_solution(source: Path) -> None:
+def remove_solution(source: Path) -> None:
     (source / "LOC_val_solution.csv").unlink()
 
 
-def add(path: str, data: bytes = b"x") -> Callable[[Path], None]:
-    def do(source: Path) -> None:
+def add_file(path: str, data: bytes = b"x") -> Callable[[Path], None]:
+    def write_file(source: Path) -> None:
         (source / path).parent.mkdir(exist_ok=True)
         (source / path).write_bytes(data)
 
-    return do
+    return write_file
 
 
 FAULTS: list[tuple[Write, Callable[[Path], Any], str]] = [
-    (kaggle, spoil_solution, "has no line in"),
-    (kaggle, lose_an_image, "LOC_val_solution.csv has 60 images, and"),
-    (kaggle, lose_the_solution, "has no class folders, and no LOC_val_solution.csv lies in"),
-    (class_folders, add("train/n90000001/notes.txt"), "notes.txt is no image (.jpg"),
-    (class_folders, add("train/n90000001/empty.JPEG", b""), "empty.JPEG is empty"),
-    (class_folders, add("train/not a class/1.JPEG"), "a class folder has a name such as"),
-    (class_folders, add("val/n99999999/1.JPEG"), "class n99999999 is in val, but not in train"),
-    (class_folders, lambda source: (source / "train" / "n99999999").mkdir(), "n99999999 holds no images"),
-    (shards, add("data/train-00001-of-00002.parquet"), "not shards with the columns image and label"),
+    (write_kaggle, remove_solution_line, "has no line in"),
+    (write_kaggle, remove_image, "LOC_val_solution.csv lists 60 images, but"),
+    (write_kaggle, remove_solution, "has no LOC_val_solution.csv; add one of them"),
+    (write_class_folders, add_file("train/n90000001/notes.txt"), "notes.txt is not an image (.jpg"),
+    (write_class_folders, add_file("train/n90000001/empty.JPEG", b""), "empty.JPEG is empty"),
+    (write_class_folders, add_file("train/not a class/1.JPEG"), "not a class: not a valid class name"),
+    (write_class_folders, add_file("val/n99999999/1.JPEG"), "class n99999999 is in val, but not in train"),
+    (
+        write_class_folders,
+        lambda source: (source / "train" / "n99999999").mkdir(),
+        "n99999999 contains no images",
+    ),
+    (
+        write_shards,
+        add_file("data/train-00001-of-00002.parquet"),
+        "not a parquet shard with the columns image and label",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("write", "spoil", "words"), FAULTS, ids=[words for *_, words in FAULTS])
-def test_bad_folders_are_told_in_one_line(
-    tmp_path: Path, images: dict[str, Images], write: Write, spoil: Callable[[Path], Any], words: str
+@pytest.mark.parametrize(("write_source", "damage", "reason"), FAULTS, ids=[reason for *_, reason in FAULTS])
+def test_invalid_folder_is_refused_in_one_line(
+    tmp_path: Path, images: dict[str, Images], write_source: Write, damage: Callable[[Path], Any], reason: str
 ) -> None:
-    source = write(tmp_path / "source", images)
-    spoil(source)
-    assert words in refused(download, config_of(tmp_path, source))
+    source = write_source(tmp_path / "source", images)
+    damage(source)
+    assert reason in refused(download, config_of(tmp_path, source))
     assert not list((tmp_path / "archives" / "numbers").glob("*.tar"))
 
 
-def test_pins_of_the_published_archives_do_not_fit(tmp_path: Path, images: dict[str, Images]) -> None:
-    source = class_folders(tmp_path / "source", images)
-    told = refused(download, config_of(tmp_path, source, train={"md5": "0" * 32}))
-    assert "dataset.archives.train.md5" in told
-    assert "dataset=ilsvrc dataset.name=NAME takes them without" in told
+def test_md5_setting_is_refused_for_archives_made_of_images(
+    tmp_path: Path, images: dict[str, Images]
+) -> None:
+    source = write_class_folders(tmp_path / "source", images)
+    error = refused(download, config_of(tmp_path, source, train={"md5": "0" * 32}))
+    assert "dataset.archives.train.md5" in error
+    assert "set dataset=ilsvrc dataset.name=NAME, which has no MD5s" in error
 
 
-def test_files_that_change_meanwhile(
+def test_file_that_changes_during_the_download_is_refused(
     tmp_path: Path, images: dict[str, Images], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = class_folders(tmp_path / "source", images)
-    victim = max((source / "train" / "n90000005").iterdir())
-    real = os.pwrite
+    source = write_class_folders(tmp_path / "source", images)
+    changing = max((source / "train" / "n90000005").iterdir())
+    real_pwrite = os.pwrite
 
     def write_and_grow(*args: Any) -> int:
-        victim.write_bytes(b"12")
-        return real(*args)
+        changing.write_bytes(b"12")
+        return real_pwrite(*args)
 
     monkeypatch.setattr(os, "pwrite", write_and_grow)
-    told = refused(download, config_of(tmp_path, source))
-    assert f"{victim}: had " in told
-    assert "bytes and has 2: it changes" in told
+    error = refused(download, config_of(tmp_path, source))
+    assert f"{changing}: changed from " in error
+    assert "to 2 bytes while an archive was made" in error
     assert not receipt.load_receipt(tmp_path / "archives/numbers" / ilsvrc_writer.TRAIN)
     monkeypatch.undo()
-    # Listed anew it is another archive, and what was written of the first one is thrown away.
+    # The next run lists the files again, so the state differs and the partial file is discarded.
     ask(download, config_of(tmp_path, source))
-    assert made(tmp_path)[0]["n90000005"][victim.name] == b"12"
+    assert read_archives(tmp_path)[0]["n90000005"][changing.name] == b"12"
 
 
 @given(names=st.lists(st.text("abcdé", min_size=1, max_size=110), unique=True, max_size=5), data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_any_byte_of_a_virtual_tar(names: list[str], data: st.DataObject) -> None:
+def test_virtual_tar_can_be_read_from_any_offset(names: list[str], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         files = {f"{i}.JPEG": data.draw(st.binary(max_size=1100)) for i in range(len(names))}
@@ -273,7 +293,7 @@ def test_any_byte_of_a_virtual_tar(names: list[str], data: st.DataObject) -> Non
             root, names, list(files), [len(content) for content in files.values()], [0] * len(files)
         )
         nested = VirtualTarOfTars({"n1": tar, "n2": tar})
-        whole = b"".join(pieces(nested, 0))
+        whole = b"".join(read_chunks(nested, 0))
         assert len(whole) == nested.length
         with tarfile.open(fileobj=io.BytesIO(whole)) as outer:
             assert outer.getnames() == ["n1.tar", "n2.tar"]
@@ -283,17 +303,17 @@ def test_any_byte_of_a_virtual_tar(names: list[str], data: st.DataObject) -> Non
                         zip(names, files.values(), strict=True)
                     )
         for at in {0, nested.length - 1, *(data.draw(st.integers(0, nested.length - 1)) for _ in range(4))}:
-            assert b"".join(pieces(nested, at)) == whole[at:]
+            assert b"".join(read_chunks(nested, at)) == whole[at:]
     assert (
         long_name_header("x", 5)
         == tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT)[:124] + long_name_header("x", 5)[124:]
     )
 
 
-def pieces(nested: VirtualTarOfTars, at: int) -> list[bytes]:
-    found = []
+def read_chunks(nested: VirtualTarOfTars, at: int) -> list[bytes]:
+    chunks = []
     while at < nested.length:
-        found.append(nested.read_from(at))
-        assert found[-1]
-        at += len(found[-1])
-    return found
+        chunks.append(nested.read_from(at))
+        assert chunks[-1]
+        at += len(chunks[-1])
+    return chunks

@@ -1,4 +1,4 @@
-"""A part of an archive and the processes that want it."""
+"""Locking of a partial file by several processes."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from hpc_imagenet.data.download.partial_file import PartialFile
 from hpc_imagenet.data.sources.range_source import Origin
 
 
-@pytest.mark.parametrize("meanwhile", ["nothing", "another part"])
-def test_an_archive_that_became_whole_before_the_lock_was_had_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+@pytest.mark.parametrize("state", ["no partial file", "new partial file"])
+def test_archive_finalized_between_open_and_lock_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
     target = tmp_path / "x.tar"
     first = PartialFile(target)
-    first.begin(Origin("http://there/x.tar", None, None, 5, True))
+    first.restart(Origin("http://example/x.tar", None, None, 5, True))
     first.write(0, b"bytes")
-    lock = fcntl.flock
+    real_flock = fcntl.flock
 
-    def late(*args: Any) -> None:
-        """The other one ends between this one's opening of the part and its lock."""
-        monkeypatch.setattr(fcntl, "flock", lock)
+    def finalize_then_lock(*args: Any) -> None:
+        """Finalize the first file after the second one has opened it and before it is locked."""
+        monkeypatch.setattr(fcntl, "flock", real_flock)
         first.finalize()
         first.__exit__()
-        if meanwhile == "another part":
+        if state == "new partial file":
             first.path.touch()
-        lock(*args)
+        real_flock(*args)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", finalize_then_lock)
     with PartialFile(target) as second:
         assert target.read_bytes() == b"bytes"
         assert second.size == 0

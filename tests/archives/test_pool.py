@@ -20,39 +20,41 @@ def double(number: int) -> int:
     return 2 * number
 
 
-def refuse(number: int) -> int:
+def fail_on_three(number: int) -> int:
     if number == 3:
         raise UserError("three")
     return number
 
 
-def die(number: int) -> int:
+def kill_self(number: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return number
 
 
-def test_one_worker_is_this_process() -> None:
+def test_one_worker_runs_in_this_process() -> None:
     pids = process_pool.map_in_order(lambda _: os.getpid(), [1, 2], 1)
     assert list(pids) == [os.getpid()] * 2
     assert list(process_pool.map_in_order(double, [], 4)) == []
 
 
 @pytest.mark.slow
-def test_results_come_in_order() -> None:
+def test_map_in_order_keeps_the_order() -> None:
     assert list(process_pool.map_in_order(double, range(20), 2)) == [2 * i for i in range(20)]
 
 
 @pytest.mark.slow
-def test_errors_of_workers_are_raised_here() -> None:
+def test_worker_errors_are_raised_in_the_parent() -> None:
     with pytest.raises(UserError, match="three"):
-        list(process_pool.map_in_order(refuse, range(8), 2))
+        list(process_pool.map_in_order(fail_on_three, range(8), 2))
     with pytest.raises(UserError, match=r"process\.workers"):
-        list(process_pool.map_in_order(die, range(8), 2))
+        list(process_pool.map_in_order(kill_self, range(8), 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [scan.HEADER, scan.DECODE])
-def test_several_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+def test_parallel_scan_equals_serial_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
     bits = random.Random(1)
     synsets = [Synset(i + 1, f"n{i}", "x") for i in range(4)]
     train, val, kit = (tmp_path / name for name in ("train.tar", "val.tar", "kit.tar.gz"))
@@ -60,11 +62,15 @@ def test_several_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     ilsvrc_writer.write_val(val, [jpeg(bits) for _ in range(9)])
     ilsvrc_writer.write_devkit(kit, synsets, [1] * 9)
     devkit = read_devkit(kit)
-    monkeypatch.setattr(scan, "_MANY", 0)
-    monkeypatch.setattr(scan, "_TOGETHER", 4)
-    one, two = (scan.scan(train, val, devkit, check=check, workers=workers) for workers in (1, 2))
+    monkeypatch.setattr(scan, "_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(scan, "_DECODE_CHUNK", 4)
+    serial_scan, parallel_scan = (
+        scan.scan(train, val, devkit, check=check, workers=workers) for workers in (1, 2)
+    )
     for split in scan.SPLITS:
-        for mine, theirs in zip(
-            (one.splits, one.facts, one.names), (two.splits, two.facts, two.names), strict=True
+        for expected, parallel in zip(
+            (serial_scan.splits, serial_scan.facts, serial_scan.names),
+            (parallel_scan.splits, parallel_scan.facts, parallel_scan.names),
+            strict=True,
         ):
-            np.testing.assert_array_equal(mine[split], theirs[split])
+            np.testing.assert_array_equal(expected[split], parallel[split])

@@ -19,7 +19,7 @@ def archive(tmp_path: Path) -> Path:
     return path
 
 
-def test_holds_as_long_as_the_file_is_the_same(archive: Path) -> None:
+def test_receipt_is_invalid_after_a_change_of_size_or_mtime(archive: Path) -> None:
     assert receipt.load_receipt(archive) == Receipt(
         5, "0" * 32, archive.stat().st_mtime_ns, "http://x", "md5sums"
     )
@@ -33,19 +33,19 @@ def test_holds_as_long_as_the_file_is_the_same(archive: Path) -> None:
     assert receipt.load_receipt(archive) is None
 
 
-def test_none_without_file_or_for_nonsense(archive: Path) -> None:
+def test_missing_or_invalid_receipt_is_reported_as_missing(archive: Path) -> None:
     assert receipt.missing_receipts(archive.parent, ["x.tar", "y.tar"]) == ["y.tar"]
-    note = archive.with_name("x.tar.receipt.json")
-    for nonsense in ("{", "{}", '{"bytes": 5}', "[]"):
-        note.write_text(nonsense)
-        assert receipt.missing_receipts(archive.parent, ["x.tar"]) == ["x.tar"], nonsense
-    note.unlink()
+    receipt_path = archive.with_name("x.tar.receipt.json")
+    for invalid in ("{", "{}", '{"bytes": 5}', "[]"):
+        receipt_path.write_text(invalid)
+        assert receipt.missing_receipts(archive.parent, ["x.tar"]) == ["x.tar"], invalid
+    receipt_path.unlink()
     assert receipt.load_receipt(archive) is None
     archive.unlink()
     assert receipt.load_receipt(archive) is None
 
 
-def test_is_light() -> None:
+def test_import_of_receipt_is_fast() -> None:
     heavy = {"numpy", "scipy", "torch", "urllib3"}
     code = "import sys, hpc_imagenet.data.download.receipt; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""A bucket as a source, served by rclone from a folder."""
+"""An S3 bucket, served by rclone from a folder, as the source of archives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import servers
 from asking import ask, config_of, refused
 
 from hpc_imagenet.data.download import receipt
-from hpc_imagenet.data.download.downloader import LOOK
+from hpc_imagenet.data.download.downloader import FIRST_REQUEST
 from hpc_imagenet.data.download.partial_file import PartialFile
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.sources.range_source import ContentChanged
@@ -42,7 +42,7 @@ def environment(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     servers.credentials(monkeypatch, endpoint)
 
 
-def test_from_a_bucket(tmp_path: Path, source: Path) -> None:
+def test_download_from_a_bucket(tmp_path: Path, source: Path) -> None:
     config = config_of(tmp_path, "s3://library/ILSVRC")
     config.download.connections = 4
     size = sum((source / file).stat().st_size for file in FILES)
@@ -50,35 +50,37 @@ def test_from_a_bucket(tmp_path: Path, source: Path) -> None:
     for file in FILES:
         archive = tmp_path / "archives/numbers" / file
         assert archive.read_bytes() == (source / file).read_bytes()
-        got = receipt.load_receipt(archive)
-        assert got
-        assert (got.source, got.verified) == ("s3://library/ILSVRC", "md5sums")
+        loaded = receipt.load_receipt(archive)
+        assert loaded
+        assert (loaded.source, loaded.verified) == ("s3://library/ILSVRC", "md5sums")
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or servers.SECRET.encode() not in path.read_bytes(), path
 
 
-def test_goes_on_with_what_an_earlier_try_left(tmp_path: Path, source: Path) -> None:
+def test_resumes_a_partial_file_of_an_earlier_attempt(tmp_path: Path, source: Path) -> None:
     bucket = S3Source("s3://library/ILSVRC", 5, 1)
     target = tmp_path / "archives/numbers" / ilsvrc_writer.TRAIN
     target.parent.mkdir(parents=True)
-    with bucket.open(ilsvrc_writer.TRAIN, 0, LOOK) as answer:
-        origin = answer.origin
-        data = b"".join(iter(lambda: answer.read(1 << 20), b""))
-    assert (len(data), answer.ranged, answer.end) == (LOOK, True, LOOK)
+    with bucket.open(ilsvrc_writer.TRAIN, 0, FIRST_REQUEST) as response:
+        origin = response.origin
+        data = b"".join(iter(lambda: response.read(1 << 20), b""))
+    assert (len(data), response.ranged, response.end) == (FIRST_REQUEST, True, FIRST_REQUEST)
     with PartialFile(target) as part:
-        part.begin(origin)
+        part.restart(origin)
         part.write(0, data)
     size = sum((source / file).stat().st_size for file in FILES)
-    assert ask(download, config_of(tmp_path, "s3://library/ILSVRC"))["downloaded"] == size - LOOK
+    assert ask(download, config_of(tmp_path, "s3://library/ILSVRC"))["downloaded"] == size - FIRST_REQUEST
     assert target.read_bytes() == (source / ilsvrc_writer.TRAIN).read_bytes()
 
 
-def test_an_object_that_changes(tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_object_raises_content_changed(
+    tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = source.parent / "changing"
     path.write_bytes(b"a" * 1000)
     bucket = S3Source("s3://library", 5, 1)
-    with bucket.open("changing", 0, 10) as answer:
-        before = answer.origin
+    with bucket.open("changing", 0, 10) as response:
+        before = response.origin
     path.write_bytes(b"b" * 999)
     with (
         caplog.at_level(logging.WARNING),
@@ -90,29 +92,29 @@ def test_an_object_that_changes(tmp_path: Path, source: Path, caplog: pytest.Log
 
 
 @pytest.mark.parametrize(
-    ("prefix", "words"),
+    ("prefix", "reason"),
     [
         ("s3://library/nowhere", "s3://library/nowhere/ILSVRC2012_img_train.tar does not exist"),
-        ("s3://nobody/x", "does not exist: check dataset.source"),
+        ("s3://no-such-bucket/x", "does not exist: check dataset.source"),
         ("s3://NO such bucket/x", "NO such bucket"),
     ],
 )
-def test_what_is_not_there(tmp_path: Path, prefix: str, words: str) -> None:
-    assert words in refused(download, config_of(tmp_path, prefix))
+def test_missing_object_or_bucket(tmp_path: Path, prefix: str, reason: str) -> None:
+    assert reason in refused(download, config_of(tmp_path, prefix))
 
 
-def test_wrong_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_or_missing_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-one")
-    told = refused(download, config_of(tmp_path, "s3://library/ILSVRC"))
-    assert "is forbidden" in told
-    assert "wrong-one" not in told
+    error = refused(download, config_of(tmp_path, "s3://library/ILSVRC"))
+    assert "is forbidden" in error
+    assert "wrong-one" not in error
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     assert "credentials" in refused(download, config_of(tmp_path / "b", "s3://library/ILSVRC")).lower()
 
 
-def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    told = refused(download, config_of(tmp_path, "s3://library/ILSVRC"))
-    assert "Could not connect to the endpoint URL" in told
-    assert "download.retries" in told
+    error = refused(download, config_of(tmp_path, "s3://library/ILSVRC"))
+    assert "Could not connect to the endpoint URL" in error
+    assert "download.retries" in error

@@ -25,19 +25,19 @@ def get(url: str, method: str = "GET", **headers: str) -> urllib3.BaseHTTPRespon
     return urllib3.request(method, url, headers={k.replace("_", "-"): v for k, v in headers.items()})
 
 
-def test_files_and_ranges(folder: Path) -> None:
+def test_http_server_serves_files_and_ranges(folder: Path) -> None:
     with serving(folder) as url:
         whole = get(f"{url}/x.tar")
         assert (whole.status, whole.data, whole.headers["Accept-Ranges"]) == (200, DATA, "bytes")
         head = get(f"{url}/x.tar", "HEAD")
         assert (head.status, head.data, head.headers["Content-Length"]) == (200, b"", str(len(DATA)))
-        for said, begin, end in (
+        for range_value, begin, end in (
             ("5-9", 5, 10),
             ("2500-", 2500, 2560),
             ("-7", 2553, 2560),
             ("0-9999", 0, 2560),
         ):
-            part = get(f"{url}/x.tar", Range=f"bytes={said}")
+            part = get(f"{url}/x.tar", Range=f"bytes={range_value}")
             assert (part.status, part.data) == (206, DATA[begin:end])
             assert part.headers["Content-Range"] == f"bytes {begin}-{end - 1}/2560"
         assert get(f"{url}/x.tar", Range="bytes=2560-").status == 416
@@ -48,14 +48,14 @@ def test_files_and_ranges(folder: Path) -> None:
         assert (changed.status, changed.data) == (200, DATA + b"more")
 
 
-def test_nothing_outside_the_folder(folder: Path) -> None:
+def test_http_server_returns_404_outside_the_folder(folder: Path) -> None:
     with serving(folder) as url:
         assert get(f"{url}/y.tar").status == 404
         assert get(f"{url}/").status == 404
         assert get(f"{url}/%2e%2e/secret").status == 404
 
 
-def test_command(folder: Path, tmp_path: Path) -> None:
+def test_http_server_command_writes_the_port_file(folder: Path, tmp_path: Path) -> None:
     port = tmp_path / "port"
     command = [sys.executable, "-m", "hpc_imagenet.demo.http_server", str(folder), "--port-file", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

@@ -23,8 +23,8 @@ BITS = random.Random(5)
 IMAGES = [
     *(jpeg(BITS, length) for length in (0, 1000, 1024, 1025, 3000, 9000, 70_000)),
     *(
-        encoded(form, mode)
-        for form, mode in (("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("BMP", "RGB"))
+        encoded(image_format, mode)
+        for image_format, mode in (("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("BMP", "RGB"))
     ),
     encoded(progressive=True),
     encoded(exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
@@ -33,9 +33,9 @@ IMAGES = [
 ]
 
 
-def build(files: Sequence[tuple[str, bytes]], form: str = "gnu") -> bytes:
+def build(files: Sequence[tuple[str, bytes]], tar_format: str = "gnu") -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=FORMATS[form]) as archive:
+    with tarfile.open(fileobj=buffer, mode="w", format=FORMATS[tar_format]) as archive:
         for name, data in files:
             header = tarfile.TarInfo(name)
             header.size = len(data)
@@ -53,7 +53,7 @@ def find(data: bytes, begin: int = 0, end: int | None = None) -> ImageEntries:
 
 
 def same(one: ImageEntries, other: ImageEntries) -> bool:
-    return all(np.array_equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+    return all(np.array_equal(*columns) for columns in zip(one, other, strict=True))
 
 
 name = st.text("abcé.", min_size=1, max_size=60).map(lambda stem: f"x{stem}.JPEG")
@@ -65,16 +65,16 @@ files = st.lists(
 @settings(deadline=None)
 @given(
     files=files,
-    form=st.sampled_from(sorted(FORMATS)),
+    tar_format=st.sampled_from(sorted(FORMATS)),
     front=st.integers(0, 2),
-    at_once=st.sampled_from([2, 512]),
+    batch_images=st.sampled_from([2, 512]),
 )
-def test_finds_what_tarfile_and_pillow_find(
-    files: list[tuple[str, bytes]], form: str, front: int, at_once: int
+def test_scan_equals_tarfile_and_inspect(
+    files: list[tuple[str, bytes]], tar_format: str, front: int, batch_images: int
 ) -> None:
-    inner = build(files, form)
+    inner = build(files, tar_format)
     skip = front * 512
-    with mock.patch.object(tar_scan, "AT_ONCE", at_once):
+    with mock.patch.object(tar_scan, "BATCH_IMAGES", batch_images):
         found = find(b"x" * skip + inner + b"y" * 700, skip, skip + len(inner))
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         assert found.names.tolist() == [os.fsencode(member.name) for member in archive]
@@ -85,12 +85,12 @@ def test_finds_what_tarfile_and_pillow_find(
     ]
 
 
-@pytest.mark.parametrize("form", sorted(FORMATS))
-def test_an_ordinary_tar_takes_the_fast_way(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = build([(f"n1_{i}.JPEG", image) for i, image in enumerate(IMAGES)], form)
-    with mock.patch.object(tar_scan, "_plain", return_value=None):
+@pytest.mark.parametrize("tar_format", sorted(FORMATS))
+def test_plain_tar_uses_the_fast_scan(tar_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = build([(f"n1_{i}.JPEG", image) for i, image in enumerate(IMAGES)], tar_format)
+    with mock.patch.object(tar_scan, "_scan_fast", return_value=None):
         slow = find(data)
-    monkeypatch.setattr(tar_scan, "_careful", lambda *_: pytest.fail("it was not plain"))
+    monkeypatch.setattr(tar_scan, "_scan_any", lambda *_: pytest.fail("the fast scan was not used"))
     assert same(find(data), slow)
 
 
@@ -103,31 +103,31 @@ def test_an_ordinary_tar_takes_the_fast_way(form: str, monkeypatch: pytest.Monke
         [("a.JPEG", IMAGES[0]), ("b" * 90 + ".JPEG", IMAGES[1])],
     ],
 )
-@pytest.mark.parametrize("form", ["gnu", "pax"])
-def test_takes_unusual_names(files: list[tuple[str, bytes]], form: str) -> None:
-    found = find(build(files, form))
+@pytest.mark.parametrize("tar_format", ["gnu", "pax"])
+def test_folders_and_long_names_are_accepted(files: list[tuple[str, bytes]], tar_format: str) -> None:
+    found = find(build(files, tar_format))
     assert found.names.tolist() == [os.fsencode(name.rsplit("/", 1)[-1]) for name, _ in files]
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "message"),
     [
         ([], "an empty archive"),
-        ([("a.txt", b"x")], "a.txt, which is no image"),
+        ([("a.txt", b"x")], "a.txt, which is not an image"),
         ([("a.JPEG", b"x"), ("a.JPEG", b"y")], "two members are called a.JPEG"),
         ([("a.JPEG", b"")], "a.JPEG has 0 bytes"),
         ([("../a.JPEG", b"x")], "would leave its folder"),
         ([("/a.JPEG", b"x")], "absolute path"),
-        ([("a" * 251 + ".JPEG", b"x")], "255 bytes at most"),
+        ([("a" * 251 + ".JPEG", b"x")], "longer than 255 bytes"),
     ],
 )
-def test_refuses(files: list[tuple[str, bytes]], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_unsafe_or_non_image_members_are_rejected(files: list[tuple[str, bytes]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         find(build(files))
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "message"),
     [
         (tarfile.SYMTYPE, "a symbolic link"),
         (tarfile.LNKTYPE, "a hard link"),
@@ -136,7 +136,7 @@ def test_refuses(files: list[tuple[str, bytes]], words: str) -> None:
         (tarfile.FIFOTYPE, "a pipe"),
     ],
 )
-def test_refuses_what_is_no_file(kind: bytes, words: str) -> None:
+def test_links_and_devices_are_rejected(kind: bytes, message: str) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         header = tarfile.TarInfo("good.JPEG")
@@ -145,18 +145,18 @@ def test_refuses_what_is_no_file(kind: bytes, words: str) -> None:
         header = tarfile.TarInfo("a.JPEG")
         header.type, header.linkname = kind, "good.JPEG"
         archive.addfile(header)
-    with pytest.raises(UserError, match=f"a.JPEG at byte [0-9]+ is {words}"):
+    with pytest.raises(UserError, match=f"a.JPEG at byte [0-9]+ is {message}"):
         find(buffer.getvalue())
 
 
 @settings(deadline=None)
 @given(st.data())
-def test_damage_is_refused_as_the_careful_walk_refuses_it(draw: st.DataObject) -> None:
+def test_fast_scan_gives_the_errors_of_the_full_scan(draw: st.DataObject) -> None:
     data = bytearray(build([(f"n1_{i}.JPEG", image) for i, image in enumerate(IMAGES[:6])]))
-    form = draw.draw(st.sampled_from(["cut", "byte", "end"]))
-    if form == "cut":
+    damage = draw.draw(st.sampled_from(["truncate", "byte", "end"]))
+    if damage == "truncate":
         del data[draw.draw(st.integers(0, len(data) - 1)) :]
-    elif form == "byte":
+    elif damage == "byte":
         headers = [0]
         for image in IMAGES[:5]:
             headers.append(headers[-1] + 512 + len(image) + -len(image) % 512)
@@ -165,13 +165,13 @@ def test_damage_is_refused_as_the_careful_walk_refuses_it(draw: st.DataObject) -
         )
     else:
         end = draw.draw(st.integers(0, len(data)))
-        assert outcome(bytes(data), end) == outcome(bytes(data), end, careful=True)
+        assert scan_result(bytes(data), end) == scan_result(bytes(data), end, full_scan=True)
         return
-    assert outcome(bytes(data)) == outcome(bytes(data), careful=True)
+    assert scan_result(bytes(data)) == scan_result(bytes(data), full_scan=True)
 
 
-def outcome(data: bytes, end: int | None = None, careful: bool = False) -> object:
-    with mock.patch.object(tar_scan, "_plain", return_value=None) if careful else mock.MagicMock():
+def scan_result(data: bytes, end: int | None = None, full_scan: bool = False) -> object:
+    with mock.patch.object(tar_scan, "_scan_fast", return_value=None) if full_scan else mock.MagicMock():
         try:
             found = find(data, 0, end)
         except UserError as error:

@@ -1,1 +1,1 @@
-"""Download archives in ranges, resumed, retried and verified by MD5."""
+"""Download archives in byte ranges: resumed, retried, and verified by MD5."""

@@ -1,8 +1,8 @@
-"""Bring an archive from a remote: in ranges side by side, resumed, retried, verified while it is written.
+"""Download an archive: in parallel byte ranges, resumed, retried, and hashed while it is written.
 
-The first request takes a few bytes and settles what can be done: single ranges, or one stream from the first
-byte to the last. What is done about a bad server is in `Transfer._look` (the first answer), `Transfer._range`
-(one range), and in tries.py (when to ask again). Source: RFC 9110 (ranges, If-Range).
+The first request fetches a few bytes and shows whether the server supports ranges; if not, the archive is
+fetched in one stream. Faulty servers are handled in `Transfer._first_request` (the first response),
+`Transfer._fetch_range` (one range) and retry.py (backoff). Source: RFC 9110 (ranges, If-Range).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hpc_imagenet.data.download.file_type import is_html
 from hpc_imagenet.data.download.partial_file import PartialFile, allocated_bytes
 from hpc_imagenet.data.download.range_scheduler import RangeClaim, RangeScheduler
 from hpc_imagenet.data.download.rate_limit import RateLimiter
-from hpc_imagenet.data.download.retry import LONGEST_ASKED, Retry
+from hpc_imagenet.data.download.retry import MAX_RETRY_AFTER, Retry
 from hpc_imagenet.data.download.streaming_hash import StreamingHash
 from hpc_imagenet.data.sources.range_source import (
     ContentChanged,
@@ -35,33 +35,33 @@ from hpc_imagenet.io import disk
 
 log = logging.getLogger(__name__)
 
-READ = 1 << 18  # bytes a read from the network, at most
-LOOK = 1 << 16  # bytes that the first request asks for
-LEAST, MOST = 4 << 20, 32 << 20  # bytes of a range …
-WORTH = 20  # … and so many times what comes in the time that a request waits for its answer
-SLOWEST = 1000  # bytes a second: a connection below that for a whole timeout counts as broken
-TOO_MANY = 3  # failures of one connection in a row, while others go on, until it stays away
+READ_SIZE = 1 << 18  # bytes per read from the network, at most
+FIRST_REQUEST = 1 << 16  # bytes of the first request
+MIN_RANGE, MAX_RANGE = 4 << 20, 32 << 20  # bytes per range …
+LATENCY_FACTOR = 20  # … so that a range takes this many times the latency of its request
+MIN_RATE = 1000  # bytes per second; a connection below that for a whole timeout counts as broken
+MAX_CONNECTION_FAILURES = 3  # in a row, while other connections progress, before a connection is retired
 TEXT_LIMIT = 1 << 20  # bytes of a small text file
 
 
 class Downloader:
-    """A source of archives behind a remote.
+    """Downloads archives from a source that serves byte ranges.
 
     Args:
-        remote: who has the bytes.
-        retries: tries in a row without a new byte before giving up.
-        timeout: s without a byte after which the remote counts a connection as broken.
-        connections: how many ranges are fetched at a time.
-        limit: bytes a second in all; None for no limit.
-        hint: the dataset's, shown behind an error.
-        sleep: what waits between tries; None for a wait that ends with the download.
+        source: source of the bytes.
+        retries: retries in a row without a new byte before giving up.
+        timeout: seconds without a byte after which a connection counts as broken.
+        connections: number of parallel connections.
+        limit: bytes per second, all connections together; None for no limit.
+        hint: dataset.hint, appended to errors.
+        sleep: function that waits between attempts; None for a wait that ends with the download.
     """
 
     copies = True
 
     def __init__(
         self,
-        remote: RangeSource,
+        source: RangeSource,
         retries: int,
         timeout: float,
         *,
@@ -70,205 +70,233 @@ class Downloader:
         hint: str = "",
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self.remote = remote
+        self.source = source
         self.retries = retries
         self.timeout = timeout
         self.connections = connections
-        self.pace = RateLimiter(limit)
+        self.rate_limiter = RateLimiter(limit)
         self.hint = hint
         self.tail = f"; {hint}" if hint else ""
         self.sleep = sleep
 
     def text(self, file: str) -> str | None:
-        """Return a small text file, or None where the remote has none to give.
+        """Return the content of a small text file; None if it does not exist.
 
         Raises:
-            UserError: it cannot be reached.
+            UserError: the source cannot be reached.
         """
-        tries = self.tries(file, lambda: 0, time.sleep)
+        retry = self.new_retry(file, lambda: 0, time.sleep)
         while True:
-            found = b""
+            content = b""
             try:
-                with self.remote.open(file) as answer:
-                    while len(found) < TEXT_LIMIT and (data := answer.read(TEXT_LIMIT - len(found))):
-                        found += data
+                with self.source.open(file) as response:
+                    while len(content) < TEXT_LIMIT and (data := response.read(TEXT_LIMIT - len(content))):
+                        content += data
             except TransientError as error:
-                tries.wait_or_raise(error)
+                retry.wait_or_raise(error)
             except (NotAvailable, ContentChanged):
                 return None
             else:
-                return None if is_html(found) else found.decode("utf-8", "replace")
+                return None if is_html(content) else content.decode("utf-8", "replace")
 
-    def size(self, want: ExpectedArchive) -> int | None:
-        """Return how many bytes an archive has, as far as the remote says so."""
+    def size(self, expected: ExpectedArchive) -> int | None:
+        """Return the size of an archive in bytes; None if the source does not report it."""
         try:
-            return self.remote.size(want.file)
+            return self.source.size(expected.file)
         except (TransientError, NotAvailable):
             return None
 
-    def tries(self, file: str, size: Callable[[], int], sleep: Callable[[float], object]) -> Retry:
-        """Return a count of tries for a file of which `size` says how much is there."""
-        return Retry(self.remote, file, self.retries, size, self.sleep or sleep, self.tail)
-
-    def fetch(self, want: ExpectedArchive, target: Path, progress: Callable[[int], None]) -> int:
-        """Bring an archive to `target`, whole, verified and with its receipt.
+    def new_retry(self, file: str, size: Callable[[], int], sleep: Callable[[float], object]) -> Retry:
+        """Return the retry counter of one file.
 
         Args:
-            want: what it must be.
-            target: its final place; `<target>.part` until it is whole.
-            progress: told how many bytes of it are there.
+            file: name of the file.
+            size: function that returns how many bytes have been downloaded.
+            sleep: function that waits, unless the downloader has its own.
+        """
+        return Retry(self.source, file, self.retries, size, self.sleep or sleep, self.tail)
+
+    def fetch(self, expected: ExpectedArchive, target: Path, progress: Callable[[int], None]) -> int:
+        """Download an archive to `target`, verify it and write its receipt.
+
+        Args:
+            expected: the expected archive.
+            target: final path; the bytes are in `<target>.part` until the archive is complete.
+            progress: called with the number of bytes of the archive that are downloaded.
 
         Returns:
-            bytes that came.
+            bytes transferred.
 
         Raises:
-            UserError: it cannot be had, or what came is not what is wanted.
+            UserError: the download failed, or the archive is not the expected one.
         """
-        url = self.remote.url(want.file)
+        url = self.source.url(expected.file)
         return download_and_verify(
-            want,
+            expected,
             target,
             url,
-            self.remote.prefix,
-            lambda part: Transfer(self, want, part, progress).run(),
+            self.source.prefix,
+            lambda part: Transfer(self, expected, part, progress).run(),
             progress,
         )
 
 
 def download_and_verify(
-    want: ExpectedArchive,
+    expected: ExpectedArchive,
     target: Path,
     url: str,
     source: str,
     fill: Callable[[PartialFile], int],
     progress: Callable[[int], None],
 ) -> int:
-    """Let `fill` write an archive, then verify it and give it its name and receipt.
+    """Fill a partial file, verify it, write its receipt and rename it to `target`.
 
     Args:
-        want: what it must be.
-        target: its final place.
-        url: what it is fetched from; bytes of a part from elsewhere are thrown away.
-        source: how the receipt calls where it came from.
-        fill: makes the part whole; returns the bytes that came.
-        progress: told how many bytes are there while the last of them are being verified.
+        expected: the expected archive.
+        target: final path.
+        url: URL of the archive; bytes of an earlier attempt from another URL are discarded.
+        source: origin recorded in the receipt.
+        fill: function that writes all missing bytes; returns the number of bytes transferred.
+        progress: called with the number of bytes downloaded, while the last of them are hashed.
+
+    Returns:
+        bytes transferred.
 
     Raises:
-        UserError: what came is not what is wanted: it is kept as `<target>.bad`.
+        UserError: the archive is not the expected one; it is renamed to `<target>.bad`.
     """
     with PartialFile(target) as part, disk.explain_disk_full(target.parent):
         if part.origin and part.origin.url != url:
-            log.warning("%s: begins anew: its first bytes are from %s", target, part.origin.url)
+            log.warning(
+                "%s: restarting the download: %s has bytes from %s", target, part.path.name, part.origin.url
+            )
             part.clear()
-        with StreamingHash(part) as follower:
-            fetched = fill(part)
-            md5 = follower.result(lambda: progress(part.size))
+        with StreamingHash(part) as streaming_hash:
+            transferred = fill(part)
+            md5 = streaming_hash.result(lambda: progress(part.size))
         stat = part.stat()
         try:
-            check_complete(part.path, want, md5, url)
+            check_complete(part.path, expected, md5, url)
         except UserError as error:
             part.discard_state()
             raise quarantine(part.path, target, error) from None
-        receipt.write_receipt(target, md5, source, want.md5_source, stat)
+        receipt.write_receipt(target, md5, source, expected.md5_source, stat)
         part.finalize()
-    return fetched
+    return transferred
 
 
 class Transfer:
-    """One archive on its way from a remote into a part."""
+    """Transfers one archive from a source into a partial file.
+
+    Args:
+        downloader: source and settings.
+        expected: the expected archive.
+        part: the partial file.
+        progress: called with the number of bytes downloaded.
+    """
 
     def __init__(
-        self, source: Downloader, want: ExpectedArchive, part: PartialFile, progress: Callable[[int], None]
+        self,
+        downloader: Downloader,
+        expected: ExpectedArchive,
+        part: PartialFile,
+        progress: Callable[[int], None],
     ) -> None:
-        self._source = source
-        self._remote = source.remote
-        self._want = want
+        self._downloader = downloader
+        self._source = downloader.source
+        self._expected = expected
         self._part = part
         self._progress = progress
-        self._url = source.remote.url(want.file)
-        self._fetched = 0
+        self._url = downloader.source.url(expected.file)
+        self._transferred = 0
         self._lock = threading.Lock()
-        self._answers: set[Response] = set()  # those being read
-        self._quiet = (0.0, 0)  # until when the server wants no requests, and whom it told
+        self._responses: set[Response] = set()  # those that are being read
+        # When the last Retry-After ends (monotonic time), and the connection that received it.
+        self._retry_after = (0.0, 0)
 
     def run(self) -> int:
-        """Fetch what is missing; return how many bytes came."""
+        """Transfer all missing bytes; return how many were transferred."""
         part = self._part
-        tries = self._source.tries(self._want.file, lambda: part.size, time.sleep)
+        retry = self._downloader.new_retry(self._expected.file, lambda: part.size, time.sleep)
         self._progress(part.size)
-        while not part.whole:
+        while not part.complete:
             try:
                 if part.origin is None or not part.origin.resumable:
-                    self._look()
+                    self._first_request()
                 else:
-                    self._ranges(part.origin)
+                    self._fetch_ranges(part.origin)
             except ContentChanged as error:
-                log.warning("%s: %s; beginning anew, %d bytes are lost", self._url, error, part.size)
+                self._log_restart(str(error))
                 part.clear()
-                tries.wait_or_raise(error)
+                retry.wait_or_raise(error)
             except TransientError as error:
-                tries.wait_or_raise(error)
+                retry.wait_or_raise(error)
             except NotAvailable as error:
                 raise self._refusal(error.status) from None
         self._progress(part.size)
-        return self._fetched
+        return self._transferred
 
-    def _look(self) -> None:
-        """Ask for the first bytes: are they what is wanted, and how can the others be had?"""
+    def _first_request(self) -> None:
+        """Request the first bytes; if the server has no ranges, fetch the whole file in one stream."""
         part = self._part
-        if part.size:  # of a server that cannot resume
-            log.warning("%s: %s; beginning anew, %d bytes are lost", self._url, _why(part.origin), part.size)
+        if part.size:  # left by a server that cannot resume
+            self._log_restart(_no_resume_reason(part.origin))
         try:
-            with self._remote.open(self._want.file, 0, LOOK) as answer:
-                if not answer.ranged or answer.origin.resumable:
-                    self._begin(answer)
+            with self._source.open(self._expected.file, 0, FIRST_REQUEST) as response:
+                if not response.ranged or response.origin.resumable:
+                    self._start(response)
                     return
         except ContentChanged:
             pass  # an empty file has no ranges
-        with self._remote.open(self._want.file) as answer:
-            self._begin(answer)
+        with self._source.open(self._expected.file) as response:
+            self._start(response)
 
-    def _begin(self, answer: Response) -> None:
-        """Hold the first bytes against what is wanted, then make the part of this file."""
-        part, want, origin = self._part, self._want, answer.origin
-        if answer.content_type.startswith("text/html"):
-            raise self._page()
-        if want.bytes is not None and origin.total not in (None, want.bytes):
+    def _start(self, response: Response) -> None:
+        """Check the first bytes, then restart the partial file with the bytes of this response."""
+        part, expected, origin = self._part, self._expected, response.origin
+        if response.content_type.startswith("text/html"):
+            raise self._html_page_error()
+        if expected.bytes is not None and origin.total not in (None, expected.bytes):
             raise UserError(
-                f"{self._url}: has {origin.total} bytes, but {want.setting}.bytes is {want.bytes}"
-                f"{self._source.tail}"
+                f"{self._url}: has {origin.total} bytes, but {expected.setting}.bytes is {expected.bytes}"
+                f"{self._downloader.tail}"
             )
         first = b""
-        while len(first) < BLOCK and (data := answer.read(READ)):
+        while len(first) < BLOCK and (data := response.read(READ_SIZE)):
             first += data
         if origin.total is not None and len(first) < min(BLOCK, origin.total):
             raise TransientError("the connection ended early")
-        check_first_bytes(first, want, self._url, self._source.hint)
+        check_first_bytes(first, expected, self._url, self._downloader.hint)
         disk.require_free_space(
-            part.target.parent, (origin.total or want.bytes or 0) - allocated_bytes(part.target), want.file
+            part.target.parent,
+            (origin.total or expected.bytes or 0) - allocated_bytes(part.target),
+            expected.file,
         )
-        part.begin(origin)
-        at = self._came(0, first)
-        while data := answer.read(self._source.pace.chunk_size(READ)):
-            self._source.pace.consume(len(data))
-            at = self._came(at, data)
+        part.restart(origin)
+        at = self._write(0, first)
+        rate_limiter = self._downloader.rate_limiter
+        while data := response.read(rate_limiter.chunk_size(READ_SIZE)):
+            rate_limiter.consume(len(data))
+            at = self._write(at, data)
             self._progress(at)
-            part.save(when_due=True)
-        if not answer.ranged and origin.total is None:
-            part.is_all()
-        elif not answer.ranged and at < (origin.total or 0):
+            part.save_state(if_due=True)
+        if not response.ranged and origin.total is None:
+            part.set_total_to_size()
+        elif not response.ranged and at < (origin.total or 0):
             raise TransientError("the connection ended early")
 
-    def _ranges(self, origin: Origin) -> None:
-        """Fetch all that is missing, over several connections."""
-        part, source = self._part, self._source
+    def _fetch_ranges(self, origin: Origin) -> None:
+        """Fetch all missing bytes over several connections."""
+        part, downloader = self._part, self._downloader
         disk.require_free_space(
-            part.target.parent, (origin.total or 0) - allocated_bytes(part.target), self._want.file
+            part.target.parent, (origin.total or 0) - allocated_bytes(part.target), self._expected.file
         )
-        ranges = RangeScheduler(part, source.connections)
+        ranges = RangeScheduler(part, downloader.connections)
         threads = [
-            threading.Thread(target=self._work, args=(ranges, origin, n), name=f"range-{n}", daemon=True)
-            for n in range(source.connections)
+            threading.Thread(
+                target=self._run_connection, args=(ranges, origin, n), name=f"range-{n}", daemon=True
+            )
+            for n in range(downloader.connections)
         ]
         for thread in threads:
             thread.start()
@@ -278,115 +306,123 @@ class Transfer:
                 if ranges.stopped.is_set():
                     break
                 self._progress(part.size)
-                part.save(when_due=True)
+                part.save_state(if_due=True)
         finally:
             ranges.stop()
             with self._lock:
-                for answer in self._answers:
-                    answer.close()
+                for response in self._responses:
+                    response.close()
             for thread in threads:
                 thread.join()
         if ranges.error is not None:
             raise ranges.error
 
-    def _work(self, ranges: RangeScheduler, origin: Origin, number: int) -> None:
-        """Be one connection: fetch one range after the other until none is left."""
-        sleep = self._source.sleep or ranges.stopped.wait
-        tries = self._source.tries(self._want.file, lambda: self._part.size, sleep)
-        size = None if self._source.connections == 1 else LEAST
+    def _run_connection(self, ranges: RangeScheduler, origin: Origin, number: int) -> None:
+        """Run one connection: fetch ranges until none is left."""
+        sleep = self._downloader.sleep or ranges.stopped.wait
+        retry = self._downloader.new_retry(self._expected.file, lambda: self._part.size, sleep)
+        size = None if self._downloader.connections == 1 else MIN_RANGE
         failures = 0  # of this connection, since its last byte
         try:
             while claim := ranges.take(size):
-                until, whom = self._quiet
-                if whom != number and until > time.monotonic():
-                    sleep(until - time.monotonic())
-                broken = None
+                retry_at, receiver = self._retry_after
+                if receiver != number and retry_at > time.monotonic():
+                    sleep(retry_at - time.monotonic())
+                failure = None
                 try:
-                    best = self._range(origin, claim, ranges)
-                    size = None if size is None else min(MOST, max(LEAST, best))
+                    best_size = self._fetch_range(origin, claim, ranges)
+                    size = None if size is None else min(MAX_RANGE, max(MIN_RANGE, best_size))
                     failures = 0
                 except TransientError as error:
-                    broken = error
+                    failure = error
                 finally:
                     ranges.release(claim)
-                if broken is None or ranges.stopped.is_set():
+                if failure is None or ranges.stopped.is_set():
                     continue
                 failures = 1 if claim.at > claim.begin else failures + 1
-                if broken.wait is not None:
-                    self._quiet = (time.monotonic() + min(LONGEST_ASKED, broken.wait), number)
-                tries.wait_or_raise(broken)
-                if failures >= TOO_MANY and not tries.failures and ranges.retire_connection():
-                    log.warning("%s: goes on with %d connections", self._url, ranges.workers)
+                if failure.wait is not None:
+                    self._retry_after = (time.monotonic() + min(MAX_RETRY_AFTER, failure.wait), number)
+                retry.wait_or_raise(failure)
+                if failures >= MAX_CONNECTION_FAILURES and not retry.failures and ranges.retire_connection():
+                    log.warning("%s: continuing with %d connection(s)", self._url, ranges.connections)
                     return
         except BaseException as error:
             ranges.stop(error)
 
-    def _range(self, origin: Origin, claim: RangeClaim, ranges: RangeScheduler) -> int:
-        """Fetch a claim; return how many bytes a range should have at this server."""
-        asked = time.monotonic()
-        pace = self._source.pace
-        with self._remote.open(self._want.file, claim.begin, claim.end, origin) as answer:
-            if not answer.ranged:
-                raise self._no_range(answer, origin)
+    def _fetch_range(self, origin: Origin, claim: RangeClaim, ranges: RangeScheduler) -> int:
+        """Fetch a claim; return the best range size for the latency and rate seen, in bytes."""
+        requested = time.monotonic()
+        rate_limiter = self._downloader.rate_limiter
+        with self._source.open(self._expected.file, claim.begin, claim.end, origin) as response:
+            if not response.ranged:
+                raise self._no_range_error(response, origin)
             with self._lock:
-                self._answers.add(answer)
+                self._responses.add(response)
             try:
                 first = since = time.monotonic()
-                reading, brought = 0.0, 0
+                seconds, received = (
+                    0.0,
+                    0,
+                )  # spent in reads, and their bytes, since the last check of the rate
                 while claim.at < claim.end and not ranges.stopped.is_set():
-                    data = answer.read(min(pace.chunk_size(READ), claim.end - claim.at))
+                    data = response.read(min(rate_limiter.chunk_size(READ_SIZE), claim.end - claim.at))
                     if not data:
-                        if answer.end is not None and claim.at >= answer.end:
-                            break  # it gave less than was asked for, and said so
+                        if response.end is not None and claim.at >= response.end:
+                            break  # the server announced a shorter range than requested
                         raise TransientError("the connection ended early")
                     moment = time.monotonic()
-                    reading, brought = reading + moment - since, brought + len(data)
-                    if reading > self._source.timeout:
-                        if brought < SLOWEST * reading:
-                            raise TransientError(f"brought {brought} bytes in {reading:.0f} s")
-                        reading, brought = 0.0, 0
-                    with self._part.changed:  # an idle connection may have taken the rest
+                    seconds, received = seconds + moment - since, received + len(data)
+                    if seconds > self._downloader.timeout:
+                        if received < MIN_RATE * seconds:
+                            raise TransientError(f"too slow: {received} bytes in {seconds:.0f} s")
+                        seconds, received = 0.0, 0
+                    with self._part.changed:  # an idle connection may have stolen the rest
                         data = data[: max(0, claim.end - claim.at)]
-                    claim.at = self._came(claim.at, data)
-                    pace.consume(len(data))
+                    claim.at = self._write(claim.at, data)
+                    rate_limiter.consume(len(data))
                     since = time.monotonic()
             finally:
                 with self._lock:
-                    self._answers.discard(answer)
+                    self._responses.discard(response)
         rate = (claim.at - claim.begin) / max(1e-6, time.monotonic() - first)
-        return int(WORTH * (first - asked) * rate)
+        return int(LATENCY_FACTOR * (first - requested) * rate)
 
-    def _came(self, at: int, data: bytes) -> int:
+    def _write(self, at: int, data: bytes) -> int:
         self._part.write(at, data)
         with self._lock:
-            self._fetched += len(data)
+            self._transferred += len(data)
         return at + len(data)
 
-    def _no_range(self, answer: Response, origin: Origin) -> Exception:
-        """Return what it means that the whole file comes where a range was asked for."""
-        if answer.content_type.startswith("text/html") or is_html(answer.read(BLOCK)):
-            return self._page()
-        if not origin.same(answer.origin):
+    def _log_restart(self, reason: str) -> None:
+        log.warning(
+            "%s: %s; restarting the download, %d bytes are discarded", self._url, reason, self._part.size
+        )
+
+    def _no_range_error(self, response: Response, origin: Origin) -> Exception:
+        """Return the error for a response with the whole file instead of the requested range."""
+        if response.content_type.startswith("text/html") or is_html(response.read(BLOCK)):
+            return self._html_page_error()
+        if not origin.matches(response.origin):
             return ContentChanged("the file has changed on the server")
         return ContentChanged("the server cannot resume")
 
-    def _page(self) -> UserError:
+    def _html_page_error(self) -> UserError:
         return UserError(
-            f"{self._url} is an HTML page, not an archive: a login or an error page?{self._source.tail}"
+            f"{self._url} is an HTML page, not an archive: a login or an error page?{self._downloader.tail}"
         )
 
     def _refusal(self, status: int) -> UserError:
-        check = f"check dataset.source and {self._want.setting}.file={self._want.file}"
-        why = {
-            401: "needs a login: docs/data.md says how to give one",
-            403: "is forbidden: are the terms accepted, the login done?",
+        check = f"check dataset.source and {self._expected.setting}.file={self._expected.file}"
+        reason = {
+            401: "needs a login: set download.login (see docs/data.md)",
+            403: "is forbidden: accept the dataset's terms on its website and check the credentials",
             404: f"does not exist: {check}",
-            410: f"is gone: {check}",
-        }.get(status, "cannot be had")
-        return UserError(f"{self._url} {why} (status {status}){self._source.tail}")
+            410: f"no longer exists: {check}",
+        }.get(status, f"cannot be downloaded: {check}")
+        return UserError(f"{self._url} {reason} (status {status}){self._downloader.tail}")
 
 
-def _why(origin: Origin | None) -> str:
+def _no_resume_reason(origin: Origin | None) -> str:
     if origin is not None and origin.validator is None:
-        return "the server gives no ETag or date to resume by"
+        return "the server sends no ETag or date, which resuming needs"
     return "the server cannot resume"

@@ -1,4 +1,4 @@
-"""What an archive must be, and whether a file is it: MD5, size and form."""
+"""The expected size, MD5 and format of an archive, and checks of a file against them."""
 
 from __future__ import annotations
 
@@ -18,117 +18,139 @@ from hpc_imagenet.datastore.backends.storage_backend import hash_file
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
-MD5SUMS_FILE = "md5sums"  # beside the archives, in the format of the command md5sum
-CHUNK = 1 << 20
+MD5SUMS_FILE = "md5sums"  # beside the archives, in the output format of the command md5sum
+CHUNK = 1 << 20  # bytes
 
-# `<32 hex digits>  <name>`, or ` *` before the name of a file that was read as binary.
-_SUM = re.compile(r"([0-9a-fA-F]{32}) [ *](.+)")
+# `<32 hex digits>  <name>`; ` *` instead of the two spaces for a file that was read in binary mode.
+_MD5SUM_LINE = re.compile(r"([0-9a-fA-F]{32}) [ *](.+)")
 
 
 @dataclass(frozen=True)
 class ExpectedArchive:
-    """One archive as it must be. `md5` and `bytes` are None where nobody says."""
+    """Name, format, and size and MD5 (None if unknown) of an archive."""
 
-    setting: str  # of this archive: dataset.archives.train
+    setting: str  # the setting of the archive, such as dataset.archives.train
     file: str
-    gzip: bool  # a .tar.gz; else an uncompressed tar
+    gzip: bool  # True: .tar.gz; False: uncompressed tar
     bytes: int | None = None
     md5: str | None = None
-    md5_source: str = ""  # where the MD5 stands: a setting's name or `md5sums`
+    md5_source: str = ""  # where the MD5 comes from: a setting or `md5sums`
 
 
 def archive_folder(workspace: Path, dataset: Dataset) -> Path:
-    """Return where the archives of a dataset lie in the workspace."""
+    """Return the folder of a dataset's archives in the workspace."""
     return workspace / "archives" / dataset.name
 
 
 def expected_archives(dataset: Dataset, sums: dict[str, str]) -> list[ExpectedArchive]:
-    """Return the archives of a dataset; an MD5 in its config counts before one in `sums`."""
+    """Return the expected archives of a dataset.
+
+    Args:
+        dataset: the config group; its MD5s take precedence.
+        sums: contents of the md5sums file: file name → MD5 in hex.
+
+    Raises:
+        UserError: a file name or an MD5 in the config is invalid.
+    """
     result = []
     for split, archive in dataset.archives.items():
         setting = f"dataset.archives.{split}"
         if "/" in archive.file or archive.file in ("", ".", "..", MD5SUMS_FILE):
-            raise UserError(f"{setting}.file={archive.file} is not the name of a file in dataset.source")
-        md5, vouched = archive.md5, f"{setting}.md5" if archive.md5 else ""
+            raise UserError(
+                f"{setting}.file={archive.file}: not a valid file name; set the archive's name in "
+                "dataset.source, without a folder"
+            )
+        md5, md5_source = archive.md5, f"{setting}.md5" if archive.md5 else ""
         if md5 is None and archive.file in sums:
-            md5, vouched = sums[archive.file], MD5SUMS_FILE
+            md5, md5_source = sums[archive.file], MD5SUMS_FILE
         if md5 is not None and not re.fullmatch(r"[0-9a-fA-F]{32}", md5):
-            raise UserError(f"{setting}.md5={md5} is not 32 hex digits")
+            raise UserError(f"{setting}.md5={md5}: not an MD5; set 32 hex digits")
         result.append(
             ExpectedArchive(
-                setting, archive.file, split == "devkit", archive.bytes, md5.lower() if md5 else None, vouched
+                setting,
+                archive.file,
+                split == "devkit",
+                archive.bytes,
+                md5.lower() if md5 else None,
+                md5_source,
             )
         )
     return result
 
 
 def parse_sums(text: str) -> dict[str, str]:
-    """Read the output of `md5sum`: file name → hex digits; other lines are passed over."""
-    found = (_SUM.fullmatch(line.strip()) for line in text.splitlines())
-    return {match[2].rsplit("/", 1)[-1]: match[1].lower() for match in found if match}
+    """Parse the output of `md5sum` into file name → MD5 in hex; other lines are ignored."""
+    matches = (_MD5SUM_LINE.fullmatch(line.strip()) for line in text.splitlines())
+    return {match[2].rsplit("/", 1)[-1]: match[1].lower() for match in matches if match}
 
 
 def new_md5() -> hashlib._Hash:
-    """Return an MD5 that also works where the system forbids it for security: this is none."""
+    """Return an MD5 hash that also works in FIPS mode, as it is used as a checksum only."""
     return hashlib.md5(usedforsecurity=False)
 
 
 def md5_of_file(path: Path, progress: Callable[[int], None]) -> str:
-    """Return the MD5 of a file in hex; `progress` is told how many bytes are read."""
+    """Return the MD5 of a file in hex; `progress` is called with the number of bytes read."""
     return hash_file(path, File(path.name, 0, "md5:"), progress).removeprefix("md5:")
 
 
-def check_first_bytes(first: bytes, want: ExpectedArchive, where: str, hint: str = "") -> None:
-    """Refuse a file by its first 512 bytes, before the other 148 GB are fetched.
+def check_first_bytes(first: bytes, expected: ExpectedArchive, name: str, hint: str = "") -> None:
+    """Check the format of an archive by its first 512 bytes, before the other 148 GB are downloaded.
+
+    Args:
+        first: first bytes of the file.
+        expected: the expected archive.
+        name: path or URL of the file for errors.
+        hint: text appended to errors.
 
     Raises:
-        UserError: a web page, or not of the form that is wanted.
+        UserError: an HTML page or another wrong format.
     """
     tail = f"; {hint}" if hint else ""
     if is_html(first):
-        raise UserError(f"{where} is an HTML page, not an archive: a login or an error page?{tail}")
-    if want.gzip:
+        raise UserError(f"{name} is an HTML page, not an archive: a login or an error page?{tail}")
+    if expected.gzip:
         if not first.startswith(b"\x1f\x8b"):
-            raise UserError(f"{where}: not a gzip file but {describe_content(first)}{tail}")
+            raise UserError(f"{name}: not a gzip file but {describe_content(first)}{tail}")
     else:
-        tar_reader.check_first_block(first, where)
+        tar_reader.check_first_block(first, name)
 
 
-def check_complete(path: Path, want: ExpectedArchive, md5: str, where: str) -> None:
-    """Refuse a file that is there in full and not what is wanted.
+def check_complete(path: Path, expected: ExpectedArchive, md5: str, name: str) -> None:
+    """Check size, MD5 and format of a complete archive.
 
-    Where nothing vouches for the bytes, the form has to: a tar must have its end mark, a gzip file its sum.
+    Without an expected MD5, truncation is detected by the format: a tar's end mark, gzip's checksum.
 
     Args:
         path: the file.
-        want: what it must be.
-        md5: of its bytes.
-        where: what an error calls it.
+        expected: the expected archive.
+        md5: MD5 of the file in hex.
+        name: path or URL of the file for errors.
 
     Raises:
-        UserError: wrong MD5, size or form, or truncated.
+        UserError: wrong MD5, size or format, or truncated.
     """
     size = path.stat().st_size
-    if want.bytes is not None and size != want.bytes:
-        raise UserError(f"{where}: {size} bytes, but {want.setting}.bytes is {want.bytes}")
-    if want.md5 is not None and md5 != want.md5:
-        raise UserError(f"{where}: its MD5 is {md5}, but {want.md5_source} says {want.md5}")
+    if expected.bytes is not None and size != expected.bytes:
+        raise UserError(f"{name}: {size} bytes, but {expected.setting}.bytes is {expected.bytes}")
+    if expected.md5 is not None and md5 != expected.md5:
+        raise UserError(f"{name}: its MD5 is {md5}, but {expected.md5_source} has {expected.md5}")
     with path.open("rb") as file:
-        check_first_bytes(file.read(tar_reader.BLOCK), want, where)
-        if want.md5 is None and want.gzip:
+        check_first_bytes(file.read(tar_reader.BLOCK), expected, name)
+        if expected.md5 is None and expected.gzip:
             try:
                 with gzip.open(file.name) as plain:
                     while plain.read(CHUNK):
                         pass
             except (EOFError, zlib.error, OSError) as error:
-                raise UserError(f"{where}: damaged or truncated ({error})") from None
-        elif want.md5 is None:
-            for _ in tar_reader.members(file.fileno(), 0, os.fstat(file.fileno()).st_size, where):
+                raise UserError(f"{name}: damaged or truncated ({error})") from None
+        elif expected.md5 is None:
+            for _ in tar_reader.members(file.fileno(), 0, os.fstat(file.fileno()).st_size, name):
                 pass
 
 
 def quarantine(path: Path, target: Path, error: UserError) -> UserError:
-    """Move a wrong file out of the way, as `<target>.bad`, and return the error that says so."""
+    """Rename a wrong file to `<target>.bad`; return the error extended by the new name."""
     bad = target.with_name(target.name + ".bad")
     path.replace(bad)
-    return UserError(f"{error}; kept aside as {bad}, ask again for another try")
+    return UserError(f"{error}; the file is kept as {bad}; run the same command again to retry")

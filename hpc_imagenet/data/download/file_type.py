@@ -1,4 +1,4 @@
-"""Say what a file looks like from its first bytes, so that an error can name what came instead."""
+"""Detect the type of a file from its first bytes, for error messages about an unexpected file."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ _HTML = (b"<!doctype html", b"<html", b"<head", b"<script")
 
 
 def is_html(first: bytes) -> bool:
-    """Whether these first bytes of a file begin a web page."""
+    """Whether `first`, the first bytes of a file, start an HTML page."""
     return first[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_HTML)
 
 
 def describe_content(first: bytes) -> str:
-    """Return words for what begins with these bytes (512 are enough), such as `an HTML page`."""
+    """Return the type of a file as a phrase such as `a gzip file`.
+
+    Args:
+        first: its first bytes; 512 are enough.
+    """
     if not first:
         return "an empty file"
     if is_html(first):
         return "an HTML page"
     if first[257:262] == b"ustar":
         return "a tar"
-    for magic, words in _MAGIC:
+    for magic, description in _MAGIC:
         if first.startswith(magic):
-            return words
+            return description
     if not first.strip(b"\0"):
         return "a file of zeros"
     start = first[:64].lstrip()
@@ -40,4 +44,4 @@ def describe_content(first: bytes) -> str:
         return "an XML document"
     if start.startswith(b"{"):
         return "a JSON document"
-    return "a file of no known format"
+    return "a file of unknown format"

@@ -1,8 +1,8 @@
-"""A file that is being downloaded: `<file>.part`, and in `<file>.part.json` which bytes of what it has.
+"""A partially downloaded file: bytes in `<file>.part`, their offsets in the state file `<file>.part.json`.
 
-Several threads write, each where its bytes belong. The note is written after the bytes it speaks of are on
-the disk, so it holds after a kill and after a power cut; what came since the last note is fetched again. A
-note costs a flush, so one is written as often as takes a tenth of the time.
+Several threads write at their own offsets. The state file is written after an fsync of the bytes it lists, so
+it is correct after a kill and after a power failure; bytes written since then are fetched again. Because of
+the fsync, the state is saved only so often that saving takes at most a tenth of the time.
 """
 
 from __future__ import annotations
@@ -23,17 +23,23 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import make_read_only, read_json, sync_folder, write_json
 
 SUFFIX = ".part"
-SHARE = 10  # a note is followed by this many times its own duration without one
-RAREST = 10.0  # s between notes at most, where flushes are slow
+SAVE_INTERVAL_FACTOR = 10  # time between saves, as a multiple of the duration of a save …
+MAX_SAVE_INTERVAL = 10.0  # … but at most so many s, for file systems with a slow fsync
 
 
 class PartialFile:
-    """The part on disk; one process at a time.
+    """The partial file of an archive, locked by one process at a time.
+
+    Args:
+        target: final path of the archive.
 
     Attributes:
-        origin: what its bytes are of; None for an empty part.
-        changed: notified when bytes came, under its lock; it guards all but the file itself.
-        generation: counts how often it began anew.
+        origin: source state of the bytes; None for an empty file.
+        changed: notified when bytes are written; its lock guards everything except the file's content.
+        generation: number of times that the file was cleared.
+
+    Raises:
+        UserError: another process holds the lock.
     """
 
     def __init__(self, target: Path) -> None:
@@ -42,50 +48,50 @@ class PartialFile:
         self.changed = threading.Condition()
         self.generation = 0
         self.origin: Origin | None = None
-        self._spans: list[list[int]] = []  # [begin, end) of what is there: sorted, apart from each other
-        self._noted: list[list[int]] = []
-        self._due = 0.0
-        self._note = target.with_name(f"{target.name}{SUFFIX}.json")
+        self._spans: list[list[int]] = []  # [begin, end) of the written bytes: sorted, disjoint, not adjacent
+        self._saved_spans: list[list[int]] = []
+        self._next_save = 0.0
+        self._state_path = target.with_name(f"{target.name}{SUFFIX}.json")
         while True:
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._lock()
-                if _has_name(self.file, self.path):
-                    self._take_up()
+                if _is_same_file(self.file, self.path):
+                    self._load_state()
                     return
             except BaseException:
                 os.close(self.file)
                 raise
-            os.close(self.file)  # before it was locked, another process has made the archive of it
+            os.close(self.file)  # between open and lock, another process renamed the file to the archive
 
     def __enter__(self) -> PartialFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Its end may be a full disk: the note before then stands.
+        # If the disk is full, the last saved state stays valid.
         with contextlib.suppress(OSError):
-            self.save()
+            self.save_state()
         os.close(self.file)
 
     @property
     def size(self) -> int:
-        """How many bytes are there."""
+        """Number of bytes written, gaps excluded."""
         with self.changed:
             return sum(end - begin for begin, end in self._spans)
 
     @property
     def contiguous_size(self) -> int:
-        """How many bytes are there from the first one on without a gap."""
+        """Number of bytes from the start of the file to the first gap."""
         with self.changed:
             return self._spans[0][1] if self._spans and self._spans[0][0] == 0 else 0
 
     @property
-    def whole(self) -> bool:
-        """Whether nothing is left to fetch, as far as the server said how much there is."""
+    def complete(self) -> bool:
+        """Whether all bytes are written; False while the total is unknown."""
         return self.origin is not None and self.contiguous_size == self.origin.total
 
     def gaps(self) -> Iterator[tuple[int, int]]:
-        """Yield [begin, end) of what is missing, in order. Call it under `changed`."""
+        """Yield [begin, end) of the missing bytes, in order. The caller must hold `changed`."""
         at = 0
         for begin, end in self._spans:
             if at < begin:
@@ -96,29 +102,29 @@ class PartialFile:
             yield at, total if total is not None else at
 
     def has(self, begin: int, end: int) -> bool:
-        """Whether all bytes of [begin, end) are there."""
+        """Whether all bytes of [begin, end) are written."""
         with self.changed:
-            place = self._place(begin + 1)
+            index = self._span_index(begin + 1)
             return (
-                place < len(self._spans) and self._spans[place][0] <= begin and end <= self._spans[place][1]
+                index < len(self._spans) and self._spans[index][0] <= begin and end <= self._spans[index][1]
             )
 
     def clear(self) -> None:
-        """Throw the bytes away."""
+        """Discard all bytes."""
         with self.changed:
-            self._spans, self._noted, self.origin = [], [], None
+            self._spans, self._saved_spans, self.origin = [], [], None
             self.generation += 1
             os.ftruncate(self.file, 0)
             self.changed.notify_all()
 
-    def begin(self, origin: Origin) -> None:
-        """Begin anew with what the server has now."""
+    def restart(self, origin: Origin) -> None:
+        """Discard all bytes and start a download of `origin`."""
         self.clear()
-        write_json(self._note, _note(origin, []))
+        write_json(self._state_path, _state(origin, []))
         self.origin = origin
 
     def write(self, at: int, data: bytes) -> None:
-        """Write bytes to their place."""
+        """Write bytes at offset `at`."""
         rest = memoryview(data)
         begin = at
         try:
@@ -127,78 +133,78 @@ class PartialFile:
                 at, rest = at + done, rest[done:]
         finally:
             if at > begin:
-                self._add(begin, at)
+                self._add_span(begin, at)
 
-    def is_all(self) -> None:
-        """Note that the file ends where the part ends: the server had not said how long it is."""
+    def set_total_to_size(self) -> None:
+        """Record the written size as the total, if the server did not send a length."""
         origin = self.origin
         assert origin is not None
         self.origin = Origin(origin.url, origin.etag, origin.modified, self.contiguous_size, origin.ranges)
 
-    def save(self, when_due: bool = False) -> None:
-        """Bring the bytes to the disk, then note which are there.
+    def save_state(self, if_due: bool = False) -> None:
+        """Sync the bytes to the disk, then record them in the state file.
 
         Args:
-            when_due: only if the last time is long enough ago.
+            if_due: do nothing if the last save is too recent.
         """
         begin = time.monotonic()
-        if when_due and begin < self._due:
+        if if_due and begin < self._next_save:
             return
         with self.changed:
             spans, origin = [list(span) for span in self._spans], self.origin
-        if origin is None or spans == self._noted:
+        if origin is None or spans == self._saved_spans:
             return
         os.fsync(self.file)
-        write_json(self._note, _note(origin, spans))
-        self._noted = spans
+        write_json(self._state_path, _state(origin, spans))
+        self._saved_spans = spans
         end = time.monotonic()
-        self._due = end + min(RAREST, SHARE * (end - begin))
+        self._next_save = end + min(MAX_SAVE_INTERVAL, SAVE_INTERVAL_FACTOR * (end - begin))
 
     def stat(self) -> os.stat_result:
-        """Return the file's stat when all its bytes are on the disk."""
+        """Sync the bytes to the disk and return the file's stat."""
         os.fsync(self.file)
         return os.fstat(self.file)
 
     def finalize(self) -> None:
-        """Take the final name, and be written no more."""
+        """Make the file read-only and rename it to its final path."""
         make_read_only(self.file)
         self.path.replace(self.target)
         self.discard_state()
         sync_folder(self.target.parent)
 
     def discard_state(self) -> None:
-        """Remove the note: the bytes have gone elsewhere."""
+        """Remove the state file, after the bytes were moved away."""
         self.origin = None
-        self._note.unlink(missing_ok=True)
+        self._state_path.unlink(missing_ok=True)
 
-    def _add(self, begin: int, end: int) -> None:
+    def _add_span(self, begin: int, end: int) -> None:
         with self.changed:
             spans = self._spans
-            place = last = self._place(begin)
+            first = last = self._span_index(begin)
             while last < len(spans) and spans[last][0] <= end:
                 begin, end = min(begin, spans[last][0]), max(end, spans[last][1])
                 last += 1
-            spans[place:last] = [[begin, end]]
+            spans[first:last] = [[begin, end]]
             self.changed.notify_all()
 
-    def _place(self, at: int) -> int:
-        """Return the number of the first span that ends at `at` or behind it."""
+    def _span_index(self, at: int) -> int:
+        """Return the index of the first span whose end is at least `at`."""
         return bisect.bisect_left(self._spans, at, key=lambda span: span[1])
 
-    def _take_up(self) -> None:
+    def _load_state(self) -> None:
         size = os.fstat(self.file).st_size
-        note = None
+        state = None
         with contextlib.suppress(json.JSONDecodeError):
-            note = read_json(self._note)
+            state = read_json(self._state_path)
         try:
-            spans = [[int(begin), int(end)] for begin, end in note.pop("spans")] if note else []
-            self.origin = Origin(**note) if note else None
+            spans = [[int(begin), int(end)] for begin, end in state.pop("spans")] if state else []
+            self.origin = Origin(**state) if state else None
         except (TypeError, ValueError, KeyError, AttributeError):
             spans, self.origin = [], None
         if not spans or self.origin is None or spans[-1][1] > min(size, self.origin.total or size):
-            os.ftruncate(self.file, 0)  # bytes without a note are never taken up
+            os.ftruncate(self.file, 0)  # without a valid state file the bytes cannot be trusted
             spans, self.origin = [], None
-        self._spans, self._noted = spans, [list(span) for span in spans]
+        self._spans, self._saved_spans = spans, [list(span) for span in spans]
 
     def _lock(self) -> None:
         try:
@@ -208,23 +214,23 @@ class PartialFile:
                 f"{self.path}: another job is downloading it; python -m hpc_imagenet jobs shows which"
             ) from None
         except OSError:
-            pass  # a file system without locks: then only the run's signature keeps two jobs apart
+            pass  # a file system without locks: two jobs are kept apart by the run's signature only
 
 
 def allocated_bytes(target: Path) -> int:
-    """Return the bytes of the disk that the part of an archive takes already; 0 without a part."""
+    """Return the bytes of disk space that the partial file of `target` occupies; 0 without one."""
     try:
         return target.with_name(target.name + SUFFIX).stat().st_blocks * 512
     except FileNotFoundError:
         return 0
 
 
-def _has_name(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _note(origin: Origin, spans: list[list[int]]) -> dict[str, object]:
+def _state(origin: Origin, spans: list[list[int]]) -> dict[str, object]:
     return {**asdict(origin), "spans": spans}

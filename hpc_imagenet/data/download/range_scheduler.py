@@ -1,4 +1,4 @@
-"""Who fetches which bytes: several connections share the gaps of one file, the first gaps first."""
+"""Assigns the missing byte ranges of one file to several connections, lowest offsets first."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from dataclasses import dataclass
 
 from hpc_imagenet.data.download.partial_file import PartialFile
 
-AHEAD = 1 << 29  # bytes that one connection may be ahead of the first gap: what a node keeps in memory
-LEAST = 1 << 20  # bytes that are worth a request of their own
+# Bytes that a connection may be ahead of the first gap: what stays in a node's page cache until it is hashed.
+MAX_AHEAD = 1 << 29
+MIN_STEAL = 1 << 20  # bytes that are worth a request of their own
 
 
 @dataclass(eq=False)
 class RangeClaim:
-    """Bytes [at, end) that one connection is fetching; `end` comes nearer where an idle one takes half."""
+    """Bytes [at, end) that one connection still has to fetch.
+
+    Attributes:
+        begin: offset of the first byte of the claim.
+        end: offset after the last byte; decreases if an idle connection steals the second half.
+        at: offset of the next byte to fetch.
+    """
 
     begin: int
     end: int
@@ -24,26 +31,26 @@ class RangeClaim:
 
 
 class RangeScheduler:
-    """Hands out the gaps of a part.
+    """Assigns the gaps of a partial file to connections; thread-safe.
 
     Attributes:
-        stopped: set when nobody shall begin with anything more.
-        error: why, if not because all is there.
-        workers: how many connections there are.
+        stopped: set once no further request may start.
+        error: the exception that stopped the download, if any.
+        connections: number of connections in use.
     """
 
-    def __init__(self, part: PartialFile, workers: int) -> None:
+    def __init__(self, part: PartialFile, connections: int) -> None:
         self._part = part
         self._claims: list[RangeClaim] = []
-        self.workers = workers
+        self.connections = connections
         self.stopped = threading.Event()
         self.error: BaseException | None = None
 
     def take(self, size: int | None) -> RangeClaim | None:
-        """Return the next bytes to fetch, at most `size` of them; None when there is nothing left to do."""
+        """Claim the next range of at most `size` bytes; None once the file is complete or stopped."""
         with self._part.changed:
-            while not self.stopped.is_set() and not self._part.whole:
-                claim = self._free(size) or self._steal_half()
+            while not self.stopped.is_set() and not self._part.complete:
+                claim = self._next_gap(size) or self._steal_half()
                 if claim:
                     self._claims.append(claim)
                     return claim
@@ -51,28 +58,28 @@ class RangeScheduler:
         return None
 
     def release(self, claim: RangeClaim) -> None:
-        """Give back what was not fetched of a claim."""
+        """Return the unfetched rest of a claim, for any connection to take."""
         with self._part.changed:
             self._claims.remove(claim)
             self._part.changed.notify_all()
 
     def stop(self, error: BaseException | None = None) -> None:
-        """Let nobody begin with anything more."""
+        """Stop all connections; the first error is kept."""
         with self._part.changed:
             self.error = self.error or error
             self.stopped.set()
             self._part.changed.notify_all()
 
     def retire_connection(self) -> bool:
-        """Take one connection away for good; False for the last one, which stays."""
+        """Reduce the number of connections by one; return False if only one is left."""
         with self._part.changed:
-            if self.workers == 1:
+            if self.connections == 1:
                 return False
-            self.workers -= 1
+            self.connections -= 1
             return True
 
-    def _free(self, size: int | None) -> RangeClaim | None:
-        limit = self._part.contiguous_size + AHEAD
+    def _next_gap(self, size: int | None) -> RangeClaim | None:
+        limit = self._part.contiguous_size + MAX_AHEAD
         claims = sorted(self._claims, key=lambda claim: claim.begin)
         for begin, end in self._part.gaps():
             at, stop = begin, end
@@ -88,9 +95,9 @@ class RangeScheduler:
         return None
 
     def _steal_half(self) -> RangeClaim | None:
-        """Take the second half of what another connection has before it: the last one, or a slow one."""
+        """Claim the second half of the largest unfetched rest, so that no slow connection is waited for."""
         largest = max(self._claims, key=lambda claim: claim.end - claim.at, default=None)
-        if largest is None or largest.end - largest.at < 2 * LEAST:
+        if largest is None or largest.end - largest.at < 2 * MIN_STEAL:
             return None
         middle = (largest.at + largest.end) // 2
         half = RangeClaim(middle, largest.end)

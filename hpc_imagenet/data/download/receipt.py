@@ -1,7 +1,7 @@
-"""The receipt beside an archive: what was verified, so that 155 GB are hashed once and not at every step.
+"""Receipts: the verified size and MD5 of an archive, so that 155 GB are hashed only once.
 
-`<file>.receipt.json` holds as long as the archive's size and time of change are those of the receipt. Only
-the standard library is imported here: the login node asks for receipts before it submits.
+`<file>.receipt.json` is valid as long as the archive's size and mtime equal the recorded ones. This module
+imports only the standard library, because the login node reads receipts before it submits.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ SUFFIX = ".receipt.json"
 
 @dataclass(frozen=True)
 class Receipt:
-    """What an archive was when it was verified."""
+    """Size, MD5 and origin of an archive when it was verified."""
 
     bytes: int
     md5: str
     mtime_ns: int  # of the archive
-    source: str  # the folder or URL prefix that it came from
-    verified: str  # what vouched for the MD5: a setting's name, `md5sums`, or "" for nothing
+    source: str  # the folder or URL prefix of its origin
+    verified: str  # where the expected MD5 came from: a setting, `md5sums`, or "" if there was none
 
 
 def load_receipt(path: Path) -> Receipt | None:
-    """Return the receipt of the archive at `path`, or None where there is none that still holds."""
+    """Return the receipt of the archive at `path`; None if there is no valid one."""
     try:
-        receipt = Receipt(**(read_json(_beside(path)) or {}))
-        now = path.stat()
+        receipt = Receipt(**(read_json(_receipt_path(path)) or {}))
+        stat = path.stat()
     except (FileNotFoundError, json.JSONDecodeError, TypeError):
         return None
-    return receipt if (now.st_size, now.st_mtime_ns) == (receipt.bytes, receipt.mtime_ns) else None
+    return receipt if (stat.st_size, stat.st_mtime_ns) == (receipt.bytes, receipt.mtime_ns) else None
 
 
 def write_receipt(path: Path, md5: str, source: str, verified: str, stat: os.stat_result) -> Receipt:
     """Write the receipt of the archive at `path`.
 
     Args:
-        path: the archive's final place; it may get there after its receipt.
-        md5: of the bytes that were verified.
-        source: where they came from.
-        verified: what vouched for `md5`.
-        stat: of the file, taken before its bytes were hashed, so that a later change voids the receipt.
+        path: final path of the archive, which may be moved there after its receipt is written.
+        md5: MD5 of the verified bytes, in hex.
+        source: folder or URL prefix of their origin.
+        verified: where the expected MD5 came from.
+        stat: stat of the file, taken before hashing, so that a later change makes the receipt invalid.
     """
     receipt = Receipt(stat.st_size, md5, stat.st_mtime_ns, source, verified)
-    write_json(_beside(path), asdict(receipt))
+    write_json(_receipt_path(path), asdict(receipt))
     return receipt
 
 
 def missing_receipts(folder: Path, files: Iterable[str]) -> list[str]:
-    """Return those of `files` that do not lie in `folder` with a receipt that holds."""
+    """Return those of `files` that are missing from `folder` or have no valid receipt."""
     return [file for file in files if load_receipt(folder / file) is None]
 
 
-def _beside(path: Path) -> Path:
+def _receipt_path(path: Path) -> Path:
     return path.with_name(path.name + SUFFIX)

@@ -1,4 +1,4 @@
-"""When to try again what has failed, and when to give up. Source: RFC 9110, Retry-After."""
+"""Retries with exponential backoff and Retry-After. Source: RFC 9110, 10.2.3."""
 
 from __future__ import annotations
 
@@ -10,63 +10,64 @@ from hpc_imagenet.errors import UserError
 
 log = logging.getLogger(__name__)
 
-LONGEST_WAIT = 60.0  # s between tries, unless the server asks for more
-LONGEST_ASKED = 3600.0  # s that a server may ask for
-FIRST_RETRIES = 3  # to reach a server that was not reached yet
+MAX_BACKOFF = 60.0  # s between attempts if the server sends no Retry-After
+MAX_RETRY_AFTER = 3600.0  # s; longer values of Retry-After are cut to this
+FIRST_ATTEMPTS = 3  # at a server that has not answered yet
 
 
 class Retry:
-    """How often something failed, and how long to wait.
+    """Counts the failures of one download in a row, and waits between attempts.
 
     Args:
-        remote: who is asked.
-        file: what is being fetched.
-        retries: tries in a row without a new byte before giving up.
-        size: returns how many bytes are there.
-        sleep: what waits, for some s.
-        tail: of the error.
+        source: source of the file.
+        file: name of the file in the source.
+        retries: retries in a row without a new byte before giving up.
+        size: function that returns how many bytes have been downloaded.
+        sleep: function that waits, taking seconds.
+        tail: text appended to the error.
     """
 
     def __init__(
         self,
-        remote: RangeSource,
+        source: RangeSource,
         file: str,
         retries: int,
         size: Callable[[], int],
         sleep: Callable[[float], object],
         tail: str,
     ) -> None:
-        self._remote = remote
-        self._url = remote.url(file)
+        self._source = source
+        self._url = source.url(file)
         self._retries = retries
         self._size = size
         self._sleep = sleep
         self._tail = tail
-        self._best = size()
-        self._changed = False
-        self.failures = 0  # in a row without a byte that was not there before
+        self._largest_size = size()
+        self._changed_before = False
+        self.failures = 0  # in a row without a new byte
 
     def wait_or_raise(self, error: TransientError | ContentChanged) -> None:
-        """Wait until it is time to try again.
+        """Count a failure and wait until the next attempt.
 
         Raises:
-            UserError: there is no sense in it any more.
+            UserError: there were too many failures in a row.
         """
-        if isinstance(error, ContentChanged) and not self._changed:
-            self._changed = True  # once is no failure: what an earlier try has left is out of date
+        if isinstance(error, ContentChanged) and not self._changed_before:
+            # The first change is no failure: the bytes of an earlier attempt are out of date.
+            self._changed_before = True
             return
         size = self._size()
-        # A server that begins anew each time makes progress only beyond the furthest byte so far.
-        self.failures = 0 if size > self._best else self.failures + 1
-        self._best = max(self._best, size)
-        limit = self._retries if self._remote.reached else min(self._retries, FIRST_RETRIES - 1)
+        # A server that makes every download restart progresses only beyond the largest size so far.
+        self.failures = 0 if size > self._largest_size else self.failures + 1
+        self._largest_size = max(self._largest_size, size)
+        limit = self._retries if self._source.reached else min(self._retries, FIRST_ATTEMPTS - 1)
         if self.failures > limit:
             raise UserError(
-                f"{self._url}: {error}, {self.failures} tries in a row (dataset.source, download.retries)"
-                f"{self._tail}"
+                f"{self._url}: {error}; {self.failures} failed attempts in a row; check dataset.source or "
+                f"increase download.retries{self._tail}"
             )
-        wait = min(LONGEST_WAIT, 2.0 ** max(0, self.failures - 1))
+        wait = min(MAX_BACKOFF, 2.0 ** max(0, self.failures - 1))
         if isinstance(error, TransientError):
-            wait = wait if error.wait is None else min(LONGEST_ASKED, error.wait)
-            log.warning("%s: %s, with %d bytes there; again in %.0f s", self._url, error, size, wait)
+            wait = wait if error.wait is None else min(MAX_RETRY_AFTER, error.wait)
+            log.warning("%s: %s after %d bytes; retrying in %.0f s", self._url, error, size, wait)
         self._sleep(wait)

@@ -1,7 +1,7 @@
-"""The MD5 of a file while it is written: a thread that follows the front of what is there without a gap.
+"""MD5 of a file while it is downloaded: a thread that hashes its contiguous prefix.
 
-Bytes come in chunks side by side, a little ahead of the front, so they are read back while they are still in
-memory. What an earlier try has written is read from the disk, once, while the rest is being fetched.
+Connections write only a little ahead of the prefix, so the bytes are read back from the page cache. The bytes
+of an earlier attempt are read from the disk once, while the rest is downloaded.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from hpc_imagenet.data.download.expected import new_md5
 from hpc_imagenet.data.download.partial_file import PartialFile
 from hpc_imagenet.errors import UserError
 
-STEP = 4 << 20  # bytes
+CHUNK = 4 << 20  # bytes
 
 
 class StreamingHash:
-    """Hashes a part for as long as the block lasts."""
+    """Context manager whose thread hashes a partial file as it grows.
+
+    Attributes:
+        hashed: length of the hashed prefix in bytes.
+    """
 
     def __init__(self, part: PartialFile) -> None:
         self._part = part
-        self._ended = False
+        self._stopped = False
         self._error: BaseException | None = None
         self._md5 = new_md5()
         self.hashed = 0
@@ -34,18 +38,18 @@ class StreamingHash:
 
     def __exit__(self, *_: object) -> None:
         with self._part.changed:
-            self._ended = True
+            self._stopped = True
             self._part.changed.notify_all()
         self._thread.join()
 
     def result(self, tick: Callable[[], None]) -> str:
-        """Wait until all that is there is hashed; return the MD5 in hex.
+        """Wait until the contiguous prefix is hashed; return its MD5 in hex.
 
         Args:
-            tick: called every second or so until then.
+            tick: called at least about once a second while waiting.
 
         Raises:
-            UserError: the file became shorter.
+            UserError: the file was truncated by another process.
         """
         while self._error is None and self.hashed < self._part.contiguous_size:
             tick()
@@ -58,26 +62,28 @@ class StreamingHash:
 
     def _run(self) -> None:
         try:
-            self._follow()
+            self._hash_prefix()
         except BaseException as error:
             self._error = error
             with self._part.changed:
                 self._part.changed.notify_all()
 
-    def _follow(self) -> None:
-        part, buffer = self._part, memoryview(bytearray(STEP))
+    def _hash_prefix(self) -> None:
+        part, buffer = self._part, memoryview(bytearray(CHUNK))
         generation = part.generation
         while True:
             with part.changed:
                 while (
-                    not self._ended and part.generation == generation and part.contiguous_size <= self.hashed
+                    not self._stopped
+                    and part.generation == generation
+                    and part.contiguous_size <= self.hashed
                 ):
                     part.changed.wait()
-                if self._ended:
+                if self._stopped:
                     return
                 if part.generation != generation:
                     generation, self.hashed, self._md5 = part.generation, 0, new_md5()
-                size = min(STEP, part.contiguous_size - self.hashed)
+                size = min(CHUNK, part.contiguous_size - self.hashed)
             if not size:
                 continue
             done = os.preadv(part.file, [buffer[:size]], self.hashed)
@@ -87,7 +93,8 @@ class StreamingHash:
                     continue
                 if not done:
                     raise UserError(
-                        f"{part.path}: became shorter while it was read; is something else writing it?"
+                        f"{part.path}: became shorter while it was read; stop other programs that write to "
+                        "it, then run the same command again"
                     )
                 self.hashed += done
                 part.changed.notify_all()

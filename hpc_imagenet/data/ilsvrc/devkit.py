@@ -1,10 +1,9 @@
-"""The development kit: which classes there are, what they are called, and the labels of the val images.
+"""Development kit reader: the classes, their names and the labels of the val images.
 
-The kit is `ILSVRC2012_devkit_t12.tar.gz`: `data/meta.mat` (a MATLAB struct array `synsets`; leaves of the
-WordNet tree are the classes) and `data/ILSVRC2012_validation_ground_truth.txt` (one id a line, for the val
-images in the order of their names). Its ids are not in the order of the labels that everybody trains with:
-those are the places of the wnids in alphabetical order. Source: the kit's readme.txt, and
-torchvision.datasets.imagenet.
+The kit is `ILSVRC2012_devkit_t12.tar.gz`. It contains `data/meta.mat` (a MATLAB struct array `synsets`; the
+leaves of the WordNet tree are the classes) and `data/ILSVRC2012_validation_ground_truth.txt` (one id per
+line, for the val images in file name order). These ids are not the usual training labels, which are the
+indices of the wnids in alphabetical order. Source: the kit's readme.txt, and torchvision.datasets.imagenet.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from hpc_imagenet.errors import UserError
 
 META = "data/meta.mat"
 TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
-# A wnid becomes the name of a folder.
+# A wnid is also used as a folder name.
 WNID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class Devkit:
-    """What the kit says.
+    """Contents of a development kit.
 
     Attributes:
-        names: wnid → the words for that class, in alphabetical order of the wnids, so that a class's place
+        names: wnid → names of the class, in alphabetical order of the wnids, so that the index of a class
             is its label.
         wnid_of: the kit's own id → wnid.
-        val_wnids: the class of every val image, in the order of the file names.
+        val_wnids: wnid of every val image, in file name order.
     """
 
     names: dict[str, tuple[str, ...]]
@@ -46,7 +45,7 @@ def read_devkit(path: Path) -> Devkit:
     """Read a development kit.
 
     Raises:
-        UserError: not such a kit, damaged, or at odds with itself.
+        UserError: not a development kit, damaged, or inconsistent.
     """
     meta, truth = _unpack(path)
     names, wnid_of = _classes(meta, path)
@@ -56,7 +55,7 @@ def read_devkit(path: Path) -> Devkit:
             continue
         if not line.strip().isdigit() or int(line) not in wnid_of:
             raise UserError(
-                f"{path}: {TRUTH} line {number} is {line.strip()!r}: not an id of a class in {META}"
+                f"{path}: {TRUTH} line {number} is {line.strip()!r}, which is not the id of a class in {META}"
             )
         val_wnids.append(wnid_of[int(line)])
     return Devkit(names, wnid_of, val_wnids)
@@ -67,27 +66,27 @@ def _unpack(path: Path) -> tuple[bytes, bytes]:
     try:
         with tarfile.open(path, "r:gz") as archive:
             for member in archive:
-                for wanted in (META, TRUTH):
-                    if member.isreg() and f"/{member.name}".endswith(f"/{wanted}"):
+                for name in (META, TRUTH):
+                    if member.isreg() and f"/{member.name}".endswith(f"/{name}"):
                         file = archive.extractfile(member)
-                        found[wanted] = file.read() if file else b""
+                        found[name] = file.read() if file else b""
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; +stage=download fetches it") from None
+        raise UserError(f"{path}: no such file; submit +stage=download to fetch it") from None
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         with path.open("rb") as raw:
-            looks = describe_content(raw.read(512))
-        was = f"damaged ({error})" if looks == "a gzip file" else looks
-        raise UserError(f"{path}: not a development kit (.tar.gz) but {was}") from None
-    for wanted in (META, TRUTH):
-        if wanted not in found:
+            content = describe_content(raw.read(512))
+        problem = f"damaged ({error})" if content == "a gzip file" else content
+        raise UserError(f"{path}: not a development kit (.tar.gz) but {problem}") from None
+    for name in (META, TRUTH):
+        if name not in found:
             raise UserError(
-                f"{path}: no {wanted} in it; is it the ILSVRC2012 development kit for task 1 and 2?"
+                f"{path} does not contain {name}; is it the ILSVRC2012 development kit for tasks 1 and 2?"
             )
     return found[META], found[TRUTH]
 
 
 def _classes(meta: bytes, path: Path) -> tuple[dict[str, tuple[str, ...]], dict[int, str]]:
-    # Imported here: scipy.io takes 0.2 s, and the tar walk does without.
+    # Imported here: importing scipy.io takes 0.2 s, and the tar scan does not need it.
     import numpy as np
     from scipy.io import loadmat
 
@@ -95,15 +94,17 @@ def _classes(meta: bytes, path: Path) -> tuple[dict[str, tuple[str, ...]], dict[
         rows: Any = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         # By position, as torchvision reads them: ILSVRC2012_ID, WNID, words, gloss, num_children.
         leaves = [(int(row[0]), str(row[1]), str(row[2])) for row in rows if int(row[4]) == 0]
-    except Exception as error:  # scipy's readers meet nonsense with errors of many kinds
+    except Exception as error:  # scipy raises many kinds of errors for invalid files
         raise UserError(f"{path}: {META} has no readable table `synsets` ({error!r})") from None
     if not leaves:
-        raise UserError(f"{path}: {META} has no class (no synset without children)")
+        raise UserError(f"{path}: {META} has no class: every synset has children")
     wnid_of = {number: wnid for number, wnid, _ in leaves}
     names = {wnid: tuple(words.split(", ")) for _, wnid, words in sorted(leaves, key=lambda leaf: leaf[1])}
     if not len(leaves) == len(wnid_of) == len(names):
-        raise UserError(f"{path}: {META} names an id or a wnid twice")
+        raise UserError(f"{path}: an id or a wnid occurs twice in {META}")
     for wnid in names:
         if not WNID.fullmatch(wnid):
-            raise UserError(f"{path}: {META} has a class {wnid!r}: a wnid is a name such as n01440764")
+            raise UserError(
+                f"{path}: {META} has a class with the invalid wnid {wnid!r}; a valid one is n01440764"
+            )
     return names, wnid_of

@@ -1,7 +1,7 @@
-"""Write archives of the exact ILSVRC2012 shape: a tar of class tars, a flat val tar, the development kit.
+"""Writer of archives in the ILSVRC2012 layout: a tar of class tars, a flat val tar, the development kit.
 
-Who has images of another origin (`digits.py`) gives them as bytes; the same images always make the same
-archives, byte for byte.
+Images from another source (such as `demo/digits.py`) are passed as bytes. The same images always give the
+same archives, byte for byte.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Synset:
-    """A row of the development kit's table; one without `children` is a class.
+    """A row of the development kit's table `synsets`; a synset without `children` is a class.
 
-    `id` is the kit's own number. In the real kit the ids are not in the order of the wnids either.
+    `id` is the kit's own number; as in the real kit, the ids need not be in the order of the wnids.
     """
 
     id: int
@@ -46,30 +46,36 @@ class Synset:
 
 
 def write_train(path: Path, classes: Iterable[tuple[str, Sequence[bytes]]]) -> None:
-    """Write the train archive: for each (wnid, images) one inner tar of `<wnid>_<i>.JPEG`."""
+    """Write the train archive: one inner tar with `<wnid>_<i>.JPEG` for each (wnid, images)."""
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as outer:
         for wnid, images in classes:
             buffer = io.BytesIO()
-            named = ((f"{wnid}_{i}.JPEG", image) for i, image in enumerate(images))
+            members = ((f"{wnid}_{i}.JPEG", image) for i, image in enumerate(images))
             with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as inner:
-                _add(inner, named)
+                _add(inner, members)
             _add(outer, [(f"{wnid}.tar", buffer.getvalue())])
 
 
 def write_val(path: Path, images: Iterable[bytes]) -> None:
     """Write the val archive: `ILSVRC2012_val_00000001.JPEG` and so on."""
-    named = ((f"ILSVRC2012_val_{i:08d}.JPEG", image) for i, image in enumerate(images, 1))
+    members = ((f"ILSVRC2012_val_{i:08d}.JPEG", image) for i, image in enumerate(images, 1))
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
-        _add(archive, named)
+        _add(archive, members)
 
 
 def write_devkit(path: Path, synsets: Sequence[Synset], truth: Sequence[int]) -> None:
-    """Write the development kit; `truth` holds the id of every val image, in the order of their names."""
+    """Write the development kit.
+
+    Args:
+        path: file to write.
+        synsets: rows of the table.
+        truth: the id of every val image, in file name order.
+    """
     root = "ILSVRC2012_devkit_t12"
     text = "".join(f"{number}\n" for number in truth).encode()
     with (
         path.open("wb") as raw,
-        # No name and no time in the gzip header: the same input makes the same bytes.
+        # No name and no time in the gzip header: the same input gives the same bytes.
         gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as archive,
     ):
@@ -77,7 +83,7 @@ def write_devkit(path: Path, synsets: Sequence[Synset], truth: Sequence[int]) ->
 
 
 def write_md5sums(folder: Path, files: Sequence[str] = (TRAIN, VAL, DEVKIT)) -> None:
-    """Write `md5sums` beside the archives, as the command md5sum does."""
+    """Write the file `md5sums` next to the archives, in the format of the command md5sum."""
     lines = (f"{md5_of_file(folder / file, lambda done: None)}  {file}\n" for file in files)
     (folder / MD5SUMS_FILE).write_text("".join(lines))
 
@@ -106,12 +112,12 @@ def _meta_mat(synsets: Sequence[Synset]) -> bytes:
             row[column] = value
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": rows})
-    # The first 116 bytes are free text, where scipy notes the time.
+    # The first 116 bytes are free text, in which scipy stores the current time.
     return b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:]
 
 
 def _add(archive: tarfile.TarFile, files: Iterable[tuple[str, bytes]]) -> None:
     for name, data in files:
-        header = tarfile.TarInfo(name)  # no owner and no time but zero
+        header = tarfile.TarInfo(name)  # no owner; modification time 0
         header.size = len(data)
         archive.addfile(header, io.BytesIO(data))

@@ -1,8 +1,7 @@
-"""meta.bin: the file in which torchvision's ImageNet keeps the classes' names and the labels of val.
+"""Writer of meta.bin, in which torchvision's ImageNet stores the class names and the val labels.
 
-It is what `torch.save` would write of them, in content: a zip with a pickle and the format's version. It
-holds no tensor, so torch is not needed to write it, and a process job is spared the seconds and the 450 MB
-that importing torch takes.
+The content equals that of `torch.save`: a zip with a pickle and the format version. It contains no tensor, so
+it can be written without torch, whose import would cost a process job several seconds and 450 MB of memory.
 Source: torchvision.datasets.imagenet.parse_devkit_archive, and the notes on serialization in torch's manual.
 """
 
@@ -14,18 +13,18 @@ import zipfile
 
 FILE = "meta.bin"
 
-_PROTOCOL = 2  # of pickle: the one that torch.save uses
-_VERSION = b"3\n"  # of torch's zip format
+_PROTOCOL = 2  # pickle protocol of torch.save
+_VERSION = b"3\n"  # version of torch's zip format
 
 
 def encode_meta_bin(names: dict[str, tuple[str, ...]], val_wnids: list[str]) -> bytes:
-    """Return the bytes of a meta.bin, equal in content to what torchvision makes of the development kit.
+    """Return the bytes of a meta.bin, equal in content to the one that torchvision makes from the devkit.
 
     It loads with `torch.load(…, weights_only=True)`.
 
     Args:
-        names: wnid → the words for that class.
-        val_wnids: the class of every val image, in the order of the file names.
+        names: wnid → names of the class.
+        val_wnids: wnid of every val image, in file name order.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -34,5 +33,6 @@ def encode_meta_bin(names: dict[str, tuple[str, ...]], val_wnids: list[str]) -> 
             ("byteorder", b"little"),
             ("version", _VERSION),
         ):
-            archive.writestr(zipfile.ZipInfo(f"meta/{name}"), data)  # its time is 1980
+            # A ZipInfo is dated 1980, so that the same input gives the same bytes.
+            archive.writestr(zipfile.ZipInfo(f"meta/{name}"), data)
     return buffer.getvalue()

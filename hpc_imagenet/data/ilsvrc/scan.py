@@ -1,8 +1,8 @@
-"""From three archives of the ILSVRC shape to the address and label of every image.
+"""Archive scan: byte offset, length and label of every image in three archives with the ILSVRC layout.
 
-The train archive is a tar of one tar a class, `<wnid>.tar`; the val archive is flat, and its images in the
-order of their names belong to the lines of the development kit's ground truth. Labels count the wnids in
-alphabetical order, as torchvision does.
+The train archive is a tar of one tar per class, `<wnid>.tar`. The val archive is flat; its images, sorted by
+name, correspond to the lines of the development kit's ground truth. A label is the index of the wnid in
+alphabetical order, as in torchvision.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from hpc_imagenet.datastore.index import ENTRY, Index
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import process_pool
 
-SPLITS = ("train", "val")  # in the order of their archives' numbers in the index
-HEADER, DECODE = "header", "decode"  # how closely each image is looked at
-# Bytes of archives from which on several processes pay: below, starting them takes longer than the walk.
-_MANY = 16 << 30
-_TOGETHER = 500  # images of val that are decoded as one piece of work
+SPLITS = ("train", "val")  # in the order of the archives' shard numbers in the index
+HEADER, DECODE = "header", "decode"  # values of process.check
+# Bytes of the train archive: below this, starting worker processes takes longer than the scan.
+_PARALLEL_BYTES = 16 << 30
+_DECODE_CHUNK = 500  # val images that one call of a worker decodes
 
 
 @dataclass(frozen=True)
 class ClassTar:
-    """One class of the train archive: the tar in its bytes [begin, end)."""
+    """The tar of one class: bytes [begin, end) of the train archive."""
 
     wnid: str
     begin: int
@@ -44,12 +44,12 @@ class ClassTar:
 
 @dataclass(frozen=True)
 class Scan:
-    """What lies in the archives; the images of a split in archive order, those of a class of train together.
+    """The images of the archives by split, in archive order.
 
     Attributes:
-        splits: each of shape [images] and dtype `ENTRY`.
-        facts: each of shape [images] and dtype `picture.FACTS`.
-        names: each of shape [images]: file names without folders, as bytes.
+        splits: split → index entries, shape [images], dtype `ENTRY`.
+        facts: split → header facts, shape [images], dtype `image_header.FACTS`.
+        names: split → file names without folders, as bytes, shape [images].
     """
 
     splits: dict[str, Index]
@@ -57,18 +57,18 @@ class Scan:
     names: dict[str, Array]
 
     def corrupt(self) -> list[str]:
-        """Return the names of the images that cannot be decoded."""
+        """Return the names of the images with the flag CORRUPT."""
         bad = {split: facts["marks"] & image_header.CORRUPT != 0 for split, facts in self.facts.items()}
         return [os.fsdecode(name) for split in SPLITS for name in self.names[split][bad[split]].tolist()]
 
     def without_corrupt(self) -> Scan:
-        """Return the same without those images."""
+        """Return a copy without the corrupt images."""
         kept = {split: facts["marks"] & image_header.CORRUPT == 0 for split, facts in self.facts.items()}
         return replace(
             self,
-            splits={split: of[kept[split]] for split, of in self.splits.items()},
-            facts={split: of[kept[split]] for split, of in self.facts.items()},
-            names={split: of[kept[split]] for split, of in self.names.items()},
+            splits={split: entries[kept[split]] for split, entries in self.splits.items()},
+            facts={split: facts[kept[split]] for split, facts in self.facts.items()},
+            names={split: names[kept[split]] for split, names in self.names.items()},
         )
 
 
@@ -84,56 +84,58 @@ def scan(
     """Find every image of both splits.
 
     Args:
-        train: the train archive.
-        val: the val archive.
-        devkit: its classes and ground truth.
-        check: HEADER: 2 kB of each image are read; DECODE: all of it, and it is decoded.
-        workers: processes that may be used.
-        progress: told (archives walked, archives there are), counting each class as one and val as one.
+        train: path of the train archive.
+        val: path of the val archive.
+        devkit: classes and ground truth.
+        check: HEADER reads 2 kB of each image; DECODE reads and decodes every image.
+        workers: maximum number of processes.
+        progress: callback with (tars scanned, tars in total): one tar per class, and the val archive.
 
     Raises:
-        UserError: the archives are damaged, or do not belong to each other.
+        UserError: an archive is damaged, or the archives do not match each other.
     """
     labels = {wnid: label for label, wnid in enumerate(devkit.names)}
     if len(labels) - 1 > np.iinfo(ENTRY["label"]).max:
-        raise UserError(f"{len(labels)} classes: an index holds at most {np.iinfo(ENTRY['label']).max + 1}")
+        raise UserError(
+            f"{len(labels)} classes, but an index can hold at most {np.iinfo(ENTRY['label']).max + 1}"
+        )
     with open_for_pread(train) as descriptor:
         size = os.fstat(descriptor).st_size
         tars = find_class_tars(descriptor, train, devkit)
-    if check != DECODE and size < _MANY:
+    if check != DECODE and size < _PARALLEL_BYTES:
         workers = 1
-    parts = []
-    one_class = functools.partial(_class, train, decode=check == DECODE)
-    for number, found in enumerate(process_pool.map_in_order(one_class, tars, workers)):
-        parts.append(found)
+    class_entries = []
+    scan_class = functools.partial(_scan_class, train, decode=check == DECODE)
+    for number, found in enumerate(process_pool.map_in_order(scan_class, tars, workers)):
+        class_entries.append(found)
         progress(number + 1, len(tars) + 1)
-    of_train = ImageEntries(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    train_labels = np.repeat([labels[tar.wnid] for tar in tars], [len(part.names) for part in parts])
+    train_entries = ImageEntries(*(np.concatenate(columns) for columns in zip(*class_entries, strict=True)))
+    train_labels = np.repeat([labels[tar.wnid] for tar in tars], [len(part.names) for part in class_entries])
     with open_for_pread(val) as descriptor:
-        of_val = tar_scan.find_images(descriptor, 0, os.fstat(descriptor).st_size, str(val))
-    val_labels = np.array([labels[wnid] for wnid in _val_classes(of_val.names.tolist(), devkit, val)])
+        val_entries = tar_scan.find_images(descriptor, 0, os.fstat(descriptor).st_size, str(val))
+    val_labels = np.array([labels[wnid] for wnid in _val_classes(val_entries.names.tolist(), devkit, val)])
     if check == DECODE:
-        _decode_val(val, of_val, workers)
+        _decode_val(val, val_entries, workers)
     progress(len(tars) + 1, len(tars) + 1)
     return Scan(
-        {"train": _entries(of_train, train_labels, 0), "val": _entries(of_val, val_labels, 1)},
-        {"train": of_train.facts, "val": of_val.facts},
-        {"train": of_train.names, "val": of_val.names},
+        {"train": _index(train_entries, train_labels, 0), "val": _index(val_entries, val_labels, 1)},
+        {"train": train_entries.facts, "val": val_entries.facts},
+        {"train": train_entries.names, "val": val_entries.names},
     )
 
 
 def find_class_tars(descriptor: int, train: Path, devkit: Devkit) -> list[ClassTar]:
-    """Return the class tars of an open train archive: exactly the classes of the kit.
+    """Return the class tars of an open train archive and check that they are exactly the devkit's classes.
 
     Raises:
-        UserError: a class is missing, unknown or there twice, or the archive holds something else.
+        UserError: a class is missing, unknown or duplicated, or a member is not a class tar.
     """
     tars = []
     for member in members(descriptor, 0, os.fstat(descriptor).st_size, str(train)):
         wnid, ending = posixpath.splitext(posixpath.basename(member.name))
         if ending != ".tar":
             raise UserError(
-                f"{train}: holds {member.name}, where one tar a class is expected (n01440764.tar …); "
+                f"{train}: contains {member.name}, but one tar per class is expected (n01440764.tar …); "
                 "is dataset.archives.train.file the train archive?"
             )
         tars.append(ClassTar(wnid, member.offset, member.offset + member.length))
@@ -141,33 +143,41 @@ def find_class_tars(descriptor: int, train: Path, devkit: Devkit) -> list[ClassT
         raise UserError(f"{train}: an empty archive")
     found = {tar.wnid for tar in tars}
     if len(found) < len(tars):
-        twice = next(tar.wnid for tar in tars if sum(other.wnid == tar.wnid for other in tars) > 1)
-        raise UserError(f"{train}: class {twice} is there twice")
+        duplicate = next(tar.wnid for tar in tars if sum(other.wnid == tar.wnid for other in tars) > 1)
+        raise UserError(f"{train}: class {duplicate} occurs twice")
     if unknown := sorted(found - devkit.names.keys()):
-        raise UserError(f"{train}: {_some(unknown)} in it, but not in the development kit")
+        raise UserError(f"{train}: {_classes_are(unknown)} in the archive but not in the development kit")
     if missing := sorted(devkit.names.keys() - found):
-        raise UserError(f"{train}: {_some(missing)} missing in it, but in the development kit")
+        raise UserError(f"{train}: {_classes_are(missing)} in the development kit but missing in the archive")
     return tars
 
 
 @contextlib.contextmanager
-def open_for_pread(path: Path, ahead: bool = False) -> Iterator[int]:
-    """Open a file for `pread`; tell the kernel whether to read ahead: not of headers 100 kB apart."""
+def open_for_pread(path: Path, sequential: bool = False) -> Iterator[int]:
+    """Open a file for `pread`, with a hint for the kernel.
+
+    Args:
+        path: file to read.
+        sequential: whether the kernel should read ahead; not useful for headers that are 100 kB apart.
+
+    Raises:
+        UserError: the file does not exist.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; +stage=download fetches it") from None
+        raise UserError(f"{path}: no such file; submit +stage=download to fetch it") from None
     try:
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
-                advice = os.POSIX_FADV_SEQUENTIAL if ahead else os.POSIX_FADV_RANDOM
+                advice = os.POSIX_FADV_SEQUENTIAL if sequential else os.POSIX_FADV_RANDOM
                 os.posix_fadvise(descriptor, 0, 0, advice)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _class(train: Path, tar: ClassTar, decode: bool) -> ImageEntries:
+def _scan_class(train: Path, tar: ClassTar, decode: bool) -> ImageEntries:
     with open_for_pread(train) as descriptor:
         found = tar_scan.find_images(descriptor, tar.begin, tar.end, f"{train}: {tar.wnid}.tar")
         if decode:
@@ -176,29 +186,29 @@ def _class(train: Path, tar: ClassTar, decode: bool) -> ImageEntries:
 
 
 def _decode(descriptor: int, found: ImageEntries) -> None:
-    """Mark the images that cannot be decoded."""
+    """Set the flag CORRUPT of the images that cannot be decoded."""
     for i, (offset, length) in enumerate(zip(found.offsets.tolist(), found.lengths.tolist(), strict=True)):
         if image_header.decode_error(os.pread(descriptor, length, offset)):
             found.facts["marks"][i] |= image_header.CORRUPT
 
 
 def _decode_val(val: Path, found: ImageEntries, workers: int) -> None:
-    pieces = [
-        ImageEntries(*(column[begin : begin + _TOGETHER] for column in found))
-        for begin in range(0, len(found.names), _TOGETHER)
+    chunks = [
+        ImageEntries(*(column[begin : begin + _DECODE_CHUNK] for column in found))
+        for begin in range(0, len(found.names), _DECODE_CHUNK)
     ]
-    marks = list(process_pool.map_in_order(functools.partial(_marks, val), pieces, workers))
-    found.facts["marks"][:] = np.concatenate(marks)
+    flags = list(process_pool.map_in_order(functools.partial(_decoded_flags, val), chunks, workers))
+    found.facts["marks"][:] = np.concatenate(flags)
 
 
-def _marks(val: Path, piece: ImageEntries) -> Array:
+def _decoded_flags(val: Path, chunk: ImageEntries) -> Array:
     with open_for_pread(val) as descriptor:
-        _decode(descriptor, piece)
-    return piece.facts["marks"]
+        _decode(descriptor, chunk)
+    return chunk.facts["marks"]
 
 
 def _val_classes(names: list[bytes], devkit: Devkit, val: Path) -> list[str]:
-    """Return the class of every val image, in the order of `names`."""
+    """Return the wnid of every val image, in the order of `names`."""
     if len(names) != len(devkit.val_wnids):
         raise UserError(
             f"{val}: {len(names)} images, but the ground truth of the development kit has "
@@ -208,20 +218,20 @@ def _val_classes(names: list[bytes], devkit: Devkit, val: Path) -> list[str]:
         raise UserError(f"{val}: two images have the same file name in different folders")
     order = sorted(range(len(names)), key=names.__getitem__)
     classes = [""] * len(names)
-    for place, wnid in zip(order, devkit.val_wnids, strict=True):
-        classes[place] = wnid
+    for i, wnid in zip(order, devkit.val_wnids, strict=True):
+        classes[i] = wnid
     return classes
 
 
-def _entries(found: ImageEntries, labels: Array, shard: int) -> Index:
+def _index(found: ImageEntries, labels: Array, shard: int) -> Index:
     entries = np.empty(len(found.names), ENTRY)
     entries["offset"], entries["length"] = found.offsets, found.lengths
     entries["label"], entries["shard"] = labels, shard
     return entries
 
 
-def _some(wnids: list[str]) -> str:
-    """Return words such as `classes n1, n2, n3 and 7 more are`."""
+def _classes_are(wnids: list[str]) -> str:
+    """Return the start of a sentence, such as `classes n1, n2, n3 and 7 more are`."""
     more = f" and {len(wnids) - 3} more" if len(wnids) > 3 else ""
     shown = ", ".join(wnids[:3]) + more
     return f"class {shown} is" if len(wnids) == 1 else f"classes {shown} are"

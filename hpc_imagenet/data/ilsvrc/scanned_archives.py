@@ -1,7 +1,7 @@
-"""What every job of a process stage begins with: which archives these are, and what lies in them.
+"""Scanned archives: the verified archives and the list of their images, the input of a process job.
 
-Jobs that work on one dataset side by side need the same scan: whoever comes first makes it and leaves it in
-the dataset's folder, the others wait for that and read it.
+Parallel jobs of one dataset need the same scan: the first job makes it and stores it in the dataset's folder
+under a lock; the others wait for the lock and load it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from hpc_imagenet.io.atomic_files import atomic_write
 _SCAN, _LOCK = ".scan.npz", ".scan.lock"
 _COLUMNS = ("splits", "facts", "names")
 
-Tell = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ScannedArchives:
-    """Archives, what vouches for them, and what lies in them.
+    """Verified archives and their images.
 
     Attributes:
-        archives: train, val and devkit.
-        receipts: of each.
-        devkit: the classes.
-        scan: every image that is to be processed.
-        skipped: the names of those that are not, because they are corrupt.
+        archives: split (train, val, devkit) → path.
+        receipts: split → receipt of the verified download.
+        devkit: classes and ground truth.
+        scan: the images to process.
+        skipped: names of the corrupt images, which are left out of `scan`.
     """
 
     archives: dict[str, Path]
@@ -52,73 +52,77 @@ class ScannedArchives:
     skipped: list[str]
 
     def md5s(self) -> dict[str, str]:
-        """Return split → MD5: which archives these are."""
+        """Return split → MD5 of the archive."""
         return {split: receipt.md5 for split, receipt in self.receipts.items()}
 
     def key(self, *more: Any) -> str:
-        """Return eight hex digits for these archives and what else decides a result (JSON values)."""
+        """Return a hash (8 hex digits) of the archives and of `more`: settings, as JSON values."""
         return _hash(self.md5s(), *more)
 
     def require_unchanged(self) -> None:
-        """Refuse to call anything whole that was made of archives which were not.
+        """Check that the archives did not change while they were processed.
 
         Raises:
-            UserError: an archive was written to since it was verified.
+            UserError: an archive was modified after it was verified.
         """
         if _receipts(self.archives) != self.receipts:
             raise UserError(
-                f"{self.archives['train'].parent}: an archive changed while it was read; ask again"
+                f"{self.archives['train'].parent}: an archive was replaced while it was processed; "
+                "retry the run"
             )
 
 
-def load_or_scan(config: Config, folder: Path, shared: bool, workers: int, progress: Tell) -> ScannedArchives:
-    """Find out what lies in the archives of `config.dataset`.
+def load_or_scan(
+    config: Config, folder: Path, shared: bool, workers: int, progress: ProgressCallback
+) -> ScannedArchives:
+    """Scan the archives of `config.dataset`, or load a shared scan of them.
 
     Args:
-        config: dataset and process.
-        folder: the dataset's.
-        shared: whether other jobs ask for the same.
-        workers: processes that may be used.
-        progress: told (archives walked, archives there are).
+        config: run configuration; the sections `dataset` and `process` are used.
+        folder: the dataset's folder.
+        shared: whether other jobs need the same scan.
+        workers: maximum number of processes.
+        progress: callback with (tars scanned, tars in total).
 
     Raises:
-        UserError: archives are missing, damaged or do not belong to each other; an image is corrupt, and
-            `process.on_corrupt` is fail.
+        UserError: an archive is missing or damaged, or the archives do not match each other; an image is
+            corrupt and `process.on_corrupt` is fail.
     """
     source = archive_folder(Path(config.workspace), config.dataset)
     archives = {split: source / archive.file for split, archive in config.dataset.archives.items()}
     receipts = _receipts(archives)
     devkit = read_devkit(archives["devkit"])
 
-    def look() -> Scan:
+    def run_scan() -> Scan:
         check = config.process.check
         return scan(
             archives["train"], archives["val"], devkit, check=check, workers=workers, progress=progress
         )
 
     if shared:
-        key = _hash({split: got.md5 for split, got in receipts.items()}, config.process.check)
+        key = _hash({split: record.md5 for split, record in receipts.items()}, config.process.check)
         prepare_folder(folder)
         with FileLock(folder / _LOCK):
             found = _load(folder / _SCAN, key)
             if found is None:
-                found = look()
+                found = run_scan()
                 _save(folder / _SCAN, key, found)
     else:
-        found = look()
+        found = run_scan()
     skipped = found.corrupt()
     if skipped and config.process.on_corrupt == "fail":
         raise UserError(
-            f"{source}: {_listed(skipped)} cannot be decoded; process.on_corrupt=skip leaves such images out"
+            f"{source}: {_name_list(skipped)} cannot be decoded; "
+            "set process.on_corrupt=skip to leave such images out"
         )
     return ScannedArchives(archives, receipts, devkit, found.without_corrupt() if skipped else found, skipped)
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the dataset's folder.
+    """Create the dataset's folder.
 
     Raises:
-        UserError: no right to.
+        UserError: permission denied.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +131,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def remove_shared_scan(folder: Path) -> None:
-    """Remove what jobs side by side have shared."""
+    """Remove the scan that parallel jobs shared, and its lock."""
     for name in (_SCAN, _LOCK):
         (folder / name).unlink(missing_ok=True)
 
@@ -136,9 +140,9 @@ def _receipts(archives: dict[str, Path]) -> dict[str, Receipt]:
     found = {split: receipt.load_receipt(path) for split, path in archives.items()}
     for split, path in archives.items():
         if found[split] is None:
-            why = "changed since it was verified" if path.exists() else "is missing"
-            raise UserError(f"{path} {why}; +stage=download makes it whole")
-    return {split: got for split, got in found.items() if got is not None}
+            problem = "changed after it was verified" if path.exists() else "is missing"
+            raise UserError(f"{path} {problem}; submit +stage=download to fetch or verify it")
+    return {split: record for split, record in found.items() if record is not None}
 
 
 def _save(path: Path, key: str, found: Scan) -> None:
@@ -162,6 +166,6 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _listed(names: list[str]) -> str:
+def _name_list(names: list[str]) -> str:
     shown = ", ".join(os.fsdecode(name) for name in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

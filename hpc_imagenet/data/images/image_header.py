@@ -1,9 +1,9 @@
-"""What an image is, from its first and last bytes: size, format, oddities; and whether it can be decoded.
+"""Image headers: read size, format and flags of an image from its first and last bytes, or decode it.
 
-Of a JPEG the header says all that is counted, and the mark at its end that nothing was cut off, so that
-1 kB of 110 is looked at. Whatever these leave open, such as a longer header or an end without its mark, is
-decided by a closer look at all of the image, at last by decoding it: only what Pillow cannot decode, as
-training would, is called corrupt.
+For most JPEGs the first 1 kB of 110 kB is enough: the frame header has all facts, and the end-of-image marker
+shows that the file is not truncated. If they are not conclusive (a longer header, no end marker), the whole
+image is parsed, and decoded if necessary. Only an image that Pillow cannot decode, as training would, is
+flagged as corrupt.
 Source: ITU-T T.81 annex B (markers), PNG specification 5.3 and 11.2.2, Exif 2.3 table 4 (orientation).
 """
 
@@ -21,18 +21,18 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-HEAD = 1024  # bytes of its beginning that are looked at first: the header, but for a long Exif segment
+HEAD = 1024  # bytes parsed first: holds the header unless there is a long Exif segment
 
-# One entry an image. `marks` holds the bits below.
+# One entry per image. `marks` holds the flag bits below; stored scans and receipts use that name.
 FACTS = np.dtype([("width", "<u2"), ("height", "<u2"), ("marks", "u1")])
 PNG, OTHER, GREY, CMYK, PROGRESSIVE, ROTATED, CORRUPT, TILED = (1 << bit for bit in range(8))
 FLAG_NAMES = {
-    PNG: "PNG, whatever its name says",
+    PNG: "PNG, whatever its extension",
     OTHER: "neither JPEG nor PNG",
     GREY: "grey",
     CMYK: "CMYK",
     PROGRESSIVE: "progressive JPEG",
-    ROTATED: "EXIF says to turn or mirror it",
+    ROTATED: "EXIF orientation other than upright",
     CORRUPT: "corrupt",
 }
 
@@ -40,17 +40,17 @@ _JPEG, _END = b"\xff\xd8", b"\xff\xd9"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _PNG_GREY = (0, 4)  # colour types: grey, grey with alpha
 ORIENTATION = 0x0112  # the Exif tag
-_NO_FRAME = (0xC4, 0xC8, 0xCC)  # within C0 to CF those that begin no frame
-_LATE_END = 4096  # bytes: so far from the end of the file a JPEG's end mark may lie
-# The entry of a TIFF directory for tag 0x0112, a short, one of them: 1 is upright, 2 to 8 are not. Looked for
-# as bytes within the Exif segment, which takes 1 µs where walking the directories takes 60.
-_TURNED = re.compile(
+_NOT_FRAME = (0xC4, 0xC8, 0xCC)  # the markers within C0 to CF that are not frame headers
+_TAIL = 4096  # bytes: the end marker is searched for in so many bytes at the end of a JPEG
+# The TIFF directory entry of tag 0x0112 (one value of type short): 1 is upright, 2 to 8 are not. Searched as
+# bytes within the Exif segment: 1 µs, where parsing the directories takes 60 µs.
+_ROTATED = re.compile(
     rb"\x01\x12\x00\x03\x00\x00\x00\x01\x00[\x02-\x08]|\x12\x01\x03\x00\x01\x00\x00\x00[\x02-\x08]\x00"
 )
 
 
 class ImageInfo(NamedTuple):
-    """What an image is; in the order of `FACTS`."""
+    """Size and flags of an image, in the field order of `FACTS`."""
 
     width: int  # px
     height: int
@@ -58,91 +58,92 @@ class ImageInfo(NamedTuple):
 
 
 def peek(head: bytes, tail: bytes) -> ImageInfo | None:
-    """Say what an image is from its first and last bytes, or None where they do not tell.
+    """Return the info of an image from its first and last bytes, or None if they are not conclusive.
 
     Args:
-        head: its first `HEAD` bytes, or all of it.
-        tail: some of its last bytes.
+        head: the first `HEAD` bytes of the file, or all bytes of a shorter file.
+        tail: the last bytes of the file.
     """
     if head[:2] == _JPEG:
-        return _frame(head) if _END in tail else None
+        return _parse_jpeg(head) if _END in tail else None
     if head[:8] == _PNG and tail[-8:] == _PNG_END and head[12:16] == b"IHDR":
         grey = GREY if head[25] in _PNG_GREY else 0
-        return _look(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"), PNG | grey)
+        width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+        return _clipped_info(width, height, PNG | grey)
     return None
 
 
 def inspect(data: bytes) -> ImageInfo:
-    """Say what an image is from all of its bytes; `marks` has CORRUPT where it cannot be decoded."""
-    return peek(data, data[-_LATE_END:]) or _decoded(data)
+    """Return the info of an image from all its bytes; `flags` has CORRUPT if it cannot be decoded."""
+    return peek(data, data[-_TAIL:]) or _decode_info(data)
 
 
 def decode_error(data: bytes) -> str:
-    """Decode an image and return why that fails, or nothing where it does not."""
+    """Decode an image and return the error message, or an empty string on success."""
     from PIL import Image
 
     try:
-        with _opened(data) as picture:
-            picture.load()
+        with _open_image(data) as image:
+            image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error).split(" <_io")[0]  # Pillow names the buffer it was given
+        return str(error).split(" <_io")[0]  # Pillow adds the repr of the buffer
     return ""
 
 
-def _frame(head: bytes) -> ImageInfo | None:
-    """Walk the markers of a JPEG up to its frame header."""
-    marks, at = 0, 2
+def _parse_jpeg(head: bytes) -> ImageInfo | None:
+    """Parse the markers of a JPEG up to its frame header; None if the frame header is not in `head`."""
+    flags, pos = 0, 2
     try:
         while True:
-            if head[at] != 0xFF:
+            if head[pos] != 0xFF:
                 return None
-            marker = head[at + 1]
-            if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
-                components = head[at + 9]
+            marker = head[pos + 1]
+            if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAME:
+                components = head[pos + 9]
                 if components != 3:
-                    marks |= GREY if components == 1 else CMYK
+                    flags |= GREY if components == 1 else CMYK
                 if marker & 3 == 2:
-                    marks |= PROGRESSIVE
-                width, height = head[at + 7] << 8 | head[at + 8], head[at + 5] << 8 | head[at + 6]
-                return ImageInfo(width, height, marks) if width and height else None
-            if marker == 0xFF:  # fill bytes may stand before any marker
-                at += 1
+                    flags |= PROGRESSIVE
+                width, height = head[pos + 7] << 8 | head[pos + 8], head[pos + 5] << 8 | head[pos + 6]
+                return ImageInfo(width, height, flags) if width and height else None
+            if marker == 0xFF:  # any marker may be preceded by fill bytes
+                pos += 1
                 continue
-            if marker < 0xC0 or 0xD0 <= marker <= 0xDA:  # without a length, or data before a frame
+            if marker < 0xC0 or 0xD0 <= marker <= 0xDA:  # no length, or image data before a frame header
                 return None
-            end = at + 2 + (head[at + 2] << 8 | head[at + 3])
-            if marker == 0xE1 and head[at + 4 : at + 8] == b"Exif" and _TURNED.search(head, at, end):
-                marks |= ROTATED
-            at = end
+            end = pos + 2 + (head[pos + 2] << 8 | head[pos + 3])
+            if marker == 0xE1 and head[pos + 4 : pos + 8] == b"Exif" and _ROTATED.search(head, pos, end):
+                flags |= ROTATED
+            pos = end
     except IndexError:
         return None
 
 
-def _decoded(data: bytes) -> ImageInfo:
+def _decode_info(data: bytes) -> ImageInfo:
     from PIL import Image
 
     try:
-        with _opened(data) as picture:
-            picture.load()
-            marks = {"JPEG": 0, "MPO": 0, "PNG": PNG}.get(picture.format or "", OTHER)
-            marks |= {"1": GREY, "L": GREY, "LA": GREY, "I;16": GREY, "CMYK": CMYK}.get(picture.mode, 0)
-            marks |= PROGRESSIVE if picture.info.get("progressive") else 0
-            marks |= ROTATED if picture.getexif().get(ORIENTATION, 1) in range(2, 9) else 0
-            return _look(picture.width, picture.height, marks)
+        with _open_image(data) as image:
+            image.load()
+            flags = {"JPEG": 0, "MPO": 0, "PNG": PNG}.get(image.format or "", OTHER)
+            flags |= {"1": GREY, "L": GREY, "LA": GREY, "I;16": GREY, "CMYK": CMYK}.get(image.mode, 0)
+            flags |= PROGRESSIVE if image.info.get("progressive") else 0
+            flags |= ROTATED if image.getexif().get(ORIENTATION, 1) in range(2, 9) else 0
+            return _clipped_info(image.width, image.height, flags)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return ImageInfo(0, 0, CORRUPT)
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _open_image(data: bytes) -> Iterator[Image.Image]:
     from PIL import Image
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged Exif, which decoding does not need
-        with Image.open(io.BytesIO(data)) as picture:
-            yield picture
+        warnings.simplefilter("ignore")  # warnings about damaged Exif, which decoding does not need
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
 
 
-def _look(width: int, height: int, marks: int) -> ImageInfo:
+def _clipped_info(width: int, height: int, flags: int) -> ImageInfo:
     limit = np.iinfo(FACTS["width"]).max
-    return ImageInfo(min(width, limit), min(height, limit), marks)
+    return ImageInfo(min(width, limit), min(height, limit), flags)

@@ -1,9 +1,9 @@
-"""What is done to an image on its way into a shard: made smaller, made ordinary, given restart markers.
+"""Image transform applied while shards are written: resize, normalise to baseline RGB JPEG, restart markers.
 
-Resizing decodes and encodes again, by Pillow; so does normalising a PNG or a CMYK JPEG. A progressive JPEG
-is normalised without loss by the program jpegtran of libjpeg-turbo, which moves the same coefficients into
-another file. Tiling does the same with every JPEG, for a file with optimised tables and a restart marker
-behind every block of 8 or 16 px: whoever needs a part of the picture need not decode the rest.
+Resizing decodes and encodes with Pillow; so does normalising a PNG or a CMYK JPEG. A progressive JPEG is
+normalised without loss by jpegtran of libjpeg-turbo, which writes the same coefficients into a new file.
+Tiling runs jpegtran on every JPEG, with optimised Huffman tables and a restart marker after every block of 8
+or 16 px, so that a part of the image can be decoded without the rest.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from hpc_imagenet.data.images.image_header import CMYK, OTHER, PNG, PROGRESSIVE,
 from hpc_imagenet.errors import UserError
 
 _JPEGTRAN = ("jpegtran", "-copy", "all", "-optimize")
-_RESTART = ("-restart", "1B")  # behind each block
-_BEST = {"quality": 100, "subsampling": 0}  # 0.2 grey levels off on average
+_RESTART = ("-restart", "1B")  # after each block
+_NEAR_LOSSLESS = {"quality": 100, "subsampling": 0}  # 0.2 grey levels off on average
 
 
 @dataclass(frozen=True)
 class ShardTransform:
-    """As the settings of `process` have it."""
+    """Transform of one image, configured by the settings of `process`."""
 
-    side: str | None = None  # short or long
-    px: int = 0  # of that side, at most
+    side: str | None = None  # which side is limited: "short" or "long"; None: no resize
+    px: int = 0  # maximum of that side
     quality: int = 90
     normalise: bool = False
     tile: bool = False
 
     @property
     def copies(self) -> bool:
-        """Whether every image stays as it is."""
+        """Whether every image is copied unchanged."""
         return not (self.side or self.normalise or self.tile)
 
     def tools(self) -> dict[str, str]:
-        """Return the versions of what decides the bytes that come out.
+        """Return the versions of the tools that determine the output bytes.
 
         Raises:
-            UserError: jpegtran is needed and missing.
+            UserError: jpegtran is needed but not installed.
         """
         tools = {}
         if self.side or self.normalise:
@@ -58,61 +58,61 @@ class ShardTransform:
         return tools
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Return how large, in px, a picture of this size becomes; never larger than it is."""
+        """Return the new (width, height) in px of an image of this size; never larger than the input."""
         side = {None: 0, "short": min(width, height), "long": max(width, height)}[self.side]
         if side <= self.px or not side:
             return width, height
         return max(1, round(width * self.px / side)), max(1, round(height * self.px / side))
 
-    def __call__(self, data: bytes, look: ImageInfo) -> tuple[bytes, ImageInfo]:
-        """Return the image as it shall lie in the shard, and what it is then.
+    def __call__(self, data: bytes, info: ImageInfo) -> tuple[bytes, ImageInfo]:
+        """Return the bytes of the transformed image and its info.
 
         Args:
-            data: a file's bytes.
-            look: what it is; where `marks` says CORRUPT it must not come here.
+            data: bytes of the image file.
+            info: size and flags of the image; must not have the flag CORRUPT.
 
         Raises:
-            ValueError: it cannot be decoded.
+            ValueError: the image cannot be decoded.
         """
-        size = self.size(look.width, look.height)
-        smaller = size != (look.width, look.height)
-        if smaller or (self.normalise and look.flags & (PNG | OTHER | CMYK)):
-            data = self._encode(data, size if smaller else None, look)
-            look = image_header.inspect(data)
-        if look.flags & (PNG | OTHER):
-            return data, look
+        size = self.size(info.width, info.height)
+        shrinks = size != (info.width, info.height)
+        if shrinks or (self.normalise and info.flags & (PNG | OTHER | CMYK)):
+            data = self._encode(data, size if shrinks else None, info)
+            info = image_header.inspect(data)
+        if info.flags & (PNG | OTHER):
+            return data, info
         if self.tile and (tiled := _jpegtran(data, *_RESTART)):
-            return tiled, look._replace(flags=look.flags & ~PROGRESSIVE | TILED)
-        if self.normalise and look.flags & PROGRESSIVE and (baseline := _jpegtran(data)):
-            return baseline, look._replace(flags=look.flags & ~PROGRESSIVE)
-        return data, look
+            return tiled, info._replace(flags=info.flags & ~PROGRESSIVE | TILED)
+        if self.normalise and info.flags & PROGRESSIVE and (baseline := _jpegtran(data)):
+            return baseline, info._replace(flags=info.flags & ~PROGRESSIVE)
+        return data, info
 
-    def _encode(self, data: bytes, size: tuple[int, int] | None, look: ImageInfo) -> bytes:
+    def _encode(self, data: bytes, size: tuple[int, int] | None, info: ImageInfo) -> bytes:
         options: dict[str, Any] = {}
         try:
             with Image.open(io.BytesIO(data)) as image:
-                if look.flags & ROTATED:
-                    # Nothing else of Exif: what cameras write there cannot always be written again.
+                if info.flags & ROTATED:
+                    # Keep only the orientation: other Exif data of cameras cannot always be written back.
                     options["exif"] = exif = Image.Exif()
                     exif[image_header.ORIENTATION] = image.getexif().get(image_header.ORIENTATION, 1)
                 if size is None:
-                    return _save(_colours(image), {**_BEST, **options})
-                # A JPEG is decoded at a half or less where that is still twice as large as wanted.
+                    return _save(_to_rgb_or_grey(image), {**_NEAR_LOSSLESS, **options})
+                # Decode a JPEG at reduced scale if that is still at least twice the target size.
                 image.draft(None, (2 * size[0], 2 * size[1]))
-                small = _colours(image).resize(size, Image.Resampling.BICUBIC)
+                small = _to_rgb_or_grey(image).resize(size, Image.Resampling.BICUBIC)
                 return _save(small, {"quality": self.quality, **options})
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(str(error)) from None
 
 
 def shard_transform(process: Process) -> ShardTransform:
-    """Return what the settings ask for."""
+    """Return the transform for the settings of `process`."""
     side, _, px = (process.resize or "").partition(":")
     return ShardTransform(side or None, int(px or 0), process.quality, process.normalise, process.tile)
 
 
-def _colours(image: Image.Image) -> Image.Image:
-    """Return the picture as training sees it, but for a grey one, which stays grey."""
+def _to_rgb_or_grey(image: Image.Image) -> Image.Image:
+    """Return the image in RGB, as training sees it; a grey image stays grey."""
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
@@ -123,7 +123,7 @@ def _save(image: Image.Image, options: dict[str, Any]) -> bytes:
 
 
 def _jpegtran(data: bytes, *options: str) -> bytes:
-    """Return the same picture in another file, or nothing where jpegtran finds fault with it."""
+    """Rewrite a JPEG without loss; return empty bytes if jpegtran fails."""
     done = subprocess.run((*_JPEGTRAN, *options), input=data, capture_output=True, check=False)
     return b"" if done.returncode else done.stdout
 
@@ -136,5 +136,5 @@ def _jpegtran_version() -> str:
             "process.normalise and process.tile need the program jpegtran on the PATH of the node: "
             "apt install libjpeg-turbo-progs, or conda install libjpeg-turbo"
         )
-    told = subprocess.run([program, "-version"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    return (told.stderr or told.stdout).decode(errors="replace").splitlines()[0].strip()
+    result = subprocess.run([program, "-version"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return (result.stderr or result.stdout).decode(errors="replace").splitlines()[0].strip()

@@ -1,6 +1,6 @@
-"""The certificate: what a dataset holds, for people (certificate.md) and for `verify` (certificate.json).
+"""Dataset certificate: contents of a dataset, for people (certificate.md) and `verify` (certificate.json).
 
-It says nothing of the time it was written at, so that the same dataset has the same certificate.
+It contains no time stamp, so that the same dataset has the same certificate.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from hpc_imagenet.datastore.manifest import ClassNames, File
 
 JSON, PAGE = "certificate.json", "certificate.md"
 FORMAT = 1
-_FEW = 50  # so many images of an oddity are named
-_EDGES = (0, 64, 128, 256, 384, 512, 768, 1024, 2048)  # px, of a short side
+_MAX_NAMED = 50  # images with a flag are listed by name up to this number
+_EDGES = (0, 64, 128, 256, 384, 512, 768, 1024, 2048)  # px: histogram bins of the short side
 
 
 def build_certificate(
@@ -40,100 +40,116 @@ def build_certificate(
     """Return the certificate of a dataset.
 
     Args:
-        name: of the dataset.
-        content: short hash of which images these are.
-        classes: in label order.
-        splits: the index of each split.
-        facts: of the same images, each of shape [images] and dtype `FACTS`.
-        names: of the same images, as bytes.
-        files: all that belong to the dataset, but the manifest and the certificate.
-        skipped: names of images that were left out as corrupt.
-        provenance: source, MD5s of the archives, how they were processed.
-        tools: versions of what changed images, if any did.
+        name: name of the dataset.
+        content: short hash that identifies the set of images.
+        classes: classes in label order.
+        splits: split → index.
+        facts: split → header facts of the same images, shape [images], dtype `FACTS`.
+        names: split → file names of the same images, as bytes, shape [images].
+        files: all files of the dataset except the manifest and the certificate.
+        skipped: names of the corrupt images that were left out.
+        provenance: source, MD5s of the archives, settings of the process stage.
+        tools: versions of the tools that changed images; empty if none did.
     """
     counts = {
-        split: np.bincount(of["label"], minlength=len(classes)).tolist() for split, of in splits.items()
+        split: np.bincount(entries["label"], minlength=len(classes)).tolist()
+        for split, entries in splits.items()
     }
     return {
         "format": FORMAT,
         "name": name,
         "content": content,
         "classes": len(classes),
-        "images": {split: len(of) for split, of in splits.items()},
-        "bytes": {split: int(of["length"].sum(dtype=np.int64)) for split, of in splits.items()},
-        "sizes": {split: _sizes(splits[split], of) for split, of in facts.items()},
-        "oddities": {split: _oddities(of, names[split]) for split, of in facts.items()},
-        "restart_markers": {split: int((of["marks"] & TILED != 0).sum()) for split, of in facts.items()},
+        "images": {split: len(entries) for split, entries in splits.items()},
+        "bytes": {split: int(entries["length"].sum(dtype=np.int64)) for split, entries in splits.items()},
+        "sizes": {split: _sizes(splits[split], split_facts) for split, split_facts in facts.items()},
+        "oddities": {split: _flagged(split_facts, names[split]) for split, split_facts in facts.items()},
+        "restart_markers": {
+            split: int((split_facts["marks"] & TILED != 0).sum()) for split, split_facts in facts.items()
+        },
         "skipped": list(skipped),
         "files": [{"path": file.path, "bytes": file.bytes, "hash": file.hash} for file in files],
         **provenance,
         "tools": {"hpc_imagenet": __version__, "python": platform.python_version(), **tools},
         "counts": {
-            of.wnid: {split: counts[split][label] for split in splits} for label, of in enumerate(classes)
+            category.wnid: {split: counts[split][label] for split in splits}
+            for label, category in enumerate(classes)
         },
     }
 
 
 def render_page(certificate: Mapping[str, Any], classes: Sequence[ClassNames]) -> str:
-    """Return the certificate as a page of Markdown."""
-    of = certificate
-    splits = list(of["images"])
-    lines = [f"# {of['name']}, content {of['content']}", ""]
+    """Return the certificate as a Markdown page."""
+    images, sizes, flagged = certificate["images"], certificate["sizes"], certificate["oddities"]
+    splits = list(images)
+    lines = [f"# {certificate['name']}, content {certificate['content']}", ""]
     lines += _table(
         ["", *splits],
         [
-            ["images", *(f"{of['images'][split]:,}" for split in splits)],
-            ["bytes", *(f"{of['bytes'][split]:,}" for split in splits)],
+            ["images", *(f"{images[split]:,}" for split in splits)],
+            ["bytes", *(f"{certificate['bytes'][split]:,}" for split in splits)],
             *(
-                [words, *(_range(of["sizes"][split][key]) for split in splits)]
-                for key, words in (
+                [label, *(_format_range(sizes[split][key]) for split in splits)]
+                for key, label in (
                     ("width", "width, px"),
                     ("height", "height, px"),
-                    ("bytes", "bytes an image"),
+                    ("bytes", "bytes per image"),
                 )
             ),
         ],
     )
-    lines += ["", "Least, median and greatest; sizes as the files' headers have them.", ""]
+    lines += ["", "Minimum, median and maximum; widths and heights are those in the file headers.", ""]
     lines += ["## Short sides", ""]
-    bins = list(of["sizes"][splits[0]]["short_side"])
+    bins = list(sizes[splits[0]]["short_side"])
     lines += _table(
         ["px", *splits],
-        [[b, *(f"{of['sizes'][split]['short_side'][b]:,}" for split in splits)] for b in bins],
+        [[label, *(f"{sizes[split]['short_side'][label]:,}" for split in splits)] for label in bins],
     )
-    lines += ["", "## Oddities", "", "Images that want care when they are decoded; all of them are in.", ""]
+    lines += ["", "## Unusual images", "", "Images that need care when decoded; none is left out.", ""]
     rows = []
-    for words in FLAG_NAMES.values():
-        if any(words in of["oddities"][split] for split in splits):
-            rows.append([words, *(f"{of['oddities'][s].get(words, {}).get('images', 0):,}" for s in splits)])
+    for flag in FLAG_NAMES.values():
+        if any(flag in flagged[split] for split in splits):
+            counts = [flagged[split].get(flag, {}).get("images", 0) for split in splits]
+            rows.append([flag, *(f"{count:,}" for count in counts)])
     lines += _table(["", *splits], rows) if rows else ["None."]
-    few = [
-        f"- {words}: {', '.join(found['named'])}"
+    name_lines = [
+        f"- {flag}: {', '.join(found['named'])}"
         for split in splits
-        for words, found in of["oddities"][split].items()
+        for flag, found in flagged[split].items()
         if found["named"]
     ]
-    lines += ["", *few] if few else []
-    if of["skipped"]:
-        lines += ["", "## Left out: they cannot be decoded", ""]
-        lines += [f"- {image}" for image in of["skipped"]]
+    lines += ["", *name_lines] if name_lines else []
+    if certificate["skipped"]:
+        lines += ["", "## Corrupt images that were left out", ""]
+        lines += [f"- {image}" for image in certificate["skipped"]]
     lines += ["", "## Files", ""]
     lines += _table(
-        ["file", "bytes", "hash"], [[f["path"], f"{f['bytes']:,}", f["hash"]] for f in of["files"]]
+        ["file", "bytes", "hash"],
+        [[file["path"], f"{file['bytes']:,}", file["hash"]] for file in certificate["files"]],
     )
-    lines += ["", "## Where it comes from", ""]
-    lines += _table(["", ""], [["source", of["source"]], *([k, v] for k, v in of["archives"].items())])
-    lines += ["", "Processed with: " + ", ".join(f"{k} {v}" for k, v in of["process"].items()) + ". "]
-    lines += ["By: " + ", ".join(f"{k} {v}" for k, v in of["tools"].items()) + "."]
+    lines += ["", "## Source", ""]
+    lines += _table(["", ""], [["source", certificate["source"]], *certificate["archives"].items()])
+    lines += ["", f"Processed with: {_settings(certificate['process'])}. "]
+    lines += [f"Tools: {_settings(certificate['tools'])}."]
     lines += ["", "## Classes", ""]
+    class_counts = certificate["counts"]
     lines += _table(
         ["label", "wnid", "names", *splits],
         [
-            [label, one.wnid, ", ".join(one.names), *(f"{of['counts'][one.wnid][s]:,}" for s in splits)]
-            for label, one in enumerate(classes)
+            [
+                label,
+                category.wnid,
+                ", ".join(category.names),
+                *(f"{class_counts[category.wnid][split]:,}" for split in splits),
+            ]
+            for label, category in enumerate(classes)
         ],
     )
     return "\n".join(lines) + "\n"
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _sizes(entries: Index, facts: Array) -> dict[str, Any]:
@@ -143,35 +159,35 @@ def _sizes(entries: Index, facts: Array) -> dict[str, Any]:
     labels = [f"{low} to {high - 1}" for low, high in itertools.pairwise(_EDGES)]
     labels.append(f"{_EDGES[-1]} and more")
     return {
-        "width": _spread(facts["width"]),
-        "height": _spread(facts["height"]),
-        "bytes": _spread(entries["length"]),
+        "width": _min_median_max(facts["width"]),
+        "height": _min_median_max(facts["height"]),
+        "bytes": _min_median_max(entries["length"]),
         "short_side": dict(zip(labels, counted, strict=True)),
     }
 
 
-def _spread(values: Array) -> list[int]:
+def _min_median_max(values: Array) -> list[int]:
     if not len(values):
         return [0, 0, 0]
     return [int(values.min()), int(np.median(values)), int(values.max())]
 
 
-def _oddities(facts: Array, names: Array) -> dict[str, Any]:
+def _flagged(facts: Array, names: Array) -> dict[str, Any]:
     found = {}
     for bit, words in FLAG_NAMES.items():
         rows = np.flatnonzero(facts["marks"] & bit)
         if len(rows) and bit != CORRUPT:
-            named = [name.decode("utf-8", "backslashreplace") for name in names[rows].tolist()]
-            found[words] = {"images": len(rows), "named": named if len(rows) <= _FEW else []}
+            image_names = [name.decode("utf-8", "backslashreplace") for name in names[rows].tolist()]
+            found[words] = {"images": len(rows), "named": image_names if len(rows) <= _MAX_NAMED else []}
     return found
 
 
-def _range(spread: Sequence[int]) -> str:
-    return " · ".join(f"{value:,}" for value in spread)
+def _format_range(values: Sequence[int]) -> str:
+    return " · ".join(f"{value:,}" for value in values)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
-    return [line(head), "|" + "---|" * len(head), *map(line, rows)]
+    return [line(header), "|" + "---|" * len(header), *map(line, rows)]

@@ -1,10 +1,10 @@
-"""Class folders, as torchvision's ImageFolder and ImageNet read them: `train/<wnid>/` and `val/<wnid>/`.
+"""Class folder writer: `train/<wnid>/` and `val/<wnid>/`, for torchvision's ImageFolder and ImageNet.
 
-The images go straight from the archives to their files; inner tars are never written. A split grows in
-`.<split>.partial/`, class by class, and gets its name when all of it is there: torchvision takes any folder
-called train/ for whole. Several jobs may share the classes; each tells in a receipt which ones it has brought
-to the disk. Killed at any moment and asked again, each goes on with its first unfinished class.
-Times of change are those of the writing, so that a file system that purges by age leaves the files alone.
+Images are extracted directly from the archives; inner tars are never written to disk. A split is written to
+`.<split>.partial/`, class by class, and renamed when it is complete, because torchvision assumes that a
+folder train/ is complete. Parallel jobs can share the classes; each job records the classes that it has
+synced to disk in a receipt. A job that was killed resumes at its first unfinished class.
+The modification time is the time of writing, so that a file system with purging by age keeps the files.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk, process_pool
 from hpc_imagenet.io.atomic_files import atomic_write, read_json, sync_folder, write_json
 
-NOTE = "folders.json"  # whose images these are
+IDENTITY_FILE = "folders.json"  # stores the identity of the class folders
 _LOCK = ".folders.lock"
-_BLOCK = 4096  # bytes: what file systems round a file up to
+_BLOCK = 4096  # bytes: file systems round the size of a file up to a multiple of this
 
-Tell = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The images of one class of one split; arrays of shape [images]."""
+    """The images of one class of one split; the arrays have shape [images]."""
 
     split: str
     wnid: str
@@ -51,90 +51,96 @@ class ClassImages:
 
 
 def write_class_folders(
-    root: Path, survey: ScannedArchives, identity: Any, part: int, parts: int, workers: int, progress: Tell
+    root: Path,
+    scanned: ScannedArchives,
+    identity: Any,
+    part: int,
+    parts: int,
+    workers: int,
+    progress: ProgressCallback,
 ) -> int:
-    """Write every so many-th class folder, of both splits, into the dataset's folder `root`.
+    """Write the class folders of one part, for both splits.
 
     Args:
         root: the dataset's folder.
-        survey: what lies in the archives.
-        identity: which folders these are (a JSON value): those of another are replaced.
-        part: 0 to `parts` - 1: whose classes are to be written.
-        parts: how many share the work.
-        workers: processes that may be used.
-        progress: told (images there, images there will be), of this part.
+        scanned: the archives and their images.
+        identity: JSON value that identifies the images; folders with another identity are replaced.
+        part: index of the part, 0 to `parts` - 1; it has every `parts`-th class.
+        parts: number of parts.
+        workers: maximum number of processes.
+        progress: callback with (images written, images in total) of this part.
 
     Returns:
-        the images of this part.
+        number of images of this part.
 
     Raises:
-        UserError: not enough bytes or inodes, folders are in the way that were not made here, or an archive
-            changed while it was read.
+        UserError: not enough free bytes or inodes, `root` has class folders that this stage did not make, or
+            an archive changed while it was read.
     """
     with FileLock(root / _LOCK):
-        _claim(root, identity)
-    mine = [of for of in classes(survey)[part::parts] if not (root / of.split).exists()]
-    total = done = sum(len(of.names) for of in mine)
-    told = _told(root, identity)
-    missing = [of for of in mine if not _is_finished(root, of, told)]
-    done -= sum(len(of.names) for of in missing)
+        _replace_other_identity(root, identity)
+    groups = [group for group in classes(scanned)[part::parts] if not (root / group.split).exists()]
+    total = done = sum(len(group.names) for group in groups)
+    synced = _synced_classes(root, identity)
+    missing = [group for group in groups if not _is_finished(root, group, synced)]
+    done -= sum(len(group.names) for group in missing)
     _require_space(root, missing)
     for split in SPLITS:
         if not (root / split).exists():
             _partial(root, split).mkdir(exist_ok=True)
     progress(done, total)
     for images in process_pool.map_in_order(
-        functools.partial(_write, root, survey.archives), missing, workers
+        functools.partial(_write, root, scanned.archives), missing, workers
     ):
         done += images
         progress(done, total)
-    _sync(root)  # once for all files: a name must not survive a power cut that the bytes do not
-    survey.require_unchanged()
-    listed = [[of.split, of.wnid] for of in mine]
-    write_json(root / f".folders-{part}-of-{parts}.json", {"identity": identity, "classes": listed})
+    _sync(root)  # once for all files: after a power cut no name may exist without its bytes
+    scanned.require_unchanged()
+    synced_classes = [[group.split, group.wnid] for group in groups]
+    write_json(root / f".folders-{part}-of-{parts}.json", {"identity": identity, "classes": synced_classes})
     return total
 
 
-def finalize_class_folders(root: Path, survey: ScannedArchives, identity: Any, meta: bytes) -> None:
-    """Give the splits their names, once all classes of all parts are there, with meta.bin in each.
+def finalize_class_folders(root: Path, scanned: ScannedArchives, identity: Any, meta: bytes) -> None:
+    """Rename the complete splits from `.<split>.partial` to `<split>`, with meta.bin in each.
 
     Raises:
-        UserError: classes are missing.
+        UserError: classes are missing: not all parts are finished.
     """
-    told = _told(root, identity)
-    todo = [split for split in SPLITS if not (root / split).exists()]
-    for split in todo:
-        wanted = [of.wnid for of in classes(survey) if of.split == split]
+    synced = _synced_classes(root, identity)
+    unfinished = [split for split in SPLITS if not (root / split).exists()]
+    for split in unfinished:
+        expected = [group.wnid for group in classes(scanned) if group.split == split]
         partial = _partial(root, split)
-        there = {path.name for path in partial.iterdir()} if partial.exists() else set()
-        if missing := [wnid for wnid in wanted if wnid not in there or (split, wnid) not in told]:
+        existing = {path.name for path in partial.iterdir()} if partial.exists() else set()
+        if missing := [wnid for wnid in expected if wnid not in existing or (split, wnid) not in synced]:
             raise UserError(
-                f"{partial}: of {len(wanted)} classes {len(missing)} are not there, the first "
-                f"is {missing[0]}: retry the parts of this run"
+                f"{partial}: {len(missing)} of {len(expected)} classes are missing, the first is "
+                f"{missing[0]}; retry the parts of this run"
             )
-        for name in there.difference(wanted):
+        for name in existing.difference(expected):
             _remove(partial / name)
         with atomic_write(partial / "meta.bin") as file:
             file.write(meta)
-    for split in todo:
+    for split in unfinished:
         _partial(root, split).rename(root / split)
     sync_folder(root)
     for path in (*root.glob(".folders-*.json"), root / _LOCK):
         path.unlink(missing_ok=True)
 
 
-def classes(survey: ScannedArchives) -> list[ClassImages]:
+def classes(scanned: ScannedArchives) -> list[ClassImages]:
     """Return the classes of train and of val, in the order of their labels."""
     found = []
     for split in SPLITS:
-        entries, names = survey.scan.splits[split], survey.scan.names[split]
+        entries, names = scanned.scan.splits[split], scanned.scan.names[split]
         order = np.argsort(entries["label"], kind="stable")
-        ends = np.cumsum(np.bincount(entries["label"], minlength=len(survey.devkit.names)))
-        for wnid, rows in zip(survey.devkit.names, np.split(order, ends[:-1]), strict=True):
-            of = ClassImages(split, wnid, names[rows], entries["offset"][rows], entries["length"][rows])
-            if len(of.sizes()) < len(rows):
-                raise UserError(f"{survey.archives[split]}: class {wnid} has two files of one name")
-            found.append(of)
+        ends = np.cumsum(np.bincount(entries["label"], minlength=len(scanned.devkit.names)))
+        for wnid, rows in zip(scanned.devkit.names, np.split(order, ends[:-1]), strict=True):
+            group = ClassImages(split, wnid, names[rows], entries["offset"][rows], entries["length"][rows])
+            if len(group.sizes()) < len(rows):
+                raise UserError(f"{scanned.archives[split]}: class {wnid} has two files of the same name")
+            found.append(group)
     return found
 
 
@@ -142,10 +148,10 @@ def _partial(root: Path, split: str) -> Path:
     return root / f".{split}.partial"
 
 
-def _claim(root: Path, identity: Any) -> None:
-    """Make sure that what is in `root` already is of the same identity; remove what is not."""
-    made = read_json(root / NOTE)
-    if made == identity:
+def _replace_other_identity(root: Path, identity: Any) -> None:
+    """Remove the class folders of another identity, and store this identity in `root`."""
+    stored = read_json(root / IDENTITY_FILE)
+    if stored == identity:
         return
     for path in root.glob(".folders-*.json"):
         path.unlink()
@@ -153,32 +159,32 @@ def _claim(root: Path, identity: Any) -> None:
         old = root / f".{split}.old"
         shutil.rmtree(old, ignore_errors=True)
         if (root / split).exists():
-            if made is None:
-                raise UserError(f"{root / split}: is there and was not made by this stage; move it away")
-            # Away with the name first: a folder that is half removed must not look whole.
+            if stored is None:
+                raise UserError(f"{root / split} exists and was not made by this stage; move it away")
+            # Rename first: a partly removed folder must not look complete.
             (root / split).rename(old)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(_partial(root, split), ignore_errors=True)
-    write_json(root / NOTE, identity)
+    write_json(root / IDENTITY_FILE, identity)
 
 
-def _told(root: Path, identity: Any) -> set[tuple[str, str]]:
-    """Return (split, wnid) of all classes that are on the disk, by the receipts of the parts."""
-    told = set()
+def _synced_classes(root: Path, identity: Any) -> set[tuple[str, str]]:
+    """Return the (split, wnid) of all classes that are synced to disk, from the receipts of the parts."""
+    synced = set()
     for path in root.glob(".folders-*.json"):
         receipt = read_json(path) or {}
         if receipt.get("identity") == identity:
-            told |= {(split, wnid) for split, wnid in receipt["classes"]}
-    return told
+            synced |= {(split, wnid) for split, wnid in receipt["classes"]}
+    return synced
 
 
-def _is_finished(root: Path, of: ClassImages, told: set[tuple[str, str]]) -> bool:
-    """Say whether an earlier try has finished a class; remove what it has begun."""
-    folder = _partial(root, of.split) / of.wnid
-    _remove(_draft(root, of))
+def _is_finished(root: Path, group: ClassImages, synced: set[tuple[str, str]]) -> bool:
+    """Whether an earlier attempt has written a class; removes an incomplete class folder."""
+    folder = _partial(root, group.split) / group.wnid
+    _remove(_temporary_folder(root, group))
     if not folder.exists():
         return False
-    if (of.split, of.wnid) in told or _sizes(folder) == of.sizes():
+    if (group.split, group.wnid) in synced or _sizes(folder) == group.sizes():
         return True
     _remove(folder)
     return False
@@ -190,39 +196,45 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _require_space(root: Path, missing: list[ClassImages]) -> None:
-    size = sum(int((-(-of.lengths.astype(np.int64) // _BLOCK) * _BLOCK).sum()) for of in missing)
-    # Each class's folder, and each split's with its meta.bin and the copy of that before its name is given.
-    files = sum(len(of.names) + 1 for of in missing) + 3 * len({of.split for of in missing})
+    size = sum(int((-(-group.lengths.astype(np.int64) // _BLOCK) * _BLOCK).sum()) for group in missing)
+    # One inode per class folder, and three per split: its folder, meta.bin and the temporary meta.bin.
+    files = sum(len(group.names) + 1 for group in missing) + 3 * len({group.split for group in missing})
     disk.require_free_space(root, size, "the class folders", files)
 
 
-def _draft(root: Path, of: ClassImages) -> Path:
-    return _partial(root, of.split) / f".{of.wnid}.tmp"
+def _temporary_folder(root: Path, group: ClassImages) -> Path:
+    return _partial(root, group.split) / f".{group.wnid}.tmp"
 
 
-def _write(root: Path, archives: dict[str, Path], of: ClassImages) -> int:
-    draft, archive = _draft(root, of), archives[of.split]
-    draft.mkdir()
-    prefix = f"{draft}/"
-    with open_for_pread(archive, ahead=of.split == "train") as descriptor:
+def _write(root: Path, archives: dict[str, Path], group: ClassImages) -> int:
+    temporary, archive = _temporary_folder(root, group), archives[group.split]
+    temporary.mkdir()
+    prefix = f"{temporary}/"
+    with open_for_pread(archive, sequential=group.split == "train") as descriptor:
         for name, offset, length in zip(
-            map(os.fsdecode, of.names.tolist()), of.offsets.tolist(), of.lengths.tolist(), strict=True
+            map(os.fsdecode, group.names.tolist()),
+            group.offsets.tolist(),
+            group.lengths.tolist(),
+            strict=True,
         ):
             data = memoryview(os.pread(descriptor, length, offset))
             if len(data) != length:
-                raise UserError(f"{archive}: ends inside {name}; did it change while it was read?")
+                raise UserError(
+                    f"{archive} ends inside {name}; if it changed while it was read, "
+                    "submit +stage=download again"
+                )
             file = os.open(prefix + name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 while data:
                     data = data[os.write(file, data) :]
             finally:
                 os.close(file)
-    draft.rename(_partial(root, of.split) / of.wnid)
-    return len(of.names)
+    temporary.rename(_partial(root, group.split) / group.wnid)
+    return len(group.names)
 
 
 def _sync(root: Path) -> None:
-    """Bring all files to the disk: of this file system alone, as another may be far away and hang."""
+    """Flush this file system to disk; not with `sync`, which hangs if any network file system hangs."""
     syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     descriptor = os.open(root, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
-"""Hold a dataset or a datastore's version against its manifest and certificate; name whatever is wrong.
+"""Verify a dataset or a datastore version against its manifest and certificate, and list all problems.
 
-Every file is read and hashed, several at a time; class folders are compared with the archives byte by byte.
-`quick` looks at sizes, counts and a sample of addresses instead, which takes seconds.
+Every file is read and hashed, several in parallel; class folders are compared with the archives byte by byte.
+With `quick` only file sizes, image counts and a sample of index entries are checked, which takes seconds.
 """
 
 from __future__ import annotations
@@ -25,27 +25,31 @@ from hpc_imagenet.datastore.manifest import FILE, File, Manifest, load_manifest
 from hpc_imagenet.datastore.reader.dataset_reader import TAR_BLOCK
 from hpc_imagenet.errors import UserError
 
-SAMPLE = 1000  # addresses of each split that are followed
+SAMPLE = 1000  # index entries checked per split
 
-Say = Callable[[str], None]
+LogCallback = Callable[[str], None]
 
 
 @dataclass
 class VerifyReport:
-    """What was looked at, and what is wrong with it: one line each."""
+    """Result of verifying a dataset or datastore version."""
 
     folder: Path
-    wrong: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # problems, one line each
     images: int = 0
     files: int = 0
-    bytes: int = 0  # read and hashed, or compared
+    bytes: int = 0  # bytes hashed or compared
 
 
 def find_folders(workspace: Path, target: str) -> list[Path]:
-    """Return the folders that `target` means: a dataset and the newest version of a datastore, or a folder.
+    """Return the folders to verify for a target.
+
+    Args:
+        workspace: the workspace folder.
+        target: a folder, NAME (the dataset and the newest datastore version of that name), or NAME@vN.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no dataset, datastore or folder matches.
     """
     folder = Path(target).expanduser()
     if (folder / FILE).exists():
@@ -62,48 +66,52 @@ def find_folders(workspace: Path, target: str) -> list[Path]:
 
 
 def all_folders(workspace: Path) -> list[Path]:
-    """Return all datasets and all versions of datastores of a workspace."""
+    """Return the folders of all datasets and of all datastore versions in a workspace."""
     return sorted(
         path.parent
-        for form in (f"datasets/*/{FILE}", f"datastores/*/v*/{FILE}")
-        for path in workspace.glob(form)
+        for pattern in (f"datasets/*/{FILE}", f"datastores/*/v*/{FILE}")
+        for path in workspace.glob(pattern)
     )
 
 
-def verify_dataset(folder: Path, *, quick: bool, workers: int, say: Say = lambda line: None) -> VerifyReport:
-    """Look at all that belongs to a dataset.
+def verify_dataset(
+    folder: Path, *, quick: bool, workers: int, log: LogCallback = lambda line: None
+) -> VerifyReport:
+    """Verify all files of a dataset or datastore version.
 
     Args:
-        folder: with a manifest.
-        quick: whether to read no image.
-        workers: threads that read and hash.
-        say: told of each file that was looked at.
+        folder: folder with a manifest.
+        quick: whether to skip reading the files.
+        workers: number of threads that read and hash.
+        log: callback with one line per verified file.
     """
     report = VerifyReport(folder)
     try:
         manifest = load_manifest(folder)
     except (FileNotFoundError, UserError) as error:
-        report.wrong.append(f"{folder / FILE} is missing" if isinstance(error, OSError) else str(error))
+        report.problems.append(f"{folder / FILE} is missing" if isinstance(error, OSError) else str(error))
         return report
     report.images = manifest.images
-    tally = ProgressCounter(lambda done, note: None)
-    with tally.threads(workers) as threads:
+    counter = ProgressCounter(lambda done, note: None)
+    with counter.threads(workers) as threads:
         files = manifest.all_files()
-        looked = threads.map(lambda file: _file(folder, file, quick, tally.of(file.path)), files)
-        for file, wrong in zip(files, looked, strict=True):
+        results = threads.map(
+            lambda file: _verify_file(folder, file, quick, counter.for_file(file.path)), files
+        )
+        for file, problems in zip(files, results, strict=True):
             report.files += 1
             report.bytes += 0 if quick else file.bytes
-            report.wrong += wrong
-            say(f"{'wrong' if wrong else 'ok':6}{file.path}")
-        splits = _indexes(folder, manifest, report)
-        _certificate(folder, manifest, splits, report)
+            report.problems += problems
+            log(f"{'wrong' if problems else 'ok':6}{file.path}")
+        splits = _verify_indexes(folder, manifest, report)
+        _verify_certificate(folder, manifest, splits, report)
         if manifest.provenance.get("layout") == "folders" and "upload" not in manifest.provenance:
             for split, entries in splits.items():
-                _class_folders(folder, manifest, split, entries, quick, threads, report, say)
+                _verify_class_folders(folder, manifest, split, entries, quick, threads, report, log)
     return report
 
 
-def _file(folder: Path, file: File, quick: bool, tell: Callable[[int], None]) -> list[str]:
+def _verify_file(folder: Path, file: File, quick: bool, progress: Callable[[int], None]) -> list[str]:
     path = folder / file.path
     try:
         size = path.stat().st_size
@@ -111,28 +119,28 @@ def _file(folder: Path, file: File, quick: bool, tell: Callable[[int], None]) ->
             return [f"{path} has {size} bytes instead of {file.bytes}"]
         if quick:
             return []
-        found = hash_file(path, file, tell)
+        found = hash_file(path, file, progress)
     except UserError as error:
         return [str(error)]
     except FileNotFoundError:
         return [f"{path} is missing"]
     except OSError as error:
         return [f"{path} cannot be read: {error.strerror}"]
-    return [] if found == file.hash else [f"{path} has other bytes than when it was made: {found}"]
+    return [] if found == file.hash else [f"{path} has changed since it was written: its hash is {found}"]
 
 
-def _indexes(folder: Path, manifest: Manifest, report: VerifyReport) -> dict[str, Index]:
-    """Look whether each address leads to an image of that length; return the indexes that can be read."""
+def _verify_indexes(folder: Path, manifest: Manifest, report: VerifyReport) -> dict[str, Index]:
+    """Check that each index entry is inside its shard; return the valid indexes by split."""
     splits = {}
-    for split, of in manifest.splits.items():
-        path = folder / of.index.path
+    for split, split_info in manifest.splits.items():
+        path = folder / split_info.index.path
         try:
             entries = open_index(path)
         except UserError as error:
-            report.wrong.append(str(error))
+            report.problems.append(str(error))
             continue
-        if len(entries) != of.images:
-            report.wrong.append(f"{path} has {len(entries)} images instead of {of.images}")
+        if len(entries) != split_info.images:
+            report.problems.append(f"{path} has {len(entries)} images instead of {split_info.images}")
         sizes = np.array([shard.bytes for shard in manifest.shards], np.uint64)
         known = entries["shard"] < len(sizes)
         ends = entries["offset"] + entries["length"]
@@ -142,29 +150,29 @@ def _indexes(folder: Path, manifest: Manifest, report: VerifyReport) -> dict[str
         good = inside & (entries["label"] < len(manifest.classes)) & (entries["length"] > 0)
         if not good.all():
             first = int(np.argmin(good))
-            report.wrong.append(
-                f"{path}: {int((~good).sum())} addresses lead nowhere, the first is entry {first}"
+            report.problems.append(
+                f"{path}: {int((~good).sum())} entries are invalid, the first is entry {first}"
             )
             continue
         splits[split] = entries
-        report.wrong += list(_addresses(folder, manifest, path, entries))
+        report.problems += list(_verify_sample(folder, manifest, path, entries))
     return splits
 
 
-def _addresses(folder: Path, manifest: Manifest, path: Path, entries: Index) -> Iterator[str]:
-    """Follow a sample of the addresses: the tar header in front of an image has its length."""
+def _verify_sample(folder: Path, manifest: Manifest, path: Path, entries: Index) -> Iterator[str]:
+    """Check a sample of the index entries: the tar header before an image must have its length."""
     rows = np.unique(np.linspace(0, len(entries) - 1, SAMPLE).astype(np.int64))
     shards = [folder / shard.path for shard in manifest.shards]
     for number in np.unique(entries["shard"][rows]).tolist():
         try:
             descriptor = os.open(shards[number], os.O_RDONLY)
         except OSError:
-            continue  # told already
+            continue  # already reported
         try:
             for row in rows[entries["shard"][rows] == number].tolist():
                 offset, length = int(entries["offset"][row]), int(entries["length"][row])
                 size = os.pread(descriptor, TAR_BLOCK, offset - TAR_BLOCK)[124:135].strip(b" \0")
-                # A size that is not in digits is that of a form which images in tars do not have.
+                # Images are small enough for an octal size; another encoding means that this is not a header.
                 if not size.isdigit() or int(size, 8) != length:
                     yield f"{path}: entry {row} is byte {offset} of {shards[number]}, where no image begins"
                     return
@@ -172,28 +180,31 @@ def _addresses(folder: Path, manifest: Manifest, path: Path, entries: Index) -> 
             os.close(descriptor)
 
 
-def _certificate(folder: Path, manifest: Manifest, splits: dict[str, Index], report: VerifyReport) -> None:
+def _verify_certificate(
+    folder: Path, manifest: Manifest, splits: dict[str, Index], report: VerifyReport
+) -> None:
     path = folder / certificate.JSON
     if not any(file.path == certificate.JSON for file in manifest.files):
-        report.wrong.append(f"{folder}: has no certificate: +stage=process makes one")
+        report.problems.append(f"{folder} has no certificate; submit +stage=process to write one")
         return
     try:
-        of: dict[str, Any] = json.loads(path.read_bytes())
-        if of["content"] != manifest.content:
-            report.wrong.append(f"{path} is of content {of['content']} instead of {manifest.content}")
+        stored: dict[str, Any] = json.loads(path.read_bytes())
+        if stored["content"] != manifest.content:
+            report.problems.append(f"{path} is for content {stored['content']} instead of {manifest.content}")
         for split, entries in splits.items():
             counted = np.bincount(entries["label"], minlength=len(manifest.classes)).tolist()
             for category, images in zip(manifest.classes, counted, strict=True):
-                stated = of["counts"][category.wnid][split]
-                if stated != images:
-                    report.wrong.append(
-                        f"{path}: says {stated} images of {category.wnid} in {split}, the index {images}"
+                expected = stored["counts"][category.wnid][split]
+                if expected != images:
+                    report.problems.append(
+                        f"{path} lists {expected} images of {category.wnid} in {split}, "
+                        f"but the index has {images}"
                     )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        report.wrong.append(f"{path} cannot be read: {error!r}")
+        report.problems.append(f"{path} cannot be read: {error!r}")
 
 
-def _class_folders(
+def _verify_class_folders(
     folder: Path,
     manifest: Manifest,
     split: str,
@@ -201,50 +212,53 @@ def _class_folders(
     quick: bool,
     threads: ThreadPoolExecutor,
     report: VerifyReport,
-    say: Say,
+    log: LogCallback,
 ) -> None:
     shards = [folder / shard.path for shard in manifest.shards]
-    whole = all(shard.exists() for shard in shards)
+    have_shards = all(shard.exists() for shard in shards)
 
-    def one(label: int) -> tuple[list[str], int]:
+    def verify_class(label: int) -> tuple[list[str], int]:
         rows = np.flatnonzero(entries["label"] == label)
-        place = folder / split / manifest.classes[label].wnid
+        class_folder = folder / split / manifest.classes[label].wnid
         try:
-            there = {entry.name: entry.stat().st_size for entry in os.scandir(place)}
+            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(class_folder)}
         except OSError as error:
-            return [f"{place}: {error.strerror}"], 0
-        if len(there) != len(rows):
-            return [f"{place} has {len(there)} files instead of {len(rows)}"], 0
-        return ([], 0) if quick or not whole else _compare(place, there, shards, entries[rows])
+            return [f"{class_folder}: {error.strerror}"], 0
+        if len(sizes) != len(rows):
+            return [f"{class_folder} has {len(sizes)} files instead of {len(rows)}"], 0
+        return ([], 0) if quick or not have_shards else _compare(class_folder, sizes, shards, entries[rows])
 
     labels = range(len(manifest.classes))
-    found = 0
-    for wrong, size in threads.map(one, labels):
-        report.wrong += wrong
+    bad_classes = 0
+    for problems, size in threads.map(verify_class, labels):
+        report.problems += problems
         report.bytes += size
-        found += bool(wrong)
-    say(f"{'wrong' if found else 'ok':6}{split}/ ({len(labels)} class folders)")
+        bad_classes += bool(problems)
+    log(f"{'wrong' if bad_classes else 'ok':6}{split}/ ({len(labels)} class folders)")
 
 
-def _compare(place: Path, there: dict[str, int], shards: list[Path], entries: Array) -> tuple[list[str], int]:
-    """Compare the files of a class with the images in the archives."""
-    wrong, size = [], 0
-    opened = {number: os.open(shards[number], os.O_RDONLY) for number in np.unique(entries["shard"]).tolist()}
+def _compare(
+    class_folder: Path, sizes: dict[str, int], shards: list[Path], entries: Array
+) -> tuple[list[str], int]:
+    """Compare the files of a class with the images in the shards; return the problems and the bytes read."""
+    problems, size = [], 0
+    numbers = np.unique(entries["shard"]).tolist()
+    descriptors = {number: os.open(shards[number], os.O_RDONLY) for number in numbers}
     try:
         for offset, length, _, shard in entries.tolist():
-            block = os.pread(opened[shard], TAR_BLOCK + length, offset - TAR_BLOCK)
+            block = os.pread(descriptors[shard], TAR_BLOCK + length, offset - TAR_BLOCK)
             name = os.fsdecode(block[:100].rstrip(b"\0")).rsplit("/", 1)[-1]
-            path = place / name
-            if name not in there:
-                # The header has but 100 bytes of a name; a longer one is found by its beginning.
-                path = next((place / other for other in there if other.startswith(name)), path)
+            path = class_folder / name
+            if name not in sizes:
+                # The header has only the first 100 bytes of a name; find a longer name by this prefix.
+                path = next((class_folder / other for other in sizes if other.startswith(name)), path)
             try:
                 if path.read_bytes() != block[TAR_BLOCK:]:
-                    wrong.append(f"{path} differs from the image in {shards[shard]}")
+                    problems.append(f"{path} differs from the image in {shards[shard]}")
             except OSError as error:
-                wrong.append(f"{path}: {error.strerror}")
+                problems.append(f"{path}: {error.strerror}")
             size += length
     finally:
-        for descriptor in opened.values():
+        for descriptor in descriptors.values():
             os.close(descriptor)
-    return wrong, size
+    return problems, size

@@ -1,1 +1,1 @@
-"""Where archives come from: HTTP, S3, a folder, class folders, parquet."""
+"""Sources of archives: HTTP, S3, a folder of archives, class folders, parquet shards."""

@@ -1,4 +1,4 @@
-"""Archives that lie on a disk already: verified where they are, then linked, never copied."""
+"""A folder of archives as a source: they are verified in place and linked into the workspace, not copied."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hpc_imagenet.io.atomic_files import sync_folder
 
 
 class ArchiveFolder:
-    """A folder that holds archives.
+    """A folder that contains archives.
 
     Args:
-        folder: dataset.source.
-        source: how receipts call it.
+        folder: path of the folder.
+        source: dataset.source; written to the receipts.
     """
 
     copies = False
@@ -27,71 +27,72 @@ class ArchiveFolder:
         self._source = source
 
     def text(self, file: str) -> str | None:
-        """Return a small text file, or None where there is none."""
+        """Return the content of a small text file; None if it does not exist."""
         try:
             return (self._folder / file).read_text(errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def size(self, want: ExpectedArchive) -> int | None:
-        """Return how many bytes an archive has, or None where it is missing."""
-        path = self._folder / want.file
+    def size(self, expected: ExpectedArchive) -> int | None:
+        """Return the size of an archive in bytes; None if it does not exist."""
+        path = self._folder / expected.file
         return path.stat().st_size if path.is_file() else None
 
-    def fetch(self, want: ExpectedArchive, target: Path, progress: Callable[[int], None]) -> int:
-        """Verify an archive where it lies and link it to `target`, with its receipt.
+    def fetch(self, expected: ExpectedArchive, target: Path, progress: Callable[[int], None]) -> int:
+        """Verify an archive in place, link it to `target` and write its receipt.
 
         Returns:
-            bytes that came over the network: 0.
+            bytes transferred over the network: 0.
 
         Raises:
-            UserError: it is not there, or not what is wanted.
+            UserError: the file does not exist, or is not the expected archive.
         """
-        path = self._folder / want.file
+        path = self._folder / expected.file
         if not path.is_file():
             raise UserError(
-                f"{path}: no such file ({_listing(self._folder)}); set {want.setting}.file or dataset.source"
+                f"{path}: no such file ({_describe_folder(self._folder)}); set {expected.setting}.file or "
+                "dataset.source"
             )
         path = path.resolve()
-        verify_and_record(path, want, target, self._source, progress)
+        verify_and_record(path, expected, target, self._source, progress)
         _link(path, target)
         return 0
 
 
 def verify_in_place(
-    target: Path, want: ExpectedArchive, source: str, progress: Callable[[int], None]
+    target: Path, expected: ExpectedArchive, source: str, progress: Callable[[int], None]
 ) -> None:
-    """Verify an archive that is in its final place without a receipt, and write that.
+    """Verify an archive that exists at its final path without a valid receipt, and write the receipt.
 
     Raises:
-        UserError: it is not what is wanted; it is then kept aside as `<target>.bad`.
+        UserError: it is not the expected archive; it is renamed to `<target>.bad`.
     """
     try:
-        verify_and_record(target, want, target, source, progress)
+        verify_and_record(target, expected, target, source, progress)
     except UserError as error:
         raise quarantine(target, target, error) from None
 
 
 def verify_and_record(
-    path: Path, want: ExpectedArchive, target: Path, source: str, progress: Callable[[int], None]
+    path: Path, expected: ExpectedArchive, target: Path, source: str, progress: Callable[[int], None]
 ) -> None:
-    """Verify the bytes at `path` and write the receipt of `target`.
+    """Verify the archive at `path` and write the receipt of `target`.
 
     Raises:
-        UserError: they are not what is wanted.
+        UserError: it is not the expected archive, or it was modified while it was read.
     """
     before = path.stat()
     md5 = md5_of_file(path, progress)
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise UserError(f"{path}: changed while it was read; ask again when it rests")
-    check_complete(path, want, md5, str(path))
-    receipt.write_receipt(target, md5, source, want.md5_source, before)
+        raise UserError(f"{path}: changed while it was read; run the same command again once it is complete")
+    check_complete(path, expected, md5, str(path))
+    receipt.write_receipt(target, md5, source, expected.md5_source, before)
 
 
 def _link(path: Path, target: Path) -> None:
-    # A hard link survives the removal of the source. Another file system, or another owner where the
-    # kernel protects hard links, leaves a symbolic one.
+    # A hard link survives the removal of the source. It is impossible across file systems, and for files of
+    # another owner if the kernel protects hard links; then a symbolic link is made.
     link = target.with_name(f".{target.name}.link")
     link.unlink(missing_ok=True)
     try:
@@ -102,12 +103,12 @@ def _link(path: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _listing(folder: Path) -> str:
+def _describe_folder(folder: Path) -> str:
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except NotADirectoryError:
-        return f"{folder} is no folder"
+        return f"{folder} is not a folder"
     except FileNotFoundError:
-        return f"there is no folder {folder}"
+        return f"the folder {folder} does not exist"
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"there are {shown}" if names else "the folder is empty"
+    return f"the folder contains {shown}" if names else "the folder is empty"

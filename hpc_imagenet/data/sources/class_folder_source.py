@@ -1,11 +1,11 @@
-"""Loose files as a source of archives: class folders, and the layout of ImageNet's Kaggle competition.
+"""Class folders and the layout of ImageNet's Kaggle competition as a source of archives.
 
     train/<wnid>/*  val/<wnid>/*                                                       class folders
     ILSVRC/Data/CLS-LOC/{train/<wnid>/*, val/*}  LOC_val_solution.csv                  Kaggle
 
-What is made of them has the shape of ILSVRC's archives, so all behind it is the same: a tar of class tars, a
-flat val tar, and a development kit with the classes that are there. LOC_synset_mapping.txt, where it lies
-beside them, says what the classes are called; else a class is called by its folder.
+The images are packed into archives of ILSVRC's format, so that all later stages are the same: a tar of one
+tar per class, a flat val tar, and a development kit of the classes found. Class names are read from
+LOC_synset_mapping.txt beside the images; without it a class is named by its wnid.
 """
 
 from __future__ import annotations
@@ -31,43 +31,49 @@ from hpc_imagenet.errors import UserError
 
 KAGGLE, FOLDERS = "the Kaggle layout", "class folders"
 SOLUTION, MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
-_PLACES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", ".")
+_ROOTS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", ".")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the loose files of a dataset lie."""
+    """Layout and paths of a dataset's images."""
 
     kind: str
-    root: Path  # holds train/ and val/
-    solution: Path | None  # the classes of val; None where folders say them
-    mapping: Path | None  # what the classes are called
+    root: Path  # contains train/ and val/
+    solution: Path | None  # CSV with the classes of the val images; None for class folders
+    mapping: Path | None  # names of the classes
 
 
 def detect_layout(folder: Path) -> Layout | None:
-    """Return the layout of a folder, or None where it is neither."""
-    for place in _PLACES:
-        root = folder / place if place != "." else folder
+    """Return the layout of a folder; None if it is neither of the two.
+
+    Raises:
+        UserError: val/ is flat and there is no CSV with its classes.
+    """
+    for relative in _ROOTS:
+        root = folder / relative if relative != "." else folder
         if (root / "train").is_dir() and (root / "val").is_dir():
-            beside = [root, *root.parents[:3]] if root.name == "CLS-LOC" else [root]
-            solution = _first(path / SOLUTION for path in beside)
-            mapping = _first(path / MAPPING for path in beside)
+            folders = [root, *root.parents[:3]] if root.name == "CLS-LOC" else [root]
+            solution = _first_file(path / SOLUTION for path in folders)
+            mapping = _first_file(path / MAPPING for path in folders)
             if _has_folders(root / "val"):
                 return Layout(FOLDERS, root, None, mapping)
             if solution is None:
-                raise UserError(f"{root / 'val'} has no class folders, and no {SOLUTION} lies in {folder}")
+                raise UserError(
+                    f"{root / 'val'} has no class folders, and {folder} has no {SOLUTION}; add one of them"
+                )
             return Layout(KAGGLE, root, solution, mapping)
     return None
 
 
 class ClassFolderSource:
-    """The archives that could be made of loose files, as a remote.
+    """Archives made of image files, computed on request; a `RangeSource`.
 
     Args:
-        layout: where the files lie.
+        layout: layout of the image files.
         prefix: dataset.source.
-        files: the archives' names: train, val and devkit → file.
-        threads: how many folders are listed at a time.
+        files: split (train, val, devkit) → file name of its archive.
+        threads: number of folders listed in parallel.
     """
 
     def __init__(self, layout: Layout, prefix: str, files: dict[str, str], threads: int) -> None:
@@ -78,57 +84,60 @@ class ClassFolderSource:
         self._threads = threads
 
     def url(self, file: str) -> str:
-        """Return what notes and errors call an archive."""
+        """Return the name of an archive in logs, errors and the state file."""
         return f"{self._layout.root} as {file}"
 
     def size(self, file: str) -> int | None:
-        """Return the bytes of an archive."""
+        """Return the size of an archive in bytes."""
         return self._archives[self._split_of[file]].length
 
     @contextlib.contextmanager
     def open(
         self, file: str, begin: int = 0, end: int | None = None, origin: Origin | None = None
     ) -> Iterator[_VirtualResponse]:
-        """Make bytes [begin, end) of an archive; see `remote.Remote`."""
+        """Compute bytes [begin, end) of an archive; see `RangeSource.open`."""
         if file not in self._split_of:  # such as md5sums
             raise NotAvailable(404)
         virtual = self._archives[self._split_of[file]]
-        now = Origin(self.url(file), virtual.state, None, virtual.length, ranges=True)
-        if origin and not origin.same(now):
+        current = Origin(self.url(file), virtual.state, None, virtual.length, ranges=True)
+        if origin and not origin.matches(current):
             raise ContentChanged("the files have changed")
         stop = virtual.length if end is None else min(end, virtual.length)
-        yield _VirtualResponse(virtual, begin, stop, now, end is not None)
+        yield _VirtualResponse(virtual, begin, stop, current, end is not None)
 
     @cached_property
     def _archives(self) -> dict[str, VirtualFile]:
-        """Listed when first asked for: with a million files it takes its time."""
+        """The archives by split; cached, as listing a million files is slow."""
         root = self._layout.root
-        wnids = _classes(root / "train")
+        wnids = _class_names(root / "train")
         with ThreadPoolExecutor(self._threads) as pool:
-            train = dict(zip(wnids, pool.map(partial(_listed, root / "train"), wnids), strict=True))
-            val_wnids = _classes(root / "val") if self._layout.solution is None else ["."]
-            val = list(pool.map(partial(_listed, root / "val"), val_wnids))
+            train = dict(zip(wnids, pool.map(partial(_list_images, root / "train"), wnids), strict=True))
+            val_wnids = _class_names(root / "val") if self._layout.solution is None else ["."]
+            val = list(pool.map(partial(_list_images, root / "val"), val_wnids))
         if self._layout.solution is None:
             labelled = [(file, wnid) for wnid, files in zip(val_wnids, val, strict=True) for file in files]
         else:
-            labelled = _solved(self._layout.solution, val[0], root / "val")
+            labelled = _label_by_solution(self._layout.solution, val[0], root / "val")
         for wnid in {wnid for _, wnid in labelled} - set(wnids):
-            raise UserError(f"{root}: class {wnid} is in val, but not in train")
+            raise UserError(
+                f"{root}: class {wnid} is in val, but not in train; add {root / 'train' / wnid}, or remove "
+                "the class from val"
+            )
         names = _unique_names(labelled)
         order = sorted(range(len(labelled)), key=names.__getitem__)
-        words = _words(self._layout.mapping)
+        class_names = _read_mapping(self._layout.mapping)
         return {
             "train": VirtualTarOfTars({wnid: _tar(root / "train", files) for wnid, files in train.items()}),
             "val": _tar(root / "val", [labelled[i][0] for i in order], [names[i] for i in order]),
             "devkit": devkit(
-                {wnid: (words.get(wnid, wnid), len(files)) for wnid, files in train.items()},
+                {wnid: (class_names.get(wnid, wnid), len(files)) for wnid, files in train.items()},
                 [labelled[i][1] for i in order],
             ),
         }
 
 
 class _VirtualResponse:
-    """Bytes [at, end) of a virtual archive."""
+    """Bytes [at, end) of a virtual archive; a `Response`."""
 
     content_type = ""
 
@@ -138,33 +147,38 @@ class _VirtualResponse:
         self.end: int | None = end
         self._rest = b""
 
-    def read(self, most: int) -> bytes:
-        """Return the next bytes; none at the end."""
-        most = min(most, (self.end or 0) - self._at)
-        if most <= 0:
+    def read(self, size: int) -> bytes:
+        """Return the next bytes, at most `size`; b"" at the end."""
+        size = min(size, (self.end or 0) - self._at)
+        if size <= 0:
             return b""
         data = self._rest or self._virtual.read_from(self._at)
-        data, self._rest = data[:most], data[most:]
+        data, self._rest = data[:size], data[size:]
         self._at += len(data)
         return data
 
     def close(self) -> None:
-        """Do nothing: files do not stall."""
+        """Do nothing: reads of files do not stall."""
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class _ImageFile:
     path: str  # relative to train/ or val/
-    size: int
-    time: int  # ns
+    size: int  # bytes
+    time: int  # mtime in ns
 
 
 def devkit(classes: dict[str, tuple[str, int]], val_wnids: Sequence[str]) -> InMemoryFile:
-    """Return a development kit made of what is known: wnid → (words, train images), and val's classes."""
+    """Return a development kit.
+
+    Args:
+        classes: wnid → (names of the class, number of train images).
+        val_wnids: class of each val image, in the order of the val tar.
+    """
     ids = {wnid: number for number, wnid in enumerate(sorted(classes), 1)}
     synsets = [
-        ilsvrc_writer.Synset(ids[wnid], wnid, words, train_images=images)
-        for wnid, (words, images) in sorted(classes.items())
+        ilsvrc_writer.Synset(ids[wnid], wnid, names, train_images=images)
+        for wnid, (names, images) in sorted(classes.items())
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ilsvrc_writer.DEVKIT
@@ -172,23 +186,25 @@ def devkit(classes: dict[str, tuple[str, int]], val_wnids: Sequence[str]) -> InM
         return InMemoryFile(path.read_bytes())
 
 
-def _tar(root: Path, files: Sequence[_File], names: Sequence[str] | None = None) -> VirtualTar:
+def _tar(root: Path, files: Sequence[_ImageFile], names: Sequence[str] | None = None) -> VirtualTar:
     paths = [file.path for file in files]
     names = names or [posixpath.basename(path) for path in paths]
     return VirtualTar(root, names, paths, [file.size for file in files], [file.time for file in files])
 
 
-def _classes(folder: Path) -> list[str]:
+def _class_names(folder: Path) -> list[str]:
     wnids = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     for wnid in wnids:
         if not WNID.fullmatch(wnid):
-            raise UserError(f"{folder / wnid}: a class folder has a name such as n01440764")
+            raise UserError(
+                f"{folder / wnid}: not a valid class name; use letters, digits and _ . - as in n01440764"
+            )
     if not wnids:
-        raise UserError(f"{folder} has no class folders")
+        raise UserError(f"{folder} has no class folders; add one folder per class, such as n01440764")
     return wnids
 
 
-def _listed(root: Path, wnid: str) -> list[_File]:
+def _list_images(root: Path, wnid: str) -> list[_ImageFile]:
     folder = root / wnid
     files = []
     with os.scandir(folder) as entries:
@@ -196,50 +212,56 @@ def _listed(root: Path, wnid: str) -> list[_File]:
             if entry.name.startswith("."):
                 continue
             if not entry.name.lower().endswith(IMAGES) or not entry.is_file():
-                raise UserError(f"{entry.path} is no image ({' '.join(IMAGES)})")
+                raise UserError(f"{entry.path} is not an image ({' '.join(IMAGES)}); remove it")
             stat = entry.stat()
             if not stat.st_size:
-                raise UserError(f"{entry.path} is empty")
+                raise UserError(f"{entry.path} is empty; replace or remove it")
             path = entry.name if wnid == "." else f"{wnid}/{entry.name}"
-            files.append(_File(path, stat.st_size, stat.st_mtime_ns))
+            files.append(_ImageFile(path, stat.st_size, stat.st_mtime_ns))
     if not files:
-        raise UserError(f"{folder} holds no images")
+        raise UserError(f"{folder} contains no images; add images or remove it")
     return sorted(files, key=lambda file: file.path)
 
 
-def _solved(solution: Path, files: list[_File], folder: Path) -> list[tuple[_File, str]]:
-    """Return the val images with their classes, as the competition's table has them."""
+def _label_by_solution(solution: Path, files: list[_ImageFile], folder: Path) -> list[tuple[_ImageFile, str]]:
+    """Return the val images with their classes from the competition's CSV."""
     with solution.open(newline="", errors="replace") as table:
         rows = csv.reader(table)
         next(rows, None)  # ImageId,PredictionString
-        known = {row[0]: row[1].split()[0] for row in rows if len(row) > 1 and row[1].split()}
-    found = []
+        wnid_of = {row[0]: row[1].split()[0] for row in rows if len(row) > 1 and row[1].split()}
+    labelled = []
     for file in files:
         stem = posixpath.splitext(file.path)[0]
-        if stem not in known:
-            raise UserError(f"{folder / file.path} has no line in {solution}")
-        found.append((file, known[stem]))
-    if len(found) < len(known):
-        raise UserError(f"{solution} has {len(known)} images, and {folder} has {len(found)} of them")
-    return found
+        if stem not in wnid_of:
+            raise UserError(
+                f"{folder / file.path} has no line in {solution}; add the line or remove the image"
+            )
+        labelled.append((file, wnid_of[stem]))
+    if len(labelled) < len(wnid_of):
+        raise UserError(
+            f"{solution} lists {len(wnid_of)} images, but {folder} contains only {len(labelled)} of them; "
+            "add the missing images"
+        )
+    return labelled
 
 
-def _unique_names(labelled: Sequence[tuple[_File, str]]) -> list[str]:
-    """Return member names for val: the files' own, with the class in front where two are the same."""
+def _unique_names(labelled: Sequence[tuple[_ImageFile, str]]) -> list[str]:
+    """Return the member names of val: the file names, prefixed with the class if two are equal."""
     names = [posixpath.basename(file.path) for file, _ in labelled]
     if max(Counter(names).values()) > 1:
         return [f"{wnid}_{name}" for name, (_, wnid) in zip(names, labelled, strict=True)]
     return names
 
 
-def _words(mapping: Path | None) -> dict[str, str]:
+def _read_mapping(mapping: Path | None) -> dict[str, str]:
+    """Read wnid → names of the class from LOC_synset_mapping.txt."""
     if mapping is None:
         return {}
     lines = (line.split(maxsplit=1) for line in mapping.read_text(errors="replace").splitlines())
-    return {words[0]: words[1].strip() for words in lines if len(words) == 2}
+    return {fields[0]: fields[1].strip() for fields in lines if len(fields) == 2}
 
 
-def _first(paths: Iterator[Path]) -> Path | None:
+def _first_file(paths: Iterator[Path]) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 

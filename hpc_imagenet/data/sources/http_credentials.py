@@ -1,7 +1,7 @@
-"""Logins for sites that ask for one: a cookie, a header, or a netrc.
+"""Credentials for HTTP servers: cookies, headers or a netrc.
 
-A secret stands in the environment or in a file that only its owner can read. It goes into the requests to the
-host of dataset.source and nowhere else: no config, note, log or error has it.
+The secret is in the environment or in a file that only its owner can read. It is sent to the host of
+dataset.source only, and appears in no config, state file, log or error.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from hpc_imagenet.errors import UserError
 
 log = logging.getLogger(__name__)
 
-COOKIE = "HPC_IMAGENET_COOKIE"  # the value of the header Cookie
-HEADER = "HPC_IMAGENET_HEADER"  # a whole header, such as `Authorization: Bearer …`
+COOKIE = "HPC_IMAGENET_COOKIE"  # environment variable with the value of the header Cookie
+HEADER = "HPC_IMAGENET_HEADER"  # environment variable with a full header: `Authorization: Bearer …`
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]+)")
 _NETRC = re.compile(r"\s*(machine|default)\s", re.MULTILINE)
 
 
 class HttpCredentials:
-    """What a site wants to know of who asks.
+    """Headers that authenticate requests to the host of a URL prefix.
 
     Args:
-        prefix: dataset.source: its host gets the login.
-        path: download.login: a file of mode 600 that holds cookies (as browsers export them), a netrc or
-            headers; None for the environment, else ~/.netrc.
+        prefix: dataset.source.
+        path: download.login: a file of mode 600 with cookies (as browsers export them), a netrc or headers;
+            None for the environment, else ~/.netrc.
 
     Raises:
-        UserError: others may read the file, or it holds none of these.
+        UserError: other users may read the file, or its content is none of these.
     """
 
     def __init__(self, prefix: str, path: str | None = None) -> None:
@@ -45,21 +45,21 @@ class HttpCredentials:
         self._jar: http.cookiejar.MozillaCookieJar | None = None
         host = urllib.parse.urlsplit(prefix).hostname or ""
         if path is not None:
-            self._from_file(Path(path).expanduser(), host)
+            self._load_file(Path(path).expanduser(), host)
         elif os.environ.get(COOKIE) or os.environ.get(HEADER):
             if cookie := os.environ.get(COOKIE):
-                self._headers |= _header(f"Cookie: {cookie}", f"the environment's {COOKIE}")
+                self._headers |= _parse_header(f"Cookie: {cookie}", f"the environment variable {COOKIE}")
             if header := os.environ.get(HEADER):
-                self._headers |= _header(header, f"the environment's {HEADER}")
+                self._headers |= _parse_header(header, f"the environment variable {HEADER}")
         else:
-            usual = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-            if usual.is_file() and _names(usual, host):
-                self._from_file(usual, host)
+            default_path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+            if default_path.is_file() and _netrc_has_host(default_path, host):
+                self._load_file(default_path, host)
         if (self._headers or self._jar is not None) and prefix.startswith("http:"):
-            log.warning("%s: the login goes over the network as it is: https:// would hide it", prefix)
+            log.warning("%s: the login is sent unencrypted; use https:// if the server supports it", prefix)
 
     def headers(self, url: str) -> dict[str, str]:
-        """Return the headers to send with a request for `url`."""
+        """Return the headers for a request of `url`."""
         if self._jar is None:
             return dict(self._headers)
         request = urllib.request.Request(url)
@@ -67,65 +67,73 @@ class HttpCredentials:
         cookie = request.get_header("Cookie")
         return {"Cookie": cookie} if cookie else {}
 
-    def _from_file(self, path: Path, host: str) -> None:
-        text = _read(path)
+    def _load_file(self, path: Path, host: str) -> None:
+        text = _read_private(path)
         if text.startswith(("# Netscape HTTP Cookie File", "# HTTP Cookie File")):
-            self._jar = _cookies(path)
+            self._jar = _load_cookies(path)
         elif _NETRC.match(_without_comments(text)):
             try:
-                found = netrc.netrc(str(path)).authenticators(host)
+                entry = netrc.netrc(str(path)).authenticators(host)
             except (netrc.NetrcParseError, OSError):
-                raise UserError(f"{path}: a netrc that cannot be read") from None
-            if found is None:
-                raise UserError(f"{path}: a netrc without a line for {host}")
-            pair = base64.b64encode(f"{found[0]}:{found[2] or ''}".encode()).decode()
+                raise UserError(
+                    f"{path}: not a valid netrc; its lines are: machine HOST login NAME password PASSWORD"
+                ) from None
+            if entry is None:
+                raise UserError(
+                    f"{path}: a netrc without an entry for {host}; add one: "
+                    f"machine {host} login NAME password PASSWORD"
+                )
+            pair = base64.b64encode(f"{entry[0]}:{entry[2] or ''}".encode()).decode()
             self._headers = {"Authorization": f"Basic {pair}"}
         else:
             for line in _without_comments(text).splitlines():
                 if line.strip():
-                    self._headers |= _header(line.strip(), f"download.login={path}")
+                    self._headers |= _parse_header(line.strip(), f"download.login={path}")
             if not self._headers:
-                raise UserError(f"download.login={path} is empty: headers, a netrc or cookies make a login")
+                raise UserError(f"download.login={path} is empty; write headers, a netrc or cookies to it")
 
 
-def _read(path: Path) -> str:
+def _read_private(path: Path) -> str:
     try:
         mode = path.stat().st_mode & 0o777
         if mode & 0o077:
-            raise UserError(f"{path} holds a login and others may read it (mode {mode:o}): chmod 600 {path}")
+            raise UserError(
+                f"{path} contains a login and other users may read it (mode {mode:o}): chmod 600 {path}"
+            )
         return path.read_text(errors="replace")
     except OSError as error:
         raise UserError(f"download.login={path} cannot be read ({error.strerror})") from None
 
 
-def _cookies(path: Path) -> http.cookiejar.MozillaCookieJar:
+def _load_cookies(path: Path) -> http.cookiejar.MozillaCookieJar:
     jar = http.cookiejar.MozillaCookieJar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it tells of a bad line by a traceback
+            warnings.simplefilter("ignore")  # it warns of an invalid line with a traceback
             jar.load(str(path), ignore_discard=True, ignore_expires=True)
     except (http.cookiejar.LoadError, OSError):
-        raise UserError(f"download.login={path}: a file of cookies that cannot be read") from None
+        raise UserError(
+            f"download.login={path}: not a valid cookie file; export the cookies in Netscape's format"
+        ) from None
     for cookie in jar:
-        # Browsers write 0 for those that end with the session, which ours has only begun.
+        # Browsers write 0 for session cookies, which a cookie jar takes for expired ones.
         cookie.expires = cookie.expires or None
     return jar
 
 
-def _names(path: Path, host: str) -> bool:
-    """Whether a netrc speaks of a host, so that a file which does not need not be private."""
+def _netrc_has_host(path: Path, host: str) -> bool:
+    """Whether a netrc has an entry for a host; if not, the file need not be private."""
     try:
-        words = path.read_text(errors="replace").split()
+        tokens = path.read_text(errors="replace").split()
     except OSError:
         return False
-    return ("machine", host) in itertools.pairwise(words)
+    return ("machine", host) in itertools.pairwise(tokens)
 
 
-def _header(line: str, where: str) -> dict[str, str]:
-    # What cannot be sent is not shown either: it is a secret.
+def _parse_header(line: str, origin: str) -> dict[str, str]:
     match = _HEADER.fullmatch(line)
-    if not match:
-        raise UserError(f"{where} is no header of the form NAME: VALUE, in printable ASCII")
+    if not match:  # the line is not shown: it may be the secret
+        raise UserError(f"{origin}: not a header; write NAME: VALUE, in printable ASCII")
     return {match[1]: match[2]}
 
 

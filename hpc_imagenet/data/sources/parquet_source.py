@@ -1,11 +1,11 @@
-"""Parquet shards, as the Hugging Face hub has them for ILSVRC/imagenet-1k, as a source of archives.
+"""Parquet shards in the format of ILSVRC/imagenet-1k on the Hugging Face hub as a source of archives.
 
     [data/]train-00000-of-00294.parquet …  [data/]validation-00000-of-00014.parquet …
 
-Columns: `image` (bytes, path) and `label`. The wnid stands at the end of the path, as in
-n01440764_10026_n01440764.JPEG, and is taken off; where a path has none, a class is called by its label. The
-images come in no order, and a class tar must be in one piece: so the shards are read twice, for the sizes and
-for the bytes, and what was written is read once more for the MD5.
+Columns: `image` (bytes, path) and `label`. The wnid is taken from the end of the path
+(n01440764_10026_n01440764.JPEG) and removed from the name; where the path has none, the class is named by its
+label. The images are unordered, but a class tar is contiguous: so the shards are read twice, for the sizes
+and for the bytes, and the archives once more for the MD5.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ _NAME = re.compile(r"(?P<stem>.+)_(?P<wnid>n\d{8})\.(?P<ending>\w+)")
 
 
 @dataclass
-class _Split:
-    """The images of a split: where each goes in its archive."""
+class _SplitPlan:
+    """Layout of a split's archive: offsets and sizes by class."""
 
     archive_bytes: int = 0
-    begins: dict[str, int] = field(default_factory=dict)  # class → where its members begin
+    begins: dict[str, int] = field(default_factory=dict)  # class → offset of its first member
     sizes: dict[str, int] = field(default_factory=dict)  # class → bytes of its members
-    images: dict[str, int] = field(default_factory=dict)  # class → how many
-    val: list[tuple[str, str]] = field(default_factory=list)  # (member, class), in order of names; of val
-    state: str = ""
+    images: dict[str, int] = field(default_factory=dict)  # class → number of images
+    val: list[tuple[str, str]] = field(default_factory=list)  # (member name, class), sorted; val only
+    state: str = ""  # hash of the shards' names, sizes and mtimes
 
 
 def find_parquet_shards(folder: Path) -> dict[str, list[Path]] | None:
-    """Return the shards of train and val, or None where there are none."""
-    for place in (folder, folder / "data"):
-        found = {
-            split: sorted(path for name in names for path in place.glob(f"{name}-*.parquet"))
+    """Return split (train, val) → shards; None if a split has none."""
+    for parent in (folder, folder / "data"):
+        shards = {
+            split: sorted(path for name in names for path in parent.glob(f"{name}-*.parquet"))
             for split, names in _SPLITS.items()
         }
-        if all(found.values()):
-            return found
+        if all(shards.values()):
+            return shards
     return None
 
 
@@ -63,9 +63,9 @@ class ParquetSource:
     """A source of archives that are made of parquet shards.
 
     Args:
-        shards: of train and val.
+        shards: split (train, val) → shards.
         source: dataset.source.
-        files: the archives' names: train, val and devkit → file.
+        files: split (train, val, devkit) → file name of its archive.
     """
 
     copies = True
@@ -76,72 +76,81 @@ class ParquetSource:
         self._split_of = {file: split for split, file in files.items()}
 
     def text(self, file: str) -> str | None:
-        """Return None: no sums lie beside archives that are not made yet."""
+        """Return None: there are no text files such as md5sums beside parquet shards."""
         return None
 
-    def size(self, want: ExpectedArchive) -> int | None:
-        """Return how many bytes an archive will have."""
-        split = self._split_of[want.file]
-        return self._devkit.length if split == "devkit" else self._splits[split].archive_bytes
+    def size(self, expected: ExpectedArchive) -> int | None:
+        """Return the size that an archive will have, in bytes."""
+        split = self._split_of[expected.file]
+        return self._devkit.length if split == "devkit" else self._plans[split].archive_bytes
 
-    def fetch(self, want: ExpectedArchive, target: Path, progress: Callable[[int], None]) -> int:
-        """Make an archive, whole and with its receipt; return the bytes that came over the network: 0."""
-        split = self._split_of[want.file]
+    def fetch(self, expected: ExpectedArchive, target: Path, progress: Callable[[int], None]) -> int:
+        """Write an archive and its receipt; return the bytes transferred over the network: 0.
+
+        Raises:
+            UserError: the shards are invalid.
+        """
+        split = self._split_of[expected.file]
         folder = self._shards["train"][0].parent
 
         def fill(part: PartialFile) -> int:
-            size = self.size(want) or 0
-            state = self._devkit.state if split == "devkit" else self._splits[split].state
-            origin = Origin(f"{folder} as {want.file}", state, None, size, ranges=True)
+            size = self.size(expected) or 0
+            state = self._devkit.state if split == "devkit" else self._plans[split].state
+            origin = Origin(f"{folder} as {expected.file}", state, None, size, ranges=True)
             if part.origin != origin:
-                part.begin(origin)
-            disk.require_free_space(target.parent, size - allocated_bytes(part.target), want.file)
-            for at, data in self._pieces(split):
+                part.restart(origin)
+            disk.require_free_space(target.parent, size - allocated_bytes(part.target), expected.file)
+            for at, data in self._chunks(split):
                 if not part.has(at, at + len(data)):
                     part.write(at, data)
                 progress(part.size)
-                part.save(when_due=True)
+                part.save_state(if_due=True)
             return 0
 
-        return download_and_verify(want, target, f"{folder} as {want.file}", self._source, fill, progress)
+        return download_and_verify(
+            expected, target, f"{folder} as {expected.file}", self._source, fill, progress
+        )
 
-    def _pieces(self, split: str) -> Iterator[tuple[int, bytes]]:
-        """Yield all bytes of an archive with their places, in the order of the shards."""
+    def _chunks(self, split: str) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset, data) until an archive is complete, in the order of the shards."""
         if split == "devkit":
             yield 0, self._devkit.read_from(0)
             return
-        plan = self._splits[split]
-        at = dict(plan.begins)
+        plan = self._plans[split]
+        next_offset = dict(plan.begins)
         for name, wnid, data in self._images(split):
-            whole = tar_member(name, data)
-            yield at[wnid], whole
-            at[wnid] += len(whole)
+            member = tar_member(name, data)
+            yield next_offset[wnid], member
+            next_offset[wnid] += len(member)
         if split == "train":
             for wnid, begin in plan.begins.items():
-                head = long_name_header(f"{wnid}.tar", plan.sizes[wnid] + len(END))
-                yield begin - len(head), head
+                header = long_name_header(f"{wnid}.tar", plan.sizes[wnid] + len(END))
+                yield begin - len(header), header
                 yield begin + plan.sizes[wnid], END
         yield plan.archive_bytes - len(END), END
 
     @cached_property
-    def _splits(self) -> dict[str, _Split]:
-        return {split: self._measure(split) for split in _SPLITS}
+    def _plans(self) -> dict[str, _SplitPlan]:
+        return {split: self._plan_split(split) for split in _SPLITS}
 
-    def _measure(self, split: str) -> _Split:
-        plan, told = _Split(), hashlib.sha256()
+    def _plan_split(self, split: str) -> _SplitPlan:
+        plan, digest = _SplitPlan(), hashlib.sha256()
         for path in self._shards[split]:
             stat = path.stat()
-            told.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        plan.state = told.hexdigest()
-        names: dict[str, set[str]] = {}
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        plan.state = digest.hexdigest()
+        names_in_tar: dict[str, set[str]] = {}
         for name, wnid, data in self._images(split):
             size = len(long_name_header(name, 0)) + len(data) + -len(data) % BLOCK
             plan.sizes[wnid] = plan.sizes.get(wnid, 0) + size
             plan.images[wnid] = plan.images.get(wnid, 0) + 1
-            known = names.setdefault(wnid if split == "train" else "", set())
-            if name in known:
-                raise UserError(f"{self._shards[split][0].parent}: two images of {split} are called {name}")
-            known.add(name)
+            names = names_in_tar.setdefault(wnid if split == "train" else "", set())
+            if name in names:
+                raise UserError(
+                    f"{self._shards[split][0].parent}: two images of {split} have the name {name}; fetch the "
+                    "shards again"
+                )
+            names.add(name)
             if split == "val":
                 plan.val.append((name, wnid))
         plan.val.sort()
@@ -156,19 +165,20 @@ class ParquetSource:
 
     @cached_property
     def _devkit(self) -> InMemoryFile:
-        train, val = self._splits["train"], self._splits["val"]
+        train, val = self._plans["train"], self._plans["val"]
         for _, wnid in val.val:
             if wnid not in train.images:
                 raise UserError(
-                    f"{self._source}: class {wnid} is in the val shards, but not in those of train"
+                    f"{self._source}: class {wnid} is in the val shards, but not in the train shards; add "
+                    "the missing train shards"
                 )
-        words = self._words()
-        classes = {wnid: (words.get(wnid, wnid), count) for wnid, count in train.images.items()}
+        class_names = self._class_names()
+        classes = {wnid: (class_names.get(wnid, wnid), count) for wnid, count in train.images.items()}
         return devkit(classes, [wnid for _, wnid in val.val])
 
     def _images(self, split: str) -> Iterator[tuple[str, str, bytes]]:
         """Yield (member name, class, bytes) of every image."""
-        pyarrow, parquet = _pyarrow()
+        pyarrow, parquet = _import_pyarrow()
         number = 0
         for path in self._shards[split]:
             try:
@@ -179,46 +189,50 @@ class ParquetSource:
                             number += 1
                             data = image["bytes"]
                             if not data:
-                                raise UserError(f"{path}: a row of label {label} holds no image")
-                            yield *_named(image.get("path"), split, number, label), data
+                                raise UserError(
+                                    f"{path}: a row with label {label} has no image; fetch the shard again"
+                                )
+                            yield *_name_and_class(image.get("path"), split, number, label), data
             except (pyarrow.ArrowException, KeyError, OSError) as error:
-                words = " ".join(str(error).split())
-                raise UserError(f"{path}: not shards with the columns image and label ({words})") from None
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"{path}: not a parquet shard with the columns image and label ({reason}); fetch it again"
+                ) from None
 
-    def _words(self) -> dict[str, str]:
-        """Return what the classes are called, as far as the hub's own metadata in the shards say so."""
-        _, parquet = _pyarrow()
+    def _class_names(self) -> dict[str, str]:
+        """Return class → names, from the hub's metadata in the shards; empty without them."""
+        _, parquet = _import_pyarrow()
         metadata = parquet.read_schema(self._shards["train"][0]).metadata or {}
         try:
             names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
         except (KeyError, TypeError, ValueError):
             return {}
-        # In wnid order on the hub as here; without wnids the class is called by its label.
-        wnids = sorted(self._splits["train"].images)
+        # The hub's labels are in wnid order too.
+        wnids = sorted(self._plans["train"].images)
         if wnids[0].startswith("class"):
-            return {_by_label(label): str(name) for label, name in enumerate(names)}
+            return {_class_of_label(label): str(name) for label, name in enumerate(names)}
         return dict(zip(wnids, map(str, names), strict=True)) if len(names) == len(wnids) else {}
 
 
-def _named(path: str | None, split: str, number: int, label: int) -> tuple[str, str]:
+def _name_and_class(path: str | None, split: str, number: int, label: int) -> tuple[str, str]:
     """Return the member name and the class of an image."""
     name = (path or "").rsplit("/", 1)[-1]
     if match := _NAME.fullmatch(name):
         return f"{match['stem']}.{match['ending']}", match["wnid"]
-    return f"{split}_{number:08d}.JPEG", _by_label(label)
+    return f"{split}_{number:08d}.JPEG", _class_of_label(label)
 
 
-def _by_label(label: int) -> str:
+def _class_of_label(label: int) -> str:
     return f"class{label:05d}"
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def _import_pyarrow() -> tuple[Any, Any]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(
-            "parquet shards are read with pyarrow, which is missing: "
+            "pyarrow, which reads parquet shards, is not installed: "
             "pip install -c constraints.txt -e '.[parquet]' in the checkout"
         ) from None
     return pyarrow, parquet

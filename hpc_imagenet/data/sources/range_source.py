@@ -1,4 +1,4 @@
-"""What a download asks of whoever holds the bytes: a web server, a bucket, a tree of loose files."""
+"""The interface of sources that serve byte ranges of files: an HTTP server, an S3 bucket, class folders."""
 
 from __future__ import annotations
 
@@ -9,92 +9,97 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Origin:
-    """What a remote says about a file; as long as it says the same, the bytes are the same."""
+    """The URL, validators and size of a file at its source; equal validators mean equal bytes."""
 
-    url: str  # without any secret: it stands in notes and errors
+    url: str  # without secrets: it is written to the state file and to errors
     etag: str | None = None
     modified: str | None = None  # Last-Modified
     total: int | None = None  # bytes
-    ranges: bool = False  # whether single ranges are given
+    ranges: bool = False  # whether the source serves byte ranges
 
     @property
     def validator(self) -> str | None:
-        """What names this state of the file: a strong ETag, else the date; None where there is neither."""
-        # RFC 9110, 13.1.5: a weak ETag does not promise the same bytes.
+        """A strong ETag, else the modification date, else None."""
+        # RFC 9110, 13.1.5: equal weak ETags do not guarantee equal bytes.
         return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
 
     @property
     def resumable(self) -> bool:
-        """Whether single ranges can be asked for, and be known to be of the same file."""
+        """Whether ranges can be requested and verified to belong to the same version of the file."""
         return self.ranges and self.validator is not None and self.total is not None
 
-    def same(self, other: Origin) -> bool:
-        """Whether `other` speaks of the same bytes, as far as both say."""
+    def matches(self, other: Origin) -> bool:
+        """Whether no field that is known on both sides differs."""
         mine, theirs = (self.etag, self.modified, self.total), (other.etag, other.modified, other.total)
         return all(a == b for a, b in zip(mine, theirs, strict=True) if None not in (a, b))
 
 
 class Response(Protocol):
-    """Bytes [begin, end) of a file, or the whole of it where `ranged` is False."""
+    """Bytes [begin, end) of a file, or the whole file if `ranged` is False."""
 
     origin: Origin
     ranged: bool
     end: int | None  # None: unknown
-    content_type: str  # the media type, or nothing
+    content_type: str  # the media type, or ""
 
-    def read(self, most: int) -> bytes:
-        """Return the next bytes, at most so many; none at the end.
+    def read(self, size: int) -> bytes:
+        """Return the next bytes, at most `size`; b"" at the end.
 
         Raises:
-            Broken: the connection failed.
+            TransientError: the connection failed.
         """
 
     def close(self) -> None:
-        """Make a `read` that waits in another thread end."""
+        """Abort a `read` that is blocked in another thread."""
 
 
 class RangeSource(Protocol):
-    """A prefix under which files lie.
+    """Files under a URL prefix.
 
     Attributes:
-        prefix: dataset.source; receipts call it so.
-        reached: whether it has answered at all.
+        prefix: dataset.source; written to the receipts.
+        reached: whether any request has been answered yet.
     """
 
     prefix: str
     reached: bool
 
     def url(self, file: str) -> str:
-        """Return what notes and errors call a file."""
+        """Return the name of a file in logs, errors and the state file."""
 
     def size(self, file: str) -> int | None:
-        """Return the bytes of a file, as far as that is told without fetching it.
+        """Return the size of a file in bytes; None if unknown without fetching it.
 
         Raises:
-            Broken, Refused: see `ask`.
+            TransientError, NotAvailable: see `open`.
         """
 
     def open(
         self, file: str, begin: int = 0, end: int | None = None, origin: Origin | None = None
     ) -> AbstractContextManager[Response]:
-        """Ask for bytes [begin, end) of a file, or for the whole where `end` is None.
+        """Request bytes [begin, end) of a file, or the whole file if `end` is None.
 
         Args:
-            file: its name under the prefix.
-            begin: first byte.
-            end: behind the last byte.
-            origin: the state that the file must still be in.
+            file: name under the prefix.
+            begin: offset of the first byte.
+            end: offset after the last byte.
+            origin: expected state of the file.
 
         Raises:
-            Broken: it failed and may do better later.
-            Changed: the file is not in that state, or has not that many bytes.
-            Refused: it is not there, or not given.
-            UserError: the prefix makes no sense.
+            TransientError: the request failed and may succeed later.
+            ContentChanged: the file is in another state, or is shorter than `begin`.
+            NotAvailable: the file does not exist or access is denied.
+            UserError: the prefix is invalid.
         """
 
 
 class TransientError(Exception):
-    """A request that failed and may do better later; `wait` is what the server asked for, in s."""
+    """A request failed and may succeed later.
+
+    Args:
+        reason: one line.
+        wait: seconds to wait as requested by the server (Retry-After).
+    """
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -102,11 +107,11 @@ class TransientError(Exception):
 
 
 class ContentChanged(Exception):
-    """The file is not the one that was begun: all begins anew."""
+    """The file is not the one whose download was started; the download has to restart."""
 
 
 class NotAvailable(Exception):
-    """The server does not give the file, and will not later either."""
+    """The server refused the request for good, with an HTTP status such as 403 or 404."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"status {status}")

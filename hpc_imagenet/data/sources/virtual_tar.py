@@ -1,9 +1,8 @@
-"""Tars that are not written yet: from names and sizes alone it is known which byte lies where.
+"""Tar archives that are not stored: any byte is computed from the names, sizes and contents of the files.
 
-So the archives of loose files are fetched like those of a server: in ranges side by side, taken up after a
-kill, hashed on the way. The same files always make the same bytes: no owner, no time, files in the given
-order.
-Format: POSIX.1-1988 ustar, long names as GNU tar writes them.
+So archives of class folders are downloaded like those of a server: in parallel ranges, resumed after a kill,
+and hashed on the way. Equal files make equal bytes: there are no owners and times, and the order is given.
+Format: POSIX.1-1988 ustar, long names as in GNU tar.
 """
 
 from __future__ import annotations
@@ -21,22 +20,27 @@ from hpc_imagenet.data.sources.range_source import TransientError
 from hpc_imagenet.data.tar.tar_reader import BLOCK
 from hpc_imagenet.errors import UserError
 
-END = bytes(2 * BLOCK)
+END = bytes(2 * BLOCK)  # the end mark of a tar
 Offsets = npt.NDArray[np.int64]
 
 
 class VirtualFile(Protocol):
-    """A file of `length` bytes; `state` names which bytes."""
+    """A file whose bytes are computed when they are read.
+
+    Attributes:
+        length: size in bytes.
+        state: hash of the inputs; equal states mean equal bytes.
+    """
 
     length: int
     state: str
 
     def read_from(self, at: int) -> bytes:
-        """Return some bytes from byte `at` on, at least one of them."""
+        """Return at least one byte from offset `at` on."""
 
 
 class InMemoryFile:
-    """A file that is in memory."""
+    """A file in memory; a `VirtualFile`."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -44,19 +48,19 @@ class InMemoryFile:
         self.state = hashlib.sha256(data).hexdigest()
 
     def read_from(self, at: int) -> bytes:
-        """Return the bytes from `at` on."""
+        """Return the bytes from offset `at` on."""
         return self._data[at:]
 
 
 class VirtualTar:
-    """A tar of files.
+    """A tar of files; a `VirtualFile`.
 
     Args:
-        root: the folder of all `paths`.
-        names: of the members.
-        paths: of the files, relative to `root`.
-        sizes: bytes of the files.
-        times: when they were changed, in ns.
+        root: folder that `paths` are relative to.
+        names: names of the members.
+        paths: paths of the files.
+        sizes: sizes of the files in bytes.
+        times: mtimes of the files in ns.
     """
 
     def __init__(
@@ -70,13 +74,13 @@ class VirtualTar:
         self._root, self._names, self._paths = root, names, paths
         self._sizes = np.array(sizes, np.int64)
         self._begins, self.length = member_offsets(names, self._sizes)
-        told = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, path, size, time in zip(names, paths, sizes, times, strict=True):
-            told.update(f"{name}\0{path}\0{size}\0{time}\n".encode("utf-8", "surrogateescape"))
-        self.state = told.hexdigest()
+            digest.update(f"{name}\0{path}\0{size}\0{time}\n".encode("utf-8", "surrogateescape"))
+        self.state = digest.hexdigest()
 
     def read_from(self, at: int) -> bytes:
-        """Return the rest of the member in which byte `at` lies."""
+        """Return the rest of the member that contains offset `at`."""
         i = int(np.searchsorted(self._begins, at, "right")) - 1
         begin = int(self._begins[i]) if i >= 0 else 0
         if at >= self.length - len(END):
@@ -89,57 +93,61 @@ class VirtualTar:
         try:
             data = path.read_bytes()
         except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{path}: {error.strerror}, while archives were made of it") from None
-        except OSError as error:  # a file system over a network has its moments
+            raise UserError(
+                f"{path}: {error.strerror}, while an archive was made of dataset.source; make the file "
+                "readable or remove it, then run the same command again"
+            ) from None
+        except OSError as error:  # network file systems have transient errors
             raise TransientError(f"{path}: {error.strerror}") from None
         if len(data) != size:
             raise UserError(
-                f"{path}: had {size} bytes and has {len(data)}: it changes; ask again when it rests"
+                f"{path}: changed from {size} to {len(data)} bytes while an archive was made of "
+                "dataset.source; run the same command again once the files are complete"
             )
         return data
 
 
 class VirtualTarOfTars:
-    """A tar of one tar a class, named `<wnid>.tar`."""
+    """A tar of one tar per class, named `<wnid>.tar`; a `VirtualFile`."""
 
     def __init__(self, classes: dict[str, VirtualTar]) -> None:
-        self._heads = [long_name_header(f"{wnid}.tar", tar.length) for wnid, tar in classes.items()]
+        self._headers = [long_name_header(f"{wnid}.tar", tar.length) for wnid, tar in classes.items()]
         self._tars = list(classes.values())
-        lengths = [len(head) + tar.length for head, tar in zip(self._heads, self._tars, strict=True)]
+        lengths = [len(header) + tar.length for header, tar in zip(self._headers, self._tars, strict=True)]
         self._begins = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         self.length = int(self._begins[-1]) + len(END)
         states = (f"{wnid} {tar.state}\n" for wnid, tar in classes.items())
         self.state = hashlib.sha256("".join(states).encode()).hexdigest()
 
     def read_from(self, at: int) -> bytes:
-        """Return some bytes of the class in which byte `at` lies."""
+        """Return at least one byte of the class that contains offset `at`."""
         i = int(np.searchsorted(self._begins, at, "right")) - 1
         within = at - int(self._begins[i])
         if i == len(self._tars):
             return END[within:]
-        head = self._heads[i]
-        return head[within:] if within < len(head) else self._tars[i].read_from(within - len(head))
+        header = self._headers[i]
+        return header[within:] if within < len(header) else self._tars[i].read_from(within - len(header))
 
 
 def long_name_header(name: str, size: int) -> bytes:
-    """Return the header of a member: one block, three where the name is longer than 100 bytes."""
-    info = tarfile.TarInfo(name)  # no owner and no time but zero
+    """Return the header of a tar member: one block, or three if the name is longer than 100 bytes."""
+    info = tarfile.TarInfo(name)  # owner and time are 0
     info.size = size
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
 def tar_member(name: str, data: bytes) -> bytes:
-    """Return a whole member: header, bytes, and zeros up to a whole block."""
+    """Return a tar member: header, data, and zeros up to a multiple of the block size."""
     return long_name_header(name, len(data)) + data + bytes(-len(data) % BLOCK)
 
 
 def member_offsets(names: Sequence[str], sizes: Offsets) -> tuple[Offsets, int]:
-    """Return where the members of a tar begin, of shape [members], and the length of the tar."""
-    heads = np.full(len(names), BLOCK, np.int64)
+    """Return the offsets of the members of a tar, of shape [members], and the size of the tar in bytes."""
+    headers = np.full(len(names), BLOCK, np.int64)
     for i, name in enumerate(names):
         if len(name) > 25 and len(name.encode("utf-8", "surrogateescape")) > 100:
-            heads[i] = len(long_name_header(name, 0))
-    ends = np.cumsum(heads + sizes + -sizes % BLOCK)
+            headers[i] = len(long_name_header(name, 0))
+    ends = np.cumsum(headers + sizes + -sizes % BLOCK)
     if not len(names):
         return ends, len(END)
     return np.concatenate(([0], ends[:-1])), int(ends[-1]) + len(END)

@@ -1,7 +1,7 @@
-"""Write a shard: an ordinary uncompressed tar whose bytes depend on nothing but what is put in.
+"""Tar writer for shards: an uncompressed tar whose bytes depend only on the files added to it.
 
-The tar grows in buffers: images are read straight into their place in one, while one thread writes
-the buffer before to the file and another hashes it. So a copy costs two moves of each byte and few calls.
+The tar is assembled in buffers. Images are read directly into a buffer, while one thread writes the previous
+buffer to the file and another hashes it. A copy thus moves each byte twice and needs few system calls.
 Source: POSIX pax(1), "ustar Interchange Format".
 """
 
@@ -17,19 +17,19 @@ from typing import IO, Any
 from hpc_imagenet.datastore.reader.dataset_reader import TAR_BLOCK
 
 # One buffer is filled while others are written and hashed. They are small, so that their bytes are still in
-# the CPU's cache then, and many, so that nobody waits: with 3 of 4 MB a copy took half as long again.
+# the CPU's cache, and many, so that no thread waits: with 3 buffers of 4 MB a copy took 1.5 times as long.
 _BUFFER = 1 << 20  # bytes
 _BUFFERS = 8
 _MTIME, _MODE = 0, 0o644
 
 
 class TarWriter:
-    """A tar that is being written to an open, empty file.
+    """Writer of a tar into an open, empty file; a context manager.
 
-    Use as a context; `size` and `hash` are those of the tar when the context has ended well.
+    `size` and `hash` are those of the whole tar once the context has exited without an error.
 
     Raises:
-        OSError: the file cannot be written; from any method.
+        OSError: the file cannot be written; raised by any method.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -43,7 +43,7 @@ class TarWriter:
 
     @property
     def hash(self) -> str:
-        """Of all bytes, as a manifest has it."""
+        """SHA-256 of all bytes, in the manifest's form `sha256:<hex>`."""
         return f"sha256:{self._digest.hexdigest()}"
 
     def __enter__(self) -> TarWriter:
@@ -54,8 +54,8 @@ class TarWriter:
     ) -> None:
         try:
             if error is None:
-                self._put(bytes(2 * TAR_BLOCK))  # the end mark
-                self._hand_over()
+                self._put(bytes(2 * TAR_BLOCK))  # the end marker
+                self._flush()
                 for number in range(_BUFFERS):
                     self._wait(number)
         finally:
@@ -63,7 +63,7 @@ class TarWriter:
                 thread.shutdown(cancel_futures=True)
 
     def add(self, name: str, data: bytes) -> int:
-        """Append a file; return where in the tar its first byte lies."""
+        """Append a file and return the byte offset of its data in the tar."""
         self._put(shard_member_header(name, len(data)))
         offset = self.size
         self._put(data)
@@ -71,16 +71,22 @@ class TarWriter:
         return offset
 
     def copy(self, name: str, descriptor: int, offset: int, length: int) -> int:
-        """Append a file whose bytes lie in another open file; return where in the tar its first byte lies.
+        """Append a file by copying a byte range of an open file; return its data's byte offset in the tar.
+
+        Args:
+            name: member name in the tar.
+            descriptor: file descriptor of the source file.
+            offset: byte offset of the range in the source file.
+            length: bytes to copy.
 
         Raises:
-            EOFError: the other file ends before.
+            EOFError: the source file ends inside the range.
         """
         self._put(shard_member_header(name, length))
         begin, left = self.size, length
         while left:
-            room = self._room()[:left]
-            got = os.preadv(descriptor, [room], offset + length - left)
+            free = self._free_part()[:left]
+            got = os.preadv(descriptor, [free], offset + length - left)
             if not got:
                 raise EOFError
             self._advance(got)
@@ -91,23 +97,23 @@ class TarWriter:
     def _put(self, data: bytes) -> None:
         done = 0
         while done < len(data):
-            room = self._room()
-            part = data[done : done + len(room)]
-            room[: len(part)] = part
+            free = self._free_part()
+            part = data[done : done + len(free)]
+            free[: len(part)] = part
             self._advance(len(part))
             done += len(part)
 
-    def _room(self) -> memoryview:
-        """Return what is free of the current buffer, at least a byte."""
+    def _free_part(self) -> memoryview:
+        """Return the free part of the current buffer, at least one byte."""
         if self._filled == _BUFFER:
-            self._hand_over()
+            self._flush()
         return self._buffers[self._current][self._filled :]
 
     def _advance(self, size: int) -> None:
         self._filled += size
         self.size += size
 
-    def _hand_over(self) -> None:
+    def _flush(self) -> None:
         data = self._buffers[self._current][: self._filled]
         writer, hasher = self._threads
         self._busy[self._current] = writer.submit(self._write, data), hasher.submit(self._digest.update, data)
@@ -124,34 +130,34 @@ class TarWriter:
 
 
 def shard_member_header(name: str, length: int) -> bytes:
-    """Return the tar header of a file: mode 0644, no owner, no time.
+    """Return the tar header of a file: mode 0644, no owner, modification time 0.
 
-    A name that does not fit its field gets a GNU long name in front, so that this is more than one block.
+    A name longer than 100 bytes gets a GNU long-name header first, so that the result is several blocks.
     """
     encoded = name.encode("utf-8", "surrogateescape")
     if len(encoded) > 100 or length >= 8**11:
         info = tarfile.TarInfo(name)
         info.size, info.mtime, info.mode = length, _MTIME, _MODE
         return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-    # The same bytes as above, ten times faster: there are two headers an image.
+    # The same bytes as `TarInfo.tobuf` makes, ten times faster: there are two headers per image.
     size = b"%011o" % length
-    checksum = _PLAIN_SUM + sum(encoded) + sum(size)
+    checksum = _TEMPLATE_SUM + sum(encoded) + sum(size)
     return b"%b%b%b%b%06o%b" % (
         encoded.ljust(100, b"\0"),
-        _PLAIN[100:124],
+        _TEMPLATE[100:124],
         size,
-        _PLAIN[135:148],
+        _TEMPLATE[135:148],
         checksum,
-        _PLAIN[154:],
+        _TEMPLATE[154:],
     )
 
 
-def _plain() -> bytes:
+def _header_template() -> bytes:
     info = tarfile.TarInfo("")
     info.mtime, info.mode = _MTIME, _MODE
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-_PLAIN = _plain()
-# Without name, size (eleven digits) and checksum (which counts as eight spaces).
-_PLAIN_SUM = sum(_PLAIN) - sum(_PLAIN[124:135]) - sum(_PLAIN[148:156]) + 8 * ord(" ")
+_TEMPLATE = _header_template()
+# Sum of the template bytes without name, size (eleven digits) and checksum (which counts as eight spaces).
+_TEMPLATE_SUM = sum(_TEMPLATE) - sum(_TEMPLATE[124:135]) - sum(_TEMPLATE[148:156]) + 8 * ord(" ")
