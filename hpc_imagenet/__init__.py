@@ -1,6 +1,6 @@
-"""From the ImageNet archives to a table of trained backbones, on a Slurm cluster or one machine.
+"""Train backbones on ImageNet, from the archives to a leaderboard, on a Slurm cluster or one machine.
 
-From Python: `submit`, `jobs`, `verb`, `Handle` and `UserError`; see `hpc_imagenet.api`.
+Python API: `submit`, `jobs`, `command`, `Handle` and `UserError`; see `hpc_imagenet.api`.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ __all__ = ["Handle", "UserError", "command", "jobs", "submit"]
 
 
 def __getattr__(name: str) -> Any:
-    # Importing the package costs nothing; the names come when one is asked for.
+    # Names are imported on first use, so that importing the package is cheap.
     if name in __all__:
         return getattr(import_module("hpc_imagenet.api"), name)
     if name == "__version__":
@@ -28,5 +28,5 @@ def _version() -> str:
 
     try:
         return version("hpc-imagenet")
-    except PackageNotFoundError:  # run from a checkout that was never installed
+    except PackageNotFoundError:  # a checkout that is not installed
         return "0.0.0"

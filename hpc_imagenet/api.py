@@ -1,10 +1,10 @@
-"""The package from Python: what the command line does, with handles on the runs instead of their names.
+"""Python API: the same functions as the command line, with handles on runs.
 
     import hpc_imagenet
     (run,) = hpc_imagenet.submit("dataset=digits model=resnet18")
     run.state(), run.result()["top1"]
 
-`hpc_imagenet` itself has the five names of this module, and imports none of it before one is asked for.
+The names in `__all__` can be imported from `hpc_imagenet`, which loads this module on first use.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from hpc_imagenet.runs.store import Run, RunStore
 
 __all__ = ["Handle", "UserError", "command", "jobs", "submit"]
 
-_EVERY = 0.5  # s
+_POLL_INTERVAL = 0.5  # s
 
 
 class Handle:
-    """One run: a thing to be made, in its newest attempt. Two handles of the same run are equal.
+    """A run and its newest attempt. Two handles of the same run are equal.
 
     Attributes:
-        id: of the run, such as `c0ffee00-resnet18`.
-        folder: its record: frozen config, logs, metrics, checkpoints.
+        id: the run's id, such as `c0ffee00-resnet18`.
+        folder: the run's folder, with its frozen config, logs, metrics and checkpoints.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,67 +53,67 @@ class Handle:
     def state(self) -> str:
         """Return queued, running, finished, failed or cancelled.
 
-        A handle that is asked for long asks Slurm less and less often, every 15 s in the end; how a run has
-        ended is known at once.
+        Slurm's reply is cached, for longer the older the handle is (at most 15 s); the end of a run is
+        visible immediately.
         """
         from hpc_imagenet.launch.states import state
 
         return state(self._run, self._since).name
 
     def reason(self) -> str:
-        """Return in one line why it is in that state: what it waits for, why it failed; else nothing."""
+        """Return the reason for the state in one line, such as a Slurm reason or an error; may be empty."""
         from hpc_imagenet.launch.states import state
 
         return state(self._run, self._since).reason
 
     def progress(self) -> dict[str, Any]:
-        """Return how far it is: done, total, unit, rate (a second), note, time; empty at first."""
+        """Return the progress: done, total, unit, rate (per second), note, time; empty at first."""
         return self._run.progress
 
     def result(self, seconds: float | None = None) -> dict[str, Any]:
-        """Wait until it has ended and return what came out: of a training top1 and top5 (0 to 1) and more.
+        """Wait for the end of the run and return its result, such as top1 and top5 (0 to 1) of a training.
 
         Args:
-            seconds: to wait at most; None: as long as it takes.
+            seconds: timeout in s; None: no timeout.
 
         Raises:
-            UserError: it failed or was cancelled, and why.
-            TimeoutError: it has not ended by then; it goes on.
+            UserError: the run failed or was cancelled; contains the reason.
+            TimeoutError: the run has not ended in time; it keeps running.
         """
         from hpc_imagenet.launch.states import state
 
         began = time.monotonic()
         end = None if seconds is None else began + seconds
-        while (was := state(self._run, began)).active:
+        while (current := state(self._run, began)).active:
             if end is not None and time.monotonic() >= end:
-                raise TimeoutError(f"{self.id} is {was.name} after {seconds:g} s")
-            time.sleep(_EVERY)
-        if not was.finished:
-            raise UserError(f"{self.id} {was.name}: {was.reason}")
+                raise TimeoutError(f"{self.id} is {current.name} after {seconds:g} s")
+            time.sleep(_POLL_INTERVAL)
+        if not current.finished:
+            raise UserError(f"{self.id} {current.name}: {current.reason}")
         attempt = self._run.attempt
         outcome = attempt.outcome if attempt else None
         return (outcome.result if outcome else None) or {}
 
     def logs(self) -> str:
-        """Return what its newest attempt has printed so far, stdout before stderr."""
+        """Return the output of the newest attempt so far, stdout before stderr."""
         attempt = self._run.attempt
         return "".join(log.read_text(errors="replace") for log in attempt.logs()) if attempt else ""
 
     def cancel(self) -> None:
-        """Stop it, queued or running; one that has ended stays as it is.
+        """Stop the run if it is queued or running.
 
         Raises:
-            UserError: it is a Slurm job, and Slurm cannot be asked from here.
+            UserError: it is a Slurm job, and Slurm cannot be reached from this machine.
         """
         from hpc_imagenet.launch.submission import cancel_run
 
         cancel_run(self._run)
 
     def retry(self) -> None:
-        """Take it up again from where it stopped, with the runs it needs that did not end well.
+        """Continue the run from where it stopped, and the failed or cancelled runs that it needs.
 
         Raises:
-            UserError: it was no job of a queue, or Slurm refused it.
+            UserError: the run was not submitted to a queue, or Slurm refused it.
         """
         from hpc_imagenet.launch.submission import retry_run
 
@@ -121,37 +121,37 @@ class Handle:
 
 
 def submit(overrides: str | Sequence[str], config_dir: str | None = None) -> list[Handle]:
-    """Submit what overrides ask for, as the command line does; commas sweep. Returns at once.
+    """Submit jobs as the command line does, and return at once; commas in overrides make a sweep.
 
     Args:
-        overrides: such as `"+stage=pipeline dataset=digits"`, or a list of them.
-        config_dir: a folder of your own conf/ beside ours.
+        overrides: settings, such as `"+stage=pipeline dataset=digits"`, or a list of them.
+        config_dir: a folder with config groups in addition to conf/.
 
     Returns:
-        One run a job, each before those that need it: new ones, those that go on, and those that were
-        finished or already running. With `cluster=foreground` they have ended by then, and with `wait=true`;
-        sessions then run. With `dry_run=true` there are none: what would be submitted is printed.
+        A handle per job, each before those that need it, including runs that were finished or running
+        already. With `cluster=foreground` or `wait=true` the runs have ended (sessions are running). With
+        `dry_run=true` the list is empty and the jobs are printed.
 
     Raises:
-        UserError: one line that says what is wrong; nothing was submitted.
+        UserError: invalid input; nothing was submitted.
     """
     from hpc_imagenet.cli.submit import prepare
     from hpc_imagenet.config.compose import compose
     from hpc_imagenet.session.connect import wait_until_running
 
-    words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
-    wanted = prepare(compose(words, multirun=True, config_dir=config_dir))
-    if wanted.first.dry_run:
+    overrides = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    prepared = prepare(compose(overrides, multirun=True, config_dir=config_dir))
+    if prepared.first.dry_run:
         from hpc_imagenet.report.dry_run import print_dry_run
 
-        print_dry_run(wanted.jobs, wanted.store, wanted.executor)
+        print_dry_run(prepared.jobs, prepared.store, prepared.executor)
         return []
-    runs = [entry.run for entry in wanted.submit()]
+    runs = [entry.run for entry in prepared.submit()]
     handles = [Handle(run.folder) for run in runs]
-    if wanted.first.wait:
+    if prepared.first.wait:
         for run, handle in zip(runs, handles, strict=True):
-            with contextlib.suppress(UserError):  # its state says so
-                if run.info.get("stage") == "session" and wanted.executor != "foreground":
+            with contextlib.suppress(UserError):  # a failure is visible in the state
+                if run.info.get("stage") == "session" and prepared.executor != "foreground":
                     wait_until_running(run)
                 else:
                     handle.result()
@@ -162,27 +162,30 @@ def jobs(name: str | None = None, workspace: str | Path | None = None) -> list[H
     """Return the runs of a workspace, oldest first.
 
     Args:
-        name: of one run, as `jobs` shows it, or the beginning of its id or label; None: all.
-        workspace: its folder; None: HPC_IMAGENET_WORKSPACE, else ./workspace.
+        name: id or label of one run, or a prefix of one; None: all runs.
+        workspace: folder of the workspace; None: HPC_IMAGENET_WORKSPACE, else ./workspace.
 
     Raises:
-        UserError: no run is called so, or several are.
+        UserError: no run, or more than one, has that name.
     """
     folder = Path(workspace or os.environ.get("HPC_IMAGENET_WORKSPACE", "workspace")).expanduser().absolute()
     store = RunStore(folder)
-    found = store.all() if name is None else [store.find(name)]
-    return [Handle(run.folder) for run in found]
+    runs = store.all() if name is None else [store.find(name)]
+    return [Handle(run.folder) for run in runs]
 
 
-def command(name: str, *words: str) -> Any:
-    """Carry out a verb of the command line, such as `verb("report", "--json")` or `verb("jobs", "--help")`.
+def command(name: str, *arguments: str) -> Any:
+    """Run a command of the command line, such as `command("report", "--json")`.
+
+    Args:
+        name: the command.
+        arguments: its arguments, one string each.
 
     Returns:
-        With `--json` the list of objects, else the text that it printed.
+        With `--json` the parsed objects, else the printed text.
 
     Raises:
-        UserError: what was wrong, in one line; also where the verb finds something wrong, such as `verify`.
-            Its `printed` is the text until then.
+        UserError: the command failed or, such as `verify`, found an error; its `printed` holds the output.
     """
     from hpc_imagenet.cli.commands import COMMANDS, run_command_line
     from hpc_imagenet.errors import did_you_mean
@@ -192,17 +195,17 @@ def command(name: str, *words: str) -> Any:
     out, code = io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(out):
-            code = run_command_line(name, words)
+            code = run_command_line(name, arguments)
     except SystemExit as end:  # --help
         code = int(end.code or 0)
     except UserError as error:
         error.printed = out.getvalue()
         raise
     printed = out.getvalue()
-    if "--json" in words:
+    if "--json" in arguments:
         return json.loads(printed)
     if code:
-        wrong = UserError(f"{name}: {(printed.strip().splitlines() or ['it failed'])[-1].strip()}")
-        wrong.printed = printed
-        raise wrong
+        failure = UserError(f"{name}: {(printed.strip().splitlines() or ['it failed'])[-1].strip()}")
+        failure.printed = printed
+        raise failure
     return printed

@@ -1,33 +1,33 @@
 #!/bin/bash
-# The whole way by hand, from the login node: the templates of this folder, each after the one before.
+# Submit all stages from the login node: the templates in this folder, each depending on the previous one.
 #   slurm/pipeline.sh dataset=imagenet model=resnet18,resnet50
 # sbatch reads your centre's partition and account from SBATCH_PARTITION and SBATCH_ACCOUNT.
 set -euo pipefail
 here=$(dirname "$0")
 
-data=() models=0 # the settings of the stages of data, for which a list of models means nothing
-for word in "$@"; do
-    case $word in
-        model=*) models=$(tr -dc , <<<"$word" | wc -c) ;; # the highest index: one less than models
-        *) data+=("$word") ;;
+data=() models=0 # settings of the data stages, which do not accept a list of models
+for argument in "$@"; do
+    case $argument in
+        model=*) models=$(tr -dc , <<<"$argument" | wc -c) ;; # highest array index: number of models minus one
+        *) data+=("$argument") ;;
     esac
 done
 
-after=()
-send() { # OPTIONS TEMPLATE SETTINGS …: submit, and let what comes next wait for it
+dependency=()
+submit() { # OPTIONS TEMPLATE SETTINGS …: submit a job; the next one depends on it
     local job
-    job=$(sbatch --parsable "${after[@]}" "$@")
+    job=$(sbatch --parsable "${dependency[@]}" "$@")
     job=${job%%;*}
     echo "$job  ${*}"
-    # Without the second option a job whose need failed would stay pending for ever.
-    after=("--dependency=afterok:$job" --kill-on-invalid-dep=yes)
+    # Without the second option a job whose dependency failed would stay pending forever.
+    dependency=("--dependency=afterok:$job" --kill-on-invalid-dep=yes)
 }
 
 for stage in download process upload; do
-    send "$here/$stage.sbatch" "${data[@]}"
+    submit "$here/$stage.sbatch" "${data[@]}"
 done
 if ((models > 0)); then
-    send "--array=0-$models" "$here/sweep.sbatch" "$@"
+    submit "--array=0-$models" "$here/sweep.sbatch" "$@"
 else
-    send "$here/train.sbatch" "$@"
+    submit "$here/train.sbatch" "$@"
 fi

@@ -1,4 +1,4 @@
-"""A headless Chromium, as somebody uses it who has just installed it."""
+"""A headless Chromium with a new profile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
 FLAGS = (
     "--headless",
-    "--no-sandbox",  # which root may not use
+    "--no-sandbox",  # the sandbox does not work as root
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -21,13 +21,18 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
     "--disable-dev-shm-usage",
-    "--window-size=1400,6000",  # so that a whole notebook is drawn
+    "--window-size=1400,6000",  # tall enough to render a whole notebook
 )
 
 
 @contextlib.contextmanager
-def chromium(picture: Path, *more: str) -> Iterator[Chrome]:
-    """Open a browser with a new, empty profile; `more` are flags. Should we fail, `picture` shows it."""
+def chromium(screenshot: Path, *more: str) -> Iterator[Chrome]:
+    """Start a browser with an empty profile and quit it afterwards.
+
+    Args:
+        screenshot: path of the PNG that is written if the block raises.
+        more: further Chromium flags.
+    """
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip("no Chromium: apt-get install chromium chromium-driver")
@@ -36,13 +41,13 @@ def chromium(picture: Path, *more: str) -> Iterator[Chrome]:
     options.binary_location = browser
     for flag in (*FLAGS, *more, f"--user-data-dir={profile}"):
         options.add_argument(flag)
-    opened = Chrome(options=options, service=ChromeService(driver))
+    chrome = Chrome(options=options, service=ChromeService(driver))
     try:
-        opened.set_page_load_timeout(120)
-        yield opened
+        chrome.set_page_load_timeout(120)
+        yield chrome
     except BaseException:
-        opened.save_screenshot(str(picture))
+        chrome.save_screenshot(str(screenshot))
         raise
     finally:
-        opened.quit()
+        chrome.quit()
         shutil.rmtree(profile, ignore_errors=True)

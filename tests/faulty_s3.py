@@ -1,4 +1,4 @@
-"""A proxy before a server of S3, with the faults of real ones: `with proxy(endpoint, Faults(…)) as url`."""
+"""A proxy in front of an S3 server that injects faults: `with proxy(endpoint, Faults(…)) as url`."""
 
 from __future__ import annotations
 
@@ -13,47 +13,49 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 KINDS = {
-    "500": "the server answers 500",
-    "503": "the server answers 503 SlowDown",
-    "reset": "the connection is reset, in the middle of a body where there is one",
-    "half": "the work is done, and half of the answer is lost",
-    "garbage": "the answer is no XML and has no headers",
-    "sum": "the server gives back the checksum of other bytes",
-    "flip": "a byte of an object changes on its way down",
+    "500": "the server replies 500",
+    "503": "the server replies 503 SlowDown",
+    "reset": "the connection is reset, in the middle of the request body if there is one",
+    "half": "the request is processed, and half of the response is lost",
+    "garbage": "the response is not XML and has no headers",
+    "sum": "the server returns the checksum of other bytes",
+    "flip": "a byte of a downloaded object changes",
 }
 
 
 @dataclass
 class Faults:
-    """What goes wrong; `seed` decides with which request it begins."""
+    """Faults to inject, and what was injected; `seed` decides which requests are hit."""
 
     seed: int = 0
-    every: int = 0  # so many requests one meets one of `kinds`; 0: none
+    every: int = 0  # every so many requests, one of `kinds` is injected; 0: never
     kinds: tuple[str, ...] = tuple(KINDS)
-    only: bytes = b""  # requests whose first line contains this
-    answers: list[bytes] = field(default_factory=list)  # each instead of the server's, from the front
-    away: float = 0.0  # until then (monotonic) nobody answers at all
-    seen: int = 0  # requests that could have met one
-    made: dict[str, int] = field(default_factory=dict)
-    lines: list[bytes] = field(default_factory=list)  # the first line of each request
+    only: bytes = b""  # inject only into requests whose first line contains this
+    responses: list[bytes] = field(default_factory=list)  # sent instead of the server's, in this order
+    unavailable_until: float = 0.0  # monotonic time until which all connections are closed
+    matching: int = 0  # number of requests that match `only`
+    injected: dict[str, int] = field(default_factory=dict)  # number of faults by kind
+    request_lines: list[bytes] = field(default_factory=list)  # the first line of each request
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def draw(self, line: bytes) -> str | None:
+    def choose(self, line: bytes) -> str | None:
+        """Return the fault for a request, if any."""
         with self.lock:
-            self.lines.append(line)
+            self.request_lines.append(line)
             if self.only not in line or not self.every:
                 return None
-            self.seen += 1
-            if self.seen % self.every != self.seed % self.every:
+            self.matching += 1
+            if self.matching % self.every != self.seed % self.every:
                 return None
-            return random.Random(f"{self.seed} {self.seen}").choice(self.kinds)
+            return random.Random(f"{self.seed} {self.matching}").choice(self.kinds)
 
     def count(self, kind: str) -> None:
         with self.lock:
-            self.made[kind] = self.made.get(kind, 0) + 1
+            self.injected[kind] = self.injected.get(kind, 0) + 1
 
 
-def answer(status: str, code: str) -> bytes:
+def response(status: str, code: str) -> bytes:
+    """Return an S3 error response."""
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>a fault</Message></Error>".encode()
     return (
         f"HTTP/1.1 {status} X\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
@@ -61,22 +63,22 @@ def answer(status: str, code: str) -> bytes:
     ).encode() + body
 
 
-_INSTEAD = {
-    "500": answer("500", "InternalError"),
-    "503": answer("503", "SlowDown"),
+_REPLACEMENTS = {
+    "500": response("500", "InternalError"),
+    "503": response("503", "SlowDown"),
     "garbage": b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\n<htm",
 }
 
 
 @contextlib.contextmanager
 def proxy(endpoint: str, faults: Faults) -> Iterator[str]:
-    """Pass requests on to `endpoint`, one a connection, with faults."""
+    """Forward requests to `endpoint`, one per connection, with faults; yield the proxy's URL."""
     port = int(endpoint.rpartition(":")[2])
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             with contextlib.suppress(OSError):
-                _pass_on(self.request, port, faults)
+                _forward(self.request, port, faults)
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads = True
@@ -90,8 +92,8 @@ def proxy(endpoint: str, faults: Faults) -> Iterator[str]:
             server.shutdown()
 
 
-def _pass_on(client: socket.socket, port: int, faults: Faults) -> None:
-    if time.monotonic() < faults.away:
+def _forward(client: socket.socket, port: int, faults: Faults) -> None:
+    if time.monotonic() < faults.unavailable_until:
         return
     data = b""
     while b"\r\n\r\n" not in data:
@@ -105,22 +107,22 @@ def _pass_on(client: socket.socket, port: int, faults: Faults) -> None:
     if re.search(rb"(?i)\r\nexpect:", head):
         client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         head = re.sub(rb"(?i)\r\nexpect:[^\r]*", b"", head)
-    kind = faults.draw(line)
+    kind = faults.choose(line)
     with faults.lock:
-        instead = faults.answers.pop(0) if faults.answers and faults.only in line else None
+        replacement = faults.responses.pop(0) if faults.responses and faults.only in line else None
     if kind == "reset":
         faults.count(kind)
         if left > 0:
             client.recv(1 + left // 2)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         return
-    if instead is None and kind in _INSTEAD:
+    if replacement is None and kind in _REPLACEMENTS:
         faults.count(kind)
-        instead = _INSTEAD[kind]
-    if instead is not None:
+        replacement = _REPLACEMENTS[kind]
+    if replacement is not None:
         while left > 0 and (more := client.recv(65536)):
             left -= len(more)
-        client.sendall(instead)
+        client.sendall(replacement)
         return
     head = re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head) + b"\r\nConnection: close"
     with socket.create_connection(("127.0.0.1", port)) as server:
@@ -129,28 +131,28 @@ def _pass_on(client: socket.socket, port: int, faults: Faults) -> None:
             server.sendall(more)
             left -= len(more)
         if left > 0:
-            return  # the client is gone
+            return  # the client has disconnected
         if kind is None:
             while more := server.recv(1 << 16):
                 client.sendall(more)
             return
-        answered = b""
+        reply = b""
         while more := server.recv(1 << 16):
-            answered += more
-    spoilt = _spoil(kind, answered, line)
-    if spoilt != answered:
+            reply += more
+    altered = _alter(kind, reply, line)
+    if altered != reply:
         faults.count(kind)
-    client.sendall(spoilt)
+    client.sendall(altered)
 
 
-def _spoil(kind: str, answered: bytes, line: bytes) -> bytes:
+def _alter(kind: str, reply: bytes, line: bytes) -> bytes:
     if kind == "half":
-        return answered[: len(answered) // 2]
+        return reply[: len(reply) // 2]
     if kind == "sum":
         wrong = b"\r\nx-amz-checksum-crc32: AAAAAA==" if b"PUT" in line and b"/shards/" in line else b""
-        head, end, body = answered.partition(b"\r\n\r\n")
+        head, end, body = reply.partition(b"\r\n\r\n")
         return re.sub(rb"(?i)\r\nx-amz-checksum-crc32:[^\r]*", b"", head) + wrong + end + body
-    head, _, body = answered.partition(b"\r\n\r\n")
+    head, _, body = reply.partition(b"\r\n\r\n")
     if line.startswith(b"GET") and b"/shards/" in line and head.split()[1] in (b"200", b"206") and body:
-        return answered[:-1] + bytes([answered[-1] ^ 1])
-    return answered
+        return reply[:-1] + bytes([reply[-1] ^ 1])
+    return reply

@@ -1,4 +1,4 @@
-"""A way to a port on which connections can be cut."""
+"""A TCP relay whose connections can be cut."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from collections.abc import Iterator
 
 
 class Relay:
-    """Passes bytes between its own `port` and `to`.
+    """Forwards connections from its own `port` to `target_port`.
 
     Attributes:
-        up: bytes that went up to the server.
-        cuts: each time that `up` reaches the first of these, all connections break …
-        pause: … and nobody answers for so many s.
+        bytes_up: number of bytes sent to the server.
+        cut_at: values of `bytes_up` at which all connections are cut and an outage begins.
+        outage: duration of an outage in s, in which no connection is accepted.
     """
 
     def __init__(self) -> None:
-        self.to = 0
-        self.up = 0
-        self.cuts: list[int] = []
-        self.pause = 0.0
-        self._away = 0.0
+        self.target_port = 0
+        self.bytes_up = 0
+        self.cut_at: list[int] = []
+        self.outage = 0.0
+        self._outage_until = 0.0
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         relay = self
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                relay._carry(self.request)
+                relay._forward(self.request)
 
         class Server(socketserver.ThreadingTCPServer):
             daemon_threads = True
@@ -48,21 +48,21 @@ class Relay:
             self._server.shutdown()
             self._server.server_close()
 
-    def back(self) -> None:
-        """Answer again."""
-        self._away = 0.0
+    def end_outage(self) -> None:
+        """Accept connections again."""
+        self._outage_until = 0.0
 
-    def _carry(self, client: socket.socket) -> None:
-        if time.monotonic() < self._away:
+    def _forward(self, client: socket.socket) -> None:
+        if time.monotonic() < self._outage_until:
             return
-        with socket.create_connection(("127.0.0.1", self.to)) as server:
+        with socket.create_connection(("127.0.0.1", self.target_port)) as server:
             pair = {client, server}
             with self._lock:
                 self._open |= pair
-            back = threading.Thread(target=self._pump, args=(server, client, False), daemon=True)
-            back.start()
+            downstream = threading.Thread(target=self._pump, args=(server, client, False), daemon=True)
+            downstream.start()
             self._pump(client, server, True)
-            back.join()
+            downstream.join()
             with self._lock:
                 self._open -= pair
 
@@ -71,18 +71,18 @@ class Relay:
             while data := source.recv(1 << 16):
                 target.sendall(data)
                 if up:
-                    self._count(len(data))
+                    self._count_up(len(data))
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    def _count(self, size: int) -> None:
+    def _count_up(self, size: int) -> None:
         with self._lock:
-            self.up += size
-            if not self.cuts or self.up < self.cuts[0]:
+            self.bytes_up += size
+            if not self.cut_at or self.bytes_up < self.cut_at[0]:
                 return
-            self.cuts.pop(0)
-            self._away = time.monotonic() + self.pause
+            self.cut_at.pop(0)
+            self._outage_until = time.monotonic() + self.outage
             for end in self._open:
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""A workspace with the processed dataset `digits`, of about 20 MB, and the ways to bring it elsewhere."""
+"""A workspace with the processed dataset `digits` of about 20 MB, with methods to upload and fetch it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import upload
 
 
-class House:
+class Workspace:
     def __init__(self, tmp_path: Path) -> None:
-        self.workspace = tmp_path / "workspace"
-        self.dataset = self.workspace / "datasets" / "digits"
-        self.fill("c0ffee")
+        self.root = tmp_path / "workspace"
+        self.dataset = self.root / "datasets" / "digits"
+        self.replace_dataset("c0ffee")
 
-    def fill(self, content: str, name: str = "digits") -> None:
-        """Make another dataset."""
-        self.manifest = make_dataset(self.workspace, name, content, images=8, image_bytes=800_000)
+    def replace_dataset(self, content: str, name: str = "digits") -> None:
+        """Make another dataset of that name."""
+        self.manifest = make_dataset(self.root, name, content, images=8, image_bytes=800_000)
 
     def upload(self, url: str, name: str = "digits", dataset: str = "digits", **stage: Any) -> dict[str, Any]:
-        run = Run(self.workspace / "runs" / f"abc-upload-{name}-{dataset}-{stage.get('part')}")
+        """Run the upload stage and return its result."""
+        run = Run(self.root / "runs" / f"abc-upload-{name}-{dataset}-{stage.get('part')}")
         run.folder.mkdir(parents=True, exist_ok=True)
         config = Config(
-            workspace=str(self.workspace),
+            workspace=str(self.root),
             stage=Stage("upload", **stage),
             dataset=Dataset(name=dataset),
             datastore=Datastore(name, url),
@@ -38,21 +39,23 @@ class House:
         )
         return upload.run(config, run, DistEnv())
 
-    def verb(self, url: str, *words: str) -> int:
+    def command(self, url: str, *arguments: str) -> int:
+        """Run `datastores ARGUMENTS` on the command line and return its exit code."""
         return commands.run_command_line(
-            "datastores", [*words, f"datastore.url={url}", f"workspace={self.workspace}"]
+            "datastores", [*arguments, f"datastore.url={url}", f"workspace={self.root}"]
         )
 
-    def holds(self, url: str, target: Path, name: str = "digits") -> None:
-        """Fetch the newest version and compare every image; nothing but what belongs to it is there."""
-        assert self.verb(url, "fetch", name, str(target)) == 0
+    def assert_stored(self, url: str, target: Path, name: str = "digits") -> None:
+        """Fetch the newest version, compare every image, and check that no other files are stored."""
+        assert self.command(url, "fetch", name, str(target)) == 0
         version = versions.open_version(Datastore(name, str(target)))
         assert self.images(version.folder) == self.images(self.dataset)
         assert set(versions.open_backend(url).files(version.path)) == {
             "manifest.json",
-            *(file.path for file in upload.placed(self.manifest).all_files()),
+            *(file.path for file in upload.version_layout(self.manifest).all_files()),
         }
 
-    def images(self, at: Path) -> list[tuple[bytes, int]]:
-        store = DatasetReader(at)
-        return [image for name in store.manifest.splits for image in store.open_split(name)]
+    def images(self, folder: Path) -> list[tuple[bytes, int]]:
+        """Return bytes and label of every image of a dataset folder."""
+        reader = DatasetReader(folder)
+        return [image for name in reader.manifest.splits for image in reader.open_split(name)]

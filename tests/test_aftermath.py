@@ -1,4 +1,4 @@
-"""What a job's script makes of srun's exit code, with stub commands of Slurm."""
+"""Requeue or fail after srun, by its exit code and error log, with stub Slurm commands."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ class Job:
         self.folder, self.run, self.monkeypatch = folder, run, monkeypatch
         assert run.attempt is not None
         self.attempt: Attempt = run.attempt
-        self.says("squeue", "echo RUNNING")
-        self.says("scontrol", f'echo "$@" >> {folder}/requeued')
+        self.stub("squeue", "echo RUNNING")
+        self.stub("scontrol", f'echo "$@" >> {folder}/requeued')
 
-    def says(self, command: str, text: str) -> None:
+    def stub(self, command: str, text: str) -> None:
+        """Replace a Slurm command by a shell script."""
         path = self.folder / command
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
 
-    def ends(self, code: int, errors: str = "", restarts: int = 0) -> int:
+    def end(self, code: int, errors: str = "", restarts: int = 0) -> int:
+        """Return the exit code of the job's script after srun ended with `code` and wrote `errors`."""
         self.monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
         lease.acquire(self.run.folder, 1)
         self.attempt.start()
@@ -77,70 +79,72 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
         (143, ""),
         (134, "NCCL watchdog"),  # SIGABRT, at a lost peer
         (135, ""),  # SIGBUS, at a lost file server
-        (128 + 12, ""),  # SIGUSR2 before the time limit, in a stage that just dies of it
+        (128 + 12, ""),  # SIGUSR2 before the time limit, in a stage without a handler
         (EXIT_REQUEUE, "stopped by SIGUSR2 after step 7, which is saved"),
         (1, "srun: error: Task launch for StepId=5.0 failed on node n2: Communication connection failure"),
         (1, "srun: error: Node failure on n2"),
     ],
 )
-def test_what_is_beyond_the_job_sends_it_back_to_the_queue(job: Job, code: int, errors: str) -> None:
-    assert job.ends(code, errors) == EXIT_REQUEUE
+def test_transient_failure_requeues_the_job(job: Job, code: int, errors: str) -> None:
+    assert job.end(code, errors) == EXIT_REQUEUE
     assert job.requeued == "requeue 5\n"
     assert job.attempt.outcome is None
 
 
 @pytest.mark.parametrize(
-    ("code", "errors", "says"),
+    ("code", "errors", "reason"),
     [
         (1, "Traceback\nModuleNotFoundError: No module named 'hpc_imagenet'", "No module named"),
         (127, "srun: error: n1: task 0: Exited with exit code 127\nbash: python: not found", "127"),
-        (2, "", "printed nothing"),
+        (2, "", "error log is empty"),
         (139, "srun: error: n1: task 0: Segmentation fault", "SIGSEGV"),
         (132, "", "SIGILL"),
         (136, "", "SIGFPE"),
-        (137, "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.", "and give the command again"),
+        (137, "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.", "then run the command again"),
         (1, "slurmstepd: error: task 0 was Out Of Memory", "cluster.memory_gb"),
     ],
 )
-def test_what_would_happen_again_is_told_and_ends_it(job: Job, code: int, errors: str, says: str) -> None:
-    assert job.ends(code, errors) == 1
+def test_permanent_failure_writes_an_outcome_with_the_reason(
+    job: Job, code: int, errors: str, reason: str
+) -> None:
+    assert job.end(code, errors) == 1
     assert job.requeued == ""
-    assert says in job.reason
+    assert reason in job.reason
     assert "\n" not in job.reason
 
 
-def test_an_outcome_is_all_there_is_to_say(job: Job) -> None:
+def test_finished_outcome_is_kept_and_not_requeued(job: Job) -> None:
     job.attempt.end(FINISHED, result={})
-    assert job.ends(137) == 0
+    assert job.end(137) == 0
     assert job.requeued == ""
 
 
-def test_a_failed_outcome_makes_the_script_fail_so_that_afterok_does(job: Job) -> None:
+def test_failed_outcome_gives_exit_code_1_for_afterok(job: Job) -> None:
     job.attempt.end("failed", "why")
-    assert job.ends(0) == 1
+    assert job.end(0) == 1
 
 
-@pytest.mark.parametrize("word", ["COMPLETING", "PENDING", "CANCELLED"])
-def test_what_slurm_has_taken_in_hand_is_left_to_it(job: Job, word: str) -> None:
-    job.says("squeue", f"echo {word}")
-    assert job.ends(143) == EXIT_REQUEUE
+@pytest.mark.parametrize("state", ["COMPLETING", "PENDING", "CANCELLED"])
+def test_job_not_running_according_to_slurm_is_left_to_slurm(job: Job, state: str) -> None:
+    job.stub("squeue", f"echo {state}")
+    assert job.end(143) == EXIT_REQUEUE
     assert job.requeued == ""
     assert job.attempt.outcome is None
 
 
-def test_there_is_an_end_to_requeueing(job: Job) -> None:
-    assert job.ends(137, restarts=3) == 1
+def test_job_fails_after_max_requeues(job: Job) -> None:
+    assert job.end(137, restarts=3) == 1
     assert "cluster.max_requeues=3 is used up" in job.reason
     assert "SIGKILL" in job.reason
 
 
-def test_a_slurm_that_refuses_is_told(job: Job) -> None:
-    job.says("scontrol", "echo 'Requested operation not supported' >&2; exit 1")
-    assert job.ends(137) == 1
+def test_refused_requeue_fails_with_slurms_error(job: Job) -> None:
+    job.stub("scontrol", "echo 'Requested operation not supported' >&2; exit 1")
+    assert job.end(137) == 1
     assert "not supported" in job.reason
 
 
-def test_an_old_copy_decides_nothing(job: Job) -> None:
+def test_superseded_copy_neither_requeues_nor_fails(job: Job) -> None:
     job.attempt.start()
     job.monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     lease.acquire(job.run.folder, 1)
@@ -150,9 +154,9 @@ def test_an_old_copy_decides_nothing(job: Job) -> None:
     assert job.attempt.outcome is None
 
 
-def test_it_finds_its_run_in_the_pickle(door: Door, job: Job) -> None:
-    job.says("sbatch", "echo Submitted batch job 5")
-    job.says("srun", "true")
+def test_run_and_attempt_are_read_from_submitits_pickle(door: Door, job: Job) -> None:
+    job.stub("sbatch", "echo Submitted batch job 5")
+    job.stub("srun", "true")
     door.env["PATH"] = f"{job.folder}:{door.env['PATH']}"
     door("+stage=download", "dataset=digits", "cluster=slurm")
     (run,) = RunStore(door.workspace).all()

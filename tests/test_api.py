@@ -1,4 +1,4 @@
-"""The package from Python: five names, the same runs as the command line's."""
+"""The Python API: its names, its handles, and the same runs as the command line."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from hpc_imagenet.cli.commands import COMMANDS
 
 @pytest.fixture
 def python(door: Door) -> Iterator[Door]:
-    """A workspace that this process and the command line both mean."""
+    """A workspace used by this process and the command line."""
     with mock.patch.dict(os.environ, door.env, clear=True):
         yield door
 
 
 def held(url: str, name: str) -> str:
-    """Return overrides of a download that waits until the gate is opened, and then fails."""
+    """Return overrides of a download that blocks until the gate opens, and then fails."""
     return (
         f"+stage=download dataset=ilsvrc dataset.name={name} dataset.source={url}/birds cluster=local "
         "download.retries=0 download.timeout=120 cluster.parallel=2"
     )
 
 
-def test_importing_it_imports_nothing_else() -> None:
+def test_import_does_not_load_other_modules() -> None:
     code = (
         "import sys, hpc_imagenet; before = set(sys.modules); "
         "print([m for m in ('torch', 'hydra', 'omegaconf', 'submitit') if m in sys.modules]); "
@@ -44,8 +44,8 @@ def test_importing_it_imports_nothing_else() -> None:
     assert done.stdout.split("\n")[:2] == ["[]", "False"]
 
 
-def test_five_names_and_no_module_stands_in_their_way() -> None:
-    import hpc_imagenet.cli.main  # imports what the command line needs
+def test_public_names_are_not_shadowed_by_modules() -> None:
+    import hpc_imagenet.cli.main  # loads the submodules
 
     assert len(hpc_imagenet.__all__) == 5
     assert all(callable(getattr(hpc_imagenet, name)) for name in hpc_imagenet.__all__)
@@ -53,8 +53,8 @@ def test_five_names_and_no_module_stands_in_their_way() -> None:
         _ = hpc_imagenet.nothing
 
 
-def test_a_handle_is_the_run_that_the_command_line_shows(python: Door, gate: tuple[Gate, str]) -> None:
-    door, url = gate
+def test_handle_equals_the_run_of_the_command_line(python: Door, gate: tuple[Gate, str]) -> None:
+    server, url = gate
     (run,) = hpc_imagenet.submit(held(url, "birds"))
     (again,) = hpc_imagenet.submit(held(url, "birds").split())
     assert run == again == hpc_imagenet.jobs("download-birds")[0] == hpc_imagenet.jobs()[0]
@@ -62,15 +62,17 @@ def test_a_handle_is_the_run_that_the_command_line_shows(python: Door, gate: tup
     assert run.state() in ("queued", "running")
     with pytest.raises(TimeoutError, match="after 0 s"):
         run.result(0)
-    door.open.set()
+    server.open.set()
     with pytest.raises(UserError, match=f"{run.id} failed: "):
         run.result(120)
     assert "404" in run.reason()
-    eventually(lambda: run.reason() in run.logs())  # the outcome is written first
+    eventually(lambda: run.reason() in run.logs())  # the outcome is written before the log
     assert run.state() == "failed" == hpc_imagenet.command("jobs", "--json")[0]["state"]
 
 
-def test_a_sweep_is_a_run_a_combination_and_can_be_cancelled(python: Door, gate: tuple[Gate, str]) -> None:
+def test_sweep_returns_a_handle_per_combination_that_can_be_cancelled(
+    python: Door, gate: tuple[Gate, str]
+) -> None:
     _, url = gate
     sweep = hpc_imagenet.submit(held(url, "birds,cats"))
     assert [type(run) for run in sweep] == [Handle, Handle]
@@ -84,7 +86,7 @@ def test_a_sweep_is_a_run_a_combination_and_can_be_cancelled(python: Door, gate:
 
 
 @pytest.mark.slow
-def test_a_result_is_what_the_stage_returned(python: Door, tmp_path: Path) -> None:
+def test_result_of_a_finished_stage(python: Door, tmp_path: Path) -> None:
     (run,) = hpc_imagenet.submit("+stage=download dataset=digits cluster=local wait=true")
     assert run.state() == "finished"
     assert run.result()["bytes"] > 0
@@ -94,20 +96,20 @@ def test_a_result_is_what_the_stage_returned(python: Door, tmp_path: Path) -> No
     assert "digits" in hpc_imagenet.command("jobs")
 
 
-def test_a_dry_run_prints_what_the_command_line_does(
+def test_dry_run_prints_the_same_as_the_command_line(
     python: Door, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["+stage=pipeline", "dataset=digits", "cluster=local", "dry_run=true"]
-    assert hpc_imagenet.submit(words) == []
+    overrides = ["+stage=pipeline", "dataset=digits", "cluster=local", "dry_run=true"]
+    assert hpc_imagenet.submit(overrides) == []
     printed = capsys.readouterr().out
-    told = python(*words).stdout
-    assert told == f"{told.splitlines()[0]}\n{printed}"
+    expected = python(*overrides).stdout
+    assert expected == f"{expected.splitlines()[0]}\n{printed}"
     assert "would be submitted" in printed
     assert not python.runs()
 
 
-# Each verb where all is well, and where something is not. A session is tried in stages/test_session.py.
-VERB = {
+# Arguments of each command for which it succeeds or fails. Sessions are tested in stages/test_session.py.
+ARGUMENTS = {
     "jobs": ["", "--json", "--wrong"],
     "logs": ["download-digits", "nothing"],
     "cancel": ["download-digits", ""],
@@ -123,42 +125,43 @@ VERB = {
 
 
 @pytest.mark.slow
-def test_every_verb_says_the_same_from_python(python: Door) -> None:
+def test_commands_give_the_same_output_as_the_command_line(python: Door) -> None:
     for stage in ("download", "process"):
         python(f"+stage={stage}", "dataset=digits", "cluster=foreground")
     make_dataset(python.workspace, "broken")
     (python.workspace / "archives/broken/train-1.tar").unlink()
-    assert set(VERB) == set(COMMANDS)
+    assert set(ARGUMENTS) == set(COMMANDS)
     codes = set()
-    for name, lines in VERB.items():
+    for name, lines in ARGUMENTS.items():
         for line in [*lines, "--help"]:
-            words = (name, *line.split())
-            typed = python(*words, code=None)
-            codes.add(typed.returncode)
-            if typed.returncode == 0:
-                told = hpc_imagenet.command(*words)
-                assert told == (json.loads(typed.stdout) if "--json" in words else typed.stdout), words
+            command = (name, *line.split())
+            expected = python(*command, code=None)
+            codes.add(expected.returncode)
+            if expected.returncode == 0:
+                output = json.loads(expected.stdout) if "--json" in command else expected.stdout
+                assert hpc_imagenet.command(*command) == output, command
                 continue
             with pytest.raises(UserError) as error:
-                hpc_imagenet.command(*words)
-            assert error.value.printed == typed.stdout, words
+                hpc_imagenet.command(*command)
+            assert error.value.printed == expected.stdout, command
             assert "\n" not in str(error.value)
-            last = typed.stderr.removeprefix("error: ") or f"{name}: {typed.stdout.splitlines()[-1].strip()}"
-            assert str(error.value) == last.strip(), words
+            message = expected.stderr.removeprefix("error: ")
+            message = message or f"{name}: {expected.stdout.splitlines()[-1].strip()}"
+            assert str(error.value) == message.strip(), command
     assert codes == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
-    ("act", "told"),
+    ("call", "message"),
     [
         (lambda: hpc_imagenet.submit("model=resnet81 cluster=local"), "resnet18"),
         (lambda: hpc_imagenet.jobs("nothing"), "no run nothing"),
-        (lambda: hpc_imagenet.command("repport"), "near: report"),
+        (lambda: hpc_imagenet.command("repport"), "did you mean: report"),
     ],
 )
-def test_what_is_wrong_is_one_line(python: Door, act: object, told: str) -> None:
-    assert callable(act)
-    with pytest.raises(UserError, match=told) as error:
-        act()
+def test_invalid_input_is_a_one_line_user_error(python: Door, call: object, message: str) -> None:
+    assert callable(call)
+    with pytest.raises(UserError, match=message) as error:
+        call()
     assert "\n" not in str(error.value)
     assert not python.runs()

@@ -1,4 +1,4 @@
-"""The plan against the world: what is refused before anything is sent, and how often a place is asked."""
+"""Validation of a plan: jobs refused before submission, and the number of queries to a datastore."""
 
 from __future__ import annotations
 
@@ -38,18 +38,20 @@ def store(tmp_path: Path) -> Datastore:
     return store
 
 
-def test_a_sweep_over_versions_finds_each(store: Datastore) -> None:
-    found = validate.version_finder()
-    both = [found(replace(store, version=number)) for number in (1, 2)]
+def test_sweep_over_datastore_versions_finds_each(store: Datastore) -> None:
+    find_version = validate.version_finder()
+    both = [find_version(replace(store, version=number)) for number in (1, 2)]
     assert [one and one.version for one in both] == [1, 2]
     assert len({one and one.content for one in both}) == 2
 
 
-def test_a_sweep_asks_a_place_once(store: Datastore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = versions.open_version, []
+def test_sweep_queries_a_datastore_once(
+    store: Datastore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, opened = versions.open_version, []
 
     def counted(datastore: Datastore) -> versions.Version:
-        asked.append(datastore.version)
+        opened.append(datastore.version)
         return real(datastore)
 
     monkeypatch.setattr(versions, "open_version", counted)
@@ -57,7 +59,7 @@ def test_a_sweep_asks_a_place_once(store: Datastore, tmp_path: Path, monkeypatch
     sweep = make_plan(compose(words, multirun=True), validate.version_finder())
     validate.validate_jobs(sweep, RunStore(tmp_path / "runs"))
     assert len(sweep) == 40
-    assert len(asked) == 1 + 2  # by the finder; for each batch, whether there are images enough
+    assert len(opened) == 1 + 2  # by the version finder; to compare images with each of two batch sizes
     words[-1] = "recipe.global_batch=8,64"
     sweep = make_plan(compose(words, multirun=True), validate.version_finder())
     with pytest.raises(UserError, match=r"recipe.global_batch=64 is more than the 24 images of train"):
@@ -69,8 +71,8 @@ def pipeline(tmp_path: Path, *overrides: str) -> list[Job]:
     return make_plan(compose(words, multirun=True), lambda store: None)
 
 
-def under_way(store: RunStore, job: Job) -> Run:
-    """Return a job's run that a queue of another machine has."""
+def active_run(store: RunStore, job: Job) -> Run:
+    """Return the run of a job, queued on another machine."""
     info = {"stage": job.stage, "label": job.label, "needs": []}
     info |= {"processing_run": job.processing_run} if job.processing_run else {}
     run = store.create(job.run_id, job.frozen(), info)
@@ -78,9 +80,9 @@ def under_way(store: RunStore, job: Job) -> Run:
     return run
 
 
-def test_one_command_does_not_make_one_dataset_in_two_ways(tmp_path: Path) -> None:
+def test_plan_with_two_processings_of_one_dataset_is_refused(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
-    with pytest.raises(UserError, match=r"dataset.name=digits would be processed in two ways"):
+    with pytest.raises(UserError, match=r"dataset.name=digits would be processed into one folder with two"):
         validate.validate_jobs(
             pipeline(tmp_path, "process.layout=shards", "process.resize=null,short:24"), store
         )
@@ -93,14 +95,14 @@ def test_one_command_does_not_make_one_dataset_in_two_ways(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("stage", ["process", "upload"])
-def test_what_is_made_or_read_is_not_made_in_another_way_meanwhile(tmp_path: Path, stage: str) -> None:
+def test_dataset_of_an_active_run_is_not_processed_with_other_settings(tmp_path: Path, stage: str) -> None:
     store = RunStore(tmp_path)
-    this, other = pipeline(tmp_path), pipeline(tmp_path, "process.layout=shards", "process.tasks=2")
-    (job,) = (job for job in this if job.stage == stage)
-    run = under_way(store, job)
-    with pytest.raises(UserError, match=rf"{run.id}, which treats the dataset in another way: wait"):
+    plan, other = pipeline(tmp_path), pipeline(tmp_path, "process.layout=shards", "process.tasks=2")
+    (job,) = (job for job in plan if job.stage == stage)
+    run = active_run(store, job)
+    with pytest.raises(UserError, match=rf"{run.id}, which processes the dataset with other settings: wait"):
         validate.validate_jobs(other, store)
-    validate.validate_jobs(this, store)
+    validate.validate_jobs(plan, store)
     validate.validate_jobs(pipeline(tmp_path, "process.layout=shards", "dataset.name=more"), store)
     retried = store.create(
         "0-process-digits", {}, {"stage": "process", "processing_run": other[-2].processing_run}
@@ -113,32 +115,32 @@ def test_what_is_made_or_read_is_not_made_in_another_way_meanwhile(tmp_path: Pat
     validate.check_no_conflict([retried], store)
 
 
-def test_a_job_of_slurm_cannot_wait_for_a_run_of_this_machine(tmp_path: Path) -> None:
+def test_slurm_job_cannot_depend_on_a_run_of_the_local_queue(tmp_path: Path) -> None:
     store, slurm = RunStore(tmp_path), pipeline(tmp_path, "cluster=slurm")
-    runs = [under_way(store, job) for job in slurm[:3]]
+    runs = [active_run(store, job) for job in slurm[:3]]
     with pytest.raises(UserError, match=rf"needs {runs[-1].id}, which runs on this machine: wait for it"):
         validate.validate_jobs(slurm, store)
-    validate.validate_jobs(pipeline(tmp_path), store)  # this machine's queue waits for both
-    validate.validate_jobs(slurm[:3], store)  # they are under way, and nothing is sent
+    validate.validate_jobs(pipeline(tmp_path), store)  # the local queue can wait for both
+    validate.validate_jobs(slurm[:3], store)  # all are active, so nothing is submitted
 
 
-def test_a_batch_of_more_images_than_the_processed_dataset_has(tmp_path: Path) -> None:
+def test_global_batch_larger_than_the_processed_dataset_is_refused(tmp_path: Path) -> None:
     store, whole = RunStore(tmp_path), pipeline(tmp_path, "recipe.global_batch=64")
     validate.validate_jobs(whole, store)
     make_dataset(tmp_path)
-    validate.validate_jobs(whole, store)  # of other images
+    validate.validate_jobs(whole, store)  # the processed dataset has other content
     path = tmp_path / "datasets" / "digits" / "manifest.json"
-    told = json.loads(path.read_text()) | {"content": whole[-1].config.datastore.content}
-    path.write_text(json.dumps(told))
+    manifest = json.loads(path.read_text()) | {"content": whole[-1].config.datastore.content}
+    path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"recipe.global_batch=64 is more than the 24 images of train"):
         validate.validate_jobs(whole, store)
     validate.validate_jobs(pipeline(tmp_path, "recipe.global_batch=24"), store)
 
 
-def test_a_place_that_the_trainings_of_a_pipeline_cannot_read(tmp_path: Path) -> None:
+def test_pipeline_into_a_datastore_that_trainings_cannot_read_is_refused(tmp_path: Path) -> None:
     words = ["+stage=pipeline", *DIGITS, "datastore.url=host:/data", "model=resnet18,resnet50"]
     sweep = make_plan(compose(words, multirun=True), lambda store: None)
-    with pytest.raises(UserError, match=r"host:/data: give cluster.scratch"):
+    with pytest.raises(UserError, match=r"host:/data: set cluster.scratch"):
         validate.validate_jobs(sweep, RunStore(tmp_path / "runs"))
     readable = make_plan(compose([*words, "cluster.scratch=/scratch"], multirun=True), lambda store: None)
     validate.validate_jobs(readable, RunStore(tmp_path / "runs"))

@@ -19,7 +19,7 @@ from hpc_imagenet.runs.plan import make_plan
 
 GROUPS = ("cluster", "dataset", "datastore", "model", "recipe", "stage")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-CHOICES.remove(("cluster", "auto"))  # stands for another file; see test_slurm.py
+CHOICES.remove(("cluster", "auto"))  # replaced by another file; see test_slurm.py
 
 
 def one(*overrides: str) -> Config:
@@ -28,32 +28,32 @@ def one(*overrides: str) -> Config:
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_file_of_conf_composes_and_is_short(group: str, choice: str) -> None:
-    more = {
+def test_every_conf_file_composes_and_is_short(group: str, choice: str) -> None:
+    required = {
         "ilsvrc": ["dataset.name=x", "dataset.source=/x"],
         "s3": ["datastore.url=s3://bucket/x"],
         "ssh": ["datastore.url=host:/x"],
     }.get(choice, [])
     plus = "+" if group == "stage" else ""
-    config = one(f"{plus}{group}={choice}", *more)
-    named = {"model": config.model.name, "dataset": config.dataset.name, "stage": config.stage.name}
-    assert named.get(group, choice) in (choice, "x")
+    config = one(f"{plus}{group}={choice}", *required)
+    names = {"model": config.model.name, "dataset": config.dataset.name, "stage": config.stage.name}
+    assert names.get(group, choice) in (choice, "x")
     assert len((CONF / group / f"{choice}.yaml").read_text().splitlines()) <= 35
 
 
 @pytest.mark.parametrize("name", ["densenet121", "regnet_y_400mf", "swin_t", "vgg11_bn"])
-def test_a_backbone_without_a_file_is_a_choice_too(name: str) -> None:
+def test_backbone_without_a_conf_file_can_be_selected(name: str) -> None:
     assert name in BACKBONES
     assert not (CONF / "model" / f"{name}.yaml").exists()
     assert one(f"model={name}").model.name == name
 
 
-def test_what_is_frozen_comes_back_the_same() -> None:
+def test_frozen_config_round_trip() -> None:
     config = one("+stage=pipeline", "dataset=digits", "cluster=slurm", "+model.options.dropout=0.1")
     assert from_dict(yaml.safe_load(yaml.safe_dump(asdict(config)))) == config
 
 
-def test_a_dataset_may_choose_its_recipe_and_the_user_has_the_last_word() -> None:
+def test_dataset_selects_its_recipe_unless_the_user_does() -> None:
     assert one("dataset=digits").recipe == one("recipe=demo").recipe != one().recipe
     assert one("dataset=digits", "recipe=standard90").recipe == one().recipe
     assert one("recipe=standard90", "dataset=digits").recipe == one().recipe
@@ -67,7 +67,7 @@ def test_a_dataset_may_choose_its_recipe_and_the_user_has_the_last_word() -> Non
     rates=st.lists(st.sampled_from([0.1, 0.5, 1.0]), min_size=1, max_size=2, unique=True),
     digits=st.booleans(),
 )
-def test_a_sweep_is_what_hydra_composes_one_by_one(
+def test_sweep_equals_single_hydra_compositions(
     models: list[str], seeds: list[int], rates: list[float], digits: bool
 ) -> None:
     dataset = "digits" if digits else "imagenet"
@@ -100,14 +100,14 @@ def test_a_sweep_is_what_hydra_composes_one_by_one(
         ]
     assert len(swept) == len(single)
     for ours, theirs in zip(swept, single, strict=True):
-        plain = OmegaConf.to_container(theirs, resolve=True)
-        assert isinstance(plain, dict)
+        expected = OmegaConf.to_container(theirs, resolve=True)
+        assert isinstance(expected, dict)
         for part in ("model", "recipe", "seed", "loader", "process", "cluster"):
-            assert asdict(ours)[part] == plain[part]
+            assert asdict(ours)[part] == expected[part]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "fragments"),
     [
         (["model=resnet81"], ["model=resnet81 is unknown", "resnet18"]),
         (["dataset=imagnet"], ["dataset=imagnet is unknown", "imagenet"]),
@@ -119,7 +119,7 @@ def test_a_sweep_is_what_hydra_composes_one_by_one(
         (["~seed"], ["seed is not set"]),
         (["seed=abc"], ["seed:", "abc", "Integer"]),
         (["seed=-1"], ["seed=-1 is not between 0 and 4294967295"]),
-        (["seed=[1"], ["cannot read seed=[1"]),
+        (["seed=[1"], ["cannot parse seed=[1"]),
         (["model=resnet18,resnet50"], ["is a sweep", "-m"]),
         (["dataset=ilsvrc"], ["dataset.name is not set"]),
         (["process.layout=folder"], ["process.layout=folder is unknown", "folders"]),
@@ -143,25 +143,27 @@ def test_a_sweep_is_what_hydra_composes_one_by_one(
         (["cluster.sbatch.reservation=x"], ["write +cluster.sbatch.reservation=VALUE"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_setting(overrides: list[str], words: list[str]) -> None:
+def test_invalid_override_is_one_line_that_names_the_setting(
+    overrides: list[str], fragments: list[str]
+) -> None:
     with pytest.raises(UserError) as caught:
         compose(overrides)
     line = str(caught.value)
     assert "\n" not in line
-    for word in words:
-        assert word in line
+    for fragment in fragments:
+        assert fragment in line
 
 
-def test_a_bad_fortieth_combination_refuses_all() -> None:
+def test_one_invalid_combination_rejects_the_whole_sweep() -> None:
     with pytest.raises(UserError, match="seed=-1"):
         compose([f"seed={','.join(map(str, range(39)))},-1"], multirun=True)
 
 
-def test_a_plus_before_stage_is_forgiven() -> None:
+def test_stage_with_and_without_plus() -> None:
     assert one("stage=upload") == one("+stage=upload")
 
 
-def test_relative_places_are_those_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_are_relative_to_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = one("dataset=ilsvrc", "dataset.name=x", "dataset.source=in", "workspace=w")
     assert config.workspace == str(tmp_path / "w")
@@ -171,28 +173,28 @@ def test_relative_places_are_those_of_the_caller(tmp_path: Path, monkeypatch: py
         assert one(f"datastore.url={url}").datastore.url == url
 
 
-def test_a_users_own_folder_of_groups(tmp_path: Path) -> None:
+def test_config_dir_adds_groups(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "mine.yaml").write_text("executor: slurm\npartition: gpu\n")
     (config,) = compose(["cluster=mine"], config_dir=str(tmp_path))
     assert config.cluster.partition == "gpu"
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "demo.yaml").write_text("epochs: 1\n")
-    with pytest.raises(UserError, match=r"recipe/demo.yaml has the name of one of ours"):
+    with pytest.raises(UserError, match=r"recipe/demo.yaml has the same name as a file of conf/"):
         compose([], config_dir=str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):
         compose([], config_dir=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("name", ["ä (1),b", "[x]={y}", 'it\'s "new"', "c:\\", "#1 %20"])
-def test_a_users_own_folder_may_be_called_anything(tmp_path: Path, name: str) -> None:
+def test_config_dir_with_special_characters(tmp_path: Path, name: str) -> None:
     (tmp_path / name / "cluster").mkdir(parents=True)
     (tmp_path / name / "cluster" / "mine.yaml").write_text("executor: slurm\npartition: gpu\n")
-    both = compose(["cluster=mine", "model=resnet18,resnet50"], True, config_dir=str(tmp_path / name))
-    assert [config.cluster.partition for config in both] == ["gpu", "gpu"]
+    configs = compose(["cluster=mine", "model=resnet18,resnet50"], True, config_dir=str(tmp_path / name))
+    assert [config.cluster.partition for config in configs] == ["gpu", "gpu"]
 
 
-def test_a_stage_has_its_own_resources() -> None:
+def test_cluster_for_a_stage_overrides_general_settings() -> None:
     config = one("cluster=slurm", "+cluster.stage.train.time=60")
     assert cluster_for(config, "train").time == 60
     assert cluster_for(config, "train").gpus_per_node == 1
@@ -200,9 +202,9 @@ def test_a_stage_has_its_own_resources() -> None:
     assert cluster_for(config, "download").time == config.cluster.time
 
 
-def test_a_session_resumed_without_its_own_gpus_has_those_of_the_cluster() -> None:
-    words = ("+stage=session", "cluster=slurm", "+cluster.stage.session.time=9")
-    (job,) = make_plan([one(*words, "session.gpus=4", "session.time=60")], lambda _: None)
+def test_resumed_session_without_gpus_uses_the_clusters_gpus() -> None:
+    overrides = ("+stage=session", "cluster=slurm", "+cluster.stage.session.time=9")
+    (job,) = make_plan([one(*overrides, "session.gpus=4", "session.time=60")], lambda _: None)
     assert (job.cluster.gpus_per_node, job.cluster.time) == (4, 62)
-    (again,) = make_plan([with_overrides(from_dict(job.frozen()), ["session.gpus=null"])], lambda _: None)
-    assert (again.run_id, again.cluster.gpus_per_node, again.cluster.time) == (job.run_id, 1, 62)
+    (resumed,) = make_plan([with_overrides(from_dict(job.frozen()), ["session.gpus=null"])], lambda _: None)
+    assert (resumed.run_id, resumed.cluster.gpus_per_node, resumed.cluster.time) == (job.run_id, 1, 62)

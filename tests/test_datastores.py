@@ -1,4 +1,4 @@
-"""The verb `datastores`: what it shows, and what it refuses to take away."""
+"""The `datastores` command: list, show, verify, delete and prune."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpc_imagenet.stages import upload
 
 @pytest.fixture
 def url(door: Door) -> str:
-    """A folder with digits@v1."""
+    """The URL of a datastore folder with digits@v1."""
     make_dataset(door.workspace)
     run = Run(door.cwd / "upload")
     run.folder.mkdir()
@@ -35,8 +35,8 @@ def url(door: Door) -> str:
     return url
 
 
-def begin(url: str, content: str, days: float) -> None:
-    """Begin an upload, as long ago as that."""
+def start_upload(url: str, content: str, days: float) -> None:
+    """Create a partial upload that is `days` old."""
     claim = versions.claim_version(
         versions.open_backend(url), Datastore("digits", url), content, {"run": "abc", "host": "n1"}
     )
@@ -44,8 +44,8 @@ def begin(url: str, content: str, days: float) -> None:
     os.utime(Path(url) / claim.path / "upload.json", (then, then))
 
 
-def test_what_there_is_is_shown(door: Door, url: str) -> None:
-    begin(url, "other", days=1)
+def test_list_and_show_versions(door: Door, url: str) -> None:
+    start_upload(url, "other", days=1)
     table = door("datastores").stdout
     assert "digits@v1  complete" in table
     assert "digits@v2  partial" in table
@@ -57,66 +57,66 @@ def test_what_there_is_is_shown(door: Door, url: str) -> None:
     assert "digits@v2" not in shown
     (row,) = json.loads(door("datastores", "show", "digits@v1", "--json").stdout)
     assert row["provenance"]["upload"]["version"] == 1
-    assert door("datastores", "verify", "digits").stdout.startswith("digits@v1 is whole")
+    assert door("datastores", "verify", "digits").stdout.startswith("digits@v1 is intact")
 
 
-def test_an_empty_place_is_no_error(door: Door, tmp_path: Path) -> None:
+def test_empty_datastore_is_not_an_error(door: Door, tmp_path: Path) -> None:
     assert "no datastores in" in door("datastores", f"datastore.url={tmp_path}/none").stdout
     assert json.loads(door("datastores", "--json", f"datastore.url={tmp_path}/none").stdout) == []
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("arguments", "message"),
     [
         (["shwo"], "list, show NAME, verify"),
         (["show", "birds"], "no datastore birds in "),
         (["verify", "digts"], "no datastore digts in .*digits"),
         (["verify", "digits@v7"], "datastore digits@v7 does not exist; complete: v1"),
-        (["delete", "digits"], "delete takes one version, such as digits@v1"),
+        (["delete", "digits"], "delete needs one version, such as digits@v1"),
         (["delete", "digits@v7", "--yes"], "no digits@v7 in "),
-        (["delete", "digits@v1"], "nobody is there to be asked; --yes means it"),
+        (["delete", "digits@v1"], "cannot confirm without a terminal, add --yes"),
         (["fetch", "a b", "x"], "is not NAME or NAME@vN"),
-        (["list", "datastore.url=ftp://x/y"], "of no known kind"),
-        (["list", "datastore.url=s3://key:secret@bucket/x"], "without a login"),
+        (["list", "datastore.url=ftp://x/y"], "unknown scheme"),
+        (["list", "datastore.url=s3://key:secret@bucket/x"], "without credentials"),
         (["list", "datastore.url=me:secret@host:/x"], "a password, a port"),
     ],
 )
-def test_a_mistake_is_told_in_a_line(door: Door, url: str, words: list[str], line: str) -> None:
-    told = door.refused("datastores", *words)
-    assert re.search(line, told)
-    assert "secret" not in told
+def test_invalid_arguments_print_one_line(door: Door, url: str, arguments: list[str], message: str) -> None:
+    line = door.refused("datastores", *arguments)
+    assert re.search(message, line)
+    assert "secret" not in line
     assert versions.complete_versions(url, "digits") == [1]
 
 
-def test_a_sweep_takes_what_lies_still(door: Door, url: str) -> None:
-    begin(url, "old", days=8)
-    begin(url, "young", days=6)
+def test_prune_removes_stale_partial_uploads(door: Door, url: str) -> None:
+    start_upload(url, "old", days=8)
+    start_upload(url, "young", days=6)
     assert door("datastores", "prune", "--yes").stdout == "removed  digits@v2\n"
     assert [row["version"] for row in json.loads(door("datastores", "--json").stdout)] == [1, 3]
     assert "nothing to prune" in door("datastores", "prune").stdout
     assert door("datastores", "prune", "--yes", "--days=5").stdout == "removed  digits@v3\n"
     assert json.loads(door("datastores", "prune", "--json").stdout) == []
-    gone = json.loads(door("datastores", "delete", "digits@v1", "--yes", "--json").stdout)
-    assert gone == [{"name": "digits", "version": 1, "state": "deleted"}]
+    deleted = json.loads(door("datastores", "delete", "digits@v1", "--yes", "--json").stdout)
+    assert deleted == [{"name": "digits", "version": 1, "state": "deleted"}]
     claim = versions.claim_version(versions.open_backend(url), Datastore("digits", url), "new", {})
-    assert claim.number == 4  # a number never means two things
+    assert claim.number == 4  # version numbers are never reused
 
 
-def test_a_sweep_leaves_an_upload_at_work(door: Door, url: str) -> None:
-    begin(url, "old", days=8)
-    place = versions.open_backend(url)
-    with place.lock(f"digits/v2/{versions.LOCK}", lambda: None):
+def test_prune_keeps_a_running_upload(door: Door, url: str) -> None:
+    start_upload(url, "old", days=8)
+    backend = versions.open_backend(url)
+    with backend.lock(f"digits/v2/{versions.LOCK}", lambda: None):
         os.utime(Path(url) / "digits/v2" / versions.LOCK, (0, 0))
-        assert "digits@v2: an upload is at work on it" in door.refused("datastores", "prune", "--yes")
+        assert "digits@v2: an upload to it is running" in door.refused("datastores", "prune", "--yes")
     assert (Path(url) / "digits/v2/upload.json").exists()
 
 
-def test_a_delete_that_is_cut_off_goes_on(door: Door, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(*_: object) -> None:
+def test_prune_finishes_an_interrupted_delete(door: Door, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(versions.open_backend(url)), "clear", cut)
+        patch.setattr(type(versions.open_backend(url)), "delete_all", interrupt)
         door("datastores", "delete", "digits@v1", "--yes", code=None)
     assert versions.complete_versions(url, "digits") == []
     assert "digits@v1  deleted" in door("datastores").stdout
@@ -126,20 +126,20 @@ def test_a_delete_that_is_cut_off_goes_on(door: Door, url: str, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_a_version_that_a_queued_training_reads_is_not_deleted(
+def test_delete_of_a_version_used_by_a_queued_training_is_an_error(
     door: Door, url: str, gate: tuple[Gate, str]
 ) -> None:
-    held, server = gate
+    queue_gate, server = gate
     door("+stage=download", "dataset=ilsvrc", "dataset.name=a", f"dataset.source={server}/a", "cluster=local")
-    eventually(lambda: held.waiting == ["a"])  # the only place of the queue is taken
+    eventually(lambda: queue_gate.waiting == ["a"])  # the queue runs one job at a time
     door("dataset=digits", "model=resnet18", "recipe.global_batch=8", "cluster=local")
     (run,) = [name for name in door.runs() if name.endswith("resnet18")]
     (row,) = json.loads(door("datastores", "--json").stdout)
     assert row["used_by"] == [run]
-    told = door.refused("datastores", "delete", "digits@v1", "--yes")
-    assert f"digits@v1 is in use by {run}: cancel them, or wait until they have ended" in told
+    line = door.refused("datastores", "delete", "digits@v1", "--yes")
+    assert f"digits@v1 is in use by {run}: cancel them, or wait until they have ended" in line
     assert versions.complete_versions(url, "digits") == [1]
-    # By another way to the same folder as well.
+    # The same folder through a symbolic link.
     link = door.workspace.parent / "link"
     link.symlink_to(url)
     assert datastores.used_by(RunStore(door.workspace), versions.open_backend(str(link))) == {

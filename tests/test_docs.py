@@ -187,7 +187,7 @@ def check_extra(command: str, reader: Reader) -> None:
 def run_doctor(command: str, reader: Reader) -> None:
     """About this machine; tests/slurm has the same about a Slurm."""
     told = reader.types(f"{command.replace('cluster=mine', 'cluster=local')} dataset=digits")
-    assert '"check": "packages"' in told if "--json" in command else "all is well" in told
+    assert '"check": "packages"' in told if "--json" in command else "no check failed" in told
 
 
 def run_sbatch(command: str, reader: Reader) -> None:
@@ -300,7 +300,7 @@ def test_the_python_of_the_pages_works(tmp_path: Path) -> None:
         told = reader.types("python page.py")
         assert re.search(r"^\w{8}-(resnet18|mobilenet_v3_small) 0\.\d+ ", told, re.MULTILINE)
         assert "epoch 1/1" in told
-        assert "model=resnet81 is unknown; near: resnet" in told
+        assert "model=resnet81 is unknown; did you mean: resnet" in told
     finally:
         reader.door.close()
 

@@ -1,21 +1,27 @@
-"""The door as a user meets it: what it prints, refuses, leaves running; and that it stays light."""
+"""The command line: output, errors, exit codes, imports, and whole pipelines."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import pwd
 import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 from door import Door, eventually
 
+import hpc_imagenet.cli.main as cli
 from hpc_imagenet.cli.main import main
 from hpc_imagenet.launch import local_queue
 from hpc_imagenet.runs.store import RunStore
@@ -25,44 +31,49 @@ DIGITS = ("dataset=digits", "cluster=local")
 QUICK = ("recipe.epochs=1", "model=mobilenet_v3_small")
 
 
-def test_submitting_a_sweep_imports_nothing_heavy(door: Door) -> None:
-    look = (
+def test_submit_does_not_import_heavy_modules(door: Door) -> None:
+    script = (
         "import sys; from hpc_imagenet.cli.main import run\n"
         "run(['-m', '+stage=pipeline', 'dataset=digits', 'cluster=local', 'model=resnet18,resnet50'])\n"
         "heavy = {'torch', 'torchvision', 'pytorch_lightning', 'sklearn', 'scipy', 'boto3', 'sh'}\n"
         "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", look], env=door.env, cwd=door.cwd, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        env=door.env,
+        cwd=door.cwd,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("submitted") == 5
 
 
-def test_help_is_one_screen_and_names_everything(door: Door) -> None:
+def test_help_fits_on_one_screen_and_lists_commands(door: Door) -> None:
     lines = door.process("--help").stdout.splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 110
-    for word in ("jobs", "logs", "cancel", "retry", "report", "dry_run", "wait", "pipeline", "cluster="):
-        assert word in "\n".join(lines)
+    for name in ("jobs", "logs", "cancel", "retry", "report", "dry_run", "wait", "pipeline", "cluster="):
+        assert name in "\n".join(lines)
     assert "--json" in door("jobs", "--help").stdout
 
 
-def test_a_refusal_of_the_process_is_one_line_and_exit_code_2(door: Door) -> None:
+def test_user_error_prints_one_line_and_exits_with_2(door: Door) -> None:
     done = door.process("model=resnet81", code=2)
     assert done.stdout == ""
-    assert done.stderr.startswith("error: model=resnet81 is unknown; near: resnet18")
+    assert done.stderr.startswith("error: model=resnet81 is unknown; did you mean: resnet18")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_workspace_without_runs_is_no_error(door: Door) -> None:
+def test_empty_workspace_is_not_an_error(door: Door) -> None:
     assert json.loads(door("jobs", "--json").stdout) == []
     assert json.loads(door("report", "--json").stdout) == []
     assert "no runs" in door("jobs").stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "fragments"),
     [
         (("model=resnet81",), ("model=resnet81 is unknown", "resnet18")),
         (("model.name=resnet81", *DIGITS), ("model.name=resnet81", "resnet18")),
@@ -71,12 +82,12 @@ def test_a_workspace_without_runs_is_no_error(door: Door) -> None:
         (("+stage=upload", *DIGITS), ("+stage=process",)),
         (("+stage=process", *DIGITS), ("+stage=download",)),
         (("-m", "seed=0,1", "workspace=a,b"), ("workspace cannot be swept",)),
-        (("jbos",), ("jbos is no command, option or SETTING=VALUE", "jobs")),
-        (("--wait",), ("--wait is no command, option or SETTING=VALUE",)),
-        (("--config-dir=", *DIGITS), ("--config-dir: which folder",)),
+        (("jbos",), ("jbos is not a command, option or SETTING=VALUE", "jobs")),
+        (("--wait",), ("--wait is not a command, option or SETTING=VALUE",)),
+        (("--config-dir=", *DIGITS), ("--config-dir is empty",)),
         (
             ("+stage=pipeline", *DIGITS, "cluster.gpus_per_node=4", "cluster.tasks_per_node=1"),
-            ("one task a GPU",),
+            ("one task per GPU",),
         ),
         (("logs", "nothing"), ("no runs in",)),
         (("jobs", "--jsno"), ("--jsno",)),
@@ -85,16 +96,16 @@ def test_a_workspace_without_runs_is_no_error(door: Door) -> None:
         (("+stage=pipeline", *DIGITS, "+cluster.stage.train.tasks_per_node=3"), ("recipe.global_batch=",)),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_is_submitted(
-    door: Door, words: tuple[str, ...], says: tuple[str, ...]
+def test_invalid_command_line_prints_one_line_and_submits_nothing(
+    door: Door, arguments: tuple[str, ...], fragments: tuple[str, ...]
 ) -> None:
-    line = door.refused(*words)
-    for word in says:
-        assert word in line
+    line = door.refused(*arguments)
+    for fragment in fragments:
+        assert fragment in line
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("jobs", "workspace=/nowhere"),
         ("--cfg", "job"),
@@ -105,41 +116,113 @@ def test_a_mistake_is_one_line_and_nothing_is_submitted(
         ("--version",),
     ],
 )
-def test_questions_are_answered_and_write_nothing(door: Door, words: tuple[str, ...]) -> None:
-    assert door(*words).stdout.strip()
+def test_read_only_commands_print_and_write_no_file(door: Door, arguments: tuple[str, ...]) -> None:
+    assert door(*arguments).stdout.strip()
     assert sorted(path.name for path in door.cwd.iterdir()) == []
 
 
-def test_completion_is_hydras(door: Door) -> None:
+def test_tab_completion_by_hydra(door: Door) -> None:
     door.env |= {"COMP_LINE": "hpc-imagenet model=resnet1", "COMP_POINT": "26"}
-    words = door.process("-sc", "query=bash").stdout.split()
-    assert {"model=resnet18", "model=resnet101", "model=resnet152"} <= set(words)
+    completions = door.process("-sc", "query=bash").stdout.split()
+    assert {"model=resnet18", "model=resnet101", "model=resnet152"} <= set(completions)
 
 
-def test_a_workspace_that_cannot_be_written(door: Door, tmp_path: Path) -> None:
+def test_unwritable_workspace_is_an_error(door: Door, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     line = door.refused("+stage=download", *DIGITS, f"workspace={tmp_path}/file/below")
     assert "cannot be written" in line
     assert f"workspace={tmp_path}/file/below" in line
 
 
-def test_a_folder_of_somebody_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "theirs" / "runs").mkdir(parents=True)
-    (tmp_path / "theirs").chmod(0)
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """Drop root's rights, to which file modes do not apply."""
     before = os.geteuid()
     if before == 0:
-        os.seteuid(65534)  # whom modes mean something to
+        os.seteuid(65534)
     try:
-        with pytest.raises(SystemExit) as caught:
-            main(["jobs", f"workspace={tmp_path}/theirs"])
+        yield
     finally:
         os.seteuid(before)
-        (tmp_path / "theirs").chmod(0o700)
-    assert caught.value.code == 2
-    assert re.search(rf"^error: {tmp_path}.*: you may not read or write here", capsys.readouterr().err)
 
 
-def test_dry_run_says_what_would_be_and_writes_nothing(door: Door) -> None:
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A temporary folder that all users can read; pytest's tmp_path is private to root."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(("folder", "denied"), [("", "it"), ("below", "{locked}")])
+def test_permission_error_names_the_owner(
+    public_path: Path, capsys: pytest.CaptureFixture[str], folder: str, denied: str
+) -> None:
+    locked, owner = public_path / "locked", pwd.getpwuid(os.geteuid()).pw_name
+    (locked / "below").mkdir(parents=True)
+    locked.chmod(0)
+    error = PermissionError(errno.EACCES, "Permission denied", str(locked / folder))
+    try:
+        with (
+            unprivileged(),
+            mock.patch.object(cli, "run", side_effect=error),
+            pytest.raises(SystemExit) as end,
+        ):
+            main(["jobs"])
+        own = os.geteuid() != 0
+    finally:
+        locked.chmod(0o700)
+    fix = (
+        "you: change its permissions with chmod u+rwX, or choose another workspace=FOLDER"
+        if own
+        else f"{owner}: choose another workspace=FOLDER, or have {owner} grant you access"
+    )
+    assert end.value.code == 2
+    line = f"error: {locked / folder}: permission denied; {denied.format(locked=locked)} is owned by {fix}\n"
+    assert capsys.readouterr().err == line
+
+
+def test_permission_error_names_an_unknown_owner_by_uid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+    with (
+        mock.patch.object(cli, "run", side_effect=error),
+        mock.patch.object(os, "access", return_value=False),
+        mock.patch.object(os, "geteuid", return_value=tmp_path.stat().st_uid + 1),
+        mock.patch.object(pwd, "getpwuid", side_effect=KeyError),
+        pytest.raises(SystemExit),
+    ):
+        main(["jobs"])
+    assert f"it is owned by uid {tmp_path.stat().st_uid}: choose another" in capsys.readouterr().err
+
+
+def test_permission_error_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    error = PermissionError(errno.EPERM, "Operation not permitted")
+    with mock.patch.object(cli, "run", side_effect=error), pytest.raises(SystemExit) as end:
+        main(["jobs"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: Operation not permitted: choose another workspace=FOLDER\n"
+
+
+def test_jobs_of_an_inaccessible_workspace_is_a_permission_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "locked" / "runs").mkdir(parents=True)
+    (tmp_path / "locked").chmod(0)
+    try:
+        with unprivileged(), pytest.raises(SystemExit) as end:
+            main(["jobs", f"workspace={tmp_path}/locked"])
+    finally:
+        (tmp_path / "locked").chmod(0o700)
+    assert end.value.code == 2
+    assert re.fullmatch(
+        rf"error: {tmp_path}\S*: permission denied; \S+ is owned by .*workspace=FOLDER.*\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_dry_run_prints_jobs_and_writes_no_file(door: Door) -> None:
     done = door("-m", "+stage=pipeline", *DIGITS, "model=resnet18,resnet50", "dry_run=true")
     assert done.stdout.count("would be submitted") == 5
     assert list(door.cwd.iterdir()) == []
@@ -147,14 +230,14 @@ def test_dry_run_says_what_would_be_and_writes_nothing(door: Door) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Door:
-    """A workspace in which the whole pipeline has run, with one epoch."""
+    """A workspace with a finished pipeline of one epoch."""
     door = Door(tmp_path_factory.mktemp("finished") / "workspace")
     door("+stage=pipeline", *DIGITS, *QUICK, "wait=true")
     return door
 
 
 @pytest.mark.slow
-def test_a_pipeline_ends_on_the_leaderboard(finished: Door) -> None:
+def test_pipeline_result_is_on_the_leaderboard(finished: Door) -> None:
     assert finished.states() == ["finished"] * 4
     (row,) = json.loads(finished("report", "--json").stdout)
     assert row["model"] == "mobilenet_v3_small"
@@ -167,18 +250,18 @@ def test_a_pipeline_ends_on_the_leaderboard(finished: Door) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_finished_is_skipped_and_what_is_gone_is_made_again(finished: Door) -> None:
-    words = ("+stage=pipeline", *DIGITS, *QUICK)
-    assert finished(*words).stdout.count("already finished") == 4
+def test_finished_runs_are_skipped_and_missing_outputs_rebuilt(finished: Door) -> None:
+    arguments = ("+stage=pipeline", *DIGITS, *QUICK)
+    assert finished(*arguments).stdout.count("already finished") == 4
     (finished.workspace / "archives" / "digits" / "ILSVRC2012_img_val.tar").unlink()
-    done = finished(*words, "wait=true")
+    done = finished(*arguments, "wait=true")
     assert done.stdout.count("already finished") == 3
     assert "submitted  " in done.stdout
     assert finished.states() == ["finished"] * 4
 
 
 @pytest.mark.slow
-def test_a_version_that_exists_with_other_content_is_refused(finished: Door) -> None:
+def test_existing_version_with_other_content_is_an_error(finished: Door) -> None:
     other = ("+stage=pipeline", *DIGITS, *QUICK, "dataset.revision=other", "datastore.name=digits@v1")
     line = finished.refused(*other)
     assert "digits@v1 exists" in line
@@ -186,7 +269,7 @@ def test_a_version_that_exists_with_other_content_is_refused(finished: Door) -> 
 
 
 @pytest.mark.slow
-def test_a_wrong_md5_fails_in_one_line_and_stops_what_follows(finished: Door) -> None:
+def test_wrong_md5_fails_the_download_and_cancels_dependent_jobs(finished: Door) -> None:
     wrong = ("dataset.name=wrong", "dataset.revision=", "dataset.archives.val.md5=" + "0" * 32)
     done = finished("+stage=pipeline", *DIGITS, *QUICK, *wrong, "wait=true", code=1)
     rows = finished.jobs()[-4:]
@@ -198,60 +281,60 @@ def test_a_wrong_md5_fails_in_one_line_and_stops_what_follows(finished: Door) ->
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_is_one_line_and_asking_again_goes_on(tmp_path: Path) -> None:
+def test_full_disk_is_a_one_line_error_and_submitting_again_resumes(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(small)], check=False)
     if mount.returncode:
-        pytest.skip("a small disk cannot be mounted here (not root)")
+        pytest.skip("cannot mount a small disk (not root)")
     door = Door(small / "workspace")
-    words = ("+stage=pipeline", *DIGITS, *QUICK)
+    arguments = ("+stage=pipeline", *DIGITS, *QUICK)
     try:
-        door(*words, "wait=true", code=1)
+        door(*arguments, "wait=true", code=1)
         rows = door.jobs()
         assert [row["state"] for row in rows] == ["finished", "finished", "finished", "failed"]
         assert "no space left" in rows[-1]["reason"]
         assert not list(door.workspace.rglob("*.ckpt"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-        door(*words, "wait=true")
+        door(*arguments, "wait=true")
     finally:
         door.close()
         subprocess.run(["umount", "-l", str(small)], check=False)
 
 
 @pytest.mark.slow
-def test_any_stage_killed_at_any_moment_is_finished_by_asking_again(finished: Door, tmp_path: Path) -> None:
+def test_killed_stages_finish_when_submitted_again(finished: Door, tmp_path: Path) -> None:
     seed = random.randrange(10_000)
     print(f"seed {seed}")
-    chance = random.Random(seed)
+    generator = random.Random(seed)
     door = Door(tmp_path / "workspace")
-    words = ("+stage=pipeline", *DIGITS, *QUICK)
+    arguments = ("+stage=pipeline", *DIGITS, *QUICK)
     try:
         for _ in range(8):
             killed = []
-            door(*words)
+            door(*arguments)
             eventually(lambda: "running" in door.states() or set(door.states()) == {"finished"})
-            # Most of a short job's life is Python's start; the kill lands anywhere in it.
-            time.sleep(chance.uniform(0, 4))
+            # A short job mostly starts Python; the kill hits a random moment.
+            time.sleep(generator.uniform(0, 4))
             for run in RunStore(door.workspace).all():
                 attempt = run.attempt
                 if attempt and "pid" in attempt.started and not attempt.outcome:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         psutil.Process(attempt.started["pid"]).kill()
                         killed.append(attempt)
-            # Who has started it lives a moment longer, and who asks meanwhile is told that it runs.
+            # Its worker ends a moment later, and until then the run counts as running.
             eventually(lambda killed=killed: not any(map(local_queue.is_alive, killed)))
-        door(*words, "wait=true")
+        door(*arguments, "wait=true")
         rows = door.jobs()
         assert {row["state"] for row in rows} == {"finished"}
-        undisturbed = {row["run"]: row["top1"] for row in finished.jobs()}
-        assert rows[-1]["top1"] == undisturbed[rows[-1]["run"]]
+        expected = {row["run"]: row["top1"] for row in finished.jobs()}
+        assert rows[-1]["top1"] == expected[rows[-1]["run"]]
     finally:
         door.close()
 
 
 @pytest.mark.slow
-def test_the_wheel_brings_conf_and_runs_from_any_folder(tmp_path: Path) -> None:
+def test_wheel_contains_conf_and_runs_from_any_folder(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True)
@@ -261,11 +344,11 @@ def test_the_wheel_brings_conf_and_runs_from_any_folder(tmp_path: Path) -> None:
     (tmp_path / "away").mkdir()
     (tmp_path / "mine" / "cluster").mkdir(parents=True)
     (tmp_path / "mine" / "cluster" / "mine.yaml").write_text("executor: local\n")
-    look = (
+    script = (
         "import hpc_imagenet.config.compose as c; print(c.CONF); "
         "from hpc_imagenet.cli.main import main; main()"
     )
-    words = [
+    arguments = [
         "+stage=pipeline",
         "dataset=digits",
         "dry_run=true",
@@ -274,7 +357,7 @@ def test_the_wheel_brings_conf_and_runs_from_any_folder(tmp_path: Path) -> None:
         "cluster=mine",
     ]
     done = subprocess.run(
-        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-c", look, *words],
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-c", script, *arguments],
         cwd=tmp_path / "away",
         env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Two copies of one job: the one that began last may write, the other must find out before it does."""
+"""The lease of a run: of two copies of its job only the one started last may write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def started(folder: Path, attempt: int, restart: int) -> lease.Lease:
         return lease.acquire(folder, attempt)
 
 
-def test_a_later_start_takes_over(tmp_path: Path) -> None:
+def test_later_start_takes_over_the_lease(tmp_path: Path) -> None:
     first = started(tmp_path, 1, 0)
     first.check()
     second = started(tmp_path, 1, 1)
@@ -33,15 +33,15 @@ def test_a_later_start_takes_over(tmp_path: Path) -> None:
         second.check()
 
 
-def test_a_start_that_comes_too_late_does_not_take_over(tmp_path: Path) -> None:
-    mine = started(tmp_path, 2, 1)
+def test_older_start_cannot_take_over_the_lease(tmp_path: Path) -> None:
+    newest = started(tmp_path, 2, 1)
     for attempt, restart in ((1, 7), (2, 0)):
         with pytest.raises(Superseded, match="attempt 2 has taken over"):
             started(tmp_path, attempt, restart)
-    mine.check()
+    newest.check()
 
 
-def test_the_same_start_twice_is_the_second_ones(tmp_path: Path) -> None:
+def test_lease_of_equal_starts_is_held_by_the_second(tmp_path: Path) -> None:
     first, second = started(tmp_path, 1, 0), started(tmp_path, 1, 0)
     second.check()
     with pytest.raises(Superseded):
@@ -50,7 +50,7 @@ def test_the_same_start_twice_is_the_second_ones(tmp_path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3)), min_size=1, max_size=8))
-def test_exactly_the_newest_start_holds(
+def test_exactly_the_newest_start_holds_the_lease(
     tmp_path_factory: pytest.TempPathFactory, starts: list[tuple[int, int]]
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
@@ -61,17 +61,17 @@ def test_exactly_the_newest_start_holds(
         except Superseded:
             assert (attempt, restart) < max(order for order, _ in taken)
     holding = []
-    for order, mine in taken:
+    for order, acquired in taken:
         try:
-            mine.check()
+            acquired.check()
         except Superseded:
             continue
-        holding.append((order, mine))
+        holding.append((order, acquired))
     assert holding == [taken[-1]]
     assert taken[-1][0] == max(starts)
 
 
-def test_nothing_takes_its_place_once_it_is_superseded(tmp_path: Path) -> None:
+def test_superseded_process_replaces_no_file(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.lease = started(tmp_path, 1, 0)
     progress = Progress(run, every=0)
@@ -93,9 +93,7 @@ def test_nothing_takes_its_place_once_it_is_superseded(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_whoever_holds_is_known_by_attempt_and_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_is_holder_compares_attempt_and_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not lease.is_holder(tmp_path, 1)
     started(tmp_path, 1, 1)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_docs import BLOCK, PAGES, ROOT, commands
 
-from hpc_imagenet.config import schema as schema
+from hpc_imagenet.config import schema, settings_page
 
 
 def test_notebooks_are_those_of_their_scripts() -> None:
@@ -88,7 +88,7 @@ HOMES = {
     "sh": "datastore/backends/ssh_connection.py",
     "submitit": "launch/",
     "pyarrow": "data/sources/parquet_source.py",
-    "cryptography": "session/credentials.py",
+    "cryptography": "session/connection.py",
 }
 
 
@@ -119,3 +119,14 @@ def test_heavy_packages_are_imported_in_one_place() -> None:
     for name, module in imports():
         home = HOMES.get(module.partition(".")[0])
         assert home is None or name.startswith(home), f"{name} imports {module}"
+
+
+def test_the_settings_page_is_up_to_date() -> None:
+    written = (ROOT / "docs/settings.md").read_text()
+    assert written == settings_page.page(), "python -m hpc_imagenet.config.settings_page > docs/settings.md"
+
+
+def test_every_setting_has_a_meaning() -> None:
+    rows = [line for line in settings_page.page().splitlines() if line.startswith("| `")]
+    assert len(rows) > 90
+    assert [row for row in rows if row.endswith("|  |")] == []

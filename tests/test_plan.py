@@ -1,3 +1,5 @@
+"""Plans and signatures: jobs of a pipeline and a sweep, and the settings that a signature covers."""
+
 from __future__ import annotations
 
 import functools
@@ -10,26 +12,26 @@ from hpc_imagenet.config.schema import Config, Datastore
 from hpc_imagenet.runs.plan import Job, content_hash, make_plan
 
 
-def nowhere(_: Datastore) -> None:
+def no_version(_: Datastore) -> None:
     return None
 
 
 @functools.cache
 def jobs(*overrides: str) -> list[Job]:
-    return make_plan(compose(overrides, multirun=True), nowhere)
+    return make_plan(compose(overrides, multirun=True), no_version)
 
 
-def only(*overrides: str) -> Job:
+def only_job(*overrides: str) -> Job:
     (job,) = jobs(*overrides)
     return job
 
 
-def one(*overrides: str) -> Config:
+def only_config(*overrides: str) -> Config:
     (config,) = compose(overrides)
     return config
 
 
-def test_a_pipeline_with_a_sweep_shares_its_beginning() -> None:
+def test_pipeline_of_a_sweep_shares_data_stages() -> None:
     plan = jobs("+stage=pipeline", "dataset=digits", "model=resnet18,resnet50", "seed=0,1")
     assert [job.stage for job in plan] == ["download", "process", "upload", *["train"] * 4]
     assert [job.needs for job in plan[1:3]] == [(plan[0].run_id,), (plan[1].run_id,)]
@@ -37,7 +39,7 @@ def test_a_pipeline_with_a_sweep_shares_its_beginning() -> None:
     assert len({job.run_id for job in plan}) == 7
 
 
-def test_the_same_asked_twice_is_one_job() -> None:
+def test_duplicate_configs_are_one_job() -> None:
     assert len(jobs("dataset=digits", "model=resnet18,resnet18")) == 1
 
 
@@ -53,8 +55,8 @@ def test_the_same_asked_twice_is_one_job() -> None:
         "loader.decode=gpu",
     ],
 )
-def test_what_decides_a_result_changes_the_signature(change: str) -> None:
-    assert only("dataset=digits", change).signature != only("dataset=digits").signature
+def test_signature_covers_settings_that_determine_the_result(change: str) -> None:
+    assert only_job("dataset=digits", change).signature != only_job("dataset=digits").signature
 
 
 @pytest.mark.parametrize(
@@ -71,36 +73,38 @@ def test_what_decides_a_result_changes_the_signature(change: str) -> None:
         "download.retries=1",
     ],
 )
-def test_what_does_not_decide_a_result_leaves_the_signature(change: str) -> None:
-    assert only("dataset=digits", change).run_id == only("dataset=digits").run_id
+def test_signature_ignores_cluster_paths_and_progress_settings(change: str) -> None:
+    assert only_job("dataset=digits", change).run_id == only_job("dataset=digits").run_id
 
 
 @pytest.mark.parametrize("stage", ["download", "process", "upload", "train"])
-def test_a_moved_workspace_holds_the_same_runs(stage: str) -> None:
+def test_signature_is_independent_of_the_workspace_path(stage: str) -> None:
     words = (f"+stage={stage}", "dataset=digits")
-    assert only(*words, "workspace=/a").run_id == only(*words, "workspace=/b").run_id
+    assert only_job(*words, "workspace=/a").run_id == only_job(*words, "workspace=/b").run_id
 
 
-def test_an_upload_elsewhere_is_another_run() -> None:
+def test_upload_signature_covers_datastore_url_and_name() -> None:
     words = ("+stage=upload", "dataset=digits")
-    assert only(*words).run_id != only(*words, "datastore.url=/other").run_id
-    assert only(*words).run_id != only(*words, "datastore.name=copy").run_id
+    assert only_job(*words).run_id != only_job(*words, "datastore.url=/other").run_id
+    assert only_job(*words).run_id != only_job(*words, "datastore.name=copy").run_id
 
 
-def test_pinned_archives_are_the_same_wherever_they_come_from() -> None:
+def test_pinned_md5s_make_the_content_hash_independent_of_the_source() -> None:
     pins = [
         f"dataset.archives.{split}.md5={md5}"
         for split, md5 in (("train", "a"), ("val", "b"), ("devkit", "c"))
     ]
     words = ("dataset=ilsvrc", "dataset.name=x")
-    here = one(*words, "dataset.source=/here").dataset
-    there = one(*words, "dataset.source=/there").dataset
-    assert content_hash(here) != content_hash(there)
-    pinned = [one(*words, f"dataset.source={place}", *pins).dataset for place in ("/here", "/there")]
-    assert content_hash(pinned[0]) == content_hash(pinned[1]) != content_hash(here)
+    first = only_config(*words, "dataset.source=/first").dataset
+    second = only_config(*words, "dataset.source=/second").dataset
+    assert content_hash(first) != content_hash(second)
+    pinned = [
+        only_config(*words, f"dataset.source={source}", *pins).dataset for source in ("/first", "/second")
+    ]
+    assert content_hash(pinned[0]) == content_hash(pinned[1]) != content_hash(first)
 
 
-def test_a_training_on_a_stored_version_is_the_training_of_the_pipeline() -> None:
+def test_training_on_a_stored_version_has_the_run_id_of_the_pipelines_training() -> None:
     (config,) = compose(["dataset=digits"])
     images = content_hash(config.dataset)
     (alone,) = make_plan([config], lambda store: replace(store, version=3, content=images))
@@ -111,7 +115,7 @@ def test_a_training_on_a_stored_version_is_the_training_of_the_pipeline() -> Non
     assert train.config.datastore.content == images
 
 
-def test_other_content_under_the_same_name_is_another_training() -> None:
+def test_training_signature_covers_the_datastore_content() -> None:
     (config,) = compose(["dataset=digits"])
     found = [
         make_plan([config], lambda store, c=c: replace(store, version=1, content=c))[0].run_id
@@ -120,7 +124,7 @@ def test_other_content_under_the_same_name_is_another_training() -> None:
     assert found[0] != found[1]
 
 
-def test_parts_run_side_by_side_and_one_job_puts_them_together() -> None:
+def test_process_tasks_run_in_parallel_and_one_job_merges_them() -> None:
     words = ("+stage=pipeline", "dataset=digits", "process.layout=shards")
     whole, cut = jobs(*words), jobs(*words, "process.tasks=3")
     *parts, last = [job for job in cut if job.stage == "process"]
@@ -129,7 +133,7 @@ def test_parts_run_side_by_side_and_one_job_puts_them_together() -> None:
     assert last.needs == tuple(job.run_id for job in parts)
     assert last.config.stage.part is None
     assert {job.config.stage.parts for job in (*parts, last)} == {3}
-    # However many made it, it is the same dataset, and what needs it waits for the last.
+    # The dataset is the same for any number of tasks, and the jobs that need it depend on the last one.
     assert last.run_id == next(job.run_id for job in whole if job.stage == "process")
     assert [job.run_id for job in cut if job.stage in ("upload", "train")] == [
         job.run_id for job in whole[2:]
@@ -137,7 +141,7 @@ def test_parts_run_side_by_side_and_one_job_puts_them_together() -> None:
     assert len({job.run_id for job in cut}) == len(cut)
 
 
-def test_an_upload_in_parts_needs_them_all() -> None:
+def test_upload_tasks_are_all_needed_by_the_final_upload() -> None:
     words = ["+stage=pipeline", "dataset=digits"]
     whole, cut = jobs(*words), jobs(*words, "upload.tasks=2")
     *parts, last = [job for job in cut if job.stage == "upload"]

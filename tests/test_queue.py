@@ -1,4 +1,4 @@
-"""This machine's queue, with jobs that wait at a gate: downloads from a server that does not answer yet."""
+"""The local queue, tested with downloads from a server (`Gate`) that answers only when the test opens it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from hpc_imagenet.runs.store import RunStore
 
 pytestmark = pytest.mark.slow
 
-WAITS = ("cluster=local", "download.retries=0", "download.timeout=120")
-DOWNLOAD = ("+stage=download", "dataset=ilsvrc", *WAITS)
+WAITING = ("cluster=local", "download.retries=0", "download.timeout=120")
+DOWNLOAD = ("+stage=download", "dataset=ilsvrc", *WAITING)
 
 
-def send(door: Door, url: str, *names: str, settings: tuple[str, ...] = ()) -> None:
-    """Send one waiting download a name, in that order."""
+def submit(door: Door, url: str, *names: str, settings: tuple[str, ...] = ()) -> None:
+    """Submit one waiting download per dataset name, in this order."""
     sources = [f"dataset.source={url}/${{dataset.name}}", f"dataset.name={','.join(names)}"]
     door("-m", *DOWNLOAD, *sources, *settings)
 
 
-def test_one_at_a_time_in_order_and_the_rest_is_queued(door: Door, gate: tuple[Gate, str]) -> None:
+def test_jobs_run_one_at_a_time_in_order(door: Door, gate: tuple[Gate, str]) -> None:
     held, url = gate
-    send(door, url, "c", "a", "b")
+    submit(door, url, "c", "a", "b")
     eventually(lambda: held.waiting == ["c"])
     door.until("running", "queued", "queued")
-    time.sleep(1)  # a second job would have come by now
+    time.sleep(1)  # a second job would have started by now
     assert held.waiting == ["c"]
     held.open.set()
     rows = door.until("failed", "failed", "failed")
@@ -43,18 +43,17 @@ def test_one_at_a_time_in_order_and_the_rest_is_queued(door: Door, gate: tuple[G
     assert all("404" in row["reason"] for row in rows)
 
 
-def test_as_many_at_a_time_as_asked(door: Door, gate: tuple[Gate, str]) -> None:
+def test_cluster_parallel_limits_running_jobs(door: Door, gate: tuple[Gate, str]) -> None:
     held, url = gate
-    send(door, url, "a", "b", "c", settings=("cluster.parallel=2",))
+    submit(door, url, "a", "b", "c", settings=("cluster.parallel=2",))
     eventually(lambda: len(held.waiting) == 2)
     assert sorted(door.states()) == ["queued", "running", "running"]
 
 
-def test_nobody_overtakes_who_waits_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_that_waits_for_gpus_is_not_overtaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    monkeypatch.setenv(
-        local_queue.CPUS_VARIABLE, ""
-    )  # a worker sets it for what it starts, here for all later tests
+    # A worker sets this variable for the jobs it starts; undo that for later tests.
+    monkeypatch.setenv(local_queue.CPUS_VARIABLE, "")
     store = RunStore(tmp_path)
     attempts = []
     for name, gpus in (("0-first", 1), ("1-large", 2), ("2-small", 1)):
@@ -70,11 +69,10 @@ def test_nobody_overtakes_who_waits_for_gpus(tmp_path: Path, monkeypatch: pytest
     assert not local_queue.process_record(small)
 
 
-def test_a_gpu_is_handed_out_by_the_name_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_uuid_is_passed_as_cuda_visible_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    monkeypatch.setenv(
-        local_queue.CPUS_VARIABLE, ""
-    )  # a worker sets it for what it starts, here for all later tests
+    # A worker sets this variable for the jobs it starts; undo that for later tests.
+    monkeypatch.setenv(local_queue.CPUS_VARIABLE, "")
     store = RunStore(tmp_path)
     config = {
         "cluster": {"executor": "local", "setup": [f"env > {tmp_path}/env"]},
@@ -90,7 +88,7 @@ def test_a_gpu_is_handed_out_by_the_name_that_it_has(tmp_path: Path, monkeypatch
     assert "CUDA_VISIBLE_DEVICES=GPU-a\n" in (tmp_path / "env").read_text()
 
 
-def test_the_terminal_may_close(door: Door, gate: tuple[Gate, str]) -> None:
+def test_job_survives_closing_the_terminal(door: Door, gate: tuple[Gate, str]) -> None:
     held, url = gate
     command = [sys.executable, "-m", "hpc_imagenet", *DOWNLOAD, "dataset.name=a", f"dataset.source={url}/a"]
     terminal = subprocess.Popen(
@@ -103,34 +101,34 @@ def test_the_terminal_may_close(door: Door, gate: tuple[Gate, str]) -> None:
     assert door.states() == ["running"]
 
 
-def test_the_same_asked_twice_is_under_way_already(door: Door, gate: tuple[Gate, str]) -> None:
+def test_second_submission_reports_already_running(door: Door, gate: tuple[Gate, str]) -> None:
     held, url = gate
-    send(door, url, "a", "b")
+    submit(door, url, "a", "b")
     eventually(lambda: held.waiting == ["a"])
-    again = door("-m", *DOWNLOAD, f"dataset.source={url}/${{dataset.name}}", "dataset.name=a,b")
-    assert again.stdout.count("already running") == 2
+    second = door("-m", *DOWNLOAD, f"dataset.source={url}/${{dataset.name}}", "dataset.name=a,b")
+    assert second.stdout.count("already running") == 2
     assert [row["attempt"] for row in door.jobs()] == [1, 1]
 
 
-def test_cancel_a_queued_and_a_running_job(door: Door, gate: tuple[Gate, str]) -> None:
+def test_cancel_queued_and_running_job(door: Door, gate: tuple[Gate, str]) -> None:
     held, url = gate
-    send(door, url, "a", "b", "c")
+    submit(door, url, "a", "b", "c")
     eventually(lambda: held.waiting == ["a"])
     door("cancel", "download-b", "download-a")
     eventually(lambda: held.waiting == ["a", "c"])
     assert door.states() == ["cancelled", "cancelled", "running"]
     assert door.processes("download-a") == []
-    assert "was cancelled already" in door("cancel", "download-a").stdout
+    assert "already cancelled" in door("cancel", "download-a").stdout
 
 
-def test_a_killed_job_has_failed_and_retry_takes_it_up(door: Door, gate: tuple[Gate, str]) -> None:
+def test_killed_job_fails_and_retry_restarts_it(door: Door, gate: tuple[Gate, str]) -> None:
     held, url = gate
-    send(door, url, "a")
+    submit(door, url, "a")
     eventually(lambda: held.waiting == ["a"])
     (attempt,) = RunStore(door.workspace).find("download-a").attempts()
     psutil.Process(attempt.started["pid"]).kill()
     (row,) = door.until("failed")
-    assert "without a word" in row["reason"]
+    assert "without an outcome" in row["reason"]
     held.waiting.clear()
     door("retry", "download-a")
     eventually(lambda: held.waiting == ["a"])
@@ -138,49 +136,47 @@ def test_a_killed_job_has_failed_and_retry_takes_it_up(door: Door, gate: tuple[G
     assert (row["state"], row["attempt"]) == ("running", 2)
 
 
-def test_a_killed_worker_takes_no_job_along_and_asking_again_goes_on(
+def test_killed_worker_ends_no_job_and_resubmitting_starts_a_worker(
     door: Door, gate: tuple[Gate, str]
 ) -> None:
     held, url = gate
-    send(door, url, "a", "b")
+    submit(door, url, "a", "b")
     eventually(lambda: held.waiting == ["a"])
     worker = json.loads((local_queue.queue_folder(RunStore(door.workspace)) / "worker.json").read_text())
     psutil.Process(worker["pid"]).kill()
-    eventually(lambda: "nobody works on the queue" in door.jobs()[1]["reason"])
+    eventually(lambda: "no worker is running" in door.jobs()[1]["reason"])
     assert door.states() == ["running", "queued"]
-    send(door, url, "a", "b")
+    submit(door, url, "a", "b")
     held.open.set()
     rows = door.until("failed", "failed")
     assert held.waiting == ["a", "b"]
     assert [row["attempt"] for row in rows] == [1, 1]
 
 
-def test_a_submission_that_was_cut_off_is_not_run_twice(door: Door, gate: tuple[Gate, str]) -> None:
+def test_interrupted_submission_is_not_run_twice(door: Door, gate: tuple[Gate, str]) -> None:
     held, url = gate
-    send(door, url, "a")
+    submit(door, url, "a")
     eventually(lambda: held.waiting == ["a"])
-    send(door, url, "b")
+    submit(door, url, "b")
     store = RunStore(door.workspace)
     (attempt,) = store.find("download-b").attempts()
-    (attempt.folder / "submitted.json").unlink()  # as if the door had been killed before it wrote that
+    (attempt.folder / "submitted.json").unlink()  # as if the command had been killed before writing it
     os.utime(attempt.folder, (1, 1))
-    assert "cut off" in door.jobs()[1]["reason"]
-    send(door, url, "b")
+    assert "interrupted" in door.jobs()[1]["reason"]
+    submit(door, url, "b")
     held.open.set()
     rows = door.until("failed", "failed")
     assert "404" in rows[1]["reason"]
     first, second = store.find("download-b").attempts()
     assert first.outcome
-    assert "took its place" in first.outcome.reason
+    assert "replaced by attempt 2" in first.outcome.reason
     assert not first.started
     assert second.started
 
 
-def test_after_a_reboot_nothing_is_called_running_and_retry_takes_all_up(
-    door: Door, gate: tuple[Gate, str]
-) -> None:
+def test_after_a_reboot_no_job_is_running_and_retry_restarts_all(door: Door, gate: tuple[Gate, str]) -> None:
     held, url = gate
-    send(door, url, "a", "b")
+    submit(door, url, "a", "b")
     eventually(lambda: held.waiting == ["a"])
     door.close()  # every process dies at once
     door.until("failed", "queued")
@@ -192,20 +188,22 @@ def test_after_a_reboot_nothing_is_called_running_and_retry_takes_all_up(
     assert all("404" in row["reason"] for row in rows)
 
 
-def test_what_needs_a_failed_run_is_cancelled_with_the_reason(door: Door, gate: tuple[Gate, str]) -> None:
+def test_jobs_that_need_a_failed_run_are_cancelled_with_the_reason(
+    door: Door, gate: tuple[Gate, str]
+) -> None:
     held, url = gate
-    door("+stage=pipeline", "dataset=ilsvrc", "dataset.name=x", f"dataset.source={url}/x", *WAITS)
+    door("+stage=pipeline", "dataset=ilsvrc", "dataset.name=x", f"dataset.source={url}/x", *WAITING)
     eventually(lambda: held.waiting == ["x"])
     assert door.states() == ["running", "queued", "queued", "queued"]
     held.open.set()
     rows = door.until("failed", "cancelled", "cancelled", "cancelled")
     assert "needs" in rows[1]["reason"]
     assert rows[0]["run"] in rows[1]["reason"]
-    # Taking up the last one takes up what it needs, too.
+    # Retrying the last run also retries the runs it needs.
     assert door("retry", rows[3]["run"]).stdout.count("submitted") == 4
 
 
-def test_wait_says_each_change_and_exits_with_1(door: Door, gate: tuple[Gate, str]) -> None:
+def test_wait_prints_state_changes_and_exits_with_1_on_failure(door: Door, gate: tuple[Gate, str]) -> None:
     held, url = gate
     held.open.set()
     done = door(*DOWNLOAD, "dataset.name=a", f"dataset.source={url}/a", "wait=true", code=1)
@@ -213,22 +211,22 @@ def test_wait_says_each_change_and_exits_with_1(door: Door, gate: tuple[Gate, st
     assert "404" in done.stdout
 
 
-def test_a_pid_that_another_process_has_now_is_not_the_job(tmp_path: Path) -> None:
+def test_reused_pid_is_not_taken_for_the_job(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     attempt = store.run("0-x").new_attempt()
     local_queue.record_process(attempt)
     assert local_queue.is_alive(attempt)
-    note = json.loads((attempt.folder / "process.json").read_text())
-    (attempt.folder / "process.json").write_text(json.dumps({**note, "born": note["born"] - 60}))
+    process = json.loads((attempt.folder / "process.json").read_text())
+    (attempt.folder / "process.json").write_text(json.dumps({**process, "born": process["born"] - 60}))
     assert not local_queue.is_alive(attempt)
 
 
-def test_a_job_finds_what_a_relative_pythonpath_named(
+def test_relative_pythonpath_is_made_absolute_for_jobs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its working directory is another one: its worker could not even start."""
+    """The worker's working directory is another one, where a relative path finds no package."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["here", "", "/there", "."]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["relative", "", "/absolute", "."]))
     paths = local_queue.job_environment()["PYTHONPATH"].split(os.pathsep)
-    assert paths[1:] == [f"{tmp_path}/here", "/there", str(tmp_path)]
+    assert paths[1:] == [f"{tmp_path}/relative", "/absolute", str(tmp_path)]
     assert (Path(paths[0]) / "hpc_imagenet").is_dir()

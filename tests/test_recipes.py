@@ -1,4 +1,4 @@
-"""The recipes of conf/: they compose, and say what their schedules are."""
+"""The recipes in conf/: composition, schedules, signatures and bounds."""
 
 from __future__ import annotations
 
@@ -24,74 +24,74 @@ def recipe(name: str, *overrides: str) -> Recipe:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_states_its_arithmetic(name: str) -> None:
-    made, text = recipe(name), (CONF / "recipe" / f"{name}.yaml").read_text()
-    assert len(made.sizes) == made.epochs
+def test_recipe_comments_match_its_schedule(name: str) -> None:
+    composed, text = recipe(name), (CONF / "recipe" / f"{name}.yaml").read_text()
+    assert len(composed.sizes) == composed.epochs
     if name.startswith(("fast", "modern", "standard")):
         assert "ublished by" in text
         assert "not reproduced here" in text
-        steps = IMAGES // made.global_batch
-        assert f"{steps:,} whole steps an epoch, {steps * made.epochs:,} in all" in text
+        steps = IMAGES // composed.global_batch
+        assert f"{steps:,} whole steps an epoch, {steps * composed.epochs:,} in all" in text
 
 
 @pytest.mark.parametrize(
     ("name", "small"), [("fast16", 12), ("fast24", 19), ("fast32", 25), ("fast40", 32), ("fast88", 71)]
 )
-def test_images_grow_when_the_schedule_says(name: str, small: int) -> None:
+def test_progressive_resizing_of_fast_recipes(name: str, small: int) -> None:
     sizes = recipe(name).sizes
     assert sizes == [160] * small + [192] * (len(sizes) - small)
 
 
-def test_sizes_grow_in_steps_that_divide_both() -> None:
-    words = ("epochs=6", "start_size=128", "grow_from=1", "grow_to=5", "size=224")
-    sizes = recipe("demo", *(f"recipe.{word}" for word in words)).sizes
+def test_progressive_resizing_uses_multiples_of_the_gcd() -> None:
+    settings = ("epochs=6", "start_size=128", "grow_from=1", "grow_to=5", "size=224")
+    sizes = recipe("demo", *(f"recipe.{setting}" for setting in settings)).sizes
     assert sizes == [128, 128, 160, 192, 192, 224]
     assert recipe("demo").sizes == [16] * 8
 
 
-def test_what_is_left_out_is_not_in_the_signature() -> None:
-    def signature(*words: str) -> str:
-        return make_plan(compose(["dataset=digits", *words]), lambda _: None)[0].signature
+def test_signature_ignores_defaults_and_speed_settings() -> None:
+    def signature(*overrides: str) -> str:
+        return make_plan(compose(["dataset=digits", *overrides]), lambda _: None)[0].signature
 
     plain = signature()
     assert signature("recipe.mixup=0", "recipe.ema=null", "recipe.schedule=cosine") == plain
     assert signature("model.compile=true", "train.accumulate=2", "train.bottleneck_after_seconds=5") == plain
     changes = ("mixup=0.1", "ema=0.9", "schedule=linear", "start_size=8", "val_flip=true", "blurpool=true")
-    others = {signature(f"recipe.{word}") for word in changes}
+    others = {signature(f"recipe.{change}") for change in changes}
     assert len(others | {plain}) == len(changes) + 1
     assert signature("model.weights=IMAGENET1K_V1") != plain
 
 
-def test_weights_are_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_setting_is_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert compose(["model.weights=IMAGENET1K_V2"])[0].model.weights == "IMAGENET1K_V2"
     assert compose(["model.weights=w.pth"])[0].model.weights == str(tmp_path / "w.pth")
 
 
-def test_the_door_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
-    def asked(*words: str) -> None:
-        validate_jobs(make_plan(compose(["dataset=digits", *words]), lambda _: None), RunStore(tmp_path))
+def test_missing_weights_are_an_error_at_submission(tmp_path: Path) -> None:
+    def validate(*overrides: str) -> None:
+        validate_jobs(make_plan(compose(["dataset=digits", *overrides]), lambda _: None), RunStore(tmp_path))
 
     with pytest.raises(
         UserError, match=r"^recipe.freeze=true trains the classifier alone: .* model.weights="
     ):
-        asked("recipe=linear_probe")
+        validate("recipe=linear_probe")
     with pytest.raises(UserError, match=r"^model.weights=.*w.pth: no such file"):
-        asked("recipe=linear_probe", f"model.weights={tmp_path / 'w.pth'}")
-    with pytest.raises(UserError, match="no datastore"):  # all else is well
-        asked("recipe=linear_probe", "model.weights=IMAGENET1K_V1", f"datastore.url={tmp_path}")
+        validate("recipe=linear_probe", f"model.weights={tmp_path / 'w.pth'}")
+    with pytest.raises(UserError, match="no datastore"):  # the weights are valid
+        validate("recipe=linear_probe", "model.weights=IMAGENET1K_V1", f"datastore.url={tmp_path}")
 
 
 @pytest.mark.parametrize(
-    ("word", "line"),
+    ("override", "message"),
     [
         ("recipe.schedule=steps", "recipe.schedule=steps is unknown; one of: cosine, linear"),
         ("recipe.augment=auto", "recipe.augment=auto is unknown; one of: none, trivial"),
         ("recipe.ema=1.5", r"recipe.ema=1.5 is not between 0 and 1"),
         ("recipe.mixup=-1", r"recipe.mixup=-1.0 is too small"),
-        ("recipe.grow_from=14", r"recipe.grow_to=13 comes before recipe.grow_from=14"),
+        ("recipe.grow_from=14", r"recipe.grow_to=13 is before recipe.grow_from=14"),
     ],
 )
-def test_what_makes_no_sense_is_one_line(word: str, line: str) -> None:
-    with pytest.raises(UserError, match=line):
-        compose(["recipe=fast16", word])
+def test_invalid_recipe_setting_is_an_error(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        compose(["recipe=fast16", override])

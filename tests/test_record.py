@@ -1,4 +1,4 @@
-"""The record: claims and outcomes under concurrency, states when nobody left a word."""
+"""The run store: attempts and outcomes under concurrency, states of runs, listings of runs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from hpc_imagenet.runs.plan import make_plan
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Run, RunStore
 
 
-def at_once(act: Callable[[int], object], times: int = 16) -> list[object]:
+def run_concurrently(function: Callable[[int], object], times: int = 16) -> list[object]:
     with ThreadPoolExecutor(times) as pool:
-        return list(pool.map(act, range(times)))
+        return list(pool.map(function, range(times)))
 
 
-def made(store: RunStore, *overrides: str) -> Run:
+def create_run(store: RunStore, *overrides: str) -> Run:
     (job,) = make_plan(
         compose(["dataset=digits", f"workspace={store.folder.parent}", *overrides]), lambda _: None
     )
@@ -44,20 +44,22 @@ def made(store: RunStore, *overrides: str) -> Run:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_of_many_writers_one_creates(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_json_once_has_one_winner_among_concurrent_writers(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not links:
 
         def refuse(*_: object) -> None:
             raise OSError(errno.EPERM, "no hard links here")
 
         monkeypatch.setattr(os, "link", refuse)
-    won = at_once(lambda i: atomic_files.write_json_once(tmp_path / "x.json", i))
+    won = run_concurrently(lambda i: atomic_files.write_json_once(tmp_path / "x.json", i))
     assert won.count(True) == 1
     assert atomic_files.read_json(tmp_path / "x.json") == won.index(True)
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_an_exception_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_atomic_write_keeps_the_old_file_after_an_exception(tmp_path: Path) -> None:
     atomic_files.write_json(tmp_path / "x.json", 1)
 
     def fail_halfway() -> None:
@@ -71,8 +73,8 @@ def test_an_exception_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_the_umask_decides_who_reads_and_is_never_set(tmp_path: Path) -> None:
-    """It is the whole process's: a file that another thread makes meanwhile would have another one."""
+def test_file_modes_follow_the_umask_which_is_never_set(tmp_path: Path) -> None:
+    """The umask belongs to the process: setting it would change the modes of files of other threads."""
     real, before = os.umask, os.umask(0o027)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -87,15 +89,15 @@ def test_the_umask_decides_who_reads_and_is_never_set(tmp_path: Path) -> None:
     assert modes == {"x.json": 0o640, "y": 0o600, "digits": 0o750}
 
 
-def test_attempts_are_claimed_once_each(tmp_path: Path) -> None:
+def test_concurrent_attempts_get_different_numbers(tmp_path: Path) -> None:
     run = RunStore(tmp_path).run("00000000-x")
-    numbers = at_once(lambda _: run.new_attempt().number)
+    numbers = run_concurrently(lambda _: run.new_attempt().number)
     assert sorted(map(int, map(str, numbers))) == list(range(1, 17))
     (run.folder / "attempts" / ".nfs0001").touch()  # as file systems leave them
     assert [attempt.number for attempt in run.attempts()] == list(range(1, 17))
 
 
-def test_the_first_outcome_stands(tmp_path: Path) -> None:
+def test_first_outcome_of_an_attempt_is_kept(tmp_path: Path) -> None:
     attempt = RunStore(tmp_path).run("00000000-x").new_attempt()
     assert attempt.end(CANCELLED, "by hand")
     assert not attempt.end(FINISHED)
@@ -103,17 +105,17 @@ def test_the_first_outcome_stands(tmp_path: Path) -> None:
     assert attempt.outcome.state == CANCELLED
 
 
-def test_the_frozen_config_is_plain_yaml_and_comes_back(tmp_path: Path) -> None:
-    run = made(RunStore(tmp_path), "seed=7")
+def test_frozen_config_round_trips_through_yaml(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path), "seed=7")
     assert yaml.safe_load((run.folder / "config.yaml").read_text())["seed"] == 7
     assert run.config().seed == 7
     assert run.config().recipe == compose(["dataset=digits"])[0].recipe
 
 
-def test_a_run_is_found_by_what_is_unique_of_it(tmp_path: Path) -> None:
+def test_run_is_found_by_a_unique_prefix_of_id_or_label(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
-    first, second = made(store, "model=resnet18"), made(store, "model=resnet18", "seed=1")
-    other = made(store, "model=resnet50")
+    first, second = create_run(store, "model=resnet18"), create_run(store, "model=resnet18", "seed=1")
+    other = create_run(store, "model=resnet50")
     assert store.find(first.id).id == first.id
     assert store.find(first.id[:6]).id == first.id
     assert store.find("resnet50").id == other.id
@@ -123,55 +125,55 @@ def test_a_run_is_found_by_what_is_unique_of_it(tmp_path: Path) -> None:
         store.find("nowhere")
 
 
-def test_what_another_command_is_just_sending_is_not_sent_again(tmp_path: Path) -> None:
+def test_run_that_is_being_submitted_is_not_submitted_again(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
-    asked = make_plan(compose(["dataset=digits", f"workspace={tmp_path}"]), lambda _: None)
-    assert [what for _, what, _ in plan_actions(asked, store)] == ["submitted"]
-    run = made(store)
-    assert [(job.run_id, what) for job, what, _ in plan_actions(asked, store)] == [(run.id, "active")]
-    os.utime(run.folder, (1, 1))  # it was cut off
-    assert [what for _, what, _ in plan_actions(asked, store)] == ["submitted"]
+    plan = make_plan(compose(["dataset=digits", f"workspace={tmp_path}"]), lambda _: None)
+    assert [action for _, action, _ in plan_actions(plan, store)] == ["submitted"]
+    run = create_run(store)
+    assert [(job.run_id, action) for job, action, _ in plan_actions(plan, store)] == [(run.id, "active")]
+    os.utime(run.folder, (1, 1))  # the submission was interrupted
+    assert [action for _, action, _ in plan_actions(plan, store)] == ["submitted"]
 
 
-def test_states_without_a_word(tmp_path: Path) -> None:
-    run = made(RunStore(tmp_path))
-    assert state(run).name == QUEUED  # the folder was made, and somebody may be about to send it
-    with pytest.raises(UserError, match="is being submitted: cancel it in a moment"):
+def test_states_without_an_outcome(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path))
+    assert state(run).name == QUEUED  # the folder exists, and another process may be submitting it
+    with pytest.raises(UserError, match="is being submitted: try again in a moment"):
         cancel_run(run)
     os.utime(run.folder, (1, 1))
     assert (state(run).name, "never submitted" in state(run).reason) == (FAILED, True)
-    assert not state(RunStore(tmp_path).run("00000000-nobody")).active
+    assert not state(RunStore(tmp_path).run("00000000-absent")).active
     attempt = run.new_attempt()
-    assert state(run).name == QUEUED  # it may be sent in a moment
+    assert state(run).name == QUEUED  # it may be submitted in a moment
     os.utime(attempt.folder, (1, 1))
-    assert (state(run).name, "cut off" in state(run).reason) == (FAILED, True)
+    assert (state(run).name, "interrupted" in state(run).reason) == (FAILED, True)
     attempt.submit("local", host=socket.gethostname())
     assert state(run).name == QUEUED
     local_queue.record_process(attempt)
     assert state(run).name == RUNNING
-    note = json.loads((attempt.folder / "process.json").read_text())
-    atomic_files.write_json(attempt.folder / "process.json", {**note, "born": 1.0})
-    assert (state(run).name, "without a word" in state(run).reason) == (FAILED, True)
+    process = json.loads((attempt.folder / "process.json").read_text())
+    atomic_files.write_json(attempt.folder / "process.json", {**process, "born": 1.0})
+    assert (state(run).name, "without an outcome" in state(run).reason) == (FAILED, True)
     attempt.end(FINISHED, result={"top1": 0.5})
     assert state(run).name == FINISHED
     assert run.new_attempt().number == 2
     assert state(run).name == QUEUED
 
 
-def test_an_attempt_that_another_process_carries_out_is_left_alone(tmp_path: Path) -> None:
-    run = made(RunStore(tmp_path))
+def test_attempt_of_another_running_process_is_not_started_again(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path))
     attempt = run.new_attempt()
     attempt.start(**local_queue.process_identity(os.getpid()))
     child = [sys.executable, "-m", "hpc_imagenet.launch.task", str(run.folder), "1"]
     done = subprocess.run(child, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "leaving it alone" in done.stderr
+    assert f"another process (pid {os.getpid()}) already runs this attempt" in done.stderr
     assert attempt.started["pid"] == os.getpid()
     assert attempt.outcome is None
 
 
-def test_a_job_of_another_host_is_not_judged_from_here(tmp_path: Path) -> None:
-    run = made(RunStore(tmp_path))
+def test_job_of_another_host_is_as_last_recorded_and_cannot_be_cancelled(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path))
     attempt = run.new_attempt()
     attempt.submit("local", host="elsewhere")
     assert state(run).name == QUEUED
@@ -179,36 +181,36 @@ def test_a_job_of_another_host_is_not_judged_from_here(tmp_path: Path) -> None:
     assert (state(run).name, "elsewhere" in state(run).reason) == (RUNNING, True)
     with pytest.raises(UserError, match="runs on elsewhere: cancel it there"):
         cancel_run(run)
-    assert attempt.outcome is None  # it goes on, and tells its own
-    waits = run.new_attempt()
-    waits.submit("local", host="elsewhere")
+    assert attempt.outcome is None  # the job keeps running and writes its own outcome
+    queued = run.new_attempt()
+    queued.submit("local", host="elsewhere")
     cancel_run(run)
-    assert waits.outcome
+    assert queued.outcome
 
 
-def test_a_character_that_is_half_written_is_waited_for(
+def test_follow_logs_waits_for_the_rest_of_a_multibyte_character(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = made(RunStore(tmp_path))
+    run = create_run(RunStore(tmp_path))
     attempt = run.new_attempt()
     attempt.submit("local", host="elsewhere")
     log, written = attempt.folder / "1_0_log.out", "größer\n".encode()
     log.write_bytes(written[:3])
 
-    def goes_on(_: float) -> None:
+    def write_rest(_: float) -> None:
         log.write_bytes(written)
         attempt.end(FINISHED)
 
-    monkeypatch.setattr(logs.time, "sleep", goes_on)
+    monkeypatch.setattr(logs.time, "sleep", write_rest)
     logs.show_logs(run, follow=True)
     assert capsys.readouterr().out == "größer\n"
 
 
 @pytest.mark.parametrize(
-    ("visible", "devices", "told"),
+    ("visible", "devices", "expected"),
     [
         (None, (), []),
-        (None, (3,), ["0"]),  # of a container that has this one
+        (None, (3,), ["0"]),  # a container with only this device
         (None, (0, 1, 10), ["0", "1", "2"]),
         ("2,0", (), ["2", "0"]),
         ("GPU-1a2b, MIG-3c", (0,), ["GPU-1a2b", "MIG-3c"]),
@@ -217,12 +219,12 @@ def test_a_character_that_is_half_written_is_waited_for(
         ("NoDevFiles", (0,), []),
     ],
 )
-def test_gpus_are_those_that_cuda_would_show(
+def test_available_gpus_are_those_visible_to_cuda(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     visible: str | None,
     devices: tuple[int, ...],
-    told: list[str],
+    expected: list[str],
 ) -> None:
     monkeypatch.setattr(local_queue, "_DEVICES", tmp_path)
     for name in (*(f"nvidia{number}" for number in devices), "nvidiactl"):
@@ -230,10 +232,10 @@ def test_gpus_are_those_that_cuda_would_show(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert local_queue.available_gpus() == told
+    assert local_queue.available_gpus() == expected
 
 
-def test_who_looks_for_a_worker_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_concurrent_checks_for_a_worker_do_not_see_each_other(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     assert not local_queue.is_worker_alive(store)
     lock = local_queue.queue_folder(store) / "worker.lock"
@@ -251,20 +253,20 @@ def test_who_looks_for_a_worker_is_not_taken_for_one(tmp_path: Path) -> None:
         assert not local_queue.is_worker_alive(store)
 
 
-def test_progress_is_throttled_but_the_end_is_told(tmp_path: Path) -> None:
+def test_progress_is_throttled_but_the_last_step_is_written(tmp_path: Path) -> None:
     progress = Progress(Run(tmp_path), every=3600)
     for done in range(11):
         progress(done, 10, "images", "note")
-    told = atomic_files.read_json(tmp_path / "progress.json")
-    assert told is not None
-    assert (told["done"], told["total"], told["unit"]) == (10, 10, "images")
-    assert told["rate"] > 0
+    written = atomic_files.read_json(tmp_path / "progress.json")
+    assert written is not None
+    assert (written["done"], written["total"], written["unit"]) == (10, 10, "images")
+    assert written["rate"] > 0
 
 
-def test_rows_and_leaderboard(tmp_path: Path) -> None:
+def test_job_rows_and_leaderboard(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     for seed, top1 in enumerate((0.5, None, 0.9)):
-        attempt = made(store, f"seed={seed}").new_attempt()
+        attempt = create_run(store, f"seed={seed}").new_attempt()
         attempt.submit("local", host=socket.gethostname())
         attempt.start()
         if top1 is not None:
@@ -272,23 +274,25 @@ def test_rows_and_leaderboard(tmp_path: Path) -> None:
     rows = jobs_table.job_rows(store.all())
     assert [row["top1"] for row in rows] == [0.5, None, 0.9]
     assert {"run", "stage", "model", "state", "top1", "dir"} <= rows[0].keys()
-    old = store.all()[0].folder / "config.yaml"  # of a version that had other settings
+    old = store.all()[0].folder / "config.yaml"  # written by a version with other settings
     old.write_text(old.read_text().replace("recipe:\n", "recipe:\n  gone: 1\n"))
     board = leaderboard.leaderboard_rows(store.all())
     assert [row["top1"] for row in board] == [0.9, 0.5, None]
     assert [row["seed"] for row in board] == [2, 0, 1]
     console = jobs_table.terminal()
-    with console.capture() as drawn:
+    with console.capture() as captured:
         console.print(leaderboard.render_leaderboard([{**row, "dir": "/a/[b]/c"} for row in board]))
         console.print(jobs_table.render_jobs(rows))
-    assert "90.00" in drawn.get()
-    assert drawn.get().count("/a/[b]/c") == 3
-    assert "1:15" in drawn.get()
+    assert "90.00" in captured.get()
+    assert captured.get().count("/a/[b]/c") == 3
+    assert "1:15" in captured.get()
 
 
-def test_a_thousand_runs_are_listed_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thousand_runs_are_listed_with_one_scan_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = RunStore(tmp_path)
-    first = made(store)
+    first = create_run(store)
     attempt = first.new_attempt()
     attempt.end(FINISHED, result={"top1": 0.5})
     for number in range(999):
@@ -296,12 +300,12 @@ def test_a_thousand_runs_are_listed_in_one_pass(tmp_path: Path, monkeypatch: pyt
         (folder / "attempts" / "1").mkdir(parents=True)
         for name in ("run.json", "attempts/1/outcome.json"):
             (folder / name).hardlink_to(first.folder / name)
-    looked: list[Path] = []
+    scanned: list[Path] = []
 
-    def watched(real: Callable[[Path], object]) -> Callable[[Path], object]:
-        return lambda path: looked.append(Path(path)) or real(path)
+    def recorded(real: Callable[[Path], object]) -> Callable[[Path], object]:
+        return lambda path: scanned.append(Path(path)) or real(path)
 
-    monkeypatch.setattr(os, "listdir", watched(os.listdir))
-    monkeypatch.setattr(os, "scandir", watched(os.scandir))
+    monkeypatch.setattr(os, "listdir", recorded(os.listdir))
+    monkeypatch.setattr(os, "scandir", recorded(os.scandir))
     assert len(jobs_table.job_rows(store.all())) == 1000
-    assert looked.count(store.folder) == 1
+    assert scanned.count(store.folder) == 1

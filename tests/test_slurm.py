@@ -1,4 +1,4 @@
-"""What is said to Slurm and heard from it, with commands that only write down and answer."""
+"""Submission to Slurm, job states and cancellation, with stub Slurm commands that record their arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
 from hpc_imagenet.session import connect
 
 
-def command(folder: Path, name: str, text: str) -> None:
+def write_stub(folder: Path, name: str, text: str) -> None:
     path = folder / name
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
@@ -33,19 +33,19 @@ def commands(tmp_path: Path) -> Path:
     folder = tmp_path / "slurm-bin"
     folder.mkdir()
     slurm._reply_cache.clear()
-    # sbatch numbers the jobs and keeps each script, with the SLURM_ variables that it would have exported.
-    command(
+    # This sbatch numbers the jobs and keeps each script, and the SLURM_ variables that it would export.
+    write_stub(
         folder,
         "sbatch",
         f"n=$(ls {folder} | grep -c script)\n"
         f'cp "$1" {folder}/script.$((n + 1)); env | grep ^SLURM_ >> {folder}/env\n'
         "echo Submitted batch job $((n + 1))",
     )
-    command(folder, "srun", "true")
-    # In columns of fixed width, as it was asked for.
+    write_stub(folder, "srun", "true")
+    # Columns of fixed width, as requested with --Format.
     columns = '{printf "%-48s%-24s%-12s%-12s%-160s\\n", $1, $2, $3, $4, $5}'
-    command(folder, "squeue", f"test ! -f {folder}/queue || awk -F'|' '{columns}' {folder}/queue")
-    command(folder, "scancel", f'echo "$@" >> {folder}/cancelled')
+    write_stub(folder, "squeue", f"test ! -f {folder}/queue || awk -F'|' '{columns}' {folder}/queue")
+    write_stub(folder, "scancel", f'echo "$@" >> {folder}/cancelled')
     return folder
 
 
@@ -58,50 +58,49 @@ def scripts(commands: Path) -> list[str]:
     return [p.read_text() for p in sorted(commands.glob("script.*"), key=lambda p: int(p.suffix[1:]))]
 
 
-def test_auto_is_slurm_where_sbatch_is(cluster: Door, commands: Path) -> None:
+def test_cluster_auto_is_slurm_if_sbatch_is_on_the_path(cluster: Door, commands: Path) -> None:
     done = cluster("+stage=pipeline", "dataset=digits", "cluster.time=60")
     assert "cluster: slurm (sbatch is on the PATH)" in done.stdout
     assert len(scripts(commands)) == 4
-    # It is the file slurm.yaml that was chosen, not only its executor.
+    # All settings of slurm.yaml are used, not only its executor.
     assert "#SBATCH --gpus-per-node=1\n" in scripts(commands)[3]
     assert "#SBATCH --time=60\n" in scripts(commands)[3]
 
 
-def test_auto_is_this_machine_where_no_sbatch_is(door: Door, tmp_path: Path) -> None:
+def test_cluster_auto_is_local_without_sbatch(door: Door, tmp_path: Path) -> None:
     door.env["PATH"] = str(tmp_path)
     for words in (("cluster=auto",), ()):
         done = door("+stage=download", "dataset=digits", "dry_run=true", *words)
         assert "cluster: local (no sbatch is on the PATH)" in done.stdout
 
 
-def test_a_job_without_a_time_is_refused(cluster: Door) -> None:
+def test_slurm_job_without_cluster_time_is_refused(cluster: Door) -> None:
     assert "cluster.time" in cluster.refused("+stage=download", "dataset=digits", "cluster.time=null")
 
 
-def test_what_was_run_by_hand_is_not_sent_by_retry(cluster: Door, commands: Path) -> None:
+def test_retry_refuses_a_foreground_run(cluster: Door, commands: Path) -> None:
     cluster.env["SLURM_JOB_ID"] = "5"
-    cluster(
-        "+stage=download", "dataset=digits", "cluster=foreground", code=1
-    )  # srun says nothing and does nothing
+    # The stub srun does nothing, so there is no outcome.
+    cluster("+stage=download", "dataset=digits", "cluster=foreground", code=1)
     (row,) = cluster.jobs()
     assert "cluster=foreground" in cluster("retry", row["run"], code=2).stderr
 
 
-def test_by_hand_a_task_gets_the_cpus_of_its_allocation(cluster: Door, commands: Path) -> None:
-    """Since 22.05 srun takes them from a variable of its own, and else gives each task one."""
-    command(commands, "srun", f"env > {commands}/srun-env")
+def test_foreground_task_gets_the_cpus_of_its_allocation(cluster: Door, commands: Path) -> None:
+    """Since 22.05 srun reads SRUN_CPUS_PER_TASK; without it each task gets one CPU."""
+    write_stub(commands, "srun", f"env > {commands}/srun-env")
     cluster.env |= {"SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "7"}
     cluster("+stage=download", "dataset=digits", "cluster=foreground", code=1)
     assert "SRUN_CPUS_PER_TASK=7\n" in (commands / "srun-env").read_text()
-    # A dry run of what comes next has the next attempt's folder.
-    told = cluster(
+    # A dry run prints the folder of the next attempt.
+    output = cluster(
         "+stage=download", "dataset=digits", "cluster=slurm", "cluster.time=60", "dry_run=true"
     ).stdout
-    assert "attempts/2/" in told
-    assert "attempts/1/" not in told
+    assert "attempts/2/" in output
+    assert "attempts/1/" not in output
 
 
-def test_a_pipeline_is_a_chain_that_ends_in_one_array(cluster: Door, commands: Path) -> None:
+def test_pipeline_is_a_dependency_chain_that_ends_in_one_array(cluster: Door, commands: Path) -> None:
     cluster(
         "-m",
         "+stage=pipeline",
@@ -126,13 +125,13 @@ def test_a_pipeline_is_a_chain_that_ends_in_one_array(cluster: Door, commands: P
         assert sys.executable in script
 
 
-def test_an_outer_allocation_does_not_leak_in(cluster: Door, commands: Path) -> None:
+def test_variables_of_an_outer_allocation_are_not_passed_to_sbatch(cluster: Door, commands: Path) -> None:
     cluster.env |= {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_CONF": "/etc/slurm.conf"}
     cluster("+stage=download", "dataset=digits", "cluster=slurm")
     assert (commands / "env").read_text() == "SLURM_CONF=/etc/slurm.conf\n"
 
 
-def test_dry_run_prints_the_script_and_submits_nothing(cluster: Door, commands: Path) -> None:
+def test_dry_run_prints_sbatch_scripts_and_submits_nothing(cluster: Door, commands: Path) -> None:
     done = cluster(
         "-m",
         "+stage=pipeline",
@@ -150,8 +149,8 @@ def test_dry_run_prints_the_script_and_submits_nothing(cluster: Door, commands: 
     assert not cluster.workspace.exists()
 
 
-def test_what_sbatch_refuses_is_one_line_and_no_job(cluster: Door, commands: Path) -> None:
-    command(commands, "sbatch", "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1")
+def test_sbatch_error_is_one_line_and_fails_all_jobs(cluster: Door, commands: Path) -> None:
+    write_stub(commands, "sbatch", "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1")
     done = cluster("+stage=pipeline", "dataset=digits", "cluster=slurm", code=2)
     (line,) = done.stderr.strip().splitlines()
     assert line == "error: sbatch refused download-digits: invalid partition specified: nowhere"
@@ -160,12 +159,12 @@ def test_what_sbatch_refuses_is_one_line_and_no_job(cluster: Door, commands: Pat
     assert all("invalid partition" in row["reason"] for row in rows)
 
 
-def test_more_sbatch_options_by_their_names(cluster: Door, commands: Path) -> None:
+def test_cluster_sbatch_adds_options(cluster: Door, commands: Path) -> None:
     cluster("+stage=download", "dataset=digits", "cluster=slurm", "+cluster.sbatch.reservation=spring")
     assert "#SBATCH --reservation=spring\n" in scripts(commands)[0]
 
 
-def test_states_are_slurms_and_cancel_is_told_to_it(cluster: Door, commands: Path) -> None:
+def test_states_come_from_squeue_and_cancel_runs_scancel(cluster: Door, commands: Path) -> None:
     cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
     (commands / "queue").write_text(
         "1|RUNNING|2|0|None\n2|PENDING|0|0|Dependency\n3|PENDING|0|0|Dependency\n"
@@ -173,13 +172,13 @@ def test_states_are_slurms_and_cancel_is_told_to_it(cluster: Door, commands: Pat
     rows = cluster.jobs()
     assert [row["state"] for row in rows] == ["running", "queued", "queued", "failed"]
     assert rows[1]["reason"] == "Dependency"
-    assert "without a word" in rows[3]["reason"]  # Slurm no longer knows it
+    assert "without an outcome" in rows[3]["reason"]  # Slurm no longer knows it
     cluster("cancel", rows[1]["run"])
     assert (commands / "cancelled").read_text() == "2\n"
     assert cluster.jobs()[1]["state"] == "cancelled"
 
 
-def test_two_treatments_of_one_dataset_are_not_in_the_queue_at_once(cluster: Door, commands: Path) -> None:
+def test_dataset_is_not_queued_with_two_processing_settings_at_once(cluster: Door, commands: Path) -> None:
     words = ("+stage=pipeline", "dataset=digits", "cluster=slurm")
     cluster(*words)
     (commands / "queue").write_text("2|PENDING|0|0|Dependency\n3|PENDING|0|0|Dependency\n")
@@ -189,11 +188,11 @@ def test_two_treatments_of_one_dataset_are_not_in_the_queue_at_once(cluster: Doo
     (commands / "queue").write_text("")
     cluster(*words, "process.layout=shards")
     (commands / "queue").write_text("8|PENDING|0|0|Dependency\n")
-    assert "in another way" in cluster("retry", process, code=2).stderr
+    assert "with other settings" in cluster("retry", process, code=2).stderr
     assert cluster.jobs()[1]["attempt"] == 1
 
 
-def test_a_need_that_is_none_of_slurms_fails_what_was_not_sent(cluster: Door, commands: Path) -> None:
+def test_dependency_on_a_local_run_fails_the_jobs_not_yet_submitted(cluster: Door, commands: Path) -> None:
     cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
     *_, upload, train = RunStore(cluster.workspace).all()
     assert upload.attempt
@@ -213,15 +212,17 @@ def test_a_need_that_is_none_of_slurms_fails_what_was_not_sent(cluster: Door, co
         ("no-requeue=false", "--requeue"),
     ],
 )
-def test_who_wants_no_requeue_gets_none(cluster: Door, commands: Path, setting: str, line: str) -> None:
+def test_requeue_can_be_disabled_in_cluster_sbatch(
+    cluster: Door, commands: Path, setting: str, line: str
+) -> None:
     cluster("+stage=download", "dataset=digits", "cluster=slurm", f"+cluster.sbatch.{setting}")
     assert re.findall(r"#SBATCH (--[a-z-]*requeue.*)", scripts(commands)[0]) == [line]
 
 
-def test_of_a_run_by_hand_only_its_step_is_cancelled(
+def test_cancel_of_a_foreground_run_cancels_only_its_step(
     cluster: Door, commands: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rest of the allocation is the user's: a shell, other runs."""
+    """The allocation has other uses: a shell, other runs."""
     cluster.env["SLURM_JOB_ID"] = "5"
     cluster("+stage=download", "dataset=digits", "cluster=foreground", code=1)
     (run,) = RunStore(cluster.workspace).all()
@@ -229,14 +230,14 @@ def test_of_a_run_by_hand_only_its_step_is_cancelled(
     attempt.submit("slurm", job_id="5")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_STEP_ID", "3")
-    task._begin(run, attempt)
+    task._start_attempt(run, attempt)
     (commands / "queue").write_text("5|RUNNING|0|0|None\n")
     cluster("cancel", run.id)
     assert (commands / "cancelled").read_text() == "5.3\n"
     assert cluster.states() == ["cancelled"]
 
 
-def test_asking_again_sends_only_what_ended(cluster: Door, commands: Path) -> None:
+def test_second_submission_submits_only_ended_jobs(cluster: Door, commands: Path) -> None:
     words = ("+stage=pipeline", "dataset=digits", "cluster=slurm")
     cluster(*words)
     (commands / "queue").write_text(
@@ -261,7 +262,7 @@ def test_asking_again_sends_only_what_ended(cluster: Door, commands: Path) -> No
         ("SOMETHING_NEW", RUNNING),
     ],
 )
-def test_every_word_of_slurm_has_a_state(
+def test_slurm_states_map_to_run_states(
     name: str, state: str, commands: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
@@ -269,39 +270,41 @@ def test_every_word_of_slurm_has_a_state(
     assert slurm.query_jobs(["12_3"])["12_3"].state == state
 
 
-def test_what_left_the_queue_is_asked_of_sacct(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_left_the_queue_are_queried_from_sacct(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
     (commands / "queue").write_text("1|RUNNING|0|0|None\n")
-    command(commands, "sacct", "echo '2|OUT_OF_MEMORY|0:125'; echo '3|RUNNING|0:0'")
-    answers = slurm.query_jobs(["1", "2", "3"])
-    assert answers["1"].state == RUNNING
-    assert answers["2"] == slurm.JobStatus(FAILED, "Slurm: out of memory (exit code 0:125)")
-    assert "3" not in answers  # squeue is right at once: what it does not have is not running
+    write_stub(commands, "sacct", "echo '2|OUT_OF_MEMORY|0:125'; echo '3|RUNNING|0:0'")
+    found = slurm.query_jobs(["1", "2", "3"])
+    assert found["1"].state == RUNNING
+    assert found["2"] == slurm.JobStatus(FAILED, "Slurm: out of memory (exit code 0:125)")
+    assert "3" not in found  # squeue is current: a job that it does not list is not running
 
 
-def test_a_slurm_that_does_not_answer_is_not_taken_for_an_end(cluster: Door, commands: Path) -> None:
+def test_jobs_are_not_ended_while_slurm_does_not_answer(cluster: Door, commands: Path) -> None:
     cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
-    command(
+    write_stub(
         commands, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
     )
     rows = cluster.jobs()
     assert {row["state"] for row in rows} == {"queued"}
     assert "Unable to contact" in rows[0]["reason"]
-    command(commands, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    write_stub(commands, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert set(cluster.states()) == {"failed"}
 
 
-def test_slurm_asked_for_where_there_is_none(door: Door, tmp_path: Path) -> None:
+def test_executor_slurm_without_sbatch_is_refused(door: Door, tmp_path: Path) -> None:
     door.env["PATH"] = str(tmp_path)
     assert "no sbatch" in door.refused("+stage=download", "dataset=digits", "cluster=slurm")
 
 
 def blocked(run: Run) -> None:
-    """Wait as the worker of this machine does for a need that is on Slurm."""
+    """Wait for a Slurm run that a local run needs, as the local worker does."""
     store = RunStore(run.folder.parents[1])
-    needy = store.create("0-needy", {}, {"stage": "train", "needs": [run.id]})
-    worker = Worker(store, began=time.monotonic())
-    while worker._blocked(needy) == "":
+    dependent = store.create("0-dependent", {}, {"stage": "train", "needs": [run.id]})
+    worker = Worker(store, since=time.monotonic())
+    while worker._blocked(dependent) == "":
         time.sleep(0.2)
 
 
@@ -316,11 +319,11 @@ def blocked(run: Run) -> None:
     ],
     ids=["watch", "logs", "result", "connect", "worker"],
 )
-def test_who_waits_long_asks_slurm_seldom_and_reads_the_record_at_once(
+def test_long_polling_queries_slurm_rarely_and_reads_outcomes_at_every_tick(
     wait: Callable[[Run], object], commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
-    command(commands, "squeue", f"echo asked >> {commands}/asked; cat {commands}/answer")
+    write_stub(commands, "squeue", f"echo query >> {commands}/queries; cat {commands}/answer")
     row = ("12", "PENDING", "0", "0", "Priority")
     widths = [width for _, width in slurm._COLUMNS]
     (commands / "answer").write_text(
@@ -332,9 +335,9 @@ def test_who_waits_long_asks_slurm_seldom_and_reads_the_record_at_once(
     clock, long, really = [1000.0], 900.0, time.sleep
 
     def sleep(seconds: float) -> None:
-        if seconds < 0.1:  # subprocess, for the end of squeue
+        if seconds < 0.1:  # from subprocess, which waits for squeue
             return really(seconds)
-        assert not attempt.outcome, "what is in the record was not read at this tick"
+        assert not attempt.outcome, "the outcome was not read at this tick"
         clock[0] += seconds
         if clock[0] >= 1000 + long:
             attempt.end(FINISHED, result={})
@@ -343,24 +346,22 @@ def test_who_waits_long_asks_slurm_seldom_and_reads_the_record_at_once(
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: clock[0])
         patch.setattr(time, "sleep", sleep)
-        with contextlib.suppress(UserError):  # a session that has ended is no session to connect to
+        with contextlib.suppress(UserError):  # connect raises, since the session has ended
             wait(run)
-    questions = 2 if wait is connect.wait_until_running else 1  # also when it would start
-    asked = len((commands / "asked").read_text().splitlines())
-    assert long / 15 <= asked <= questions * 120
+    kinds = 2 if wait is connect.wait_until_running else 1  # connect also queries the expected start
+    queries = len((commands / "queries").read_text().splitlines())
+    assert long / 15 <= queries <= kinds * 120
 
 
-def test_an_answer_serves_whoever_waits_and_nobody_else(
-    commands: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_reply_is_used_only_while_polling(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
     (commands / "queue").write_text("12|PENDING|0|0|Priority\n")
     long_ago = time.monotonic() - 3600
     assert slurm.query_jobs(["12"], long_ago)["12"].state == QUEUED
     (commands / "queue").write_text("12|RUNNING|0|0|None\n")
     assert slurm.query_jobs(["12"], long_ago)["12"].state == QUEUED
-    assert slurm.query_jobs(["12"])["12"].state == RUNNING  # a verb
-    assert slurm.query_jobs(["12"], time.monotonic())["12"].state == RUNNING  # who has just begun to wait
+    assert slurm.query_jobs(["12"])["12"].state == RUNNING  # not polling
+    assert slurm.query_jobs(["12"], time.monotonic())["12"].state == RUNNING  # polling has just begun
     (commands / "queue").write_text("12|COMPLETING|3|0|None\n")
     assert slurm.query_jobs(["12"], long_ago)["12"].restarts == 0
     slurm.cancel_job("12")

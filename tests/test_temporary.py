@@ -1,4 +1,4 @@
-"""A process's own folder: what killed ones have left is swept, and nothing else."""
+"""Temporary folders: those of killed processes are removed, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sample_dataset import make_dataset
 
 from hpc_imagenet.io.tempdir import NodeTempDir, remove_stale
 
-HOLD = "import sys; from pathlib import Path; from hpc_imagenet.io.tempdir import Temporary; "
-HOLD += "print(Temporary('session', Path(sys.argv[1])).folder, flush=True); input()"
+HOLD = "import sys; from pathlib import Path; from hpc_imagenet.io.tempdir import NodeTempDir; "
+HOLD += "print(NodeTempDir('session', Path(sys.argv[1])).folder, flush=True); input()"
 
 
-def test_a_killed_start_is_swept_by_the_next_one_and_a_living_one_is_not(tmp_path: Path) -> None:
+def test_folder_of_a_killed_process_is_removed_and_of_a_running_one_kept(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -31,13 +31,13 @@ def test_a_killed_start_is_swept_by_the_next_one_and_a_living_one_is_not(tmp_pat
         assert remove_stale("session", tmp_path) == []
         process.send_signal(signal.SIGKILL)
         process.wait()
-    again = NodeTempDir("session", tmp_path)
-    assert list(tmp_path.iterdir()) == [again.folder]
-    again.close()
+    following = NodeTempDir("session", tmp_path)
+    assert list(tmp_path.iterdir()) == [following.folder]
+    following.close()
     assert not list(tmp_path.iterdir())
 
 
-def test_links_files_and_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+def test_links_files_and_folders_of_other_users_are_kept(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "file").touch()
@@ -52,25 +52,25 @@ def test_links_files_and_folders_of_others_are_left_alone(tmp_path: Path) -> Non
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_many_that_start_at_once_each_keep_their_own(tmp_path: Path) -> None:
-    places: list[NodeTempDir] = []
+def test_concurrent_processes_keep_their_own_folders(tmp_path: Path) -> None:
+    folders: list[NodeTempDir] = []
 
     def start() -> None:
         for _ in range(10):
-            places.append(NodeTempDir("session", tmp_path))
+            folders.append(NodeTempDir("session", tmp_path))
 
     threads = [threading.Thread(target=start) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(tmp_path.iterdir()) == sorted(place.folder for place in places)
-    for place in places:
-        place.close()
+    assert sorted(tmp_path.iterdir()) == sorted(each.folder for each in folders)
+    for each in folders:
+        each.close()
     assert not list(tmp_path.iterdir())
 
 
-def test_only_folders_of_the_same_purpose_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_another_purpose_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "hpc_imagenet-session-old").mkdir()
     (tmp_path / "hpc_imagenet-indexes-old").mkdir()
@@ -79,16 +79,16 @@ def test_only_folders_of_the_same_purpose_are_swept(tmp_path: Path, monkeypatch:
     made.close()
 
 
-FAR = """
+REMOTE = """
 import sys
 from pathlib import Path
-from hpc_imagenet.config import Cluster
-from hpc_imagenet.datastore import opening
+from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.manifest import load_manifest
-from hpc_imagenet.datastore.rsync import Host
-from hpc_imagenet.datastore.transport import Known, Piece, Tally
+from hpc_imagenet.datastore.backends.ssh_backend import SshBackend
+from hpc_imagenet.datastore.backends.storage_backend import ProgressCounter, Reusable, UploadFile
 from hpc_imagenet.datastore.versions import Version
-folder, host = Path(sys.argv[1]), Host("there:/stores")
+folder, host = Path(sys.argv[1]), SshBackend("there:/stores")
 manifest = load_manifest(folder)
 (file,) = manifest.files
 """
@@ -97,12 +97,12 @@ manifest = load_manifest(folder)
 @pytest.mark.parametrize(
     "act",
     [
-        "with opening.opened(Version('a', 1, host, manifest), Cluster(scratch='.'), stages=False): pass",
-        "host.fetch_all('a/v1', [file], folder, Tally(print))",
-        "host.send([Piece(folder / file.path, file)], 'a/v1', Known(0), print)",
+        "with open_dataset(Version('a', 1, host, manifest), Cluster(scratch='.'), stages=False): pass",
+        "host.fetch_all('a/v1', [file], folder, ProgressCounter(print))",
+        "host.send([UploadFile(folder / file.path, file)], 'a/v1', Reusable(0), print)",
     ],
 )
-def test_what_a_killed_transfer_leaves_is_swept_by_the_next_one(tmp_path: Path, act: str) -> None:
+def test_folder_of_a_killed_transfer_is_removed_by_the_next_one(tmp_path: Path, act: str) -> None:
     make_dataset(tmp_path)
     (tmp_path / "node").mkdir()
     (tmp_path / "bin").mkdir()
@@ -111,7 +111,7 @@ def test_what_a_killed_transfer_leaves_is_swept_by_the_next_one(tmp_path: Path, 
     env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TMPDIR": f"{tmp_path}/node"}
     left = []
     for _ in range(2):
-        command = [sys.executable, "-c", FAR + act, tmp_path / "datasets/digits"]
+        command = [sys.executable, "-c", REMOTE + act, tmp_path / "datasets/digits"]
         done = subprocess.run(command, env={**env, "RSYNC_RSH": "true"}, check=False)
         assert done.returncode == -signal.SIGKILL
         (folder,) = (tmp_path / "node").iterdir()

@@ -1,1 +1,1 @@
-"""Command line: parse the words, dispatch to a command, return an exit code."""
+"""Command line: parse arguments, dispatch to a command or submit, return an exit code."""

@@ -1,4 +1,4 @@
-"""The verb `datastores`: what stands where, is it whole, bring it here, take it away."""
+"""The `datastores` command: list, show, verify, fetch, delete and prune dataset versions."""
 
 from __future__ import annotations
 
@@ -18,43 +18,48 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.runs.store import RunStore
 
-IDLE_DAYS = 7.0  # that a partial upload has to lie still before prune removes it
+IDLE_DAYS = 7.0  # days without a change after which prune removes a partial upload
 
-_SAY_EVERY = 1.0  # s between lines of progress
+_PROGRESS_INTERVAL = 1.0  # s between progress lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give the verb's parser its words."""
+    """Add the arguments of the datastores command to its parser."""
     parser.epilog = (
-        "datastore.url= a folder, user@host:/path or s3://bucket/prefix; else the workspace's own."
+        "datastore.url= a folder, user@host:/path or s3://bucket/prefix; default: WORKSPACE/datastores."
     )
     parser.add_argument(
-        "words",
-        metavar="WORD",
+        "arguments",
+        metavar="ACTION",
         nargs="*",
         help="list · show NAME · verify NAME[@vN] · fetch NAME[@vN] DIR · delete NAME@vN · prune",
     )
-    parser.add_argument("--yes", action="store_true", help="delete and prune without asking")
-    parser.add_argument("--json", action="store_true", help="objects instead of a table or lines")
+    parser.add_argument("--yes", action="store_true", help="delete and prune without confirmation")
+    parser.add_argument("--json", action="store_true", help="print JSON objects instead of a table or lines")
     parser.add_argument(
         "--days",
         type=float,
         default=IDLE_DAYS,
-        help=f"that a partial upload lay still: prune ({IDLE_DAYS:.0f})",
+        help=f"prune: days since the last change of a partial upload ({IDLE_DAYS:.0f})",
     )
     parser.add_argument(
-        "--connections", type=int, default=versions.CONNECTIONS, help="requests at a time, to S3"
+        "--connections", type=int, default=versions.CONNECTIONS, help="concurrent S3 requests"
     )
 
 
 def run_datastores(store: RunStore, url: str | None, options: argparse.Namespace) -> int:
-    """Carry it out and return the exit code: 1 where verify finds something wrong.
+    """Run a datastores action and return the exit code; 1 if verify finds an error.
+
+    Args:
+        store: the runs of the workspace.
+        url: the datastore's URL; None: the folder datastores/ of the workspace.
+        options: the parsed arguments of `add_arguments`.
 
     Raises:
-        UserError: there is no such version, it is in use, or the place cannot be reached.
+        UserError: the version does not exist or is in use, or the backend cannot be reached.
     """
-    verb, *words = options.words or ["list"]
-    acts: dict[str, tuple[int, Callable[..., int]]] = {
+    action, *arguments = options.arguments or ["list"]
+    actions: dict[str, tuple[int, Callable[..., int]]] = {
         "list": (0, _list),
         "show": (1, _show),
         "verify": (1, _verify),
@@ -62,44 +67,45 @@ def run_datastores(store: RunStore, url: str | None, options: argparse.Namespace
         "delete": (1, _delete),
         "prune": (0, _prune),
     }
-    if verb not in acts or len(words) != acts[verb][0]:
+    if action not in actions or len(arguments) != actions[action][0]:
         raise UserError(
-            f"datastores {' '.join(options.words)}: list, show NAME, verify NAME[@vN], fetch NAME[@vN] DIR, "
-            "delete NAME@vN or prune"
+            f"datastores {' '.join(options.arguments)}: expected list, show NAME, verify NAME[@vN], "
+            "fetch NAME[@vN] DIR, delete NAME@vN or prune"
         )
-    place = versions.open_backend(url or str(store.folder.parent / "datastores"), max(1, options.connections))
-    return acts[verb][1](place, store, options, *words)
+    url = url or str(store.folder.parent / "datastores")
+    backend = versions.open_backend(url, max(1, options.connections))
+    return actions[action][1](backend, store, options, *arguments)
 
 
-def used_by(store: RunStore, place: StorageBackend) -> dict[str, list[str]]:
-    """Return the queued and running trainings of the workspace that read from a place.
+def used_by(store: RunStore, backend: StorageBackend) -> dict[str, list[str]]:
+    """Return the ids of the workspace's queued and running trainings that read from a backend.
 
-    By `name@vN`; trainings that wait for an upload, and so have no number yet, by `name`.
+    Keys are `name@vN`, or `name` for trainings whose version is not uploaded yet.
     """
     found: dict[str, list[str]] = {}
     trainings = [run for run in store.all() if run.info.get("stage") == "train"]
-    told = states(trainings)
+    state_of = states(trainings)
     for run in trainings:
-        if not told[run.id].active:
+        if not state_of[run.id].active:
             continue
         datastore = run.config().datastore
-        if _same_url(datastore.url, place):
+        if _same_url(datastore.url, backend):
             name, number = versions.pinned(datastore)
             found.setdefault(f"{name}@v{number}" if number else name, []).append(run.id)
     return found
 
 
-def _same_url(url: str, place: StorageBackend) -> bool:
+def _same_url(url: str, backend: StorageBackend) -> bool:
     if versions.is_remote(url):
-        return url.rstrip("/") == place.url
-    there = versions.open_backend(url).folder
-    return place.folder is not None and there is not None and there.resolve() == place.folder.resolve()
+        return url.rstrip("/") == backend.url
+    folder = versions.open_backend(url).folder
+    return backend.folder is not None and folder is not None and folder.resolve() == backend.folder.resolve()
 
 
-def _rows(place: StorageBackend, store: RunStore, name: str | None = None) -> list[dict[str, Any]]:
-    used = used_by(store, place)
+def _rows(backend: StorageBackend, store: RunStore, name: str | None = None) -> list[dict[str, Any]]:
+    used = used_by(store, backend)
     rows = []
-    for entry in catalog.list_versions(place, name):
+    for entry in catalog.list_versions(backend, name):
         manifest = entry.manifest
         rows.append(
             {
@@ -117,25 +123,25 @@ def _rows(place: StorageBackend, store: RunStore, name: str | None = None) -> li
     return rows
 
 
-def _list(place: StorageBackend, store: RunStore, options: argparse.Namespace) -> int:
-    rows = _rows(place, store)
+def _list(backend: StorageBackend, store: RunStore, options: argparse.Namespace) -> int:
+    rows = _rows(backend, store)
     if options.json:
         print(json.dumps(rows, indent=2))
     elif not rows:
-        print(f"no datastores in {place.url}")
+        print(f"no datastores in {backend.url}")
     else:
-        _print(rows)
+        _print_table(rows)
     return 0
 
 
-def _show(place: StorageBackend, store: RunStore, options: argparse.Namespace, name: str) -> int:
-    of, number = versions.parse_reference(name)
-    rows = [row for row in _rows(place, store, of) if number in (None, row["version"])]
+def _show(backend: StorageBackend, store: RunStore, options: argparse.Namespace, name: str) -> int:
+    datastore, number = versions.parse_reference(name)
+    rows = [row for row in _rows(backend, store, datastore) if number in (None, row["version"])]
     if not rows:
-        raise UserError(f"no datastore {name} in {place.url}: datastores list shows what there is")
+        raise UserError(f"no datastore {name} in {backend.url}: list them with datastores list")
     for row in rows:
         if row["state"] == versions.COMPLETE:
-            manifest = catalog.find_version(place, f"{of}@v{row['version']}").manifest
+            manifest = catalog.find_version(backend, f"{datastore}@v{row['version']}").manifest
             assert manifest is not None
             row |= {
                 "classes": len(manifest.classes),
@@ -147,133 +153,137 @@ def _show(place: StorageBackend, store: RunStore, options: argparse.Namespace, n
         print(json.dumps(rows, indent=2))
         return 0
     for row in rows:
-        print(f"{of}@v{row['version']}")
+        print(f"{datastore}@v{row['version']}")
         for key, value in row.items():
             if key not in ("name", "version") and value not in (None, []):
                 print(f"  {key:10}  {value if isinstance(value, (str, int)) else json.dumps(value)}")
     return 0
 
 
-def _verify(place: StorageBackend, store: RunStore, options: argparse.Namespace, name: str) -> int:
-    entry = catalog.find_version(place, name)
-    wrong = catalog.verify_version(place, entry, _threads(place), _say(f"verify {entry.reference}", entry))
+def _verify(backend: StorageBackend, store: RunStore, options: argparse.Namespace, name: str) -> int:
+    entry = catalog.find_version(backend, name)
+    wrong = catalog.verify_version(
+        backend, entry, _threads(backend), _progress_printer(f"verify {entry.reference}", entry)
+    )
     if options.json:
         print(json.dumps({"name": entry.name, "version": entry.number, "wrong": wrong}, indent=2))
     else:
         for line in wrong:
             print(f"wrong: {line}")
         assert entry.manifest is not None
-        state = f"wrong in {len(wrong)} places" if wrong else "whole"
-        print(f"{entry.reference} is {state}: {entry.manifest.bytes / 1e9:.3f} GB read")
+        count = len(wrong)
+        summary = f"has {count} problem{'s' if count > 1 else ''}" if count else "is intact"
+        print(f"{entry.reference} {summary}: {entry.manifest.bytes / 1e9:.3f} GB read")
     return 1 if wrong else 0
 
 
 def _fetch(
-    place: StorageBackend, store: RunStore, options: argparse.Namespace, name: str, folder: str
+    backend: StorageBackend, store: RunStore, options: argparse.Namespace, name: str, folder: str
 ) -> int:
-    entry, target = catalog.find_version(place, name), Path(folder).expanduser()
-    there = catalog.fetch_version(
-        place, entry, target, _threads(place), _say(f"fetch {entry.reference}", entry)
+    entry, target = catalog.find_version(backend, name), Path(folder).expanduser()
+    fetched = catalog.fetch_version(
+        backend, entry, target, _threads(backend), _progress_printer(f"fetch {entry.reference}", entry)
     )
     if options.json:
-        print(json.dumps({"name": entry.name, "version": entry.number, "folder": str(there)}, indent=2))
+        print(json.dumps({"name": entry.name, "version": entry.number, "folder": str(fetched)}, indent=2))
     else:
         print(
-            f"{there} is whole: training reads it by datastore.url={target} datastore.name={entry.reference}"
+            f"{fetched} is intact: train on it with datastore.url={target} datastore.name={entry.reference}"
         )
     return 0
 
 
-def _delete(place: StorageBackend, store: RunStore, options: argparse.Namespace, name: str) -> int:
-    of, number = versions.parse_reference(name)
+def _delete(backend: StorageBackend, store: RunStore, options: argparse.Namespace, name: str) -> int:
+    datastore, number = versions.parse_reference(name)
     if number is None:
-        raise UserError(f"delete takes one version, such as {of}@v1: datastores list shows them")
-    entry = next((entry for entry in catalog.list_versions(place, of) if entry.number == number), None)
+        raise UserError(f"delete needs one version, such as {datastore}@v1: list them with datastores list")
+    entry = next((e for e in catalog.list_versions(backend, datastore) if e.number == number), None)
     if entry is None:
-        raise UserError(f"no {name} in {place.url}: datastores list shows what there is")
+        raise UserError(f"no {name} in {backend.url}: list the versions with datastores list")
     if entry.state == versions.PARTIAL:
-        raise UserError(f"{name} is a partial upload: datastores prune takes those away that lie still")
-    used = used_by(store, place)
-    if runs := used.get(entry.reference, []) + used.get(of, []):
+        raise UserError(f"{name} is a partial upload: remove it with datastores prune")
+    used = used_by(store, backend)
+    if runs := used.get(entry.reference, []) + used.get(datastore, []):
         raise UserError(f"{name} is in use by {', '.join(runs)}: cancel them, or wait until they have ended")
     size = (
         f"{entry.manifest.images:,} images, {entry.manifest.bytes / 1e9:.3f} GB"
         if entry.manifest
-        else "the rest"
+        else "the remaining files"
     )
-    if not _agreed(f"delete {name} ({size}) from {place.url}", options):
+    if not _confirm(f"delete {name} ({size}) from {backend.url}", options):
         return 1
-    catalog.delete_version(place, entry)
-    _gone("deleted", [entry], options)
+    catalog.delete_version(backend, entry)
+    _print_removed("deleted", [entry], options)
     return 0
 
 
-def _prune(place: StorageBackend, store: RunStore, options: argparse.Namespace) -> int:
+def _prune(backend: StorageBackend, store: RunStore, options: argparse.Namespace) -> int:
     seconds = options.days * 86400
-    old = [
+    stale = [
         entry
-        for entry in catalog.list_versions(place)
-        if entry.state != versions.COMPLETE and catalog.is_stale(place, entry, seconds)
+        for entry in catalog.list_versions(backend)
+        if entry.state != versions.COMPLETE and catalog.is_stale(backend, entry, seconds)
     ]
-    if not old and not options.json:
-        print(f"nothing to prune in {place.url}: no partial upload has lain still for {options.days:g} days")
+    if not stale and not options.json:
+        print(f"nothing to prune in {backend.url}: no partial upload unchanged for {options.days:g} days")
         return 0
-    if old and not _agreed(f"remove {', '.join(entry.reference for entry in old)} from {place.url}", options):
+    names = ", ".join(entry.reference for entry in stale)
+    if stale and not _confirm(f"remove {names} from {backend.url}", options):
         return 1
-    for entry in old:
-        with catalog.exclusive(place, entry):
-            catalog.delete_version(place, entry)
-    _gone("removed", old, options)
+    for entry in stale:
+        with catalog.exclusive(backend, entry):
+            catalog.delete_version(backend, entry)
+    _print_removed("removed", stale, options)
     return 0
 
 
-def _gone(what: str, entries: Sequence[CatalogEntry], options: argparse.Namespace) -> None:
+def _print_removed(state: str, entries: Sequence[CatalogEntry], options: argparse.Namespace) -> None:
     if options.json:
-        rows = [{"name": entry.name, "version": entry.number, "state": what} for entry in entries]
+        rows = [{"name": entry.name, "version": entry.number, "state": state} for entry in entries]
         print(json.dumps(rows, indent=2))
         return
     for entry in entries:
-        print(f"{what}  {entry.reference}")
+        print(f"{state}  {entry.reference}")
 
 
-def _agreed(what: str, options: argparse.Namespace) -> bool:
+def _confirm(action: str, options: argparse.Namespace) -> bool:
     if options.yes:
         return True
     if not sys.stdin.isatty():
-        raise UserError(f"{what}: nobody is there to be asked; --yes means it")
-    return input(f"{what}? [y/N] ").strip().lower() in ("y", "yes")
+        raise UserError(f"{action}: cannot confirm without a terminal, add --yes")
+    return input(f"{action}? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _threads(place: StorageBackend) -> int:
-    # On disks as many as CPUs can hash; elsewhere a few files at a time, each in several ranges.
-    return len(os.sched_getaffinity(0)) if place.folder else 4
+def _threads(backend: StorageBackend) -> int:
+    # On a disk hashing is limited by CPUs. Remote backends read each file in several ranges already.
+    return len(os.sched_getaffinity(0)) if backend.folder else 4
 
 
-def _say(what: str, entry: CatalogEntry) -> Callable[[int, str], None]:
-    """Return what prints a line of progress a second on stderr, where somebody looks."""
+def _progress_printer(action: str, entry: CatalogEntry) -> Callable[[int, str], None]:
+    """Return a callback (bytes done, note) that prints a progress line per second to a terminal's stderr."""
     assert entry.manifest is not None
     total, last = entry.manifest.bytes or 1, time.monotonic()
 
-    def say(done: int, note: str) -> None:
+    def progress(done: int, note: str) -> None:
         nonlocal last
-        if sys.stderr.isatty() and time.monotonic() - last > _SAY_EVERY:
+        if sys.stderr.isatty() and time.monotonic() - last > _PROGRESS_INTERVAL:
             last = time.monotonic()
-            print(f"{what}: {done / total:4.0%} of {total / 1e9:.3f} GB  {note}", file=sys.stderr)
+            print(f"{action}: {done / total:4.0%} of {total / 1e9:.3f} GB  {note}", file=sys.stderr)
 
-    return say
+    return progress
 
 
-def _print(rows: Sequence[dict[str, Any]]) -> None:
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     from hpc_imagenet.report.jobs_table import terminal
 
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("datastore", "state", "images", "GB", "created", "in use by"):
-        drawn.add_column(column, justify="right" if column in ("images", "GB") else "left", no_wrap=True)
+        table.add_column(column, justify="right" if column in ("images", "GB") else "left", no_wrap=True)
     for row in rows:
-        drawn.add_row(
+        table.add_row(
             escape(f"{row['name']}@v{row['version']}"),
             row["state"],
             "" if row["images"] is None else f"{row['images']:,}",
@@ -281,4 +291,4 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             (row["created"] or "")[:16].replace("T", " "),
             escape(" ".join(row["used_by"])),
         )
-    terminal().print(drawn)
+    terminal().print(table)

@@ -1,4 +1,4 @@
-"""The door: a verb, or Hydra overrides that say what to submit.
+"""Command-line entry point: run a command, or submit the jobs that Hydra overrides describe.
 
 python -m hpc_imagenet +stage=pipeline dataset=digits
 python -m hpc_imagenet -m model=resnet18,resnet50
@@ -8,114 +8,145 @@ python -m hpc_imagenet jobs
 from __future__ import annotations
 
 import os
+import pwd
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from hpc_imagenet import __version__
-from hpc_imagenet.cli.commands import ACTION_LABELS, COMMANDS, print_error
-from hpc_imagenet.cli.commands import run_command_line as verb_main
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.cli.commands import ACTION_LABELS, COMMANDS, print_error, run_command_line
+from hpc_imagenet.errors import UserError, did_you_mean
 
 HELP = f"""hpc_imagenet {__version__}: from the ImageNet archives to a table of trained backbones.
 
-Submit (returns at once, the work goes on in the background):
-  python -m hpc_imagenet [+stage=STAGE] [SETTING=VALUE …]     one run; without a stage: train
-  python -m hpc_imagenet -m SETTING=A,B [SETTING=VALUE …]     a sweep: one run a combination
+Submit jobs (returns at once; jobs run in the background):
+  python -m hpc_imagenet [+stage=STAGE] [SETTING=VALUE …]     one run; default stage: train
+  python -m hpc_imagenet -m SETTING=A,B [SETTING=VALUE …]     a sweep: one run per combination
 
-  stages     download → process → upload → train, or pipeline: all four, each after the other
-  cluster=   auto (slurm where sbatch is on the PATH, else local), local, slurm, here
+  stages     download → process → upload → train, or pipeline: all four in this order
+  cluster=   auto (slurm if sbatch is on the PATH, else local), local, slurm, foreground
   dataset=   imagenet, digits, ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
   model=     any classification model of torchvision.models
   recipe=    standard90, fast16 … fast88, modern, finetune, linear_probe, demo
   seed=0     workspace=FOLDER
   +stage=session [session.datastore=NAME] [session.gpus=N] [session.time=MINUTES]: Jupyter Lab on a node
   datastore.name=NAME[@vN]                     datastore.url=FOLDER, user@host:/path, s3://bucket/prefix
-  wait=true      stay, with a live table; exit code 1 if a job failed
-  dry_run=true   print what would be submitted, submit nothing
+  wait=true      wait for the jobs, with a live table; exit code 1 if a job failed
+  dry_run=true   print the jobs without submitting them
 
-Look and act:
-  python -m hpc_imagenet jobs [--json]         every run: state, progress
-  python -m hpc_imagenet logs RUN [-f]         what it printed
-  python -m hpc_imagenet cancel RUN …          stop it
-  python -m hpc_imagenet retry RUN …           go on from where it stopped
-  python -m hpc_imagenet connect RUN           how to reach a session, as soon as it runs
-  python -m hpc_imagenet pause RUN · resume RUN [SETTING=VALUE …]   a session ends; its folder goes on
-  python -m hpc_imagenet report [--json]       the leaderboard
-  python -m hpc_imagenet verify [NAME …] [--quick] [--weights MODEL]   is all there, and as it was made
+Commands:
+  python -m hpc_imagenet jobs [--json]         list all runs: state, progress
+  python -m hpc_imagenet logs RUN [-f]         print a run's output
+  python -m hpc_imagenet cancel RUN …          stop runs
+  python -m hpc_imagenet retry RUN …           continue runs from where they stopped
+  python -m hpc_imagenet connect RUN           wait for a session and print how to connect to it
+  python -m hpc_imagenet pause RUN · resume RUN [SETTING=VALUE …]   stop a session; restart it in its folder
+  python -m hpc_imagenet report [--json]       print the leaderboard
+  python -m hpc_imagenet verify [NAME …] [--quick] [--weights MODEL]   find missing or changed data
   python -m hpc_imagenet datastores [list | show NAME | verify NAME | fetch NAME DIR | delete NAME@vN | prune]
-  python -m hpc_imagenet doctor [cluster=mine] is the cluster set up: a probe on its nodes, and what to set
+  python -m hpc_imagenet doctor [cluster=mine] check the cluster's setup with a probe job on its nodes
 
-More: --cfg job (the composed config)   --config-dir FOLDER (your own conf/ beside ours)
+More: --cfg job (print the composed config)   --config-dir FOLDER (your own conf/ in addition)
       --hydra-help   eval "$(hpc-imagenet -sc install=bash)" (tab completion of the command hpc-imagenet)
 """
 
-# Flags that Hydra answers itself.
-_HYDRA = ("--cfg", "-c", "--hydra-help", "--info", "-i", "--shell-completion", "-sc")
+_HYDRA_OPTIONS = ("--cfg", "-c", "--hydra-help", "--info", "-i", "--shell-completion", "-sc")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 well, 1 a job failed, 2 a user's error, 130 interrupted."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line and exit: 0 success, 1 a job failed, 2 user error, 130 interrupted."""
     try:
-        code = run(words)
+        code = run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         code = print_error(error)
     except PermissionError as error:
-        code = print_error(UserError(f"{error.filename}: you may not read or write here: is it another's?"))
+        code = print_error(UserError(_explain_permission_error(error)))
     except KeyboardInterrupt:
         print(
-            "\ninterrupted: what is in a queue goes on; python -m hpc_imagenet jobs shows it", file=sys.stderr
+            "\ninterrupted: submitted jobs keep running; python -m hpc_imagenet jobs lists them",
+            file=sys.stderr,
         )
         code = 130
     except BrokenPipeError:
-        # `jobs | head` closed the pipe; Python would complain once more when it flushes at exit.
+        # `jobs | head` closed the pipe; without this, Python's flush at exit would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
 
 
-def run(words: Sequence[str]) -> int:
-    """Carry a command line out and return its exit code.
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code.
 
     Raises:
-        UserError: nothing was submitted, and why.
+        UserError: invalid input; nothing was submitted.
     """
-    words = list(words)
-    if words and words[0] in COMMANDS:
-        return verb_main(words[0], words[1:])
-    if words and words[0] in ("-h", "--help", "help"):
+    arguments = list(arguments)
+    if arguments and arguments[0] in COMMANDS:
+        return run_command_line(arguments[0], arguments[1:])
+    if arguments and arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
-    if words == ["--version"]:
+    if arguments == ["--version"]:
         print(__version__)
         return 0
-    if any(word.split("=")[0] in _HYDRA for word in words):
-        return _hydra(words)
-    return _submit(*_split(words))
+    if any(argument.split("=")[0] in _HYDRA_OPTIONS for argument in arguments):
+        return _run_hydra(arguments)
+    return _submit(*_parse_submission(arguments))
 
 
-def _split(words: list[str]) -> tuple[list[str], bool, str | None]:
-    """Return overrides, whether it is a sweep, and the user's config folder."""
+def _explain_permission_error(error: PermissionError) -> str:
+    """Return one line: the path, the owner of the file or folder that denies access, and the fix."""
+    if not isinstance(error.filename, (str, bytes)):
+        return f"{error.strerror or error}: choose another workspace=FOLDER"
+    path = Path(os.fsdecode(error.filename)).absolute()
+    # If the path does not exist, cannot be seen or has the right mode, a folder above it denies access.
+    for denied in (path, *path.parents):
+        try:
+            uid = denied.stat().st_uid
+        except OSError:
+            continue
+        mode = os.R_OK | os.W_OK | (os.X_OK if denied.is_dir() else 0)
+        if not os.access(denied, mode, effective_ids=True):
+            break
+    else:
+        return f"{path}: permission denied: choose another workspace=FOLDER"
+    owned = "it" if denied == path else str(denied)
+    if uid == os.geteuid():
+        fix = "change its permissions with chmod u+rwX"
+        return (
+            f"{path}: permission denied; {owned} is owned by you: {fix}, or choose another workspace=FOLDER"
+        )
+    try:
+        owner = pwd.getpwuid(uid).pw_name
+    except KeyError:  # a user of another host or container
+        owner = f"uid {uid}"
+    return (
+        f"{path}: permission denied; {owned} is owned by {owner}: choose another workspace=FOLDER, "
+        f"or have {owner} grant you access"
+    )
+
+
+def _parse_submission(arguments: list[str]) -> tuple[list[str], bool, str | None]:
+    """Return the overrides, whether they are a sweep, and the user's config folder."""
     overrides: list[str] = []
     multirun, config_dir = False, None
-    rest = iter(words)
-    for word in rest:
-        if word in ("-m", "--multirun"):
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument in ("-m", "--multirun"):
             multirun = True
-        elif word in ("-cd", "--config-dir"):
-            config_dir = next(rest, "")
-        elif word.startswith("--config-dir="):
-            config_dir = word.partition("=")[2]
-        elif word.startswith("-") or ("=" not in word and not word.startswith("~")):
-            from hpc_imagenet.errors import did_you_mean
-
+        elif argument in ("-cd", "--config-dir"):
+            config_dir = next(remaining, "")
+        elif argument.startswith("--config-dir="):
+            config_dir = argument.partition("=")[2]
+        elif argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
             raise UserError(
-                f"{word} is no command, option or SETTING=VALUE{did_you_mean(word, COMMANDS)}; see --help"
+                f"{argument} is not a command, option or SETTING=VALUE"
+                f"{did_you_mean(argument, COMMANDS)}; see --help"
             )
         else:
-            overrides.append(word)
+            overrides.append(argument)
     if config_dir == "":
-        raise UserError("--config-dir: which folder?")
+        raise UserError("--config-dir is empty: add a folder, such as --config-dir my-conf")
     return overrides, multirun, config_dir
 
 
@@ -123,40 +154,41 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
     from hpc_imagenet.cli.submit import prepare
     from hpc_imagenet.config.compose import compose
 
-    wanted = prepare(compose(overrides, multirun, config_dir))
-    named = any(word.startswith("cluster=") and word != "cluster=auto" for word in overrides)
-    why = "" if named else f" ({'sbatch' if wanted.executor == 'slurm' else 'no sbatch'} is on the PATH)"
-    print(f"cluster: {wanted.executor}{why} · workspace: {wanted.first.workspace}")
-    if wanted.first.dry_run:
+    prepared = prepare(compose(overrides, multirun, config_dir))
+    explicit = any(item.startswith("cluster=") and item != "cluster=auto" for item in overrides)
+    sbatch = "sbatch" if prepared.executor == "slurm" else "no sbatch"
+    why = "" if explicit else f" ({sbatch} is on the PATH)"
+    print(f"cluster: {prepared.executor}{why} · workspace: {prepared.first.workspace}")
+    if prepared.first.dry_run:
         from hpc_imagenet.report.dry_run import print_dry_run
 
-        print_dry_run(wanted.jobs, wanted.store, wanted.executor)
+        print_dry_run(prepared.jobs, prepared.store, prepared.executor)
         return 0
-    sent = wanted.submit()
-    for entry in sent:
+    submitted = prepared.submit()
+    for entry in submitted:
         print(f"{ACTION_LABELS[entry.action]:9}  {entry.run.id}  {entry.run.folder}", flush=True)
-    sessions = all(job.stage == "session" for job in wanted.jobs)
-    if wanted.executor != "foreground" and sessions and wanted.first.wait:
+    only_sessions = all(job.stage == "session" for job in prepared.jobs)
+    if prepared.executor != "foreground" and only_sessions and prepared.first.wait:
         from hpc_imagenet.session.connect import connect
 
-        return max(connect(entry.run) for entry in sent)
-    if wanted.first.wait or wanted.executor == "foreground":
+        return max(connect(entry.run) for entry in submitted)
+    if prepared.first.wait or prepared.executor == "foreground":
         from hpc_imagenet.report.jobs_table import terminal, watch
 
-        return 0 if watch([entry.run for entry in sent], terminal()) else 1
-    more = "connect RUN · pause RUN" if sessions else "logs RUN -f · cancel RUN · report"
-    print(f"python -m hpc_imagenet jobs · {more}")
+        return 0 if watch([entry.run for entry in submitted], terminal()) else 1
+    commands = "connect RUN · pause RUN" if only_sessions else "logs RUN -f · cancel RUN · report"
+    print(f"python -m hpc_imagenet jobs · {commands}")
     return 0
 
 
-def _hydra(words: list[str]) -> int:
-    """Leave a question about the configuration to Hydra."""
+def _run_hydra(arguments: list[str]) -> int:
+    """Run one of Hydra's own options, such as --cfg or tab completion."""
     import hydra
 
     from hpc_imagenet.config.compose import CONF, VERSION_BASE, register, resolve_cluster
 
     register()
-    sys.argv[1:] = words if "--hydra-help" in words else resolve_cluster(words)
+    sys.argv[1:] = arguments if "--hydra-help" in arguments else resolve_cluster(arguments)
     hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")(lambda _: None)()
     return 0
 

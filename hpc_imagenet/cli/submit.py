@@ -1,4 +1,4 @@
-"""Composed configs → a plan that was checked, and where it would go: for the door and for Python."""
+"""Turn composed configs into a validated plan that can be submitted; used by the command line and the API."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from hpc_imagenet.runs.store import RunStore
 
 @dataclass(frozen=True)
 class PreparedPlan:
-    """A plan that could be sent; nothing is written yet.
+    """A validated plan that is not submitted yet; nothing has been written.
 
-    `first` is the first of its configs, `executor` where it goes.
+    Attributes:
+        jobs: the jobs, each after those it needs.
+        store: the runs of the workspace.
+        executor: slurm, local or foreground, the same for all jobs.
+        first: the first config, for the settings that all configs share (workspace, wait, dry_run).
     """
 
     jobs: list[Job]
@@ -27,7 +31,7 @@ class PreparedPlan:
     first: Config
 
     def submit(self) -> list[Submitted]:
-        """Submit what is not finished and not under way; see `submission.submit`.
+        """Submit the jobs that are neither finished nor running; see `submission.submit_plan`.
 
         Raises:
             UserError: the workspace cannot be written, or Slurm refused a job.
@@ -35,24 +39,24 @@ class PreparedPlan:
         validate.prepare_workspace(self.store.folder.parent)
         try:
             return submission.submit_plan(self.jobs, self.store, self.executor)
-        except OSError as error:  # a disk that fills up under our hands
+        except OSError as error:  # such as a disk that fills up meanwhile
             raise UserError(
-                f"workspace={self.first.workspace}: {error.strerror or error}: mend it, then ask again"
+                f"workspace={self.first.workspace}: {error.strerror or error}: fix it, then submit again"
             ) from None
 
 
 def prepare(configs: Sequence[Config]) -> PreparedPlan:
-    """Return the checked plan of all configs.
+    """Return the validated plan of all configs.
 
     Raises:
-        UserError: one of its jobs could not run, or the command cannot be one command.
+        UserError: an invalid job, or a setting that cannot differ between the configs.
     """
     first = configs[0]
     for setting in ("workspace", "wait", "dry_run"):
         if any(getattr(config, setting) != getattr(first, setting) for config in configs):
-            raise UserError(f"{setting} cannot be swept: one value for the whole command")
+            raise UserError(f"{setting} cannot be swept: set one value for the whole command")
     if len({config.cluster.executor for config in configs}) > 1:
-        raise UserError("cluster cannot be swept over executors: one command a cluster")
+        raise UserError("cluster cannot be swept over executors: use one command per executor")
     executor = validate.check_executor(first.cluster.executor)
     store = RunStore(Path(first.workspace))
     jobs = make_plan(configs, validate.version_finder())

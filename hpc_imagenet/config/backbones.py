@@ -1,4 +1,4 @@
-"""The names of torchvision's classification models, so that the login path can check one without torch."""
+"""Names of torchvision's classification models, so that a submission can check one without torch."""
 
 BACKBONES = (
     "alexnet",

@@ -1,9 +1,7 @@
-"""The typed schema of everything in conf/: names, units, limits.
+"""Typed schema of conf/: name, type, meaning, unit and bounds of every setting.
 
-It imports no other room but experiment.py, which has a part of it, and the user's error.
-
-The values live in conf/, commented there. A field without a default must come from conf/ or the command
-line. Hydra checks names and types while it composes; `limits.check` looks at what a type cannot say.
+Default values are in conf/. A field without a default must be set there or on the command line. Hydra checks
+names and types during composition; `bounds.check_values` checks values against the bounds declared here.
 """
 
 from __future__ import annotations
@@ -17,60 +15,58 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from hpc_imagenet.config.recipe import Model, Recipe
+from hpc_imagenet.config.setting import setting
 from hpc_imagenet.errors import UserError
 
 STAGES = ("download", "process", "upload", "train", "pipeline", "session")
 EXECUTORS = ("local", "slurm", "foreground")
-PIXEL_VERSION = 2  # which way images are decoded and resized: 1 was Pillow's; another is another result
-SESSION_SHUTDOWN_MINUTES = (
-    2  # minutes that Slurm gives a session beyond session.time, in which it ends in order
-)
+PIXEL_VERSION = 2  # version of decoding and resizing (1: Pillow), part of the signature
+SESSION_SHUTDOWN_MINUTES = 2  # added to session.time in the Slurm time limit, for a clean shutdown
 LISTEN_MODES = ("auto", "loopback", "socket", "address")
-OPEN_MAPPINGS = (
-    "cluster.stage",
-    "cluster.sbatch",
-    "dataset.archives",
-    "model.options",
-)  # mappings with any key
+OPEN_MAPPINGS = ("cluster.stage", "cluster.sbatch", "dataset.archives", "model.options")  # any key
 
 
 @dataclass
 class Stage:
-    """What to run: one of `STAGES`; `+stage=NAME` on the command line.
+    """The stage to run: one of `STAGES`; `+stage=NAME` on the command line.
 
-    A stage of data may be cut into parts that run side by side, as jobs of their own; one more job, with no
-    part, puts together what they made. Filled by the plan.
+    The process and upload stages can be split into parts, each a parallel job; a final job without a part
+    number merges their results. `part` and `parts` are filled by the plan.
     """
 
-    name: str = "train"
-    part: int | None = None  # 0 … parts - 1
-    parts: int = 1
+    name: str = setting("train", "stage to run", choices=STAGES)
+    part: int | None = setting(None, "number of this part, 0 … parts - 1; set by the plan")
+    parts: int = setting(1, "number of parts; set by the plan")
 
 
 @dataclass
 class Archive:
-    """One file to download. `md5` and `bytes` are checked where they are given."""
+    """One file to download. `md5` and `bytes` are checked if set."""
 
-    file: str = MISSING
-    md5: str | None = None
-    bytes: int | None = None
+    file: str = setting(MISSING, "file name")
+    md5: str | None = setting(None, "expected MD5 in hex; null: not checked")
+    bytes: int | None = setting(None, "expected size in bytes; null: not checked")
 
 
 @dataclass
 class Dataset:
-    """ILSVRC-shaped archives and where they come from.
+    """A dataset of three ILSVRC-format archives and its source.
 
-    `source` is a folder or a URL prefix. `revision` names the data in signatures where no MD5 pins it.
-    `make` is an importable `module:function` that writes the archives into the source folder where that
-    folder does not exist yet. `hint` is shown behind a failed download.
+    `source` is a folder or a URL prefix. `revision` identifies the data in signatures if no MD5 does.
+    `make` is an importable `module:function` that writes the archives into the source folder if that
+    folder does not exist yet. `hint` is appended to the error of a failed download.
     """
 
-    name: str = MISSING
-    source: str = MISSING
-    revision: str = ""
-    archives: dict[str, Archive] = field(default_factory=dict)  # keys: train, val, devkit
-    make: str | None = None
-    hint: str = ""
+    name: str = setting(MISSING, "name of the dataset, also of its folders")
+    source: str = setting(
+        MISSING, "folder, URL prefix or s3://bucket/prefix of the archives; see docs/data.md"
+    )
+    revision: str = setting("", "identifies the data in signatures if no MD5 does")
+    archives: dict[str, Archive] = setting(factory=dict, meaning="keys: train, val, devkit")
+    make: str | None = setting(
+        None, "module:function that writes the archives into a source folder that does not exist"
+    )
+    hint: str = setting("", "appended to the error of a failed download")
 
 
 @dataclass
@@ -78,150 +74,186 @@ class Datastore:
     """A named, versioned dataset: `<url>/<name>/v<N>/`.
 
     `url` is a folder, user@host:/path or s3://bucket/prefix.
-    `name` may pin a version as `name@vN`. `version` and `content` are filled at submission.
+    `name` may pin a version: `name@vN`. `version` and `content` are filled at submission.
     """
 
-    name: str = MISSING
-    url: str = MISSING
-    version: int | None = None
-    content: str | None = None
+    name: str = setting(MISSING, "name, or NAME@vN for a pinned version")
+    url: str = setting(MISSING, "folder, user@host:/path or s3://bucket/prefix")
+    version: int | None = setting(None, "version number; set at submission")
+    content: str | None = setting(None, "hash of the images; set at submission")
 
 
 @dataclass
 class Loader:
-    """How images reach the device; changes the speed, not the result, but for `decode=gpu`."""
+    """Reading and decoding of images; changes the speed but not the result, except `loader.decode=gpu`."""
 
-    workers: int | None = None  # threads a rank; null: the CPUs of the task less one
-    decode: str = "cpu"  # cpu or gpu, whose pixels differ a little: it is in the signature
-    on_corrupt: str = "fail"  # fail or skip
+    workers: int | None = setting(None, "threads per rank; null: the CPUs of the task minus one", minimum=0)
+    decode: str = setting(
+        "cpu",
+        "device that decodes; pixels differ slightly, so gpu is in the signature",
+        choices=("cpu", "gpu"),
+    )
+    on_corrupt: str = setting("fail", "what to do about a corrupt image", choices=("fail", "skip"))
 
 
 @dataclass
 class Download:
     """The download stage.
 
-    `login` is a file of mode 600 with cookies, a netrc or headers; the secret itself is never a setting.
+    `login` is a file of mode 600 with cookies, a netrc or headers; no setting holds the secret itself.
     """
 
-    connections: int = MISSING  # ranges of one archive at a time
-    limit: float | None = MISSING  # MB (10^6 bytes) a second over all connections; null: none
-    retries: int = MISSING  # broken connections in a row without a new byte
-    timeout: float = MISSING  # s without a byte
-    login: str | None = MISSING
+    connections: int = setting(MISSING, "concurrent byte ranges of one archive", minimum=1)
+    limit: float | None = setting(
+        MISSING, "MB (10^6 bytes) per second over all connections; null: unlimited", above=0
+    )
+    retries: int = setting(MISSING, "consecutive failed connections without a new byte", minimum=0)
+    timeout: float = setting(MISSING, "s without a byte received", above=0)
+    login: str | None = setting(
+        MISSING, "file of mode 600 with cookies, a netrc or headers; null: environment, then ~/.netrc"
+    )
 
 
 @dataclass
 class Process:
     """The process stage.
 
-    `layout` is index (no byte copied), shards (new tars, and what is done to the images on the way) or
-    folders (class folders besides the index).
+    `layout` is index (nothing is copied), shards (new tars, optionally with transformed images) or folders
+    (class folders in addition to the index).
     """
 
-    layout: str = MISSING
-    tasks: int = 1  # parts that run side by side, as jobs of their own; of shards and folders
-    workers: int | None = None  # processes a job; null: the CPUs of its task
-    check: str = MISSING  # header: 2 kB of each image are read; decode: all of it, and it is decoded
-    on_corrupt: str = MISSING  # fail or skip
-    shard_size: float = MISSING  # GiB; all from here on: shards only
-    order: str = MISSING  # archive or shuffled: how the images of train lie in the shards
-    seed: int = MISSING  # of that shuffle
-    resize: str | None = MISSING  # short:PX or long:PX: larger images are made so small
-    quality: int = MISSING  # of the JPEGs that resize writes, 1 to 100
-    normalise: bool = MISSING  # whether PNG, CMYK and progressive become baseline RGB JPEGs
-    tile: bool = MISSING  # whether JPEGs get restart markers, without loss
+    layout: str = setting(
+        MISSING,
+        "index: nothing is copied; shards: new tars; folders: class folders in addition to the index",
+        choices=("index", "shards", "folders"),
+    )
+    tasks: int = setting(1, "parallel jobs; shards and folders only", minimum=1, maximum=9999)
+    workers: int | None = setting(
+        None, "processes per job; null: the CPUs of its task", minimum=1, maximum=9999
+    )
+    check: str = setting(
+        MISSING, "header: read 2 kB of each image; decode: decode each image", choices=("header", "decode")
+    )
+    on_corrupt: str = setting(MISSING, "what to do about a corrupt image", choices=("fail", "skip"))
+    shard_size: float = setting(MISSING, "GiB; this and the fields below: shards only", above=0)
+    order: str = setting(
+        MISSING,
+        "order of the training images in the shards",
+        choices=("archive", "shuffled"),
+    )
+    seed: int = setting(MISSING, "seed of the shuffle", minimum=0, maximum=2**32 - 1)
+    resize: str | None = setting(MISSING, "short:PX or long:PX: maximum length of that side")
+    quality: int = setting(MISSING, "JPEG quality of resized images", minimum=1, maximum=100)
+    normalise: bool = setting(
+        MISSING, "whether to convert PNG, CMYK and progressive JPEG to baseline RGB JPEG"
+    )
+    tile: bool = setting(MISSING, "whether to add restart markers to JPEGs (lossless)")
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides which files the stage leaves; beside the archives."""
-        mine: dict[str, Any] = {"layout": self.layout, **self.image_identity()}
+        """Return the settings that decide which files the stage writes, for the signature."""
+        identity: dict[str, Any] = {"layout": self.layout, **self.image_identity()}
         if self.layout == "shards":
-            mine |= {"shard_size": self.shard_size, "order": self.order, "tile": self.tile}
-            mine |= {"seed": self.seed} if self.order == "shuffled" else {}
-        return mine
+            identity |= {"shard_size": self.shard_size, "order": self.order, "tile": self.tile}
+            identity |= {"seed": self.seed} if self.order == "shuffled" else {}
+        return identity
 
     def image_identity(self) -> dict[str, Any]:
-        """Return what decides which pictures a training sees; empty where they are those of the archives.
+        """Return the settings that change the images of a training; empty if they equal the archives' images.
 
-        Shards that are copied, shuffled or tiled hold the same pictures, and the index keeps their order.
+        Copying, shuffling and tiling keep the images, and the index keeps their order.
         """
-        mine: dict[str, Any] = {}
+        identity: dict[str, Any] = {}
         if self.resize:
-            mine |= {"resize": self.resize, "quality": self.quality}
+            identity |= {"resize": self.resize, "quality": self.quality}
         if self.normalise:
-            mine |= {"normalise": True}
+            identity |= {"normalise": True}
         if self.on_corrupt == "skip":
-            mine |= {"on_corrupt": "skip", "check": self.check}
-        return mine
+            identity |= {"on_corrupt": "skip", "check": self.check}
+        return identity
 
 
 @dataclass
 class Upload:
-    """The upload stage; changes the speed, never what arrives."""
+    """The upload stage; changes the speed, never the uploaded data."""
 
-    tasks: int = 1  # parts that run side by side, as jobs of their own
-    connections: int = 8  # requests at a time a job, to S3
+    tasks: int = setting(1, "parallel jobs", minimum=1, maximum=9999)
+    connections: int = setting(8, "concurrent S3 requests per job", minimum=1)
 
 
 @dataclass
 class Train:
-    """The train stage, as far as it does not change the result."""
+    """Settings of the train stage that do not change the result."""
 
-    checkpoint_every_minutes: float = MISSING
-    accumulate: int = 1  # parts of a step, where a device's share of the global batch exceeds its memory
-    bottleneck_after_seconds: float = 120  # until it is told what the training waits for
-    deterministic: bool = False  # on a GPU: the same algorithms in every process; slower
+    checkpoint_every_minutes: float = setting(MISSING, "minutes between checkpoints within an epoch", above=0)
+    accumulate: int = setting(
+        1, "micro-batches per step, if the share of a device does not fit its memory", minimum=1
+    )
+    bottleneck_after_seconds: float = setting(
+        120, "s of training before bottleneck.json is written", minimum=0
+    )
+    deterministic: bool = setting(False, "on GPUs: deterministic algorithms only; slower")
 
 
 @dataclass
 class Session:
-    """The session stage: Jupyter Lab on a node. What is asked for by the same name is the same session."""
+    """The session stage: Jupyter Lab on a node. The name identifies the session."""
 
-    name: str = "me"
-    datastore: str | None = None  # NAME or NAME@vN at datastore.url, linked into the session's folder
-    gpus: int | None = None  # null: as the cluster says
-    time: int = 240  # minutes
-    idle_minutes: float | None = 60  # without activity, until it ends; null: it does not
-    listen: str = "auto"  # one of LISTEN
-    port: int | None = None  # null: a free one
+    name: str = setting("me", "identifies the session and its folder")
+    datastore: str | None = setting(
+        None, "NAME or NAME@vN at datastore.url; the session's folder gets a link to it"
+    )
+    gpus: int | None = setting(None, "GPUs of the session; null: cluster.gpus_per_node", minimum=0)
+    time: int = setting(240, "minutes until it ends", minimum=1)
+    idle_minutes: float | None = setting(
+        60, "minutes without activity before it ends; null: unlimited", above=0
+    )
+    listen: str = setting("auto", "where the server listens; see docs/session.md", choices=LISTEN_MODES)
+    port: int | None = setting(None, "port of the server; null: any free port", minimum=1024, maximum=65535)
 
 
 @dataclass
 class Cluster:
-    """Where jobs run and what they may use. Null leaves a value to the cluster's own default."""
+    """Where jobs run and the resources they get. Null leaves a value to the cluster's default."""
 
-    executor: str = MISSING  # one of EXECUTORS
-    parallel: int | None = None  # local: jobs at a time; null: one a GPU, else one
-    nodes: int = 1
-    gpus_per_node: int | None = None  # null: one a local job where there are GPUs, none on Slurm
-    tasks_per_node: int | None = None  # null: one a GPU, else one
-    cpus_per_task: int | None = None
-    memory_gb: float | None = None  # GiB a node; 0: all that it has
-    time: int | None = None  # minutes
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    array_parallelism: int = 256  # jobs of one array at a time
-    max_requeues: int = 10
-    setup: list[str] = field(default_factory=list)  # shell lines before the job: module load …
-    sbatch: dict[str, Any] = field(default_factory=dict)  # more options of sbatch, by their long names
-    srun: list[str] = field(default_factory=list)  # more arguments of srun
-    login: str | None = (
-        None  # how your own machine calls the login node, for tunnels; null: as it calls itself
+    executor: str = setting(MISSING, "what executes the jobs", choices=EXECUTORS)
+    parallel: int | None = setting(
+        None, "local: concurrent jobs; null: one per GPU, or one without GPUs", minimum=1
     )
-    scratch: str | None = None  # folder on each node's own disk; variables are put in on the node
-    scratch_gb: float | None = None  # GB that copies of shards may take there; None: what is free
-    stage: dict[str, dict[str, Any]] = field(default_factory=dict)  # any of the above, for one stage
+    nodes: int = setting(1, "nodes of a training", minimum=1)
+    gpus_per_node: int | None = setting(
+        None, "GPUs of each node; null: one per local job if there are GPUs, none on Slurm", minimum=0
+    )
+    tasks_per_node: int | None = setting(
+        None, "processes of each node; null: one per GPU, or one without GPUs", minimum=1
+    )
+    cpus_per_task: int | None = setting(None, "CPUs of each task", minimum=1)
+    memory_gb: float | None = setting(None, "GiB per node; 0: all memory", minimum=0)
+    time: int | None = setting(None, "time limit of a job in minutes", minimum=1)
+    partition: str | None = setting(None, "Slurm partition")
+    account: str | None = setting(None, "Slurm account")
+    qos: str | None = setting(None, "Slurm quality of service")
+    constraint: str | None = setting(None, "Slurm node features")
+    array_parallelism: int = setting(256, "concurrent jobs of one array", minimum=1)
+    max_requeues: int = setting(10, "requeues after interruptions before a job fails", minimum=0)
+    setup: list[str] = setting(factory=list, meaning="shell lines before the job: module load …")
+    sbatch: dict[str, Any] = setting(factory=dict, meaning="more sbatch options, by their long names")
+    srun: list[str] = setting(factory=list, meaning="more srun arguments")
+    login: str | None = setting(
+        None, "login node's host name from your own machine, for tunnels; null: its own"
+    )
+    scratch: str | None = setting(None, "folder on each node's own disk; variables are expanded on the node")
+    scratch_gb: float | None = setting(None, "GB for copies of shards; null: all free space", minimum=0)
+    stage: dict[str, dict[str, Any]] = setting(factory=dict, meaning="any of the fields above, for one stage")
 
 
 @dataclass
 class Config:
-    """One resolved combination: what a job is frozen as."""
+    """One resolved combination of settings, as frozen in a run's folder."""
 
-    workspace: str = MISSING
-    seed: int = MISSING
-    wait: bool = MISSING
-    dry_run: bool = MISSING
+    workspace: str = setting(MISSING, "folder of everything that is written")
+    seed: int = setting(MISSING, "seed of weights, order and augmentation", minimum=0, maximum=2**32 - 1)
+    wait: bool = setting(MISSING, "wait for the jobs with a live table")
+    dry_run: bool = setting(MISSING, "print what would be submitted, and submit nothing")
     stage: Stage = field(default_factory=Stage)
     cluster: Cluster = field(default_factory=Cluster)
     dataset: Dataset = field(default_factory=Dataset)
@@ -236,16 +268,16 @@ class Config:
     session: Session = field(default_factory=Session)
 
     def training_identity(self) -> dict[str, Any]:
-        """Return what decides the result of a training, beside its data."""
+        """Return the settings that decide a training's result, apart from its data, for the signature."""
         pixels = {"pixels": PIXEL_VERSION} | ({"decode": "gpu"} if self.loader.decode == "gpu" else {})
         return {"model": self.model.identity(), "recipe": self.recipe.identity(), "seed": self.seed, **pixels}
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Return the typed form of a resolved config, as composed or as frozen in a run's folder.
+    """Return the typed form of a resolved config, composed or read from a run's folder.
 
     Raises:
-        UserError: a name, a type or a missing value, with the setting's full name.
+        UserError: names the setting that is unknown, missing or of the wrong type.
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), values)
@@ -255,7 +287,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def explain_omegaconf_error(error: OmegaConfBaseException) -> str:
-    """Say an OmegaConf error in one line that begins with the setting's name."""
+    """Return an OmegaConf error as one line that starts with the setting's name."""
     setting = error.full_key or "config"
     if isinstance(error, ConfigKeyError):
         return f"{setting} is an unknown setting"
@@ -265,32 +297,32 @@ def explain_omegaconf_error(error: OmegaConfBaseException) -> str:
 
 
 def cluster_for(config: Config, stage: str) -> Cluster:
-    """Return the cluster settings of one stage: the general ones with `cluster.stage.<stage>` laid over.
+    """Return the cluster settings of one stage: the general ones, overridden by `cluster.stage.<stage>`.
 
-    A session's size is laid over both: `session.time`, with time to end in, and `session.gpus`.
+    For a session, `session.time` (plus shutdown time) and `session.gpus` override both.
 
     Raises:
-        UserError: a misspelt setting under cluster.stage.
+        UserError: names an unknown setting in cluster.stage.
     """
     return cluster_from({"cluster": asdict(config.cluster), "session": asdict(config.session)}, stage)
 
 
 def cluster_from(frozen: dict[str, Any], stage: str) -> Cluster:
-    """Return the same from the plain values of a frozen config."""
+    """Return the same as `cluster_for` from the plain values of a frozen config."""
     size = {}
     if stage == "session":
-        asked = frozen["session"]
-        size = {"time": asked["time"] + SESSION_SHUTDOWN_MINUTES}
-        size |= {} if asked["gpus"] is None else {"gpus_per_node": asked["gpus"]}
+        session = frozen["session"]
+        size = {"time": session["time"] + SESSION_SHUTDOWN_MINUTES}
+        size |= {} if session["gpus"] is None else {"gpus_per_node": session["gpus"]}
     return _cluster(json.dumps(frozen["cluster"], sort_keys=True), stage, json.dumps(size))
 
 
 @functools.lru_cache(maxsize=64)
 def _cluster(values: str, stage: str, size: str) -> Cluster:
-    # OmegaConf takes 10 ms for it, and the jobs of a sweep have theirs in common.
+    # Cached because the merge takes 10 ms and the jobs of a sweep share their cluster settings.
     try:
         general = OmegaConf.merge(OmegaConf.structured(Cluster), json.loads(values))
-        laid_over = general.stage.get(stage, {})
-        return cast(Cluster, OmegaConf.to_object(OmegaConf.merge(general, laid_over, json.loads(size))))
+        overrides = general.stage.get(stage, {})
+        return cast(Cluster, OmegaConf.to_object(OmegaConf.merge(general, overrides, json.loads(size))))
     except OmegaConfBaseException as error:
         raise UserError(f"cluster.stage.{stage}.{explain_omegaconf_error(error)}") from None

@@ -1,7 +1,8 @@
-"""What stands at a place, and what can be done with it: look, verify, fetch, delete, sweep.
+"""List, verify, fetch and delete the versions in a storage backend.
 
-A version is deleted in an order that can be cut off anywhere: a note that it goes, the manifest, and then
-the rest. Without its manifest it is no version any more, and the note keeps its number from being used again.
+A version is deleted in an order that can be interrupted at any point: write deleted.json, remove the
+manifest, then remove the rest. Without its manifest a version no longer exists, and deleted.json keeps its
+number from being used again.
 """
 
 from __future__ import annotations
@@ -17,161 +18,173 @@ from pathlib import Path
 from hpc_imagenet.config.schema import Datastore
 from hpc_imagenet.datastore import hardlink_check, versions
 from hpc_imagenet.datastore.backends.storage_backend import (
+    ProgressCallback,
     ProgressCounter,
     StorageBackend,
-    Tell,
     explain_os_errors,
     fetch_files,
-    require_room,
 )
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
 from hpc_imagenet.datastore.versions import COMPLETE, DELETED, GONE, PARTIAL
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.disk import require_free_space
 
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A version as it stands: complete, partial, or deleted with something left of it."""
+    """A version and its state: complete, partial, or deleted with files remaining."""
 
     name: str
     number: int
     state: str
-    manifest: Manifest | None = None
-    begun: str = ""  # of a partial one: when; ISO 8601, UTC
-    by: str = ""  # of a partial one: which run, on which host
+    manifest: Manifest | None = None  # of a complete version
+    begun: str = ""  # when a complete version was created or a partial upload began; ISO 8601, UTC
+    by: str = ""  # of a partial version: run and host of the upload
 
     @property
     def reference(self) -> str:
-        """Return `name@vN`."""
+        """The reference `name@vN`."""
         return f"{self.name}@v{self.number}"
 
     @property
     def path(self) -> str:
-        """Where it lies within its place."""
+        """Path of the version within its backend."""
         return f"{self.name}/v{self.number}"
 
 
-def list_versions(place: StorageBackend, name: str | None = None) -> list[CatalogEntry]:
-    """Return all versions, of one datastore or of all, by name and number; deleted ones left out."""
-    begun = place.versions(name)
-    notes = place.read(
-        [f"{path}/{file}" for path in begun for file in (FILE, versions.CLAIM, versions.DELETED)]
+def list_versions(backend: StorageBackend, name: str | None = None) -> list[CatalogEntry]:
+    """Return all versions of one datastore or of all, sorted by name and number.
+
+    Deleted versions are included only while files of them remain.
+    """
+    paths = backend.versions(name)
+    contents = backend.read(
+        [f"{path}/{file}" for path in paths for file in (FILE, versions.CLAIM, versions.DELETED)]
     )
-    found = []
-    for path in begun:
-        of, _, number = path.partition("/v")
-        if data := notes.get(f"{path}/{FILE}"):
-            manifest = parse_manifest(data, f"{place.url}/{path}/{FILE}")
-            found.append(CatalogEntry(of, int(number), COMPLETE, manifest, manifest.created))
-        elif f"{path}/{DELETED}" in notes:
-            if set(place.files(path)) != {DELETED}:
-                found.append(CatalogEntry(of, int(number), GONE))
+    entries = []
+    for path in paths:
+        datastore, _, number = path.partition("/v")
+        if data := contents.get(f"{path}/{FILE}"):
+            manifest = parse_manifest(data, f"{backend.url}/{path}/{FILE}")
+            entries.append(CatalogEntry(datastore, int(number), COMPLETE, manifest, manifest.created))
+        elif f"{path}/{DELETED}" in contents:
+            if set(backend.files(path)) != {DELETED}:
+                entries.append(CatalogEntry(datastore, int(number), GONE))
         else:
-            claim = versions.read_note(notes.get(f"{path}/{versions.CLAIM}"))
+            claim = versions.parse_json_object(contents.get(f"{path}/{versions.CLAIM}"))
             by = " on ".join(claim[key] for key in ("run", "host") if key in claim)
-            found.append(CatalogEntry(of, int(number), PARTIAL, None, claim.get("time", ""), by))
-    return sorted(found, key=lambda entry: (entry.name, entry.number))
+            entries.append(CatalogEntry(datastore, int(number), PARTIAL, None, claim.get("time", ""), by))
+    return sorted(entries, key=lambda entry: (entry.name, entry.number))
 
 
-def find_version(place: StorageBackend, reference: str) -> CatalogEntry:
-    """Return the complete version that `NAME[@vN]` means, the newest without a number.
+def find_version(backend: StorageBackend, reference: str) -> CatalogEntry:
+    """Return the complete version for `NAME[@vN]`; without a number the newest.
 
     Raises:
-        UserError: there is none.
+        UserError: no such version exists.
     """
-    version = versions.open_version(Datastore(reference, place.url))
+    version = versions.open_version(Datastore(reference, backend.url))
     return CatalogEntry(version.name, version.number, COMPLETE, version.manifest, version.manifest.created)
 
 
-def verify_version(place: StorageBackend, entry: CatalogEntry, threads: int, tell: Tell) -> list[str]:
-    """Read every file of a complete version, several at a time; return what is wrong, a line each."""
+def verify_version(
+    backend: StorageBackend, entry: CatalogEntry, threads: int, progress: ProgressCallback
+) -> list[str]:
+    """Hash every file of a complete version, `threads` at a time; return one line per wrong file."""
     assert entry.manifest is not None
-    tally, wrong = ProgressCounter(tell), []
+    counter, errors = ProgressCounter(progress), []
     files = entry.manifest.all_files()
-    with tally.threads(threads) as pool:
+    with counter.threads(threads) as pool:
         hashes = pool.map(
-            lambda file: place.hash(f"{entry.path}/{file.path}", file, tally.of(file.path)), files
+            lambda file: backend.hash(f"{entry.path}/{file.path}", file, counter.for_file(file.path)), files
         )
         for file, found in zip(files, hashes, strict=True):
             if found is None:
-                wrong.append(f"{place.url}/{entry.path}/{file.path} is missing")
+                errors.append(f"{backend.url}/{entry.path}/{file.path} is missing")
             elif found != file.hash:
-                wrong.append(
-                    f"{place.url}/{entry.path}/{file.path} has other bytes than when it was made: {found}"
+                errors.append(
+                    f"{backend.url}/{entry.path}/{file.path} is damaged: its hash is {found}, not {file.hash}"
                 )
-    return wrong
+    return errors
 
 
-def fetch_version(place: StorageBackend, entry: CatalogEntry, target: Path, threads: int, tell: Tell) -> Path:
-    """Bring a version to `target/<name>/v<N>/`, so that `target` is a datastore.url that training can read.
+def fetch_version(
+    backend: StorageBackend, entry: CatalogEntry, target: Path, threads: int, progress: ProgressCallback
+) -> Path:
+    """Download a version to `target/<name>/v<N>/`, so that training can read it with datastore.url=target.
 
-    Asked again it goes on; what is there already is proved by its hash. The manifest comes last.
+    An interrupted fetch resumes: files that exist are verified by their hash and kept. The manifest is
+    written last.
 
     Raises:
-        UserError: another version of that number is there, no room, or bytes that are not what they were.
+        UserError: `target` has another version of that number, the disk has too little free space, or a
+            file does not match its hash.
     """
     assert entry.manifest is not None
-    here = versions.open_backend(str(target))
+    local = versions.open_backend(str(target))
     folder = target / entry.path
     manifest = entry.manifest
     with explain_os_errors(f"fetch {entry.reference}", target):
-        note = {"run": "fetch", "from": place.url, "time": _now()}
-        claim = versions.claim_version(here, Datastore(entry.reference, str(target)), manifest.content, note)
+        note = {"run": "fetch", "from": backend.url, "time": _now()}
+        claim = versions.claim_version(local, Datastore(entry.reference, str(target)), manifest.content, note)
         if claim.complete:
             return folder
-        with here.lock(f"{claim.path}/{versions.LOCK}", lambda: tell(0, "another fetch of it is at work")):
-            there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            require_room(f"fetch {entry.reference}", manifest.bytes - there, target)
-            tally = ProgressCounter(tell)
+        lock = f"{claim.path}/{versions.LOCK}"
+        with local.lock(lock, lambda: progress(0, f"waiting for another fetch of {entry.reference}")):
+            present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            require_free_space(target, manifest.bytes - present, entry.reference)
+            counter = ProgressCounter(progress)
 
-            def missing(file: File) -> bool:
+            def needs_fetch(file: File) -> bool:
                 path = f"{entry.path}/{file.path}"
-                there = (target / path).exists()
-                return not there or here.hash(path, file, tally.of(file.path)) != file.hash
+                exists = (target / path).exists()
+                return not exists or local.hash(path, file, counter.for_file(file.path)) != file.hash
 
             files = manifest.all_files()
-            with tally.threads(threads) as pool:
-                looked = list(pool.map(missing, files))
-            wanted = [file for file, gone in zip(files, looked, strict=True) if gone]
-            fetch_files(place, entry.path, wanted, folder, threads, tally)
+            with counter.threads(threads) as pool:
+                needed = list(pool.map(needs_fetch, files))
+            missing = [file for file, need in zip(files, needed, strict=True) if need]
+            fetch_files(backend, entry.path, missing, folder, threads, counter)
             for file in files:
                 (folder / file.path).chmod((folder / file.path).stat().st_mode & ~0o222)
             upload = {**(manifest.provenance.get("upload") or {})}
-            upload.pop(hardlink_check.STAMPS, None)  # of other files
+            upload.pop(hardlink_check.STAMPS, None)  # modification times of the original files
             claim.commit(replace(manifest, provenance={**manifest.provenance, "upload": upload}))
-        claim.settle()
+        claim.remove_upload_files()
     return folder
 
 
-def delete_version(place: StorageBackend, entry: CatalogEntry) -> None:
-    """Remove a version, manifest first; asked again it goes on."""
+def delete_version(backend: StorageBackend, entry: CatalogEntry) -> None:
+    """Delete a version, manifest first. Calling it again completes an interrupted deletion."""
     note = {"time": _now(), "content": entry.manifest.content if entry.manifest else None}
-    with explain_os_errors("datastore.url", place.url):
-        place.create(f"{entry.path}/{DELETED}", json.dumps(note).encode())
-        place.remove([f"{entry.path}/{FILE}"])
-        place.delete_all(entry.path, DELETED)
+    with explain_os_errors("datastore.url", backend.url):
+        backend.create(f"{entry.path}/{DELETED}", json.dumps(note).encode())
+        backend.remove([f"{entry.path}/{FILE}"])
+        backend.delete_all(entry.path, DELETED)
 
 
-def is_stale(place: StorageBackend, entry: CatalogEntry, seconds: float) -> bool:
-    """Whether nothing of a partial version was written for so long; deleted ones are always idle."""
+def is_stale(backend: StorageBackend, entry: CatalogEntry, seconds: float) -> bool:
+    """Whether no file of a partial version was written for `seconds`; always true of a deleted version."""
     if entry.state == GONE:
         return True
-    newest = max((stored.modified for stored in place.files(entry.path).values()), default=0.0)
+    newest = max((stored.modified for stored in backend.files(entry.path).values()), default=0.0)
     return time.time() - newest > seconds
 
 
 @contextlib.contextmanager
-def exclusive(place: StorageBackend, entry: CatalogEntry) -> Iterator[None]:
-    """Hold the turn of a partial version, where the place has turns.
+def exclusive(backend: StorageBackend, entry: CatalogEntry) -> Iterator[None]:
+    """Hold the upload lock of a partial version, if the backend has locks.
 
     Raises:
-        UserError: an upload is at work on it.
+        UserError: an upload to the version is running.
     """
 
     def refuse() -> None:
-        raise UserError(f"{entry.reference}: an upload is at work on it")
+        raise UserError(
+            f"{entry.reference}: an upload to it is running; wait for it or cancel it, then run prune again"
+        )
 
-    with place.lock(f"{entry.path}/{versions.LOCK}", refuse):
+    with backend.lock(f"{entry.path}/{versions.LOCK}", refuse):
         yield
 
 

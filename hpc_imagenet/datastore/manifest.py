@@ -1,8 +1,8 @@
-"""The manifest: what a dataset is made of, written last, so that a folder with a manifest is whole.
+"""The manifest of a dataset: its files with sizes and hashes, its splits and its classes.
 
-One form serves both folders that hold images: `datasets/<name>/`, whose shards are the archives as they
-were downloaded, and a datastore's `<name>/v<N>/`, whose shards lie in the folder itself. Training opens
-either.
+It is written last, so a folder with a manifest is complete. Two kinds of folder have one:
+`datasets/<name>/`, whose shards are the downloaded archives in another folder, and a datastore's
+`<name>/v<N>/`, whose shards are in the folder itself. Training reads both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class File:
 
 @dataclass(frozen=True)
 class Split:
-    """One split: its index file and how many images that holds."""
+    """One split: its index file and number of images."""
 
     index: File
     images: int
@@ -39,7 +39,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ClassNames:
-    """One class; its place in `Manifest.classes` is its label."""
+    """One class; its position in `Manifest.classes` is its label."""
 
     wnid: str
     names: tuple[str, ...]
@@ -47,45 +47,47 @@ class ClassNames:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset: uncompressed tar shards, an index a split, the classes in label order.
+    """A dataset: uncompressed tar shards, one index per split, and the classes in label order.
 
-    `content` is the short hash of what the images are (the archives' identity and how they were treated):
-    two folders with the same content train the same model. `files` are further files that travel along
-    (meta.bin). `provenance` is free: source, versions, times.
+    Attributes:
+        content: short hash of the archives' identity and the processing settings: two folders with the same
+            content train the same model.
+        files: further files that belong to the dataset (meta.bin).
+        provenance: free-form: source, versions, times.
     """
 
     name: str
     content: str
     created: str  # ISO 8601, UTC
     classes: tuple[ClassNames, ...]
-    shards: tuple[File, ...]  # an entry's `shard` is the place in here
+    shards: tuple[File, ...]  # `shard` of an index entry is the position in this tuple
     splits: dict[str, Split]  # train, val
     files: tuple[File, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
-        """Images in all splits."""
+        """Number of images in all splits."""
         return sum(split.images for split in self.splits.values())
 
     @property
     def bytes(self) -> int:
-        """Bytes of all files."""
+        """Total size of all files."""
         return sum(file.bytes for file in self.all_files())
 
     def all_files(self) -> tuple[File, ...]:
-        """Shards, indexes and further files: all that makes a copy whole, but for the manifest."""
+        """Return shards, indexes and further files: the complete dataset except for the manifest."""
         return (*self.shards, *(split.index for split in self.splits.values()), *self.files)
 
     def save(self, folder: Path) -> None:
-        """Write the manifest into `folder`; from now on the folder counts as whole."""
-        write_json(folder / FILE, self._plain())
+        """Write the manifest into `folder`, which makes the folder complete."""
+        write_json(folder / FILE, self._to_dict())
 
     def encode(self) -> builtins.bytes:
-        """Return the bytes of the manifest's file, the same as `save` writes."""
-        return (json.dumps(self._plain(), indent=2) + "\n").encode()
+        """Return the contents of the manifest file, as `save` writes it."""
+        return (json.dumps(self._to_dict(), indent=2) + "\n").encode()
 
-    def _plain(self) -> dict[str, Any]:
+    def _to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
 
 
@@ -93,18 +95,22 @@ def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of `folder`.
 
     Raises:
-        FileNotFoundError: there is none, so the folder is not (yet) a dataset.
-        UserError: it cannot be understood.
+        FileNotFoundError: the folder has no manifest, so it is not (yet) a complete dataset.
+        UserError: the file is not a valid manifest.
     """
     path = folder / FILE
     return parse_manifest(path.read_bytes(), path)
 
 
 def parse_manifest(data: bytes, path: Path | str) -> Manifest:
-    """Return the manifest that was read from `path`.
+    """Parse a manifest file.
+
+    Args:
+        data: contents of the file.
+        path: its path or URL, for error messages.
 
     Raises:
-        UserError: it cannot be understood.
+        UserError: the contents are not a valid manifest.
     """
     try:
         raw = json.loads(data)

@@ -1,12 +1,12 @@
-"""Versions of a datastore: which there are, which one is meant, and who writes the next.
+"""Versions of a datastore: list them, open one, and claim the number of the next.
 
     <url>/<name>/v<N>/
         manifest.json      written last: the version is complete and never changes again
-        upload.json        until then: which content is being uploaded, by which run
-        deleted.json       all that is left of a version that was deleted: its number is not used again
+        upload.json        until then: content and run of the upload
+        deleted.json       all that remains of a deleted version: its number is not used again
 
-A number is claimed by its upload.json: of several at once one succeeds. An upload that was cut off is found
-by that content and taken up again under its number.
+A number is claimed by creating its upload.json: of several uploads at once, one succeeds. An interrupted
+upload is found by the content in that file and resumed under its number.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from hpc_imagenet.datastore.backends.storage_backend import StorageBackend, Stor
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
 from hpc_imagenet.errors import UserError, did_you_mean
 
-if TYPE_CHECKING:  # it needs packages that a transfer does not
+if TYPE_CHECKING:  # imports packages that a transfer does not need
     from hpc_imagenet.config.schema import Datastore
 
 CLAIM, LOCK, DELETED = "upload.json", "upload.lock", "deleted.json"
 COMPLETE, PARTIAL, GONE = "complete", "partial", "deleted"  # states of a version
-CONNECTIONS = 8  # requests at a time, of places that are asked by requests
+CONNECTIONS = 8  # parallel requests to S3
 
 _REFERENCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:@v([1-9][0-9]{0,8}))?")
 _SCHEME = re.compile(r"[a-z0-9]+://.*", re.DOTALL | re.IGNORECASE)
-_HOST = re.compile(r"[^/]+:.*", re.DOTALL)  # user@host:…, as rsync and scp have it
+_HOST = re.compile(r"[^/]+:.*", re.DOTALL)  # user@host:…, as in rsync and scp
 
 
 @dataclass(frozen=True)
 class Version:
-    """A complete version, ready to be read."""
+    """A complete, readable version."""
 
     name: str  # of the datastore
     number: int
@@ -46,18 +46,18 @@ class Version:
 
     @property
     def path(self) -> str:
-        """Where it lies within its place."""
+        """Path within the backend."""
         return f"{self.name}/v{self.number}"
 
     @property
     def folder(self) -> Path | None:
-        """The folder with its files; None where files cannot be opened."""
+        """The folder with its files; None if the backend has no files that can be opened."""
         return self.backend.folder and self.backend.folder / self.path
 
 
 @dataclass(frozen=True)
 class VersionClaim:
-    """A version number held for one content."""
+    """A version number claimed for one content."""
 
     name: str
     number: int
@@ -65,66 +65,74 @@ class VersionClaim:
 
     @property
     def path(self) -> str:
-        """Where it lies within its place."""
+        """Path within the backend."""
         return f"{self.name}/v{self.number}"
 
     @property
     def complete(self) -> bool:
-        """Whether an upload has finished it."""
+        """Whether the version has its manifest."""
         return bool(self.backend.read([f"{self.path}/{FILE}"]))
 
     def manifest(self) -> Manifest:
-        """Return the manifest of a version that is complete."""
-        return parse_manifest(*_only(self.backend, f"{self.path}/{FILE}"))
+        """Return the manifest of a complete version."""
+        return parse_manifest(*_read_file(self.backend, f"{self.path}/{FILE}"))
 
     def commit(self, manifest: Manifest) -> None:
-        """Write the manifest, and with it make the version complete.
+        """Write the manifest, which makes the version complete.
 
         Raises:
-            UserError: not all is there that it names, or the number is not held for this content any more.
+            UserError: a file of the manifest is missing, or the number is no longer claimed for this content.
         """
-        held = read_note(self.backend.read([f"{self.path}/{CLAIM}"]).get(f"{self.path}/{CLAIM}"))
-        there = self.backend.files(self.path)
+        claim = parse_json_object(self.backend.read([f"{self.path}/{CLAIM}"]).get(f"{self.path}/{CLAIM}"))
+        stored = self.backend.files(self.path)
         for file in manifest.all_files():
-            if there.get(file.path, StoredFile(-1, 0)).bytes != file.bytes:
-                raise UserError(f"{self.backend.url}/{self.path}/{file.path} did not arrive whole: ask again")
+            if stored.get(file.path, StoredFile(-1, 0)).bytes != file.bytes:
+                raise UserError(f"{self.backend.url}/{self.path}/{file.path} is incomplete: run it again")
         if not self.complete:
-            if held.get("content") != manifest.content or DELETED in there:
+            if claim.get("content") != manifest.content or DELETED in stored:
                 raise UserError(
-                    f"{self.backend.url}/{self.path} was taken away from this upload meanwhile: ask again"
+                    f"{self.backend.url}/{self.path} was deleted, or claimed by another upload, during this "
+                    "upload: run it again"
                 )
             self.backend.create(f"{self.path}/{FILE}", manifest.encode())
         if self.manifest().content != manifest.content:
-            raise UserError(f"{self.backend.url}/{self.path} was taken by other images meanwhile: ask again")
+            raise UserError(
+                f"{self.backend.url}/{self.path} was completed by an upload of other images: run it again"
+            )
 
-    def settle(self) -> None:
-        """Take away what only an upload needs, once the manifest is written."""
-        with contextlib.suppress(OSError, UserError):  # such as a colleague's version: theirs to tidy
-            there = [name for name in self.backend.files(self.path) if re.fullmatch(r"upload[^/]*", name)]
-            self.backend.remove([f"{self.path}/{name}" for name in there])
+    def remove_upload_files(self) -> None:
+        """Remove the files that only an upload needs, once the manifest is written."""
+        with contextlib.suppress(OSError, UserError):  # such as no permission: another user's version
+            leftovers = [name for name in self.backend.files(self.path) if re.fullmatch(r"upload[^/]*", name)]
+            self.backend.remove([f"{self.path}/{name}" for name in leftovers])
             self.backend.remove_partial(self.path)
 
-    def vouch(self, name: str, files: Mapping[str, File]) -> None:
-        """Note, in `upload-<name>.json`, that these files are there and were proved; by paths in here."""
-        there = self.backend.files(self.path)
-        proved = {
-            path: [file.hash, there[path].bytes, there[path].modified]
-            for path, file in files.items()
-            if path in there
-        }
-        path = f"{self.path}/upload-{name}.json"
-        self.backend.remove([path])
-        self.backend.create(path, json.dumps(proved).encode())
+    def record_verified(self, part: str, files: Mapping[str, File]) -> None:
+        """Record in `upload-<part>.json` that files are stored and verified.
 
-    def vouched(self) -> dict[str, str]:
-        """Return the hash of each file that such a note has and that was not touched since, by its path."""
-        there = self.backend.files(self.path)
-        notes = [name for name in there if re.fullmatch(r"upload-[^/]*\.json", name)]
+        Args:
+            part: part of the upload, such as `0-of-4`.
+            files: the files, by path within the version.
+        """
+        stored = self.backend.files(self.path)
+        verified = {
+            path: [file.hash, stored[path].bytes, stored[path].modified]
+            for path, file in files.items()
+            if path in stored
+        }
+        path = f"{self.path}/upload-{part}.json"
+        self.backend.remove([path])
+        self.backend.create(path, json.dumps(verified).encode())
+
+    def verified_hashes(self) -> dict[str, str]:
+        """Return the hashes that `record_verified` recorded, by path, of files not modified since."""
+        stored = self.backend.files(self.path)
+        records = [name for name in stored if re.fullmatch(r"upload-[^/]*\.json", name)]
         return {
-            path: stamp[0]
-            for data in self.backend.read([f"{self.path}/{name}" for name in notes]).values()
-            for path, stamp in read_note(data).items()
-            if path in there and [there[path].bytes, there[path].modified] == stamp[1:]
+            path: entry[0]
+            for data in self.backend.read([f"{self.path}/{name}" for name in records]).values()
+            for path, entry in parse_json_object(data).items()
+            if path in stored and [stored[path].bytes, stored[path].modified] == entry[1:]
         }
 
 
@@ -132,21 +140,25 @@ def parse_reference(reference: str) -> tuple[str, int | None]:
     """Split `imagenet` or `imagenet@v3` into name and version number (None: not pinned).
 
     Raises:
-        UserError: it has another form.
+        UserError: the reference has another form.
     """
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise UserError(
-            f"datastore.name={reference} is not NAME or NAME@vN: letters, digits and . _ - make a name"
+            f"datastore.name={reference} is not NAME or NAME@vN: NAME may have letters, digits and . _ -"
         )
     return match[1], int(match[2]) if match[2] else None
 
 
 def open_backend(url: str, connections: int = CONNECTIONS) -> StorageBackend:
-    """Return the place that `datastore.url` stands for. Every transport's door is here.
+    """Return the storage backend for a `datastore.url`. All backends are created here.
+
+    Args:
+        url: a folder, file:/path, user@host:/path or s3://bucket/prefix.
+        connections: parallel requests to S3.
 
     Raises:
-        UserError: the url names a place of another kind, or its transport cannot begin.
+        UserError: unknown kind of URL, or the backend cannot be initialized.
     """
     if url.startswith("s3://"):
         from hpc_imagenet.datastore.backends.s3_backend import S3Backend
@@ -157,35 +169,40 @@ def open_backend(url: str, connections: int = CONNECTIONS) -> StorageBackend:
         url = "/" + path.lstrip("/") if path.startswith("/") else path
     elif _SCHEME.fullmatch(url):
         raise UserError(
-            f"datastore.url={url} is of no known kind: a folder, user@host:/path or s3://bucket/prefix"
+            f"datastore.url={url} has an unknown scheme: type a folder, user@host:/path or s3://bucket/prefix"
         )
     elif _HOST.fullmatch(url):
         from hpc_imagenet.datastore.backends.ssh_backend import SshBackend
 
         return SshBackend(url)
     if not url:
-        raise UserError("datastore.url is empty: give a folder that the jobs can read")
+        raise UserError("datastore.url is empty: type a folder that the jobs can read")
     from hpc_imagenet.datastore.backends.folder_backend import FolderBackend
 
     return FolderBackend(Path(url).expanduser())
 
 
 def is_remote(url: str) -> bool:
-    """Whether no files can be opened at `url`; nobody is asked."""
+    """Whether `url` is a backend without local files, decided by its form alone."""
     return not url.startswith("file:") and bool(_SCHEME.fullmatch(url) or _HOST.fullmatch(url))
 
 
-def check_readable(place: StorageBackend, scratch: str | None, name: str) -> None:
-    """Refuse a training that could not read: behind ssh no byte can be had but by fetching a file.
+def check_readable(backend: StorageBackend, scratch: str | None, name: str) -> None:
+    """Check that training can read from a backend: over ssh it needs a local copy.
+
+    Args:
+        backend: where the datastore is stored.
+        scratch: `cluster.scratch`, the folder on the nodes for local copies.
+        name: datastore name for the error message.
 
     Raises:
-        UserError: there are no files at `place`, no ranges of them, and no folder to fetch them to.
+        UserError: the backend has no local files and no range reads, and `scratch` is not set.
     """
-    if place.folder is None and not isinstance(place, SupportsRangeReads) and not scratch:
+    if backend.folder is None and not isinstance(backend, SupportsRangeReads) and not scratch:
         raise UserError(
-            f"training cannot read at datastore.url={place.url}: give cluster.scratch, a folder on the nodes "
-            f"where it is copied to, or python -m hpc_imagenet datastores fetch {name} DIR "
-            f"datastore.url={place.url}, then datastore.url=DIR"
+            f"training cannot read directly from datastore.url={backend.url}: set cluster.scratch, a folder "
+            f"on the nodes for local copies, or run python -m hpc_imagenet datastores fetch {name} DIR "
+            f"datastore.url={backend.url}, then set datastore.url=DIR"
         )
 
 
@@ -195,7 +212,7 @@ def complete_versions(url: str, name: str) -> list[int]:
 
 
 def pinned(datastore: Datastore) -> tuple[str, int | None]:
-    """Return the datastore's name and the version that is asked for, None where any will do.
+    """Return the datastore's name and the pinned version number, None if not pinned.
 
     Raises:
         UserError: datastore.name has another form, or pins another version than datastore.version.
@@ -206,117 +223,125 @@ def pinned(datastore: Datastore) -> tuple[str, int | None]:
             f"datastore.name={datastore.name} and datastore.version={datastore.version} differ: drop one"
         )
     if datastore.version is not None and datastore.version < 1:
-        raise UserError(f"datastore.version={datastore.version} is no version: they count from 1")
+        raise UserError(f"datastore.version={datastore.version} is not a version number: they start at 1")
     return name, number or datastore.version
 
 
 def open_version(datastore: Datastore) -> Version:
-    """Return the version that `datastore` means: the pinned one, or the newest (of `content`, if given).
+    """Return the version that `datastore` selects: the pinned one, or the newest (with `content`, if set).
 
     Raises:
-        UserError: there is no such datastore or version, or the pinned version holds other content.
+        UserError: the datastore or version does not exist, or the pinned version has other content.
     """
     name, number = pinned(datastore)
-    place = open_backend(datastore.url)
-    there = _manifests(place, name)
-    listed = _listed(sorted(there))
-    if not there:
-        raise UserError(_missing(place, name))
-    if number is not None and number not in there:
+    backend = open_backend(datastore.url)
+    manifests = _manifests(backend, name)
+    listed = _format_numbers(sorted(manifests))
+    if not manifests:
+        raise UserError(_no_version_message(backend, name))
+    if number is not None and number not in manifests:
         raise UserError(f"datastore {name}@v{number} does not exist; complete: {listed}")
-    for candidate in sorted(there, reverse=True) if number is None else [number]:
-        manifest = parse_manifest(there[candidate], f"{place.url}/{name}/v{candidate}/{FILE}")
+    for candidate in sorted(manifests, reverse=True) if number is None else [number]:
+        manifest = parse_manifest(manifests[candidate], f"{backend.url}/{name}/v{candidate}/{FILE}")
         if datastore.content in (None, manifest.content):
-            return Version(name, candidate, place, manifest)
+            return Version(name, candidate, backend, manifest)
     if number is not None:
         raise UserError(
-            f"datastore {name}@v{number} holds other images than datastore.content={datastore.content}: "
-            f"drop @v{number}, or give the dataset that it was made from"
+            f"datastore {name}@v{number} has other images than datastore.content={datastore.content}: "
+            f"drop @v{number}, or set the dataset that it was made from"
         )
     raise UserError(
         f"no version of datastore {name} ({listed}) has datastore.content={datastore.content}: "
-        "+stage=upload makes one"
+        "run +stage=upload to create one"
     )
 
 
 def claim_version(
-    place: StorageBackend, datastore: Datastore, content: str, by: Mapping[str, str]
+    backend: StorageBackend, datastore: Datastore, content: str, owner: Mapping[str, str]
 ) -> VersionClaim:
-    """Hold the version that `content` is uploaded to; `by` says who does.
+    """Claim the version number for uploading `content`.
 
-    In this order: a complete version that has the content already; an upload of it that was cut off; the
-    next free number. A pinned version is taken or refused. Uploads of different content at once get
-    different numbers; uploads of the same content get the same one.
+    In this order: a complete version with the content; an interrupted upload of it; the next free number. A
+    pinned number is claimed, or an error. Concurrent uploads of different content get different numbers;
+    those of the same content get the same one.
+
+    Args:
+        backend: where the datastore is stored.
+        datastore: its name and maybe a pinned version.
+        content: short hash of the images; see `Manifest`.
+        owner: run, host and time of the upload, written to upload.json.
 
     Raises:
-        UserError: the pinned version holds something else.
+        UserError: the pinned version has other content.
     """
     name, number = pinned(datastore)
     while True:
-        taken = _contents(place, name)
-        same = [n for n, (holds, _) in taken.items() if holds == content and number in (None, n)]
+        existing = _contents(backend, name)
+        same = [n for n, (other, _) in existing.items() if other == content and number in (None, n)]
         if same:
-            return VersionClaim(name, max(same, key=lambda n: (taken[n][1] == COMPLETE, n)), place)
-        if number in taken:
-            states = {COMPLETE: "exists", PARTIAL: "is taken by another upload", GONE: "was deleted"}
-            state = states[taken[number][1]]
+            return VersionClaim(name, max(same, key=lambda n: (existing[n][1] == COMPLETE, n)), backend)
+        if number in existing:
+            states = {COMPLETE: "exists", PARTIAL: "is claimed by another upload", GONE: "was deleted"}
+            state = states[existing[number][1]]
             raise UserError(
-                f"datastore {name}@v{number} {state}; versions never change; drop @v{number} for the next one"
+                f"datastore {name}@v{number} {state}; versions never change: drop @v{number} to create the "
+                "next one"
             )
-        # Counted from the highest number ever begun, so that a number never means two things.
-        free = number if number is not None else max(taken, default=0) + 1
-        data = json.dumps({"content": content, **by}, indent=2).encode() + b"\n"
-        if place.claim(f"{name}/v{free}", CLAIM, data):
-            return VersionClaim(name, free, place)
+        # One above the highest number ever claimed, so that no number is used twice.
+        free = number if number is not None else max(existing, default=0) + 1
+        data = json.dumps({"content": content, **owner}, indent=2).encode() + b"\n"
+        if backend.claim(f"{name}/v{free}", CLAIM, data):
+            return VersionClaim(name, free, backend)
 
 
-def existing_files(place: StorageBackend, name: str) -> dict[File, list[str]]:
-    """Return where files lie that complete versions have, by their bytes and hashes (and no path)."""
-    found: dict[File, list[str]] = {}
-    for number, data in _manifests(place, name).items():
-        for file in parse_manifest(data, f"{place.url}/{name}/v{number}/{FILE}").all_files():
+def existing_files(backend: StorageBackend, name: str) -> dict[File, list[str]]:
+    """Return the paths of all files of complete versions, by size and hash (with an empty path)."""
+    paths: dict[File, list[str]] = {}
+    for number, data in _manifests(backend, name).items():
+        for file in parse_manifest(data, f"{backend.url}/{name}/v{number}/{FILE}").all_files():
             same = File("", file.bytes, file.hash)
-            found.setdefault(same, []).append(f"{name}/v{number}/{file.path}")
-    return found
+            paths.setdefault(same, []).append(f"{name}/v{number}/{file.path}")
+    return paths
 
 
-def _contents(place: StorageBackend, name: str) -> dict[int, tuple[str | None, str]]:
-    """Return which content each version holds or is being given, and its state."""
-    begun = place.versions(name)
-    notes = place.read([f"{path}/{file}" for path in begun for file in (FILE, CLAIM, DELETED)])
-    found: dict[int, tuple[str | None, str]] = {}
-    for path in begun:
-        if manifest := notes.get(f"{path}/{FILE}"):
-            holds = parse_manifest(manifest, f"{place.url}/{path}/{FILE}").content
-            found[_number(path)] = holds, COMPLETE
-        elif f"{path}/{DELETED}" in notes:
-            found[_number(path)] = None, GONE
+def _contents(backend: StorageBackend, name: str) -> dict[int, tuple[str | None, str]]:
+    """Return the content and state of each version, by number; partial ones included."""
+    paths = backend.versions(name)
+    files = backend.read([f"{path}/{file}" for path in paths for file in (FILE, CLAIM, DELETED)])
+    contents: dict[int, tuple[str | None, str]] = {}
+    for path in paths:
+        if manifest := files.get(f"{path}/{FILE}"):
+            content = parse_manifest(manifest, f"{backend.url}/{path}/{FILE}").content
+            contents[_number(path)] = content, COMPLETE
+        elif f"{path}/{DELETED}" in files:
+            contents[_number(path)] = None, GONE
         else:
-            found[_number(path)] = read_note(notes.get(f"{path}/{CLAIM}")).get("content"), PARTIAL
-    return found
+            contents[_number(path)] = parse_json_object(files.get(f"{path}/{CLAIM}")).get("content"), PARTIAL
+    return contents
 
 
-def _manifests(place: StorageBackend, name: str) -> dict[int, bytes]:
-    begun = place.versions(name)
-    there = place.read([f"{path}/{FILE}" for path in begun])
-    return {_number(path.rpartition("/")[0]): data for path, data in there.items()}
+def _manifests(backend: StorageBackend, name: str) -> dict[int, bytes]:
+    """Return the manifest files of all complete versions, by number."""
+    files = backend.read([f"{path}/{FILE}" for path in backend.versions(name)])
+    return {_number(path.rpartition("/")[0]): data for path, data in files.items()}
 
 
-def datastore_names(place: StorageBackend) -> list[str]:
-    """Return the datastores of a place that have a complete version, sorted."""
-    there = place.read([f"{path}/{FILE}" for path in place.versions()])
-    return sorted({path.partition("/")[0] for path in there})
+def datastore_names(backend: StorageBackend) -> list[str]:
+    """Return the sorted names of all datastores that have a complete version."""
+    files = backend.read([f"{path}/{FILE}" for path in backend.versions()])
+    return sorted({path.partition("/")[0] for path in files})
 
 
-def _only(place: StorageBackend, path: str) -> tuple[bytes, str]:
+def _read_file(backend: StorageBackend, path: str) -> tuple[bytes, str]:
+    """Return the contents and the full URL of a file."""
     try:
-        return place.read([path])[path], f"{place.url}/{path}"
+        return backend.read([path])[path], f"{backend.url}/{path}"
     except KeyError:
-        raise UserError(f"{place.url}/{path} is missing") from None
+        raise UserError(f"{backend.url}/{path} is missing") from None
 
 
-def read_note(data: bytes | None) -> dict[str, Any]:
-    """Return what stands in a small file of an upload; nothing where there is none, or a broken one."""
+def parse_json_object(data: bytes | None) -> dict[str, Any]:
+    """Parse a small JSON file of an upload; an empty dict if it is missing, damaged or not an object."""
     with contextlib.suppress(ValueError):
         value = json.loads(data or b"{}")
         if isinstance(value, dict):
@@ -328,14 +353,16 @@ def _number(path: str) -> int:
     return int(path.rpartition("/v")[2])
 
 
-def _missing(place: StorageBackend, name: str) -> str:
-    begun = [number for number, (holds, _) in _contents(place, name).items() if holds]
-    if begun:
-        return f"datastore {name} has no complete version yet: +stage=upload finishes {_listed(begun)}"
-    there = datastore_names(place)
-    makes = "+stage=pipeline makes it from the archives"
-    return f"no datastore {name} in {place.url}: {makes}{did_you_mean(name, there) if there else ''}"
+def _no_version_message(backend: StorageBackend, name: str) -> str:
+    partial = [number for number, (content, _) in _contents(backend, name).items() if content]
+    if partial:
+        return (
+            f"datastore {name} has no complete version yet: +stage=upload finishes {_format_numbers(partial)}"
+        )
+    names = datastore_names(backend)
+    fix = "+stage=pipeline makes it from the archives"
+    return f"no datastore {name} in {backend.url}: {fix}{did_you_mean(name, names) if names else ''}"
 
 
-def _listed(numbers: list[int]) -> str:
+def _format_numbers(numbers: list[int]) -> str:
     return ", ".join(f"v{number}" for number in sorted(numbers))

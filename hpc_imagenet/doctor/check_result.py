@@ -1,110 +1,81 @@
-"""A line of the doctor's report, and the words that all of them use."""
+"""Findings of checks, the reports of a probe, and the texts that several checks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 from hpc_imagenet.config.schema import Cluster
 
-OK, FAIL, WARN = "well", "wrong", "unsure"
-STATUS_MARKS = {OK: "✓", FAIL: "✗", WARN: "\N{EN DASH}"}
-
-ROOM = 10**9  # bytes without which a folder counts as full
-INODES = 10_000  # the same for its files
+OK, WARN, FAIL = "ok", "warn", "fail"
 
 
-@dataclass(frozen=True)
-class CheckResult:
-    """One matter: `where` is login or the stage whose nodes were asked; `mend` says what to set."""
+class Finding(NamedTuple):
+    """Outcome of one check."""
 
-    where: str
-    check: str
-    status: str  # WELL, WRONG or UNSURE
+    status: str  # OK, WARN or FAIL
     found: str
-    fix: str = ""
+    fix: str = ""  # which setting to change
 
-    def __str__(self) -> str:
-        """Draw it as a line of text, and what to set in a second one."""
-        mend = f"\n{'':17}→ {self.fix}" if self.fix else ""
-        return f"  {STATUS_MARKS[self.status]} {self.check:<12} {self.found}{mend}"
 
-    def plain(self) -> dict[str, str]:
-        """Return it as a mapping of strings."""
-        return asdict(self)
+ok, warn, fail = partial(Finding, OK), partial(Finding, WARN), partial(Finding, FAIL)
 
 
 @dataclass(frozen=True)
-class ProbeReport:
-    """All that one probe brought home from its nodes."""
+class StageCluster:
+    """Cluster settings of one stage."""
 
     stage: str
-    cluster: Cluster  # for this stage
-    overlaid: frozenset[str]  # the settings that the stage has of its own
-    size: int  # tasks
-    home: Mapping[str, Any]  # what the login side says of itself: python, package, code, versions
-    greetings: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # by rank
-    reports: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # of each node's first task
-    silent: tuple[str, ...] = ()  # nodes that told nothing
-    archives: int = 0  # bytes of the dataset, as far as they are known
-    source: str = ""  # where the archives come from
-
-    @property
-    def nodes(self) -> list[str]:
-        """The nodes that told something, in order of rank."""
-        return list(dict.fromkeys(hello["node"] for _, hello in sorted(self.greetings.items())))
+    cluster: Cluster
+    overrides: frozenset[str]  # names of the settings under cluster.stage.<stage>
 
     @property
     def on_slurm(self) -> bool:
-        """Whether Slurm gave out what the tasks have."""
+        """Whether the stage runs as a Slurm job."""
         return self.cluster.executor == "slurm"
 
     def setting(self, name: str) -> str:
-        """Return a cluster setting's full name, as it must be written for this stage."""
-        return setting(self.stage, name, self.overlaid)
-
-    def result(self, check: str, mark: str, found: str, mend: str = "") -> CheckResult:
-        """Return a line of this stage."""
-        return CheckResult(self.stage, check, mark, found, mend if mark != OK else "")
+        """Return the full name of a setting: `cluster.<name>` or `cluster.stage.<stage>.<name>`."""
+        return f"cluster.stage.{self.stage}.{name}" if name in self.overrides else f"cluster.{name}"
 
 
-def setting(stage: str, name: str, overlaid: Iterable[str]) -> str:
-    """Return `cluster.stage.<stage>.<name>` where the stage has a value of its own, else `cluster.<name>`."""
-    return f"cluster.stage.{stage}.{name}" if name in overlaid else f"cluster.{name}"
+@dataclass(frozen=True)
+class ProbeReport(StageCluster):
+    """What one probe was to check, and the reports of its tasks."""
 
+    size: int  # tasks requested
+    login: Mapping[str, Any]  # `probe.installation` of the login node, and `versions` of packages there
+    archives: int = 0  # bytes of the dataset's archives, as far as they are known
+    source: str = ""  # dataset.source, if this probe checks it
+    tasks: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # by rank; see `probe.run_probe`
+    missing_nodes: Sequence[str] = ()  # nodes of the job that sent no report
 
-def by_node(seen: ProbeReport, tell: Callable[[Mapping[str, Any]], str]) -> str:
-    """Return what is told of each node, once where all say the same."""
-    groups: dict[str, list[str]] = {}
-    for _, report in sorted(seen.reports.items()):
-        groups.setdefault(tell(report), []).append(report["node"])
-    if len(groups) == 1:
-        return next(iter(groups))
-    return "; ".join(f"{node_names(nodes)}: {text}" for text, nodes in groups.items() if text)
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes that sent a report, in order of rank."""
+        return list(dict.fromkeys(task["node"] for _, task in sorted(self.tasks.items())))
+
+    def node_reports(self, key: str = "disks") -> list[Mapping[str, Any]]:
+        """Return the complete reports of the first task of each node, of those that have `key`."""
+        return [task for _, task in sorted(self.tasks.items()) if task.get(key) is not None]
+
+    def by_node(self, key: str, text: Callable[[Any], str]) -> str:
+        """Return `text(report[key])` of each node with the node's name, or once if all have the same."""
+        groups: dict[str, list[str]] = {}
+        for report in self.node_reports(key):
+            groups.setdefault(text(report[key]), []).append(report["node"])
+        if len(groups) == 1:
+            return next(iter(groups))
+        return "; ".join(f"{node_names(nodes)}: {each}" for each, nodes in groups.items() if each)
 
 
 def node_names(nodes: Sequence[str]) -> str:
-    """Return node names in a row, the first few of many."""
+    """Return the names of at most six nodes, or of the first four and the number of the others."""
     return " ".join(nodes) if len(nodes) <= 6 else f"{' '.join(nodes[:4])} and {len(nodes) - 4} more"
 
 
-def is_full(disk: Mapping[str, Any]) -> bool:
-    """Whether a folder has next to no bytes or files left."""
-    return (disk["free"] or 0) < ROOM or (disk["inodes"] is not None and disk["inodes"] < INODES)
-
-
-def free_space_text(disk: Mapping[str, Any]) -> str:
-    """Return what `probe.disk` found in words: error, or free bytes, inodes and kind of file system."""
-    if disk["error"]:
-        return str(disk["error"])
-    inodes = "" if disk["inodes"] is None else f" and {disk['inodes']:,} files"
-    return f"{size_text(disk['free'])}{inodes} free" + (f" ({disk['kind']})" if disk["kind"] else "")
-
-
-def size_text(amount: float) -> str:
-    """Return bytes in words: 1.5 GB, in powers of ten."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if amount >= limit:
-            return f"{amount / limit:.1f} {unit}"
-    return f"{amount:.0f} bytes"
+def gigabytes(size: float) -> str:
+    """Return a number of bytes as text in units of 10^9 bytes."""
+    return f"{size / 1e9:,.1f} GB"

@@ -1,4 +1,4 @@
-"""The login side: Slurm's commands, what Slurm says of itself and of our jobs, and the workspace."""
+"""Checks on the login node: Slurm's commands and configuration, whether it accepts jobs, the workspace."""
 
 from __future__ import annotations
 
@@ -6,305 +6,206 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_imagenet.config.schema import Cluster, Config
-from hpc_imagenet.doctor.check_result import (
-    FAIL,
-    OK,
-    WARN,
-    CheckResult,
-    free_space_text,
-    is_full,
-    setting,
-    size_text,
-)
+from hpc_imagenet.doctor.check_result import Finding, StageCluster, fail, gigabytes, ok, warn
 from hpc_imagenet.doctor.probe import probe_disk
 from hpc_imagenet.launch import sbatch, slurm
 
-LOGIN = "login"  # where these lines belong
-_NEEDED = ("sbatch", "srun", "squeue", "scontrol", "scancel")
-_SLOW = 10.0  # s for an answer of squeue
+Partitions = Mapping[str, Mapping[str, str]]  # settings of each partition, such as MaxTime, by its name
 
-# What sbatch says → the settings that it may be about; the first that fits.
-_REFUSALS = (
-    (r"account", ("account", "partition")),
+_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
+_SLOW_REPLY = 10.0  # s
+_ACCOUNTING_DELAY = 10.0  # s that accounting may lag
+_WITHOUT_SACCT = "states come from squeue and from the run folders"
+
+# Pattern in a refusal of sbatch, or in a pending job's reason → settings that can cause it; first match.
+_CAUSES = (
+    (r"account|assoc", ("account", "partition")),
+    (r"time ?limit", ("time",)),
+    (r"node ?limit", ("nodes",)),
     (r"partition", ("partition",)),
     (r"qos", ("qos",)),
-    (r"feature", ("constraint",)),
-    (r"time ?limit", ("time",)),
+    (r"feature|constraint", ("constraint",)),
     (r"memory", ("memory_gb",)),
     (r"gres|generic resource|gpu", ("gpus_per_node", "sbatch")),
-    (r"node count|configuration|available", ("nodes", "gpus_per_node", "cpus_per_task", "memory_gb")),
-    (r"option|reservation|licen", ("sbatch",)),
+    (r"node count|configuration|\bavailable", ("nodes", "gpus_per_node", "cpus_per_task", "memory_gb")),
+    (r"option|reservation|licen|held", ("sbatch",)),
 )
 
 
-def check_commands() -> CheckResult:
-    """Return whether Slurm's commands are on the PATH."""
-    missing = [name for name in _NEEDED if not shutil.which(name)]
-    if missing:
-        return CheckResult(
-            LOGIN,
-            "commands",
-            FAIL,
-            f"no {', '.join(missing)} on the PATH",
-            "go to a login node, or load the module that has Slurm; cluster=local needs none",
-        )
+def causes(message: str) -> tuple[str, ...]:
+    """Return the cluster settings that a message of Slurm can be about; empty if unknown."""
+    return next((names for pattern, names in _CAUSES if re.search(pattern, message, re.IGNORECASE)), ())
+
+
+def check_commands() -> Finding:
+    """Check that Slurm's commands are on the PATH."""
+    if missing := [name for name in _COMMANDS if not shutil.which(name)]:
+        fix = "use a login node, or load the module that provides Slurm; cluster=local needs none"
+        return fail(f"not on the PATH: {', '.join(missing)}", fix)
     version = slurm.run_command("sbatch", "--version").stdout.strip()
-    return CheckResult(LOGIN, "commands", OK, f"{' '.join(_NEEDED)} ({version or 'of an unknown version'})")
+    return ok(f"{' '.join(_COMMANDS)} ({version or 'unknown version'})")
 
 
-def check_squeue() -> CheckResult:
-    """Return whether the queue answers."""
+def check_squeue() -> Finding:
+    """Check that the controller replies, and how fast."""
     began = time.monotonic()
     done = slurm.run_command("squeue", "--noheader", f"--user={os.getuid()}", "--format=%i")
-    took = time.monotonic() - began
+    seconds = time.monotonic() - began
     if done.returncode:
-        return CheckResult(
-            LOGIN,
-            "squeue",
-            FAIL,
-            f"does not answer ({_last(done.stderr)})",
-            "ask again; SLURM_CONF must name this cluster's slurm.conf where that is not /etc/slurm",
-        )
-    if took > _SLOW:
-        return CheckResult(LOGIN, "squeue", WARN, f"answers after {took:.0f} s", "jobs will be as slow")
-    return CheckResult(LOGIN, "squeue", OK, f"answers within {took:.1f} s")
+        fix = "retry later; set SLURM_CONF if this cluster's slurm.conf is not in /etc/slurm"
+        return fail(f"fails ({_last_line(done.stderr)})", fix)
+    return (warn if seconds > _SLOW_REPLY else ok)(f"replies after {seconds:.1f} s")
 
 
-def check_sacct() -> CheckResult:
-    """Return whether accounting answers; nothing but the certainty of some states depends on it."""
-    found = "does not answer"
-    if not shutil.which("sacct"):
-        found = "is not on the PATH"
-    else:
-        done = slurm.run_command(
-            "sacct", "--noheader", "--allocations", "--starttime=now-1minutes", "--format=JobID"
-        )
-        if not done.returncode:
-            return CheckResult(LOGIN, "sacct", OK, "answers")
-        found += f" ({_last(done.stderr)})"
-    return CheckResult(LOGIN, "sacct", WARN, f"{found}: states come from squeue and the runs' own record")
+def check_sacct(job_id: str = "") -> Finding:
+    """Check that accounting replies, and that it knows a job that has just ended, if one is given.
 
-
-def check_accounting(job_id: str, seconds: float = 10.0) -> CheckResult:
-    """Return whether accounting knows a job that has just ended; it may lag by some seconds."""
-    command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job_id}"]
-    end, said = time.monotonic() + seconds, ""
-    while shutil.which("sacct") and time.monotonic() < end:
-        done = slurm.run_command(*command)
-        said = done.stdout.strip() or said
-        if done.returncode or (said and said.split()[0] not in ("RUNNING", "PENDING", "COMPLETING")):
-            break
+    Accounting is optional: only the states of some ended jobs depend on it.
+    """
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State"]
+    command += [f"--jobs={job_id}"] if job_id else ["--starttime=now-1minutes"]
+    deadline = time.monotonic() + _ACCOUNTING_DELAY
+    while True:
+        done = slurm.run_command(*command)  # fails if it is not on the PATH
+        state = done.stdout.strip().lower().replace("_", " ")
+        if done.returncode:
+            return warn(f"fails ({_last_line(done.stderr)}): {_WITHOUT_SACCT}")
+        if not job_id:
+            return ok("replies")
+        if state and state.split()[0] not in ("running", "pending", "completing"):
+            return ok(f"knows the probe: {state}")
+        if time.monotonic() > deadline:
+            return warn(f"does not know that the probe ended: {_WITHOUT_SACCT}")
         time.sleep(0.2)
-    if said:
-        return CheckResult("", "sacct", OK, f"knows the probe: {said.lower().replace('_', ' ')}")
-    return CheckResult(
-        "", "sacct", WARN, "does not know the probe: states come from squeue and the runs' own record"
-    )
 
 
-def partitions() -> dict[str, dict[str, str]]:
-    """Return what scontrol tells of each partition, by its names, such as MaxTime and GraceTime."""
-    found = {}
-    for line in slurm.run_command("scontrol", "show", "partition", "--oneliner").stdout.splitlines():
-        told = dict(re.findall(r"(\S+?)=(\S*)", line))
-        if name := told.get("PartitionName"):
-            found[name] = told
-    return found
+def partitions() -> Partitions:
+    """Return the partitions by `scontrol show partition`; empty if it fails."""
+    lines = slurm.run_command("scontrol", "show", "partition", "--oneliner").stdout.splitlines()
+    found = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
+    return {each["PartitionName"]: each for each in found if each.get("PartitionName")}
 
 
 def slurm_settings() -> dict[str, str]:
-    """Return `scontrol show config` by names; empty where it does not answer."""
+    """Return the settings by `scontrol show config`; empty if it fails."""
     text = slurm.run_command("scontrol", "show", "config").stdout
     return {name: value.strip() for name, value in re.findall(r"^(\w+)\s*=\s*(.*)$", text, re.MULTILINE)}
 
 
-def check_accepted(
-    stage: str,
-    cluster: Cluster,
-    overlaid: Iterable[str],
-    known: Mapping[str, Mapping[str, str]],
-    folder: Path,
-) -> CheckResult:
-    """Return whether Slurm would take a job of this stage as it is set; nothing is submitted."""
-    overlaid = frozenset(overlaid)
-
-    def name(setting_name: str) -> str:
-        return setting(stage, setting_name, overlaid)
-
-    if cluster.time is None:
-        return CheckResult(
-            LOGIN, stage, FAIL, "has no time limit", f"give its minutes, such as {name('time')}=1440"
-        )
-    told = sbatch.test_only(
-        sbatch.sbatch_script([sbatch.ArrayTask("doctor", stage, stage, cluster, ())], folder)
-    )
-    start = re.search(r"to start at (\S+).*?on nodes? (\S+)(?: in partition (\S+))?", told)
-    if not start and "to start at" not in told:
-        why = next((names for pattern, names in _REFUSALS if re.search(pattern, told, re.IGNORECASE)), None)
-        mend = [
-            f"{name(each)}={_shown(getattr(cluster, each))}"
-            for each in why or ("partition", "account", "qos")
-        ]
-        there = f" (partitions: {', '.join(known)})" if known and (why is None or "partition" in why) else ""
-        return CheckResult(
-            LOGIN, stage, FAIL, f"Slurm refuses it ({told})", f"change {' or '.join(mend)}{there}"
-        )
-    found = "Slurm takes it"
-    if start:
-        found += f", and would start it at {start[1].replace('T', ' ')} on {start[2]}"
-        found += f" in partition {start[3]}" if start[3] else ""
-    mine = _partitions_of(cluster, known)
-    limits = {each: _minutes(told.get("MaxTime", "")) for each, told in mine.items()}
-    finite = [limit for limit in limits.values() if limit is not None]
-    # Without EnforcePartLimits Slurm takes such a job and never starts it.
-    if mine and len(finite) == len(limits) and cluster.time > max(finite):
-        return CheckResult(
-            LOGIN,
-            stage,
-            FAIL,
-            f"{name('time')}={cluster.time} is more than partition {', '.join(limits)} gives",
-            f"set {name('time')}={max(finite)}; a training goes on from there by itself",
-        )
-    closed = [each for each, told in mine.items() if told.get("State", "UP") != "UP"]
-    if closed:
-        return CheckResult(
-            LOGIN,
-            stage,
-            WARN,
-            f"{found}, but partition {', '.join(closed)} is {mine[closed[0]]['State'].lower()}",
-        )
-    return CheckResult(LOGIN, stage, OK, found)
+def check_arrays(settings: Mapping[str, str]) -> Finding:
+    """Report the largest sweep that fits into one job array."""
+    if "MaxArraySize" not in settings:
+        return warn("scontrol show config does not print MaxArraySize")
+    return ok(f"at most {slurm.max_array_size()} jobs (MaxArraySize); a larger sweep is split")
 
 
-def check_arrays(config: Mapping[str, str]) -> CheckResult:
-    """Return how large a sweep may be before it becomes several arrays."""
-    if "MaxArraySize" not in config:
-        return CheckResult(LOGIN, "arrays", WARN, "scontrol show config does not tell MaxArraySize")
-    most = slurm.max_array_size()
-    return CheckResult(
-        LOGIN, "arrays", OK, f"{most} jobs at most (MaxArraySize); a larger sweep becomes several"
-    )
-
-
-def check_requeues(cluster: Cluster, config: Mapping[str, str]) -> CheckResult:
-    """Return whether Slurm will start our jobs again after a lost node or a preemption."""
+def check_requeue(cluster: Cluster, settings: Mapping[str, str]) -> Finding:
+    """Check that Slurm restarts our jobs after a node failure or a preemption."""
     if "no-requeue" in sbatch.extra_sbatch_options(cluster):
-        return CheckResult(
-            LOGIN,
-            "requeue",
-            WARN,
-            "cluster.sbatch says that jobs are not requeued: retry goes on after a preemption",
-        )
-    found = f"jobs ask for it, at most cluster.max_requeues={cluster.max_requeues} times"
-    if config.get("JobRequeue") == "0":
-        found += ", though JobRequeue=0 here"
-    return CheckResult(LOGIN, "requeue", OK, found)
+        return warn("cluster.sbatch turns requeue off: use the command retry after a preemption")
+    default = ", although JobRequeue=0 here" if settings.get("JobRequeue") == "0" else ""
+    return ok(f"jobs request it, at most cluster.max_requeues={cluster.max_requeues} times{default}")
 
 
-def check_preemption(
-    cluster: Cluster, config: Mapping[str, str], known: Mapping[str, Mapping[str, str]]
-) -> CheckResult:
-    """Return what a preemption would do to a training."""
-    kind, mode = config.get("PreemptType", ""), config.get("PreemptMode", "")
-    mine = _partitions_of(cluster, known)
-    if not config:
-        return CheckResult(LOGIN, "preemption", WARN, "scontrol show config does not answer")
+def check_preemption(cluster: Cluster, settings: Mapping[str, str], known: Partitions) -> Finding:
+    """Report what a preemption does to a training."""
+    if not settings:
+        return warn("scontrol show config fails")
+    kind, mode = settings.get("PreemptType", ""), settings.get("PreemptMode", "")
     if kind.endswith("none") or mode == "OFF":
-        return CheckResult(LOGIN, "preemption", OK, "jobs are not preempted")
+        return ok("jobs are not preempted")
+    usable = _usable_partitions(cluster, known)
     if kind.endswith("partition_prio"):
-        mode = next((told["PreemptMode"] for told in mine.values() if "PreemptMode" in told), mode)
+        mode = next((each["PreemptMode"] for each in usable.values() if "PreemptMode" in each), mode)
     if mode == "OFF":
-        return CheckResult(LOGIN, "preemption", OK, f"not in partition {', '.join(mine)}")
+        return ok(f"not in partition {', '.join(usable)}")
     if "CANCEL" in mode:
-        return CheckResult(
-            LOGIN,
-            "preemption",
-            WARN,
-            "preempted jobs are cancelled for good: retry RUN goes on from the last checkpoint",
-        )
+        return warn("preempted jobs are cancelled: retry RUN resumes from the last checkpoint")
     if "REQUEUE" not in mode:
-        return CheckResult(LOGIN, "preemption", OK, f"preempted jobs wait and go on (PreemptMode={mode})")
-    grace = max(
-        (int(told["GraceTime"]) for told in mine.values() if told.get("GraceTime", "").isdigit()), default=0
-    )
-    if not grace:
-        return CheckResult(
-            LOGIN,
-            "preemption",
-            WARN,
-            "preempted jobs are requeued without a warning (GraceTime=0)",
-            "train.checkpoint_every_minutes is what one can cost",
-        )
-    return CheckResult(
-        LOGIN, "preemption", OK, f"preempted jobs save within {grace} s (GraceTime) and are requeued"
-    )
+        return ok(f"preempted jobs are suspended and continue later (PreemptMode={mode})")
+    grace = max((int(g) for each in usable.values() if (g := each.get("GraceTime", "")).isdigit()), default=0)
+    if grace:
+        return ok(f"preempted jobs save a checkpoint within {grace} s (GraceTime) and are requeued")
+    fix = "a preemption can cost as much work as train.checkpoint_every_minutes"
+    return warn("preempted jobs are requeued without a warning (GraceTime=0)", fix)
 
 
-def check_workspace(config: Config) -> CheckResult:
-    """Make the workspace's folder of runs and return what kind of place it is."""
-    place = Path(config.workspace)
-    other = "another one: workspace=FOLDER"
+def check_accepted(target: StageCluster, known: Partitions, folder: Path) -> Finding:
+    """Check by `sbatch --test-only` that Slurm accepts a job of a stage; nothing is submitted."""
+    cluster, time_setting = target.cluster, target.setting("time")
+    if cluster.time is None:
+        return fail("has no time limit", f"set it in minutes, such as {time_setting}=1440")
+    job = sbatch.ArrayTask("doctor", target.stage, target.stage, cluster, ())
+    message = sbatch.test_only(sbatch.sbatch_script([job], folder))
+    if "to start at" not in message:
+        names = causes(message) or ("partition", "account", "qos")
+        fix = " or ".join(f"{target.setting(name)}={_value_text(getattr(cluster, name))}" for name in names)
+        choice = f" (partitions: {', '.join(known)})" if known and "partition" in names else ""
+        return fail(f"Slurm refuses the job ({message})", f"change {fix}{choice}")
+    usable = _usable_partitions(cluster, known)
+    limits = [_minutes(each.get("MaxTime", "")) for each in usable.values()]
+    finite = [limit for limit in limits if limit is not None]
+    # Without EnforcePartLimits Slurm accepts such a job and never starts it.
+    if usable and len(finite) == len(limits) and cluster.time > max(finite):
+        fix = f"set {time_setting}={max(finite)}; a training continues in a new job by itself"
+        return fail(f"{time_setting}={cluster.time} exceeds partition {', '.join(usable)}'s limit", fix)
+    found = "Slurm accepts the job"
+    if start := re.search(r"to start at (\S+).*?on nodes? (\S+)(?: in partition (\S+))?", message):
+        found += f" and would start it at {start[1].replace('T', ' ')} on {start[2]}"
+        found += f" in partition {start[3]}" if start[3] else ""
+    closed = [f"{name} is {s.lower()}" for name in usable if (s := usable[name].get("State", "UP")) != "UP"]
+    return warn(f"{found}, but partition {', '.join(closed)}") if closed else ok(found)
+
+
+def check_workspace(config: Config) -> Finding:
+    """Create the workspace's folder of runs and check that it is writable and has free space."""
+    folder, other = Path(config.workspace), "another folder: workspace=FOLDER"
     try:
-        (place / "runs").mkdir(parents=True, exist_ok=True)
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return CheckResult(
-            LOGIN, "workspace", FAIL, f"{place} cannot be made ({error.strerror})", f"choose {other}"
+        return fail(f"{folder} cannot be created ({error.strerror})", f"choose {other}")
+    disk = probe_disk(folder / "runs")
+    found = disk["text"]
+    if disk["error"]:
+        return fail(f"{folder} is not writable ({disk['error']})", f"choose {other}")
+    if disk["full"]:
+        return fail(f"{found}: it is full", f"free some space, or choose {other}")
+    needed, archives = archive_bytes(config), folder / "archives" / config.dataset.name
+    if disk["free"] < needed and not archives.is_dir():
+        found += f", less than the {gigabytes(needed)} of dataset {config.dataset.name}"
+        return warn(
+            found, "if its archives are on this file system already, link them: dataset.source=FOLDER"
         )
-    found = probe_disk(place / "runs")
-    words = f"{place}: {free_space_text(found)}"
-    if found["error"]:
-        return CheckResult(
-            LOGIN, "workspace", FAIL, f"{place} cannot be written ({found['error']})", f"choose {other}"
-        )
-    if is_full(found):
-        return CheckResult(LOGIN, "workspace", FAIL, words, f"it is full: make room, or choose {other}")
-    wanted = archive_bytes(config)
-    if found["free"] < wanted and not (place / "archives" / config.dataset.name).is_dir():
-        name = f"dataset {config.dataset.name}'s {size_text(wanted)}"
-        return CheckResult(
-            LOGIN,
-            "workspace",
-            WARN,
-            words,
-            f"less than {name}, unless they lie on it already: dataset.source=FOLDER is linked",
-        )
-    if found["kind"] == "tmpfs":
-        return CheckResult(
-            LOGIN, "workspace", WARN, words, "this is memory, gone at the next start of the machine"
-        )
-    return CheckResult(LOGIN, "workspace", OK, words)
+    if disk["kind"] == "tmpfs":
+        return warn(found, "files in memory are lost when the machine restarts")
+    return ok(found)
 
 
 def archive_bytes(config: Config) -> int:
-    """Return the bytes of the dataset's archives, as far as they are known."""
+    """Return the size of the dataset's archives in bytes, as far as it is known."""
     return sum(archive.bytes or 0 for archive in config.dataset.archives.values())
 
 
-def nodes_of(nodelist: str) -> list[str]:
-    """Return the nodes of a list as Slurm writes it, `n[1-3]`; empty where scontrol does not tell."""
-    return slurm.run_command("scontrol", "show", "hostnames", nodelist).stdout.split() if nodelist else []
-
-
-def _partitions_of(cluster: Cluster, known: Mapping[str, Mapping[str, str]]) -> dict[str, Mapping[str, str]]:
-    """Return those that a job of this cluster may run in: the named ones, else the default."""
+def _usable_partitions(cluster: Cluster, known: Partitions) -> Partitions:
+    """Return the partitions that jobs of this cluster may use: those set, else the default one."""
     if cluster.partition:
         return {name: known[name] for name in cluster.partition.split(",") if name in known}
-    return {name: told for name, told in known.items() if told.get("Default") == "YES"}
+    return {name: each for name, each in known.items() if each.get("Default") == "YES"}
 
 
 def _minutes(text: str) -> int | None:
-    """Return Slurm's `1-12:30:00` as minutes; None for UNLIMITED and what is no time."""
+    """Return Slurm's `1-12:30:00` in minutes; None for UNLIMITED and anything else."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     return int(found[1] or 0) * 1440 + int(found[2]) * 60 + int(found[3]) if found else None
 
 
-def _shown(value: object) -> str:
+def _value_text(value: object) -> str:
     return "null" if value is None else "…" if isinstance(value, (dict, list)) else str(value)
 
 
-def _last(text: str) -> str:
-    return (text.strip().splitlines() or ["without a word"])[-1]
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["without a message"])[-1]

@@ -1,273 +1,254 @@
-"""What the nodes have in common with the login side and with one another, judged.
-
-Pure: it reads no disk and asks nobody. What a report holds is told by probe.py.
-"""
+"""Checks of what a probe reported from the nodes; see `_CHECKS` for the list."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from hpc_imagenet.doctor import hardware_checks
-from hpc_imagenet.doctor.check_result import FAIL, OK, WARN, CheckResult, ProbeReport, by_node, node_names
+from hpc_imagenet.doctor.check_result import Finding, ProbeReport, fail, gigabytes, node_names, ok, warn
 
-SKEW = 3.0  # s between two clocks from which on times in logs mislead
-SLOW = 10.0  # s until a file of a node is seen here from which on states lag behind
+_TASK_MEMORY = 2**30  # bytes that a training task needs to import torch and hold a small network
+_NETWORK_DISKS = re.compile(r"nfs4?|lustre|gpfs|beegfs|ceph(fs)?|fuse\.glusterfs|wekafs|afs")
 
-
-def check_nodes(seen: ProbeReport) -> list[CheckResult]:
-    """Return all that is to be said of what one probe reports; some of its tasks did."""
-    judged = [_workspace(seen), _python(seen)]
-    if any("packages" in report for report in seen.reports.values()):
-        judged.append(_packages(seen))
-    judged += [hardware_checks.check_cores(seen), hardware_checks.check_memory(seen)]
-    if any("gpus" in report for report in seen.reports.values()):
-        judged += [hardware_checks.check_gpus(seen), hardware_checks.check_scratch(seen)]
-    if seen.source:
-        judged.append(_internet(seen))
-    judged.append(_clocks(seen))
-    if len(seen.nodes) + len(seen.silent) > 1:
-        judged.append(_peers(seen))
-    return judged
+# Pattern in the log of a probe without reports → failed check and fix; first match. Setting names in braces
+# become full names.
+_LOG_ERRORS = {
+    r"[Cc]ould not open std(out|err) file": ("workspace", "not every node sees it: set workspace=FOLDER"),
+    r"execve.*No such file|python[\w./]*: (not found|No such file|command not found)": (
+        *("python", "install the package on a file system that the nodes share, or load python in {setup}"),
+    ),
+    r"(ModuleNotFound|Import)Error": (
+        *("python", "install the package where the nodes see it; {setup} may change PYTHONPATH"),
+    ),
+    r"srun: (error|fatal)": ("probe", "srun failed: check {srun}, {setup} and {cpus_per_task}"),
+}
 
 
-def explain_no_report(seen: ProbeReport, workspace: str, log: str | None, ended: str) -> CheckResult:
-    """Return why a probe that ran told nothing at all.
+def check_nodes(probe: ProbeReport) -> list[tuple[str, Finding]]:
+    """Return name and finding of each check that applies; at least one task of the probe has reported."""
+    findings = [(name, check(probe)) for name, check in _CHECKS]
+    return [(name, finding) for name, finding in findings if finding is not None]
 
-    Args:
-        seen: the probe, without hellos.
-        workspace: the folder that the nodes should see.
-        log: what the job printed as errors; None where it left no log.
-        ended: Slurm's word for its end.
+
+def explain_no_report(probe: ProbeReport, workspace: str, log: str | None, ended: str) -> tuple[str, Finding]:
+    """Return the check that failed, and its finding, for a probe that ran and sent no report.
+
+    `log` is the stderr of the job, or None if there is no such file; `ended` is Slurm's reason for its end.
     """
-    words = [line.strip() for line in (log or "").splitlines() if line.strip()]
-    last = words[-1] if words else ""
     if log is None:
-        return seen.result(
-            "workspace",
-            FAIL,
-            f"{workspace} is not shared with the nodes: what the job wrote there is not here ({ended})",
-            "choose a folder that login and nodes see: workspace=FOLDER",
-        )
-    for line in words:
-        if re.search(r"[Cc]ould not open std(out|err) file", line):
-            return seen.result(
-                "workspace",
-                FAIL,
-                f"not every node sees {workspace} ({line})",
-                "choose a folder that login and all nodes see: workspace=FOLDER",
-            )
-        if re.search(r"execve.*No such file|python[\w./]*: (not found|No such file|command not found)", line):
-            return seen.result(
-                "python",
-                FAIL,
-                f"no {seen.home['executable']} on the nodes ({line})",
-                f"install the package on a file system that the nodes share, or where "
-                f"{seen.setting('setup')} makes it appear",
-            )
-        if re.search(r"(ModuleNotFound|Import)Error", line):
-            return seen.result(
-                "python",
-                FAIL,
-                f"the package cannot be imported there ({line})",
-                f"install it where the nodes see it; {seen.setting('setup')} may hide it by another "
-                "PYTHONPATH or environment",
-            )
-    if re.search(r"srun: (error|fatal)", log):
-        said = next(line for line in words if re.search(r"srun: (error|fatal)", line))
-        return seen.result(
-            "probe",
-            FAIL,
-            f"srun did not start it ({said})",
-            f"look at {seen.setting('srun')}, {seen.setting('setup')} and {seen.setting('cpus_per_task')}",
-        )
-    return seen.result(
-        "probe",
-        FAIL,
-        f"it ended before it could tell anything ({last or ended})",
-        f"look at {seen.setting('setup')} and at what it printed",
+        found = f"{workspace} is not shared with the nodes: no file that the job wrote is here ({ended})"
+        return "workspace", fail(found, "choose a folder that login and nodes see: workspace=FOLDER")
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or [ended]
+    errors = ((pattern, line) for pattern in _LOG_ERRORS for line in lines if re.search(pattern, line))
+    pattern, line = next(errors, ("", lines[-1]))
+    check, fix = _LOG_ERRORS.get(pattern, ("probe", "check {setup} and what it printed"))
+    names = {name: probe.setting(name) for name in ("setup", "srun", "cpus_per_task")}
+    return check, fail(f"the probe ended without a report ({line})", fix.format(**names))
+
+
+def _check_workspace(probe: ProbeReport) -> Finding:
+    if missing := probe.size - len(probe.tasks):
+        nodes = f" (none on {node_names(probe.missing_nodes)})" if probe.missing_nodes else ""
+        fix = "their nodes may not see the workspace or python: set workspace=FOLDER on a shared file system "
+        fix += f"or exclude those nodes by {probe.setting('constraint')}="
+        return fail(f"{missing} of {probe.size} tasks wrote no report into it{nodes}", fix)
+    complete = [report["node"] for report in probe.node_reports()]
+    if unfinished := [node for node in probe.nodes if node not in complete]:
+        fix = f"see the log of the job; too little {probe.setting('memory_gb')} is a usual cause"
+        return fail(f"{node_names(unfinished)} started and did not finish", fix)
+    if errors := probe.by_node("disks", lambda disks: str(disks["workspace"]["error"])):
+        return fail(errors, "choose a folder that the nodes can write: workspace=FOLDER")
+    kinds = {report["disks"]["workspace"]["kind"] for report in probe.node_reports()} - {""}
+    return ok(f"visible and writable from {node_names(probe.nodes)} ({', '.join(sorted(kinds))})")
+
+
+def _check_python(probe: ProbeReport) -> Finding:
+    login, different = probe.login, {}
+    for task in probe.tasks.values():
+        names = [name for name in ("python", "package", "code") if task[name] != login[name]]
+        if names:
+            different[task["node"]] = ", ".join(f"{name} {task[name]} (here {login[name]})" for name in names)
+    if different:
+        fix = f"the nodes use another installation: share one, and check {probe.setting('setup')}"
+        return fail("; ".join(f"{node}: {text}" for node, text in different.items()), fix)
+    return ok(f"{login['python']} and hpc_imagenet {login['package']}, as here")
+
+
+def _check_packages(probe: ProbeReport) -> Finding | None:
+    login = probe.login["versions"]
+
+    def problems(packages: Mapping[str, Any]) -> str:
+        versions = packages["versions"].items()
+        different = [f"{name} {each} (here {login[name]})" for name, each in versions if each != login[name]]
+        return ", ".join([*different, *filter(None, [packages["error"]])])
+
+    if not probe.node_reports("packages"):
+        return None
+    if found := probe.by_node("packages", problems):
+        fix = f"install the pinned versions where the nodes see them (make); check {probe.setting('setup')}"
+        return fail(found, fix)
+    return ok(f"{', '.join(f'{name} {login[name]}' for name in login)} can be imported, as here")
+
+
+def _check_cores(probe: ProbeReport) -> Finding:
+    requested, name = probe.cluster.cpus_per_task, probe.setting("cpus_per_task")
+    counts = [task["cores"] for task in probe.tasks.values()]
+    least = min(counts)
+    found = f"{least}" if least == max(counts) else f"{least} to {max(counts)}"
+    if not probe.on_slurm:
+        return ok(f"{found} on this machine")
+    if requested and least < requested:
+        srun, setup = probe.setting("srun"), probe.setting("setup")
+        fix = f"remove options that bind tasks from {srun} and {setup}, try '{srun}=[--cpu-bind=none]', or "
+        fix += f"request what the nodes have: {name}={least}"
+        return fail(f"a task gets {found} of the {requested} requested by {name}", fix)
+    if least == 1 and not requested and probe.stage == "train":
+        return fail("a task gets 1 core, too few for its loader workers", f"request more: {name}=8")
+    return ok(f"{found} per task" + (f" ({requested} requested)" if requested else ""))
+
+
+def _check_memory(probe: ProbeReport) -> Finding | None:
+    least = min((report["memory"]["usable"] for report in probe.node_reports()), default=None)
+    if least is None:
+        return None
+    name, requested = probe.setting("memory_gb"), probe.cluster.memory_gb
+    found = probe.by_node(
+        "memory", lambda m: f"{gigabytes(m['usable'])} of the node's {gigabytes(m['total'])}"
     )
+    if probe.on_slurm and requested and least < 0.95 * requested * 2**30:
+        return fail(f"{found}, less than {name}={requested:g} GiB", f"set {name} to what the nodes have")
+    tasks = max(1, probe.size // (len(probe.nodes) + len(probe.missing_nodes)))
+    if probe.stage == "train" and least < _TASK_MEMORY * tasks:
+        more = f"{name}={16 * tasks}" if probe.on_slurm else "--mem of the allocation"
+        return fail(f"{found}, too little for training (tasks per node: {tasks})", f"request more: {more}")
+    return ok(found)
 
 
-def _workspace(seen: ProbeReport) -> CheckResult:
-    missing = seen.size - len(seen.greetings)
-    if missing:
-        where = f" (none from {node_names(seen.silent)})" if seen.silent else ""
-        return seen.result(
-            "workspace",
-            FAIL,
-            f"{missing} of {seen.size} tasks left no word in it{where}",
-            "their node may not see the workspace or python: workspace=FOLDER on a file system that all "
-            f"nodes share, or keep those nodes out by {seen.setting('constraint')}=",
-        )
-    if unfinished := [node for node in seen.nodes if node not in _told(seen)]:
-        return seen.result(
-            "workspace",
-            FAIL,
-            f"{node_names(unfinished)} began and did not come to an end",
-            f"what the job printed says more; too little {seen.setting('memory_gb')} is a usual cause",
-        )
-    places = [report["disks"]["workspace"] for report in seen.reports.values()]
-    if any(place["error"] for place in places):
-        errors = by_node(seen, lambda report: str(report["disks"]["workspace"]["error"]))
-        return seen.result("workspace", FAIL, errors, "choose one that nodes can write: workspace=FOLDER")
-    trips = [clock["back"] - clock["sent"] for clock in _clocks_of(seen)]
-    kinds = ", ".join(sorted({place["kind"] for place in places} - {""}))
-    found = f"visible and writable from {node_names(seen.nodes)}" + (f" ({kinds})" if kinds else "")
-    if len(trips) < len(seen.reports):
-        return seen.result(
-            "workspace",
-            WARN,
-            f"{found}, but a node saw nothing of what was written here",
-            "caches of this file system may hold states back for a while; another workspace=FOLDER may not",
-        )
-    found += f"; each side saw the other's file within {max(trips):.1f} s"
-    if max(trips) > SLOW:
-        return seen.result("workspace", WARN, found, "states will lag so much behind")
-    return seen.result("workspace", OK, found)
+def _check_gpus(probe: ProbeReport) -> Finding | None:
+    reports = [report["gpus"] for report in probe.node_reports("gpus")]
+    if not reports:
+        return None
+    name, tasks = probe.setting("gpus_per_node"), probe.cluster.tasks_per_node or 1
+    found = probe.by_node("gpus", _gpu_text)
+    by_driver, usable = min(len(gpus["driver"]) for gpus in reports), min(map(_usable_gpus, reports))
+    if tasks > 1 and all(task["visible_gpus"] == 1 for task in probe.tasks.values()):
+        usable *= tasks  # each task sees only the GPU that it is bound to
+    requested = probe.cluster.gpus_per_node
+    if requested is None:  # a training uses what it finds: by --gres in cluster.sbatch, or this machine's
+        granted = max(gpus["granted"] or 0 for gpus in reports)
+        requested = granted or (tasks if by_driver or usable else 0)
+    if not requested:
+        return ok(f"none requested ({found}): training runs on CPUs")
+    if usable >= max(requested, tasks):
+        return ok(found)
+    if usable >= requested:
+        fix = f"use one task per GPU: {probe.setting('tasks_per_node')}={usable}"
+        return fail(f"{tasks} tasks share {usable}: {found}", fix)
+    found = f"{requested} requested, {usable} usable ({found})"
+    if by_driver > usable:
+        return fail(found, "install a torch built for this driver (python -m pip install torch, pytorch.org)")
+    options = ", ".join(probe.setting(option) for option in ("partition", "constraint", "sbatch"))
+    return fail(found, f"choose nodes with GPUs and a driver by {options}; or set {name}=0")
 
 
-def _python(seen: ProbeReport) -> CheckResult:
-    home = seen.home
-
-    def tell(hello: Mapping[str, Any]) -> str:
-        other = [
-            f"{name} {hello[name]} (here {home[name]})"
-            for name in ("python", "package", "code")
-            if hello[name] != home[name]
-        ]
-        return ", ".join(other)
-
-    differing = {hello["node"]: text for hello in seen.greetings.values() if (text := tell(hello))}
-    if differing:
-        return seen.result(
-            "python",
-            FAIL,
-            "; ".join(f"{node}: {text}" for node, text in differing.items()),
-            f"the nodes run another installation: share one, and look at {seen.setting('setup')}",
-        )
-    return seen.result("python", OK, f"{home['python']} and hpc_imagenet {home['package']}, as here")
+def _usable_gpus(gpus: Mapping[str, Any]) -> int:
+    return len(gpus["driver"] if gpus["torch"] is None else gpus["torch"])
 
 
-def _packages(seen: ProbeReport) -> CheckResult:
-    def tell(report: Mapping[str, Any]) -> str:
-        wrong = []
-        for told in report.get("packages", ()):
-            name, here = told["package"], seen.home["versions"].get(told["package"])
-            if told["error"]:
-                wrong.append(f"{name}: {told['error']}")
-            elif told["version"] != here:
-                wrong.append(f"{name} {told['version']} (here {here or 'not installed'})")
-        return ", ".join(wrong)
-
-    if any(tell(report) for report in seen.reports.values()):
-        return seen.result(
-            "packages",
-            FAIL,
-            by_node(seen, tell),
-            f"install the pinned ones where the nodes see them (make), and look at {seen.setting('setup')}",
-        )
-    versions = [f"{name} {version}" for name, version in seen.home["versions"].items()]
-    return seen.result("packages", OK, f"{', '.join(versions)} can be imported, as here")
+def _gpu_text(gpus: Mapping[str, Any]) -> str:
+    names = gpus["driver"] or gpus["torch"]
+    parts = [f"{len(names)} x {names[0]}" if names else gpus["error"] or "the driver lists none"]
+    if gpus["granted"] is not None:
+        parts.append(f"Slurm granted {gpus['granted']}")
+    if gpus["torch"] is not None:
+        built = f"built for {gpus['cuda']}" if gpus["cuda"] else "built without GPU support"
+        parts.append(f"torch, {built}, finds {len(gpus['torch'])}")
+    return ", ".join(parts)
 
 
-def _internet(seen: ProbeReport) -> CheckResult:
-    told = next((report for report in seen.reports.values() if {"internet", "source"} & report.keys()), {})
-    partition = "cluster.stage.download.partition=…"
-    if "source" in told:
-        disk = told["source"]
+def _check_scratch(probe: ProbeReport) -> Finding | None:
+    if not probe.node_reports("gpus"):
+        return None  # only the probe of the training checks it
+    name, disk = probe.setting("scratch"), _worst_disk(probe, "cluster.scratch")
+    others = [(key, _worst_disk(probe, key)) for key in ("$SLURM_TMPDIR", "$TMPDIR")]
+    also = "; ".join(f"{key} is {each['text']}" for key, each in others if each)
+    if disk is None:
+        hint = f" ({also})" if also else ""
+        return warn(f"{name} is not set: no shards are copied to the nodes' own disks{hint}")
+    if disk["error"]:
+        fix = f"set {name}=FOLDER on the nodes' own disk, or null; to create it, add mkdir -p … to "
+        return fail(f"{disk['path']} on {disk['node']}: {disk['error']}", fix + probe.setting("setup"))
+    where = f" on {disk['node']}, the least" if len(probe.nodes) > 1 else ""
+    found = f"{disk['text']}{where}" + (f"; {also}" if also else "")
+    if disk["full"]:
+        return fail(f"{found}: it is full", f"free some space, or set another {name}=FOLDER")
+    if _NETWORK_DISKS.fullmatch(disk["kind"]):
+        return warn(found, f"this is a network file system, not the nodes' own disk: change {name}")
+    if disk["free"] < probe.archives:
+        return warn(found, f"less than the {gigabytes(probe.archives)} of the dataset")
+    return ok(found)
+
+
+def _worst_disk(probe: ProbeReport, name: str) -> dict[str, Any] | None:
+    """Return `probe.probe_disk` of the node with an error, a full disk or the least free space."""
+    reports = [report for report in probe.node_reports() if name in report["disks"]]
+    disks = [{**report["disks"][name], "node": report["node"]} for report in reports]
+    return min(disks, key=lambda disk: (not disk["error"], not disk["full"], disk["free"]), default=None)
+
+
+def _check_source(probe: ProbeReport) -> Finding | None:
+    for report in probe.node_reports("source"):
+        disk, partition = report["source"], "cluster.stage.download.partition=…"
         if disk["error"]:
-            return seen.result(
-                "source",
-                FAIL,
-                f"{disk['path']}: {disk['error']} on {told['node']}",
-                f"dataset.source=FOLDER that the download stage's nodes see, or {partition}",
-            )
-        return seen.result("source", OK, f"{disk['path']} can be read; the internet is not needed")
-    if "internet" not in told:
-        return seen.result("internet", WARN, f"not asked: {seen.source} is no http(s) address")
-    answer = told["internet"]
-    way = f" through the proxy {answer['proxy']}" if answer["proxy"] else ""
-    if answer["status"] is None:
-        return seen.result(
-            "internet",
-            FAIL,
-            f"{answer['host']} is not reachable from {told['node']}{way} ({answer['error']})",
-            f"choose a partition that reaches it: {partition}, or a proxy by cluster.stage.download.setup="
-            "['export https_proxy=…'], or have the archives in a folder: dataset.source=FOLDER"
-            if seen.on_slurm
-            else "set https_proxy, or have the archives in a folder: dataset.source=FOLDER",
-        )
-    return seen.result(
-        "internet", OK, f"{answer['host']} answers {told['node']}{way} (HTTP {answer['status']})"
-    )
+            fix = f"set dataset.source=FOLDER that the nodes of the download stage see, or {partition}"
+            return fail(f"{disk['path']}: {disk['error']} on {report['node']}", fix)
+        return ok(f"{disk['path']} is readable; no internet needed")
+    return None
 
 
-def _clocks(seen: ProbeReport) -> CheckResult:
-    told = [(report["node"], report["clock"]) for report in seen.reports.values() if report.get("clock")]
-    if not told:
-        return seen.result("clocks", WARN, "not compared: no file came back in time")
-    worst, doubt, node = 0.0, 0.0, ""
-    widest = 0.0
-    for name, at in told:
-        ahead = ((at["sent"] - at["seen"]) + (at["back"] - at["answered"])) / 2  # of the node, s
-        slack = ((at["back"] - at["sent"]) - (at["answered"] - at["seen"])) / 2
-        widest = max(widest, abs(ahead) + slack)
-        if abs(ahead) - slack > abs(worst) - doubt or not node:
-            worst, doubt, node = ahead, slack, name
-    if abs(worst) - doubt > SKEW:
-        return seen.result(
-            "clocks",
-            FAIL,
-            f"that of {node} is {abs(worst):.0f} s {'ahead of' if worst > 0 else 'behind'} this one",
-            "nothing to set here: tell your centre (NTP), for times in logs mislead; until then leave it "
-            f"out: +{seen.setting('sbatch')}.exclude={node}",
-        )
-    return seen.result("clocks", OK, f"agree with this one within {widest:.1f} s")
+def _check_internet(probe: ProbeReport) -> Finding | None:
+    for report in probe.node_reports("internet"):
+        reply = report["internet"]
+        proxy = f" through the proxy {reply['proxy']}" if reply["proxy"] else ""
+        if reply["status"] is not None:
+            return ok(f"{reply['host']} replies to {report['node']}{proxy} (HTTP {reply['status']})")
+        fix = "set https_proxy"
+        if probe.on_slurm:
+            fix = "choose a partition with internet: cluster.stage.download.partition=…, or set a proxy: "
+            fix += "cluster.stage.download.setup=['export https_proxy=…']"
+        found = f"{reply['host']} is not reachable from {report['node']}{proxy} ({reply['error']})"
+        return fail(found, f"{fix}, or use a folder with the archives: dataset.source=FOLDER")
+    if probe.source and not probe.node_reports("source"):
+        return warn(f"not checked: {probe.source} is no http(s) URL")
+    return None
 
 
-def _peers(seen: ProbeReport) -> CheckResult:
-    others = len(seen.nodes) + len(seen.silent) - 1
-    taken = {hello["node"]: hello["taken"] for hello in seen.greetings.values() if hello["taken"]}
-    ports = sorted(
-        {port for hello in seen.greetings.values() if hello["first"] for port in hello["ports"][:1]}
-    )
-    if taken:
-        return seen.result(
-            "network",
-            FAIL,
-            "; ".join(f"{node}: {why}" for node, why in taken.items()),
-            "another program sits on the port of this job; the next job has another: ask again",
-        )
-
-    def tell(report: Mapping[str, Any]) -> str:
-        peers = report.get("peers", {"nodes": 0, "failed": []})
-        unseen = others - peers["nodes"]
-        words = [f"does not see the files of {unseen} others"] if unseen > 0 else []
-        return ", ".join(words + list(peers["failed"]))
-
-    if any(tell(report) for report in seen.reports.values()):
-        return seen.result(
-            "network",
-            FAIL,
-            "; ".join(
-                f"from {report['node']}: {tell(report)}" for report in seen.reports.values() if tell(report)
-            ),
-            "training on several nodes needs their host names and open ports between them: another "
-            f"{seen.setting('partition')}, or {seen.setting('nodes')}=1",
-        )
-    if not seen.reports:
-        return seen.result("network", WARN, "not tried: the nodes did not come so far")
-    ports_told = f"on port {ports[0]}, where a training would meet, and on a free one" if ports else ""
-    return seen.result(
-        "network", OK, f"{node_names(seen.nodes)} reach one another by name {ports_told}".rstrip()
-    )
+def _check_network(probe: ProbeReport) -> Finding | None:
+    if len(probe.nodes) + len(probe.missing_nodes) < 2:
+        return None
+    peers = {report["node"]: report["peer"] for report in probe.node_reports("peer")}
+    if errors := "; ".join(f"from {node}: {peer['error']}" for node, peer in peers.items() if peer["error"]):
+        fix = "training on several nodes needs their host names and open ports between them: set another "
+        fix += f"{probe.setting('partition')}, or {probe.setting('nodes')}=1; if the port is in use, run the "
+        fix += "doctor again: its next job has another port"
+        return fail(errors, fix)
+    if len(peers) < 2:
+        return warn("not checked: fewer than two nodes reported", "see the check of the workspace")
+    (host, port), *_ = [(peer["host"], peer["port"]) for peer in peers.values()]
+    others = node_names([node for node in peers if node != host])
+    return ok(f"{others} connected to {host} by name on port {port}, as a training would")
 
 
-def _told(seen: ProbeReport) -> set[str]:
-    return {report["node"] for report in seen.reports.values()}
-
-
-def _clocks_of(seen: ProbeReport) -> list[Mapping[str, float]]:
-    return [report["clock"] for report in seen.reports.values() if report.get("clock")]
+_CHECKS: tuple[tuple[str, Callable[[ProbeReport], Finding | None]], ...] = (
+    ("workspace", _check_workspace),
+    ("python", _check_python),
+    ("packages", _check_packages),
+    ("cores", _check_cores),
+    ("memory", _check_memory),
+    ("GPUs", _check_gpus),
+    ("scratch", _check_scratch),
+    ("source", _check_source),
+    ("internet", _check_internet),
+    ("network", _check_network),
+)

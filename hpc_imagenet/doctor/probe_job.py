@@ -1,10 +1,11 @@
-"""A probe under way: what came back from it so far, and whether it will come to more."""
+"""A probe that was started: its reports so far, whether it is over, and the findings of its checks."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,222 +14,159 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.doctor import cluster_checks, node_checks
-from hpc_imagenet.doctor.check_result import FAIL, OK, WARN, CheckResult, ProbeReport, node_names
+from hpc_imagenet.doctor.check_result import Finding, ProbeReport, fail, node_names, ok, warn
+from hpc_imagenet.doctor.cluster_checks import causes, check_sacct
+from hpc_imagenet.doctor.node_checks import check_nodes, explain_no_report
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch import slurm
 from hpc_imagenet.runs.store import QUEUED, RUNNING
 
-LAG = 15.0  # s in which a file that a node wrote should have come, after the job's end
-LONGEST = 400.0  # s that a probe may run: its time limit, and Slurm's own delays
-_LEAVING = 30.0  # s that a job may take to end when it has told all
-_EVERY = 1.0  # s between two questions to Slurm
-
-# Slurm's reasons for waiting that no waiting mends → the setting.
-_NEVER = {
-    "PartitionTimeLimit": "time",
-    "PartitionNodeLimit": "nodes",
-    "PartitionConfig": "partition",
-    "PartitionDown": "partition",
-    "PartitionInactive": "partition",
-    "BadConstraints": "constraint",
-    "InvalidAccount": "account",
-    "InvalidQOS": "qos",
-    "JobHeldUser": "sbatch",
-    "JobHeldAdmin": "sbatch",
-}
+FILE_DELAY = 15.0  # s after the job's end until all files that nodes wrote must be visible here
+MAX_RUN_TIME = 400.0  # s: the probe's time limit and Slurm's own delays
+QUERY_INTERVAL = 1.0  # s between two queries of Slurm
+_EXIT_DELAY = 30.0  # s that a job may take to end after its last report
+# Slurm's reasons for a pending job that will never start.
+_NEVER_STARTS = re.compile(
+    "Partition(TimeLimit|NodeLimit|Config|Down|Inactive)|BadConstraints|Invalid(Account|QOS)|JobHeld.*"
+)
 
 
 class ProbeJob:
-    """One probe: a job of Slurm, or a process here."""
+    """One probe: a Slurm job, or a process on this machine. Times are of `time.monotonic`, in s."""
 
-    def __init__(self, seen: ProbeReport, folder: Path) -> None:
-        self.seen = seen
+    def __init__(self, probe: ProbeReport, folder: Path, started: str | subprocess.Popen[bytes]) -> None:
+        """Follow a probe that was just started: as a Slurm job, given by its id, or as a process."""
+        self.probe = probe
         self.folder = folder
-        self.job_id = ""
-        self.process: subprocess.Popen[bytes] | None = None
-        self.since = time.monotonic()
-        self.began: float | None = None  # when it was first known to run; as all that follow, on our clock
-        self.complete: float | None = None  # when the last report was in
-        self.ended: float | None = None
-        self.word = ""  # Slurm's for its end, or the reason for which it waits
-        self.refused = ""
-        self.cancelled = False
-        self._greetings: dict[int, dict[str, Any]] = {}
-        self._reports: dict[int, dict[str, Any]] = {}
+        self.job_id = started if isinstance(started, str) else ""
+        self.process = None if isinstance(started, str) else started
+        self.tasks: dict[int, dict[str, Any]] = {}  # reports by rank
+        self.reason = ""  # why it is pending, or how it ended
+        self._submitted = time.monotonic()
+        self._running = self._submitted if self.process else None
+        self._complete: float | None = None
+        self._ended: float | None = None
+        self._cancelled = False
 
-    def start(self, started: str | subprocess.Popen[bytes]) -> None:
-        """Note how it was started: a job's id or a process."""
-        self.since = time.monotonic()
-        if isinstance(started, str):
-            self.job_id = started
-        else:
-            self.process, self.began = started, self.since
+    def read_reports(self) -> None:
+        """Read the reports that are new or were not complete before."""
+        for path in self.folder.glob("report-*.json"):
+            rank = int(path.stem.partition("-")[2])
+            if rank not in self.tasks or not self.tasks[rank]["complete"]:
+                with contextlib.suppress(OSError):  # ESTALE of NFS: it is being replaced
+                    self.tasks[rank] = json.loads(path.read_bytes())
+        if self.tasks:
+            self._running = self._running or time.monotonic()
+            complete = sum(task["complete"] for task in self.tasks.values())
+            if complete == next(iter(self.tasks.values()))["size"]:
+                self._complete = self._complete or time.monotonic()
 
-    def poll(self) -> None:
-        """Take in what has come, and answer each new hello, for the clocks."""
-        for path in sorted(self.folder.iterdir()):
-            kind, _, rank = path.stem.partition("-")
-            if path.suffix != ".json" or not rank.isdigit():
-                continue
-            number = int(rank)
-            if kind == "hello" and number not in self._greetings:
-                came = time.time()
-                self._greetings[number] = _read(path)
-                if self._greetings[number]["first"]:
-                    write_json(self.folder / f"echo-{number}.json", {"seen": came, "answered": time.time()})
-            elif kind == "report" and number not in self._reports:
-                self._reports[number] = _read(path)
-        if self._greetings:
-            self.began = self.began or time.monotonic()
-            size = next(iter(self._greetings.values()))["size"]
-            firsts = {rank for rank, hello in self._greetings.items() if hello["first"]}
-            if len(self._greetings) == size and firsts <= self._reports.keys() and self.complete is None:
-                self.complete = time.monotonic()
-
-    def slurm_reported(self, answer: slurm.JobStatus | None) -> None:
-        """Take in Slurm's word; None where it no longer knows the job."""
-        if answer is None or (answer.state and answer.state not in (QUEUED, RUNNING)):
-            self.ended = self.ended or time.monotonic()
-            said = answer.reason if answer else "Slurm no longer knows it"
-            self.word = "Slurm: completed" if "completed" in said else said
-        elif answer.state == RUNNING:
-            self.began = self.began or time.monotonic()
-        elif answer.state == QUEUED:
-            self.word = answer.reason
+    def update(self, status: slurm.JobStatus | None) -> None:
+        """Take over the state of the job from Slurm; None: Slurm does not know it any more."""
+        if status is None or (status.state and status.state not in (QUEUED, RUNNING)):
+            self._ended = self._ended or time.monotonic()
+            reason = status.reason if status else "Slurm no longer knows it"
+            self.reason = "Slurm: completed" if "completed" in reason else reason
+        elif status.state == RUNNING:
+            self._running = self._running or time.monotonic()
+        elif status.state == QUEUED:
+            self.reason = status.reason
 
     def is_over(self, timeout: float) -> bool:
-        """Whether there is no more to wait for; a job that waits too long is cancelled."""
-        moment = time.monotonic()
-        if self.process is not None and self.process.poll() is not None and self.ended is None:
-            self.ended, self.word = moment, f"exit code {self.process.returncode}"
-        if self.complete is not None:
-            return self.ended is not None or moment - self.complete > _LEAVING
-        if self.ended is not None:
-            return moment - self.ended > (LAG if self.job_id else 0.5)
-        if self.began is None:
-            return moment - self.since > timeout or self.word in _NEVER
-        return moment - self.began > LONGEST
+        """Whether nothing more is expected of the probe, which may wait `timeout` s in the queue."""
+        now = time.monotonic()
+        if self.process is not None and self.process.poll() is not None and self._ended is None:
+            self._ended, self.reason = now, f"exit code {self.process.returncode}"
+        if self._complete is not None:
+            return self._ended is not None or now - self._complete > _EXIT_DELAY
+        if self._ended is not None:
+            return now - self._ended > (FILE_DELAY if self.job_id else 0.5)
+        if self._running is not None:
+            return now - self._running > MAX_RUN_TIME
+        return now - self._submitted > timeout or bool(_NEVER_STARTS.fullmatch(self.reason))
 
     def cancel(self) -> None:
-        """End it, if it has not ended."""
-        if self.ended is not None or self.cancelled:
+        """Cancel the job or kill the process unless it has ended."""
+        if self._ended is not None or self._cancelled:
             return
-        self.cancelled = True
-        if self.job_id:
-            with contextlib.suppress(UserError):  # it ends by its own limit
+        self._cancelled = True
+        if self.process is None:
+            with contextlib.suppress(UserError):  # its time limit will end it
                 slurm.cancel_job(self.job_id)
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGTERM)
-            try:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
-    def results(self, workspace: str) -> list[CheckResult]:
-        """Return all lines of this probe."""
-        seen = replace(self.seen, greetings=self._greetings, reports=self._reports, silent=self._silent())
-        if self.began is None and self.ended is None:
-            return [self._never_began()]
-        judged = [self._ran(seen)]
-        if not self._greetings:
-            judged.append(node_checks.explain_no_report(seen, workspace, self._log(), self.word))
+    def findings(self, workspace: str) -> list[tuple[str, Finding]]:
+        """Return name and finding of all checks of this probe, when it is over."""
+        reported = {task["node"] for task in self.tasks.values()}
+        missing = []
+        if self.job_id and self.tasks and len(self.tasks) < self.probe.size:
+            nodelist = next(iter(self.tasks.values()))["nodelist"]
+            nodes = slurm.run_command("scontrol", "show", "hostnames", nodelist).stdout.split()
+            missing = [node for node in nodes if node not in reported]
+        probe = replace(self.probe, tasks=self.tasks, missing_nodes=missing)
+        if self._running is None and self._ended is None:
+            return [("probe", self._not_started())]
+        findings = [("probe", self._check_job(probe))]
+        if self.tasks:
+            findings += check_nodes(probe)
         else:
-            judged += node_checks.check_nodes(seen)
-        if judged[-1].check == "probe" and judged[-1].status == FAIL:
-            judged = judged[1:]
-        if self.job_id and self.ended is not None:
-            judged.append(replace(cluster_checks.check_accounting(self.job_id), where=seen.stage))
-        if self._greetings and (printed := self._log("*_0_log.err")):
-            lines = printed.splitlines()
-            more = f" (and {len(lines) - 1} lines more)" if len(lines) > 1 else ""
-            judged.append(
-                seen.result(
-                    "printed",
-                    WARN,
-                    f"{lines[0]}{more}",
-                    f"whether that matters only you can say; {seen.setting('setup')} prints here as well",
-                )
-            )
-        return judged
+            check, finding = explain_no_report(probe, workspace, self._log("*_log.err"), self.reason)
+            findings = [*([] if check == "probe" else findings), (check, finding)]
+        if self.job_id and self._ended is not None:
+            findings.append(("sacct", check_sacct(self.job_id)))
+        if self.tasks and (log := self._log("*_0_log.err")):
+            first, *more = log.splitlines()
+            found = first + (f" (and {len(more)} more lines)" if more else "")
+            hint = f"check whether this matters; the lines of {probe.setting('setup')} print here as well"
+            findings.append(("printed", warn(found, hint)))
+        return findings
 
-    def _ran(self, seen: ProbeReport) -> CheckResult:
-        what = f"job {self.job_id}" if self.job_id else "a process"
-        where = f" on {node_names(seen.nodes)}" if seen.nodes else ""
-        waited = ""
-        if self.job_id and self.began is not None:
-            waited = f" after {self.began - self.since:.0f} s in the queue"
-        if self.complete is None and self._greetings:
-            ended = self.word if self.ended is not None else "it went on for too long and was cancelled"
-            return seen.result(
-                "probe",
-                FAIL,
-                f"{what} ran{where}{waited} and did not tell all ({ended})",
-                "the lines below say what is missing",
-            )
-        return seen.result("probe", OK, f"{what} ran{where}{waited}")
+    def _check_job(self, probe: ProbeReport) -> Finding:
+        found = f"job {self.job_id} ran" if self.job_id else "a process ran"
+        found += f" on {node_names(probe.nodes)}" if self.tasks else ""
+        if self.job_id and self._running is not None:
+            found += f" after {self._running - self._submitted:.0f} s in the queue"
+        if self.tasks and self._complete is None:
+            ended = "it took too long and was cancelled" if self._ended is None else self.reason
+            return fail(f"{found} and did not report everything ({ended})", "see the lines below")
+        return ok(found)
 
-    def _never_began(self) -> CheckResult:
-        why = self.word or "Slurm gives no reason"
-        name = next((_NEVER[reason] for reason in _NEVER if reason == self.word), None)
-        if name is None and "QOS" in self.word:
-            name = "qos"
-        elif name is None and "Assoc" in self.word:
-            name = "account"
-        waited = time.monotonic() - self.since
-        mend = f"change {self.seen.setting(name)}" if name else (
-            f"ask again with a longer --timeout, or choose another {self.seen.setting('partition')} or "
-            f"{self.seen.setting('qos')}"
-        )  # fmt: skip
-        return self.seen.result(
-            "probe",
-            FAIL,
-            f"job {self.job_id} did not start within {waited:.0f} s ({why}) and was cancelled",
-            mend,
-        )
+    def _not_started(self) -> Finding:
+        names = causes(self.reason)
+        change = " or ".join(self.probe.setting(name) for name in names or ("partition", "qos"))
+        fix = f"change {change}" if names else f"use a longer --timeout, or change {change}"
+        waited = f"job {self.job_id} did not start within {time.monotonic() - self._submitted:.0f} s"
+        return fail(f"{waited} ({self.reason or 'Slurm gives no reason'}) and was cancelled", fix)
 
-    def _silent(self) -> tuple[str, ...]:
-        """Return the nodes of the job from which nothing came."""
-        nodelist = next((hello["nodelist"] for hello in self._greetings.values()), "")
-        if not self.job_id or not nodelist or len(self._greetings) == self.seen.size:
-            return ()
-        told = {hello["node"] for hello in self._greetings.values()}
-        return tuple(node for node in cluster_checks.nodes_of(nodelist) if node not in told)
-
-    def _log(self, pattern: str = "*_log.err") -> str | None:
-        """Return what the job printed as errors, None where it left no such log."""
+    def _log(self, pattern: str) -> str | None:
+        """Return the stderr of the job; None if no log exists."""
         logs = [path.read_text(errors="replace").strip() for path in sorted(self.folder.glob(pattern))]
         return "\n".join(filter(None, logs)) if logs else None
 
 
-def finished_probes(sent: Sequence[ProbeJob], timeout: float) -> Iterator[ProbeJob]:
-    """Wait for the probes and give out each, in order, when it is over."""
-    asked, given = float("-inf"), 0
-    over: set[int] = set()
-    while given < len(sent):
-        for place, probe in enumerate(sent):
-            if place in over:
-                continue
-            probe.poll()
-            if probe.is_over(timeout):
-                probe.cancel()
-                probe.poll()
-                over.add(place)
-        while given in over:
-            yield sent[given]
-            given += 1
-        if time.monotonic() - asked > _EVERY:
-            waiting = [probe for place, probe in enumerate(sent) if place not in over and probe.job_id]
-            answers = slurm.query_jobs(probe.job_id for probe in waiting)
-            for probe in waiting:
-                probe.slurm_reported(answers.get(probe.job_id))
-            asked = time.monotonic()
-        time.sleep(0.1)
+def finished_probes(jobs: Sequence[ProbeJob], timeout: float) -> Iterator[ProbeJob]:
+    """Follow all probes and yield each, in the given order, when it is over.
 
-
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_bytes())
-    return found
+    A probe that waits in the queue for more than `timeout` s is cancelled.
+    """
+    queried = float("-inf")
+    for job in jobs:
+        while not job.is_over(timeout):
+            if time.monotonic() - queried > QUERY_INTERVAL:
+                statuses = slurm.query_jobs(each.job_id for each in jobs if each.job_id)
+                for each in jobs:
+                    if each.job_id:
+                        each.update(statuses.get(each.job_id))
+                queried = time.monotonic()
+            for each in jobs:
+                each.read_reports()
+            time.sleep(0.1)
+        job.cancel()
+        job.read_reports()
+        yield job

@@ -1,296 +1,221 @@
-"""The doctor's visit: ask on the login side, send a probe to the nodes, listen, and tell line by line.
+"""The doctor: checks on the login node, then a probe job on the nodes; prints one line per check.
 
-The probe is a job like any training's or download's, by the same submission, and no run: it leaves its traces
-in runs/.doctor/<time>/, which go when nothing was wrong.
+The probe is submitted like the job of a stage, but it is not a run. Its files are in runs/.doctor/<time>/
+and are removed unless a check failed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hpc_imagenet import __version__
 from hpc_imagenet.config.compose import compose
-from hpc_imagenet.config.schema import Cluster, Config, cluster_for
+from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.doctor import cluster_checks
-from hpc_imagenet.doctor.check_result import FAIL, CheckResult, ProbeReport
-from hpc_imagenet.doctor.probe import Probe
+from hpc_imagenet.doctor.check_result import FAIL, OK, WARN, Finding, ProbeReport, StageCluster, fail
+from hpc_imagenet.doctor.probe import installation, package_version, run_probe
 from hpc_imagenet.doctor.probe_job import ProbeJob, finished_probes
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch import local_queue, sbatch, slurm
 
-MINUTES = 5  # the probe's time limit; it takes seconds, but the first import of torch may take its time
-PACKAGES = ("torch=torch", "torchvision=torchvision", "pytorch_lightning=pytorch-lightning")
-_KEPT = 86_400.0  # s for which the traces of a probe that found something wrong are kept
+PACKAGES = ("torch=torch", "torchvision=torchvision", "pytorch_lightning=pytorch-lightning")  # module=package
+_TIME_LIMIT = 5  # minutes of a probe; it takes seconds, but the first import of torch may be slow
+_KEEP_SECONDS = 86_400.0  # s that the files of a probe with a failed check are kept
+_MARKS = {OK: "✓", WARN: "\N{EN DASH}", FAIL: "✗"}
 
 
 def run_doctor(overrides: Sequence[str], config_dir: str | None, timeout: float, as_json: bool) -> int:
-    """Examine the cluster that the overrides choose and print a line a matter.
+    """Check the cluster that the overrides select and print one line per check.
 
     Args:
         overrides: settings, as for a submission.
-        config_dir: a further folder of groups.
-        timeout: seconds that the probe may wait in the queue.
-        as_json: print one list of objects at the end instead.
+        config_dir: additional folder of config groups.
+        timeout: s that the probe may wait in the queue.
+        as_json: print a list of objects at the end instead of lines.
 
     Returns:
-        The exit code: 0 all well, 1 something is wrong, 130 interrupted.
+        Exit code: 0 no check failed, 1 a check failed, 130 interrupted.
 
     Raises:
-        UserError: a setting that does not exist or makes no sense.
+        UserError: unknown or invalid setting.
     """
     config, *others = compose(list(overrides), multirun=True, config_dir=config_dir)
     if others:
-        raise UserError("the doctor looks at one combination: give each setting one value")
+        raise UserError("the doctor checks one combination of settings: give each setting one value")
     report = _Report(as_json)
     try:
-        with _signals():
-            _examine(config, timeout, report)
+        with contextlib.ExitStack() as stack:
+            for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the probe must be cancelled
+                stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
+            _check_all(config, timeout, report)
     except KeyboardInterrupt:
         print("\ninterrupted: the probe was cancelled", file=sys.stderr)
         return 130
     report.end()
-    return 1 if report.wrong else 0
+    return 1 if report.failed else 0
 
 
 class _Report:
-    """The lines so far, each printed as it comes."""
+    """The results so far, printed line by line, or as JSON at the end."""
 
     def __init__(self, as_json: bool) -> None:
-        self.lines: list[CheckResult] = []
+        self.results: list[dict[str, str]] = []
+        self.failed = 0
         self.as_json = as_json
 
-    @property
-    def wrong(self) -> int:
-        """How many lines are."""
-        return sum(line.status == FAIL for line in self.lines)
-
-    def head(self, text: str) -> None:
-        """Say what the next lines are about."""
+    def heading(self, text: str) -> None:
         print(text, flush=True, file=sys.stderr if self.as_json else sys.stdout)
 
-    def add(self, line: CheckResult) -> CheckResult:
-        """Take a line in."""
-        self.lines.append(line)
+    def add(self, where: str, check: str, finding: Finding) -> bool:
+        """Add a finding on the login node or on a stage's nodes; return whether the check did not fail."""
+        self.results.append({"where": where, "check": check, **finding._asdict()})
+        self.failed += finding.status == FAIL
         if not self.as_json:
-            print(line, flush=True)
-        return line
+            fix = f"\n{'':17}→ {finding.fix}" if finding.fix else ""
+            print(f"  {_MARKS[finding.status]} {check:<12} {finding.found}{fix}", flush=True)
+        return finding.status != FAIL
 
     def end(self) -> None:
-        """Say what it comes to."""
         if self.as_json:
-            print(json.dumps([line.plain() for line in self.lines], indent=2, ensure_ascii=False))
-        elif self.wrong:
-            print(f"{self.wrong} {'line is' if self.wrong == 1 else 'lines are'} wrong")
-        elif self.lines:
-            print("all is well")
-
-
-def _examine(config: Config, timeout: float, report: _Report) -> None:
-    executor = config.cluster.executor
-    report.head(f"cluster: {executor} · workspace: {config.workspace}")
-    report.head("the login side" if executor == "slurm" else "this machine")
-    clusters = {stage: cluster_for(config, stage) for stage in ("download", "process", "upload", "train")}
-    able = dict.fromkeys(clusters, True)
-    if executor == "slurm":
-        if (
-            report.add(cluster_checks.check_commands()).status == FAIL
-            or report.add(cluster_checks.check_squeue()).status == FAIL
-        ):
-            able = {}
+            print(json.dumps(self.results, indent=2, ensure_ascii=False))
         else:
-            report.add(cluster_checks.check_sacct())
-            able = _ask_slurm(config, clusters, report)
-    if report.add(cluster_checks.check_workspace(config)).status == FAIL:
+            print(f"{self.failed or 'no'} {'checks' if self.failed > 1 else 'check'} failed")
+
+
+def _check_all(config: Config, timeout: float, report: _Report) -> None:
+    on_slurm = config.cluster.executor == "slurm"
+    report.heading(f"cluster: {config.cluster.executor} · workspace: {config.workspace}")
+    report.heading("login node" if on_slurm else "this machine")
+    targets = {}
+    for stage in ("download", "process", "upload", "train"):
+        overrides = frozenset(config.cluster.stage.get(stage, {}))
+        targets[stage] = StageCluster(stage, cluster_for(config, stage), overrides)
+    accepted = _check_slurm(config, targets, report) if on_slurm else {"train"}
+    if not report.add("login", "workspace", cluster_checks.check_workspace(config)):
         return
-    probes = ["train"] if able.get("train") else []
-    if executor == "slurm" and able.get("download") and clusters["download"] != clusters["train"]:
-        probes.append("download")
-    if not probes:
-        return
-    folder = Path(config.workspace) / "runs" / ".doctor" / time.strftime("%Y%m%d-%H%M%S")
-    _sweep(folder.parent)
-    folder = _new(folder)
-    before, told = report.wrong, False
+    probed = [targets["train"]] if "train" in accepted else []
+    if "download" in accepted and targets["download"].cluster != targets["train"].cluster:
+        probed.append(targets["download"])
+    if probed:
+        _run_probes(config, probed, timeout, report)
+
+
+def _check_slurm(config: Config, targets: dict[str, StageCluster], report: _Report) -> set[str]:
+    """Check Slurm from the login node; return the stages whose jobs it accepts."""
+    for name, check in (("commands", cluster_checks.check_commands), ("squeue", cluster_checks.check_squeue)):
+        if not report.add("login", name, check()):
+            return set()
+    partitions, settings = cluster_checks.partitions(), cluster_checks.slurm_settings()
+    train = targets["train"].cluster
+    report.add("login", "sacct", cluster_checks.check_sacct())
+    report.add("login", "arrays", cluster_checks.check_arrays(settings))
+    report.add("login", "requeue", cluster_checks.check_requeue(train, settings))
+    report.add("login", "preemption", cluster_checks.check_preemption(train, settings, partitions))
+    accepts, folder = cluster_checks.check_accepted, Path(config.workspace, "runs/.doctor/test-only")
+    return {
+        name for name, each in targets.items() if report.add("login", name, accepts(each, partitions, folder))
+    }
+
+
+def _run_probes(config: Config, targets: Sequence[StageCluster], timeout: float, report: _Report) -> None:
+    parent = Path(config.workspace, "runs/.doctor")
+    parent.mkdir(exist_ok=True)
+    for old in parent.iterdir():
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > _KEEP_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=parent))
+    failed_before, keep = report.failed, False
+    jobs: list[ProbeJob] = []
     try:
-        _send_probes(config, clusters, probes, folder, timeout, report)
-        told = report.wrong > before and any(log.stat().st_size for log in folder.glob("*/*_log.*"))
-    finally:
-        if not told:
-            shutil.rmtree(folder, ignore_errors=True)
-    if told:
-        report.head(f"what the probe printed: {folder}")
-
-
-def _ask_slurm(config: Config, clusters: dict[str, Cluster], report: _Report) -> dict[str, bool]:
-    """Add the lines of the login side; return which stages Slurm would take."""
-    known, settings = cluster_checks.partitions(), cluster_checks.slurm_settings()
-    train = clusters["train"]
-    report.add(cluster_checks.check_arrays(settings))
-    report.add(cluster_checks.check_requeues(train, settings))
-    report.add(cluster_checks.check_preemption(train, settings, known))
-    folder = Path(config.workspace) / "runs" / ".doctor" / "test-only"
-    able = {}
-    for stage, cluster in clusters.items():
-        overlaid = config.cluster.stage.get(stage, {})
-        able[stage] = (
-            report.add(cluster_checks.check_accepted(stage, cluster, overlaid, known, folder)).status != FAIL
-        )
-    return able
-
-
-def _send_probes(
-    config: Config,
-    clusters: dict[str, Cluster],
-    stages: Sequence[str],
-    folder: Path,
-    timeout: float,
-    report: _Report,
-) -> None:
-    sent: list[ProbeJob] = []
-    try:
-        for stage in stages:
-            probe = _sent(config, stage, clusters[stage], folder / stage, asks_source=stage == stages[-1])
+        for target in targets:
+            probe = _prepare(config, target, folder / target.stage, with_source=target is targets[-1])
             try:
-                probe.start(_starter(probe.seen, folder / stage))
+                jobs.append(ProbeJob(probe, folder / target.stage, _start(probe, folder / target.stage)))
             except UserError as error:
-                mend = (
-                    f"look at {probe.seen.setting('qos')}, {probe.seen.setting('account')} and their limits"
-                )
-                report.add(probe.seen.result("probe", FAIL, str(error), mend))
-            else:
-                sent.append(probe)
-        waits = [f"{probe.seen.stage}'s is job {probe.job_id}" for probe in sent if probe.job_id]
-        if waits:
-            report.head(f"probes: {', '.join(waits)}; at most {timeout:.0f} s in the queue")
-        for probe in finished_probes(sent, timeout):
-            report.head(f"the nodes of {probe.seen.stage}")
-            for line in probe.results(config.workspace):
-                report.add(line)
+                fix = f"check {probe.setting('qos')}, {probe.setting('account')} and their limits"
+                report.add(probe.stage, "probe", fail(str(error), fix))
+        if waiting := [f"job {job.job_id} ({job.probe.stage})" for job in jobs if job.job_id]:
+            report.heading(f"probes: {', '.join(waiting)}; at most {timeout:.0f} s in the queue")
+        for job in finished_probes(jobs, timeout):
+            report.heading(f"nodes of {job.probe.stage}")
+            for check, finding in job.findings(config.workspace):
+                report.add(job.probe.stage, check, finding)
+        keep = report.failed > failed_before and any(log.stat().st_size for log in folder.glob("*/*_log.*"))
     finally:
-        for probe in sent:
-            probe.cancel()
+        for job in jobs:
+            job.cancel()
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    if keep:
+        report.heading(f"logs of the probe: {folder}")
 
 
-def _sent(config: Config, stage: str, cluster: Cluster, folder: Path, asks_source: bool) -> ProbeJob:
-    """Write down what a probe is to find out."""
-    folder.mkdir(parents=True)
-    train = stage == "train"
-    source = config.dataset.source if asks_source else ""
-    kind = urlsplit(source).scheme
-    ask: dict[str, Any] = {}
-    if train:
-        ask |= {"scratch": cluster.scratch, "gpus": True, "packages": list(PACKAGES)}
-    if kind in ("http", "https"):
-        ask["url"] = source
-    elif kind in ("", "file") and source:
-        if config.dataset.make:  # the stage itself makes it
-            source = ""
-        else:
-            ask["source"] = urlsplit(source).path
-    write_json(folder / "ask.json", ask)
-    seen = ProbeReport(
-        stage=stage,
-        cluster=cluster,
-        overlaid=frozenset(config.cluster.stage.get(stage, {})),
-        size=_tasks(stage, cluster),
-        home=_home(PACKAGES if train else ()),
-        archives=cluster_checks.archive_bytes(config),
-        source=source,
-    )
-    return ProbeJob(seen, folder)
+def _prepare(config: Config, target: StageCluster, folder: Path, with_source: bool) -> ProbeReport:
+    """Write the request of a probe and return the probe, without reports yet."""
+    folder.mkdir()
+    train = target.stage == "train"
+    packages = PACKAGES if train else ()
+    source = config.dataset.source if with_source else ""
+    scheme = urlsplit(source).scheme
+    if config.dataset.make and scheme in ("", "file"):
+        source = ""  # the download stage generates the archives
+    request = {
+        "scratch": target.cluster.scratch if train else None,
+        "packages": packages,
+        "url": source if scheme in ("http", "https") else "",
+        "source": urlsplit(source).path if scheme in ("", "file") else "",
+    }
+    write_json(folder / "request.json", request)
+    names = [pair.partition("=")[2] for pair in packages]
+    login: dict[str, Any] = {**installation(), "versions": {name: package_version(name) for name in names}}
+    archives = cluster_checks.archive_bytes(config)
+    return ProbeReport(**vars(target), size=_tasks(target), login=login, archives=archives, source=source)
 
 
-def _tasks(stage: str, cluster: Cluster) -> int:
+def _tasks(target: StageCluster) -> int:
+    """Return the number of tasks of a probe."""
+    cluster = target.cluster
     if cluster.executor == "foreground" and slurm.this_job():
         return int(os.environ.get("SLURM_NTASKS", 1))
-    if cluster.executor != "slurm" or stage != "train":
+    if not target.on_slurm or target.stage != "train":
         return 1
     return cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1)
 
 
-def _home(packages: Sequence[str]) -> dict[str, Any]:
-    """Return what the nodes should have as well; nothing is imported for it."""
-    versions: dict[str, str | None] = {}
-    for pair in packages:
-        package = pair.partition("=")[2]
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "python": platform.python_version(),
-        "executable": sys.executable,
-        "package": __version__,
-        "code": str(Path(__file__).resolve().parents[1]),
-        "versions": versions,
-    }
+def _start(probe: ProbeReport, folder: Path) -> str | subprocess.Popen[bytes]:
+    """Start a probe as a Slurm job, by srun in the current allocation, or as a process; return id or process.
 
-
-def _starter(seen: ProbeReport, folder: Path) -> str | subprocess.Popen[bytes]:
-    """Start the probe: as a job of the stage's kind, by srun in the allocation we are in, or as a process."""
-    if seen.on_slurm:
-        most = min(seen.cluster.time or MINUTES, MINUTES)
-        part = sbatch.ArrayTask(
-            "doctor", seen.stage, f"doctor-{seen.stage}", replace(seen.cluster, time=most), ()
-        )
-        return sbatch.submit_one(part, folder, Probe(str(folder)))
+    Raises:
+        UserError: sbatch refused it.
+    """
+    if probe.on_slurm:
+        cluster = replace(probe.cluster, time=min(probe.cluster.time or _TIME_LIMIT, _TIME_LIMIT))
+        job = sbatch.ArrayTask("doctor", probe.stage, f"doctor-{probe.stage}", cluster, ())
+        return sbatch.submit_one(job, folder, functools.partial(run_probe, str(folder)))
     command = [sys.executable, "-m", "hpc_imagenet.doctor.probe", str(folder)]
     if slurm.this_job():
-        command = ["srun", "--kill-on-bad-exit=1", *seen.cluster.srun, *command]
-    with (folder / "here_log.err").open("wb") as log:
+        command = ["srun", "--kill-on-bad-exit=1", *probe.cluster.srun, *command]
+    with (folder / "process_log.err").open("wb") as log:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=local_queue.job_environment(),
-            start_new_session=True,  # ctrl-C is for us, and we end it
+            start_new_session=True,  # Ctrl-C reaches the doctor alone, which then ends the probe
         )
-
-
-def _new(folder: Path) -> Path:
-    """Make a folder of this name, or of the next that is free."""
-    for number in range(1000):
-        place = folder if not number else folder.with_name(f"{folder.name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            place.mkdir(parents=True)
-            return place
-    raise FileExistsError(folder)
-
-
-def _sweep(folder: Path) -> None:
-    """Take away what earlier probes left, when it is old."""
-    for old in folder.iterdir() if folder.is_dir() else ():
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > _KEPT:
-                shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Take the terminal's closing, and a polite kill, for a ctrl-C: the probe must not stay behind."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    kept = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

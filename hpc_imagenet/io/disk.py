@@ -1,4 +1,4 @@
-"""Room on the disk, bytes and inodes apart: asked for before the first byte, told in words when it ends."""
+"""Check free bytes and inodes up front, and explain a full disk."""
 
 from __future__ import annotations
 
@@ -12,37 +12,45 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
 
 
-def require_free_space(folder: Path, size: int, what: str, files: int = 0) -> None:
-    """Refuse to begin what cannot end.
+def require_free_space(folder: Path, size: int, what: str, files: int = 0, setting: str = "") -> None:
+    """Raise unless the file system has enough free bytes and inodes.
 
-    A user's quota is not seen here; meeting it is told by `telling_full`.
+    Quotas are not checked here; `explain_disk_full` reports an exceeded quota.
 
     Args:
-        folder: where the files will be.
-        size: bytes still to be written.
-        what: names them in the error.
-        files: inodes still to be made.
+        folder: an existing folder on the file system.
+        size: bytes to be written.
+        what: name of the files for the error message.
+        files: number of files to be created.
+        setting: put in front of the error message, such as datastore.url.
 
     Raises:
-        UserError: the file system has less room.
+        UserError: too few free bytes or inodes.
     """
-    room = os.statvfs(folder)
-    free = room.f_bavail * room.f_frsize
+    stat = os.statvfs(folder)
+    where = f"{setting}: {folder}" if setting else f"{folder}"
+    free = stat.f_bavail * stat.f_frsize
     if size > free:
-        raise UserError(f"{folder}: no room for {what}: it needs {size:,} bytes and {free:,} are free")
-    # File systems without a fixed number of inodes report none at all.
-    if room.f_files and files > room.f_favail:
         raise UserError(
-            f"{folder}: no room for {what}: it needs {files:,} inodes and {room.f_favail:,} are free"
+            f"{where}: not enough free space for {what}: it needs {size:,} bytes and {free:,} are free"
+        )
+    # File systems without a fixed number of inodes report 0 in f_files.
+    if stat.f_files and files > stat.f_favail:
+        raise UserError(
+            f"{where}: not enough free space for {what}: "
+            f"it needs {files:,} inodes and {stat.f_favail:,} are free"
         )
 
 
 @contextlib.contextmanager
 def explain_disk_full(folder: Path) -> Iterator[None]:
-    """Turn the system's words for a full disk or a met quota into a line.
+    """Convert an OSError of a full disk or an exceeded quota within the block into a UserError.
+
+    Args:
+        folder: named in the error if the OSError names no file.
 
     Raises:
-        UserError: in place of the OSError.
+        UserError: the disk or a quota is full, or the file is larger than the limit.
     """
     try:
         yield
@@ -50,6 +58,6 @@ def explain_disk_full(folder: Path) -> Iterator[None]:
         if error.errno not in DISK_FULL_ERRNOS | {errno.EFBIG}:
             raise
         raise UserError(
-            f"{error.filename or folder}: {os.strerror(error.errno)} (bytes or inodes); free some, or choose "
-            "another workspace=; asking again goes on from here"
+            f"{error.filename or folder}: {os.strerror(error.errno)} (bytes or inodes); free some space, or "
+            "set another workspace=; run the same command again to resume"
         ) from None

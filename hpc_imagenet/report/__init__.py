@@ -1,1 +1,1 @@
-"""What users see of runs: job table, leaderboard, logs, dry run."""
+"""Reports on runs: job table, leaderboard, logs, dry run."""

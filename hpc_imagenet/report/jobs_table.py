@@ -1,4 +1,4 @@
-"""The table of jobs: one row a run, for people and for programs; watched until all have ended."""
+"""Job table: one row per run, as data or for a terminal, optionally updated until all runs have ended."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ _COLOURS = {QUEUED: "yellow", RUNNING: "cyan", FINISHED: "green", FAILED: "red",
 
 
 def job_rows(runs: Iterable[Run], since: float | None = None) -> list[dict[str, Any]]:
-    """Return what is known of each run, in the given order; `since` as in `states.states`.
+    """Return one row per run, in the given order.
 
-    Each row has run, stage, model, state, reason, top1 (0 to 1, None before the end), dir, attempt,
-    requeued (times that Slurm has started the attempt again), created, seconds (since the job began, or how
-    long it took) and progress (see `runs.Progress`).
+    Args:
+        runs: the runs.
+        since: when polling began, as in `states.states`; None: no polling.
+
+    Returns:
+        Rows with run, stage, model, state, reason, top1 (0 to 1, None before the end), result, dir, attempt,
+        requeued (times Slurm restarted the attempt), created, seconds (duration so far, or in total) and
+        progress (see `runs.store.Progress`).
     """
     runs = list(runs)
-    told = states(runs, since)
+    state_of = states(runs, since)
     table = []
     for run in runs:
         info, attempt = run.info, run.attempt
@@ -39,13 +44,13 @@ def job_rows(runs: Iterable[Run], since: float | None = None) -> list[dict[str, 
                 "run": run.id,
                 "stage": info.get("stage"),
                 "model": info.get("model"),
-                "state": told[run.id].name,
-                "reason": told[run.id].reason,
+                "state": state_of[run.id].name,
+                "reason": state_of[run.id].reason,
                 "top1": result.get("top1"),
                 "result": result,
                 "dir": str(run.folder),
                 "attempt": attempt.number if attempt else 0,
-                "requeued": told[run.id].restarts,
+                "requeued": state_of[run.id].restarts,
                 "created": info.get("created"),
                 "seconds": _seconds(began, outcome.time if outcome else None),
                 "progress": run.progress,
@@ -55,31 +60,36 @@ def job_rows(runs: Iterable[Run], since: float | None = None) -> list[dict[str, 
 
 
 def render_jobs(table: Sequence[dict[str, Any]]) -> Table:
-    """Return the rows as a table for a terminal."""
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    """Return the rows of `job_rows` as a table for a terminal."""
+    rendered = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("run", "stage", "state", "time"):
-        drawn.add_column(name, no_wrap=True)
-    drawn.add_column("progress", overflow="fold")
+        rendered.add_column(name, no_wrap=True)
+    rendered.add_column("progress", overflow="fold")
     for row in table:
         colour = _COLOURS[row["state"]]
-        again = f" (attempt {row['attempt']})" if row["attempt"] > 1 else ""
+        suffix = f" (attempt {row['attempt']})" if row["attempt"] > 1 else ""
         if times := row["requeued"]:
-            again += f" (requeued {times} {'time' if times == 1 else 'times'})"
-        drawn.add_row(
+            suffix += f" (requeued {times} {'time' if times == 1 else 'times'})"
+        rendered.add_row(
             escape(row["run"]),
             row["stage"],
-            f"[{colour}]{row['state']}[/]{again}",
+            f"[{colour}]{row['state']}[/]{suffix}",
             clock(row["seconds"]),
-            escape(_words(row)),
+            escape(_describe(row)),
         )
-    return drawn
+    return rendered
 
 
 def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
-    """Show the table until every run has ended; on a terminal it is live, elsewhere a line a change.
+    """Show the runs until all have ended: a live table on a terminal, else a line per change of state.
+
+    Args:
+        runs: the runs.
+        console: where the table is printed.
+        every: s between two updates.
 
     Returns:
-        Whether all ended well.
+        Whether all runs finished.
     """
     began = time.monotonic()
     if console.is_terminal:
@@ -87,7 +97,7 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
             while True:
                 table = job_rows(runs, began)
                 live.update(render_jobs(table), refresh=True)
-                if _over(table):
+                if _all_ended(table):
                     break
                 time.sleep(every)
     else:
@@ -97,16 +107,16 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
             for row in table:
                 if shown.get(row["run"]) != row["state"]:
                     shown[row["run"]] = row["state"]
-                    words = _words(row) if row["state"] != RUNNING else ""
-                    print(f"{row['state']:9}  {row['run']}  {words}".rstrip(), flush=True)
-            if _over(table):
+                    text = _describe(row) if row["state"] != RUNNING else ""
+                    print(f"{row['state']:9}  {row['run']}  {text}".rstrip(), flush=True)
+            if _all_ended(table):
                 break
             time.sleep(every)
     return all(row["state"] == FINISHED for row in table)
 
 
 def clock(seconds: float | None) -> str:
-    """Return a duration as 0:07, 12:05 or 3:04:09; empty for None."""
+    """Return a duration in s as 0:07, 12:05 or 3:04:09; empty for None."""
     if seconds is None:
         return ""
     whole = int(seconds)
@@ -115,15 +125,15 @@ def clock(seconds: float | None) -> str:
 
 
 def terminal() -> Console:
-    """Return the console for tables; wide enough that piped rows are not folded."""
+    """Return the console for tables; 240 columns if piped, so that rows are not wrapped."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240, highlight=False)
 
 
-def _over(table: Sequence[dict[str, Any]]) -> bool:
+def _all_ended(table: Sequence[dict[str, Any]]) -> bool:
     return all(row["state"] in (FINISHED, FAILED, CANCELLED) for row in table)
 
 
-def _words(row: dict[str, Any]) -> str:
+def _describe(row: dict[str, Any]) -> str:
     if row["reason"]:
         return str(row["reason"])
     if row["state"] == FINISHED:
@@ -133,19 +143,19 @@ def _words(row: dict[str, Any]) -> str:
     done, total, unit = (row["progress"].get(key) for key in ("done", "total", "unit"))
     if done is None:
         return "starting"
-    share = f"{done / total:4.0%} " if total else ""
+    percent = f"{done / total:4.0%} " if total else ""
     note = row["progress"].get("note") or f"{_number(done)} {unit}"
     if unit == "B" and total:
         note += f" · {_amount(done, unit)} of {_amount(total, unit)}"
     rate = row["progress"].get("rate")
     if not rate:
-        return f"{share}{note}"
+        return f"{percent}{note}"
     left = f" · {clock((total - done) / rate)} left" if total else ""
-    return f"{share}{note} · {_amount(rate, unit)}/s{left}"
+    return f"{percent}{note} · {_amount(rate, unit)}/s{left}"
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Return a stage's result in a few words."""
+    """Return a one-line summary of a stage's result."""
     if "top1" in result:
         speed = result.get("images_per_second")
         return f"top-1 {result['top1']:.2%}" + (f" · {_number(speed)} images/s" if speed else "")

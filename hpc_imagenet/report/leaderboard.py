@@ -1,4 +1,4 @@
-"""The leaderboard: every training of a workspace, the best first."""
+"""Leaderboard: all trainings of a workspace, sorted by top-1 accuracy."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hpc_imagenet.runs.store import Run
 
 
 def leaderboard_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """Return one row a training: those of `monitor.table.rows` with top5, images_per_second, seed and so on.
+    """Return one row per training: `jobs_table.job_rows` plus top5, images_per_second, seed and others.
 
-    The best top-1 comes first; runs without one stand at the end.
+    Sorted by top-1, highest first; runs without one are last.
     """
     trainings = [run for run in runs if run.info.get("stage") == "train"]
     table = job_rows(trainings)
     for run, row in zip(trainings, table, strict=True):
-        frozen, result = run.frozen(), row.pop("result")  # config() takes 50 ms, and not of every version
+        frozen, result = run.frozen(), row.pop("result")  # config() takes 50 ms and may fail for old runs
         row |= {key: result.get(key) for key in ("top5", "loss", "images_per_second", "epochs", "parameters")}
-        # The wall time of the training itself; `seconds` counts from the job's start.
+        # Wall time of the training loop; `seconds` counts from the start of the job.
         row["training_seconds"] = result.get("seconds")
         row["datastore"] = frozen["datastore"]["name"]
         row["seed"] = frozen["seed"]
@@ -31,15 +31,15 @@ def leaderboard_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 def render_leaderboard(table: Iterable[dict[str, Any]]) -> Table:
     """Return the leaderboard as a table for a terminal."""
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
-    drawn.add_column("model", no_wrap=True)
-    drawn.add_column("datastore", no_wrap=True)
+    rendered = Table(box=None, pad_edge=False, header_style="bold")
+    rendered.add_column("model", no_wrap=True)
+    rendered.add_column("datastore", no_wrap=True)
     for name in ("seed", "top-1 %", "top-5 %", "images/s", "time"):
-        drawn.add_column(name, justify="right", no_wrap=True)
-    drawn.add_column("state", no_wrap=True)
-    drawn.add_column("run folder", overflow="fold")
+        rendered.add_column(name, justify="right", no_wrap=True)
+    rendered.add_column("state", no_wrap=True)
+    rendered.add_column("run folder", overflow="fold")
     for row in table:
-        drawn.add_row(
+        rendered.add_row(
             escape(row["model"]),
             escape(row["datastore"]),
             str(row["seed"]),
@@ -50,4 +50,4 @@ def render_leaderboard(table: Iterable[dict[str, Any]]) -> Table:
             row["state"],
             escape(row["dir"]),
         )
-    return drawn
+    return rendered

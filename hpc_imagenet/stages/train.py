@@ -1,4 +1,4 @@
-"""Train a backbone on a datastore; see `hpc_imagenet.training.fit`."""
+"""Stage `train`: train a backbone on a datastore; see `hpc_imagenet.training.fit`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from hpc_imagenet.runs.store import Run
 
 
 def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-    """Train, or go on training, and return what came out: top1, images_per_second and more.
+    """Train, or resume a training, and return its metrics: top1, images_per_second and more.
 
     Raises:
-        UserError: bad input, in one line.
-        Interrupted: a signal asked to stop; a checkpoint is saved.
+        UserError: bad input.
+        Preempted: a stop signal arrived; a checkpoint is saved.
+        PeerLost: another task of the job has ended.
     """
-    # OpenMP threads that wait by spinning make a CPU training many times slower on a machine that does
-    # something else as well. Read when torch is loaded.
+    # Spinning OpenMP threads make a CPU training many times slower on a machine that is also used otherwise.
+    # torch reads the variable when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from hpc_imagenet.training.fit import fit
 

@@ -1,8 +1,8 @@
-"""Upload: a processed dataset becomes the next version of a datastore.
+"""The upload stage: store a processed dataset as the next version of a datastore.
 
-Shards, indexes and further files first, the manifest last: a version is seen when it is whole. The same
-content is never uploaded twice, and what was cut off goes on where it was. `upload.tasks` jobs share the
-files, and one more sees that all are there and writes the manifest.
+Shards, indexes and further files are written first, the manifest last: only complete versions are visible.
+The same content is never uploaded twice, and an interrupted upload is resumed. With `upload.tasks` several
+jobs share the files, and one more job checks that all are stored and writes the manifest.
 """
 
 from __future__ import annotations
@@ -25,102 +25,98 @@ from hpc_imagenet.runs.store import Run
 
 
 def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-    """Bring `workspace/datasets/<dataset.name>/`, or one part of it, into the datastore.
+    """Upload `workspace/datasets/<dataset.name>/`, or one part of it, to the datastore.
 
     Returns:
-        version: the number; datastore: `name@vN`; images and bytes of the version, of a part only its bytes;
-        copied (or sent), linked, reused and kept: bytes that were written, that are shared with the archives
-        by hard links, that an older version had, and that were there already. Only the first process of a
-        job does this; the others return nothing.
+        version: the number; datastore: `name@vN`; images and bytes of the version (of a part only its bytes);
+        copied, linked, reused and kept: bytes transferred, hard-linked to the archives, taken from an older
+        version, and already stored. Only rank 0 uploads; other ranks return an empty dict.
 
     Raises:
-        UserError: the input is missing or has changed, the version is taken, there is no room, or the place
-            cannot be reached.
+        UserError: the input is missing or has changed, the version has other content, there is not enough
+            space, or the storage cannot be reached.
     """
     if not dist_env.is_rank_zero:
         return {}
     source = Path(config.workspace) / "datasets" / config.dataset.name
-    manifest, written = _processed(source, config)
+    manifest, manifest_time = _load_dataset(source, config)
     progress = store.Progress(run)
-    place = versions.open_backend(config.datastore.url, config.upload.connections)
-    with storage_backend.explain_os_errors("datastore.url", place.url):
-        note = {"run": run.id, "host": socket.gethostname(), "time": store.now()}
-        claim = versions.claim_version(place, config.datastore, manifest.content, note)
-        sent, part = storage_backend.UploadStats(), config.stage.part
+    backend = versions.open_backend(config.datastore.url, config.upload.connections)
+    with storage_backend.explain_os_errors("datastore.url", backend.url):
+        owner = {"run": run.id, "host": socket.gethostname(), "time": store.now()}
+        claim = versions.claim_version(backend, config.datastore, manifest.content, owner)
+        stats, part = storage_backend.UploadStats(), config.stage.part
         if not claim.complete:
-            with place.lock(
-                f"{claim.path}/{_lock(config)}",
-                lambda: progress(0, None, note="another upload of the same images is at work"),
+            with backend.lock(
+                f"{claim.path}/{_lock_name(config)}",
+                lambda: progress(0, None, note="waiting for another upload of the same images"),
             ):
-                sent = _fill(claim, source, manifest, written, config, run, progress)
+                stats = _upload(claim, source, manifest, manifest_time, config, run, progress)
         result = {"version": claim.number, "datastore": f"{claim.name}@v{claim.number}"}
         if part is not None:
-            return {**result, "bytes": sent.total, **_by(sent)}
-        claim.settle()
-        done = claim.manifest()
-    progress(done.bytes, done.bytes, "bytes")
-    sent.kept = done.bytes - sent.copied - sent.linked - sent.reused
-    return {**result, "images": done.images, "bytes": done.bytes, **_by(sent)}
+            return {**result, "bytes": stats.total, **dataclasses.asdict(stats)}
+        claim.remove_upload_files()
+        uploaded = claim.manifest()
+    progress(uploaded.bytes, uploaded.bytes, "bytes")
+    stats.kept = uploaded.bytes - stats.copied - stats.linked - stats.reused
+    return {**result, "images": uploaded.images, "bytes": uploaded.bytes, **dataclasses.asdict(stats)}
 
 
-def _by(sent: storage_backend.UploadStats) -> dict[str, int]:
-    return dataclasses.asdict(sent)
-
-
-def _lock(config: Config) -> str:
-    """Return the file by which uploads of the same files take turns; parts have no file in common."""
+def _lock_name(config: Config) -> str:
+    """Return the lock file shared by uploads of the same files; different parts have no file in common."""
     if config.stage.part is None:
         return versions.LOCK
     return f"upload-{config.stage.part}-of-{config.stage.parts}.lock"
 
 
-def _processed(source: Path, config: Config) -> tuple[Manifest, float]:
-    """Return the manifest and when it was written, s since 1970."""
+def _load_dataset(source: Path, config: Config) -> tuple[Manifest, float]:
+    """Return the manifest and its modification time, s since 1970."""
     try:
-        written = (source / FILE).stat().st_mtime
+        manifest_time = (source / FILE).stat().st_mtime
         manifest = load_manifest(source)
     except FileNotFoundError:
-        raise UserError(f"{source} holds no processed dataset: +stage=process makes it") from None
-    wanted = config.datastore.content
-    if wanted not in (None, manifest.content):
+        raise UserError(f"{source} has no processed dataset: run +stage=process to create it") from None
+    expected = config.datastore.content
+    if expected not in (None, manifest.content):
         raise UserError(
-            f"{source} holds content {manifest.content}, but datastore.content={wanted} is asked for: "
-            "+stage=process makes it"
+            f"{source} has content {manifest.content}, but datastore.content={expected}: "
+            "run +stage=process to create it"
         )
-    return manifest, written
+    return manifest, manifest_time
 
 
-def _fill(
+def _upload(
     claim: versions.VersionClaim,
     source: Path,
     manifest: Manifest,
-    written: float,
+    manifest_time: float,
     config: Config,
     run: Run,
     progress: store.Progress,
 ) -> storage_backend.UploadStats:
-    if claim.complete:  # by whoever had the turn before
+    """Upload all files, or those of one part; without parts also commit the version."""
+    if claim.complete:  # by the previous holder of the lock
         return storage_backend.UploadStats()
-    target, stage = placed(manifest), config.stage
-    pieces = [
+    target, stage = version_layout(manifest), config.stage
+    items = [
         storage_backend.UploadFile(source / old.path, new, link=number < len(manifest.shards))
         for number, (old, new) in enumerate(zip(manifest.all_files(), target.all_files(), strict=True))
     ]
-    proved = claim.vouched()
-    vouched = [file.path for file in target.all_files() if proved.get(file.path) == file.hash]
-    known = storage_backend.Reusable(
-        written, versions.existing_files(claim.backend, claim.name), frozenset(vouched)
+    hashes = claim.verified_hashes()
+    verified = [file.path for file in target.all_files() if hashes.get(file.path) == file.hash]
+    reusable = storage_backend.Reusable(
+        manifest_time, versions.existing_files(claim.backend, claim.name), frozenset(verified)
     )
     if stage.part is not None:
-        pieces = part_of(pieces, stage.part, stage.parts)
-    total = sum(piece.file.bytes for piece in pieces)
-    sent = claim.backend.send(
-        pieces, claim.path, known, lambda done, note: progress(done, total, "bytes", note)
+        items = select_part(items, stage.part, stage.parts)
+    total = sum(item.file.bytes for item in items)
+    stats = claim.backend.send(
+        items, claim.path, reusable, lambda done, step: progress(done, total, "bytes", step)
     )
     if stage.part is not None:
-        claim.vouch(f"{stage.part}-of-{stage.parts}", {piece.file.path: piece.file for piece in pieces})
+        claim.record_verified(f"{stage.part}-of-{stage.parts}", {item.file.path: item.file for item in items})
         progress(total, total, "bytes")
-        return sent
+        return stats
     details: dict[str, Any] = {
         "version": claim.number,
         "time": store.now(),
@@ -140,28 +136,29 @@ def _fill(
             provenance={**manifest.provenance, "upload": details},
         )
     )
-    return sent
+    return stats
 
 
-def part_of(
-    pieces: Sequence[storage_backend.UploadFile], part: int, parts: int
+def select_part(
+    items: Sequence[storage_backend.UploadFile], part: int, parts: int
 ) -> list[storage_backend.UploadFile]:
-    """Return the pieces of one part: all parts have about as many bytes, and each piece is of one part."""
-    loads = [0] * parts
-    mine = []
-    for piece in sorted(pieces, key=lambda piece: -piece.file.bytes):
-        least = loads.index(min(loads))
-        loads[least] += piece.file.bytes
-        if least == part:
-            mine.append(piece)
-    return mine
+    """Return the files of one part: each file is in exactly one part, and all parts have similar sizes."""
+    sizes = [0] * parts
+    selected = []
+    for item in sorted(items, key=lambda item: -item.file.bytes):
+        smallest = sizes.index(min(sizes))
+        sizes[smallest] += item.file.bytes
+        if smallest == part:
+            selected.append(item)
+    return selected
 
 
-def placed(manifest: Manifest) -> Manifest:
-    """Return the manifest with every file at its place in a datastore's version.
+def version_layout(manifest: Manifest) -> Manifest:
+    """Return the manifest with the files' paths in a datastore version.
 
-    Shards go to `shards/` by their file names, numbered in front where two have the same; the rest keeps its
-    place in the folder. Hashes, sizes and the order of the shards, which the index counts on, stay.
+    Shards go to `shards/` under their file names, with a number in front if two have the same name; other
+    files keep their paths. Hashes, sizes and the order of the shards, on which the index depends, are
+    unchanged.
     """
     names = [PurePosixPath(shard.path).name for shard in manifest.shards]
     if len(set(names)) < len(names):
@@ -172,12 +169,15 @@ def placed(manifest: Manifest) -> Manifest:
             dataclasses.replace(shard, path=f"shards/{name}")
             for shard, name in zip(manifest.shards, names, strict=True)
         ),
-        splits={name: Split(_inside(split.index), split.images) for name, split in manifest.splits.items()},
-        files=tuple(_inside(file) for file in manifest.files),
+        splits={
+            name: Split(_within_folder(split.index), split.images) for name, split in manifest.splits.items()
+        },
+        files=tuple(_within_folder(file) for file in manifest.files),
     )
 
 
-def _inside(file: File) -> File:
+def _within_folder(file: File) -> File:
+    """Return the file with its path, or with its bare name if the path leads out of the folder."""
     path = PurePosixPath(file.path)
     inside = not path.is_absolute() and ".." not in path.parts
     return file if inside else dataclasses.replace(file, path=path.name)

@@ -1,6 +1,7 @@
-"""From the world of this job to Lightning's terms: processes, devices, shares of the global batch.
+"""Distributed training settings for Lightning: cluster environment, device, strategy, precision, batch share.
 
-The world was read once, by the job; Lightning's own detection of Slurm, with its requeueing, stays out of it.
+The task reads its rank and size once, into a `DistEnv`; Lightning's own Slurm detection and requeueing are
+not used.
 """
 
 from __future__ import annotations
@@ -22,34 +23,40 @@ from hpc_imagenet.launch.local_queue import available_gpus
 from hpc_imagenet.training.loading.sampler import BatchShare
 
 CPU = torch.device("cpu")
-PATIENCE = timedelta(minutes=10)  # for a rank that is late; torch's own 30 hold a dead job's nodes too long
+# Torch's default of 30 minutes would keep the nodes of a dead job for too long.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class JobClusterEnvironment(ClusterEnvironment):
-    """The tasks of this job, started by whoever started us (submitit or srun)."""
+    """Lightning's view of the tasks of this job, which submitit or srun has started.
 
-    def __init__(self, dist_env: DistEnv, device: int) -> None:
+    Args:
+        dist_env: rank and size of this task.
+        device_index: index of this task's device among those visible to it.
+    """
+
+    def __init__(self, dist_env: DistEnv, device_index: int) -> None:
         super().__init__()
-        self.dist_env, self.device = dist_env, device
+        self.dist_env, self.device_index = dist_env, device_index
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Always: Lightning starts no process."""
+        """True: Lightning must not start processes."""
         return True
 
     @property
     def main_address(self) -> str:
-        """Host of rank 0."""
+        """Host name of rank 0."""
         return self.dist_env.master
 
     @property
     def main_port(self) -> int:
-        """Port of the rendezvous there."""
+        """Rendezvous port on that host."""
         return self.dist_env.port
 
     @staticmethod
     def detect() -> bool:
-        """Never: it is given."""
+        """Return False: this environment is passed explicitly, never detected."""
         return False
 
     def world_size(self) -> int:
@@ -57,93 +64,95 @@ class JobClusterEnvironment(ClusterEnvironment):
         return self.dist_env.size
 
     def set_world_size(self, size: int) -> None:
-        """Ignore what Lightning works out."""
+        """Do nothing: `DistEnv` is authoritative."""
 
     def global_rank(self) -> int:
-        """Return this task's rank."""
+        """Return the rank of this task over all nodes."""
         return self.dist_env.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Ignore what Lightning works out."""
+        """Do nothing: `DistEnv` is authoritative."""
 
     def local_rank(self) -> int:
-        """Return the place of this task's device among those it sees, for that is what Lightning asks for."""
-        return self.device
+        """Return the index of this task's device: Lightning uses the local rank as a device index."""
+        return self.device_index
 
     def node_rank(self) -> int:
-        """Return this task's node."""
+        """Return the index of this task's node."""
         return self.dist_env.node
 
 
 def device(config: Config, dist_env: DistEnv) -> torch.device:
-    """Return the device of this task: its GPU, or the CPU where no GPU was requested and none is there.
+    """Return the device of this task: its GPU, or the CPU if no GPU was requested and none exists.
 
     Raises:
-        UserError: GPUs are requested, given to this job or in this machine, and torch sees none, or fewer
-            than there are tasks; or the CPU cannot do what `loader.decode` says.
+        UserError: torch sees no GPU although GPUs are requested, allocated or installed; or fewer GPUs than
+            tasks; or loader.decode=gpu on a CPU.
     """
-    asked, found = cluster_for(config, "train").gpus_per_node, torch.cuda.device_count()
-    if asked is None and not found and (sign := _sign_of_gpu()):
+    requested, found = cluster_for(config, "train").gpus_per_node, torch.cuda.device_count()
+    if requested is None and not found and (evidence := _gpu_evidence()):
         raise UserError(
-            f"{sign}, but torch {torch.__version__} sees no GPU: install a torch that fits the driver"
+            f"{evidence}, but torch {torch.__version__} sees no GPU: install a torch build for this driver"
             " (nvidia-smi shows it), or set cluster.gpus_per_node=0 to train on CPUs"
         )
-    if asked == 0 or (asked is None and not found):
+    if requested == 0 or (requested is None and not found):
         if config.loader.decode == "gpu":
-            raise UserError("loader.decode=gpu, but this training is on CPUs: set loader.decode=cpu")
+            raise UserError("loader.decode=gpu, but this training runs on CPUs: set loader.decode=cpu")
         return torch.device("cpu")
     if not found:
         raise UserError(
-            f"cluster.gpus_per_node={asked}, but torch {torch.__version__} sees no GPU on this node:"
+            f"cluster.gpus_per_node={requested}, but torch {torch.__version__} sees no GPU on this node:"
             " set cluster.gpus_per_node=0 to train on CPUs"
         )
     if found >= dist_env.local_size:
         return torch.device("cuda", dist_env.local_rank)
-    if found == 1 and "SLURM_PROCID" in os.environ:  # each task was bound to its own, which it sees as 0
+    if found == 1 and "SLURM_PROCID" in os.environ:  # Slurm bound each task to its own GPU, index 0
         return torch.device("cuda", 0)
     raise UserError(
         f"{dist_env.local_size} tasks share {found} GPUs on this node: set cluster.tasks_per_node={found}"
     )
 
 
-def _sign_of_gpu() -> str:
-    """Return in words what says that this task has a GPU; empty if nothing does."""
+def _gpu_evidence() -> str:
+    """Return the variable or device file that shows that this task has a GPU; empty if there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:  # set by the local queue, by Slurm or by hand; without a GPU it is empty or -1
+    if visible is not None:  # set by the local queue, Slurm or the user; empty or -1 means no GPU
         return f"CUDA_VISIBLE_DEVICES={visible}" if available_gpus() else ""
-    if "SLURM_JOB_ID" in os.environ:  # a node's GPUs have files in /dev for jobs without GPUs, too
+    if "SLURM_JOB_ID" in os.environ:  # jobs without GPUs also see /dev/nvidia*
         names = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
-        given = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name, "0") not in ("", "0")]
-        return given[0] if given else ""
+        allocated = [
+            f"{name}={os.environ[name]}" for name in names if os.environ.get(name, "0") not in ("", "0")
+        ]
+        return allocated[0] if allocated else ""
     return "this machine has a GPU (/dev/nvidia0)" if available_gpus() else ""
 
 
 def trainer_arguments(
-    dist_env: DistEnv, place: torch.device, accumulate: int, precision: str
+    dist_env: DistEnv, device: torch.device, accumulate: int, precision: str
 ) -> dict[str, Any]:
-    """Return the trainer's arguments that put every task on its device and let them work together.
+    """Return the `Trainer` arguments for the device, the number of nodes and the DDP strategy.
 
     Args:
         dist_env: rank and size of this task.
-        place: this task's device.
-        accumulate: parts of a step.
-        precision: Lightning's word. Where the network computes in bf16, gradients are sent in bf16 between
-            nodes; within a node the links are fast enough not to round them.
+        device: device of this task.
+        accumulate: device batches per step.
+        precision: Lightning's name of the precision. With bf16-mixed, gradients are reduced in bf16 between
+            nodes; links within a node are fast enough for float32.
     """
-    on_gpu, index = place.type == "cuda", place.index or 0
-    _name_interface(dist_env.nodes)
+    on_gpu, index = device.type == "cuda", device.index or 0
+    _set_gloo_interface(dist_env.nodes)
     if dist_env.size == 1:
         devices: int | list[int] = [index] if on_gpu else 1
     else:
         devices = list(range(max(index + 1, torch.cuda.device_count()))) if on_gpu else dist_env.local_size
-    # Batch norm's statistics are not sent at every step: `Classifier` sends those of rank 0 before each
-    # validation, so the checkpoint holds the whole truth, and all ranks judge the same network.
-    together = DDPStrategy(
+    # Batch norm statistics are not broadcast at every step: `Classifier` broadcasts those of rank 0 before
+    # each validation, so that all ranks evaluate the network that is in the checkpoint.
+    ddp = DDPStrategy(
         process_group_backend="nccl" if on_gpu else "gloo",
-        timeout=PATIENCE,
+        timeout=COLLECTIVE_TIMEOUT,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=accumulate == 1,  # else the parts of a step differ: only the last one sends
+        static_graph=accumulate == 1,  # with accumulation only the last device batch of a step is reduced
         ddp_comm_hook=bf16_compress_hook
         if on_gpu and dist_env.nodes > 1 and precision == "bf16-mixed"
         else None,
@@ -152,50 +161,50 @@ def trainer_arguments(
         "accelerator": "gpu" if on_gpu else "cpu",
         "devices": devices,
         "num_nodes": dist_env.nodes,
-        "strategy": "auto" if dist_env.size == 1 else together,
+        "strategy": "auto" if dist_env.size == 1 else ddp,
         "plugins": [JobClusterEnvironment(dist_env, index if on_gpu else dist_env.local_rank)],
     }
 
 
-def _name_interface(nodes: int) -> None:
-    """Tell gloo by which network to go: by itself it asks this host's name, which may lead nowhere."""
-    # NCCL also takes a beginning, or several; gloo one whole name.
+def _set_gloo_interface(nodes: int) -> None:
+    """Set GLOO_SOCKET_IFNAME: by default gloo resolves the host name, which may not be reachable."""
+    # NCCL_SOCKET_IFNAME may be a prefix or a list; gloo needs one full interface name.
     site = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     name = "lo" if nodes == 1 else site
-    if name in {there for _, there in socket.if_nameindex()}:
+    if name in {interface for _, interface in socket.if_nameindex()}:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def precision(asked: str, place: torch.device) -> Any:
-    """Return Lightning's word for recipe.precision.
+def precision(setting: str, device: torch.device) -> Any:
+    """Return Lightning's precision for `recipe.precision`.
 
-    auto is 32-true on CPUs, bf16-mixed on GPUs from Ampere on and 16-mixed on older ones: cuDNN has no bf16
-    convolutions for those, and compiled kernels refuse it.
+    auto is 32-true on CPUs, bf16-mixed on Ampere and later GPUs, and 16-mixed on older ones: cuDNN has no
+    bf16 convolutions for those, and compiled kernels do not support it.
     """
-    if asked != "auto":
-        return asked
-    if place.type != "cuda":
+    if setting != "auto":
+        return setting
+    if device.type != "cuda":
         return "32-true"
-    return "bf16-mixed" if _has_bf16(place) else "16-mixed"
+    return "bf16-mixed" if _has_bf16(device) else "16-mixed"
 
 
-def _has_bf16(place: torch.device) -> bool:
-    """Whether a GPU computes in bf16: AMD's do, NVIDIA's from Ampere on."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(place) >= (8, 0)
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a GPU computes in bf16 natively: AMD's do, and NVIDIA's from Ampere on."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def algorithm_arguments(place: torch.device, deterministic: bool) -> dict[str, Any]:
-    """Return the trainer's arguments that choose between fast and deterministic algorithms.
+def algorithm_arguments(device: torch.device, deterministic: bool) -> dict[str, Any]:
+    """Return the `Trainer` arguments that select fast or deterministic algorithms.
 
-    By default cuDNN times its algorithms at the start of every process and takes the fastest, so two
-    processes may add up in another order. On a CPU all algorithms in use are deterministic as they are.
+    By default cuDNN benchmarks its algorithms in every process and takes the fastest, so two processes may
+    sum in a different order. On a CPU all algorithms in use are deterministic.
     """
-    return {"benchmark": place.type == "cuda" and not deterministic, "deterministic": deterministic}
+    return {"benchmark": device.type == "cuda" and not deterministic, "deterministic": deterministic}
 
 
-def describe_device(place: torch.device, precision: str, dist_env: DistEnv, cpus: int) -> str:
-    """Return the line that says what a training runs on; `cpus`: number that a task may use."""
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
+def describe_device(device: torch.device, precision: str, dist_env: DistEnv, cpus: int) -> str:
+    """Return the log line about the device, precision and tasks; `cpus`: number of CPUs per task."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     tasks = (
         f"{dist_env.size} tasks on {dist_env.nodes} nodes" if dist_env.nodes > 1 else f"{dist_env.size} tasks"
     )
@@ -203,54 +212,57 @@ def describe_device(place: torch.device, precision: str, dist_env: DistEnv, cpus
     return f"device: {name}, {cpus} CPUs, {precision}{shared}"
 
 
-def emulated(word: str, place: torch.device) -> str:
-    """Return a line of advice where a GPU only emulates the numbers it is to compute with; else nothing."""
-    if place.type != "cuda" or "bf16" not in word or _has_bf16(place):
+def bf16_emulation_warning(precision: str, device: torch.device) -> str:
+    """Return a warning if the GPU only emulates bf16 and `precision` uses it; empty otherwise."""
+    if device.type != "cuda" or "bf16" not in precision or _has_bf16(device):
         return ""
-    return f"{torch.cuda.get_device_name(place)} emulates bf16: recipe.precision=16-mixed is faster there"
+    return f"{torch.cuda.get_device_name(device)} emulates bf16: recipe.precision=16-mixed is faster there"
 
 
-def out_of_memory(error: BaseException, place: torch.device = CPU) -> bool:
-    """Whether a device, or this machine, has no memory left for what a step needs.
+def out_of_memory(error: BaseException, device: torch.device = CPU) -> bool:
+    """Whether an error means that the device or this machine has run out of memory.
 
     Args:
-        error: what a step has raised.
-        place: the device, whose free memory decides where the words do not.
+        error: exception raised by a training step.
+        device: device of the step; its free memory decides if the message is ambiguous.
     """
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in _NO_MEMORY):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        message in text for message in _NO_MEMORY
+    ):
         return True
-    if _NO_ENGINE not in text or place.type != "cuda":
+    if _NO_ENGINE not in text or device.type != "cuda":
         return False
-    # cuDNN tries its algorithms, and hides that none found memory. Otherwise it supports none.
-    free, total = torch.cuda.mem_get_info(place)
-    return free + torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place) < 0.05 * total
+    # cuDNN raises the same error if no algorithm found enough memory and if none supports the operation.
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) < 0.05 * total
 
 
-# What torch says of a CPU, and CUDA, cuBLAS and cuDNN of a GPU: NCCL by an error that looks like a lost peer.
+# Messages of torch on a CPU, and of CUDA, cuBLAS and cuDNN. NCCL wraps CUDA's message in a DistBackendError,
+# so test for out of memory before `peer_failure`.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-_NO_ENGINE = "unable to find an engine to execute this computation"  # of cuDNN's Conv_v8.cpp
+_NO_ENGINE = "unable to find an engine to execute this computation"  # torch's Conv_v8.cpp
 
 
 def peer_failure(error: BaseException) -> str:
-    """Return in one line that a collective failed because another task is gone; empty for other errors."""
+    """Return a line about a collective that failed because another task has ended; empty for other errors."""
     text = str(error)
     names = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
-    if type(error).__name__ in names or any(word in text for word in _LOST):
+    if type(error).__name__ in names or any(message in text for message in _CONNECTION_LOST):
         line = next((line.strip() for line in text.splitlines() if line.strip()), "")
         return f"lost another task of this job: {line[:200]}"
     return ""
 
 
-# What gloo says in a plain RuntimeError; NCCL's errors have a class of their own.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
+# Messages of gloo, which raises a plain RuntimeError; NCCL's errors have their own classes.
+_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
 
 
 def batch_share(config: Config, dist_env: DistEnv) -> BatchShare:
-    """Cut the global batch for this world.
+    """Return this rank's share of the global batch.
 
     Raises:
-        UserError: it does not come out even.
+        UserError: the global batch is not divisible by ranks times `train.accumulate`.
     """
     batch, parts = config.recipe.global_batch, dist_env.size * config.train.accumulate
     if batch % parts:

@@ -1,7 +1,7 @@
-"""Score a published torchvision model on a val split: do these images and labels mean what they should?
+"""Evaluate a published torchvision model on a val split, to verify that images and labels match.
 
-The weights are those that torchvision keeps in its cache, or a file; nothing is downloaded here. Pictures are
-prepared as the weights' own preset says, so that the published accuracy is what should come out.
+The weights come from torchvision's cache or from a file; nothing is downloaded. Images are transformed by the
+preset of the weights, so the accuracy should equal the published one.
 """
 
 from __future__ import annotations
@@ -25,12 +25,20 @@ from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.training.models import pretrained
 from hpc_imagenet.training.models.build import build_model
 
-BATCH = 64  # images
+BATCH_SIZE = 64  # images
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shares of 1 of the `images` of val; `published` those that torchvision states for ImageNet, if any."""
+    """Accuracy on the val split.
+
+    Attributes:
+        weights: name of the model and its weights.
+        images: number of val images.
+        top1: accuracy, 0 to 1.
+        top5: accuracy, 0 to 1.
+        published: top-1 and top-5 that torchvision publishes for ImageNet, 0 to 1; None if unknown.
+    """
 
     weights: str
     images: int
@@ -39,76 +47,79 @@ class Evaluation:
     published: tuple[float, float] | None
 
 
-def evaluate(store: DatasetReader, wanted: str, workers: int) -> Evaluation:
-    """Return how well a model does on the val split.
+def evaluate(store: DatasetReader, weights: str, workers: int) -> Evaluation:
+    """Return the accuracy of a model on the val split.
 
     Args:
         store: the dataset.
-        wanted: NAME, NAME:WEIGHTS (such as resnet50:IMAGENET1K_V1) or NAME=FILE, a file with its state.
-        workers: processes that decode.
+        weights: NAME, NAME:WEIGHTS (such as resnet50:IMAGENET1K_V1) or NAME=FILE, a file with a state dict.
+        workers: number of decoding processes.
 
     Raises:
-        UserError: unknown, not on disk, or for another number of classes.
+        UserError: the model or its weights are unknown, not on disk, or for another number of classes.
     """
     classes = len(store.manifest.classes)
-    title, model, prepare, published = _load(wanted, classes)
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.eval().to(place)
+    title, model, transform, published = _load(weights, classes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(device)
     split = store.open_split("val")
-    loader = DataLoader(_ValImages(split, prepare), BATCH, num_workers=workers if len(split) > BATCH else 0)
+    loader = DataLoader(
+        _ValImages(split, transform), BATCH_SIZE, num_workers=workers if len(split) > BATCH_SIZE else 0
+    )
     hits = torch.zeros(2, dtype=torch.long)
     with torch.inference_mode():
-        for pictures, labels in loader:
-            ranked = model(pictures.to(place)).topk(min(5, classes)).indices.cpu()
-            right = ranked == labels[:, None]
-            hits += torch.stack([right[:, 0].sum(), right.any(1).sum()])
+        for images, labels in loader:
+            top_classes = model(images.to(device)).topk(min(5, classes)).indices.cpu()
+            correct = top_classes == labels[:, None]
+            hits += torch.stack([correct[:, 0].sum(), correct.any(1).sum()])
     top1, top5 = (hits / len(split)).tolist()
     return Evaluation(title, len(split), top1, top5, published)
 
 
 class _ValImages(Dataset[tuple[Tensor, int]]):
-    def __init__(self, split: SplitReader, prepare: Callable[[Image.Image], Tensor]) -> None:
-        self.split, self.prepare = split, prepare
+    def __init__(self, split: SplitReader, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.split, self.transform = split, transform
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         data, label = self.split.read(i)
-        return self.prepare(Image.open(io.BytesIO(data)).convert("RGB")), label
+        return self.transform(Image.open(io.BytesIO(data)).convert("RGB")), label
 
 
-def _load(wanted: str, classes: int) -> tuple[str, nn.Module, Any, tuple[float, float] | None]:
-    head, _, file = wanted.partition("=")
+def _load(weights: str, classes: int) -> tuple[str, nn.Module, Any, tuple[float, float] | None]:
+    """Return the title, the model, its image transform and its published top-1 and top-5."""
+    head, _, file = weights.partition("=")
     name, _, version = head.partition(":")
     if name not in BACKBONES:
-        raise UserError(f"--weights {wanted}: {name} is unknown{did_you_mean(name, BACKBONES)}")
+        raise UserError(f"--weights {weights}: unknown model {name}{did_you_mean(name, BACKBONES)}")
     if file:
         return f"{name} ({file})", _from_file(name, Path(file).expanduser(), classes), _preset(name), None
-    published, _ = pretrained.cached_weights(name, version, f"--weights {wanted}")
-    known = len(published.meta["categories"])
-    if known != classes:
+    published, _ = pretrained.cached_weights(name, version, f"--weights {weights}")
+    categories = len(published.meta["categories"])
+    if categories != classes:
         raise UserError(
-            f"--weights {wanted}: its weights know {known} classes, but the dataset has {classes}"
+            f"--weights {weights}: the weights have {categories} classes, but the dataset has {classes}"
         )
     metrics = published.meta["_metrics"].get("ImageNet-1K", {})
-    told = (metrics["acc@1"] / 100, metrics["acc@5"] / 100) if metrics else None
+    accuracy = (metrics["acc@1"] / 100, metrics["acc@5"] / 100) if metrics else None
     model: nn.Module = models.get_model(name, weights=published)
-    return f"{name}:{published.name}", model, published.transforms(), told
+    return f"{name}:{published.name}", model, published.transforms(), accuracy
 
 
 def _from_file(name: str, path: Path, classes: int) -> nn.Module:
-    said = f"--weights {name}={path}"
+    option = f"--weights {name}={path}"
     model = build_model(name, classes, stem="standard")
-    state, wrong = pretrained.match_names(model, pretrained.read_weights(path, said))
-    if wrong:
-        why = pretrained.shape_difference(wrong[0], state, model.state_dict())
-        raise UserError(f"{said}: is not {name} for {classes} classes ({why} here)")
+    state, mismatched = pretrained.match_names(model, pretrained.read_weights(path, option))
+    if mismatched:
+        difference = pretrained.shape_difference(mismatched[0], state, model.state_dict())
+        raise UserError(f"{option}: not weights of {name} for {classes} classes ({difference})")
     model.load_state_dict(state)
     return model
 
 
 def _preset(name: str) -> Any:
-    """Return how the newest published weights want their pictures."""
-    published = list(models.get_model_weights(name))
-    return published[-1].transforms() if published else ImageClassification(crop_size=224)
+    """Return the image transform of the newest published weights."""
+    versions = list(models.get_model_weights(name))
+    return versions[-1].transforms() if versions else ImageClassification(crop_size=224)

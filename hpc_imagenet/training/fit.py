@@ -1,4 +1,4 @@
-"""One training: build, take up where the last attempt stopped, train to the end, tell what came out."""
+"""Training of one run: build the network, resume from the last checkpoint, train, and return the metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
 from hpc_imagenet.training.callbacks.checkpoint_file import (
     AtomicCheckpointIO,
     Checkpoint,
-    differing,
+    identity_differences,
     newest_checkpoint,
 )
 from hpc_imagenet.training.callbacks.progress import ProgressReporter
@@ -45,25 +45,24 @@ LOG_EVERY = 50  # steps
 
 
 def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-    """Train what `config` describes on `store`, or go on with it; called by every task of the job.
+    """Train the config's backbone on `store`, from the last checkpoint if one exists; every task calls this.
 
     Returns:
-        top1 and top5 (0 to 1) and loss (mean cross-entropy) on val; images_per_second of training, over all
-        ranks; images skipped because they could not be read; epochs; seconds this attempt took; parameters
-        of the network.
+        top1 and top5 (0 to 1) and loss (mean cross-entropy) on val; images_per_second of training over all
+        ranks; skipped (number of unreadable images); epochs; seconds of this attempt; parameters (number).
 
     Raises:
-        UserError: bad input, in one line.
-        Interrupted: a signal asked to stop; a checkpoint is saved.
-        Lost: another task of the job is gone.
-        Superseded: another copy of the job has taken the run over.
+        UserError: bad input.
+        Preempted: a stop signal arrived; a checkpoint is saved.
+        PeerLost: another task of the job has ended.
+        Superseded: a later start of this job holds the run's lease.
     """
     began = time.monotonic()
     recipe, checkpoints = config.recipe, run.folder / "checkpoints"
-    place, share = distributed.device(config, dist_env), distributed.batch_share(config, dist_env)
+    device, share = distributed.device(config, dist_env), distributed.batch_share(config, dist_env)
     torch.set_num_threads(available_cpus(dist_env))
-    main: Any = rank_zero_only
-    main.rank = dist_env.rank  # else Lightning guesses from variables that another job may have left
+    rank_zero: Any = rank_zero_only
+    rank_zero.rank = dist_env.rank  # Lightning would read it from variables that an outer job may have set
 
     classes = len(store.manifest.classes)
     train, val = _split(store, "train", classes), _split(store, "val", classes)
@@ -71,62 +70,67 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
     if not steps:
         raise UserError(f"recipe.global_batch={share.batch} is more than the {len(train)} images of train")
 
-    start = newest_checkpoint(checkpoints)
+    checkpoint = newest_checkpoint(checkpoints)
     identity = {
         **config.training_identity(),
         "data": store.manifest.content,
         "code": (run.attempt.submitted.get("code") or {}) if run.attempt else {},
     }
-    if start and (other := differing(start.identity, identity)):
-        more = f" (and {len(other) - 1} more)" if other[1:] else ""
+    if checkpoint and (differences := identity_differences(checkpoint.identity, identity)):
+        more = f" (and {len(differences) - 1} more)" if differences[1:] else ""
         raise UserError(
-            f"{start.path} is of another training: {other[0]}{more}: put it aside, or ask for what it is of"
+            f"{checkpoint.path} belongs to another training: {differences[0]}{more}:"
+            " move its folder away to train from the start, or restore the settings"
         )
 
-    network = backbone(config, classes, fresh=start is None)
-    look_every = min(LOG_EVERY, steps)
-    module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs, share, look_every)
+    network = backbone(config, classes, fresh=checkpoint is None)
+    log_every = min(LOG_EVERY, steps)
+    module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs, share, log_every)
     if config.model.compile:
         module.compile_networks(available_cpus(dist_env))
-    loaders = ImageDataModule(config, train, val, share, dist_env, place)
-    told = run.folder / "bottleneck.json"
-    verdict = BottleneckMonitor(
-        config, told, available_cpus(dist_env), loaders.workers, loaders.train, dist_env
+    datamodule = ImageDataModule(config, train, val, share, dist_env, device)
+    bottleneck = BottleneckMonitor(
+        config,
+        run.folder / "bottleneck.json",
+        available_cpus(dist_env),
+        datamodule.workers,
+        datamodule.train,
+        dist_env,
     )
-    account = ProgressReporter(share.batch, Progress(run) if dist_env.is_rank_zero else None, verdict)
-    callbacks: list[pl.Callback] = [account]
+    reporter = ProgressReporter(share.batch, Progress(run) if dist_env.is_rank_zero else None, bottleneck)
+    callbacks: list[pl.Callback] = [reporter]
     if recipe.ema is not None:
         callbacks.append(EMACallback(recipe.ema, recipe.ema_every, steps * recipe.warmup_epochs))
 
-    if start and dist_env.is_rank_zero:
-        print(f"going on from step {start.step}", flush=True)
+    if checkpoint and dist_env.is_rank_zero:
+        print(f"resuming from step {checkpoint.step}", flush=True)
 
-    with quiet(), StopSignal() as asked:
-        every = 60 * config.train.checkpoint_every_minutes
-        boundary = CheckpointCallback(
-            checkpoints, asked, every, identity, loaders.names, dist_env.is_rank_zero
+    with quiet_lightning(), StopSignal() as stop_signal:
+        interval = 60 * config.train.checkpoint_every_minutes
+        saver = CheckpointCallback(
+            checkpoints, stop_signal, interval, identity, datamodule.names, dist_env.is_rank_zero
         )
-        callbacks.append(boundary)
-        callbacks.append(verdict)  # last: all that the others do is no waiting for data
-        trainer = _trainer(config, run, dist_env, place, start, look_every, callbacks)
-        path = start.path if start else None
+        callbacks.append(saver)
+        callbacks.append(bottleneck)  # last, so that time spent in other callbacks is not measured as waiting
+        trainer = _trainer(config, run, dist_env, device, checkpoint, log_every, callbacks)
+        path = checkpoint.path if checkpoint else None
         try:
-            trainer.fit(module, datamodule=loaders, ckpt_path=path, weights_only=True)
-            if "val_top1" not in trainer.callback_metrics:  # it was already finished
-                trainer.loggers = []  # who know it
-                trainer.validate(module, datamodule=loaders, verbose=False)
-            skipped = len(loaders.skipped())
+            trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
+            if "val_top1" not in trainer.callback_metrics:  # an earlier attempt finished the training
+                trainer.loggers = []  # and logged its last validation
+                trainer.validate(module, datamodule=datamodule, verbose=False)
+            skipped = len(datamodule.skipped())
         except (RuntimeError, MemoryError) as error:
-            if boundary.out_of_memory or distributed.out_of_memory(error, place):
-                raise UserError(_too_much(share, trainer.global_step, place)) from None
-            if missing := _no_deterministic(error):
-                raise UserError(missing) from None
-            if dist_env.size > 1 and (gone := distributed.peer_failure(error)):
-                raise PeerLost(gone) from error
+            if saver.out_of_memory or distributed.out_of_memory(error, device):
+                raise UserError(_out_of_memory_message(share, trainer.global_step, device)) from None
+            if message := _nondeterministic_message(error):
+                raise UserError(message) from None
+            if dist_env.size > 1 and (message := distributed.peer_failure(error)):
+                raise PeerLost(message) from error
             raise
-    counted = module.tally.compute()["counts"]
+    counts = module.val_metrics.compute()["counts"]
     if dist_env.is_rank_zero:
-        write_class_accuracies(run.folder / "val_classes.csv", store.manifest.classes, counted)
+        write_class_accuracies(run.folder / "val_classes.csv", store.manifest.classes, counts)
     if dist.is_initialized():
         dist.destroy_process_group()
     metrics = trainer.callback_metrics
@@ -134,7 +138,7 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
         "top1": float(metrics["val_top1"]),
         "top5": float(metrics["val_top5"]),
         "loss": float(metrics["val_loss"]),
-        "images_per_second": account.images_per_second,
+        "images_per_second": reporter.images_per_second,
         "skipped": skipped,
         "epochs": recipe.epochs,
         "seconds": time.monotonic() - began,
@@ -143,7 +147,7 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
 
 
 def backbone(config: Config, classes: int, fresh: bool) -> nn.Module:
-    """Return the backbone as the recipe wants it; `fresh` if no checkpoint follows that has its weights."""
+    """Build the backbone of the recipe; `fresh`: no checkpoint will be loaded, so load `model.weights`."""
     torch.manual_seed(config.seed)
     options, recipe = config.model, config.recipe
     network = build.build_model(
@@ -158,32 +162,37 @@ def backbone(config: Config, classes: int, fresh: bool) -> nn.Module:
     if recipe.blurpool and not blur_before_halving(network):
         raise UserError(f"recipe.blurpool=true: {options.name} has no convolution that it would change")
     set_norm_momentum(network, recipe.norm_momentum)
-    fits = (
+    same_classes = (
         pretrained.load_weights(network, options.name, options.weights) if options.weights and fresh else True
     )
-    if not fits:
-        print(f"model.weights={options.weights}: of other classes, so the classifier begins anew", flush=True)
+    if not same_classes:
+        print(
+            f"model.weights={options.weights}: the weights are for other classes, so the classifier"
+            " is initialized at random",
+            flush=True,
+        )
     if recipe.freeze:
         pretrained.freeze_backbone(network)
     return network
 
 
-def _too_much(share: BatchShare, step: int, place: torch.device) -> str:
-    """Say that the memory of the device is too small, and what would need about half of it."""
-    each = share.batch // share.size
-    smaller = [parts for parts in range(2 * share.accumulate, each + 1) if each % parts == 0]
-    mend = f"train.accumulate={smaller[0]} takes {each // smaller[0]}" if smaller else "take a smaller model"
-    device = torch.cuda.get_device_name(place) if place.type == "cuda" else "this machine"
-    return (
-        f"out of memory at step {step + 1}: {share.images} images at a time are too many for {device}: {mend}"
-        + (" at a time, of the same global batch" if smaller else "")
+def _out_of_memory_message(share: BatchShare, step: int, device: torch.device) -> str:
+    """Return the error line with the `train.accumulate` that needs about half of the memory."""
+    rank_batch = share.batch // share.size
+    larger = [parts for parts in range(2 * share.accumulate, rank_batch + 1) if rank_batch % parts == 0]
+    fix = (
+        f"train.accumulate={larger[0]} takes {rank_batch // larger[0]} at a time, of the same global batch"
+        if larger
+        else "take a smaller model"
     )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    return f"out of memory at step {step + 1}: {share.images} images at a time are too many for {name}: {fix}"
 
 
-def _no_deterministic(error: BaseException) -> str:
-    """Return in one line that torch has no deterministic algorithm for a layer; empty for other errors."""
-    operation, words, _ = str(error).partition(" does not have a deterministic implementation")
-    if not words:
+def _nondeterministic_message(error: BaseException) -> str:
+    """Return an error line if torch has no deterministic algorithm for a layer; empty for other errors."""
+    operation, separator, _ = str(error).partition(" does not have a deterministic implementation")
+    if not separator:
         return ""
     return (
         f"train.deterministic=true: torch has no deterministic {operation} on this device: "
@@ -192,10 +201,13 @@ def _no_deterministic(error: BaseException) -> str:
 
 
 def _split(store: DatasetReader, name: str, classes: int) -> SplitReader:
+    """Open a split and check its labels."""
     split = store.open_split(name)
     highest = int(split.index["label"].max())
     if highest >= classes:
-        raise UserError(f"{store.folder}: {name} has the label {highest}, but there are {classes} classes")
+        raise UserError(
+            f"{store.folder}: split {name} has the label {highest}, but there are {classes} classes"
+        )
     return split
 
 
@@ -203,40 +215,40 @@ def _trainer(
     config: Config,
     run: Run,
     dist_env: DistEnv,
-    place: torch.device,
-    start: Checkpoint | None,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
     log_every: int,
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
-    step = start.step if start else 0
-    precision = distributed.precision(config.recipe.precision, place)
+    step = checkpoint.step if checkpoint else 0
+    precision = distributed.precision(config.recipe.precision, device)
     if dist_env.is_rank_zero:
-        print(distributed.describe_device(place, precision, dist_env, available_cpus(dist_env)), flush=True)
-        if advice := distributed.emulated(precision, place):
+        print(distributed.describe_device(device, precision, dist_env, available_cpus(dist_env)), flush=True)
+        if advice := distributed.bf16_emulation_warning(precision, device):
             print(f"warning: {advice}", flush=True)
-    arguments = distributed.trainer_arguments(dist_env, place, config.train.accumulate, precision)
-    check = run.lease.check if run.lease else lambda: None
-    arguments["plugins"].append(AtomicCheckpointIO(check))
+    arguments = distributed.trainer_arguments(dist_env, device, config.train.accumulate, precision)
+    check_lease = run.lease.check if run.lease else lambda: None
+    arguments["plugins"].append(AtomicCheckpointIO(check_lease))
     trainer = pl.Trainer(
         **arguments,
         precision=precision,
         max_epochs=config.recipe.epochs,
         accumulate_grad_batches=config.train.accumulate,
         logger=[
-            CsvLogger(run.folder, step, check),
+            CsvLogger(run.folder, step, check_lease),
             TensorBoardLogger(run.folder, name="", version="tensorboard", purge_step=step),
         ],
         callbacks=callbacks,
         log_every_n_steps=log_every,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # ours know the world
-        **distributed.algorithm_arguments(place, config.train.deterministic),
-        enable_checkpointing=False,  # Boundary saves
-        enable_progress_bar=False,  # Account tells
+        use_distributed_sampler=False,  # our samplers shard the data themselves
+        **distributed.algorithm_arguments(device, config.train.deterministic),
+        enable_checkpointing=False,  # CheckpointCallback saves
+        enable_progress_bar=False,  # ProgressReporter reports
         enable_model_summary=False,
     )
-    # Signals have one owner, `Asked`. Lightning's would run collectives inside a handler, and broadcast a
-    # flag at every step.
+    # Only `StopSignal` handles signals. Lightning would run collectives inside a handler and broadcast a flag
+    # at every step.
     connector: Any = trainer._signal_connector
     connector.register_signal_handlers = lambda: None
     loop: Any = trainer.fit_loop.epoch_loop
@@ -245,8 +257,8 @@ def _trainer(
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Lightning's banners and its advice, which does not apply here, out of the log."""
+def quiet_lightning() -> Iterator[None]:
+    """Suppress Lightning's banners and those of its warnings that do not apply here."""
     loggers = [
         logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")
     ]
@@ -255,15 +267,15 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for advice in (
-                ".*does not have many workers.*",  # as many as there are CPUs
-                ".*dataloader is not resumable.*",  # the sampler is
-                ".*`srun` command is available.*",  # the world is known
-                ".*LeafSpec.*is deprecated.*",  # torch to Lightning
-                ".*in eval mode at the start of training.*",  # by recipe.freeze
-                ".*recommended to use .*sync_dist=True.*",  # the tally has added up all ranks
+            for message in (
+                ".*does not have many workers.*",  # our loader uses threads, not worker processes
+                ".*dataloader is not resumable.*",  # our sampler resumes
+                ".*`srun` command is available.*",  # ranks come from DistEnv
+                ".*LeafSpec.*is deprecated.*",  # a torch deprecation inside Lightning
+                ".*in eval mode at the start of training.*",  # intended with recipe.freeze
+                ".*recommended to use .*sync_dist=True.*",  # ClassificationMetrics already sums over ranks
             ):
-                warnings.filterwarnings("ignore", message=advice)
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

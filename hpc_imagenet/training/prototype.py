@@ -1,4 +1,4 @@
-"""A training by hand, for a notebook: the sweep's own batches, network and steps, without its record."""
+"""Short training in a notebook: batches, network and steps of a real run, without a run folder."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.launch.dist_env import DistEnv, available_cpus
 from hpc_imagenet.training import distributed
-from hpc_imagenet.training.fit import backbone, quiet
+from hpc_imagenet.training.fit import backbone, quiet_lightning
 from hpc_imagenet.training.loading.batch_loader import BatchLoader
 from hpc_imagenet.training.loading.datamodule import ImageDataModule
 from hpc_imagenet.training.loading.sampler import TrainSampler
 from hpc_imagenet.training.module import Classifier
 
-_JUDGED = 20  # batches of val
+_VAL_BATCHES = 20
+_CPU = torch.device("cpu")
 
 
 class Prototype:
-    """What a training of `config` would do, in this process, on its first GPU or else on its CPUs.
+    """Training of `config` in this process, on its first GPU or else on its CPUs.
 
     Attributes:
-        config: composed, as a run is frozen.
-        device: where batches and network are.
-        module: the network with its loss and optimizer; `module.model` is torchvision's.
+        config: composed config.
+        device: device of the batches and the network.
+        module: network with its loss and optimizer; `module.model` is torchvision's network.
+        loaders: train and val batches.
 
     Raises:
-        UserError: the batch does not come out even, or the model cannot be built so.
+        UserError: the global batch is not divisible by `train.accumulate`, or the model cannot be built.
     """
 
     def __init__(self, config: Config, store: DatasetReader) -> None:
@@ -44,7 +46,7 @@ class Prototype:
         self.module = Classifier(
             network, classes, config.recipe, config.seed, steps * config.recipe.epochs, share
         )
-        self.module.average = None  # in so short a time it would be worth nothing
+        self.module.average = None  # EMA needs longer than a prototype trains
         self.loaders = ImageDataModule(config, train, store.open_split("val"), share, dist_env, self.device)
         self._share = share
 
@@ -55,9 +57,9 @@ class Prototype:
         return BatchLoader(batches, sampler, self.loaders.workers, self.device)
 
     def speed(self, seconds: float = 10) -> float:
-        """Return how many images a second the loader makes, over about so many seconds or one epoch."""
+        """Return the images/s of the loader alone, measured for about `seconds` or one epoch."""
         batches = iter(self.loader())
-        next(batches)  # threads and caches are there from here on
+        next(batches)  # starts the threads and fills the caches
         images, began = 0, time.monotonic()
         for pixels, _ in batches:
             images += len(pixels)
@@ -66,23 +68,23 @@ class Prototype:
         return images / (time.monotonic() - began)
 
     def train(self, minutes: float = 1) -> dict[str, Any]:
-        """Train for so long from the first batch on, as the recipe says; it comes to its first steps only.
+        """Train for `minutes` from the first batch; only the start of the schedule is reached.
 
         Returns:
-            losses, one a device batch; images_per_second; on some batches of val top1, top5 (0 to 1), loss.
+            losses, one per device batch; images_per_second; top1, top5 (0 to 1) and loss on 20 val batches.
         """
-        seen = _LossHistory()
+        history = _LossHistory()
         precision = distributed.precision(self.config.recipe.precision, self.device)
         accumulate = self.config.train.accumulate
-        with quiet():
+        with quiet_lightning():
             trainer = pl.Trainer(
                 **distributed.trainer_arguments(DistEnv(), self.device, accumulate, precision),
                 precision=precision,
                 max_epochs=self.config.recipe.epochs,
                 max_time=timedelta(minutes=minutes),
                 accumulate_grad_batches=accumulate,
-                callbacks=[seen],
-                limit_val_batches=_JUDGED,
+                callbacks=[history],
+                limit_val_batches=_VAL_BATCHES,
                 check_val_every_n_epoch=self.config.recipe.epochs,
                 num_sanity_val_steps=0,
                 use_distributed_sampler=False,
@@ -93,27 +95,24 @@ class Prototype:
                 **distributed.algorithm_arguments(self.device, self.config.train.deterministic),
             )
             trainer.fit(self.module, datamodule=self.loaders)
-            (judged,) = trainer.validate(self.module, datamodule=self.loaders, verbose=False)
-        losses = [float(loss) for loss in seen.losses]
+            (metrics,) = trainer.validate(self.module, datamodule=self.loaders, verbose=False)
+        losses = [float(loss) for loss in history.losses]
         images = self._share.images * max(0, len(losses) - 1)
         return {
             "losses": losses,
-            "images_per_second": images / max(seen.last - seen.first, 1e-9),
-            **{name.removeprefix("val_"): value for name, value in judged.items()},
+            "images_per_second": images / max(history.last - history.first, 1e-9),
+            **{name.removeprefix("val_"): value for name, value in metrics.items()},
         }
 
 
 class _LossHistory(pl.Callback):
-    """Keeps the loss of every step, and when the first and the last of them ended."""
+    """Records the loss of every device batch, and when the first and the last of them ended (s)."""
 
     def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []  # on the device, which nobody waits for
+        self.losses: list[torch.Tensor] = []  # on the device, to avoid a synchronization
         self.first = self.last = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self.losses.append(trainer.callback_metrics["train_loss"])  # every step's is logged
+        self.losses.append(trainer.callback_metrics["train_loss"])  # logged at every step
         self.last = time.monotonic()
         self.first = self.first or self.last
-
-
-_CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import pytest
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scan
 from hpc_imagenet.data.ilsvrc.devkit import META, TRUTH, Devkit, read_devkit
 from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
-from hpc_imagenet.data.tar.tar_reader import BLOCK
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.tar_header import BLOCK
 
 # In devkit order, which is not the order of the wnids; the last row is not a class.
 SYNSETS = [

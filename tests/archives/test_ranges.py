@@ -27,8 +27,8 @@ from hpc_imagenet.data.download.streaming_hash import StreamingHash
 from hpc_imagenet.data.sources.http_credentials import HttpCredentials
 from hpc_imagenet.data.sources.http_source import HttpSource
 from hpc_imagenet.data.sources.range_source import Origin
-from hpc_imagenet.data.sources.virtual_tar import tar_member
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.tar_header import tar_member
 
 FILE = "x.tar"
 SIZE = 6_000_000

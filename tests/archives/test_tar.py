@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_imagenet.data.tar import tar_reader
-from hpc_imagenet.data.tar.tar_reader import BLOCK, Member, members
+from hpc_imagenet.data.tar.tar_reader import Member, members
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.tar_header import BLOCK
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

@@ -1,4 +1,4 @@
-"""The process that copies: what it brings, what it says, how it ends."""
+"""The copy process: fetching, hashing, errors and its end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -23,8 +24,8 @@ from hpc_imagenet.errors import UserError
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A place with version 1 of `digits`."""
+def stores(tmp_path: Path) -> Path:
+    """A folder backend with version 1 of `digits`."""
     make_dataset(tmp_path / "workspace")
     (tmp_path / "stores" / "digits").mkdir(parents=True)
     (tmp_path / "stores/digits/v1").symlink_to(tmp_path / "workspace/datasets/digits")
@@ -32,12 +33,16 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shard(home: Path) -> File:
-    return versions.open_version(Datastore("digits", str(home))).manifest.shards[0]
+def shard(stores: Path) -> File:
+    return versions.open_version(Datastore("digits", str(stores))).manifest.shards[0]
 
 
-def silent(done: int) -> None:
-    pass
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A sparse file that takes an hour to hash."""
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**40)
+    return tmp_path / "large"
 
 
 def children() -> list[psutil.Process]:
@@ -49,93 +54,108 @@ def children() -> list[psutil.Process]:
     return found
 
 
-def test_it_copies_hashes_and_says_what_is_wrong(home: Path, shard: File, tmp_path: Path) -> None:
-    copier = CopyProcess(str(home), "digits/v1", tmp_path)
+def test_copy_process_fetches_hashes_and_reports_errors(stores: Path, shard: File, tmp_path: Path) -> None:
+    copier = CopyProcess(str(stores), "digits/v1", tmp_path)
     try:
         assert not children()
-        copier.fetch(shard, tmp_path / "copy", silent)
-        assert copier.hash(tmp_path / "copy", shard, silent) == shard.hash
-        (tmp_path / "copy").write_bytes(b"else")
-        assert copier.hash(tmp_path / "copy", shard, silent) != shard.hash
+        copier.fetch(shard, tmp_path / "copy")
+        assert copier.hash(tmp_path / "copy", shard) == shard.hash
+        (tmp_path / "copy").write_bytes(b"other")
+        assert copier.hash(tmp_path / "copy", shard) != shard.hash
         with pytest.raises(UserError, match="digits/v1/none is missing"):
-            copier.fetch(File("none", 1, shard.hash), tmp_path / "none", silent)
+            copier.fetch(File("none", 1, shard.hash), tmp_path / "none")
         assert not (tmp_path / "none").exists()
         (child,) = children()
         assert child.nice() == min(19, max(NICE, os.nice(0)))
     finally:
         copier.close()
     eventually(lambda: not children())
-    with pytest.raises(UserError, match="not copied any more"):
-        copier.fetch(shard, tmp_path / "copy", silent)
+    with pytest.raises(UserError, match="the copy process is closed"):
+        copier.fetch(shard, tmp_path / "copy")
 
 
-def test_one_that_was_killed_is_told_and_another_takes_its_place(
-    home: Path, shard: File, tmp_path: Path
-) -> None:
-    copier = CopyProcess(str(home), "digits/v1", tmp_path)
+def test_killed_copy_process_is_reported_and_restarted(stores: Path, shard: File, tmp_path: Path) -> None:
+    copier = CopyProcess(str(stores), "digits/v1", tmp_path)
     try:
-        copier.fetch(shard, tmp_path / "copy", silent)
+        copier.fetch(shard, tmp_path / "copy")
         (child,) = children()
         child.send_signal(signal.SIGSTOP)
         killer = threading.Timer(1, child.kill)
         killer.start()
-        with pytest.raises(UserError, match=r"has ended \(exit code -9\)"):
-            copier.fetch(shard, tmp_path / "second", silent)
+        with pytest.raises(UserError, match=r"ended unexpectedly \(exit code -9\)"):
+            copier.fetch(shard, tmp_path / "second")
         assert not (tmp_path / "second").exists()
-        copier.fetch(shard, tmp_path / "second", silent)
+        copier.fetch(shard, tmp_path / "second")
         assert (tmp_path / "second").stat().st_size == shard.bytes
     finally:
         copier.close()
 
 
-def test_what_is_no_answer_is_told(home: Path, shard: File, tmp_path: Path) -> None:
-    copier = CopyProcess(str(home), "digits/v1", tmp_path)
+def test_output_that_is_not_json_is_reported(stores: Path, shard: File, tmp_path: Path) -> None:
+    copier = CopyProcess(str(stores), "digits/v1", tmp_path)
     copier._command = [sys.executable, "-c", "print('Welcome to n1')"]
-    with pytest.raises(UserError, match="says 'Welcome to n1', which is no answer"):
-        copier.fetch(shard, tmp_path / "copy", silent)
+    with pytest.raises(UserError, match="wrote 'Welcome to n1' instead of a JSON reply"):
+        copier.fetch(shard, tmp_path / "copy")
     copier.close()
 
 
-def test_it_ends_with_whoever_gives_the_orders(home: Path, shard: File, tmp_path: Path) -> None:
-    order = "copier.bring(shard, Path(sys.argv[2], 'copy'), print)"
-    assert gone_after(order, home, shard, tmp_path) == ""
+def test_copy_process_ends_with_its_parent_while_idle(stores: Path, shard: File, tmp_path: Path) -> None:
+    request = "copier.fetch(shard, Path(sys.argv[2], 'copy'))"
+    assert stderr_after_parent_dies(request, stores, shard, tmp_path) == ""
 
 
-def test_it_ends_in_the_midst_of_its_work(home: Path, shard: File, tmp_path: Path) -> None:
-    with (tmp_path / "large").open("wb") as file:
-        file.truncate(2**40)  # holes: an hour of hashing
-    order = "copier.hash(Path(sys.argv[2], 'large'), shard, lambda done: end())"
-    assert gone_after(order, home, shard, tmp_path) == ""
+def test_copy_process_ends_with_its_parent_during_a_request(
+    stores: Path, shard: File, large: Path, tmp_path: Path
+) -> None:
+    request = (
+        "threading.Thread(target=copier.hash, args=(Path(sys.argv[2], 'large'), shard)).start()\n"
+        "while not (copier._process and any(\n"
+        "    file.path.endswith('large') for file in psutil.Process(copier._process.pid).open_files()\n"
+        ")):\n"
+        "    time.sleep(0.05)\n"
+    )
+    assert stderr_after_parent_dies(request, stores, shard, tmp_path) == ""
 
 
-def gone_after(order: str, home: Path, shard: File, tmp_path: Path) -> str:
-    """Give an order in a process that kills itself over it or behind it; return what the copier complains of.
+def test_close_aborts_a_running_request(stores: Path, shard: File, large: Path, tmp_path: Path) -> None:
+    copier = CopyProcess(str(stores), "digits/v1", tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(copier.hash, large, shard)
+        eventually(
+            lambda: any(str(large) == file.path for child in children() for file in child.open_files())
+        )
+        copier.close()
+        with pytest.raises(UserError, match=r"ended unexpectedly \(exit code -9\)"):
+            hashing.result(timeout=60)
+    assert not children()
 
-    Fails where the copier does not end.
+
+def stderr_after_parent_dies(request: str, stores: Path, shard: File, tmp_path: Path) -> str:
+    """Send a request from a process that kills itself; return the stderr of the copy process.
+
+    Fails if the copy process does not end.
     """
     code = (
-        "import os, sys\n"
+        "import os, psutil, sys, threading, time\n"
         "from pathlib import Path\n"
-        "from hpc_imagenet.datastore.node_cache.copy_process import Copier\n"
+        "from hpc_imagenet.datastore.node_cache.copy_process import CopyProcess\n"
         "from hpc_imagenet.datastore.manifest import File\n"
-        "copier = Copier(sys.argv[1], 'digits/v1', Path(sys.argv[2]))\n"
+        "copier = CopyProcess(sys.argv[1], 'digits/v1', Path(sys.argv[2]))\n"
         "shard = File(sys.argv[3], int(sys.argv[4]), sys.argv[5])\n"
-        "def end():\n"
-        "    print(copier._process.pid, flush=True)\n"
-        "    os.kill(os.getpid(), 9)\n"
-        f"{order}\n"
-        "end()\n"
+        f"{request}\n"
+        "print(copier._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
     )
-    words = [str(home), str(tmp_path), shard.path, str(shard.bytes), shard.hash]
+    arguments = [str(stores), str(tmp_path), shard.path, str(shard.bytes), shard.hash]
     with (tmp_path / "errors").open("w") as errors:
-        told = subprocess.run(
-            [sys.executable, "-c", code, *words],
+        parent = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
             check=False,
         )
-    assert told.returncode == -signal.SIGKILL
-    pid = int(told.stdout.split()[-1])
+    assert parent.returncode == -signal.SIGKILL
+    pid = int(parent.stdout.split()[-1])
     eventually(lambda: not lives(pid))
     return (tmp_path / "errors").read_text()

@@ -14,7 +14,7 @@ entries = st.tuples(
 
 
 @given(rows=st.lists(entries, min_size=1, max_size=50))
-def test_what_is_written_is_read(
+def test_write_and_open_round_trip(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, ...]]
 ) -> None:
     path = tmp_path_factory.mktemp("index") / "train.npy"
@@ -22,14 +22,14 @@ def test_what_is_written_is_read(
     assert open_index(path).tolist() == rows
 
 
-def test_is_16_bytes_an_image_and_any_numpy_reads_it(tmp_path: Path) -> None:
+def test_index_has_16_bytes_per_image_and_numpy_loads_it(tmp_path: Path) -> None:
     path = tmp_path / "train.npy"
     write_index(path, np.zeros(1000, ENTRY))
     assert path.stat().st_size - 16 * 1000 in range(64, 257)  # the .npy header
     assert np.load(path).dtype == ENTRY
 
 
-def test_is_mapped_and_cannot_be_written(tmp_path: Path) -> None:
+def test_index_is_memory_mapped_and_read_only(tmp_path: Path) -> None:
     write_index(tmp_path / "train.npy", np.zeros(3, ENTRY))
     index = open_index(tmp_path / "train.npy")
     assert isinstance(index, np.memmap)
@@ -37,29 +37,29 @@ def test_is_mapped_and_cannot_be_written(tmp_path: Path) -> None:
         index["label"] = 1
 
 
-def test_a_truncated_index_is_refused(tmp_path: Path) -> None:
+def test_truncated_index_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train.npy"
     write_index(path, np.zeros(3, ENTRY))
-    whole = path.read_bytes()
-    for kept in range(len(whole)):
-        path.write_bytes(whole[:kept])
+    complete = path.read_bytes()
+    for kept in range(len(complete)):
+        path.write_bytes(complete[:kept])
         with pytest.raises(UserError, match=r"train\.npy: not an index .*\+stage=process"):
             open_index(path)
 
 
-def test_anything_else_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_an_index_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "other.npy", np.zeros(3))
     with pytest.raises(UserError, match="not an index"):
         open_index(tmp_path / "other.npy")
     (tmp_path / "page.npy").write_text("<html>")
     with pytest.raises(UserError, match="not an index"):
         open_index(tmp_path / "page.npy")
-    with pytest.raises(UserError, match=r"no such index; \+stage=process"):
+    with pytest.raises(UserError, match=r"no such index; create it with \+stage=process"):
         open_index(tmp_path / "none.npy")
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(3), np.zeros((2, 2), ENTRY)])
-def test_only_an_index_is_written(tmp_path: Path, wrong: np.ndarray) -> None:
+def test_write_refuses_arrays_that_are_not_an_index(tmp_path: Path, wrong: np.ndarray) -> None:
     with pytest.raises(TypeError, match="one dimension"):
         write_index(tmp_path / "train.npy", wrong)
     assert list(tmp_path.iterdir()) == []

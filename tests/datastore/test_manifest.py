@@ -28,7 +28,7 @@ manifests = st.builds(
 
 
 @given(manifest=manifests)
-def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> None:
+def test_save_and_load_round_trip(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> None:
     folder = tmp_path_factory.mktemp("dataset")
     manifest.save(folder)
     assert load_manifest(folder) == manifest
@@ -36,13 +36,13 @@ def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory, manif
 
 
 @given(manifest=manifests)
-def test_counts_all_files(manifest: Manifest) -> None:
+def test_totals_count_all_files(manifest: Manifest) -> None:
     assert len(manifest.all_files()) == len(manifest.shards) + len(manifest.splits) + len(manifest.files)
     assert manifest.bytes == sum(file.bytes for file in manifest.all_files())
     assert manifest.images == sum(split.images for split in manifest.splits.values())
 
 
-def test_without_a_manifest_a_folder_is_no_dataset(tmp_path: Path) -> None:
+def test_missing_manifest_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_manifest(tmp_path)
 
@@ -50,14 +50,14 @@ def test_without_a_manifest_a_folder_is_no_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"[]", b"{}", b"<html>", b"\xff\xfe\xfd", b'{"format": 1}', b"null"]
 )
-def test_what_is_no_manifest_is_refused_in_one_line(tmp_path: Path, text: bytes) -> None:
+def test_invalid_manifest_is_a_one_line_error(tmp_path: Path, text: bytes) -> None:
     (tmp_path / FILE).write_bytes(text)
     with pytest.raises(UserError, match="not a manifest") as caught:
         load_manifest(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_later_format_is_refused(tmp_path: Path) -> None:
+def test_newer_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps({"format": 2}))
     with pytest.raises(UserError, match="format 2, but this version reads format 1"):
         load_manifest(tmp_path)

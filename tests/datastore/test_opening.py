@@ -1,4 +1,4 @@
-"""Opening a version that lies in a bucket or behind ssh, with real servers and what goes wrong between."""
+"""open_dataset of a version in a bucket or on an ssh host, with real servers and network faults."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hpc_imagenet.config.schema import Cluster, Config, Dataset, Datastore, Stag
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import s3_client
 from hpc_imagenet.datastore.backends.storage_backend import SupportsRangeReads
+from hpc_imagenet.datastore.node_cache import staging
 from hpc_imagenet.datastore.open_dataset import open_dataset
-from hpc_imagenet.datastore.reader import shard_reader
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.datastore.reader.prefetch import Prefetcher
 from hpc_imagenet.errors import UserError
@@ -29,23 +29,23 @@ KINDS = ["moto", "rclone", "ssh"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def where(
+def backend(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
-    """Kind of place, and the endpoint or RSYNC_RSH."""
-    with servers.place(request.param, tmp_path_factory.mktemp(request.param)) as how:
-        yield request.param, how
+    """Kind of backend, and its endpoint URL or RSYNC_RSH."""
+    with servers.storage_server(request.param, tmp_path_factory.mktemp(request.param)) as address:
+        yield request.param, address
 
 
 @pytest.fixture
-def url(where: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A place with version 1 of `digits`, made from tmp_path/workspace."""
-    kind, how = where
+def url(backend: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a backend with version 1 of `digits`, uploaded from tmp_path/workspace."""
+    kind, address = backend
     if kind == "ssh":
-        monkeypatch.setenv("RSYNC_RSH", how)
+        monkeypatch.setenv("RSYNC_RSH", address)
         url = f"there:{tmp_path}/stores"
     else:
-        servers.credentials(monkeypatch, how)
+        servers.credentials(monkeypatch, address)
         url = f"s3://bucket/{tmp_path.name}"
     workspace = tmp_path / "workspace"
     make_dataset(workspace)
@@ -67,19 +67,19 @@ def expected(url: str, tmp_path: Path) -> list[tuple[bytes, int]]:
     return images(DatasetReader(tmp_path / "workspace" / "datasets" / "digits"))
 
 
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits between tries are short."""
-    monkeypatch.setattr(s3_client, "PAUSE", 0.0)
+def retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make retries of S3 requests wait for no time."""
+    monkeypatch.setattr(s3_client, "FIRST_WAIT", 0.0)
 
 
 def images(store: DatasetReader) -> list[tuple[bytes, int]]:
     return [image for split in ("train", "val") for image in store.open_split(split)]
 
 
-def test_images_are_the_same_from_there_and_from_the_node(
+def test_images_are_identical_from_the_backend_and_from_the_node_cache(
     url: str, expected: list[tuple[bytes, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_reader, "LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(staging, "READ_POLL_INTERVAL", 0.01)
     version = versions.open_version(Datastore("digits", url))
     if isinstance(version.backend, SupportsRangeReads):
         with open_dataset(version, Cluster(), stages=True) as store:
@@ -87,7 +87,7 @@ def test_images_are_the_same_from_there_and_from_the_node(
             assert store.shards.is_remote()
     else:
         with (
-            pytest.raises(UserError, match=r"give cluster\.scratch"),
+            pytest.raises(UserError, match=r"set cluster\.scratch"),
             open_dataset(version, Cluster(), stages=True),
         ):
             pass
@@ -102,41 +102,41 @@ def test_images_are_the_same_from_there_and_from_the_node(
         assert images(store) == expected
 
 
-@pytest.mark.parametrize("where", ["moto"], indirect=True)
+@pytest.mark.parametrize("backend", ["moto"], indirect=True)
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "half"])
-def test_reading_ahead_from_a_bucket_survives_faults(
-    where: tuple[str, str],
+def test_prefetch_from_a_bucket_retries_after_faults(
+    backend: tuple[str, str],
     url: str,
     expected: list[tuple[bytes, int]],
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    impatient(monkeypatch)
+    retry_at_once(monkeypatch)
     faults = Faults(seed=1, every=3, kinds=(kind,), only=b"shards/")
-    with proxy(where[1], faults) as endpoint:
+    with proxy(backend[1], faults) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         version = versions.open_version(Datastore("digits", url))
         with open_dataset(version, Cluster(), stages=True) as store:
             train = store.open_split("train")
-            ahead = Prefetcher(train, threads=4)
+            prefetcher = Prefetcher(train, threads=4)
             try:
-                for image in ahead.batches((image, [image]) for image in range(len(train))):
-                    assert ahead.read(image) == expected[image]
+                for image in prefetcher.batches((image, [image]) for image in range(len(train))):
+                    assert prefetcher.read(image) == expected[image]
             finally:
-                ahead.close()
-    assert faults.made[kind] > 1
+                prefetcher.close()
+    assert faults.injected[kind] > 1
 
 
-@pytest.mark.parametrize("where", ["moto"], indirect=True)
-def test_a_server_that_stays_away_is_one_line_without_the_signature(
-    where: tuple[str, str], url: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("backend", ["moto"], indirect=True)
+def test_an_unavailable_server_is_reported_in_one_line_without_the_signature(
+    backend: tuple[str, str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impatient(monkeypatch)
-    with proxy(where[1], Faults(every=1, kinds=("503",), only=b"shards/")) as endpoint:
+    retry_at_once(monkeypatch)
+    with proxy(backend[1], Faults(every=1, kinds=("503",), only=b"shards/")) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         version = versions.open_version(Datastore("digits", url))
         with open_dataset(version, Cluster(), stages=True) as store, pytest.raises(UserError) as caught:
             store.open_split("train").read(0)
-    assert "status 503, 9 tries" in str(caught.value)
+    assert "status 503, 9 attempts" in str(caught.value)
     assert "Signature" not in str(caught.value)
     assert "AKIA" not in str(caught.value)

@@ -1,3 +1,5 @@
+"""DatasetReader and FolderShards: reading, processes, threads and errors."""
+
 import multiprocessing
 import os
 import pickle
@@ -23,15 +25,15 @@ shards = st.lists(st.dictionaries(names, st.binary(max_size=2000), max_size=5), 
 
 
 @given(shards=shards.filter(any))
-def test_reads_what_tarfile_reads(
+def test_reader_returns_the_same_bytes_as_tarfile(
     tmp_path_factory: pytest.TempPathFactory, shards: list[dict[str, bytes]]
 ) -> None:
     folder = tmp_path_factory.mktemp("dataset")
     entries, expected = [], []
     for number, members in enumerate(shards):
         path = folder / f"{number}.tar"
-        places = write_tar(path, list(members.items()))
-        entries += [(offset, size, len(entries) + i, number) for i, (offset, size) in enumerate(places)]
+        addresses = write_tar(path, list(members.items()))
+        entries += [(offset, size, len(entries) + i, number) for i, (offset, size) in enumerate(addresses)]
         with tarfile.open(path) as archive:
             expected += [(m.name, archive.extractfile(m).read()) for m in archive]  # type: ignore[union-attr]
     write_index(folder / "train.npy", np.array(entries, ENTRY))
@@ -51,17 +53,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "workspace" / "datasets" / "digits"
 
 
-def test_another_process_opens_its_own_files(folder: Path) -> None:
+def test_pickled_reader_opens_its_own_files(folder: Path) -> None:
     store = DatasetReader(folder)
     images = list(store.open_split("train"))
     assert store.shards._descriptors
     copy = pickle.loads(pickle.dumps(store))
     assert copy.shards._descriptors == {}
-    assert list(copy.split("train")) == images
+    assert list(copy.open_split("train")) == images
 
 
-def test_forked_processes_read_at_once(folder: Path) -> None:
-    # A descriptor that moves, as read() does, would mix up the readers: they share it after a fork.
+def test_forked_processes_read_concurrently(folder: Path) -> None:
+    # Forked processes share the file offset, so reads must not use it: pread, not read.
     split = DatasetReader(folder).open_split("train")
     images = list(split)
 
@@ -81,7 +83,7 @@ def test_forked_processes_read_at_once(folder: Path) -> None:
     } == {0}
 
 
-def test_a_missing_or_short_shard_is_told(folder: Path) -> None:
+def test_missing_or_truncated_shard_is_reported(folder: Path) -> None:
     shard = folder / "../../archives/digits/train-1.tar"
     size = shard.stat().st_size
     with shard.open("r+b") as file:
@@ -93,27 +95,25 @@ def test_a_missing_or_short_shard_is_told(folder: Path) -> None:
         DatasetReader(folder)
 
 
-def test_what_is_no_dataset_is_told(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match="no dataset here"):
+def test_missing_dataset_or_split_is_reported(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="is not a dataset"):
         DatasetReader(tmp_path)
-    with pytest.raises(UserError, match="no split test; there are train, val"):
+    with pytest.raises(UserError, match="no split test; it has the splits train, val"):
         DatasetReader(folder).open_split("test")
 
 
-def test_an_image_beyond_the_end_is_told(folder: Path) -> None:
+def test_read_past_the_end_of_a_shard_is_reported(folder: Path) -> None:
     store = DatasetReader(folder)
     size = store.shards.paths[0].stat().st_size
     with pytest.raises(UserError, match="ends inside the image"):
-        store.read(0, size - 10, 11)
+        store.shards.read(0, size - 10, 11)
 
 
-def test_more_shards_are_read_than_files_may_be_open_at_first(
-    tmp_path: Path,
-) -> None:
+def test_more_shards_are_read_than_the_soft_limit_of_open_files(tmp_path: Path) -> None:
     for number in range(50):
         (tmp_path / f"{number}").write_bytes(b"%02d" % number)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(opened()) + 10, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 10, hard))
     try:
         files = FolderShards(tmp_path, [File(f"{number}", 2, "md5:0") for number in range(50)])
         assert [files.read(number, 0, 2) for number in range(50)] == [b"%02d" % n for n in range(50)]
@@ -123,22 +123,22 @@ def test_more_shards_are_read_than_files_may_be_open_at_first(
         os.close(descriptor)
 
 
-def test_a_thread_that_comes_second_to_a_shard_closes_its_own(
+def test_the_second_thread_to_open_a_shard_closes_its_descriptor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, before, really = DatasetReader(folder), opened(), os.open
+    store, before, os_open = DatasetReader(folder), open_descriptors(), os.open
 
-    def late(*args: Any) -> int:
-        """Let another be faster."""
-        monkeypatch.setattr(os, "open", really)
-        store.read(0, 0, 1)
-        return really(*args)
+    def open_late(*args: Any) -> int:
+        """Open the shard after another thread has."""
+        monkeypatch.setattr(os, "open", os_open)
+        store.shards.read(0, 0, 1)
+        return os_open(*args)
 
-    monkeypatch.setattr(os, "open", late)
-    store.read(0, 0, 1)
-    assert opened() - before == set(store.shards._descriptors.values())
+    monkeypatch.setattr(os, "open", open_late)
+    store.shards.read(0, 0, 1)
+    assert open_descriptors() - before == set(store.shards._descriptors.values())
 
 
-def opened() -> set[int]:
-    """Return the descriptors of this process, without the one that looks."""
+def open_descriptors() -> set[int]:
+    """Return the open descriptors of this process, without the one that lists them."""
     return {int(path.name) for path in list(Path("/proc/self/fd").iterdir()) if path.exists()}

@@ -1,4 +1,4 @@
-"""The doctor from the door to the probe, on commands that only play Slurm."""
+"""The doctor from the command line to the probe, with stubs of Slurm's commands."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hpc_imagenet.launch import slurm
 
 
 def row(job: object, state: str, reason: str = "None") -> str:
-    """Return a line of squeue as slurm.py asks for it."""
+    """Return a line of squeue in the format that slurm.py requests."""
     cells = {"jobarrayid": str(job), "state": state, "reason": reason}
     return "".join(cells.get(name, "0").ljust(width) for name, width in slurm._COLUMNS)
 
 
-# A Slurm that starts every job at once, on this machine, as one task, and forgets none.
+# This Slurm starts every job at once, on this machine, as one task, and keeps all jobs in the queue.
 STUBS = {
     "sbatch": """
 case "$1" in
@@ -63,27 +63,27 @@ esac""",
 }
 
 
-class Stage:
-    """The commands that play Slurm, and the door in front of them."""
+class StubSlurm:
+    """Stubs of Slurm's commands, and a command line that uses them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "slurm-bin"
         self.folder.mkdir()
         for name, text in STUBS.items():
-            self.plays(name, text)
+            self.replace(name, text)
         self.door = Door(folder / "workspace", path=f"{self.folder}:{os.environ['PATH']}")
 
-    def plays(self, name: str, text: str) -> None:
+    def replace(self, name: str, text: str) -> None:
         path = self.folder / name
         for state in ("RUNNING", "COMPLETED", "FAILED"):
             text = text.replace(f"{state}_ROW", row("@", state))
         path.write_text(f"#!/bin/bash\nhere={self.folder}\n{text}\n")
         path.chmod(0o755)
 
-    def doctor(self, *words: str, code: int = 0) -> dict[tuple[str, str], dict[str, str]]:
-        """Return the doctor's lines by place and matter."""
+    def doctor(self, *settings: str, code: int = 0) -> dict[tuple[str, str], dict[str, str]]:
+        """Return the doctor's results by (where, check)."""
         usual = ("cluster=slurm", "dataset=digits", "cluster.gpus_per_node=0", "cluster.time=30")
-        done = self.door("doctor", *usual, *words, "--json", code=code)
+        done = self.door("doctor", *usual, *settings, "--json", code=code)
         return {(line["where"], line["check"]): line for line in json.loads(done.stdout)}
 
     @property
@@ -97,54 +97,54 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubSlurm:
     monkeypatch.setattr(run, "PACKAGES", ("submitit=submitit",))  # torch takes seconds
-    monkeypatch.setattr(probe_job, "LAG", 0.5)
-    monkeypatch.setattr(probe_job, "_EVERY", 0.2)
+    monkeypatch.setattr(probe_job, "FILE_DELAY", 0.5)
+    monkeypatch.setattr(probe_job, "QUERY_INTERVAL", 0.2)
     slurm.max_array_size.cache_clear()
-    return Stage(tmp_path)
+    return StubSlurm(tmp_path)
 
 
-ONE = "~cluster.stage.download"  # as training: one probe for both
+ONE_PROBE = "~cluster.stage.download"  # the settings of training: one probe for both stages
 
 
-def test_all_is_well_and_nothing_is_left(stage: Stage) -> None:
-    lines = stage.doctor("cluster.cpus_per_task=1")
+def test_healthy_cluster_leaves_no_files(stub: StubSlurm) -> None:
+    lines = stub.doctor("cluster.cpus_per_task=1")
     assert {line["status"] for line in lines.values()} <= {OK, WARN}, lines
     assert {where for where, _ in lines} == {"login", "download", "train"}
     assert lines["train", "probe"]["found"].startswith("job 1 ran on n1")
     assert "submitit" in lines["train", "packages"]["found"]
     assert lines["train", "sacct"]["status"] == lines["train", "workspace"]["status"] == OK
     assert "30 s (GraceTime)" in lines["login", "preemption"]["found"]
-    assert stage.left == []
-    assert stage.cancelled == ""
-    assert stage.door.jobs() == []  # it is no run
-    script = (stage.folder / "job.1").read_text()
+    assert stub.left == []
+    assert stub.cancelled == ""
+    assert stub.door.jobs() == []  # the probe is not a run
+    script = (stub.folder / "job.1").read_text()
     assert "--kill-on-bad-exit=1" in script
     assert "#SBATCH --time=5\n" in script
-    assert "aftermath" not in script
+    assert "hpc_imagenet.launch.requeue" not in script
 
 
 @pytest.mark.slow
-def test_a_wrong_line_keeps_what_the_probe_printed(stage: Stage) -> None:
-    lines = stage.doctor("cluster.cpus_per_task=4096", ONE, "cluster.scratch=/no/where", code=1)
-    wrong = {check for (_, check), line in lines.items() if line["status"] == FAIL}
-    assert wrong == {"cores", "scratch"}
-    assert list(stage.left[0].glob("train/1_0_log.err"))
+def test_failed_check_keeps_logs(stub: StubSlurm) -> None:
+    lines = stub.doctor("cluster.cpus_per_task=4096", ONE_PROBE, "cluster.scratch=/no/where", code=1)
+    failed = {check for (_, check), line in lines.items() if line["status"] == FAIL}
+    assert failed == {"cores", "scratch"}
+    assert list(stub.left[0].glob("train/1_0_log.err"))
 
 
-def test_lines_for_people(stage: Stage) -> None:
-    done = stage.door("doctor", "cluster=slurm", "dataset=digits", "cluster.time=90", code=1)
+def test_text_output(stub: StubSlurm) -> None:
+    done = stub.door("doctor", "cluster=slurm", "dataset=digits", "cluster.time=90", code=1)
     assert (
-        "cluster.time=90 is more than partition debug gives\n                 → set cluster.time=60"
+        "cluster.time=90 exceeds partition debug's limit\n                 → set cluster.time=60"
         in done.stdout
     )
-    assert done.stdout.count("✗") == 4  # the probe of a stage that Slurm does not take is not sent
-    assert done.stdout.endswith("4 lines are wrong\n")
+    assert done.stdout.count("✗") == 4  # no probe is submitted for a stage that Slurm refuses
+    assert done.stdout.endswith("4 checks failed\n")
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("message", "words"),
     [
         ("sbatch: error: invalid partition specified: gpu", ("cluster.partition=null", "partitions: debug")),
         ("Invalid account or account/partition combination specified", ("cluster.account=null",)),
@@ -154,81 +154,83 @@ def test_lines_for_people(stage: Stage) -> None:
         ("Invalid generic resource (gres) specification", ("cluster.gpus_per_node=0",)),
     ],
 )
-def test_what_slurm_refuses_names_the_setting(stage: Stage, said: str, words: tuple[str, ...]) -> None:
-    stage.plays("sbatch", f"[[ $1 == --version ]] || {{ echo '{said}' >&2; exit 1; }}")
-    lines = stage.doctor(ONE, code=1)
+def test_refusal_of_sbatch_names_the_setting(stub: StubSlurm, message: str, words: tuple[str, ...]) -> None:
+    stub.replace("sbatch", f"[[ $1 == --version ]] || {{ echo '{message}' >&2; exit 1; }}")
+    lines = stub.doctor(ONE_PROBE, code=1)
     line = lines["login", "train"]
     assert line["status"] == FAIL
-    assert said.removeprefix("sbatch: error: ") in line["found"]
+    assert message.removeprefix("sbatch: error: ") in line["found"]
     for word in words:
         assert word in line["fix"], line
     assert ("train", "probe") not in lines
 
 
-def test_a_stage_s_own_setting_is_named_in_full(stage: Stage) -> None:
-    stage.plays("sbatch", "[[ $1 == --version ]] || { echo 'invalid partition specified: net' >&2; exit 1; }")
-    lines = stage.doctor("+cluster.stage.download.partition=net", code=1)
+def test_stage_setting_is_named_in_full(stub: StubSlurm) -> None:
+    stub.replace(
+        "sbatch", "[[ $1 == --version ]] || { echo 'invalid partition specified: net' >&2; exit 1; }"
+    )
+    lines = stub.doctor("+cluster.stage.download.partition=net", code=1)
     assert "cluster.stage.download.partition=net" in lines["login", "download"]["fix"]
     assert "cluster.partition=null" in lines["login", "upload"]["fix"]
 
 
-def test_sbatch_may_refuse_what_it_took_on_trial(stage: Stage) -> None:
+def test_sbatch_refuses_after_test_only(stub: StubSlurm) -> None:
     usual = STUBS["sbatch"].replace(
         "\nn=$((", "\necho 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1\nn=$(("
     )
-    stage.plays("sbatch", usual)
-    line = stage.doctor(ONE, code=1)["train", "probe"]
+    stub.replace("sbatch", usual)
+    line = stub.doctor(ONE_PROBE, code=1)["train", "probe"]
     assert line["status"] == FAIL
     assert "QOSMaxSubmitJobPerUserLimit" in line["found"]
 
 
 @pytest.mark.slow
-def test_a_probe_that_never_starts_is_cancelled(stage: Stage) -> None:
-    stage.plays("squeue", f"echo '{row(1, 'PENDING', 'Resources')}'")
-    stage.plays("srun", "true")
-    line = stage.doctor(ONE, "--timeout=0.5", code=1)["train", "probe"]
+def test_pending_probe_is_cancelled_at_timeout(stub: StubSlurm) -> None:
+    stub.replace("squeue", f"echo '{row(1, 'PENDING', 'Resources')}'")
+    stub.replace("srun", "true")
+    line = stub.doctor(ONE_PROBE, "--timeout=0.5", code=1)["train", "probe"]
     assert line["status"] == FAIL
     assert "(Resources) and was cancelled" in line["found"]
     assert "--timeout" in line["fix"]
-    assert stage.cancelled == "1\n"
-    assert stage.left == []
+    assert stub.cancelled == "1\n"
+    assert stub.left == []
 
 
-def test_a_reason_that_no_waiting_mends_is_not_waited_for(stage: Stage) -> None:
-    stage.plays("squeue", f"echo '{row(1, 'PENDING', 'InvalidQOS')}'")
-    stage.plays("srun", "true")
-    line = stage.doctor(ONE, "cluster.qos=fast", code=1)["train", "probe"]
+def test_probe_that_can_never_start_is_cancelled_at_once(stub: StubSlurm) -> None:
+    stub.replace("squeue", f"echo '{row(1, 'PENDING', 'InvalidQOS')}'")
+    stub.replace("srun", "true")
+    line = stub.doctor(ONE_PROBE, "cluster.qos=fast", code=1)["train", "probe"]
     assert "change cluster.qos" in line["fix"]
-    assert stage.cancelled == "1\n"
+    assert stub.cancelled == "1\n"
 
 
 @pytest.mark.slow
-def test_a_workspace_that_the_nodes_do_not_have(stage: Stage) -> None:
-    # Slurm cannot open the job's output there, and ends it.
-    stage.plays(
+def test_workspace_not_shared(stub: StubSlurm) -> None:
+    # Slurm cannot open the job's output file there, and ends the job.
+    stub.replace(
         "sbatch",
         STUBS["sbatch"].replace("SLURM_JOB_ID=$n SLURM", "true || SLURM").replace("COMPLETED", "FAILED"),
     )
-    line = stage.doctor(ONE, code=1)["train", "workspace"]
+    line = stub.doctor(ONE_PROBE, code=1)["train", "workspace"]
     assert line["status"] == FAIL
     assert "is not shared with the nodes" in line["found"]
     assert "workspace=FOLDER" in line["fix"]
 
 
 @pytest.mark.slow
-def test_a_node_without_python(stage: Stage) -> None:
-    stage.plays(
+def test_no_python_on_node(stub: StubSlurm) -> None:
+    stub.replace(
         "srun", "echo 'slurmstepd: error: execve(): /x/python: No such file or directory' >&2; exit 2"
     )
-    lines = stage.doctor(ONE, code=1)
+    lines = stub.doctor(ONE_PROBE, code=1)
     assert lines["train", "python"]["status"] == FAIL
     assert "execve" in lines["train", "python"]["found"]
-    assert stage.left
+    assert stub.left
 
 
 @pytest.mark.slow
-def test_what_the_setup_printed_is_shown(stage: Stage) -> None:
-    line = stage.doctor(ONE, "cluster.cpus_per_task=1", "cluster.setup=[no-such-module load]")[
+def test_stderr_of_setup_is_shown(stub: StubSlurm) -> None:
+    line = stub.doctor(ONE_PROBE, "cluster.cpus_per_task=1", "cluster.setup=[no-such-module load]")[
         "train", "printed"
     ]
     assert line["status"] == WARN
@@ -236,77 +238,77 @@ def test_what_the_setup_printed_is_shown(stage: Stage) -> None:
 
 
 @pytest.mark.slow
-def test_a_login_side_without_accounting_is_no_failure(stage: Stage) -> None:
-    stage.plays("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    lines = stage.doctor(ONE, "cluster.cpus_per_task=1")
+def test_no_accounting_is_a_warning(stub: StubSlurm) -> None:
+    stub.replace("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    lines = stub.doctor(ONE_PROBE, "cluster.cpus_per_task=1")
     for where in ("login", "train"):
         assert lines[where, "sacct"]["status"] == WARN
         assert "squeue" in lines[where, "sacct"]["found"]
     assert "storage is disabled" in lines["login", "sacct"]["found"]
 
 
-def test_a_queue_that_does_not_answer(stage: Stage) -> None:
-    stage.plays("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
-    lines = stage.doctor(code=1)
+def test_squeue_fails(stub: StubSlurm) -> None:
+    stub.replace("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    lines = stub.doctor(code=1)
     assert "Unable to contact" in lines["login", "squeue"]["found"]
     assert {where for where, _ in lines} == {"login"}
 
 
-def test_no_slurm_at_all(stage: Stage, tmp_path: Path) -> None:
-    stage.door.env["PATH"] = str(tmp_path)
-    line = stage.doctor(code=1)["login", "commands"]
-    assert "no sbatch, srun, squeue, scontrol, scancel" in line["found"]
+def test_no_slurm_commands(stub: StubSlurm, tmp_path: Path) -> None:
+    stub.door.env["PATH"] = str(tmp_path)
+    line = stub.doctor(code=1)["login", "commands"]
+    assert "not on the PATH: sbatch, srun, squeue, scontrol, scancel" in line["found"]
     assert "cluster=local" in line["fix"]
 
 
-def test_a_workspace_that_cannot_be_made(stage: Stage, tmp_path: Path) -> None:
+def test_workspace_cannot_be_created(stub: StubSlurm, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    lines = stage.doctor(f"workspace={tmp_path}/file/workspace", code=1)
+    lines = stub.doctor(f"workspace={tmp_path}/file/workspace", code=1)
     assert lines["login", "workspace"]["status"] == FAIL
     assert ("train", "probe") not in lines
 
 
 @pytest.mark.slow
-def test_a_source_that_the_nodes_do_not_see(stage: Stage) -> None:
+def test_source_folder_missing_on_node(stub: StubSlurm) -> None:
     words = (
-        ONE,
+        ONE_PROBE,
         "dataset=ilsvrc",
         "dataset.name=birds",
         "dataset.source=/no/birds",
         "cluster.cpus_per_task=1",
     )
-    line = stage.doctor(*words, code=1)["train", "source"]
+    line = stub.doctor(*words, code=1)["train", "source"]
     assert line["found"] == "/no/birds: no such folder on n1"
     assert "dataset.source=FOLDER" in line["fix"]
 
 
-def test_on_this_machine_it_is_a_process(stage: Stage) -> None:
-    done = stage.door("doctor", "cluster=local", "dataset=digits")
-    assert done.stdout.endswith("all is well\n")
+def test_local_probe_is_a_process(stub: StubSlurm) -> None:
+    done = stub.door("doctor", "cluster=local", "dataset=digits")
+    assert done.stdout.endswith("no check failed\n")
     assert "✓ probe        a process ran on" in done.stdout
     assert "squeue" not in done.stdout
-    assert stage.left == []
+    assert stub.left == []
 
 
 @pytest.mark.parametrize(
     ("words", "word"),
     [
         (("cluster=nowhere",), "cluster=nowhere is unknown"),
-        (("cluster.nodez=2",), "near: cluster.nodes"),
+        (("cluster.nodez=2",), "did you mean: cluster.nodes"),
         (("cluster=local", "seed=1,2"), "one combination"),
-        (("mine",), "mine is no option and no SETTING=VALUE"),
+        (("mine",), "mine is not an option or SETTING=VALUE"),
         (("--timeout=soon",), "--timeout"),
     ],
 )
-def test_a_user_s_mistake_is_one_line(door: Door, words: tuple[str, ...], word: str) -> None:
+def test_invalid_arguments(door: Door, words: tuple[str, ...], word: str) -> None:
     assert word in door.refused("doctor", *words)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupt_cancels_the_probe(stage: Stage, by: signal.Signals) -> None:
-    stage.plays("squeue", f"echo '{row(1, 'PENDING', 'Priority')}'")
-    stage.plays("srun", "true")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_cancels_the_probe(stub: StubSlurm, number: signal.Signals) -> None:
+    stub.replace("squeue", f"echo '{row(1, 'PENDING', 'Priority')}'")
+    stub.replace("srun", "true")
     command = [
         sys.executable,
         "-m",
@@ -314,34 +316,34 @@ def test_an_interrupt_cancels_the_probe(stage: Stage, by: signal.Signals) -> Non
         "doctor",
         "cluster=slurm",
         "dataset=digits",
-        ONE,
+        ONE_PROBE,
         "cluster.time=30",
     ]
     with subprocess.Popen(
         command,
-        env=stage.door.env,
-        cwd=stage.door.cwd,
+        env=stub.door.env,
+        cwd=stub.door.cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         assert process.stdout
         while "probes:" not in (line := process.stdout.readline()):
-            assert line, "it ended by itself"
-        process.send_signal(by)
-        _, said = process.communicate(timeout=60)
+            assert line, "the doctor ended before the signal"
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the probe was cancelled" in said
-    assert "Traceback" not in said
-    assert stage.cancelled == "1\n"
-    assert stage.left == []
+    assert "the probe was cancelled" in stderr
+    assert "Traceback" not in stderr
+    assert stub.cancelled == "1\n"
+    assert stub.left == []
 
 
 @pytest.mark.slow
-def test_old_traces_go(tmp_path: Path, stage: Stage) -> None:
-    folder = stage.door.workspace / "runs/.doctor"
+def test_old_probe_folders_are_removed(tmp_path: Path, stub: StubSlurm) -> None:
+    folder = stub.door.workspace / "runs/.doctor"
     for name in ("old", "new"):
         (folder / name).mkdir(parents=True)
     os.utime(folder / "old", (time.time() - 100_000,) * 2)
-    stage.door("doctor", "cluster=local", "dataset=digits")
-    assert [path.name for path in stage.left] == ["new"]
+    stub.door("doctor", "cluster=local", "dataset=digits")
+    assert [path.name for path in stub.left] == ["new"]

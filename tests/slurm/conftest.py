@@ -1,4 +1,4 @@
-"""Tests against a real Slurm: one lab for all of them, calm again after each."""
+"""Fixtures for tests against a real Slurm: one lab (a private cluster) per session, reset after each test."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
-    """A lab of this session's own, gone when it ends."""
-    folder = Path(tempfile.mkdtemp(prefix="lab-"))  # short: it holds sockets
+    """The lab of this test session, shut down at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="lab-"))  # short: socket paths are limited to 108 bytes
     try:
-        # As on other clusters: who is told to end has the time to save, however busy this machine is.
+        # 30 s between SIGTERM and SIGKILL, Slurm's default: time to save on a busy machine.
         yield Lab(folder, "KillWait=30")
     finally:
         subprocess.run([LAB, "--dir", folder, "down"], check=False)
@@ -33,7 +33,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def cluster(lab: Lab, tmp_path: Path) -> Iterator[LabDoor]:
-    """The package on the lab, with a workspace that all nodes see."""
+    """The command line on the lab, with a workspace shared by all nodes."""
     door = LabDoor(tmp_path / "workspace", lab)
     yield door
     door.close()
@@ -41,9 +41,9 @@ def cluster(lab: Lab, tmp_path: Path) -> Iterator[LabDoor]:
 
 @pytest.fixture(scope="session")
 def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabDoor]:
-    """The package on the lab, with a datastore of the digits in its workspace."""
+    """The command line on the lab, with a datastore of the digits in its workspace."""
     door = LabDoor(tmp_path_factory.mktemp("site") / "workspace", lab)
-    # Made by the stages themselves, in this process: how they fare as jobs is tested elsewhere.
+    # Run the stages in this process; their jobs are tested elsewhere.
     for stage in ("download", "process", "upload"):
         door(f"+stage={stage}", "dataset=digits", "cluster=foreground")
     yield door
@@ -51,7 +51,7 @@ def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabDoor
 
 
 @pytest.fixture(autouse=True)
-def _calm_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
+def _reset_lab_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "lab" in request.fixturenames:
-        request.getfixturevalue("lab").calm()
+        request.getfixturevalue("lab").reset()

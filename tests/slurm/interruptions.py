@@ -1,4 +1,4 @@
-"""What may happen to a training on a cluster, and what must be left of it."""
+"""A training on the lab that tests can interrupt, and a comparison of two trainings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lab import Lab, LabDoor
 
 from hpc_imagenet.io.atomic_files import read_json
 
-# 22 steps an epoch; a checkpoint about every second, so that there is something to go on from.
+# 22 steps per epoch; a checkpoint about every second, to resume from.
 TRAINING = (
     *("dataset=digits", "model=shufflenet_v2_x0_5", "train.checkpoint_every_minutes=0.02"),
     *("cluster.tasks_per_node=2", "cluster.cpus_per_task=1"),
@@ -23,7 +23,7 @@ TRAINING = (
 
 
 class Training:
-    """One training in a workspace of its own, on the datastore of another."""
+    """One training in its own workspace, on the datastore of another workspace."""
 
     def __init__(self, lab: Lab, workspace: Path, datastores: Path, *settings: str) -> None:
         self.lab = lab
@@ -47,19 +47,19 @@ class Training:
     def holder(self) -> dict[str, Any]:
         return read_json(self.folder / "lease.json") or {}
 
-    def wait_for_a_checkpoint(self, restarts: int = 0) -> None:
-        """Return when this start of the job (0 is the first) has saved something."""
+    def wait_for_checkpoint(self, restarts: int = 0) -> None:
+        """Wait until this start of the job (0 is the first) has saved a checkpoint."""
         last = self.folder / "checkpoints/last.ckpt"
         before = last.stat().st_mtime_ns if restarts and last.exists() else 0
         eventually(
             lambda: (
                 self.holder.get("restarts") == restarts and last.exists() and last.stat().st_mtime_ns > before
             ),
-            400,  # all that train on this machine import torch at a time
+            400,  # s: all trainings on this machine import torch at the same time
         )
 
     def tasks(self) -> list[psutil.Process]:
-        """Return the living tasks of all copies of the job; of each the main process, not its loaders."""
+        """Return the running tasks of all copies of the job: the main processes, not the loader workers."""
         found = []
         for process in self.door.processes():
             try:
@@ -72,25 +72,25 @@ class Training:
         return found
 
     def signal(self, number: signal.Signals, *ranks: int) -> list[psutil.Process]:
-        """Send a signal to tasks by their ranks, and return those."""
-        hit = [task for task in self.tasks() if int(task.environ()["SLURM_PROCID"]) in ranks]
-        for task in hit:
+        """Send a signal to the tasks of these ranks, and return them."""
+        tasks = [task for task in self.tasks() if int(task.environ()["SLURM_PROCID"]) in ranks]
+        for task in tasks:
             task.send_signal(number)
-        return hit
+        return tasks
 
     def until_finished(self, seconds: float = 900) -> dict[str, Any]:
-        """Wait for the end, which must be a good one."""
+        """Wait for the end; fail unless the run has finished."""
         eventually(lambda: self.row["state"] not in ("queued", "running"), seconds)
         row = self.row
         assert row["state"] == "finished", (row["reason"], self.log())
         return row
 
     def log(self, rank: int = 0) -> str:
-        """Return what one rank has printed in all its starts."""
+        """Return the stdout and stderr of one rank in all its starts."""
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"attempts/1/*_{rank}_log.*")))
 
     def losses(self) -> dict[int, str]:
-        """Return the losses of training by step; each step stands in the file once."""
+        """Return the training losses by step; fail if a step is written more than once."""
         with (self.folder / "metrics.csv").open() as file:
             lines = [line for line in csv.DictReader(file) if line["train_loss"]]
         steps = [int(line["step"]) for line in lines]
@@ -102,19 +102,19 @@ class Training:
         weights: dict[str, torch.Tensor] = content["state_dict"]
         return weights
 
-    def steps_gone_on_from(self) -> list[int]:
-        return [int(step) for step in re.findall(r"going on from step (\d+)", self.log())]
+    def resumed_steps(self) -> list[int]:
+        return [int(step) for step in re.findall(r"resuming from step (\d+)", self.log())]
 
-    def steps_stopped_after(self) -> list[int]:
+    def stopped_steps(self) -> list[int]:
         return [int(step) for step in re.findall(r"stopped by \w+ after step (\d+)", self.log())]
 
 
-def assert_the_same(one: Training, other: Training) -> None:
-    """Fail unless two trainings ended with the same weights, bit by bit, and saw the same losses."""
-    mine, theirs = one.weights(), other.weights()
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+def assert_equal(one: Training, other: Training) -> None:
+    """Fail unless two trainings have bitwise equal weights and equal losses."""
+    first, second = one.weights(), other.weights()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert one.losses() == other.losses()
     assert one.row["top1"] == other.row["top1"]
-    # One logger, one version.
+    # TensorBoard has one log folder, without version numbers.
     assert [path.name for path in one.folder.glob("tensorboard*")] == ["tensorboard"]

@@ -1,4 +1,4 @@
-"""A private Slurm cluster for tests, and the door of the package on it."""
+"""A private Slurm cluster (lab) for tests, and the command line of the package on it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ NODES = ("n1", "n2", "n3", "n4")
 
 
 class Lab:
-    """One lab in a folder of its own. It goes down with this process, even if that is killed."""
+    """One lab in its own folder. It is shut down when this process ends, even if it is killed."""
 
-    def __init__(self, folder: Path, *settings: str, more: tuple[str, ...] = ()) -> None:
-        """Bring it up; `settings` are lines of slurm.conf, such as MaxArraySize=50, `more` options of up.
+    def __init__(self, folder: Path, *settings: str, options: tuple[str, ...] = ()) -> None:
+        """Start the lab; skip the test if the machine lacks packages or rights.
 
-        Where the machine lacks packages or rights, the test is skipped with the line that says which.
+        Args:
+            folder: folder of the lab.
+            settings: lines of slurm.conf, such as MaxArraySize=50.
+            options: further options of `lab up`.
         """
         self.folder = folder
-        more = (*more, *(word for setting in settings for word in ("--set", setting)))
-        done = self.command("up", f"--end-with={os.getpid()}", *more, code=None)
+        options = (*options, *(word for setting in settings for word in ("--set", setting)))
+        done = self.command("up", f"--end-with={os.getpid()}", *options, code=None)
         if done.returncode == 2:
             pytest.skip(done.stderr.strip())
         assert done.returncode == 0, done.stderr
@@ -42,7 +45,7 @@ class Lab:
     def command(
         self, *words: str, code: int | None = 0, seconds: float = 180
     ) -> subprocess.CompletedProcess[str]:
-        """Run `slurm/lab/lab WORDS` on this lab."""
+        """Run `slurm/lab/lab WORDS` on this lab and check its exit code."""
         command = [str(LAB), "--dir", str(self.folder), *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         assert code is None or done.returncode == code, f"{words}\n{done.stdout}\n{done.stderr}"
@@ -51,11 +54,11 @@ class Lab:
     def login(
         self, *words: str, code: int | None = 0, seconds: float = 180
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on the login node, which is in the nodes' network."""
+        """Run a command on the login node, which is in the network of the nodes."""
         return self.command("login", *words, code=code, seconds=seconds)
 
     def slurm(self, *words: str, code: int | None = 0, seconds: float = 60) -> str:
-        """Run one of Slurm's commands from here; return what it printed."""
+        """Run one of Slurm's commands on this machine and return its stdout."""
         done = subprocess.run(
             words, env=self.env, capture_output=True, text=True, timeout=seconds, check=False
         )
@@ -67,23 +70,23 @@ class Lab:
 
     def sbatch(self, script: str, *options: str) -> str:
         """Submit shell lines as a batch job without an output file; return its id."""
-        told = self.slurm("sbatch", "--parsable", "--output=/dev/null", *options, f"--wrap={script}")
-        return told.partition(";")[0]
+        output = self.slurm("sbatch", "--parsable", "--output=/dev/null", *options, f"--wrap={script}")
+        return output.partition(";")[0]
 
     def job(self, job: str) -> dict[str, str]:
-        """Return what scontrol tells of a job, by its names: JobState, Reason, Restarts, NodeList …"""
+        """Return the fields of a job in scontrol: JobState, Reason, Restarts, NodeList …"""
         return dict(re.findall(r"(\S+?)=(\S*)", self.scontrol("show", "job", "--oneliner", job)))
 
-    def told(self, job: str) -> str:
-        """Return sacct's word for a job's last try, such as COMPLETED."""
+    def final_state(self, job: str) -> str:
+        """Return sacct's state of the last start of a job, such as COMPLETED."""
         lines = self.slurm("sacct", "--noheader", "--allocations", f"--jobs={job}", "--format=State%30")
         return lines.splitlines()[-1].split()[0] if lines else ""
 
     def node(self, name: str) -> str:
-        """Return a node's state by sinfo, such as idle, mixed* (does not answer) or down*."""
-        # All nodes are asked for: of a single one Slurm 22.05 goes on to tell `mixed` after it is down.
-        told = self.slurm("sinfo", "--noheader", "--Node", "--partition=debug", "--format=%N %T")
-        return dict(line.split() for line in told.splitlines())[name]
+        """Return a node's state in sinfo, such as idle, mixed* (does not answer) or down*."""
+        # Query all nodes: for a single node sinfo 22.05 still prints `mixed` after it is down.
+        output = self.slurm("sinfo", "--noheader", "--Node", "--partition=debug", "--format=%N %T")
+        return dict(line.split() for line in output.splitlines())[name]
 
     def crash(self, node: str) -> None:
         self.command("crash", node)
@@ -94,23 +97,23 @@ class Lab:
     def cut(self, node: str) -> None:
         self.command("cut", node)
 
-    def mend(self, node: str) -> None:
-        self.command("mend", node)
+    def reconnect(self, node: str) -> None:
+        self.command("reconnect", node)
 
-    def lose(self, node: str) -> None:
-        """Wait until Slurm has given up a node that was crashed or cut, which takes it half a minute."""
+    def wait_until_down(self, node: str) -> None:
+        """Wait until Slurm marks a crashed or disconnected node as down, which takes it half a minute."""
         eventually(lambda: self.node(node).startswith("down"), 180)
 
     def listen(self) -> socket.socket:
-        """Return a socket that listens on the login node, for a server in this process.
+        """Return a listening socket of the login node, for a server in this process.
 
-        Jobs reach it as login:PORT; they do not reach 127.0.0.1 of this machine.
+        Jobs reach it as login:PORT; they cannot reach 127.0.0.1 of this machine.
         """
-        here, there = socket.socketpair(socket.AF_UNIX)
+        receiver, sender = socket.socketpair(socket.AF_UNIX)
         code = (
             "import socket, sys\n"
             "s = socket.socket(); s.bind(('', 0)); s.listen(64)\n"
-            "door = socket.socket(fileno=int(sys.argv[1])); socket.send_fds(door, [b'!'], [s.fileno()])"
+            "sender = socket.socket(fileno=int(sys.argv[1])); socket.send_fds(sender, [b'!'], [s.fileno()])"
         )
         command = [
             str(LAB),
@@ -120,23 +123,23 @@ class Lab:
             sys.executable,
             "-c",
             code,
-            str(there.fileno()),
+            str(sender.fileno()),
         ]
-        with here, there:
-            subprocess.run(command, pass_fds=[there.fileno()], check=True, timeout=60)
-            return socket.socket(fileno=socket.recv_fds(here, 1, 1)[1][0])
+        with receiver, sender:
+            subprocess.run(command, pass_fds=[sender.fileno()], check=True, timeout=60)
+            return socket.socket(fileno=socket.recv_fds(receiver, 1, 1)[1][0])
 
-    def calm(self) -> None:
-        """Bring back every node; end all jobs, those at work without the time to say farewell."""
+    def reset(self) -> None:
+        """Restart every node and end all jobs; running ones with SIGKILL, without a grace period."""
         self.command("up")
-        mine = ("--user", self.slurm("id", "-un"))
-        self.slurm("scancel", *mine, "--signal=KILL", "--full", code=None)
-        self.slurm("scancel", *mine, code=None)
+        user = ("--user", self.slurm("id", "-un"))
+        self.slurm("scancel", *user, "--signal=KILL", "--full", code=None)
+        self.slurm("scancel", *user, code=None)
         eventually(lambda: not self.slurm("squeue", "--noheader"), 60)
 
 
 class LabDoor(Door):
-    """The door of the package on a lab: what submits says cluster=lab, unless it names another."""
+    """The command line on a lab: submitting commands get cluster=lab unless they set another cluster."""
 
     def __init__(self, workspace: Path, lab: Lab) -> None:
         super().__init__(workspace)

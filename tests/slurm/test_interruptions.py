@@ -1,4 +1,4 @@
-"""Whatever ends a training before its time, it goes on by itself, and ends as if nothing had happened."""
+"""Interrupted trainings resume by themselves and end with the weights of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from pathlib import Path
 
 import pytest
 from door import eventually
-from interruptions import Training, assert_the_same
+from interruptions import Training, assert_equal
 from lab import Lab, LabDoor
 
 KINDS = ("crash", "freeze", "kill", "requeue", "warning", "preemption")
 
-pytestmark = pytest.mark.timeout(1800)  # the fixture's time counts as that of the first test
+pytestmark = pytest.mark.timeout(1800)  # s; the fixture's time counts for the first test
 
 
 @pytest.fixture(scope="module")
 def trainings(
     lab: Lab, site: LabDoor, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Training]]:
-    """One training undisturbed and one for each kind of disturbance, all at a time, all at their end."""
+    """Finished trainings by kind of interruption, run in parallel; `calm` is the undisturbed one."""
     folder = tmp_path_factory.mktemp("interruptions")
 
-    def begin(kind: str, node: str, *settings: str) -> Training:
+    def start(kind: str, node: str, *settings: str) -> Training:
         words = ("recipe.epochs=4", f"+cluster.sbatch.nodelist={node}", *settings)
         return Training(lab, folder / kind, site.workspace / "datastores", *words)
 
     found = {
-        "calm": begin("calm", "n1"),
-        "crash": begin("crash", "n3"),
-        "freeze": begin("freeze", "n4"),
-        "kill": begin("kill", "n1"),
-        "requeue": begin("requeue", "n1"),
-        "warning": begin("warning", "n1"),
-        "preemption": begin("preemption", "n2", "cluster.partition=low"),
+        "calm": start("calm", "n1"),
+        "crash": start("crash", "n3"),
+        "freeze": start("freeze", "n4"),
+        "kill": start("kill", "n1"),
+        "requeue": start("requeue", "n1"),
+        "warning": start("warning", "n1"),
+        "preemption": start("preemption", "n2", "cluster.partition=low"),
     }
     for kind in KINDS:
-        found[kind].wait_for_a_checkpoint()
+        found[kind].wait_for_checkpoint()
         if kind == "crash":
             lab.crash("n3")
         elif kind == "freeze":
-            # A node that stands still and is cut off: Slurm takes it for dead and starts the job elsewhere.
+            # A frozen and disconnected node: Slurm takes it for dead and restarts the job elsewhere.
             frozen = found["freeze"].signal(signal.SIGSTOP, 0, 1)
             assert len(frozen) == 2
             lab.cut("n4")
@@ -56,79 +56,79 @@ def trainings(
             lab.slurm("scancel", "--signal=USR2", found["warning"].job)
         else:
             lab.sbatch("sleep 1", "--partition=high", "--nodelist=n2", "--exclusive")
-    lab.lose("n3")
-    lab.lose("n4")
+    lab.wait_until_down("n3")
+    lab.wait_until_down("n4")
     for kind in ("crash", "freeze"):
         eventually(lambda kind=kind: lab.job(found[kind].job)["Restarts"] == "1", 120)
-        lab.scontrol("update", f"jobid={found[kind].job}", "reqnodelist=n2")  # not only where it was
-    # Both copies at once: the old one wakes when the new one has begun.
-    found["freeze"].wait_for_a_checkpoint(restarts=1)
+        lab.scontrol("update", f"jobid={found[kind].job}", "reqnodelist=n2")  # a node other than the lost one
+    # Both copies run at once: the old one continues when the new one has started.
+    found["freeze"].wait_for_checkpoint(restarts=1)
     for task in frozen:
         task.resume()
     for training in found.values():
         training.until_finished()
-    eventually(lambda: "stepping back" in found["freeze"].log())
-    lab.crash("n4")  # where the rest of the old copy's job waits for a Slurm that it does not reach
+    eventually(lambda: "exiting: attempt" in found["freeze"].log())
+    lab.crash("n4")  # ends the old copy's processes, which wait for an unreachable Slurm
     yield found
     for training in found.values():
         training.door.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_goes_on_and_ends_the_same(trainings: dict[str, Training], kind: str) -> None:
+def test_interrupted_training_resumes_to_equal_weights(trainings: dict[str, Training], kind: str) -> None:
     training = trainings[kind]
-    assert_the_same(training, trainings["calm"])
+    assert_equal(training, trainings["calm"])
     row = training.row
     assert (row["attempt"], row["requeued"]) == (1, 1)
-    (step,) = training.steps_gone_on_from()
+    (step,) = training.resumed_steps()
     assert step > 0
-    assert training.log().count("epoch 4/4") == 1  # told once, by rank 0
+    assert training.log().count("epoch 4/4") == 1  # printed once, by rank 0
     assert "epoch" not in training.log(rank=1)
 
 
 @pytest.mark.parametrize("kind", ["requeue", "warning", "preemption"])
-def test_a_signal_costs_no_step(trainings: dict[str, Training], kind: str) -> None:
-    assert trainings[kind].steps_gone_on_from() == trainings[kind].steps_stopped_after()[:1]
+def test_signal_loses_no_step(trainings: dict[str, Training], kind: str) -> None:
+    assert trainings[kind].resumed_steps() == trainings[kind].stopped_steps()[:1]
 
 
-def test_the_undisturbed_one_has_learnt_and_was_not_requeued(trainings: dict[str, Training]) -> None:
+def test_undisturbed_training_has_learnt_and_was_not_requeued(trainings: dict[str, Training]) -> None:
     row = trainings["calm"].row
     assert row["requeued"] == 0
-    assert row["top1"] > 0.5  # else equal weights would say little
+    assert row["top1"] > 0.5  # otherwise equal weights would prove little
 
 
-def test_the_old_copy_of_a_job_steps_back(trainings: dict[str, Training]) -> None:
-    assert "stepping back: attempt 1, started 2 times, has taken over on n2" in trainings["freeze"].log()
+def test_superseded_copy_of_a_job_exits(trainings: dict[str, Training]) -> None:
+    assert "exiting: attempt 1, started 2 times, has taken over on n2" in trainings["freeze"].log()
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_twenty_interruptions_at_random_moments(lab: Lab, site: LabDoor, tmp_path: Path) -> None:
-    """HPC_IMAGENET_INTERRUPTIONS=… and HPC_IMAGENET_SEED=… give another number of them and other moments."""
+    """HPC_IMAGENET_INTERRUPTIONS=… sets their number, HPC_IMAGENET_SEED=… the moments."""
     times = int(os.environ.get("HPC_IMAGENET_INTERRUPTIONS", 20))
     seed = int(os.environ.get("HPC_IMAGENET_SEED", random.randrange(1 << 32)))
     print(f"HPC_IMAGENET_SEED={seed}")
     draw = random.Random(seed)
     settings = (f"recipe.epochs={3 + 3 * times}", "seed=7", f"cluster.max_requeues={times}")
     store = site.workspace / "datastores"
-    # Apart: a job that preempts takes a whole node, and the calm one is not to be preempted.
+    # On different nodes: a preempting job takes a whole node, and `calm` must not be preempted.
     calm = Training(lab, tmp_path / "calm", store, *settings, "+cluster.sbatch.nodelist=n4")
     words = ("cluster.partition=low", "+cluster.sbatch.exclude=n4")
-    drill = Training(lab, tmp_path / "drill", store, *settings, *words)
+    interrupted = Training(lab, tmp_path / "interrupted", store, *settings, *words)
     for done in range(times):
-        eventually(lambda done=done: drill.holder.get("restarts") == done, 120)
-        if draw.random() < 0.8:  # else perhaps while it is still starting
-            drill.wait_for_a_checkpoint(restarts=done)
+        eventually(lambda done=done: interrupted.holder.get("restarts") == done, 120)
+        if draw.random() < 0.8:  # otherwise possibly while it is still starting
+            interrupted.wait_for_checkpoint(restarts=done)
         time.sleep(draw.uniform(0, 4))
         kind = draw.choice(("kill", "requeue", "preemption"))
-        print(f"{done}: {kind} at {drill.row['progress'].get('done', 0)} images", flush=True)
-        killed = kind == "kill" and drill.signal(signal.SIGKILL, draw.choice((0, 1)))
+        print(f"{done}: {kind} at {interrupted.row['progress'].get('done', 0)} images", flush=True)
+        killed = kind == "kill" and interrupted.signal(signal.SIGKILL, draw.choice((0, 1)))
         if kind == "preemption":
-            node = lab.job(drill.job)["NodeList"]
+            node = lab.job(interrupted.job)["NodeList"]
             lab.sbatch("sleep 1", "--partition=high", f"--nodelist={node}", "--exclusive")
-        elif not killed:  # asked for, or there was no task to kill yet
-            lab.scontrol("requeue", drill.job)
-        eventually(lambda done=done: lab.job(drill.job)["Restarts"] == str(done + 1), 120)
+        elif not killed:  # drawn, or there was no task to kill yet
+            lab.scontrol("requeue", interrupted.job)
+        eventually(lambda done=done: lab.job(interrupted.job)["Restarts"] == str(done + 1), 120)
     calm.until_finished()
-    assert drill.until_finished()["requeued"] == times
-    assert_the_same(drill, calm)
+    assert interrupted.until_finished()["requeued"] == times
+    assert_equal(interrupted, calm)

@@ -1,4 +1,4 @@
-"""A session on a real Slurm: a browser behind a tunnel runs its notebook, and another user gets nothing."""
+"""A session on a real Slurm: a browser runs its notebook through a tunnel, and other users have no access."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from selenium.webdriver.common.by import By
 from servers import SSHD, keys_for_ssh
 
 ROOT = Path(__file__).resolve().parents[2]
-ASK = (
+SESSION = (
     "+stage=session",
     "dataset=digits",
     "session.datastore=digits",
@@ -43,19 +43,19 @@ ASK = (
 
 
 @pytest.fixture(autouse=True)
-def _calm_afterwards() -> None:
-    """The workspaces here calm the lab when they go; the last tests share one, and a session in it."""
+def _reset_lab_afterwards() -> None:
+    """Override: `workspace` resets the lab here, since the last tests share a workspace and its session."""
 
 
 @contextlib.contextmanager
 def workspace(lab: Lab) -> Iterator[LabDoor]:
-    """Make a workspace that others may look into."""
+    """Create a workspace that other users can read."""
     folder = Path(tempfile.mkdtemp(prefix="session-"))
     folder.chmod(0o755)
     door = LabDoor(folder / "workspace", lab)
     yield door
     door.close()
-    lab.calm()
+    lab.reset()
     shutil.rmtree(folder)
 
 
@@ -67,23 +67,25 @@ def session(lab: Lab) -> Iterator[LabDoor]:
 
 @pytest.fixture(scope="module")
 def shared(site: LabDoor, lab: Lab) -> Iterator[LabDoor]:
-    """A session that listens at its node's address, since no sshd is there."""
+    """A session that listens at its node's address, since the node has no sshd."""
     with workspace(lab) as door:
-        ask(door, site)
+        submit_session(door, site)
         yield door
 
 
-def ask(door: LabDoor, site: LabDoor, *more: str) -> Path:
-    door(*ASK, f"datastore.url={site.workspace}/datastores", *more)
+def submit_session(door: LabDoor, site: LabDoor, *settings: str) -> Path:
+    """Submit a session and return its run folder."""
+    door(*SESSION, f"datastore.url={site.workspace}/datastores", *settings)
     return Path(door.jobs()[0]["dir"])
 
 
-def ways(told: str) -> dict[str, str]:
-    return dict(re.findall(r"^  (\S+) +(.*)$", told, re.MULTILINE))
+def parse_connect(output: str) -> dict[str, str]:
+    """Return the lines that connect prints, by their first word: shell, tunnel, browser …"""
+    return dict(re.findall(r"^  (\S+) +(.*)$", output, re.MULTILINE))
 
 
 class Tunnel:
-    """The line that connect prints, typed on a machine that reaches nothing but the login node."""
+    """The tunnel command that connect prints, run on a machine that reaches only the login node."""
 
     def __init__(self, config: Path, line: str) -> None:
         words = line.split()
@@ -92,10 +94,10 @@ class Tunnel:
         self.process = subprocess.Popen(
             ["ssh", "-F", str(config), "-o", "ExitOnForwardFailure=yes", *words[1:]]
         )
-        eventually(self.stands)
+        eventually(self.is_open)
 
-    def stands(self) -> bool:
-        assert self.process.poll() is None, "the tunnel broke down"
+    def is_open(self) -> bool:
+        assert self.process.poll() is None, "the tunnel has ended"
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
@@ -105,10 +107,10 @@ class Tunnel:
 
 
 def client(lab: Lab, folder: Path) -> Path:
-    """Return the ~/.ssh/config of such a machine: keys, and a login node that is called `there`."""
+    """Return the ~/.ssh/config of a client machine: keys, and a login node with the name `there`."""
     if SSHD is None:
         pytest.skip("sshd is missing: apt-get install openssh-server")
-    # There is no way from here into the lab, so sshd speaks over a pipe.
+    # This machine has no route into the lab, so sshd runs over a pipe.
     inside = f"{LAB} --dir {lab.folder} login {SSHD} -i -f {folder}/sshd_config"
     keys_for_ssh(folder, "", f" ProxyCommand {inside}\n")
     config = folder / "ssh_config"
@@ -120,7 +122,7 @@ def client(lab: Lab, folder: Path) -> Path:
 
 
 def get(url: str, token: str) -> Any:
-    """Return the JSON behind a tunnel, or the status of a refusal."""
+    """Return the JSON at `url`, or the HTTP status of an error."""
     request = urllib.request.Request(url, headers={"Authorization": f"token {token}"})
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
@@ -129,10 +131,10 @@ def get(url: str, token: str) -> Any:
         return error.code
 
 
-def test_a_node_that_answers_ssh_is_reached_by_it_and_again_after_a_preemption(
+def test_session_is_reached_by_ssh_and_again_after_a_preemption(
     session: LabDoor, site: LabDoor, lab: Lab, tmp_path: Path
 ) -> None:
-    """By the template: a socket through a tunnel, VSCode's way, and once more after Slurm's second start."""
+    """Started by the template; by a tunnel to its socket, as VSCode does, and once more after a requeue."""
     if os.geteuid() != 0:
         pytest.skip("only root may listen at a node's port 22")
     config = client(lab, tmp_path)
@@ -141,7 +143,7 @@ def test_a_node_that_answers_ssh_is_reached_by_it_and_again_after_a_preemption(
     eventually(lambda: lab.login(*listens, code=None).returncode == 0)
     options = ("--gpus-per-node=0", "--cpus-per-task=2", "--mem=1G", "--time=10", "--signal=USR2@30")
     where = ("--partition=low", "--nodelist=n1", "--output=out")
-    settings = (*ASK[1:], f"datastore.url={site.workspace}/datastores")
+    settings = (*SESSION[1:], f"datastore.url={site.workspace}/datastores")
     done = subprocess.run(
         ["sbatch", "--parsable", *where, *options, ROOT / "slurm/session.sbatch", *settings],
         env={**session.env, "PATH": f"{Path(sys.executable).parent}:{session.env['PATH']}"},
@@ -157,16 +159,16 @@ def test_a_node_that_answers_ssh_is_reached_by_it_and_again_after_a_preemption(
     tokens = []
     for start in range(2):
         shown = session("connect", "ana").stdout
-        told = ways(shown)
-        assert told["shell"] == f"srun --overlap --jobid {job} --pty bash"
+        ways = parse_connect(shown)
+        assert ways["shell"] == f"srun --overlap --jobid {job} --pty bash"
         assert re.fullmatch(
-            r"ssh -N -L \d+:/tmp/hpc_imagenet-session-\w+/jupyter -J \S+@there \S+@n1", told["tunnel"]
+            r"ssh -N -L \d+:/tmp/hpc_imagenet-session-\w+/jupyter -J \S+@there \S+@n1", ways["tunnel"]
         )
-        # The allocation's end comes before session.time, and the session's own before that.
-        assert re.match(r"this session ends in [678] minutes", told["mind"])
-        base, _, token = told["browser"].partition("/lab?token=")
+        # The allocation ends before session.time, and the session ends a little earlier.
+        assert re.match(r"this session ends in [678] minutes", ways["warning"])
+        base, _, token = ways["browser"].partition("/lab?token=")
         tokens.append(token)
-        tunnel = Tunnel(config, told["tunnel"])
+        tunnel = Tunnel(config, ways["tunnel"])
         try:
             names = {entry["name"] for entry in get(f"{base}/api/contents", token)["content"]}
             assert get(f"{base}/api/contents", tokens[0][::-1]) == 403
@@ -175,11 +177,11 @@ def test_a_node_that_answers_ssh_is_reached_by_it_and_again_after_a_preemption(
         finally:
             tunnel.close()
         assert names >= {"prototype.ipynb", "datastore"} | ({"mine.txt"} if start else set())
-        assert ("Slurm has started it again once" in shown) == bool(start)
+        assert ("Slurm has restarted it once" in shown) == bool(start)
         assert session.jobs()[0]["requeued"] == start
         if not start:
-            over_ssh(config, told)
-            # As many CPUs as are there without this session's two.
+            use_ssh(config, ways)
+            # All CPUs of the node but the session's two, so that the session is preempted.
             lab.sbatch("sleep 1", "--partition=high", "--nodelist=n1", "--cpus-per-task=6", "--mem=100")
             eventually(lambda: lab.job(job)["Restarts"] == "1", 120)
     assert len(set(tokens)) == 2
@@ -187,16 +189,16 @@ def test_a_node_that_answers_ssh_is_reached_by_it_and_again_after_a_preemption(
     session("pause", "ana")
 
 
-def over_ssh(config: Path, told: dict[str, str]) -> None:
-    """Do what VSCode does: a shell on the node, by the lines for ~/.ssh/config."""
+def use_ssh(config: Path, ways: dict[str, str]) -> None:
+    """Open a shell on the node with the printed lines for ~/.ssh/config, as VSCode does."""
     line = re.fullmatch(
-        r"Host (\S+), with ProxyJump (\S+) and User (\S+): once, for VSCode", told["~/.ssh/config"]
+        r"Host (\S+), with ProxyJump (\S+) and User (\S+): once, for VSCode", ways["~/.ssh/config"]
     )
     assert line
     with config.open("a") as file:
         file.write("Host {}\n ProxyJump {}\n User {}\n".format(*line.groups()))
-    *_, host, folder = told["VSCode"].split()
-    assert told["VSCode"] == f"code --remote {host} {folder}"
+    *_, host, folder = ways["VSCode"].split()
+    assert ways["VSCode"] == f"code --remote {host} {folder}"
     shell = subprocess.run(
         ["ssh", "-T", "-F", config, host.removeprefix("ssh-remote+"), "bash"],
         input=f"hostname; cd {folder} && ls; echo kept > mine.txt",
@@ -209,11 +211,11 @@ def over_ssh(config: Path, told: dict[str, str]) -> None:
     assert "prototype.ipynb" in shell.stdout
 
 
-def test_a_session_that_waits_says_for_what_and_for_how_long(
+def test_connect_to_a_queued_session_prints_reason_and_expected_start(
     session: LabDoor, site: LabDoor, lab: Lab
 ) -> None:
     lab.sbatch("sleep 600", "--nodes=4", "--exclusive", "--time=5")
-    ask(session, site)
+    submit_session(session, site)
     command = [sys.executable, "-m", "hpc_imagenet", "connect", "session-ana"]
     with subprocess.Popen(
         command, env=session.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -229,14 +231,14 @@ def test_a_session_that_waits_says_for_what_and_for_how_long(
         assert "paused" in connect.stderr.read()
 
 
-STRANGER = """
+OTHER_USER = """
 import contextlib, json, os, socket, ssl, sys, urllib.error, urllib.request
 run, attempt = sys.argv[1:]
-note = json.load(open(f"{attempt}/session.json"))  # no secret is in it
+record = json.load(open(f"{attempt}/session.json"))  # it contains no secret
 got = {"uid": os.getuid(), "host": socket.gethostname()}
 def folders():
     for each in os.listdir("/tmp"):
-        with contextlib.suppress(FileNotFoundError):  # of another session, which has ended meanwhile
+        with contextlib.suppress(FileNotFoundError):  # of another session, which has just ended
             if each.startswith("hpc_imagenet-") and os.stat(f"/tmp/{each}").st_uid != os.getuid():
                 os.listdir(f"/tmp/{each}")
 for name in ("token", "folders"):
@@ -247,7 +249,7 @@ for name in ("token", "folders"):
 context = ssl._create_unverified_context()
 for path in ("/api/contents", "/api/kernels", "/files/prototype.ipynb", "/terminals/websocket/1"):
     try:
-        url = f"https://localhost:{note['port']}{path}"
+        url = f"https://localhost:{record['port']}{path}"
         answer = urllib.request.urlopen(url, context=context, timeout=20)
         got[path] = "login" if "/login" in answer.url else answer.status
     except urllib.error.HTTPError as error:
@@ -259,24 +261,24 @@ print(json.dumps(got))
 """
 
 
-def test_another_user_of_the_node_gets_nothing(shared: LabDoor, lab: Lab) -> None:
+def test_another_user_of_the_node_has_no_access(shared: LabDoor, lab: Lab) -> None:
     if os.geteuid() != 0 or not Path("/usr/bin/python3").exists():
-        pytest.skip("only root can be somebody else")
+        pytest.skip("only root can act as another user")
     folder = Path(shared.jobs()[0]["dir"])
-    told = ways(shared("connect", "ana").stdout)
-    job = told["shell"].split()[3]
-    stranger = (
+    ways = parse_connect(shared("connect", "ana").stdout)
+    job = ways["shell"].split()[3]
+    command = (
         "setpriv",
         "--reuid=65534",
         "--regid=65534",
         "--clear-groups",
         "/usr/bin/python3",
         "-c",
-        STRANGER,
+        OTHER_USER,
     )
     step = ("srun", "--overlap", f"--jobid={job}", "--chdir=/")
-    got = json.loads(lab.login(*step, *stranger, str(folder), str(folder / "attempts/1")).stdout)
-    port = int(told["browser"].split("/")[2].partition(":")[2])
+    got = json.loads(lab.login(*step, *command, str(folder), str(folder / "attempts/1")).stdout)
+    port = int(ways["browser"].split("/")[2].partition(":")[2])
     assert got["uid"] == 65534
     assert got["host"] == json.loads((folder / "attempts/1/session.json").read_text())["host"]
     assert port in got.pop("listens")
@@ -285,8 +287,8 @@ def test_another_user_of_the_node_gets_nothing(shared: LabDoor, lab: Lab) -> Non
     assert got["/files/prototype.ipynb"] in ("login", 403)
 
 
-def edit(path: Path) -> None:
-    """Make a notebook short: seconds of training, and a sweep of one run of an epoch by one's own file."""
+def shorten(path: Path) -> None:
+    """Shorten a notebook: seconds of training, and a sweep of one epoch with a cluster file of the user."""
     own = path.parent / "my-conf/cluster/own.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("defaults: [lab, _self_]\n")
@@ -305,7 +307,7 @@ def edit(path: Path) -> None:
 
 
 def click(page: Chrome, selector: str, text: str = "") -> bool:
-    """Whether there was something to click; while Lab loads, it comes and goes."""
+    """Click the first displayed match; False if there is none, which happens while Lab loads."""
     with contextlib.suppress(WebDriverException):
         for element in page.find_elements(By.CSS_SELECTOR, selector):
             if element.is_displayed() and text in element.text:
@@ -315,52 +317,52 @@ def click(page: Chrome, selector: str, text: str = "") -> bool:
 
 
 def run_all(page: Chrome) -> bool:
-    """Whether that was clicked; else its menu has been opened, or closed, for the next try."""
+    """Click Run All; False if its menu was only opened or closed, so call it again."""
     item = "[data-command='runmenu:run-all']:not(.lm-mod-disabled)"
     return click(page, item) or (click(page, ".lm-MenuBar-itemLabel", "Run") and click(page, item))
 
 
-def outputs(page: Chrome, of: str, what: str) -> list[Any]:
-    """Return something of all outputs, in one go: they change while one looks at them."""
+def outputs(page: Chrome, selector: str, attribute: str) -> list[Any]:
+    """Return an attribute of all matching outputs in one script, since they change meanwhile."""
     script = "return [...document.querySelectorAll(arguments[0])].map(each => each[arguments[1]])"
-    found: list[Any] = page.execute_script(script, f".jp-OutputArea-output{of}", what)
+    found: list[Any] = page.execute_script(script, f".jp-OutputArea-output{selector}", attribute)
     return found
 
 
-def said(page: Chrome) -> str:
+def output_text(page: Chrome) -> str:
     return "\n".join(outputs(page, "", "innerText"))
 
 
 def connected(page: Chrome) -> bool:
-    """Whether the notebook listens to its kernel; Lab asks which one is meant where it is run before."""
-    asked = "return fetch('/api/kernels').then(answer => answer.json())"
-    return [each["connections"] for each in page.execute_script(asked)] == [1]
+    """Whether the notebook is connected to its kernel; if run earlier, Lab prompts for a kernel."""
+    script = "return fetch('/api/kernels').then(answer => answer.json())"
+    return [each["connections"] for each in page.execute_script(script)] == [1]
 
 
-def test_a_browser_runs_the_notebook_through_a_tunnel(shared: LabDoor, lab: Lab, tmp_path: Path) -> None:
+def test_browser_runs_the_notebook_through_a_tunnel(shared: LabDoor, lab: Lab, tmp_path: Path) -> None:
     folder = Path(shared.jobs()[0]["dir"])
-    told = ways(shared("connect", "ana").stdout)
-    edit(folder / "notebooks/prototype.ipynb")
-    tunnel = Tunnel(client(lab, tmp_path), told["tunnel"])
+    ways = parse_connect(shared("connect", "ana").stdout)
+    shorten(folder / "notebooks/prototype.ipynb")
+    tunnel = Tunnel(client(lab, tmp_path), ways["tunnel"])
     try:
         shown = ssl.get_server_certificate(("localhost", tunnel.port))
         certificate = x509.load_pem_x509_certificate(shown.encode())
-        assert told["certificate"].endswith(certificate.fingerprint(hashes.SHA256()).hex(":").upper())
+        assert ways["certificate"].endswith(certificate.fingerprint(hashes.SHA256()).hex(":").upper())
         key = certificate.public_key().public_bytes(
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         pinned = base64.b64encode(hashlib.sha256(key).digest()).decode()
         with chromium(tmp_path / "page.png", f"--ignore-certificate-errors-spki-list={pinned}") as page:
-            page.get(told["browser"][:-8])  # eight digits of the token are missing
+            page.get(ways["browser"][:-8])  # without the last eight digits of the token
             assert page.find_elements(By.CSS_SELECTOR, "input[type=password]")
             assert not page.find_elements(By.CSS_SELECTOR, "#jp-top-panel, .jp-LabShell")
-            page.get(told["browser"].replace("/lab?", "/lab/tree/prototype.ipynb?"))
+            page.get(ways["browser"].replace("/lab?", "/lab/tree/prototype.ipynb?"))
             eventually(lambda: connected(page), 120)
             eventually(lambda: run_all(page), 120)
-            # The last cell tells of the sweep, which was sent from the first of them on.
+            # The last cell prints the state of the sweep, which the notebook has submitted.
             done = r"mobilenet_v3_small\s+finished\s+\d+\.\d+%"
-            eventually(lambda: bool(re.search(done, said(page))), 240)
-            text = said(page)
+            eventually(lambda: bool(re.search(done, output_text(page))), 240)
+            text = output_text(page)
             eventually(lambda: min(outputs(page, " img", "naturalWidth"), default=0) > 100)
             assert not outputs(page, "[data-mime-type='application/vnd.jupyter.error']", "innerText")
         assert "train: 1,437 images of 10 classes" in text
@@ -368,7 +370,7 @@ def test_a_browser_runs_the_notebook_through_a_tunnel(shared: LabDoor, lab: Lab,
         assert "top-1" in text
     finally:
         tunnel.close()
-    # Without its tunnel it goes on, and the sweep is a run as any other.
+    # The session keeps running without the tunnel, and the sweep is a normal run.
     time.sleep(1)
     states = {row["stage"]: row["state"] for row in shared.jobs()}
     assert states == {"session": "running", "train": "finished"}
@@ -378,4 +380,4 @@ def test_a_browser_runs_the_notebook_through_a_tunnel(shared: LabDoor, lab: Lab,
     assert token not in (folder / "config.yaml").read_text()
     assert shared("pause", "session-ana").stdout.startswith("paused")
     eventually(lambda: not lab.slurm("squeue", "--noheader"), 60)
-    assert shared.jobs()[0]["reason"] == "paused: resume goes on"
+    assert shared.jobs()[0]["reason"] == "paused: resume restarts it"

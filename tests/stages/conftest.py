@@ -1,4 +1,4 @@
-"""Places of datastores as they are elsewhere: two servers of S3 and a host behind ssh."""
+"""Fixtures for remote storage backends: two S3 servers and a host behind ssh."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import servers
-from remote_house import House
+from remote_house import Workspace
 
 from hpc_imagenet.datastore.backends import s3_backend, s3_client, s3_upload, ssh_connection
 
@@ -37,25 +37,25 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "folder":
         return str(tmp_path / "stores")
-    how = request.getfixturevalue(request.param)
+    access = request.getfixturevalue(request.param)
     if request.param == "host":
-        monkeypatch.setenv("RSYNC_RSH", how)
+        monkeypatch.setenv("RSYNC_RSH", access)
         return f"there:{tmp_path}/stores"
-    servers.credentials(monkeypatch, how)
+    servers.credentials(monkeypatch, access)
     return f"s3://bucket/{tmp_path.name}"
 
 
 @pytest.fixture
-def remote_house(tmp_path: Path) -> House:
-    return House(tmp_path)
+def remote_workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits between tries are short, and what is large is small."""
-    for room in (s3_client, ssh_connection):
-        monkeypatch.setattr(room, "PAUSE", room.PAUSE / 50)
-        monkeypatch.setattr(room, "LONGEST", room.LONGEST / 50)
-    monkeypatch.setattr(s3_backend, "SETTLE", s3_backend.SETTLE / 50)
-    monkeypatch.setattr(s3_upload, "WHOLE", 1 << 20)
-    monkeypatch.setattr(s3_upload, "PART", 5 << 20)  # the least that S3 takes
+    """Shorten the waits between retries and lower the size limits."""
+    for module in (s3_client, ssh_connection):
+        monkeypatch.setattr(module, "FIRST_WAIT", module.FIRST_WAIT / 50)
+        monkeypatch.setattr(module, "LONGEST_WAIT", module.LONGEST_WAIT / 50)
+    monkeypatch.setattr(s3_backend, "CLAIM_WAIT", s3_backend.CLAIM_WAIT / 50)
+    monkeypatch.setattr(s3_upload, "MAX_SINGLE", 1 << 20)
+    monkeypatch.setattr(s3_upload, "PART", 5 << 20)  # the minimum of S3

@@ -1,3 +1,5 @@
+"""Stage `train`: from a datastore to the result, and its errors."""
+
 from __future__ import annotations
 
 import io
@@ -37,7 +39,7 @@ def config_of(workspace: Path, *overrides: str) -> Config:
 
 
 def write_version(folder: Path, images: int = 8) -> None:
-    """Two colours, in a complete version of a datastore."""
+    """Write a complete datastore version with images of two colours."""
     folder.mkdir(parents=True)
     shards, splits = [], {}
     for shard, name in enumerate(("train", "val")):
@@ -46,8 +48,8 @@ def write_version(folder: Path, images: int = 8) -> None:
             buffer = io.BytesIO()
             Image.new("RGB", (32, 32), ("red", "blue")[i % 2]).save(buffer, "JPEG")
             members.append((f"{name}_{i}.JPEG", buffer.getvalue()))
-        places = write_tar(folder / f"{name}.tar", members)
-        entries = [(offset, size, i % 2, shard) for i, (offset, size) in enumerate(places)]
+        locations = write_tar(folder / f"{name}.tar", members)
+        entries = [(offset, size, i % 2, shard) for i, (offset, size) in enumerate(locations)]
         write_index(folder / f"{name}.npy", np.array(entries, ENTRY))
         shards.append(file_of(folder / f"{name}.tar", f"{name}.tar"))
         splits[name] = Split(file_of(folder / f"{name}.npy", f"{name}.npy"), images)
@@ -55,35 +57,35 @@ def write_version(folder: Path, images: int = 8) -> None:
     Manifest("digits", "0", "", classes, tuple(shards), splits).save(folder)
 
 
-def test_a_training_from_the_datastore_to_the_result(tmp_path: Path, run: Run) -> None:
+def test_training_from_datastore_to_result(tmp_path: Path, run: Run) -> None:
     write_version(tmp_path / "datastores" / "digits" / "v1")
     result = train.run(config_of(tmp_path), run, DistEnv())
     assert json.loads(json.dumps(result)) == result
     assert {"top1", "top5", "loss", "images_per_second", "skipped", "epochs", "seconds", "parameters"} == set(
         result
     )
-    assert result["top5"] == 1  # of two classes
+    assert result["top5"] == 1  # there are two classes only
     assert (run.folder / "checkpoints" / "last.ckpt").exists()
 
 
-def test_more_images_a_step_than_there_are_is_told_before_anything_is_submitted(tmp_path: Path) -> None:
+def test_global_batch_larger_than_train_split_is_refused_before_submitting(tmp_path: Path) -> None:
     write_version(tmp_path / "datastores" / "digits" / "v1")
     for batch in (8, 12):
-        asked = make_plan([config_of(tmp_path, f"recipe.global_batch={batch}")], validate.version_finder())
+        plan = make_plan([config_of(tmp_path, f"recipe.global_batch={batch}")], validate.version_finder())
         if batch == 8:
-            validate.validate_jobs(asked, RunStore(tmp_path))
+            validate.validate_jobs(plan, RunStore(tmp_path))
             continue
         with pytest.raises(UserError, match=r"^recipe.global_batch=12 is more than the 8 images of train$"):
-            validate.validate_jobs(asked, RunStore(tmp_path))
+            validate.validate_jobs(plan, RunStore(tmp_path))
 
 
-def test_without_a_datastore_it_says_which_stage_makes_one(tmp_path: Path, run: Run) -> None:
+def test_missing_datastore_error_names_the_stage(tmp_path: Path, run: Run) -> None:
     with pytest.raises(UserError, match=r"\+stage=pipeline makes it"):
         train.run(config_of(tmp_path), run, DistEnv())
     assert list(run.folder.iterdir()) == []
 
 
-def test_bad_settings_leave_nothing_behind(tmp_path: Path, run: Run) -> None:
+def test_bad_settings_leave_the_run_folder_empty(tmp_path: Path, run: Run) -> None:
     write_version(tmp_path / "datastores" / "digits" / "v1")
     for override, line in (
         ("recipe.global_batch=9", r"recipe.global_batch=9 is more than the 8 images of train"),
@@ -95,10 +97,10 @@ def test_bad_settings_leave_nothing_behind(tmp_path: Path, run: Run) -> None:
     assert list(run.folder.iterdir()) == []
 
 
-def test_torch_is_loaded_only_by_running() -> None:
-    ask = (
+def test_importing_the_stage_does_not_import_torch() -> None:
+    code = (
         "import sys, hpc_imagenet.stages.train, hpc_imagenet.config.backbones; print('torch' in sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    told = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "False"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

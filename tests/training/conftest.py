@@ -1,4 +1,4 @@
-"""The fixtures of a tiny training."""
+"""Fixtures for tiny trainings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from outcomes import begin, train
+from outcomes import new_run, train
 from tiny_training import tiny_config, write_store
 
 from hpc_imagenet.config.schema import Config
@@ -19,10 +19,9 @@ from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.callbacks.progress import ProgressReporter
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2] / "benchmarks")
-)  # whose images and reports serve here
-# cuBLAS reads it once a process, at the first product of matrices; deterministic trainings need it.
+# For loader_data and gpu_report.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+# Deterministic trainings need it. cuBLAS reads it once per process, at the first matrix product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -30,13 +29,13 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees
 
 @pytest.fixture(params=[pytest.param("cpu", id="rehearsal"), pytest.param("cuda", id="gpu", marks=NEEDS_GPU)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The CPU, for a rehearsal, and the GPU where there is one."""
+    """The CPU, as a rehearsal, and the GPU if torch sees one."""
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> DatasetReader:
-    """40 train and 13 val images: five steps of eight."""
+    """A store of 40 train and 13 val images: five steps of eight images per epoch."""
     return write_store(tmp_path_factory.mktemp("tiny") / "v1", {"train": 40, "val": 13})
 
 
@@ -51,24 +50,24 @@ def config() -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def whole(tiny: DatasetReader, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
-    """The uninterrupted training that the others are compared with."""
-    run = begin(tmp_path_factory.mktemp("whole") / "run")
+def reference(tiny: DatasetReader, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
+    """An uninterrupted training as reference: its run and its result."""
+    run = new_run(tmp_path_factory.mktemp("reference") / "run")
     return run, train(tiny_config(), tiny, run)
 
 
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Send this process SIGUSR2 within that step."""
+    """Return a function that makes the training send itself SIGUSR2 within a given step."""
 
-    def arrange(step: int) -> None:
+    def patch(step: int) -> None:
         original = ProgressReporter.on_train_batch_end
 
-        def noisy(self: ProgressReporter, trainer: Any, *rest: Any) -> None:
+        def send_signal(self: ProgressReporter, trainer: Any, *rest: Any) -> None:
             original(self, trainer, *rest)
             if trainer.global_step == step:
                 os.kill(os.getpid(), signal.SIGUSR2)
 
-        monkeypatch.setattr(ProgressReporter, "on_train_batch_end", noisy)
+        monkeypatch.setattr(ProgressReporter, "on_train_batch_end", send_signal)
 
-    return arrange
+    return patch

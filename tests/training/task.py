@@ -1,4 +1,4 @@
-"""What one rank of a training does in a process of its own."""
+"""Entry point of one rank of a training in its own process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,19 @@ from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
 from hpc_imagenet.training.fit import fit
 
 
-def begin(store: Path, run: Run, dist_env: DistEnv, setting: dict[str, Any], said: list[Path]) -> None:
-    """Train; `setting` is what happens to it, `said` where its stdout and stderr go."""
-    for number, path in enumerate(said, 1):
+def run_rank(store: Path, run: Run, dist_env: DistEnv, setting: dict[str, Any], logs: list[Path]) -> None:
+    """Train, and print the result as JSON.
+
+    Args:
+        store: folder of the dataset.
+        run: run of the training.
+        dist_env: rank and size of this task.
+        setting: changes to the config, and faults to inject.
+        logs: files for stdout and stderr.
+    """
+    for descriptor, path in enumerate(logs, 1):
         with path.open("wb") as file:
-            os.dup2(file.fileno(), number)
+            os.dup2(file.fileno(), descriptor)
     torch.set_num_threads(1)
     rank, config = dist_env.rank, tiny_config()
     if "dropout" in setting:
@@ -41,21 +49,21 @@ def begin(store: Path, run: Run, dist_env: DistEnv, setting: dict[str, Any], sai
         config.train.checkpoint_every_minutes = 1e-9
     original = CheckpointCallback.on_train_batch_end
 
-    def eventful(self: CheckpointCallback, trainer: Any, *rest: Any) -> None:
+    def inject_faults(self: CheckpointCallback, trainer: Any, *rest: Any) -> None:
         if trainer.global_step == setting.get("signal_at") and rank == setting["signal_rank"]:
             os.kill(os.getpid(), signal.SIGUSR2)
         original(self, trainer, *rest)
         if trainer.global_step == setting.get("die_at") and rank == setting.get("die_rank", 0):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    CheckpointCallback.on_train_batch_end = eventful  # type: ignore[method-assign]
-    if setting.get("stuck"):  # as where a GPU waits for a rank that is gone
-        checkpoint.FAREWELL = 0.5
+    CheckpointCallback.on_train_batch_end = inject_faults  # type: ignore[method-assign]
+    if setting.get("stuck"):  # as if a GPU waited for a dead rank
+        checkpoint.EXIT_TIMEOUT = 0.5
         DDPStrategy.teardown = lambda self: time.sleep(600)  # type: ignore[method-assign]
     try:
         result = fit(config, DatasetReader(store), run, dist_env)
-    except Preempted as stopped:
-        result = {"interrupted": int(str(stopped).split("step ")[1].split(",")[0])}
-    except PeerLost as lost:
-        result = {"lost": str(lost)}
+    except Preempted as error:
+        result = {"interrupted": int(str(error).split("step ")[1].split(",")[0])}
+    except PeerLost as error:
+        result = {"lost": str(error)}
     print(json.dumps(result))

@@ -1,3 +1,5 @@
+"""`fit`: results, determinism, accumulation, ranks, and errors as one line."""
+
 from __future__ import annotations
 
 import csv
@@ -7,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from outcomes import STEPS, assert_same_training, begin, finish, lines, results, saved, tasks, train
+from outcomes import STEPS, assert_same_training, finish, lines, new_run, results, saved, tasks, train
 from pytorch_lightning.utilities import rank_zero_only
 
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
@@ -17,8 +19,10 @@ from hpc_imagenet.training.loading.sampler import permutation
 from hpc_imagenet.training.module import Classifier
 
 
-def test_a_training_tells_what_came_out(tiny: DatasetReader, whole: tuple[Run, dict[str, Any]]) -> None:
-    run, result = whole
+def test_result_progress_and_metrics_of_a_training(
+    tiny: DatasetReader, reference: tuple[Run, dict[str, Any]]
+) -> None:
+    run, result = reference
     assert 0 <= result["top1"] <= result["top5"] <= 1
     assert result["top1"] == pytest.approx(round(result["top1"] * 13) / 13)
     assert result["epochs"] == 2
@@ -33,22 +37,24 @@ def test_a_training_tells_what_came_out(tiny: DatasetReader, whole: tuple[Run, d
 
 
 @pytest.mark.slow
-def test_a_seed_decides_all(
-    config, tiny: DatasetReader, tmp_path: Path, whole: tuple[Run, dict[str, Any]]
+def test_same_seed_gives_identical_training(
+    config, tiny: DatasetReader, tmp_path: Path, reference: tuple[Run, dict[str, Any]]
 ) -> None:
-    again = begin(tmp_path / "again")
-    assert results(train(config(), tiny, again)) == results(whole[1])
-    assert_same_training(whole[0], again)
-    other = begin(tmp_path / "other")
-    different = config()
-    different.seed = 4
-    train(different, tiny, other)
+    again = new_run(tmp_path / "again")
+    assert results(train(config(), tiny, again)) == results(reference[1])
+    assert_same_training(reference[0], again)
+    other = new_run(tmp_path / "other")
+    other_seed = config()
+    other_seed.seed = 4
+    train(other_seed, tiny, other)
     with pytest.raises(AssertionError):
-        assert_same_training(whole[0], other)
+        assert_same_training(reference[0], other)
 
 
-def test_every_class_is_told(tiny: DatasetReader, whole: tuple[Run, dict[str, Any]]) -> None:
-    run, result = whole
+def test_val_classes_csv_has_accuracy_per_class(
+    tiny: DatasetReader, reference: tuple[Run, dict[str, Any]]
+) -> None:
+    run, result = reference
     with (run.folder / "val_classes.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == [f"n{digit:08d}" for digit in range(10)]
@@ -59,7 +65,7 @@ def test_every_class_is_told(tiny: DatasetReader, whole: tuple[Run, dict[str, An
         assert hits / 13 == pytest.approx(result[name], abs=1e-4)
 
 
-def test_a_loss_that_is_no_number_stops_at_its_step(
+def test_non_finite_loss_aborts_with_step_and_images(
     config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:
     original = Classifier.training_step
@@ -68,10 +74,10 @@ def test_a_loss_that_is_no_number_stops_at_its_step(
         return original(self, batch, batch_idx) * (float("nan") if self.global_step == 6 else 1)
 
     monkeypatch.setattr(Classifier, "training_step", spoilt)
-    run = begin(tmp_path / "run")
+    run = new_run(tmp_path / "run")
     with pytest.raises(
         UserError,
-        match=r"recipe.learning_rate=0.01: the loss at step 7 \(epoch 2\) is no num.*train_0\d+.JPEG",
+        match=r"recipe.learning_rate=0.01: the loss at step 7 \(epoch 2\) is not fin.*train_0\d+.JPEG",
     ):
         train(config(), tiny, run)
     order = permutation(40, 3, 1)[8:16]
@@ -81,61 +87,62 @@ def test_a_loss_that_is_no_number_stops_at_its_step(
     assert all(torch.isfinite(value).all() for value in saved(run)["state_dict"].values())
 
 
-def test_an_unreadable_image_is_one_line(config, tiny: DatasetReader, tmp_path: Path) -> None:
+def test_unreadable_image_fails_or_is_skipped(config, tiny: DatasetReader, tmp_path: Path) -> None:
     shutil.copytree(tiny.folder, tmp_path / "v1")
     offset, length, *_ = tiny.open_split("train").index[7].item()
     with (tmp_path / "v1" / "train.tar").open("r+b") as file:
         file.seek(offset)
         file.write(b"\0" * length)
-    asked = config()
-    asked.loader.workers = 1
-    run = begin(tmp_path / "run")
+    changed = config()
+    changed.loader.workers = 1
+    run = new_run(tmp_path / "run")
     with pytest.raises(UserError) as caught:
-        train(asked, DatasetReader(tmp_path / "v1"), run)
+        train(changed, DatasetReader(tmp_path / "v1"), run)
     assert str(caught.value).startswith(f"{tmp_path}/v1: image train_0007.JPEG cannot be read")
     assert "\n" not in str(caught.value)
-    asked.loader.on_corrupt = "skip"
-    result = train(asked, DatasetReader(tmp_path / "v1"), run)
+    changed.loader.on_corrupt = "skip"
+    result = train(changed, DatasetReader(tmp_path / "v1"), run)
     assert result["skipped"] == 1
     assert result["loss"] < 10
-    # An attempt that only looks whether all is done read none of them.
-    assert train(asked, DatasetReader(tmp_path / "v1"), run)["skipped"] == 1
+    # A second attempt only validates, and takes the number from the checkpoint.
+    assert train(changed, DatasetReader(tmp_path / "v1"), run)["skipped"] == 1
 
 
 @pytest.mark.slow
-def test_a_step_in_parts_is_the_same_step(
+def test_accumulate_gives_the_same_step(
     config, tiny: DatasetReader, tmp_path: Path, signal_at, monkeypatch
 ) -> None:
-    def parts(count: int, run: Run) -> None:
-        asked = config()
-        asked.model.options, asked.train.accumulate = {"dropout": 0}, count
-        train(asked, tiny, run)
+    def train_accumulated(count: int, run: Run) -> None:
+        changed = config()
+        changed.model.options, changed.train.accumulate = {"dropout": 0}, count
+        train(changed, tiny, run)
 
-    one, two = begin(tmp_path / "one"), begin(tmp_path / "two")
-    parts(1, one)
+    one, two = new_run(tmp_path / "one"), new_run(tmp_path / "two")
+    train_accumulated(1, one)
     signal_at(8)
     with pytest.raises(Preempted):
-        parts(2, two)
+        train_accumulated(2, two)
     monkeypatch.undo()
-    parts(2, two)
+    train_accumulated(2, two)
     for name, value in saved(one)["state_dict"].items():
         torch.testing.assert_close(saved(two)["state_dict"][name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_deterministic_algorithms_are_another_way_to_the_same_run(
-    config, tiny: DatasetReader, tmp_path: Path, whole
+def test_deterministic_does_not_change_identity_or_cpu_results(
+    config, tiny: DatasetReader, tmp_path: Path, reference
 ) -> None:
-    asked, run = config(), begin(tmp_path / "run")
-    asked.train.deterministic = True
-    assert asked.training() == config().training()
+    changed, run = config(), new_run(tmp_path / "run")
+    changed.train.deterministic = True
+    assert changed.training_identity() == config().training_identity()
     try:
-        assert results(train(asked, tiny, run)) == results(whole[1])  # on a CPU there are no others
+        # CPU algorithms are deterministic anyway.
+        assert results(train(changed, tiny, run)) == results(reference[1])
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_layer_without_a_deterministic_algorithm_is_one_line(
+def test_missing_deterministic_algorithm_error(
     config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:
     def refused(self: Classifier, batch: Any, batch_idx: int) -> Any:
@@ -149,28 +156,29 @@ def test_a_layer_without_a_deterministic_algorithm_is_one_line(
         r"^train.deterministic=true: torch has no deterministic adaptive_avg_pool2d_backward_cuda .*=false or"
     )
     with pytest.raises(UserError, match=line):
-        train(config(), tiny, begin(tmp_path / "run"))
+        train(config(), tiny, new_run(tmp_path / "run"))
 
 
-def test_more_images_a_step_than_there_are(config, tiny: DatasetReader, tmp_path: Path) -> None:
+def test_global_batch_larger_than_train_split(config, tiny: DatasetReader, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"recipe.global_batch=41 is more than the 40 images of train"):
-        train(config(global_batch=41), tiny, begin(tmp_path / "run"))
+        train(config(global_batch=41), tiny, new_run(tmp_path / "run"))
 
 
 @pytest.mark.slow
-def test_two_ranks_see_what_one_sees(tiny: DatasetReader, tmp_path: Path, whole) -> None:
-    """Without dropout and batch norm the weights agree as closely as sums in another order can."""
-    alone, shared = begin(tmp_path / "alone"), begin(tmp_path / "shared")
-    # A step in parts on two ranks, with the treatment of images that all worlds have in common. The first
-    # epoch: sums in another order soon send some maximum elsewhere. The rows of another rank are 6e-3 off.
-    treated = {"recipe": {"augment": "trivial", "erase": 0.5, "ema": 0.8, "epochs": 1}, "dropout": 0}
-    began = (
+def test_two_ranks_match_one_rank(tiny: DatasetReader, tmp_path: Path, reference) -> None:
+    """Without dropout and batch norm the weights differ only by the order of summation."""
+    alone, shared = new_run(tmp_path / "alone"), new_run(tmp_path / "shared")
+    # Accumulation on two ranks, with augmentations that depend on the seed and step only. One epoch, because
+    # another order of summation soon changes the argmax of some pooling. With the random numbers of another
+    # rank the loss would differ by 6e-3.
+    augmented = {"recipe": {"augment": "trivial", "erase": 0.5, "ema": 0.8, "epochs": 1}, "dropout": 0}
+    started = (
         tasks(tiny, alone, dropout=0),
         tasks(tiny, shared, size=2, dropout=0),
-        tasks(tiny, begin(tmp_path / "a"), **treated),
-        tasks(tiny, begin(tmp_path / "b"), size=2, accumulate=2, **treated),
+        tasks(tiny, new_run(tmp_path / "a"), **augmented),
+        tasks(tiny, new_run(tmp_path / "b"), size=2, accumulate=2, **augmented),
     )
-    (one,), two, (one_t,), two_t = map(finish, began)
+    (one,), two, (one_augmented,), two_augmented = map(finish, started)
     assert results(two[0]) == results(two[1])
     a, b = saved(alone), saved(shared)
     assert a["global_step"] == b["global_step"] == 2 * STEPS
@@ -178,9 +186,9 @@ def test_two_ranks_see_what_one_sees(tiny: DatasetReader, tmp_path: Path, whole)
         torch.testing.assert_close(b["state_dict"][name], value, rtol=1e-3, atol=1e-4)
     assert two[0]["top1"] == pytest.approx(one["top1"])
     assert two[0]["loss"] == pytest.approx(one["loss"], rel=1e-4)
-    assert one_t["loss"] != one["loss"]
-    assert two_t[0]["loss"] == pytest.approx(one_t["loss"], rel=1e-3)
-    # Exact validation: the 13 images of one network, over one rank and over two.
+    assert one_augmented["loss"] != one["loss"]
+    assert two_augmented[0]["loss"] == pytest.approx(one_augmented["loss"], rel=1e-3)
+    # Validation of one network on 13 images, on one and on two ranks.
     shutil.copytree(alone.folder, tmp_path / "copy")
     again = finish(tasks(tiny, Run(tmp_path / "copy"), size=2, dropout=0))
     assert again[0]["top1"] == one["top1"]
@@ -188,14 +196,14 @@ def test_two_ranks_see_what_one_sees(tiny: DatasetReader, tmp_path: Path, whole)
     assert again[0]["loss"] == pytest.approx(one["loss"], rel=1e-6)
 
 
-def test_variables_of_an_outer_slurm_job_change_nothing(
+def test_variables_of_an_outer_slurm_job_are_ignored(
     config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:
     outer = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "RANK": "2"}
     for name, value in {**outer, "SLURM_JOB_NAME": "outer", "SLURM_CPUS_PER_TASK": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(rank_zero_only, "rank", 3)  # what Lightning makes of them when it is imported
-    run = begin(tmp_path / "run")
+    monkeypatch.setattr(rank_zero_only, "rank", 3)  # Lightning reads it from the variables when imported
+    run = new_run(tmp_path / "run")
     train(config(epochs=1), tiny, run)
     assert saved(run)["global_step"] == STEPS
     assert len(lines(run)) == 2

@@ -11,11 +11,11 @@ from torchvision import models
 from hpc_imagenet.config.backbones import BACKBONES
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.models.blurpool import blur_before_halving
-from hpc_imagenet.training.models.build import _probe, build_model
+from hpc_imagenet.training.models.build import _infer_shape, build_model
 from hpc_imagenet.training.models.ema import ema_copy, update_ema
 from hpc_imagenet.training.models.pretrained import classifier_name, freeze_backbone
 
-# One of each family, small enough to run a step here.
+# One of each family, small enough for a training step in a test.
 SMALL = (
     *("alexnet", "densenet121", "efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_large"),
     *("mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_0"),
@@ -26,27 +26,27 @@ LARGE = (
 )
 
 
-def test_the_names_are_torchvisions() -> None:
+def test_backbone_names_match_torchvision() -> None:
     assert list(BACKBONES) == sorted(models.list_models(module=models))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_small_backbones_take_a_step_on_small_images(name: str) -> None:
+def test_small_backbones_train_on_small_images(name: str) -> None:
     model = build_model(name, 7, size=32)
     logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 7)
     logits.square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
-    # And with every option that changes the network.
+    # Also with every option that changes the network.
     blur_before_halving(model)
     average = ema_copy(model)
     update_ema(average, model, 0.9)
     freeze_backbone(model)
     model.zero_grad()
     model.eval()(torch.randn(2, 3, 32, 32)).square().mean().backward()
-    learning = {key for key, p in model.named_parameters() if p.grad is not None}
-    assert learning == {f"{classifier_name(model)}.weight", f"{classifier_name(model)}.bias"}
+    trained = {key for key, p in model.named_parameters() if p.grad is not None}
+    assert trained == {f"{classifier_name(model)}.weight", f"{classifier_name(model)}.bias"}
 
 
 @pytest.mark.slow
@@ -54,24 +54,24 @@ def test_small_backbones_take_a_step_on_small_images(name: str) -> None:
     ("name", "size"),
     [*((name, 32) for name in LARGE), ("inception_v3", 299), ("swin_t", 224), ("vit_h_14", 224)],
 )
-def test_large_backbones_have_the_right_shapes(name: str, size: int) -> None:
+def test_output_shapes_of_large_backbones(name: str, size: int) -> None:
     with torch.device("meta"):
         model = build_model(name, 7, size=size)
-    assert _probe(model, size).shape == (2, 7)
+    assert _infer_shape(model, size).shape == (2, 7)
     assert model.training
     assert model.get_submodule(classifier_name(model)).weight.shape[0] == 7
     blur_before_halving(model)
-    assert _probe(model, size).shape == (2, 7)
+    assert _infer_shape(model, size).shape == (2, 7)
 
 
-def test_windows_that_must_divide_are_told() -> None:
-    with pytest.raises(UserError, match=r"recipe.size=32 .* model.name=maxvit_t .*a multiple of 56 would"):
+def test_maxvit_size_error_names_a_valid_multiple() -> None:
+    with pytest.raises(UserError, match=r"recipe.size=32 .* model.name=maxvit_t .*use a multiple of 56"):
         build_model("maxvit_t", 7, size=32)
     with torch.device("meta"):
-        assert _probe(build_model("maxvit_t", 7, size=56), 56).shape == (2, 7)
+        assert _infer_shape(build_model("maxvit_t", 7, size=56), 56).shape == (2, 7)
 
 
-def test_the_small_stem_of_a_resnet() -> None:
+def test_small_stem_of_a_resnet() -> None:
     model = build_model("resnet18", 10, size=32)
     assert isinstance(model.conv1, nn.Conv2d)
     assert (model.conv1.kernel_size, model.conv1.stride) == ((3, 3), (1, 1))
@@ -90,7 +90,7 @@ def test_the_small_stem_of_a_resnet() -> None:
         ("convnext_tiny", "features", 4),
     ],
 )
-def test_the_small_stem_takes_a_factor_of_four_back(name: str, layer: str, side: int) -> None:
+def test_small_stem_removes_a_downsampling_factor_of_four(name: str, layer: str, side: int) -> None:
     sides = []
     model = build_model(name, 10, size=32)
     model.get_submodule(layer).register_forward_hook(lambda m, i, out: sides.append(out.shape[-1]))
@@ -99,14 +99,14 @@ def test_the_small_stem_takes_a_factor_of_four_back(name: str, layer: str, side:
     assert sides == [side]
 
 
-def test_auto_is_small_up_to_64_px() -> None:
+def test_auto_stem_is_small_up_to_64_px() -> None:
     assert build_model("resnet18", 10, size=64).conv1.stride == (1, 1)
     assert build_model("resnet18", 10, size=65).conv1.stride == (2, 2)
     assert build_model("resnet18", 10, size=32, stem="standard").conv1.stride == (2, 2)
     assert build_model("resnet18", 10, size=128, stem="small").conv1.stride == (1, 1)
 
 
-def test_a_small_vision_transformer_has_64_patches() -> None:
+def test_small_vision_transformer_has_64_patches() -> None:
     model = build_model("vit_b_16", 10, size=32)
     assert model.conv_proj.kernel_size == (4, 4)
     assert model.encoder.pos_embedding.shape == (1, 65, 768)
@@ -114,7 +114,7 @@ def test_a_small_vision_transformer_has_64_patches() -> None:
         assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-def test_the_seed_decides_the_weights() -> None:
+def test_seed_decides_the_initial_weights() -> None:
     states = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -124,42 +124,42 @@ def test_the_seed_decides_the_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("arguments", "message"),
     [
         (
             ("inception_v3", {"size": 16}),
-            r"recipe.size=16 does not fit model.name=inception_v3 \(.*: 24 would fit",
+            r"recipe.size=16 does not fit model.name=inception_v3 \(.*: use 24",
         ),
-        (("vit_b_16", {"size": 100}), r"recipe.size=100 .*vit_b_16 .*: a multiple of 16 would"),
-        (("vit_b_32", {"size": 30}), r"recipe.size=30 is not cut into 8x8 patches: 32 would be"),
-        (("vit_b_32", {"size": 32, "val_size": 40}), r"recipe.val_size=40 .*vit_b_32 .*: 32 would fit"),
+        (("vit_b_16", {"size": 100}), r"recipe.size=100 .*vit_b_16 .*: use a multiple of 16"),
+        (("vit_b_32", {"size": 30}), r"recipe.size=30 cannot be split into 8x8 patches: use 32"),
+        (("vit_b_32", {"size": 32, "val_size": 40}), r"recipe.val_size=40 .*vit_b_32 .*: use 32"),
         (("resnet18", {"options": {"drop": 1}}), r"model.options=\{'drop': 1\} does not fit resnet18"),
     ],
 )
-def test_what_does_not_fit_is_told_in_a_line(arguments, line: str) -> None:
-    name, more = arguments
-    with pytest.raises(UserError, match=line) as caught, torch.device("meta"):
-        build_model(name, 10, **more)
+def test_invalid_size_or_option_is_a_one_line_error(arguments, message: str) -> None:
+    name, keywords = arguments
+    with pytest.raises(UserError, match=message) as caught, torch.device("meta"):
+        build_model(name, 10, **keywords)
     assert "\n" not in str(caught.value)
 
 
-def test_no_warning_reaches_the_log() -> None:
+def test_build_model_does_not_warn() -> None:
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("error")
         build_model("googlenet", 10)
 
 
-@pytest.mark.parametrize(("name", "halvings"), [("resnet50", 6), ("mobilenet_v3_small", 4), ("vit_b_16", 0)])
-def test_blur_stands_before_what_halves(name: str, halvings: int) -> None:
+@pytest.mark.parametrize(("name", "layers"), [("resnet50", 6), ("mobilenet_v3_small", 4), ("vit_b_16", 0)])
+def test_blurpool_is_added_to_strided_convolutions(name: str, layers: int) -> None:
     with torch.device("meta"):
         model = build_model(name, 7, size=224)
     before = list(model.state_dict())
-    assert blur_before_halving(model) == halvings
-    assert list(model.state_dict()) == before  # published weights still fit
-    assert _probe(model, 224).shape == (2, 7)
+    assert blur_before_halving(model) == layers
+    assert list(model.state_dict()) == before  # published weights can be loaded
+    assert _infer_shape(model, 224).shape == (2, 7)
 
 
-def test_blur_makes_a_shift_matter_less() -> None:
+def test_blurpool_reduces_shift_sensitivity() -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(16, 4, 1, stride=2)
     blurred = copy.deepcopy(plain)
@@ -175,6 +175,6 @@ def test_blur_makes_a_shift_matter_less() -> None:
     assert change(blurred) < 0.5 * change(plain)
 
 
-def test_a_size_to_begin_with_must_fit_too() -> None:
+def test_invalid_start_size_is_an_error() -> None:
     with pytest.raises(UserError, match=r"recipe.start_size=160 .*vit_b_16"), torch.device("meta"):
         build_model("vit_b_16", 7, size=224, start_size=160)

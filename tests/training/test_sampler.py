@@ -1,3 +1,5 @@
+"""`TrainSampler` and `ValSampler` for any number of ranks and device batches."""
+
 from __future__ import annotations
 
 from itertools import chain
@@ -8,13 +10,13 @@ from hypothesis import strategies as st
 
 from hpc_imagenet.training.loading.sampler import PADDING, BatchShare, TrainSampler, ValSampler, permutation
 
-worlds = st.integers(1, 4)
+world_sizes = st.integers(1, 4)
 
 
 @st.composite
 def trainings(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
-    """Images, seed, ranks, accumulated parts, global batch (which the parts divide)."""
-    size, accumulate = draw(worlds), draw(st.integers(1, 3))
+    """Draw images, seed, ranks, accumulate, and a global batch divisible by ranks times accumulate."""
+    size, accumulate = draw(world_sizes), draw(st.integers(1, 3))
     batch = size * accumulate * draw(st.integers(1, 5))
     images = batch * draw(st.integers(1, 4)) + draw(st.integers(0, batch - 1))
     return images, draw(st.integers(0, 2**31)), size, accumulate, batch
@@ -23,7 +25,7 @@ def trainings(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
 def global_batches(
     images: int, seed: int, size: int, accumulate: int, batch: int, epoch: int = 0, start: int = 0
 ) -> list[list[list[int]]]:
-    """Indices as [step][part, all ranks together]."""
+    """Return indices as [step][device batch, over all ranks]."""
     ranks = []
     for rank in range(size):
         sampler = TrainSampler(images, seed, BatchShare(batch, rank, size, accumulate), epoch, start)
@@ -37,7 +39,7 @@ def global_batches(
 
 
 @given(trainings())
-def test_an_epoch_is_a_permutation_cut_into_global_batches(training) -> None:
+def test_epoch_is_a_permutation_cut_into_global_batches(training) -> None:
     images, seed, _, _, batch = training
     steps = global_batches(*training)
     seen = [i for step in steps for part in step for i in part]
@@ -48,7 +50,7 @@ def test_an_epoch_is_a_permutation_cut_into_global_batches(training) -> None:
 
 
 @given(trainings(), st.integers(0, 3))
-def test_the_world_changes_no_global_batch(training, epoch) -> None:
+def test_world_size_does_not_change_global_batches(training, epoch) -> None:
     images, seed, _, _, batch = training
     alone = global_batches(images, seed, 1, 1, batch, epoch)
     shared = global_batches(*training, epoch)
@@ -56,32 +58,32 @@ def test_the_world_changes_no_global_batch(training, epoch) -> None:
 
 
 @given(trainings(), st.integers(0, 3), st.data())
-def test_starting_late_gives_the_tail(training, epoch, data) -> None:
+def test_start_skips_the_first_steps(training, epoch, data) -> None:
     images, _, _, _, batch = training
     start = data.draw(st.integers(0, images // batch))
     assert global_batches(*training, epoch, start) == global_batches(*training, epoch)[start:]
 
 
-def test_epochs_and_seeds_differ_and_come_back() -> None:
+def test_permutation_depends_on_seed_and_epoch() -> None:
     orders = [permutation(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert orders[0] == permutation(50, 0, 0).tolist()
 
 
-def test_the_next_epoch_begins_at_its_beginning() -> None:
+def test_start_applies_to_its_own_epoch_only() -> None:
     sampler = TrainSampler(10, 0, BatchShare(2), epoch=1, start=3)
-    assert len(sampler) == 5  # of the epoch, as Lightning counts
+    assert len(sampler) == 5  # of the whole epoch, as Lightning expects
     sampler.set_epoch(1)
     assert len(list(sampler)) == 2
     sampler.set_epoch(2)
     assert [e for ((e, _), _) in sampler] == [2] * 5
 
 
-@given(st.integers(1, 60), st.integers(1, 9), worlds)
-def test_validation_sees_every_image_once(images, batch, size) -> None:
+@given(st.integers(1, 60), st.integers(1, 9), world_sizes)
+def test_val_sampler_yields_every_image_once(images, batch, size) -> None:
     ranks = [list(ValSampler(images, batch, rank, size)) for rank in range(size)]
-    assert len({len(rank) for rank in ranks}) == 1  # none waits for another
-    (length,) = {len(part) for rank in ranks for part in rank}  # and every batch has one shape
+    assert len({len(rank) for rank in ranks}) == 1  # no rank waits for another
+    (length,) = {len(part) for rank in ranks for part in rank}  # all batches have one shape
     assert length <= batch
     assert len(ranks[0]) == len(ValSampler(images, batch, 0, size))
     seen = [i for rank in ranks for part in rank for _, i in part]
@@ -89,8 +91,8 @@ def test_validation_sees_every_image_once(images, batch, size) -> None:
     assert len(seen) - images < size * (1 + length)
 
 
-def test_the_order_is_the_one_that_earlier_runs_had() -> None:
-    # A run that goes on under another NumPy must see the images that are left.
+def test_permutation_is_stable_across_numpy_versions() -> None:
+    # A run resumed with another NumPy version must see the remaining images.
     assert np.array_equal(permutation(8, 0, 0), ORDER)
 
 

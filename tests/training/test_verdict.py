@@ -1,3 +1,5 @@
+"""`BottleneckMonitor`: bottleneck.json and the suggested override."""
+
 from __future__ import annotations
 
 import json
@@ -6,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from outcomes import STEPS, begin, train
+from outcomes import STEPS, new_run, train
 
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.training.callbacks import bottleneck
@@ -17,87 +19,94 @@ from hpc_imagenet.training.module import Classifier
 
 
 @pytest.mark.slow
-def test_the_verdict_names_what_would_mend_it(
+def test_bottleneck_json_has_rates_and_suggestion(
     config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:
     clock, wait = [0.0], [1.0]
-    draw, step = BatchBuilder._render, Classifier.training_step
+    decode, step = BatchBuilder._decode_and_crop, Classifier.training_step
 
-    def slow(self: BatchBuilder, *rest: Any, **more: Any) -> Any:
-        clock[0] += wait[0] / 8  # for each image of a batch
-        return draw(self, *rest, **more)
+    def slow_decode(self: BatchBuilder, *args: Any, **kwargs: Any) -> Any:
+        clock[0] += wait[0] / 8  # per image of a batch
+        return decode(self, *args, **kwargs)
 
-    def working(self: Classifier, batch: Any, batch_idx: int) -> Any:
+    def slow_step(self: Classifier, batch: Any, batch_idx: int) -> Any:
         clock[0] += 0.25
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(BatchBuilder, "_render", slow)
-    monkeypatch.setattr(Classifier, "training_step", working)
+    monkeypatch.setattr(BatchBuilder, "_decode_and_crop", slow_decode)
+    monkeypatch.setattr(Classifier, "training_step", slow_step)
     monkeypatch.setattr(bottleneck, "_now", lambda device: clock[0])
     monkeypatch.setattr(batch_loader, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    asked, run = config(epochs=4), begin(tmp_path / "run")
-    asked.train.bottleneck_after_seconds = 0
-    train(asked, tiny, run)
-    told = json.loads((run.folder / "bottleneck.json").read_text())
-    assert told["bottleneck"] == "input_bound"
-    assert told["waiting"] == 0.8
-    assert told["device_images_per_second"] == 32
-    assert told["workers"] == 0
-    assert told["loader_images_per_second"] == 8
-    right = "loader.workers=" if told["cores"] > 1 else "process.layout="
-    assert told["suggestion"].startswith(right)
+    changed, run = config(epochs=4), new_run(tmp_path / "run")
+    changed.train.bottleneck_after_seconds = 0
+    train(changed, tiny, run)
+    report = json.loads((run.folder / "bottleneck.json").read_text())
+    assert report["bottleneck"] == "input_bound"
+    assert report["waiting"] == 0.8
+    assert report["device_images_per_second"] == 32
+    assert report["workers"] == 0
+    assert report["loader_images_per_second"] == 8
+    expected = "loader.workers=" if report["cores"] > 1 else "process.layout="
+    assert report["suggestion"].startswith(expected)
     assert "waits for data" in run.progress["note"]
-    wait[0], fed = 0.001, begin(tmp_path / "compute_bound")  # and told at the end, where it is over before
-    asked.train.bottleneck_after_seconds = 1000
-    train(asked, tiny, fed)
-    told = json.loads((fed.folder / "bottleneck.json").read_text())
-    assert (told["bottleneck"], told["suggestion"], told["steps"]) == ("compute_bound", "", 3 * (STEPS - 1))
+    # Compute-bound, and too short for the report to be written before the end.
+    wait[0], run = 0.001, new_run(tmp_path / "compute_bound")
+    changed.train.bottleneck_after_seconds = 1000
+    train(changed, tiny, run)
+    report = json.loads((run.folder / "bottleneck.json").read_text())
+    assert (report["bottleneck"], report["suggestion"], report["steps"]) == (
+        "compute_bound",
+        "",
+        3 * (STEPS - 1),
+    )
 
 
-def test_a_pause_between_steps_is_no_waiting_for_data(
+def test_pause_between_steps_is_not_waiting_for_data(
     config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:
     clock = [0.0]
-    step, tell = Classifier.training_step, ProgressReporter.on_train_batch_start
+    step, batch_start = Classifier.training_step, ProgressReporter.on_train_batch_start
 
-    def working(self: Classifier, batch: Any, batch_idx: int) -> Any:
+    def slow_step(self: Classifier, batch: Any, batch_idx: int) -> Any:
         clock[0] += 0.25
         return step(self, batch, batch_idx)
 
-    def pausing(self: ProgressReporter, *rest: Any) -> None:
+    def pause(self: ProgressReporter, *args: Any) -> None:
         clock[0] += 0.75
-        tell(self, *rest)
+        batch_start(self, *args)
 
-    monkeypatch.setattr(Classifier, "training_step", working)
-    monkeypatch.setattr(ProgressReporter, "on_train_batch_start", pausing)
+    monkeypatch.setattr(Classifier, "training_step", slow_step)
+    monkeypatch.setattr(ProgressReporter, "on_train_batch_start", pause)
     monkeypatch.setattr(bottleneck, "_now", lambda device: clock[0])
-    run = begin(tmp_path / "run")
+    run = new_run(tmp_path / "run")
     train(config(), tiny, run)
-    told = json.loads((run.folder / "bottleneck.json").read_text())
-    assert told["bottleneck"] == "compute_bound"
-    assert told["waiting"] < bottleneck.INPUT_BOUND  # what eight tiny images really take, of a second a step
-    assert told["device_images_per_second"] == pytest.approx(8, rel=bottleneck.INPUT_BOUND)
+    report = json.loads((run.folder / "bottleneck.json").read_text())
+    assert report["bottleneck"] == "compute_bound"
+    assert report["waiting"] < bottleneck.INPUT_BOUND  # eight tiny images take real time, of 1 s per step
+    assert report["device_images_per_second"] == pytest.approx(8, rel=bottleneck.INPUT_BOUND)
 
 
 @pytest.mark.parametrize(
-    ("cpus", "workers", "loader", "place", "right"),
+    ("cpus", "workers", "loader", "setup", "expected"),
     [
-        (16, 4, 400.0, "slurm", "loader.workers=11"),  # 100 images/s each, 1,000 to reach, a tenth to spare
+        (16, 4, 400.0, "slurm", "loader.workers=11"),  # 100 images/s per thread; 1,000 needed, plus 10 %
         (8, 7, 700.0, "slurm", "cluster.cpus_per_task=12"),
         (8, 3, 300.0, "local", "loader.workers=7"),
-        # On paper they are enough, and still the device waits: at least nothing less is said to mend it.
+        # The measured rates would suffice, but the device waits: never suggest fewer workers.
         (16, 14, 1500.0, "slurm", "loader.workers=15"),
         (16, 15, 1500.0, "slurm", "process.layout=shards process.resize=short:256"),
         (8, 7, 700.0, "local", "process.layout=shards process.resize=short:256"),
         (8, 7, 700.0, "local gpu", "process.layout=shards process.resize=short:256"),
-        (8, 7, 700.0, "local gpu small", "loader.decode=gpu"),  # the images are of short side 256 already
+        (8, 7, 700.0, "local gpu small", "loader.decode=gpu"),  # the short side is already 256
         (8, 7, 700.0, "local small", "process.layout=shards process.resize=short:256"),
         (8, 7, None, "local gpu decode", "process.layout=shards process.resize=short:256"),
     ],
 )
-def test_one_override_would_mend_it(config, cpus, workers, loader, place, right) -> None:
-    asked, words = config(), place.split()
-    asked.cluster.executor = words[0]
-    asked.loader.decode = "gpu" if "decode" in words else "cpu"
-    asked.process.resize = "short:256" if "small" in words else None
-    assert bottleneck.suggestion(asked, cpus, workers, loader, 1000.0, "gpu" in words) == right
+def test_suggestion_by_cpus_workers_rates_and_executor(
+    config, cpus, workers, loader, setup, expected
+) -> None:
+    changed, options = config(), setup.split()
+    changed.cluster.executor = options[0]
+    changed.loader.decode = "gpu" if "decode" in options else "cpu"
+    changed.process.resize = "short:256" if "small" in options else None
+    assert bottleneck.suggestion(changed, cpus, workers, loader, 1000.0, "gpu" in options) == expected

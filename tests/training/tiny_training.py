@@ -1,4 +1,4 @@
-"""A small datastore of real images, and configs of tiny trainings on it."""
+"""A small dataset of real images, and configs of tiny trainings on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLASSES = 10
 
 
 def write_store(folder: Path, counts: dict[str, int], size: int = 32) -> DatasetReader:
-    """scikit-learn's digits, the first so many of each split, as JPEGs in one tar a split."""
+    """Write the first `counts` digits of scikit-learn per split, as JPEGs in one tar per split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -44,8 +44,8 @@ def write_store(folder: Path, counts: dict[str, int], size: int = 32) -> Dataset
             for i, sample in enumerate(parts[name][:count]):
                 pixels = (digits.images[sample] * 255 / 16).astype(np.uint8)
                 buffer = io.BytesIO()
-                picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
-                picture.save(buffer, "JPEG", quality=95)
+                image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+                image.save(buffer, "JPEG", quality=95)
                 info = tarfile.TarInfo(f"{name}_{i:04d}.JPEG")
                 info.size = buffer.tell()
                 buffer.seek(0)
@@ -65,13 +65,13 @@ def _file(path: Path) -> File:
 
 @functools.cache
 def _composed() -> Config:
-    # What is not said below is as in conf/.
-    model = ("model.name=squeezenet1_1", "model.stem=auto")  # it has dropout: random states matter as well
+    # All other settings have the defaults in conf/.
+    model = ("model.name=squeezenet1_1", "model.stem=auto")  # has dropout, so random states matter
     return compose(["dataset=digits", "cluster=foreground", "cluster.gpus_per_node=0", *model])[0]
 
 
 def tiny_config(**recipe: Any) -> Config:
-    """Two epochs of five steps on images of 16 px; `recipe` changes that."""
+    """Return a config of two epochs of five steps on images of 16 px; `recipe` overrides settings."""
     config = copy.deepcopy(_composed())
     config.seed, config.workspace = 3, "unused"
     config.stage.name, config.loader.workers = "train", 0

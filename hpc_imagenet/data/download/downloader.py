@@ -19,7 +19,7 @@ from hpc_imagenet.data.download.file_type import is_html
 from hpc_imagenet.data.download.partial_file import PartialFile, allocated_bytes
 from hpc_imagenet.data.download.range_scheduler import RangeClaim, RangeScheduler
 from hpc_imagenet.data.download.rate_limit import RateLimiter
-from hpc_imagenet.data.download.retry import MAX_RETRY_AFTER, Retry
+from hpc_imagenet.data.download.retry import MAX_RETRY_AFTER, DownloadRetry
 from hpc_imagenet.data.download.streaming_hash import StreamingHash
 from hpc_imagenet.data.sources.range_source import (
     ContentChanged,
@@ -29,9 +29,9 @@ from hpc_imagenet.data.sources.range_source import (
     Response,
     TransientError,
 )
-from hpc_imagenet.data.tar.tar_reader import BLOCK
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk
+from hpc_imagenet.io.tar_header import BLOCK
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,9 @@ class Downloader:
         except (TransientError, NotAvailable):
             return None
 
-    def new_retry(self, file: str, size: Callable[[], int], sleep: Callable[[float], object]) -> Retry:
+    def new_retry(
+        self, file: str, size: Callable[[], int], sleep: Callable[[float], object]
+    ) -> DownloadRetry:
         """Return the retry counter of one file.
 
         Args:
@@ -114,7 +116,7 @@ class Downloader:
             size: function that returns how many bytes have been downloaded.
             sleep: function that waits, unless the downloader has its own.
         """
-        return Retry(self.source, file, self.retries, size, self.sleep or sleep, self.tail)
+        return DownloadRetry(self.source, file, self.retries, size, self.sleep or sleep, self.tail)
 
     def fetch(self, expected: ExpectedArchive, target: Path, progress: Callable[[int], None]) -> int:
         """Download an archive to `target`, verify it and write its receipt.

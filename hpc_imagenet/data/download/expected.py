@@ -17,6 +17,7 @@ from hpc_imagenet.data.tar import tar_reader
 from hpc_imagenet.datastore.backends.storage_backend import hash_file
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.tar_header import BLOCK
 
 MD5SUMS_FILE = "md5sums"  # beside the archives, in the output format of the command md5sum
 CHUNK = 1 << 20  # bytes
@@ -136,7 +137,7 @@ def check_complete(path: Path, expected: ExpectedArchive, md5: str, name: str) -
     if expected.md5 is not None and md5 != expected.md5:
         raise UserError(f"{name}: its MD5 is {md5}, but {expected.md5_source} has {expected.md5}")
     with path.open("rb") as file:
-        check_first_bytes(file.read(tar_reader.BLOCK), expected, name)
+        check_first_bytes(file.read(BLOCK), expected, name)
         if expected.md5 is None and expected.gzip:
             try:
                 with gzip.open(file.name) as plain:

@@ -1,4 +1,4 @@
-"""Retries with exponential backoff and Retry-After. Source: RFC 9110, 10.2.3."""
+"""Retries of a download, with exponential backoff and Retry-After. Source: RFC 9110, 10.2.3."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 from hpc_imagenet.data.sources.range_source import ContentChanged, RangeSource, TransientError
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.retry import Retry
 
 log = logging.getLogger(__name__)
 
 MAX_BACKOFF = 60.0  # s between attempts if the server sends no Retry-After
 MAX_RETRY_AFTER = 3600.0  # s; longer values of Retry-After are cut to this
-FIRST_ATTEMPTS = 3  # at a server that has not answered yet
 
 
-class Retry:
+class DownloadRetry:
     """Counts the failures of one download in a row, and waits between attempts.
 
     Args:
@@ -38,13 +38,17 @@ class Retry:
     ) -> None:
         self._source = source
         self._url = source.url(file)
-        self._retries = retries
+        self._retry = Retry(1.0, MAX_BACKOFF, retries + 1, jitter=0.0)
         self._size = size
         self._sleep = sleep
         self._tail = tail
         self._largest_size = size()
         self._changed_before = False
-        self.failures = 0  # in a row without a new byte
+
+    @property
+    def failures(self) -> int:
+        """Failures in a row without a new byte."""
+        return self._retry.failures
 
     def wait_or_raise(self, error: TransientError | ContentChanged) -> None:
         """Count a failure and wait until the next attempt.
@@ -58,15 +62,18 @@ class Retry:
             return
         size = self._size()
         # A server that makes every download restart progresses only beyond the largest size so far.
-        self.failures = 0 if size > self._largest_size else self.failures + 1
+        progressed = size > self._largest_size
         self._largest_size = max(self._largest_size, size)
-        limit = self._retries if self._source.reached else min(self._retries, FIRST_ATTEMPTS - 1)
-        if self.failures > limit:
+        if progressed:
+            self._retry.failures = 0
+            wait = 1.0 if self._retry.limit > 0 else None
+        else:
+            wait = self._retry.failed(self._source.reached)
+        if wait is None:
             raise UserError(
                 f"{self._url}: {error}; {self.failures} failed attempts in a row; check dataset.source or "
                 f"increase download.retries{self._tail}"
             )
-        wait = min(MAX_BACKOFF, 2.0 ** max(0, self.failures - 1))
         if isinstance(error, TransientError):
             wait = wait if error.wait is None else min(MAX_RETRY_AFTER, error.wait)
             log.warning("%s: %s after %d bytes; retrying in %.0f s", self._url, error, size, wait)

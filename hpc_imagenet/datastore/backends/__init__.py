@@ -1,1 +1,1 @@
-"""Storage backends of a datastore: a folder, a host behind ssh, S3."""
+"""Storage backends of datastores: a folder, a host behind ssh, and S3."""

@@ -1,14 +1,13 @@
-"""A folder as the place of datastores: hard links where the file system allows, else verified copies.
+"""Storage backend for a folder: hard links where the file system allows them, else verified copies.
 
-Asked again after a cut, it sends what is missing and keeps what is there. A file of the target is whole or
-absent: a copy is hashed while it is written under a temporary name, compared with the manifest, flushed to
-the disk and renamed; a link is one step.
+An upload that was interrupted is resumed: stored files are kept and only missing ones are written. A stored
+file is complete or absent: a copy is hashed while it is written under a temporary name, compared with the
+manifest, flushed to the disk and renamed; a link is atomic.
 
-A link costs no space and no time, so that a datastore beside its archives is free. The link and its source
-are one file then, and it may have further names that are nobody's business here, so that its mode stays as
-it is. Its bytes are hashed only where it was written after the dataset's manifest, since everything older was
-hashed on its way to that manifest; whoever opens the version sees by the time of change whether it was
-written to later.
+A link needs no space and no time, so a datastore beside its archives costs nothing. Link and source are one
+file then. The file may have other hard links, so its permissions are left alone. It is hashed only if it was
+modified after the dataset's manifest was written, since older files were hashed for that manifest. Later
+changes are detected by the modification time when the version is opened (`hardlink_check`).
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ from pathlib import Path
 
 from hpc_imagenet.datastore.backends.storage_backend import (
     VERSION,
+    ProgressCallback,
     ProgressCounter,
     Reusable,
     StoredFile,
-    Tell,
     UploadFile,
     UploadStats,
     check_size,
     hash_file,
-    read_to_end,
-    require_room,
+    read_and_hash,
     source_changed_error,
 )
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import StreamingWriter, atomic_write, make_read_only, sync_folder
+from hpc_imagenet.io.disk import require_free_space
 
-FILES = 4  # copied at a time
+COPY_THREADS = 4
 
-# What link() answers where it cannot, though a copy can.
-_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+# Errors of link() after which a copy can still work.
+_NO_LINK_ERRNOS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class FolderBackend:
-    """A folder of this machine, or of a file system that it shares; see `transport.Place`."""
+    """A folder on this machine or on a shared file system; see `StorageBackend`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder: Path | None = folder
@@ -54,36 +53,36 @@ class FolderBackend:
         self._root = folder
 
     def versions(self, name: str | None = None) -> list[str]:
-        """Return the paths of all versions that were begun."""
-        homes = [self._root / name] if name else _folders(self._root)
+        """Return the paths of all versions ever started."""
+        datastores = [self._root / name] if name else _subfolders(self._root)
         return [
-            f"{home.name}/{version.name}"
-            for home in homes
-            for version in _folders(home)
+            f"{datastore.name}/{version.name}"
+            for datastore in datastores
+            for version in _subfolders(datastore)
             if VERSION.fullmatch(version.name)
         ]
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """Return the bytes of those of the files that are there."""
-        found = {}
+        """Return the contents of the files that exist, by path."""
+        contents = {}
         for path in paths:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                found[path] = (self._root / path).read_bytes()
-        return found
+                contents[path] = (self._root / path).read_bytes()
+        return contents
 
     def files(self, path: str) -> dict[str, StoredFile]:
         """Return all files below `path`."""
         top = self._root / path
-        found = {}
+        stored = {}
         for file in top.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
                 status = file.stat()
                 if file.is_file():
-                    found[file.relative_to(top).as_posix()] = StoredFile(status.st_size, status.st_mtime)
-        return found
+                    stored[file.relative_to(top).as_posix()] = StoredFile(status.st_size, status.st_mtime)
+        return stored
 
     def claim(self, path: str, name: str, data: bytes) -> bool:
-        """Make the folder `path` with a file in it, by renaming one that has it."""
+        """Create the folder `path` with a file in it, by renaming a temporary folder with that file."""
         folder = self._root / path
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
@@ -91,19 +90,21 @@ class FolderBackend:
         try:
             with atomic_write(draft / name) as file:
                 file.write(data)
-            draft.rename(folder)  # refused where the folder is there and not empty, and ours never is
+            draft.rename(folder)  # fails if the target exists and is not empty; a claimed folder never is
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)
             if folder.is_dir():
                 return False
             if folder.exists():
-                raise UserError(f"{folder} is a file where a version belongs: give it another name") from None
+                raise UserError(
+                    f"{folder} is a file, but the version needs a folder there: rename or remove the file"
+                ) from None
             raise
         sync_folder(folder.parent)
         return True
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a small file unless it is there; whoever holds the version's `turn` is alone."""
+        """Write a small file unless it exists. Not atomic: the caller must hold the version's lock."""
         target = self._root / path
         if target.exists():
             return False
@@ -121,15 +122,15 @@ class FolderBackend:
                 sync_folder(folder)
 
     def remove_partial(self, path: str) -> None:
-        """Remove temporary files."""
+        """Remove temporary files and folders."""
         for leftover in list((self._root / path).rglob(".*.tmp")):
-            if leftover.is_dir():  # of a fetch
+            if leftover.is_dir():  # of an interrupted fetch
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink(missing_ok=True)
 
     def delete_all(self, path: str, keep: str) -> None:
-        """Remove all below `path` but the file `keep`."""
+        """Remove everything below `path` except the file `keep`."""
         for entry in (self._root / path).iterdir():
             if entry.name == keep:
                 continue
@@ -140,81 +141,86 @@ class FolderBackend:
 
     @contextlib.contextmanager
     def lock(self, path: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Hold the lock `path`; a holder that dies gives it back."""
+        """Hold the lock file `path`; it is released if its holder dies."""
         from filelock import FileLock, Timeout
 
-        held = FileLock(self._root / path)
+        lock = FileLock(self._root / path)
         try:
-            held.acquire(blocking=False)
+            lock.acquire(blocking=False)
         except Timeout:
             waiting()
-            held.acquire(poll_interval=0.5)
+            lock.acquire(poll_interval=0.5)
         try:
             yield
         finally:
-            held.release()
+            lock.release()
 
-    def send(self, pieces: Sequence[UploadFile], path: str, known: Reusable, tell: Tell) -> UploadStats:
-        """Bring all pieces into the folder `path`, whose `turn` is held."""
-        sent, missing, target = UploadStats(), [], self._root / path
-        for piece in pieces:
-            destination = target / piece.file.path
+    def send(
+        self, items: Sequence[UploadFile], path: str, reusable: Reusable, progress: ProgressCallback
+    ) -> UploadStats:
+        """Link or copy files to the folder `path`. The caller must hold the version's lock."""
+        stats, missing, target = UploadStats(), [], self._root / path
+        for item in items:
+            destination = target / item.file.path
             destination.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in destination.parent.glob(f".{destination.name}.*.tmp"):  # of one that was cut off
+            for leftover in destination.parent.glob(f".{destination.name}.*.tmp"):  # of an interrupted copy
                 leftover.unlink(missing_ok=True)
-            check_size(piece)
-            checking = _from(sent.total, f"checking {piece.file.path}", tell)
-            if piece.link and _link(piece, destination, known.written, checking):
-                sent.linked += piece.file.bytes
-            elif _is_there(piece, destination, known, checking):
-                sent.kept += piece.file.bytes
-            elif self._reuse(piece.file, destination, known):
-                sent.reused += piece.file.bytes
+            check_size(item)
+            checking = _offset_progress(stats.total, f"checking {item.file.path}", progress)
+            if item.link and _link(item, destination, reusable.manifest_time, checking):
+                stats.linked += item.file.bytes
+            elif _is_stored(item, destination, reusable, checking):
+                stats.kept += item.file.bytes
+            elif self._link_older(item.file, destination, reusable):
+                stats.reused += item.file.bytes
             else:
-                missing.append(piece)
-        require_room("datastore.url", sum(piece.file.bytes for piece in missing), target)
-        before = sent.total
-        tally = ProgressCounter(lambda done, note: tell(before + done, note))
-        with tally.threads(FILES) as threads:
+                missing.append(item)
+        size = sum(item.file.bytes for item in missing)
+        require_free_space(target, size, "the upload", len(missing), setting="datastore.url")
+        before = stats.total
+        counter = ProgressCounter(lambda done, step: progress(before + done, step))
+        with counter.threads(COPY_THREADS) as threads:
             copies = [
-                threads.submit(_copy, piece, target / piece.file.path, tally.of(f"copying {piece.file.path}"))
-                for piece in missing
+                threads.submit(
+                    _copy, item, target / item.file.path, counter.for_file(f"copying {item.file.path}")
+                )
+                for item in missing
             ]
-            for piece, copied in zip(missing, copies, strict=True):
-                copied.result()
-                sent.copied += piece.file.bytes
-        tell(sent.total, "")
-        return sent
+            for item, copy in zip(missing, copies, strict=True):
+                copy.result()
+                stats.copied += item.file.bytes
+        progress(stats.total, "")
+        return stats
 
-    def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
-        """Copy a file to `target`; it is hashed on the way."""
+    def fetch(self, path: str, file: File, target: Path, progress: Callable[[int], None]) -> None:
+        """Copy a file to `target` and verify its hash on the way."""
         part = target.with_name(f".{target.name}.part")
         try:
             with (self._root / path).open("rb", buffering=0) as reader, part.open("wb") as writer:
-                found = read_to_end(reader, file, tell, StreamingWriter(writer.fileno()).write)
+                value = read_and_hash(reader, file, progress, StreamingWriter(writer.fileno()).write)
                 os.fsync(writer.fileno())
         except FileNotFoundError:
             raise UserError(f"{self.url}/{path} is missing") from None
-        if found != file.hash:
+        if value != file.hash:
             part.unlink()
-            raise UserError(f"{self.url}/{path} has other bytes than when it was made: {found}")
+            raise UserError(f"{self.url}/{path} is damaged: its hash is {value}, not {file.hash}")
         part.replace(target)
         sync_folder(target.parent)
 
-    def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
+    def hash(self, path: str, file: File, progress: Callable[[int], None]) -> str | None:
         """Return the file's hash."""
         try:
-            return hash_file(self._root / path, file, tell)
+            return hash_file(self._root / path, file, progress)
         except FileNotFoundError:
             return None
 
-    def _reuse(self, file: File, destination: Path, known: Reusable) -> bool:
-        """Make `destination` a second name of the same file of an older version."""
-        for path in known.older.get(File("", file.bytes, file.hash), ()):
+    def _link_older(self, file: File, destination: Path, reusable: Reusable) -> bool:
+        """Hard-link `destination` to the same file of an older version; False if there is none."""
+        for path in reusable.older.get(File("", file.bytes, file.hash), ()):
             older = self._root / path
             with contextlib.suppress(OSError):
                 status = older.stat()
-                # One that has further names outside may have been written to by one of them.
+                # A writable file may be hard-linked to an archive and modified through that link.
                 if status.st_size == file.bytes and not status.st_mode & 0o222:
                     os.link(older, destination)
                     sync_folder(destination.parent)
@@ -222,65 +228,67 @@ class FolderBackend:
         return False
 
 
-def _folders(folder: Path) -> list[Path]:
+def _subfolders(folder: Path) -> list[Path]:
     try:
         return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def _from(before: int, note: str, tell: Tell) -> Callable[[int], None]:
-    """Return a way to tell of one file's bytes, `before` of others being done."""
-    return lambda done: tell(before + done, note)
+def _offset_progress(before: int, step: str, progress: ProgressCallback) -> Callable[[int], None]:
+    """Return a progress callback offset by the bytes of earlier files."""
+    return lambda done: progress(before + done, step)
 
 
-def _link(piece: UploadFile, destination: Path, written: float, tell: Callable[[int], None]) -> bool:
-    """Make `destination` a second name of the source; False where that cannot be or must not be."""
-    source = piece.source.resolve()  # link() would link a symbolic link itself
+def _link(item: UploadFile, destination: Path, manifest_time: float, progress: Callable[[int], None]) -> bool:
+    """Hard-link `destination` to the source; False if a link is impossible or not allowed."""
+    source = item.source.resolve()  # link() would link a symbolic link itself
     if not _same_file(source, destination):
         if source.stat().st_uid != os.geteuid():
-            return False  # another's file: not ours to hold on to
+            return False  # a link would keep another user's file from being freed when they delete it
         try:
             os.link(source, destination)
         except OSError as error:
-            if error.errno in _NO_LINK or isinstance(error, FileExistsError):
+            if error.errno in _NO_LINK_ERRNOS or isinstance(error, FileExistsError):
                 return False
             raise
-    # Looked at after the link was made: nobody can exchange the file now.
+    # Checked through the link: the source's path may be replaced by another file at any time.
     with destination.open("rb", buffering=0) as linked:
         status = os.fstat(linked.fileno())
-        if status.st_size != piece.file.bytes or (
-            status.st_mtime > written and read_to_end(linked, piece.file, tell) != piece.file.hash
+        if status.st_size != item.file.bytes or (
+            status.st_mtime > manifest_time and read_and_hash(linked, item.file, progress) != item.file.hash
         ):
             destination.unlink()
-            raise source_changed_error(piece, "other bytes")
+            raise source_changed_error(item, "different content")
     sync_folder(destination.parent)
     return True
 
 
-def _is_there(piece: UploadFile, destination: Path, known: Reusable, tell: Callable[[int], None]) -> bool:
-    """Say whether an earlier upload left the whole file; anything else by that name is removed."""
+def _is_stored(
+    item: UploadFile, destination: Path, reusable: Reusable, progress: Callable[[int], None]
+) -> bool:
+    """Whether an earlier upload stored the complete file; removes any other file of that name."""
     try:
         size = destination.stat().st_size
     except FileNotFoundError:
         return False
-    if size == piece.file.bytes and (
-        piece.file.path in known.vouched or hash_file(destination, piece.file, tell) == piece.file.hash
+    if size == item.file.bytes and (
+        item.file.path in reusable.verified or hash_file(destination, item.file, progress) == item.file.hash
     ):
         return True
     destination.unlink()
     return False
 
 
-def _copy(piece: UploadFile, destination: Path, tell: Callable[[int], None]) -> None:
-    with piece.source.open("rb", buffering=0) as reader, atomic_write(destination) as writer:
+def _copy(item: UploadFile, destination: Path, progress: Callable[[int], None]) -> None:
+    with item.source.open("rb", buffering=0) as reader, atomic_write(destination) as writer:
         before = os.fstat(reader.fileno())
-        found = read_to_end(reader, piece.file, tell, StreamingWriter(writer.fileno()).write)
+        value = read_and_hash(reader, item.file, progress, StreamingWriter(writer.fileno()).write)
         after = os.fstat(reader.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise source_changed_error(piece, "written to while it was read")
-        if found != piece.file.hash:
-            raise source_changed_error(piece, "other bytes")
+            raise source_changed_error(item, "modified while it was read")
+        if value != item.file.hash:
+            raise source_changed_error(item, "different content")
         make_read_only(writer.fileno())
 
 

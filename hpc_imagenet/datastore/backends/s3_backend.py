@@ -1,6 +1,6 @@
-"""A bucket as the place of datastores: `s3://bucket/prefix`, on any server that speaks S3.
+"""Storage backend for an S3 bucket: `s3://bucket/prefix`, on any S3-compatible server.
 
-`s3.py` asks the server, `multipart.py` sends files to it, `ranges.py` reads them.
+`s3_client` makes the requests, `s3_upload` uploads files, and `s3_download` downloads them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from hpc_imagenet.datastore.backends.s3_client import (
 from hpc_imagenet.datastore.backends.s3_download import S3Reader
 from hpc_imagenet.datastore.backends.storage_backend import (
     VERSION,
+    ProgressCallback,
     ProgressCounter,
     Reusable,
     StoredFile,
-    Tell,
     UploadFile,
     UploadStats,
     check_size,
@@ -35,92 +35,96 @@ from hpc_imagenet.datastore.backends.storage_backend import (
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.reader.presigned import PresignedShards
 
-if TYPE_CHECKING:  # it needs packages that a look-up does not
+if TYPE_CHECKING:  # imports packages that listing versions does not need
     from hpc_imagenet.datastore.reader.shard_reader import ShardReader
 
 log = logging.getLogger(__name__)
 
-SETTLE = 2.0  # s in which others that claim the same number at the same moment have written it
-ONE_COPY = 5 << 30  # bytes up to which the server copies in one request
+CLAIM_WAIT = 2.0  # s after which other uploads that claimed the same number at once have written it
+MAX_COPY = 5 << 30  # bytes: the most that S3 copies in one request
 
 
 class S3Backend:
-    """A prefix in a bucket; see `transport.Place` and `Ranges`.
+    """A prefix in a bucket; see `StorageBackend` and `SupportsRangeReads`.
+
+    Args:
+        url: s3://bucket/prefix.
+        connections: parallel requests.
 
     Raises:
-        UserError: the url holds a login or no bucket, or boto3 cannot make a client of what it finds.
+        UserError: the URL has credentials or no bucket, or boto3 cannot create a client.
     """
 
     folder: Path | None = None
 
     def __init__(self, url: str, connections: int) -> None:
-        self._server = S3Client(url, connections)
-        self._reader = S3Reader(self._server)
-        self.url = self._server.url
+        self._client = S3Client(url, connections)
+        self._reader = S3Reader(self._client)
+        self.url = self._client.url
 
     def versions(self, name: str | None = None) -> list[str]:
-        """Return the paths of all versions that were begun."""
+        """Return the paths of all versions ever started."""
         return [
-            f"{each}/{version}"
-            for each in ([name] if name else self._folders(""))
-            for version in self._folders(f"{each}/")
+            f"{datastore}/{version}"
+            for datastore in ([name] if name else self._subfolders(""))
+            for version in self._subfolders(f"{datastore}/")
             if VERSION.fullmatch(version)
         ]
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """Return the bytes of those of the objects that are there."""
-        server = self._server
+        """Return the contents of the objects that exist, by path."""
+        client = self._client
 
-        def one(path: str) -> bytes | None:
+        def read_object(path: str) -> bytes | None:
             def get() -> bytes:
-                with server.opened(path) as body:
+                with client.open_object(path) as body:
                     return bytes(body.read())
 
             try:
-                return server.request(f"reading {path}", get)
+                return client.request(f"reading {path}", get)
             except NotFound:
                 return None
 
-        with ThreadPoolExecutor(server.connections) as threads:
-            found = zip(paths, threads.map(one, paths), strict=True)
-            return {path: data for path, data in found if data is not None}
+        with ThreadPoolExecutor(client.connections) as threads:
+            contents = zip(paths, threads.map(read_object, paths), strict=True)
+            return {path: data for path, data in contents if data is not None}
 
     def files(self, path: str) -> dict[str, StoredFile]:
         """Return all objects below `path`."""
-        prefix = self._server.key(f"{path}/")
+        prefix = self._client.key(f"{path}/")
         return {
             entry["Key"][len(prefix) :]: StoredFile(entry["Size"], entry["LastModified"].timestamp())
-            for page in self._server.pages("list_objects_v2", Prefix=prefix)
+            for page in self._client.pages("list_objects_v2", Prefix=prefix)
             for entry in page.get("Contents", ())
         }
 
     def claim(self, path: str, name: str, data: bytes) -> bool:
-        """Write the object `name`, unless it is there, and say so where two could do it at once."""
-        server = self._server
+        """Create the object `path/name`; warn if the server cannot exclude a concurrent claim."""
+        client = self._client
         created = self.create(f"{path}/{name}", data)
-        if created and server.conditional:
-            # Once more: a server with conditional writes refuses it.
+        if created and client.conditional_writes:
+            # Write again: a server with conditional writes rejects it.
             with contextlib.suppress(PreconditionFailed):
-                server.put(f"{path}/{name}", data, new=True)
-                server.conditional = False
-        if created and not server.conditional:
+                client.put(f"{path}/{name}", data, new=True)
+                client.conditional_writes = False
+        if created and not client.conditional_writes:
             log.warning(
-                "%s: this server has no conditional writes: of two uploads of different images that begin "
-                "at the same moment one may fail, and has to be asked for again",
+                "%s: this server has no conditional writes: if two uploads of different images start at the "
+                "same moment, one may fail and must be started again",
                 self.url,
             )
-            time.sleep(SETTLE)
-            return self.read([f"{path}/{name}"]) == {f"{path}/{name}": data}  # the last one has it
+            time.sleep(CLAIM_WAIT)
+            return self.read([f"{path}/{name}"]) == {f"{path}/{name}": data}  # the last writer has the claim
         return created
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a small object unless it is there."""
-        if not self._server.conditional and self.read([path]):
+        """Write a small object unless it exists."""
+        if not self._client.conditional_writes and self.read([path]):
             return False
         try:
-            self._server.put(path, data, new=True)
+            self._client.put(path, data, new=True)
         except PreconditionFailed:
-            # The answer to a try of ours may have been lost, and the next one been refused.
+            # If the response to a successful write was lost, its retry is rejected.
             return self.read([path]).get(path) == data
         return True
 
@@ -128,107 +132,110 @@ class S3Backend:
         """Remove objects, in this order."""
         for path in paths:
             with contextlib.suppress(NotFound):
-                self._server.request(
-                    f"removing {path}", self._server.client.delete_object, **self._server.at(path)
+                self._client.request(
+                    f"removing {path}", self._client.client.delete_object, **self._client.object_params(path)
                 )
 
     def remove_partial(self, path: str) -> None:
-        """Remove the parts of uploads that were cut off."""
-        s3_upload.abort(self._server, f"{path}/")
+        """Abort interrupted multipart uploads, which removes their parts."""
+        s3_upload.abort(self._client, f"{path}/")
 
     def delete_all(self, path: str, keep: str) -> None:
-        """Remove all objects below `path`, but for one, and the parts of uploads that were cut off."""
+        """Remove all objects below `path` except `keep`, and the parts of interrupted uploads."""
         self.remove_partial(path)
-        gone = [f"{path}/{name}" for name in self.files(path) if name != keep]
-        with ThreadPoolExecutor(self._server.connections) as threads:
-            for _ in threads.map(lambda each: self.remove([each]), gone):
+        paths = [f"{path}/{name}" for name in self.files(path) if name != keep]
+        with ThreadPoolExecutor(self._client.connections) as threads:
+            for _ in threads.map(lambda path: self.remove([path]), paths):
                 pass
 
     @contextlib.contextmanager
     def lock(self, path: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Do nothing: two that send the same object make the same object."""
+        """Do nothing: concurrent uploads of the same file write the same object."""
         yield
 
-    def send(self, pieces: Sequence[UploadFile], path: str, known: Reusable, tell: Tell) -> UploadStats:
-        """Bring all pieces below `path`; what the server has already it keeps or copies."""
-        sent, tally = UploadStats(), ProgressCounter(tell)
-        for piece in pieces:
-            check_size(piece)
-        there = self.files(path)
+    def send(
+        self, items: Sequence[UploadFile], path: str, reusable: Reusable, progress: ProgressCallback
+    ) -> UploadStats:
+        """Upload files to objects below `path`; objects that the server has already are kept or copied."""
+        stats, counter = UploadStats(), ProgressCounter(progress)
+        for item in items:
+            check_size(item)
+        stored = self.files(path)
         missing = []
-        with ThreadPoolExecutor(self._server.connections) as threads:
-            looked = threads.map(lambda piece: self._stands(piece.file, path, there, known), pieces)
-            for piece, how in zip(pieces, looked, strict=True):
-                if how == "kept":
-                    sent.kept += piece.file.bytes
-                elif how == "reused":
-                    sent.reused += piece.file.bytes
+        with ThreadPoolExecutor(self._client.connections) as threads:
+            outcomes = threads.map(lambda item: self._reuse(item.file, path, stored, reusable), items)
+            for item, outcome in zip(items, outcomes, strict=True):
+                if outcome == "kept":
+                    stats.kept += item.file.bytes
+                elif outcome == "reused":
+                    stats.reused += item.file.bytes
                 else:
-                    missing.append(piece)
+                    missing.append(item)
                     continue
-                tally(piece.file.bytes, f"checking {piece.file.path}")
-        cut_off = s3_upload.unfinished_uploads(self._server, f"{path}/") if missing else {}
-        with s3_upload.S3Upload(self._server, path, there, cut_off, tally) as sending:
-            for piece in missing:
-                sending.file(piece)
-        self._look_again(missing, path)
-        sent.copied += sum(piece.file.bytes for piece in missing)
-        tally(0, "")
-        return sent
+                counter(item.file.bytes, f"checking {item.file.path}")
+        unfinished = s3_upload.unfinished_uploads(self._client, f"{path}/") if missing else {}
+        with s3_upload.S3Upload(self._client, path, stored, unfinished, counter) as upload:
+            for item in missing:
+                upload.send_file(item)
+        self._verify_uploaded(missing, path)
+        stats.copied += sum(item.file.bytes for item in missing)
+        counter(0, "")
+        return stats
 
-    def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
-        """Bring an object to `target`, in ranges."""
-        self._reader.fetch(path, file, target, tell)
+    def fetch(self, path: str, file: File, target: Path, progress: Callable[[int], None]) -> None:
+        """Download an object to `target`, in ranges."""
+        self._reader.fetch(path, file, target, progress)
 
     def shards(self, path: str, shards: Sequence[File]) -> ShardReader:
-        """Return a reader of ranges of the shards."""
-        return PresignedShards(self._server, path, shards)
+        """Return a range reader of the shards."""
+        return PresignedShards(self._client, path, shards)
 
-    def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
+    def hash(self, path: str, file: File, progress: Callable[[int], None]) -> str | None:
         """Read an object and return its hash."""
-        return self._reader.hash(path, file, tell)
+        return self._reader.hash(path, file, progress)
 
-    def _stands(self, file: File, path: str, there: Mapping[str, StoredFile], known: Reusable) -> str:
-        """Say how a file is there without being sent: `kept`, `reused`, or not at all."""
-        stored = there.get(file.path)
-        if stored and stored.bytes == file.bytes and self._server.has_hash(f"{path}/{file.path}", file):
+    def _reuse(self, file: File, path: str, stored: Mapping[str, StoredFile], reusable: Reusable) -> str:
+        """Return `kept` if the object exists, `reused` if an older one was copied, else an empty string."""
+        existing = stored.get(file.path)
+        if existing and existing.bytes == file.bytes and self._client.has_hash(f"{path}/{file.path}", file):
             return "kept"
-        for older in known.older.get(File("", file.bytes, file.hash), ()):
+        for older in reusable.older.get(File("", file.bytes, file.hash), ()):
             with contextlib.suppress(NotFound, NotImplementedByServer):
-                if self._server.has_hash(older, file) and self._copy(older, f"{path}/{file.path}", file):
+                if self._client.has_hash(older, file) and self._copy(older, f"{path}/{file.path}", file):
                     return "reused"
         return ""
 
-    def _look_again(self, sent: Sequence[UploadFile], path: str) -> None:
-        """Refuse what another upload has written over; servers without conditional writes let it."""
-        with ThreadPoolExecutor(self._server.connections) as threads:
-            proved = threads.map(
-                lambda each: self._server.has_hash(f"{path}/{each.file.path}", each.file), sent
+    def _verify_uploaded(self, items: Sequence[UploadFile], path: str) -> None:
+        """Fail if another upload overwrote an object, which servers without conditional writes allow."""
+        with ThreadPoolExecutor(self._client.connections) as threads:
+            results = threads.map(
+                lambda item: self._client.has_hash(f"{path}/{item.file.path}", item.file), items
             )
-            for piece, holds in zip(sent, proved, strict=True):
-                if not holds:
-                    raise s3_upload.overwritten_error(self._server, f"{path}/{piece.file.path}")
+            for item, matches in zip(items, results, strict=True):
+                if not matches:
+                    raise s3_upload.overwritten_error(self._client, f"{path}/{item.file.path}")
 
     def _copy(self, older: str, path: str, file: File) -> bool:
-        """Let the server copy an object."""
+        """Copy an object on the server; return whether the copy has the hash."""
         from boto3.s3.transfer import TransferConfig
 
-        server = self._server
-        server.request(
+        client = self._client
+        client.request(
             f"copying {older}",
-            server.client.copy,
-            CopySource=server.at(older),
-            **server.at(path),
+            client.client.copy,
+            CopySource=client.object_params(older),
+            **client.object_params(path),
             ExtraArgs={"Metadata": {HASH: file.hash}, "MetadataDirective": "REPLACE"},
             Config=TransferConfig(
-                multipart_threshold=ONE_COPY, multipart_chunksize=1 << 30, max_concurrency=server.connections
+                multipart_threshold=MAX_COPY, multipart_chunksize=1 << 30, max_concurrency=client.connections
             ),
         )
-        return server.has_hash(path, file)
+        return client.has_hash(path, file)
 
-    def _folders(self, path: str) -> list[str]:
-        prefix = self._server.key(path)
-        pages = self._server.pages("list_objects_v2", Prefix=prefix, Delimiter="/")
+    def _subfolders(self, path: str) -> list[str]:
+        """Return the names of the "folders" directly below `path`."""
+        prefix = self._client.key(path)
+        pages = self._client.pages("list_objects_v2", Prefix=prefix, Delimiter="/")
         return [
             entry["Prefix"][len(prefix) :].rstrip("/")
             for page in pages

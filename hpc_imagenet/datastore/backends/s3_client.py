@@ -1,9 +1,9 @@
-"""How a server of S3 is asked, by boto3: again while the trouble is one that passes.
+"""S3 requests through boto3, retried on transient errors.
 
-Credentials, region, proxy and endpoint come from where boto3 looks for them: the environment (AWS_PROFILE,
-AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL …), ~/.aws, the machine's role. Objects get no ACL, so they are as private
-as the bucket.
-Sources: the guide to boto3's credentials; the S3 API reference, "Error responses", "Conditional writes",
+boto3 finds credentials, region, proxy and endpoint: in the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL …), in ~/.aws, or from the machine's role. Objects get no ACL, so they are as private as the
+bucket.
+Sources: boto3's guide to credentials; the S3 API reference, "Error responses", "Conditional writes",
 "Checking object integrity".
 """
 
@@ -13,7 +13,6 @@ import base64
 import contextlib
 import hashlib
 import logging
-import random
 import time
 import urllib.parse
 import zlib
@@ -23,51 +22,51 @@ from typing import Any, TypeVar
 
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.retry import Retry
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-PAUSE = 0.5  # s before the second try of a request, twice as long before each further one …
-LONGEST = 20.0  # … up to this
-TRIES = 9  # in a row: about a minute in all
-FIRST_TRIES = 3  # to reach a server that was not reached yet
+FIRST_WAIT = 0.5  # s before the first retry; doubled before each further one …
+LONGEST_WAIT = 20.0  # … up to this
+MAX_FAILURES = 9  # in a row: about a minute in total
 TIMEOUT = 60.0  # s without a byte
-HASH = "hash"  # of an object's metadata, in the manifest's form
+HASH = "hash"  # metadata key of an object's hash, in the manifest's format
 
-_PASSING = {"RequestTimeout", "SlowDown", "BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch"}
+_TRANSIENT = {"RequestTimeout", "SlowDown", "BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
-_NOT_THERE = {"404", "NoSuchKey", "NotFound", "NoSuchUpload"}
+_NOT_FOUND = {"404", "NoSuchKey", "NotFound", "NoSuchUpload"}
 
 
 class NotFound(Exception):
-    """There is no such object, or no such upload."""
+    """The object or multipart upload does not exist."""
 
 
 class PreconditionFailed(Exception):
-    """An object is there already, so that it was not written."""
+    """The object exists already, so it was not written."""
 
 
 class NotImplementedByServer(Exception):
-    """The server does not know such a request."""
+    """The server does not support this request."""
 
 
 class Corrupted(Exception):
-    """Bytes were lost or changed on the way."""
+    """Bytes were lost or changed during the transfer."""
 
 
 def boto3_client(setting: str, timeout: float, connections: int) -> Any:
-    """Return boto3's client; every request is tried once, and again by whoever makes it.
+    """Return a boto3 S3 client without retries of its own: the caller retries.
 
     Args:
-        setting: named by an error, such as datastore.url=s3://bucket.
+        setting: setting and value for error messages, such as datastore.url=s3://bucket.
         timeout: s without a byte after which a connection counts as broken.
-        connections: how many are kept open.
+        connections: maximum number of connections kept open.
 
     Raises:
-        UserError: boto3 cannot make a client of what it finds.
+        UserError: boto3 cannot create a client from its configuration.
     """
-    # Imported here: a second, which nobody else has to wait for.
+    # Imported here because the import takes a second.
     from boto3.session import Session
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
@@ -80,9 +79,9 @@ def boto3_client(setting: str, timeout: float, connections: int) -> Any:
                 read_timeout=timeout,
                 max_pool_connections=connections,
                 retries={"total_max_attempts": 1},
-                signature_version="s3v4",  # also of addresses, which would else have the old form
-                response_checksum_validation="when_required",  # the hash of the whole is ours
-                s3={"payload_signing_enabled": False},  # a further hash of the same bytes
+                signature_version="s3v4",  # also for presigned URLs, which use an older version by default
+                response_checksum_validation="when_required",  # complete objects are verified by hash
+                s3={"payload_signing_enabled": False},  # would hash the same bytes once more
             ),
         )
     except (BotoCoreError, ValueError) as error:
@@ -90,145 +89,159 @@ def boto3_client(setting: str, timeout: float, connections: int) -> Any:
 
 
 def single_line(error: Exception) -> str:
-    """Return what an error says without line breaks."""
+    """Return an error's message without line breaks."""
     return " ".join(str(error).split())
 
 
 class S3Client:
-    """A server, and the prefix in one of its buckets.
+    """A prefix in a bucket of an S3 server.
 
     Args:
         url: s3://bucket/prefix.
-        connections: requests at a time, by all who share this.
+        connections: parallel requests.
 
     Attributes:
-        client: boto3's.
+        client: the boto3 client.
         checksums: whether requests carry the newer checksums (boto3's own setting).
-        conditional: whether it writes objects only where there are none; until it shows that it does not.
+        conditional_writes: whether the server supports If-None-Match on writes; true until shown otherwise.
 
     Raises:
-        UserError: the url holds a login or no bucket, or boto3 cannot make a client of what it finds.
+        UserError: the URL has credentials or no bucket, or boto3 cannot create a client.
     """
 
     def __init__(self, url: str, connections: int) -> None:
         parts = urllib.parse.urlsplit(url)
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise UserError(
-                "datastore.url is s3://bucket/prefix without a login, ? or #: boto3 finds the login"
+                "datastore.url must be s3://bucket/prefix without credentials, ? or #: boto3 finds them"
             )
         if not parts.netloc:
-            raise UserError(f"datastore.url={url} names no bucket: s3://bucket/prefix")
+            raise UserError(f"datastore.url={url} has no bucket: type s3://bucket/prefix")
         self.url = url.rstrip("/")
         self.bucket, self._prefix = parts.netloc, parts.path.strip("/")
         self.connections = connections
         self.client = boto3_client(f"datastore.url={url}", TIMEOUT, 2 * connections + 4)
         self.checksums = self.client.meta.config.request_checksum_calculation != "when_required"
-        self.conditional = True
+        self.conditional_writes = True
         self._reached = False
 
     def key(self, path: str) -> str:
-        """Return the key of what lies at `path` within the prefix."""
+        """Return the key of the object at `path` within the prefix."""
         return f"{self._prefix}/{path}" if self._prefix else path
 
-    def at(self, path: str) -> dict[str, str]:
-        """Return where that is, as boto3's calls take it."""
+    def object_params(self, path: str) -> dict[str, str]:
+        """Return the parameters Bucket and Key of boto3's calls for the object at `path`."""
         return {"Bucket": self.bucket, "Key": self.key(path)}
 
-    def pages(self, operation: str, **words: Any) -> list[dict[str, Any]]:
-        """Return all pages of a list."""
+    def pages(self, operation: str, **params: Any) -> list[dict[str, Any]]:
+        """Return all pages of a listing."""
         paginator = self.client.get_paginator(operation)
 
         def pages() -> list[dict[str, Any]]:
-            found = list(paginator.paginate(Bucket=self.bucket, **words))
-            for page in found:
-                check_response(page, has="Name" if operation == "list_objects_v2" else "Bucket")
-            return found
+            result = list(paginator.paginate(Bucket=self.bucket, **params))
+            for page in result:
+                check_response(page, field="Name" if operation == "list_objects_v2" else "Bucket")
+            return result
 
         return self.request("listing", pages)
 
     @contextlib.contextmanager
-    def opened(self, path: str, **words: Any) -> Iterator[Any]:
-        """Return the body of an object; to be called by what is given to `ask`."""
-        found = self.client.get_object(**self.at(path), **words)
-        check_response(found)
-        with contextlib.closing(found["Body"]) as body:
+    def open_object(self, path: str, **params: Any) -> Iterator[Any]:
+        """Open the body of an object. Not retried: call it within `request`."""
+        response = self.client.get_object(**self.object_params(path), **params)
+        check_response(response)
+        with contextlib.closing(response["Body"]) as body:
             yield body
 
     def head(self, path: str) -> dict[str, Any]:
-        """Return what is noted of an object.
+        """Return the response to a HEAD request: size, ETag and metadata of an object.
 
         Raises:
-            Missing: there is none.
+            NotFound: the object does not exist.
         """
 
         def head() -> dict[str, Any]:
-            found: dict[str, Any] = self.client.head_object(**self.at(path))
-            check_response(found)
-            check_response(found, has="ContentLength")
-            return found
+            response: dict[str, Any] = self.client.head_object(**self.object_params(path))
+            check_response(response)
+            check_response(response, field="ContentLength")
+            return response
 
-        return self.request(f"looking at {path}", head)
+        return self.request(f"querying {path}", head)
 
     def has_hash(self, path: str, file: File) -> bool:
-        """Whether an object has the hash: by its metadata, or by its ETag where that is the MD5."""
+        """Whether an object has the hash: in its metadata, or as its ETag if that is the MD5."""
         try:
-            found = self.head(path)
+            response = self.head(path)
         except NotFound:
             return False
-        etag = "md5:" + found["ETag"].strip('"')
-        noted = {name.lower(): value for name, value in found.get("Metadata", {}).items()}  # some say Hash
-        return found["ContentLength"] == file.bytes and file.hash in (noted.get(HASH), etag)
+        etag = "md5:" + response["ETag"].strip('"')
+        # Some servers capitalize the keys.
+        metadata = {name.lower(): value for name, value in response.get("Metadata", {}).items()}
+        return response["ContentLength"] == file.bytes and file.hash in (metadata.get(HASH), etag)
 
     def put(self, path: str, data: bytes | bytearray, new: bool, file: File | None = None) -> None:
         """Write an object in one request, with the hash of `file` in its metadata.
 
         Raises:
-            Held: it is there, though it should be `new`.
+            PreconditionFailed: `new` is true and the object exists.
         """
-        more: dict[str, Any] = {"Metadata": {HASH: file.hash}} if file else {}
-        sums = self.sums(data, file.hash if file else "")
+        metadata: dict[str, Any] = {"Metadata": {HASH: file.hash}} if file else {}
+        checksum = self.checksum(data, file.hash if file else "")
 
         def put() -> None:
-            only = {"IfNoneMatch": "*"} if new and self.conditional else {}
-            check_response(self.client.put_object(**self.at(path), Body=data, **more, **sums, **only), sums)
+            condition = {"IfNoneMatch": "*"} if new and self.conditional_writes else {}
+            response = self.client.put_object(
+                **self.object_params(path), Body=data, **metadata, **checksum, **condition
+            )
+            check_response(response, checksum)
 
-        self.conditionally(f"writing {path}", put, new)
+        self.conditional_request(f"writing {path}", put, new)
 
-    def conditionally(self, what: str, write: Callable[[], None], new: bool) -> None:
-        """Ask for a write, and once more without its condition where the server knows none."""
+    def conditional_request(self, step: str, write: Callable[[], None], new: bool) -> None:
+        """Write, and repeat without the condition if the server does not support conditional writes."""
         try:
-            self.request(what, write)
+            self.request(step, write)
         except NotImplementedByServer:
-            if not (new and self.conditional):
+            if not (new and self.conditional_writes):
                 raise
-            self.conditional = False
-            self.request(what, write)
+            self.conditional_writes = False
+            self.request(step, write)
 
-    def sums(self, data: bytes | bytearray, known: str = "") -> dict[str, str]:
-        """Return the checksum by which the server proves what arrives; `known` is the bytes' hash, if any."""
-        algorithm, _, value = known.partition(":")
+    def checksum(self, data: bytes | bytearray, known_hash: str = "") -> dict[str, str]:
+        """Return the request parameter with the checksum by which the server verifies the bytes.
+
+        Args:
+            data: the bytes.
+            known_hash: their hash in the manifest's format, if known; saves computing a checksum.
+        """
+        algorithm, _, value = known_hash.partition(":")
         if not self.checksums:
             return {"ContentMD5": _base64(hashlib.md5(data, usedforsecurity=False).digest())}
         if algorithm == "sha256":
             return {"ChecksumSHA256": _base64(bytes.fromhex(value))}
         return {"ChecksumCRC32": _base64(zlib.crc32(data).to_bytes(4, "big"))}
 
-    def request(self, what: str, call: Callable[..., Result], **words: Any) -> Result:
-        """Call, and call again while the trouble is one that passes.
+    def request(self, step: str, call: Callable[..., Result], **params: Any) -> Result:
+        """Call boto3, and retry on transient errors.
+
+        Args:
+            step: what the request does, for messages, such as "reading a/v1/manifest.json".
+            call: function that makes the request.
+            params: its keyword arguments.
 
         Raises:
-            Missing: there is no such object.
-            Held: a condition was not met.
-            Unable: the server does not know such a request.
-            UserError: anything else, or the trouble did not pass.
+            NotFound: the object does not exist.
+            PreconditionFailed: the condition of a write was not met.
+            NotImplementedByServer: the server does not support the request.
+            UserError: any other error, or a transient error that persists.
         """
         from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
         from botocore.exceptions import ConnectionError as NotConnected
         from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
 
-        # Also an answer that is no XML, or that ends before its end.
-        passing = (
+        # Includes responses that are not XML or are truncated.
+        transient = (
             HTTPClientError,
             NotConnected,
             IncompleteReadError,
@@ -237,91 +250,98 @@ class S3Client:
             OSError,
             Corrupted,
         )
-        failures = 0
+        retry = Retry(FIRST_WAIT, LONGEST_WAIT, MAX_FAILURES)
         while True:
             try:
-                result = call(**words)
+                result = call(**params)
             except ClientError as error:
                 self._reached = True
-                trouble = self._judge(what, error)
-            except passing as error:
-                trouble = single_line(error)
+                reason = self._transient_reason(step, error)
+            except transient as error:
+                reason = single_line(error)
             except BotoCoreError as error:
                 raise UserError(f"datastore.url={self.url}: {single_line(error)}") from None
             else:
                 self._reached = True
                 return result
-            failures += 1
-            if failures >= (TRIES if self._reached else FIRST_TRIES):
+            wait = retry.failed(self._reached)
+            if wait is None:
                 raise UserError(
-                    f"datastore.url={self.url}: {what}: {trouble}, {failures} tries in a row; "
-                    "what is there stays: ask again to go on"
+                    f"datastore.url={self.url}: {step} failed {retry.failures} times in a row: {reason}; "
+                    "transferred data is kept: run it again to resume"
                 )
-            wait = min(LONGEST, PAUSE * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)
-            log.warning("%s: %s: %s; again in %.1f s", self.url, what, trouble, wait)
+            log.warning("%s: %s: %s; retry in %.1f s", self.url, step, reason, wait)
             time.sleep(wait)
 
-    def _judge(self, what: str, error: Any) -> str:
-        """Return what passes of the server's answers, in words, and raise the others."""
-        said = error.response.get("Error", {})
-        code, words = str(said.get("Code", "")), single_line(Exception(said.get("Message", "")))
+    def _transient_reason(self, step: str, error: Any) -> str:
+        """Return the reason of a transient error, and raise any other one as its own exception."""
+        details = error.response.get("Error", {})
+        code, message = str(details.get("Code", "")), single_line(Exception(details.get("Message", "")))
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         if code == "NoSuchBucket":
-            raise UserError(f"datastore.url={self.url}: there is no bucket {self.bucket}: make it first")
-        if code in _NOT_THERE:
+            raise UserError(f"datastore.url={self.url}: bucket {self.bucket} does not exist: create it first")
+        if code in _NOT_FOUND:
             raise NotFound
         if status == 412:
             raise PreconditionFailed
         if status == 501 or code == "NotImplemented":
             raise NotImplementedByServer
-        if status in (408, 409, 429) or status >= 500 or code in _PASSING:
-            return f"the server answers {status} {code}".rstrip()
+        if status in (408, 409, 429) or status >= 500 or code in _TRANSIENT:
+            return f"the server replied {status} {code}".rstrip()
         if code in _EXPIRED:
             raise UserError(
-                f"datastore.url={self.url}: the credentials have expired ({code}): renew them and ask again; "
-                "what is there stays"
+                f"datastore.url={self.url}: the credentials have expired ({code}): renew them and run it "
+                "again; transferred data is kept"
             )
         if status in (401, 403):
             raise UserError(
-                f"datastore.url={self.url}: {what} is forbidden ({code}): look at the credentials that boto3 "
-                "finds and at the bucket's rights"
+                f"datastore.url={self.url}: {step} is forbidden ({code}): check the credentials that boto3 "
+                "finds and the bucket's permissions"
             )
-        raise UserError(f"datastore.url={self.url}: {what}: {code} {words}".rstrip())
+        raise UserError(f"datastore.url={self.url}: {step}: {code} {message}".rstrip())
 
 
 def check_response(
-    answer: Mapping[str, Any], sums: Mapping[str, str] | None = None, has: str = "ETag"
+    response: Mapping[str, Any], checksum: Mapping[str, str] | None = None, field: str = "ETag"
 ) -> None:
-    """Look whether an answer is whole, and hold the checksums in it against those of what was sent.
+    """Check that a response is complete and that its checksums match those of the bytes sent.
 
-    An answer that was cut off, or that comes from a proxy between, may look like a good one that says little.
+    A response that was truncated, or that comes from a proxy, may look like a valid one with few fields.
+
+    Args:
+        response: boto3's response.
+        checksum: checksum parameters of the request; see `S3Client.checksum`.
+        field: field that every complete response has.
 
     Raises:
-        Damaged: it lacks what every good one has, or the server has other bytes.
+        Corrupted: the field is missing, or the server received other bytes.
     """
-    if has not in answer:
-        raise Corrupted(f"the server's answer has no {has}")
-    for name, value in (sums or {}).items():
-        if answer.get(name, value) != value:
-            raise Corrupted(f"the server has other bytes than were sent, by their {name}")
+    if field not in response:
+        raise Corrupted(f"the server's response has no {field}")
+    for name, value in (checksum or {}).items():
+        if response.get(name, value) != value:
+            raise Corrupted(f"the server received other bytes than were sent: {name} differs")
 
 
 def read_into(body: Any, block: memoryview) -> int:
-    """Fill `block` with an object's body; return the bytes that came, fewer where it ends before.
+    """Fill `block` with an object's body.
+
+    Returns:
+        The number of bytes read, fewer than the block's size if the body ends early.
 
     Raises:
-        Damaged: more came than there is room for.
+        Corrupted: the body is longer than the block.
     """
-    with body as raw:  # urllib3's answer, and below it that of http.client, which copies nothing
-        answer, done = getattr(raw, "_original_response", None) or raw, 0
+    with body as raw:  # urllib3's response; the http.client response below it reads without a copy
+        response, done = getattr(raw, "_original_response", None) or raw, 0
         try:
-            while done < len(block) and (got := answer.readinto(block[done:])):
+            while done < len(block) and (got := response.readinto(block[done:])):
                 done += got
-            more = done == len(block) and answer.read(1)
+            more = done == len(block) and response.read(1)
         except HTTPException as error:
-            raise Corrupted(f"the answer broke off: {single_line(error)}") from None
+            raise Corrupted(f"the response ended early: {single_line(error)}") from None
         if more:
-            raise Corrupted("more bytes came than were asked for")
+            raise Corrupted("the response is longer than requested")
         if done == len(block):
             raw.release_conn()  # for the next request
         return done

@@ -1,4 +1,4 @@
-"""Reading objects of a bucket: in ranges that are asked for side by side, and handed on in order."""
+"""Download of S3 objects: ranges are requested in parallel and returned in order."""
 
 from __future__ import annotations
 
@@ -11,87 +11,88 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from hpc_imagenet.datastore.backends.s3_client import Corrupted, NotFound, S3Client, read_into
-from hpc_imagenet.datastore.backends.storage_backend import ThreadedHash, read_through
+from hpc_imagenet.datastore.backends.storage_backend import ThreadedHash, hash_blocks
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import StreamingWriter, sync_folder
 
-RANGE = 16 << 20  # bytes that are asked for at a time: asking takes boto3 2 ms of a CPU, and servers as much
+RANGE = 16 << 20  # bytes per request: a request costs boto3 2 ms of CPU time, and the server about the same
 
 
 class S3Reader:
-    """Objects of a server; however many are read at once, they share its connections."""
+    """Reader of S3 objects; objects that are read in parallel share the client's connections."""
 
-    def __init__(self, server: S3Client) -> None:
-        self._server = server
-        self._threads = ThreadPoolExecutor(server.connections)
+    def __init__(self, client: S3Client) -> None:
+        self._client = client
+        self._threads = ThreadPoolExecutor(client.connections)
         self._lock = threading.Lock()
-        self._objects = 0  # that are being read
-        self._free: list[bytearray] = []  # memory that is in use for the first time is slow
+        self._objects = 0  # number of objects being read
+        self._free: list[bytearray] = []  # reused buffers: newly allocated memory is slow on first use
 
-    def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
-        """Bring an object to `target`; see `transport.Place.fetch`."""
+    def fetch(self, path: str, file: File, target: Path, progress: Callable[[int], None]) -> None:
+        """Download an object to `target`; see `StorageBackend.fetch`."""
         part = target.with_name(f".{target.name}.part")
-        for again in (True, False):
-            with part.open("ab+", buffering=0) as opened, ThreadedHash(file) as hashing:
-                opened.seek(0)
-                done = read_through(opened, hashing, tell)  # of an earlier try
-                writing = StreamingWriter(opened.fileno(), done)
+        for retry in (True, False):
+            with part.open("ab+", buffering=0) as output, ThreadedHash(file) as hashing:
+                output.seek(0)
+                done = hash_blocks(output, hashing, progress)  # of an earlier attempt
+                writer = StreamingWriter(output.fileno(), done)
                 for data in self.read(path, done, file.bytes):
                     hashing.add(data)
-                    writing.write(data)
-                    hashing.wait()  # then the memory is free
+                    writer.write(data)
+                    hashing.wait()  # the buffer is reused after this
                     done += len(data)
-                    tell(done)
-                os.fsync(opened.fileno())
+                    progress(done)
+                os.fsync(output.fileno())
             if hashing.digest() == file.hash:
                 part.replace(target)
                 sync_folder(target.parent)
                 return
-            part.unlink()  # and once more from the beginning: an earlier try may have left it wrong
-            if not again:
+            part.unlink()  # start over once: the earlier attempt may have left damaged data
+            if not retry:
                 raise UserError(
-                    f"{self._server.url}/{path} has other bytes than when it was made: {hashing.digest()}"
+                    f"{self._client.url}/{path} is damaged: its hash is {hashing.digest()}, not {file.hash}"
                 )
 
-    def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
-        """Read an object and return its hash; see `transport.Place.hash`."""
+    def hash(self, path: str, file: File, progress: Callable[[int], None]) -> str | None:
+        """Read an object and return its hash; see `StorageBackend.hash`."""
         try:
-            found = self._server.head(path)
+            size = self._client.head(path)["ContentLength"]
         except NotFound:
             return None
         done = 0
         with ThreadedHash(file) as hashing:
-            for data in self.read(path, 0, found["ContentLength"]):
+            for data in self.read(path, 0, size):
                 hashing.add(data)
                 hashing.wait()
                 done += len(data)
-                tell(done)
+                progress(done)
         return hashing.digest()
 
     def read(self, path: str, begin: int, end: int) -> Iterator[memoryview]:
-        """Yield the bytes [begin, end) of an object, in order; each block until the next is asked for.
+        """Yield the bytes [begin, end) of an object, in order; a block is valid until the next is taken.
 
         Raises:
-            UserError: the object is missing or shorter.
+            UserError: the object is missing or too short.
         """
-        waiting: deque[Future[memoryview]] = deque()
-        with self._reading():
+        pending: deque[Future[memoryview]] = deque()
+        with self._count_object():
             try:
                 for start in range(begin, end, RANGE):
-                    while len(waiting) > self._server.connections // self._objects:
-                        yield from self._next(waiting)
+                    while len(pending) > self._client.connections // self._objects:
+                        yield from self._next(pending)
                     size = min(end - start, RANGE)
-                    waiting.append(self._threads.submit(self._range, path, start, size))
-                while waiting:
-                    yield from self._next(waiting)
+                    pending.append(self._threads.submit(self._read_range, path, start, size))
+                while pending:
+                    yield from self._next(pending)
             finally:
-                for future in waiting:
+                for future in pending:
                     future.cancel()
-                wait(waiting)
+                wait(pending)
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _count_object(self) -> Iterator[None]:
+        """Count an object as being read: the connections are divided by this number."""
         with self._lock:
             self._objects += 1
         try:
@@ -102,28 +103,29 @@ class S3Reader:
                 if not self._objects:
                     self._free.clear()
 
-    def _next(self, waiting: deque[Future[memoryview]]) -> Iterator[memoryview]:
-        block = waiting.popleft().result()
+    def _next(self, pending: deque[Future[memoryview]]) -> Iterator[memoryview]:
+        """Yield the first pending block, and reuse its buffer afterwards."""
+        block = pending.popleft().result()
         yield block
         self._free.append(block.obj)  # type: ignore[arg-type]
 
-    def _range(self, path: str, begin: int, size: int) -> memoryview:
-        """Return `size` bytes of an object from `begin` on."""
+    def _read_range(self, path: str, begin: int, size: int) -> memoryview:
+        """Return `size` bytes of an object from offset `begin`."""
         try:
-            memory = self._free.pop()
+            buffer = self._free.pop()
         except IndexError:
-            memory = bytearray(RANGE)
-        block = memoryview(memory)[:size]
+            buffer = bytearray(RANGE)
+        block = memoryview(buffer)[:size]
 
         def get() -> None:
-            words = f"bytes={begin}-{begin + size - 1}"
-            with self._server.opened(path, Range=words) as body:
+            byte_range = f"bytes={begin}-{begin + size - 1}"
+            with self._client.open_object(path, Range=byte_range) as body:
                 done = read_into(body, block)
             if done != size:
-                raise Corrupted(f"{done} bytes came instead of {size}")
+                raise Corrupted(f"{done} bytes received instead of {size}")
 
         try:
-            self._server.request(f"reading {path}", get)
+            self._client.request(f"reading {path}", get)
         except NotFound:
-            raise UserError(f"{self._server.url}/{path} is missing") from None
+            raise UserError(f"{self._client.url}/{path} is missing") from None
         return block

@@ -1,9 +1,9 @@
-"""Sending files to a bucket: small ones whole, large ones in parts.
+"""Upload of files to S3: small files in one request, large files in parts.
 
-One thread reads a file, in order, and hashes it; others send what it has read. An object appears when its
-last byte is there, so it is sent whole in one request, or in parts that are put together only after the hash
-was found right: an object that is there has the hash that stands in its metadata. Parts of an upload that was
-cut off are taken up again where their MD5, which is their ETag, is that of the file's bytes.
+One thread reads a file in order and hashes it; other threads send the bytes. A file is sent in one request,
+or in parts that are completed only after the hash was verified, so every visible object has the hash in its
+metadata. Parts of an interrupted upload are reused if their ETag, which is their MD5, matches the bytes of
+the file.
 Source: the S3 API reference, "Multipart upload".
 """
 
@@ -37,140 +37,139 @@ from hpc_imagenet.datastore.backends.storage_backend import (
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
-WHOLE = 64 << 20  # bytes up to which a file is sent in one request
-PART = 16 << 20  # bytes of a part, more where there would be more than PARTS
-PARTS = 10_000  # the most that S3 takes
-MEMORY = 256 << 20  # bytes that are read and not sent yet
+MAX_SINGLE = 64 << 20  # bytes: the largest file sent in one request
+PART = 16 << 20  # bytes per part; larger if there would be more than MAX_PARTS
+MAX_PARTS = 10_000  # limit of S3
+MEMORY = 256 << 20  # bytes: the most read but not sent yet
 
 
 @dataclass
 class MultipartUpload:
-    """A multipart upload: its id and the ETags of its parts that are there, by number."""
+    """A multipart upload: its id, and the ETags of its stored parts by part number."""
 
-    upload: str
+    upload_id: str
     etags: dict[int, str] = field(default_factory=dict)
-    taken_up: bool = False  # begun by an earlier try
+    resumed: bool = False  # started by an earlier attempt
 
 
-def unfinished_uploads(server: S3Client, path: str) -> dict[str, MultipartUpload]:
-    """Return the uploads that were cut off below `path`, the newest of each path relative to it."""
-    begin = len(server.key(path))
-    found = {}
-    for upload in sorted(uploads(server, path), key=lambda each: str(each.get("Initiated", ""))):
-        if upload.get("ChecksumAlgorithm") and not server.checksums:
-            continue  # begun under another setting: it takes no parts without checksums
+def unfinished_uploads(client: S3Client, path: str) -> dict[str, MultipartUpload]:
+    """Return the newest unfinished upload of each file below `path`, by path relative to it."""
+    start = len(client.key(path))
+    unfinished = {}
+    for upload in sorted(list_uploads(client, path), key=lambda upload: str(upload.get("Initiated", ""))):
+        if upload.get("ChecksumAlgorithm") and not client.checksums:
+            continue  # started under another setting: it accepts no parts without checksums
         with contextlib.suppress(NotFound, NotImplementedByServer):
             key, upload_id = upload["Key"], upload["UploadId"]
-            pages = server.pages("list_parts", Key=key, UploadId=upload_id)
+            pages = client.pages("list_parts", Key=key, UploadId=upload_id)
             parts = [part for page in pages for part in page.get("Parts", ())]
-            found[key[begin:]] = MultipartUpload(
-                upload_id, {part["PartNumber"]: part["ETag"].strip('"') for part in parts}, taken_up=True
+            unfinished[key[start:]] = MultipartUpload(
+                upload_id, {part["PartNumber"]: part["ETag"].strip('"') for part in parts}, resumed=True
             )
-    return found
+    return unfinished
 
 
-def uploads(server: S3Client, path: str) -> list[dict[str, Any]]:
-    """Return all uploads below `path` that are not put together; none where the server does not tell."""
-    begin = server.key(path)
+def list_uploads(client: S3Client, path: str) -> list[dict[str, Any]]:
+    """Return all unfinished uploads below `path`; an empty list if the server does not list them."""
+    prefix = client.key(path)
     try:
-        pages = server.pages("list_multipart_uploads", Prefix=begin)
-    except (
-        NotFound,
-        NotImplementedByServer,
-        UserError,
-    ):  # not every server has the list, nor may everybody see it
+        pages = client.pages("list_multipart_uploads", Prefix=prefix)
+    except (NotFound, NotImplementedByServer, UserError):  # not every server or account can list them
         return []
-    return [each for page in pages for each in page.get("Uploads", ()) if each["Key"].startswith(begin)]
+    return [
+        upload for page in pages for upload in page.get("Uploads", ()) if upload["Key"].startswith(prefix)
+    ]
 
 
-def abort(server: S3Client, path: str) -> None:
-    """Remove the parts of all uploads below `path` that are not put together."""
-    for upload in uploads(server, path):
+def abort(client: S3Client, path: str) -> None:
+    """Abort all unfinished uploads below `path`, which removes their parts."""
+    for upload in list_uploads(client, path):
         with contextlib.suppress(NotFound, NotImplementedByServer):
-            server.request(
+            client.request(
                 "removing parts",
-                server.client.abort_multipart_upload,
-                Bucket=server.bucket,
+                client.client.abort_multipart_upload,
+                Bucket=client.bucket,
                 Key=upload["Key"],
                 UploadId=upload["UploadId"],
             )
 
 
-def overwritten_error(server: S3Client, path: str) -> UserError:
-    """Return the error that says so of an object."""
+def overwritten_error(client: S3Client, path: str) -> UserError:
+    """Return the error for an object that does not have the uploaded bytes."""
     return UserError(
-        f"datastore.url={server.url}: {path} did not arrive whole, or another upload wrote it meanwhile; "
-        "what is there stays: ask again to go on"
+        f"datastore.url={client.url}: {path} is incomplete, or was overwritten by another upload; "
+        "transferred data is kept: run it again to resume"
     )
 
 
 class S3Upload:
-    """Files on their way. Use as a context; all is there when it has ended well.
+    """Upload of files in parallel. Use as a context manager; on a normal exit all files are stored.
 
     Args:
-        path: the folder, within the prefix, that they go to.
-        there: paths in it of objects that are there and may be replaced.
-        taken_up: uploads that were cut off, by path in it.
-        tally: told of the bytes that are sent.
+        client: the bucket and prefix.
+        path: the folder, within the prefix, that the files go to.
+        stored: paths within it of objects that exist and may be replaced.
+        unfinished: interrupted uploads, by path within it.
+        counter: counts the bytes sent.
     """
 
     def __init__(
         self,
-        server: S3Client,
+        client: S3Client,
         path: str,
-        there: Container[str],
-        taken_up: Mapping[str, MultipartUpload],
-        tally: ProgressCounter,
+        stored: Container[str],
+        unfinished: Mapping[str, MultipartUpload],
+        counter: ProgressCounter,
     ) -> None:
-        self._server, self._path, self._there, self._begun = server, path, there, taken_up
-        self._tally = tally
-        self._senders = ThreadPoolExecutor(server.connections)
-        self._finishers = ThreadPoolExecutor(server.connections)
-        self._room = threading.Semaphore(MEMORY // PART)
-        self._waiting: deque[Future[Any]] = deque()
-        self._free: list[bytearray] = []  # memory that is used for the first time is slow
+        self._client, self._path, self._stored, self._unfinished = client, path, stored, unfinished
+        self._counter = counter
+        self._senders = ThreadPoolExecutor(client.connections)
+        self._finishers = ThreadPoolExecutor(client.connections)
+        self._memory = threading.Semaphore(MEMORY // PART)
+        self._pending: deque[Future[Any]] = deque()
+        self._free: list[bytearray] = []  # reused buffers: newly allocated memory is slow on first use
 
     def __enter__(self) -> S3Upload:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            while error is None and self._waiting:
-                self._waiting.popleft().result()
+            while error is None and self._pending:
+                self._pending.popleft().result()
         finally:
             for pool in (self._senders, self._finishers):
                 pool.shutdown(cancel_futures=True)
 
-    def file(self, piece: UploadFile) -> None:
-        """Send a file; return when it is read.
+    def send_file(self, item: UploadFile) -> None:
+        """Start the upload of a file; return when the file is read.
 
         Raises:
-            UserError: it is not what its manifest says, or an earlier one could not be sent.
+            UserError: the file differs from its manifest, or an earlier file could not be sent.
         """
-        with piece.source.open("rb", buffering=0) as reader:
+        with item.source.open("rb", buffering=0) as reader:
             before = os.fstat(reader.fileno())
-            digest = new_digest(piece.file)
+            digest = new_digest(item.file)
 
             def verify() -> None:
                 after = os.fstat(reader.fileno())
                 if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                    raise source_changed_error(piece, "written to while it was read")
-                if format_digest(digest) != piece.file.hash:
-                    raise source_changed_error(piece, "other bytes")
+                    raise source_changed_error(item, "modified while it was read")
+                if format_digest(digest) != item.file.hash:
+                    raise source_changed_error(item, "different content")
 
-            if piece.file.bytes <= WHOLE:
-                data = self._read(reader, piece.file.bytes, digest, verify)
-                self._later(self._senders.submit(self._put, piece.file, data))
+            if item.file.bytes <= MAX_SINGLE:
+                data = self._read(reader, item.file.bytes, digest, verify)
+                self._add_pending(self._senders.submit(self._put, item.file, data))
             else:
-                self._parts(piece.file, reader, digest, verify)
+                self._send_parts(item.file, reader, digest, verify)
 
     def _read(
         self, reader: Any, size: int, digest: Any, verify: Callable[[], None] = lambda: None
     ) -> bytearray:
-        """Read so many bytes, or less at the end of the file, once there is room for them in memory."""
-        self._take(size)
+        """Read `size` bytes, or fewer at the end of the file, once enough buffer memory is free."""
+        self._acquire_memory(size)
         try:
-            data, done = self._memory(size), 0
+            data, done = self._buffer(size), 0
             with memoryview(data) as view:
                 while done < size and (got := reader.readinto(view[done:])):
                     done += got
@@ -178,125 +177,138 @@ class S3Upload:
             digest.update(data)
             verify()
         except BaseException:
-            self._give(size)
+            self._release_memory(size)
             raise
         return data
 
-    def _memory(self, size: int) -> bytearray:
-        """Return so many bytes, where they are if an old bytearray has to be cut or to grow but little."""
+    def _buffer(self, size: int) -> bytearray:
+        """Return a buffer of `size` bytes, reusing an old one unless it would have to grow a lot."""
         if self._free and size > 2 * len(self._free[-1]):
             self._free.clear()
         try:
             data = self._free.pop()
             del data[size:]
             data.extend(bytes(size - len(data)))
-        except (IndexError, BufferError):  # BufferError: an error that is not forgotten yet looks at it
+        except (IndexError, BufferError):  # BufferError: a traceback still holds a view of the buffer
             data = bytearray(size)
         return data
 
     def _put(self, file: File, data: bytearray) -> None:
+        """Send a file in one request."""
         path = f"{self._path}/{file.path}"
         try:
-            self._server.put(path, data, new=file.path not in self._there, file=file)
+            self._client.put(path, data, new=file.path not in self._stored, file=file)
         except PreconditionFailed:
-            self._by_another(path, file)
+            self._accept_existing(path, file)
         finally:
-            self._give(len(data), data)
-        self._tally(file.bytes, f"sending {file.path}")
+            self._release_memory(len(data), data)
+        self._counter(file.bytes, f"sending {file.path}")
 
-    def _parts(self, file: File, reader: Any, digest: Any, verify: Callable[[], None]) -> None:
-        server = self._server
-        at = server.at(f"{self._path}/{file.path}")
-        size = max(PART, -(-file.bytes // PARTS >> 20 << 20))  # whole MiB
-        begun = self._begun.get(file.path)
-        if begun is None:
-            begun = server.request(f"beginning {file.path}", lambda: self._begin(at, file))
+    def _send_parts(self, file: File, reader: Any, digest: Any, verify: Callable[[], None]) -> None:
+        """Send a file as a multipart upload."""
+        client = self._client
+        params = client.object_params(f"{self._path}/{file.path}")
+        size = max(PART, -(-file.bytes // MAX_PARTS >> 20 << 20))  # whole MiB
+        upload = self._unfinished.get(file.path)
+        if upload is None:
+            upload = client.request(f"starting the upload of {file.path}", lambda: self._create(params, file))
         parts = []
         for number, start in enumerate(range(0, file.bytes, size), 1):
             data = self._read(reader, min(size, file.bytes - start), digest)
-            parts.append(self._senders.submit(self._part, at, file, begun, number, data))
-            self._later(parts[-1])
-        verify()  # else nothing is put together, and the parts are found and replaced by the next try
-        self._later(self._finishers.submit(self._finish, at, file, begun, parts))
+            parts.append(self._senders.submit(self._send_part, params, file, upload, number, data))
+            self._add_pending(parts[-1])
+        verify()  # on failure the upload is not completed; the next attempt finds and replaces its parts
+        self._add_pending(self._finishers.submit(self._complete, params, file, upload, parts))
 
-    def _begin(self, at: dict[str, str], file: File) -> MultipartUpload:
-        more = {"ChecksumAlgorithm": "CRC32"} if self._server.checksums else {}
-        made = self._server.client.create_multipart_upload(**at, Metadata={HASH: file.hash}, **more)
-        check_response(made, has="UploadId")
-        return MultipartUpload(made["UploadId"])
+    def _create(self, params: dict[str, str], file: File) -> MultipartUpload:
+        """Create a multipart upload on the server."""
+        algorithm = {"ChecksumAlgorithm": "CRC32"} if self._client.checksums else {}
+        response = self._client.client.create_multipart_upload(
+            **params, Metadata={HASH: file.hash}, **algorithm
+        )
+        check_response(response, field="UploadId")
+        return MultipartUpload(response["UploadId"])
 
-    def _part(
-        self, at: dict[str, str], file: File, begun: MultipartUpload, number: int, data: bytearray
+    def _send_part(
+        self, params: dict[str, str], file: File, upload: MultipartUpload, number: int, data: bytearray
     ) -> dict[str, Any]:
-        """Send a part, unless it is there; return how the server knows it."""
-        server, size = self._server, len(data)
+        """Send a part unless the server has it; return its entry for completing the upload."""
+        client, size = self._client, len(data)
 
         def send() -> dict[str, Any]:
-            sums = server.sums(data)
-            answer = server.client.upload_part(
-                **at, UploadId=begun.upload, PartNumber=number, Body=data, **sums
+            checksum = client.checksum(data)
+            response = client.client.upload_part(
+                **params, UploadId=upload.upload_id, PartNumber=number, Body=data, **checksum
             )
-            check_response(answer, sums)
-            return {name: answer[name] for name in ("ETag", *sums) if name in answer}
+            check_response(response, checksum)
+            return {name: response[name] for name in ("ETag", *checksum) if name in response}
 
         try:
-            there = begun.etags.get(number)
-            if there and there == hashlib.md5(data, usedforsecurity=False).hexdigest():
-                return {"PartNumber": number, "ETag": f'"{there}"'}
-            return {"PartNumber": number, **server.request(f"sending {file.path}", send)}
+            etag = upload.etags.get(number)
+            if etag and etag == hashlib.md5(data, usedforsecurity=False).hexdigest():
+                return {"PartNumber": number, "ETag": f'"{etag}"'}
+            return {"PartNumber": number, **client.request(f"sending {file.path}", send)}
         except UserError:
-            if begun.taken_up:
-                # It may be what is broken, for ever: the next try begins anew. Where the server is away, or
-                # the login not good any more, it stays.
+            if upload.resumed:
+                # The resumed upload itself may be broken on the server, so drop it: the next attempt starts a
+                # new one. If the server is unreachable or the credentials expired, this fails and it is kept.
                 with contextlib.suppress(Exception):
-                    server.client.abort_multipart_upload(**at, UploadId=begun.upload)
+                    client.client.abort_multipart_upload(**params, UploadId=upload.upload_id)
             raise
-        except NotFound:  # put together, or swept, by another; what there is is looked at in the end
+        except NotFound:  # completed or aborted by another process; the object is checked at the end
             return {"PartNumber": number, "ETag": ""}
         finally:
             try:
-                self._tally(size, f"sending {file.path}")  # before there is room to read on
+                self._counter(size, f"sending {file.path}")  # before the memory is free for the next read
             finally:
-                self._give(size, data)
+                self._release_memory(size, data)
 
-    def _finish(
-        self, at: dict[str, str], file: File, begun: MultipartUpload, parts: list[Future[dict[str, Any]]]
+    def _complete(
+        self,
+        params: dict[str, str],
+        file: File,
+        upload: MultipartUpload,
+        parts: list[Future[dict[str, Any]]],
     ) -> None:
-        server, path = self._server, f"{self._path}/{file.path}"
-        told = {"Parts": [part.result() for part in parts]}
-        new = file.path not in self._there
+        """Complete a multipart upload once all its parts are sent."""
+        client, path = self._client, f"{self._path}/{file.path}"
+        entries = {"Parts": [part.result() for part in parts]}
+        new = file.path not in self._stored
 
         def complete() -> None:
-            only = {"IfNoneMatch": "*"} if new and server.conditional else {}
-            words = {"UploadId": begun.upload, "MultipartUpload": told, **only}
-            check_response(server.client.complete_multipart_upload(**at, **words))
+            condition = {"IfNoneMatch": "*"} if new and client.conditional_writes else {}
+            response = client.client.complete_multipart_upload(
+                **params, UploadId=upload.upload_id, MultipartUpload=entries, **condition
+            )
+            check_response(response)
 
         try:
-            server.conditionally(f"completing {file.path}", complete, new)
+            client.conditional_request(f"completing {file.path}", complete, new)
         except (NotFound, PreconditionFailed):
-            self._by_another(path, file)
+            self._accept_existing(path, file)
 
-    def _by_another(self, path: str, file: File) -> None:
-        """Accept an object that another upload, or a try of ours whose answer was lost, has put there."""
-        if not self._server.has_hash(path, file):
-            raise overwritten_error(self._server, path)
+    def _accept_existing(self, path: str, file: File) -> None:
+        """Accept an object written by another upload, or by a request of ours whose response was lost."""
+        if not self._client.has_hash(path, file):
+            raise overwritten_error(self._client, path)
 
-    def _later(self, future: Future[Any]) -> None:
-        """Look at what has ended, and note one more that has to."""
-        self._waiting.append(future)
-        while self._waiting and self._waiting[0].done():
-            self._waiting.popleft().result()
+    def _add_pending(self, future: Future[Any]) -> None:
+        """Add a request to wait for, and raise the errors of requests that have ended."""
+        self._pending.append(future)
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
 
-    def _take(self, size: int) -> None:
-        # Only the caller's thread takes, so that it cannot hold some and wait for ever for the rest.
-        for _ in range(_units(size)):
-            self._room.acquire()
+    def _acquire_memory(self, size: int) -> None:
+        # Called by the reading thread only, so that two readers cannot deadlock with half of it each.
+        for _ in range(_memory_units(size)):
+            self._memory.acquire()
 
-    def _give(self, size: int, memory: bytearray | None = None) -> None:
-        if memory is not None:
-            self._free.append(memory)
-        self._room.release(_units(size))
+    def _release_memory(self, size: int, buffer: bytearray | None = None) -> None:
+        if buffer is not None:
+            self._free.append(buffer)
+        self._memory.release(_memory_units(size))
 
 
-def _units(size: int) -> int:
+def _memory_units(size: int) -> int:
+    """Return the number of semaphore units, of PART bytes each, for `size` bytes."""
     return max(1, min(-(-size // PART), MEMORY // PART))

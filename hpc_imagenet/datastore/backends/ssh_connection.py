@@ -1,8 +1,8 @@
-"""How a host behind ssh is asked, by ssh and rsync, which `sh` calls: again while the connection breaks.
+"""Commands on a host behind ssh: ssh and rsync, called through `sh` and retried on connection errors.
 
-How to reach the host (port, keys, jump hosts, shared connections) stands in ~/.ssh/config, or RSYNC_RSH names
-another command; nothing of it is a setting here, and no password is asked for. The other side needs a POSIX
-shell and rsync.
+Port, keys, jump hosts and shared connections are set in ~/.ssh/config, or RSYNC_RSH names another command.
+This package has no settings for them and never prompts for a password. The host needs a POSIX shell and
+rsync.
 Sources: rsync(1), "--info=progress2", "EXIT VALUES"; ssh(1), "EXIT STATUS".
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import re
 import shlex
 import time
@@ -18,42 +17,40 @@ from collections.abc import Callable
 from typing import Any
 
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.retry import Retry
 
 log = logging.getLogger(__name__)
 
-PAUSE = 1.0  # s before the second try of a connection that broke, twice as long before each further one …
-LONGEST = 20.0  # … up to this
-TRIES = 7  # in a row without a byte more: about a minute in all
-FIRST_TRIES = 3  # to reach a host that was not reached yet
+FIRST_WAIT = 1.0  # s before the first retry; doubled before each further one …
+LONGEST_WAIT = 20.0  # … up to this
+MAX_FAILURES = 7  # in a row without progress: about a minute in total
 TIMEOUT = 60  # s without a byte
 
 _URL = re.compile(r"((?:[^@:/]+@)?[^@:/][^@:/]*):(?!:|[^/]*@)(.+)", re.DOTALL)
-# Nobody is there to be asked, and a connection that is dead without a word ends within a minute.
+# Never prompt for a password, and detect a dead connection within a minute.
 _SSH = "ssh -o BatchMode=yes -o ConnectTimeout=60 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _PROGRESS = re.compile(rb"^ *(\d+) +\d+%", re.MULTILINE)
-_BROKEN = {10, 12, 30, 35, 255}  # rsync's and ssh's codes for a connection that failed or ended
-_FOR_GOOD = ("Permission denied", "verification failed", "Could not resolve", "No space left", "quota")
+_CONNECTION_ERRORS = {10, 12, 30, 35, 255}  # exit codes of rsync and ssh for a failed or lost connection
+_PERMANENT = ("Permission denied", "verification failed", "Could not resolve", "No space left", "quota")
 
 
 class SshConnection:
-    """A host, and a folder there.
+    """A host and a root folder on it.
 
     Args:
         url: user@host:/path or host:path.
 
     Attributes:
-        root: the folder, as a shell over there takes it.
+        root: the root folder, as the remote shell takes it.
 
     Raises:
-        UserError: the url has another form, or ssh or rsync is missing here.
+        UserError: the URL has another form, or ssh or rsync is missing on this machine.
     """
 
     def __init__(self, url: str) -> None:
         match = _URL.fullmatch(url)
         if match is None or match[1].startswith("-") or "\n" in url:
-            raise UserError(
-                "datastore.url is no user@host:/path: a password, a port and :: have no place in it"
-            )
+            raise UserError("datastore.url must be user@host:/path, without a password, a port or ::")
         self.url = url.rstrip("/")
         self._host = match[1]
         self.root = match[2].removeprefix("~/").rstrip("/") or ("/" if match[2].startswith("/") else ".")
@@ -62,60 +59,70 @@ class SshConnection:
 
         self._errors: Any = sh.ErrorReturnCode
         shell = os.environ.get("RSYNC_RSH") or _SSH
-        command, *words = shlex.split(shell)
+        command, *options = shlex.split(shell)
         try:
-            self._ssh: Any = sh.Command(command).bake(*words, self._host)
-            # -s: names arrive as they are, whatever the shell over there makes of spaces.
+            self._ssh: Any = sh.Command(command).bake(*options, self._host)
+            # -s: file names are not interpreted by the remote shell.
             self._rsync: Any = sh.Command("rsync").bake(
                 "-rtLs", "--no-h", f"--timeout={TIMEOUT}", "--info=progress2", "-e", shell
             )
         except sh.CommandNotFound as error:
             raise UserError(
-                f"datastore.url={url} needs {error} here: install openssh-client and rsync"
+                f"datastore.url={url}: {error} is missing on this machine: install openssh-client and rsync"
             ) from None
 
-    def at(self, path: str) -> str:
-        """Return where `path` is over there."""
+    def remote_path(self, path: str) -> str:
+        """Return the path of `path` on the host."""
         return f"{self.root.rstrip('/')}/{path}"
 
-    def there(self, path: str) -> str:
-        """Return the same as rsync takes it."""
-        return f"{self._host}:{self.at(path)}"
+    def rsync_path(self, path: str) -> str:
+        """Return `host:path` of `path` for rsync."""
+        return f"{self._host}:{self.remote_path(path)}"
 
-    def run(self, script: str, *words: str, data: bytes = b"") -> bytes:
-        """Run a script over there; return what it prints.
+    def run(self, script: str, *arguments: str, data: bytes = b"") -> bytes:
+        """Run a script on the host and return its standard output.
 
         Args:
-            script: for sh. A connection may break when it has ended, and then it is run once more.
-            words: its $1, $2 …
-            data: its standard input. It ends early where the connection breaks.
+            script: for sh. It must be safe to run twice: the connection may break after it has ended, and
+                then it is run again.
+            arguments: its $1, $2 …
+            data: its standard input. It is truncated if the connection breaks.
         """
-        # The login shell over there may be no POSIX shell.
-        command = shlex.join(["exec", "sh", "-c", script, "sh", *words])
-        done = self._again("asking", lambda _: self._ssh(command, _in=data, _return_cmd=True))
+        # The user's login shell may not be a POSIX shell.
+        command = shlex.join(["exec", "sh", "-c", script, "sh", *arguments])
+        done = self._retry("ssh", lambda _: self._ssh(command, _in=data, _return_cmd=True))
         return bytes(done.stdout)
 
-    def rsync(self, what: str, words: list[str], tell: Callable[[int], None] = lambda done: None) -> None:
-        """Run rsync; `tell` gets the bytes that are done."""
-        env = {**os.environ, "LC_ALL": "C"}
-        self._again(what, lambda out: self._rsync(*words, _out=out, _out_bufsize=0, _env=env), tell)
+    def rsync(
+        self, step: str, arguments: list[str], progress: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """Run rsync.
 
-    def _again(
-        self, what: str, call: Callable[[Any], Any], tell: Callable[[int], None] = lambda done: None
+        Args:
+            step: name of the transfer for messages, such as "sending".
+            arguments: of rsync.
+            progress: called with the number of bytes done.
+        """
+        env = {**os.environ, "LC_ALL": "C"}
+        self._retry(step, lambda out: self._rsync(*arguments, _out=out, _out_bufsize=0, _env=env), progress)
+
+    def _retry(
+        self, step: str, call: Callable[[Any], Any], progress: Callable[[int], None] = lambda done: None
     ) -> Any:
-        """Call ssh or rsync, and call again while the connection breaks.
+        """Call ssh or rsync, retrying on connection errors.
 
         Raises:
-            UserError: it ended badly, with the line of what it said that tells why.
+            UserError: the command failed; with the line of its standard error that gives the reason.
         """
-        line, furthest, failures = b"", 0, 0
+        line, furthest = b"", 0
+        retry = Retry(FIRST_WAIT, LONGEST_WAIT, MAX_FAILURES)
 
-        def out(chunk: bytes | str) -> None:  # unbuffered, so that progress comes when there is some
-            nonlocal line, furthest, failures
+        def out(chunk: bytes | str) -> None:  # unbuffered, so that progress is reported at once
+            nonlocal line, furthest
             line += chunk.encode() if isinstance(chunk, str) else chunk
-            if (found := _PROGRESS.search(line)) and int(found[1]) > furthest:
-                furthest, failures = int(found[1]), 0
-                tell(furthest)
+            if (match := _PROGRESS.search(line)) and int(match[1]) > furthest:
+                furthest, retry.failures = int(match[1]), 0
+                progress(furthest)
             line = re.split(rb"[\r\n]", line)[-1]
 
         while True:
@@ -124,25 +131,24 @@ class SshConnection:
                 self._reached = True
                 return result
             except self._errors as error:
-                words = _telling(error.stderr) or f"exit code {error.exit_code}"
-                failures += 1
-                if error.exit_code not in _BROKEN or any(said in words for said in _FOR_GOOD):
-                    raise UserError(f"datastore.url={self.url}: {what}: {words}") from None
-                if failures >= (TRIES if self._reached else FIRST_TRIES):
+                reason = _reason(error.stderr) or f"exit code {error.exit_code}"
+                if error.exit_code not in _CONNECTION_ERRORS or any(text in reason for text in _PERMANENT):
+                    raise UserError(f"datastore.url={self.url}: {step}: {reason}") from None
+                wait = retry.failed(self._reached)
+                if wait is None:
                     raise UserError(
-                        f"datastore.url={self.url}: {what}: {words}, {failures} tries in a row; "
-                        "what is there stays: ask again to go on"
+                        f"datastore.url={self.url}: {step} failed {retry.failures} times in a row: {reason}; "
+                        "transferred data is kept: run it again to resume"
                     ) from None
-                wait = min(LONGEST, PAUSE * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)
-                log.warning("%s: %s: %s; again in %.1f s", self.url, what, words, wait)
+                log.warning("%s: %s: %s; retry in %.1f s", self.url, step, reason, wait)
                 time.sleep(wait)
 
 
-def _telling(said: bytes) -> str:
-    """Return the line that says why: the last one, or the one before rsync's own summary."""
-    lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
-    telling = [
+def _reason(stderr: bytes) -> str:
+    """Return the line that gives the reason: the last one, or the one before rsync's own summary."""
+    lines = [line.strip() for line in stderr.decode(errors="replace").splitlines() if line.strip()]
+    specific = [
         line for line in lines if not line.startswith(("rsync error:", "rsync: connection unexpectedly"))
     ]
     full = [line for line in lines if "No space left" in line or "quota" in line]
-    return (full or telling or lines or [""])[-1]
+    return (full or specific or lines or [""])[-1]

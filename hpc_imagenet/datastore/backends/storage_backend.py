@@ -1,8 +1,8 @@
-"""What a place must do so that datastores can live there: a folder, a host behind ssh, a bucket.
+"""The storage backend interface: what a folder, a host behind ssh and an S3 bucket implement for datastores.
 
-All paths are relative to the place and have `/` between: `imagenet/v3/shards/train-000.tar`. A file of a
-version is whole or absent under its name, whatever is killed while it is sent. The rest of this room asks
-for nothing but what stands here, so that versions mean the same everywhere.
+All paths are relative to the backend's root and use `/`: `imagenet/v3/shards/train-000.tar`. A file of a
+version is complete or absent under its name, even if an upload is killed. The rest of the package uses only
+this interface, so that versions behave the same on every backend.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,129 +23,133 @@ from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
 
-if TYPE_CHECKING:  # it needs packages that a look-up does not
+if TYPE_CHECKING:  # imports packages that listing versions does not need
     from hpc_imagenet.datastore.reader.shard_reader import ShardReader
 
 BLOCK = 2 << 20  # bytes read at a time
 
-VERSION = re.compile(r"v[1-9][0-9]{0,8}")  # the folder of one
-Tell = Callable[[int, str], None]  # bytes that are done, a word about what is done now
+VERSION = re.compile(r"v[1-9][0-9]{0,8}")  # folder name of a version
+ProgressCallback = Callable[[int, str], None]  # (bytes done so far, current step)
 
-_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_NO_ACCESS_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 @dataclass(frozen=True)
 class UploadFile:
-    """One file to send: where it lies, and what and where it shall be (`file.path` within the version)."""
+    """One file to upload: its source, and its size, hash and path within the version (`file`)."""
 
     source: Path
     file: File
-    link: bool = False  # whether a hard link may do
+    link: bool = False  # whether a hard link to the source is allowed
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file that is there."""
+    """Size and modification time of a stored file."""
 
     bytes: int
-    modified: float  # s since 1970, by the clock over there
+    modified: float  # s since 1970, by the storage's clock
 
 
 @dataclass
 class UploadStats:
-    """Bytes, by how they came to be in the version."""
+    """Uploaded bytes, by how they were stored."""
 
     copied: int = 0
-    linked: int = 0  # with the source
-    reused: int = 0  # of an older version, without being sent
-    kept: int = 0  # were there already
+    linked: int = 0  # hard links to the source
+    reused: int = 0  # linked or copied from an older version, without a transfer
+    kept: int = 0  # already stored
 
     @property
     def total(self) -> int:
-        """All bytes that are there and verified."""
+        """Bytes stored and verified."""
         return self.copied + self.linked + self.reused + self.kept
 
 
 @dataclass(frozen=True)
 class Reusable:
-    """What need not be read, or not be sent.
+    """Files that need not be read or transferred again.
 
-    `written` is when the manifest that vouches for the sources was written, s since 1970. `older` has the
-    paths, within the place, of files of complete versions. `vouched` has the paths, within the version, of
-    files that were proved there before and have not been touched since.
+    Attributes:
+        manifest_time: when the manifest with the sources' hashes was written, s since 1970. Sources that
+            are older are not hashed again before they are linked.
+        older: paths within the backend of files of complete versions, by size and hash (with an empty path).
+        verified: paths within the version of files that were verified earlier and not modified since.
     """
 
-    written: float
-    older: Mapping[File, Sequence[str]] = field(default_factory=dict)  # by bytes and hash, with no path
-    vouched: frozenset[str] = frozenset()
+    manifest_time: float
+    older: Mapping[File, Sequence[str]] = field(default_factory=dict)
+    verified: frozenset[str] = frozenset()
 
 
 class StorageBackend(Protocol):
-    """Where datastores live.
+    """Storage that holds datastores.
 
     Raises:
-        UserError: it cannot be reached or is forbidden; from any method.
-        OSError: of a folder; see `told`.
+        UserError: the storage cannot be reached or access is denied; from any method.
+        OSError: from a folder; see `explain_os_errors`.
     """
 
     url: str
-    folder: Path | None  # where jobs can open the files; None: nowhere
+    folder: Path | None  # folder where jobs can open the files; None: files cannot be opened
 
     def versions(self, name: str | None = None) -> list[str]:
-        """Return the paths of all versions that were ever begun, of one datastore or of all."""
+        """Return the paths of all versions ever started, of one datastore or of all."""
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """Return the bytes of those of the small files that are there."""
+        """Return the contents of the small files that exist, by path."""
 
     def files(self, path: str) -> dict[str, StoredFile]:
-        """Return all files below `path`, hidden ones too, by their paths relative to it."""
+        """Return all files below `path`, including hidden ones, by their paths relative to it."""
 
     def claim(self, path: str, name: str, data: bytes) -> bool:
-        """Make the folder `path` with the file `name` in it; False where another was faster."""
+        """Create the folder `path` with the file `name`; False if another process created it first."""
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a small file, whole or not at all, unless it is there; False where it was."""
+        """Write a small file atomically; False if it exists already."""
 
     def remove(self, paths: Sequence[str]) -> None:
-        """Remove files; those that are not there are no trouble."""
+        """Remove files; missing ones are ignored."""
 
     def remove_partial(self, path: str) -> None:
-        """Remove what uploads that were cut off have left of half-sent files below `path`."""
+        """Remove partly written files that interrupted uploads left below `path`."""
 
     def delete_all(self, path: str, keep: str) -> None:
-        """Remove all that is below `path`, half-sent files too, but for the file `keep`."""
+        """Remove everything below `path`, including partly written files, except the file `keep`."""
 
     def lock(self, path: str, waiting: Callable[[], None]) -> AbstractContextManager[None]:
-        """Hold the only right to send what the lock `path` stands for, where the place has locks.
+        """Hold the exclusive lock `path` while uploading, if the backend has locks.
 
-        Calls `waiting` once where another process holds it, then waits. Places without locks take the same
-        file from several senders at once, and keep one.
+        Calls `waiting` once if another process holds the lock, then waits. Backends without locks accept the
+        same file from several uploads at once, and keep one.
         """
 
-    def send(self, pieces: Sequence[UploadFile], path: str, known: Reusable, tell: Tell) -> UploadStats:
-        """Bring all pieces into the version's folder `path`; what is there already, by its hash, stays.
+    def send(
+        self, items: Sequence[UploadFile], path: str, reusable: Reusable, progress: ProgressCallback
+    ) -> UploadStats:
+        """Upload files to the version's folder `path`; stored files with the right hash are kept.
 
         Raises:
-            UserError: a source is missing or is not what its manifest says, or there is no room.
+            UserError: a source is missing or differs from its manifest, or there is not enough space.
         """
 
-    def fetch(self, path: str, file: File, target: Path, tell: Callable[[int], None]) -> None:
-        """Bring the file at `path` to `target`, whole and with the hash of `file`, or not at all.
+    def fetch(self, path: str, file: File, target: Path, progress: Callable[[int], None]) -> None:
+        """Download the file at `path` to `target`, atomically and with its hash verified.
 
-        Until it is whole it lies beside the target, as `.<name>.part`. What an earlier try has left there is
-        used where sending costs more than reading: a folder begins anew.
+        Until it is complete it is stored beside the target as `.<name>.part`. A partial file of an earlier
+        attempt is resumed if transferring costs more than reading; a folder starts over.
 
         Raises:
-            UserError: it is missing, or its bytes are not what `file` says.
+            UserError: the file is missing, or its hash is not that of `file`.
         """
 
-    def hash(self, path: str, file: File, tell: Callable[[int], None]) -> str | None:
-        """Read the file at `path` and return its hash, in the form of `file.hash`; None without one."""
+    def hash(self, path: str, file: File, progress: Callable[[int], None]) -> str | None:
+        """Read the file at `path` and return its hash, by the algorithm of `file.hash`; None if missing."""
 
 
 @runtime_checkable
 class SupportsRangeReads(Protocol):
-    """A place without files to open that still reads a few bytes of a large file in a moment."""
+    """A backend without local files that can still read a few bytes of a large file quickly."""
 
     def shards(self, path: str, shards: Sequence[File]) -> ShardReader:
         """Return a reader of the shards of the version at `path`."""
@@ -154,104 +157,107 @@ class SupportsRangeReads(Protocol):
 
 @runtime_checkable
 class SupportsBatchFetch(Protocol):
-    """A place where many files come faster together than one by one."""
+    """A backend that downloads many files faster together than one by one."""
 
-    def fetch_all(self, path: str, files: Sequence[File], folder: Path, tally: ProgressCounter) -> None:
-        """Bring files of the version at `path` to their paths in `folder`, each as `Place.fetch` does.
+    def fetch_all(self, path: str, files: Sequence[File], folder: Path, counter: ProgressCounter) -> None:
+        """Download files of the version at `path` to their paths in `folder`, as `StorageBackend.fetch` does.
 
-        What an earlier try has brought is used.
+        Files of an earlier attempt are reused.
         """
 
 
-class _Ended(Exception):
-    """Nobody waits for what is read."""
+class _Stopped(Exception):
+    """The caller was interrupted: stop reading."""
 
 
 class ProgressCounter:
-    """Tells of the bytes of many files that are read at once, as one number that grows."""
+    """Sum of the bytes of several files that are processed in parallel, reported as one growing number."""
 
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
+    def __init__(self, progress: ProgressCallback) -> None:
+        self._progress = progress
         self._lock = threading.Lock()
         self._done = 0
-        self._ended = False
+        self._stopped = False
 
     @contextlib.contextmanager
     def threads(self, number: int) -> Iterator[ThreadPoolExecutor]:
-        """Return threads that count here; an interrupt lets them end with a block, an error with a file."""
+        """Return a thread pool that counts here.
+
+        After an interrupt its threads stop at their next block, after an error at the end of their file.
+        """
         with ThreadPoolExecutor(number) as pool:
             try:
                 yield pool
             except BaseException as error:
-                self._ended = not isinstance(error, Exception)
+                self._stopped = not isinstance(error, Exception)
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def __call__(self, more: int, note: str) -> None:
+    def __call__(self, more: int, step: str) -> None:
         """Count `more` bytes."""
-        if self._ended:
-            raise _Ended
+        if self._stopped:
+            raise _Stopped
         with self._lock:
             self._done += more
-            self._tell(self._done, note)
+            self._progress(self._done, step)
 
-    def of(self, note: str) -> Callable[[int], None]:
-        """Return what is told how many bytes of one file are done."""
+    def for_file(self, step: str) -> Callable[[int], None]:
+        """Return a callback that takes the number of bytes done of one file."""
         before = 0
 
-        def told(done: int) -> None:
+        def count(done: int) -> None:
             nonlocal before
-            self(done - before, note)
+            self(done - before, step)
             before = done
 
-        return told
+        return count
 
 
 def fetch_files(
-    place: StorageBackend,
+    backend: StorageBackend,
     path: str,
     files: Sequence[File],
     folder: Path,
     threads: int,
-    tally: ProgressCounter,
+    counter: ProgressCounter,
 ) -> None:
-    """Bring files of the version at `path` to `folder`, several at a time; see `Place.fetch`."""
+    """Download files of the version at `path` to `folder`, in parallel; see `StorageBackend.fetch`."""
     for parent in {(folder / file.path).parent for file in files}:
         parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(place, SupportsBatchFetch):
-        place.fetch_all(path, files, folder, tally)
+    if isinstance(backend, SupportsBatchFetch):
+        backend.fetch_all(path, files, folder, counter)
         return
 
-    def one(file: File) -> None:
-        place.fetch(f"{path}/{file.path}", file, folder / file.path, tally.of(file.path))
+    def fetch(file: File) -> None:
+        backend.fetch(f"{path}/{file.path}", file, folder / file.path, counter.for_file(file.path))
 
-    with tally.threads(threads) as pool:
-        for _ in pool.map(one, files):
+    with counter.threads(threads) as pool:
+        for _ in pool.map(fetch, files):
             pass
 
 
 def new_digest(file: File) -> Any:
-    """Return a new hash of the algorithm that the manifest has for `file`.
+    """Return a new hashlib object for the algorithm of `file.hash`.
 
     Raises:
-        UserError: it is one that nobody here computes.
+        UserError: the algorithm is neither md5 nor sha256.
     """
     algorithm = file.hash.partition(":")[0]
     if algorithm not in ("md5", "sha256"):
-        raise UserError(f"{file.path}: the manifest gives {file.hash!r} as its hash, not md5:… or sha256:…")
+        raise UserError(f"{file.path}: unknown hash {file.hash!r} in the manifest, not md5:… or sha256:…")
     return hashlib.new(algorithm, usedforsecurity=False)
 
 
 def format_digest(digest: Any) -> str:
-    """Return a hash as a manifest has it."""
+    """Return a hash in the manifest's format, `algorithm:hexdigest`."""
     return f"{digest.name}:{digest.hexdigest()}"
 
 
 class ThreadedHash:
-    """The hash of a file, by a thread of its own while others read and write. Use as a context.
+    """The hash of a file, computed in its own thread in parallel to I/O. Use as a context manager.
 
     Raises:
-        UserError: the manifest's hash of `file` is of a kind that nobody here computes.
+        UserError: `file.hash` is neither md5 nor sha256.
     """
 
     def __init__(self, file: File) -> None:
@@ -266,100 +272,92 @@ class ThreadedHash:
         self._thread.shutdown()
 
     def add(self, block: memoryview) -> None:
-        """Hash the next bytes, which must stay as they are until `wait` returns."""
+        """Hash the next bytes; `block` must not change until `wait` returns."""
         self._last = self._thread.submit(self._digest.update, block)
 
     def wait(self) -> None:
-        """Wait until all is hashed that was added."""
+        """Wait until all added blocks are hashed."""
         if self._last is not None:
             self._last.result()
 
     def digest(self) -> str:
-        """Return the hash in the form of the manifest's."""
+        """Return the hash in the manifest's format."""
         self.wait()
         return format_digest(self._digest)
 
 
-def read_through(
+def hash_blocks(
     reader: IO[bytes],
     hashing: ThreadedHash,
-    tell: Callable[[int], None],
-    hand_on: Callable[[memoryview], object] = lambda block: None,
+    progress: Callable[[int], None],
+    write: Callable[[memoryview], object] = lambda block: None,
 ) -> int:
-    """Read an unbuffered file to its end, each block hashed while it is handed on; return the bytes."""
+    """Read an unbuffered file to its end; each block is hashed and passed to `write` in parallel.
+
+    Returns:
+        The number of bytes read.
+    """
     done, number = 0, 0
     blocks = [memoryview(bytearray(BLOCK)) for _ in range(2)]
     while got := reader.readinto(blocks[number % 2]):  # type: ignore[attr-defined]
         block = blocks[number % 2][:got]
-        hashing.wait()  # so that the other block is free for the next round
+        hashing.wait()  # so that the other block is free for the next iteration
         hashing.add(block)
-        hand_on(block)
+        write(block)
         done, number = done + got, number + 1
-        tell(done)
+        progress(done)
     hashing.wait()
     return done
 
 
-def read_to_end(
+def read_and_hash(
     reader: IO[bytes],
     file: File,
-    tell: Callable[[int], None],
-    hand_on: Callable[[memoryview], object] = lambda block: None,
+    progress: Callable[[int], None],
+    write: Callable[[memoryview], object] = lambda block: None,
 ) -> str:
-    """Read an unbuffered file to its end and return the hash, in the form of the manifest's."""
+    """Read an unbuffered file to its end and return its hash in the manifest's format."""
     with ThreadedHash(file) as hashing:
-        read_through(reader, hashing, tell, hand_on)
+        hash_blocks(reader, hashing, progress, write)
         return hashing.digest()
 
 
-def hash_file(path: Path, file: File, tell: Callable[[int], None]) -> str:
-    """Return the hash of a file of this machine."""
+def hash_file(path: Path, file: File, progress: Callable[[int], None]) -> str:
+    """Return the hash of a local file, by the algorithm of `file.hash`."""
     with path.open("rb", buffering=0) as reader:
-        return read_to_end(reader, file, tell)
+        return read_and_hash(reader, file, progress)
 
 
-def check_size(piece: UploadFile) -> None:
-    """Refuse a source that is gone or has grown.
+def check_size(item: UploadFile) -> None:
+    """Check that a source exists and has the size in the manifest.
 
     Raises:
-        UserError: it is not what the manifest says.
+        UserError: it is missing or has another size.
     """
     try:
-        found = piece.source.stat().st_size
+        size = item.source.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{piece.source} is missing: +stage=download and +stage=process make it") from None
-    if found != piece.file.bytes:
-        raise source_changed_error(piece, f"{found} bytes instead of {piece.file.bytes}")
-
-
-def require_room(setting: str, needed: int, folder: Path) -> None:
-    """Refuse to begin what a file system has no room for, in bytes; a quota is told when it is met.
-
-    Raises:
-        UserError: it names the setting, what is needed and what is free.
-    """
-    status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
-    if needed > free:
         raise UserError(
-            f"{setting}: {folder} needs {needed / 1e9:.3f} GB more, but {free / 1e9:.3f} GB are free"
-        )
+            f"{item.source} is missing: run +stage=download and +stage=process to create it"
+        ) from None
+    if size != item.file.bytes:
+        raise source_changed_error(item, f"{size} bytes instead of {item.file.bytes}")
 
 
-def source_changed_error(piece: UploadFile, how: str) -> UserError:
-    """Return the error that says so of a source."""
-    return UserError(f"{piece.source} is not what +stage=process saw ({how}): run +stage=process again")
+def source_changed_error(item: UploadFile, how: str) -> UserError:
+    """Return the error for a source that differs from its manifest."""
+    return UserError(f"{item.source} changed after +stage=process ({how}): run +stage=process again")
 
 
 @contextlib.contextmanager
-def explain_os_errors(setting: str, place: str | Path) -> Iterator[None]:
-    """Turn a full disk, or a path that cannot be read or written, into a line that names the setting."""
+def explain_os_errors(setting: str, location: str | Path) -> Iterator[None]:
+    """Turn a full disk, or a path that cannot be read or written, into a UserError that names the setting."""
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL_ERRNOS:
-            raise UserError(f"{setting}: no space left in {place}; free some and ask again") from None
-        if error.errno in _CLOSED:
-            path = error.filename or place
-            raise UserError(f"{setting}: cannot fill {place}: {path}: {error.strerror}") from None
+            raise UserError(f"{setting}: no space left in {location}: free some, then run it again") from None
+        if error.errno in _NO_ACCESS_ERRNOS:
+            path = error.filename or location
+            raise UserError(f"{setting}: cannot read or write {location}: {path}: {error.strerror}") from None
         raise

@@ -1,1 +1,1 @@
-"""Augmentations of a whole batch on its device."""
+"""Augmentation of whole batches on the device."""

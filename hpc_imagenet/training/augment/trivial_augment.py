@@ -1,8 +1,9 @@
-"""TrivialAugment (wide) for a whole batch on its device: each image gets one operation of random strength.
+"""TrivialAugment (wide) of a whole batch on its device: one operation of random strength per image.
 
 Müller and Hutter 2021 (arXiv:2103.10158), with the operations and strengths of torchvision's
-TrivialAugmentWide, which treats one image at a time and waits for the device in between. Here the images of
-an operation are treated together. Geometry is bilinear and black outside, as in torchvision's own recipes.
+TrivialAugmentWide. That one processes single images and synchronises with the device for each; here all
+images with the same operation are processed together. Geometric operations are bilinear with black borders,
+as in torchvision's recipes.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-BINS = 31  # strengths
+BINS = 31  # number of strengths
 GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 BLENDS = ("Brightness", "Color", "Contrast", "Sharpness")
 OPERATIONS = ("Identity", *GEOMETRY, *BLENDS, "Posterize", "Solarize", "AutoContrast", "Equalize")
 
-_GREY = (0.2989, 0.587, 0.114)  # of R, G, B
+_GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B
 _LIMITS = {"ShearX": 0.99, "ShearY": 0.99, "TranslateX": 32.0, "TranslateY": 32.0, "Rotate": 135.0}
 
 Floats = npt.NDArray[np.float64]
 
 
 def trivial_augment(images: Tensor, rows: Floats) -> Tensor:
-    """Return uint8 images [batch, 3, side, side], each after one operation.
+    """Apply a random operation to each image and return uint8 images [batch, 3, side, side].
 
     Args:
-        images: uint8.
+        images: uint8, [batch, 3, side, side].
         rows: random numbers from 0 to 1, [batch, 3]: operation, strength, sign.
     """
     operation = (rows[:, 0] * len(OPERATIONS)).astype(int)
@@ -41,39 +42,48 @@ def trivial_augment(images: Tensor, rows: Floats) -> Tensor:
 
 
 def apply_operation(images: Tensor, operation: npt.NDArray[np.int_], strength: Floats) -> Tensor:
-    """Return each image after `OPERATIONS[operation]` of `strength` (-1 to 1; the sign where it counts)."""
-    done = images.clone()
+    """Apply `OPERATIONS[operation]` of `strength` to each image.
+
+    Args:
+        images: uint8, [batch, 3, side, side].
+        operation: indexes into `OPERATIONS`, [batch].
+        strength: -1 to 1, [batch]; operations without a direction ignore the sign.
+    """
+    result = images.clone()
     geometry = [OPERATIONS.index(name) for name in GEOMETRY]
     groups: list[tuple[npt.NDArray[np.bool_], Callable[[Tensor, npt.NDArray[np.bool_]], Tensor]]] = [
-        (np.isin(operation, geometry), lambda some, of: _move(some, operation[of], strength[of])),
+        (
+            np.isin(operation, geometry),
+            lambda batch, rows: _transform(batch, operation[rows], strength[rows]),
+        ),
     ]
     for number, name in enumerate(OPERATIONS):
         if name in _PIXELS:
             pixels = _PIXELS[name]
-            groups.append((operation == number, lambda some, of, p=pixels: p(some, strength[of])))  # type: ignore[misc]
-    for of, treat in groups:
-        if of.any():
-            where = to_device(np.flatnonzero(of), images.device)
-            done[where] = treat(images[where], of)
-    return done
+            groups.append((operation == number, lambda batch, rows, p=pixels: p(batch, strength[rows])))  # type: ignore[misc]
+    for rows, apply in groups:
+        if rows.any():
+            indexes = to_device(np.flatnonzero(rows), images.device)
+            result[indexes] = apply(images[indexes], rows)
+    return result
 
 
-def _move(images: Tensor, operation: npt.NDArray[np.int_], strength: Floats) -> Tensor:
-    """Shear about the upper left corner, translate or rotate about the centre."""
+def _transform(images: Tensor, operation: npt.NDArray[np.int_], strength: Floats) -> Tensor:
+    """Shear about the upper left corner, translate, or rotate about the centre."""
     side = images.shape[-1]
     names = np.array(OPERATIONS)[operation]
     amount = strength * np.array([_LIMITS[name] for name in names])
-    # Where each point comes from; the centre is 0 and the edges are at -1 and 1.
+    # Maps output points to input points, in coordinates from -1 to 1 with the centre at 0.
     source = np.tile(np.eye(2, 3), (len(names), 1, 1))
     for name, axis in (("ShearX", 0), ("ShearY", 1)):
-        of = names == name
-        source[of, axis, 1 - axis] = source[of, axis, 2] = amount[of]
+        rows = names == name
+        source[rows, axis, 1 - axis] = source[rows, axis, 2] = amount[rows]
     for name, axis in (("TranslateX", 0), ("TranslateY", 1)):
-        of = names == name
-        source[of, axis, 2] = -np.trunc(amount[of]) * 2 / side
-    of = names == "Rotate"
-    angle = amount[of] * math.pi / 180
-    source[of, :, :2] = np.stack(
+        rows = names == name
+        source[rows, axis, 2] = -np.trunc(amount[rows]) * 2 / side
+    rows = names == "Rotate"
+    angle = amount[rows] * math.pi / 180
+    source[rows, :, :2] = np.stack(
         [np.stack([np.cos(angle), -np.sin(angle)], -1), np.stack([np.sin(angle), np.cos(angle)], -1)], 1
     )
     theta = to_device(source.astype(np.float32), images.device)
@@ -82,10 +92,10 @@ def _move(images: Tensor, operation: npt.NDArray[np.int_], strength: Floats) -> 
         return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
-def _blend(images: Tensor, poor: Tensor, strength: Floats) -> Tensor:
-    """Return what lies between the images and their poor versions, or beyond the images."""
+def _blend(images: Tensor, degraded: Tensor, strength: Floats) -> Tensor:
+    """Interpolate between degraded images and the originals, or extrapolate beyond the originals."""
     factor = to_device((1 + 0.99 * strength).astype(np.float32), images.device)[:, None, None, None]
-    return (poor + factor * (images.float() - poor)).clamp(0, 255).to(torch.uint8)
+    return (degraded + factor * (images.float() - degraded)).clamp(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -94,7 +104,7 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _blurred(images: Tensor) -> Tensor:
-    """Return the mean of 3x3 points with the middle one weighing 5 of 13; edges as they are."""
+    """Blur with a 3x3 filter of weights 1, and 5 in the centre; border pixels are not changed."""
     exact = images.float()
     blurred = exact.clone()
     with torch.autocast(images.device.type, enabled=False):
@@ -104,14 +114,14 @@ def _blurred(images: Tensor) -> Tensor:
 
 
 def _posterize(images: Tensor, strength: Floats) -> Tensor:
-    """Keep 8 to 2 bits."""
+    """Keep the highest 8 to 2 bits."""
     bits = 8 - np.rint(np.abs(strength) * 6).astype(np.int64)
     mask = to_device((255 << (8 - bits) & 255).astype(np.uint8), images.device)
     return images & mask[:, None, None, None]
 
 
 def _solarize(images: Tensor, strength: Floats) -> Tensor:
-    """Invert what is as bright as the threshold."""
+    """Invert pixels at or above the threshold."""
     threshold = to_device((255 * (1 - np.abs(strength))).astype(np.float32), images.device)
     return torch.where(images >= threshold[:, None, None, None], 255 - images, images)
 
@@ -131,6 +141,6 @@ _PIXELS: dict[str, Callable[[Tensor, Floats], Tensor]] = {
 
 
 def to_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """Return `values` on the device, without waiting for it."""
+    """Copy `values` to the device without synchronising with it."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

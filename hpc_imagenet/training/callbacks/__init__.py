@@ -1,1 +1,1 @@
-"""Lightning callbacks: checkpoints, progress, bottleneck report."""
+"""Lightning callbacks: checkpoints, progress and the bottleneck report."""

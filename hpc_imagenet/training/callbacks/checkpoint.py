@@ -1,7 +1,7 @@
-"""What is decided between two steps, by all ranks alike: save, stop, or give up on a loss that is no number.
+"""Decisions between steps, agreed on by all ranks: save a checkpoint, stop, or abort on a non-finite loss.
 
-Every rank has its own clock, its own signals and its own loss. One tiny reduction a step makes them agree, on
-the CPU, so that no GPU is waited for.
+Clocks, signals and losses differ between ranks, so one small all-reduce per step makes them agree. It runs on
+the CPU and therefore does not wait for the GPU.
 """
 
 from __future__ import annotations
@@ -24,74 +24,75 @@ from hpc_imagenet.errors import EXIT_REQUEUE, Preempted, UserError, first_line
 from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.training.callbacks.checkpoint_file import LAST
-from hpc_imagenet.training.distributed import PATIENCE, out_of_memory
+from hpc_imagenet.training.distributed import COLLECTIVE_TIMEOUT, out_of_memory
 
-LOOK_EVERY = 50  # steps between two looks at a loss on a GPU: each makes the CPU wait for it
-NEVER = 2**31 - 1
-FAREWELL = 60.0  # s that a task which has failed among others may take to end
+LOSS_CHECK_INTERVAL = 50  # steps between two checks of the loss on a GPU: each synchronizes with it
+NEVER = 2**31 - 1  # step number meaning that all losses were finite
+EXIT_TIMEOUT = 60.0  # s that a failed task may take to exit if there are other tasks
 
 
 class CheckpointCallback(pl.Callback):
-    """Saves `last.ckpt` at every epoch's end, every so many minutes and when asked to stop.
+    """Saves `last.ckpt` at the end of every epoch, at regular intervals, and before stopping on a signal.
 
     Args:
-        folder: of the checkpoints.
-        asked: whether this rank was asked to stop.
-        every: s between two checkpoints within an epoch.
-        identity: what a later attempt must find the same, as plain values; see `checkpoint.differing`.
-        names: of the images of a step, in all ranks.
-        writes: whether this rank writes into the run's folder.
+        folder: folder of the checkpoints.
+        stop_signal: stop signal of this rank.
+        interval: time between two checkpoints within an epoch, s.
+        identity: settings that a later attempt must share; see `checkpoint_file.identity_differences`.
+        image_names: returns the names of the images of a step, over all ranks.
+        is_rank_zero: whether this rank writes into the run folder.
 
     Attributes:
-        out_of_memory: whether the training has failed for want of memory.
+        out_of_memory: whether the training failed because of too little memory.
     """
 
     def __init__(
         self,
         folder: Path,
-        asked: StopSignal,
-        every: float,
+        stop_signal: StopSignal,
+        interval: float,
         identity: dict[str, Any],
-        names: Callable[[int], list[str]],
-        writes: bool,
+        image_names: Callable[[int], list[str]],
+        is_rank_zero: bool,
     ) -> None:
-        self._path, self._asked, self._every = folder / LAST, asked, every
-        self._identity, self._names, self._writes = identity, names, writes
+        self._path, self._stop_signal, self._interval = folder / LAST, stop_signal, interval
+        self._identity, self._image_names, self._is_rank_zero = identity, image_names, is_rank_zero
         self._group: Any = None
-        self._bad: Tensor | None = None  # the first step whose loss is no number, on the device
-        self._saved = time.monotonic()
+        self._bad_step: Tensor | None = None  # first step with a non-finite loss, on the device
+        self._last_save = time.monotonic()
         self._validating = False
         self.out_of_memory = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Begin to count the minutes."""
-        self._saved = time.monotonic()
+        """Start the checkpoint interval, and create the process group for the decisions."""
+        self._last_save = time.monotonic()
         if trainer.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Decide, if this batch ended a step."""
-        done = batch_idx + 1
-        self._record_losses(outputs, trainer.global_step + (done % trainer.accumulate_grad_batches > 0))
-        if done % trainer.accumulate_grad_batches:
+        """Save, stop or abort, if this batch completed a step."""
+        batches_done = batch_idx + 1
+        self._record_loss(outputs, trainer.global_step + (batches_done % trainer.accumulate_grad_batches > 0))
+        if batches_done % trainer.accumulate_grad_batches:
             return
-        # The epoch's last step is followed by validation; Lightning takes up that state only from there.
-        last = done == trainer.num_training_batches
-        look = module.device.type == "cpu" or last or trainer.global_step % LOOK_EVERY == 0
-        asked, due, bad = self._all_reduce_max(
-            self._asked, self._due(), self._first_bad_step() if look else 0
+        # After the last step of an epoch, Lightning can resume only from a checkpoint saved in or after the
+        # validation that follows.
+        last = batches_done == trainer.num_training_batches
+        check = module.device.type == "cpu" or last or trainer.global_step % LOSS_CHECK_INTERVAL == 0
+        stop, due, bad = self._all_reduce_max(
+            self._stop_signal, self._due(), self._first_bad_step() if check else 0
         )
-        if (asked or due) and not look:
+        if (stop or due) and not check:
             (bad,) = self._all_reduce_max(self._first_bad_step())
         if bad:
-            self._give_up(module.recipe, NEVER - bad, trainer.current_epoch)
+            self._abort(module.recipe, NEVER - bad, trainer.current_epoch)
         if not last:
-            self._save_or_stop(trainer, bool(asked), bool(due))
+            self._save_or_stop(trainer, bool(stop), bool(due))
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Forget that an earlier attempt began this validation; it would be noted as begun twice."""
+        """Reset the counters of a validation that an earlier attempt began, since it is repeated."""
         if trainer.state.fn == "fit":
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
 
@@ -104,106 +105,121 @@ class CheckpointCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Decide within an epoch's validation; it begins again when the run is taken up."""
+        """Save or stop within the validation of an epoch; a resumed run repeats the whole validation."""
         if trainer.state.fn != "fit":
             return
         self._validating = True
         try:
-            asked, due = self._all_reduce_max(self._asked, self._due())
-            self._save_or_stop(trainer, bool(asked), bool(due))
+            stop, due = self._all_reduce_max(self._stop_signal, self._due())
+            self._save_or_stop(trainer, bool(stop), bool(due))
         finally:
             self._validating = False
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """See to it that this task ends, and the job with it.
+        """Make sure that this task exits.
 
-        A GPU that was given a collective waits for a rank that is gone, and whoever waits for the GPU, as
-        Lightning does while it clears up, with it.
+        If a rank dies, a collective hangs the other GPUs, and Lightning's teardown hangs on the GPU; so this
+        task exits after a timeout.
         """
-        # Now, since Lightning's teardown moves the network to the CPU, and the GPU looks empty behind it.
+        # Tested here, because Lightning's teardown moves the network to the CPU and so frees GPU memory.
         self.out_of_memory = out_of_memory(exception, module.device)
         if trainer.world_size > 1 and not isinstance(exception, Preempted):
-            ending = threading.Timer(FAREWELL, _leave, (exception,))
-            ending.daemon = True
-            ending.start()
+            timer = threading.Timer(EXIT_TIMEOUT, _exit, (exception,))
+            timer.daemon = True
+            timer.start()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save, and stop if asked to and something is left to do."""
-        (asked,) = self._all_reduce_max(self._asked)
+        """Save; stop on a signal, unless this was the last epoch."""
+        (stop,) = self._all_reduce_max(self._stop_signal)
         more = trainer.current_epoch + 1 < (trainer.max_epochs or 0)
-        self._save_or_stop(trainer, bool(asked) and more, True)
+        self._save_or_stop(trainer, bool(stop) and more, True)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add what a later attempt must know."""
+        """Add `accumulate` and the identity, and mark an unfinished validation as not begun."""
         checkpoint["accumulate"] = trainer.accumulate_grad_batches
         checkpoint["identity"] = self._identity
         if self._validating:
-            # Note it as one that was cut off in its first step: Lightning then runs it all again.
+            # Recorded as interrupted in its first batch, so that Lightning repeats the whole validation.
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            nothing = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
-            progress["total"], progress["current"] = {**nothing, "ready": 1, "started": 1}, nothing
+            zero = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+            progress["total"], progress["current"] = {**zero, "ready": 1, "started": 1}, zero
             progress["is_last_batch"] = False
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Count in parts of a step as there are now. It is saved between steps, so they come out whole."""
-        was, now = checkpoint["accumulate"], trainer.accumulate_grad_batches
+        """Rescale the batch counters to the current `train.accumulate`.
+
+        Checkpoints fall between steps, so the division is exact.
+        """
+        old, new = checkpoint["accumulate"], trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
-            late = counts["processed"] - counts["completed"]  # 1 within a hook: it counts the last behind it
-            counts |= {name: counts[name] // was * now for name in ("ready", "started", "processed")}
-            counts["completed"] = counts["processed"] - late
+            # 1 if saved in a hook, which runs before Lightning counts the batch as completed.
+            lag = counts["processed"] - counts["completed"]
+            counts |= {name: counts[name] // old * new for name in ("ready", "started", "processed")}
+            counts["completed"] = counts["processed"] - lag
 
     def _due(self) -> bool:
-        return time.monotonic() - self._saved > self._every
+        return time.monotonic() - self._last_save > self._interval
 
-    def _all_reduce_max(self, *mine: object) -> list[int]:
-        """Return for each question the largest answer of any rank; an answer is an integer, or yes or no."""
-        answers = [answer if type(answer) is int else int(bool(answer)) for answer in mine]
+    def _all_reduce_max(self, *values: object) -> list[int]:
+        """Return the maximum over all ranks of each value, an integer or a truth value."""
+        numbers = [value if type(value) is int else int(bool(value)) for value in values]
         if self._group is None:
-            return answers
-        votes = torch.tensor(answers, dtype=torch.int32)
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
-        return [int(vote) for vote in votes.tolist()]
+            return numbers
+        reduced = torch.tensor(numbers, dtype=torch.int32)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self._group)
+        return [int(number) for number in reduced.tolist()]
 
-    def _record_losses(self, outputs: Any, step: int) -> None:
-        """Keep the first bad step on the device, so that nobody waits for a loss."""
+    def _record_loss(self, outputs: Any, step: int) -> None:
+        """Update the first bad step on the device, without a synchronization."""
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        if self._bad is None:
-            self._bad = torch.full((), NEVER, device=loss.device)
-        self._bad = torch.where(torch.isfinite(loss.detach()), self._bad, self._bad.clamp(max=step))
+        if self._bad_step is None:
+            self._bad_step = torch.full((), NEVER, device=loss.device)
+        self._bad_step = torch.where(
+            torch.isfinite(loss.detach()), self._bad_step, self._bad_step.clamp(max=step)
+        )
 
     def _first_bad_step(self) -> int:
-        """Return 0, or more the earlier a loss was no number. Waits for the device."""
-        return 0 if self._bad is None else NEVER - int(self._bad)
+        """Return 0 if every loss was finite; otherwise larger the earlier the first NaN or inf.
 
-    def _give_up(self, recipe: Recipe, step: int, epoch: int) -> None:
-        names = self._names(step - 1)
+        Synchronizes with the device.
+        """
+        return 0 if self._bad_step is None else NEVER - int(self._bad_step)
+
+    def _abort(self, recipe: Recipe, step: int, epoch: int) -> None:
+        """Write `bad_batch.txt` and raise `UserError`."""
+        names = self._image_names(step - 1)
         path = self._path.parents[1] / "bad_batch.txt"
-        if self._writes:
+        if self._is_rank_zero:
             with atomic_write(path) as file:
                 file.write(("\n".join(names) + "\n").encode())
         some = ", ".join(names[:2]) + (f" and {len(names) - 2} more in {path}" if len(names) > 2 else "")
-        kept = "the checkpoint from before stands; " if self._path.exists() else ""
+        kept = "the last checkpoint is kept; " if self._path.exists() else ""
         raise UserError(
             f"recipe.learning_rate={recipe.learning_rate:g}: the loss at step {step} (epoch {epoch + 1}) is "
-            f"no number: lower it, or raise recipe.warmup_epochs; {kept}the step's images: {some}"
+            f"not finite: lower the rate, or raise recipe.warmup_epochs; {kept}images of this step: {some}"
         )
 
-    def _save_or_stop(self, trainer: pl.Trainer, asked: bool, due: bool) -> None:
-        if asked or due:
+    def _save_or_stop(self, trainer: pl.Trainer, stop: bool, due: bool) -> None:
+        if stop or due:
             trainer.save_checkpoint(self._path)
-            self._saved = time.monotonic()
-        if asked:
-            by = self._asked.signal.name if self._asked.signal else "a signal to another rank"
-            raise Preempted(f"stopped by {by} after step {trainer.global_step}, which is saved")
+            self._last_save = time.monotonic()
+        if stop:
+            own = self._stop_signal.signal
+            source = own.name if own else "a signal to another rank"
+            raise Preempted(f"stopped by {source} after step {trainer.global_step}, which is saved")
 
 
-def _leave(exception: BaseException) -> None:
-    """End this process, whatever it waits for."""
-    print(f"this task does not come to its end, so it is ended ({first_line(exception)})", file=sys.stderr)
+def _exit(exception: BaseException) -> None:
+    """Exit this process at once, even if other threads hang."""
+    print(
+        f"this task did not exit within {EXIT_TIMEOUT:g} s of an error, so it is terminated"
+        f" ({first_line(exception)})",
+        file=sys.stderr,
+    )
     sys.stderr.flush()
     os._exit(EXIT_REQUEUE)

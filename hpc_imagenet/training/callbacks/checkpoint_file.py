@@ -1,7 +1,7 @@
-"""The checkpoints of a run: `last.ckpt`, whole at any moment, and the one before it.
+"""Checkpoint files of a run, written atomically.
 
-checkpoints/last.ckpt      weights, optimizer, schedule, and where in which epoch
-checkpoints/previous.ckpt  in case a disk has spoilt the last one
+checkpoints/last.ckpt      weights (with EMA weights, if any), optimizer, schedule, and position in the epoch
+checkpoints/previous.ckpt  the checkpoint before it, in case the last one is damaged
 """
 
 from __future__ import annotations
@@ -24,73 +24,77 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that can be read."""
+    """A readable checkpoint.
+
+    Attributes:
+        path: path of the file.
+        step: number of completed steps.
+        identity: recipe, model, data and seed of its training, and the state of the code.
+    """
 
     path: Path
-    step: int  # steps done
-    identity: dict[
-        str, Any
-    ]  # of what it is a training: recipe, model, data, seed; and code, which may differ
+    step: int
+    identity: dict[str, Any]
 
 
-def differing(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return what two identities do not have in common, each as `recipe.epochs is 90 there and 30 here`.
+def identity_differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the differences of two identities, such as `recipe.epochs was 90, is 30 now`.
 
-    The state of the code is told, not compared: a run outlives a fix.
+    The state of the code is not compared, so that a run can resume after a bug fix.
     """
-    found = []
-    for name in sorted({*there, *here} - ({"code"} if not prefix else set())):
-        one, other = there.get(name), here.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += differing(one, other, f"{prefix}{name}.")
-        elif one != other:
-            words = ["not set" if value is None else str(value) for value in (one, other)]
-            found.append(f"{prefix}{name} is {words[0]} there and {words[1]} here")
-    return found
+    differences = []
+    for name in sorted({*saved, *current} - ({"code"} if not prefix else set())):
+        old, new = saved.get(name), current.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            differences += identity_differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            old, new = ("not set" if value is None else value for value in (old, new))
+            differences.append(f"{prefix}{name} was {old}, is {new} now")
+    return differences
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """How Lightning writes a checkpoint: the old one steps back when the new one is on disk.
+    """Lightning plugin that writes a checkpoint atomically and keeps the previous one.
 
     Args:
-        before: called when all is written and nothing but the new name is left; raises where this job may
-            not write any more.
+        check_lease: called when the file is written, just before it is renamed; raises `Superseded` if this
+            job has lost the run's lease.
     """
 
-    def __init__(self, before: Callable[[], object] | None = None) -> None:
+    def __init__(self, check_lease: Callable[[], object] | None = None) -> None:
         super().__init__()
-        self._before = before
+        self._check_lease = check_lease
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path`, whole or not at all."""
+        """Write `checkpoint` to `path` atomically, and keep the old file as `previous.ckpt`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, self._before) as file:
+        with atomic_write(path, self._check_lease) as file:
             torch.save(checkpoint, file)
             if path.exists():
-                aside = path.with_name(f".{PREVIOUS}.tmp")
-                aside.unlink(missing_ok=True)
-                os.link(path, aside)
-                aside.replace(path.with_name(PREVIOUS))
+                link = path.with_name(f".{PREVIOUS}.tmp")
+                link.unlink(missing_ok=True)
+                os.link(path, link)
+                link.replace(path.with_name(PREVIOUS))
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest readable checkpoint in `folder`; None where there is none at all.
+    """Return the newest readable checkpoint in `folder`; None if there are no checkpoints.
 
     Raises:
-        UserError: there are some, and none can be read.
+        UserError: there are checkpoints, but none is readable.
     """
     broken = []
     for path in (folder / LAST, folder / PREVIOUS):
         if not path.exists():
             continue
         try:
-            # Mapped, not read: enough to see that the archive has its end and where the training was.
+            # Memory-mapped: this checks that the archive is complete, without reading the weights.
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             return Checkpoint(path, int(content["global_step"]), dict(content["identity"]))
-        except Exception as error:  # a damaged file may make unpickling raise anything
+        except Exception as error:  # unpickling a damaged file may raise anything
             broken.append(f"{path} cannot be read ({(str(error).splitlines() or [''])[0][:80]})")
-            print(f"warning: {broken[-1]}: trying the one before", file=sys.stderr, flush=True)
+            print(f"warning: {broken[-1]}: trying the previous checkpoint", file=sys.stderr, flush=True)
     if broken:
-        raise UserError(f"{broken[0]} and none before it: remove {folder} to train from the start")
+        raise UserError(f"{broken[0]}, nor can any other checkpoint: remove {folder} to train from the start")
     return None

@@ -1,4 +1,4 @@
-"""How the training is going, for people: progress in the record, a line an epoch in the log, images/s."""
+"""Progress of a training: the run's progress file, one log line per epoch, and images/s."""
 
 from __future__ import annotations
 
@@ -13,77 +13,77 @@ from hpc_imagenet.training.callbacks.bottleneck import BottleneckMonitor
 
 
 class ProgressReporter(pl.Callback):
-    """Keeps the pace of every epoch, over attempts; rank 0 tells.
+    """Measures the images/s of every epoch, over all attempts, and reports progress.
 
     Args:
-        batch: images a step over all ranks.
-        tell: the record's progress; None on ranks that keep quiet.
-        verdict: what the training waits for.
+        batch: images per step over all ranks.
+        progress: progress of the run; None on ranks that do not report.
+        bottleneck: monitor whose summary is part of the status.
     """
 
-    def __init__(self, batch: int, tell: Progress | None, verdict: BottleneckMonitor) -> None:
-        self._batch, self._tell, self._verdict = batch, tell, verdict
-        self._rates: list[float] = []  # images/s, one an epoch
-        self._begin = 0.0
-        self._first = 0
+    def __init__(self, batch: int, progress: Progress | None, bottleneck: BottleneckMonitor) -> None:
+        self._batch, self._progress, self._bottleneck = batch, progress, bottleneck
+        self._rates: list[float] = []  # images/s of each epoch
+        self._begin = 0.0  # time at which the epoch began, s
+        self._first_step = 0  # of the epoch, in this attempt
         self._top1: float | None = None
 
     @property
     def images_per_second(self) -> float | None:
-        """Median over epochs; the first one warms up and counts only where there is no other."""
+        """Median over epochs without the first one, which includes the warm-up, if there are others."""
         rates = self._rates[1:] or self._rates
         return statistics.median(rates) if rates else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a later attempt takes over."""
+        """Return the state that a checkpoint keeps."""
         return {"rates": self._rates, "top1": self._top1}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what earlier attempts have seen."""
+        """Restore the rates and the accuracy of earlier attempts."""
         self._rates, self._top1 = list(state_dict["rates"]), state_dict["top1"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Begin the first epoch of this attempt, which may be the rest of one."""
-        self._begin, self._first = time.monotonic(), trainer.global_step
-        self._progress(trainer)
+        """Start timing the first epoch of this attempt, which may begin in its middle."""
+        self._begin, self._first_step = time.monotonic(), trainer.global_step
+        self._report(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Begin an epoch."""
-        self._begin, self._first = time.monotonic(), trainer.global_step
+        """Start timing an epoch."""
+        self._begin, self._first_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Tell the record; at the last batch note the epoch's pace, before validation begins."""
-        self._progress(trainer)
+        """Report progress; at the last batch record the epoch's images/s, before validation begins."""
+        self._report(trainer)
         if batch_idx + 1 == trainer.num_training_batches:
-            float(outputs["loss"])  # wait for the GPU: until now the CPU only queued work for it
-            images = (trainer.global_step - self._first) * self._batch
+            float(outputs["loss"])  # wait for the GPU, which runs asynchronously
+            images = (trainer.global_step - self._first_step) * self._batch
             self._rates.append(images / (time.monotonic() - self._begin))
             module.log("images_per_second", self._rates[-1])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write the epoch's line."""
+        """Print the log line of the epoch."""
         values = trainer.callback_metrics
         if "val_top1" in values:
             self._top1 = float(values["val_top1"])
-        if self._tell is not None:
-            told = [self._note(trainer)]
+        if self._progress is not None:
+            parts = [self._status(trainer)]
             if "train_loss" in values and "val_loss" in values:
-                told.append(f"loss {values['train_loss']:.3f}, on val {values['val_loss']:.3f}")
+                parts.append(f"loss {values['train_loss']:.3f}, val loss {values['val_loss']:.3f}")
             if self._rates:
-                told.append(f"{self._rates[-1]:.0f} images/s")
-            print(", ".join(told), flush=True)
+                parts.append(f"{self._rates[-1]:.0f} images/s")
+            print(", ".join(parts), flush=True)
 
-    def _note(self, trainer: pl.Trainer) -> str:
+    def _status(self, trainer: pl.Trainer) -> str:
         epochs = trainer.max_epochs or 0
-        note = f"epoch {min(trainer.current_epoch + 1, epochs)}/{epochs}"
+        status = f"epoch {min(trainer.current_epoch + 1, epochs)}/{epochs}"
         if self._top1 is not None:
-            note += f", top-1 {100 * self._top1:.1f} %"
-        return f"{note}, {self._verdict.word}" if self._verdict.word else note
+            status += f", top-1 {100 * self._top1:.1f} %"
+        return f"{status}, {self._bottleneck.summary}" if self._bottleneck.summary else status
 
-    def _progress(self, trainer: pl.Trainer) -> None:
-        if self._tell is not None:
+    def _report(self, trainer: pl.Trainer) -> None:
+        if self._progress is not None:
             steps = trainer.num_training_batches // trainer.accumulate_grad_batches
             total = (trainer.max_epochs or 0) * int(steps) * self._batch
-            self._tell(trainer.global_step * self._batch, total, "images", self._note(trainer))
+            self._progress(trainer.global_step * self._batch, total, "images", self._status(trainer))

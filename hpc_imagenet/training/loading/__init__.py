@@ -1,1 +1,1 @@
-"""From addresses to device batches: sample, read, decode, crop, prefetch."""
+"""Data loading: sample, read, decode and crop images, and prefetch batches to the device."""

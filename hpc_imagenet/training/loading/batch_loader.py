@@ -1,8 +1,8 @@
-"""From keys to batches: read by address, decode, resize, each image written once into its batch.
+"""Multi-threaded batch loader: read, decode and resize images, each written once into its batch.
 
-Threads do it, not processes: reading, decoding and resizing leave Python free, so that a batch is made where
-it is wanted, in page-locked memory where there is a GPU. Nothing is pickled, copied or left in /dev/shm, and
-the index is there once. `python benchmarks/loader.py` measures both.
+It uses threads instead of processes: reading, decoding and resizing release the GIL, so each image is written
+directly into its batch, in page-locked memory for a GPU. Nothing is pickled, copied or left in /dev/shm, and
+the index is in memory once. `python benchmarks/loader.py` compares threads with processes.
 """
 
 from __future__ import annotations
@@ -30,65 +30,67 @@ from hpc_imagenet.training.loading.decode import EncodedImage
 from hpc_imagenet.training.loading.device_prefetch import PendingImage
 from hpc_imagenet.training.loading.sampler import PADDING, Key
 
-Read = Callable[[int], tuple[bytes, int]]
+ReadImage = Callable[[int], tuple[bytes, int]]
 Batch = tuple[Tensor, Tensor]  # uint8 [images, 3, size, size] in channels_last order, int64 [images]
-_Prepared = tuple[Batch, list[Key], list[PendingImage]]  # a batch, what it is of, what is left to be decoded
+_HostBatch = tuple[Batch, list[Key], list[PendingImage]]  # batch, its keys, images left to the device
 
-AHEAD = 2  # batches in the making while one is worked on, or as many as keep all threads busy
+PREFETCHED = 2  # batches prepared in advance; more if that leaves threads idle
 CPU = torch.device("cpu")
-PART = 8  # images that a thread takes at a time, so that all work on the batch that is wanted next
-SAMPLED = 1 / 64  # share of the images left to the device that a CPU decodes as well, to find damaged ones
-NAMED = 5  # images refused by the device that are printed; further ones are only counted
+IMAGES_PER_TASK = 8  # of a thread: small, so that all threads work on the next batch
+CPU_CHECKED = 1 / 64  # share of the device-decoded images that a CPU decodes too, to detect damaged ones
+MAX_WARNINGS = 5  # images refused by the device that are printed; further ones are only counted
 
 
 class BatchBuilder:
-    """A split of which batches are made.
+    """Builds batches from the images of a split.
 
     Args:
-        split: the images.
-        view: what of each is looked at; or several, one an epoch.
-        seed: of its randomness.
-        skip: whether an image that cannot be read becomes black, with the label of padding, which counts
-            nowhere; or is an error.
-        on_gpu: whether ordinary JPEGs are left to be decoded on the device.
+        split: images and labels.
+        crop: crop policy; or a sequence of them, one per epoch.
+        seed: seed of the random crops.
+        skip: replace unreadable images by black ones with the label `PADDING`, which is ignored everywhere;
+            else they are an error.
+        on_gpu: leave the decoding of ordinary JPEGs to the device.
 
     Attributes:
-        skipped: names of the images that could not be read.
+        skipped: names of unreadable images.
         refused: indices of the images that the device could not decode, and CPUs do.
-        spent: images so far, and the seconds that threads have worked on them, added up.
-        awaited: seconds that whoever takes the batches has waited for them.
+        work: number of images filled in so far, and the seconds of thread time that this took.
+        waited: seconds that the consumer has waited for batches.
     """
 
     def __init__(
         self,
         split: SplitReader,
-        view: CropPolicy | Sequence[CropPolicy],
+        crop: CropPolicy | Sequence[CropPolicy],
         seed: int,
         skip: bool = False,
         on_gpu: bool = False,
     ) -> None:
         self.split, self.seed, self.skip, self.on_gpu = split, seed, skip, on_gpu
-        self._views = view
+        self._crops = crop
         self.skipped: set[str] = set()
         self.refused: set[int] = set()
-        self.spent = 0, 0.0
-        self.awaited = 0.0
+        self.work = 0, 0.0
+        self.waited = 0.0
         self._lock = threading.Lock()
 
-    def view(self, epoch: int) -> CropPolicy:
-        """Return what is looked at in an epoch."""
-        return self._views[epoch] if isinstance(self._views, Sequence) else self._views
+    def crop_policy(self, epoch: int) -> CropPolicy:
+        """Return the crop policy of an epoch."""
+        return self._crops[epoch] if isinstance(self._crops, Sequence) else self._crops
 
-    def empty(self, keys: Sequence[Key], pin: bool = False) -> Batch:
-        """Return a batch that `fill` has still to write; `pin`: in page-locked memory, for a GPU.
+    def allocate(self, keys: Sequence[Key], pin: bool = False) -> Batch:
+        """Allocate a batch for `fill`.
 
-        Its images are of one epoch, and so of one size.
+        Args:
+            keys: keys of its images, all of one epoch and therefore of one size.
+            pin: use page-locked memory, for a GPU.
 
         Raises:
             UserError: the host has no page-locked memory left.
         """
-        size = self.view(keys[0][0]).size
-        # Whoever asks may be in inference mode, as Lightning is; the threads that write the batch are not.
+        size = self.crop_policy(keys[0][0]).size
+        # Lightning validates in inference mode; the threads that write the batch are not in that mode.
         with torch.inference_mode(False):
             try:
                 pixels = torch.empty(len(keys), size, size, 3, dtype=torch.uint8, pin_memory=pin)
@@ -96,7 +98,7 @@ class BatchBuilder:
             except RuntimeError as error:
                 if not (pin and out_of_memory(error)):
                     raise
-                # CUDA says "out of memory" here as well, though it is not the GPU's.
+                # CUDA also reports "out of memory" for page-locked host memory.
                 raise UserError(
                     f"the host has no page-locked memory for a batch of {len(keys)} images of {size} px: "
                     "raise cluster.memory_gb, or set train.accumulate"
@@ -107,102 +109,102 @@ class BatchBuilder:
         self,
         batch: Batch,
         keys: Sequence[Key],
-        places: Sequence[int],
-        read: Read | None = None,
+        positions: Sequence[int],
+        read: ReadImage | None = None,
     ) -> list[PendingImage]:
-        """Write the images of `places` into their batch; padding is black and has the label -1.
+        """Write the images at some positions of a batch; padding is black and has the label -1.
 
         Args:
-            batch: as `empty` made it.
-            keys: of all its images.
-            places: in the batch, of the images to be written.
-            read: returns an image and its label, by its number; None: the split does.
+            batch: batch from `allocate`.
+            keys: keys of all its images.
+            positions: positions in the batch to write.
+            read: returns the bytes and the label of an image by its index; default: `SplitReader.read`.
 
         Returns:
-            those that are left to be decoded on the device.
+            images that are left to be decoded on the device.
 
         Raises:
-            UserError: an image that cannot be read, by its name.
+            UserError: an image is unreadable; the message has its name.
         """
         begin, (pixels, labels) = time.perf_counter(), batch
-        left: list[PendingImage] = []
-        for place in places:
-            (_, index), out = keys[place], pixels[place : place + 1]
+        pending: list[PendingImage] = []
+        for position in positions:
+            (_, index), out = keys[position], pixels[position : position + 1]
             if index == PADDING:
                 out.zero_()
                 continue
             data, label = (read or self.split.read)(index)
             try:
                 try:
-                    crop = self._render(data, keys[place], out)
-                except ValueError:  # a copy of the shard on this node may be damaged, and not the image
-                    whole = self.split.reread(index, data)
-                    if whole == data:
+                    crop = self._decode_and_crop(data, keys[position], out)
+                except ValueError:  # perhaps only this node's copy of the shard is damaged
+                    original = self.split.reread(index, data)
+                    if original == data:
                         raise
-                    data, crop = whole, self._render(whole, keys[place], out)
+                    data, crop = original, self._decode_and_crop(original, keys[position], out)
                 if crop:
-                    left.append(PendingImage(place, data, crop))
-                labels[place] = label
+                    pending.append(PendingImage(position, data, crop))
+                labels[position] = label
             except ValueError as error:
-                self._corrupt(index, str(error))
+                self._skip_or_raise(index, str(error))
                 out.zero_()
-                labels[place] = PADDING
+                labels[position] = PADDING
         with self._lock:
-            images, seconds = self.spent
-            self.spent = images + len(places), seconds + time.perf_counter() - begin
-        return left
+            images, seconds = self.work
+            self.work = images + len(positions), seconds + time.perf_counter() - begin
+        return pending
 
     def refuse(self, indices: Sequence[int], device: torch.device) -> None:
-        """Leave images that the device could not decode to CPUs from now on; print the first few."""
+        """Decode these images on CPUs from now on, since the device cannot; print the first few."""
         for index in indices:
-            if index not in self.refused and len(self.refused) < NAMED:
+            if index not in self.refused and len(self.refused) < MAX_WARNINGS:
                 name = self.split.name(index)
                 print(f"warning: {device} cannot decode image {name}; a CPU decodes it", flush=True)
             self.refused.add(index)
 
-    def _render(self, data: bytes, key: Key, out: Tensor) -> CropBox | None:
-        """Write one image, or return what the device has to look at of it.
+    def _decode_and_crop(self, data: bytes, key: Key, out: Tensor) -> CropBox | None:
+        """Write one image into `out`, or return the crop that the device has to decode.
 
         Raises:
-            ValueError: it cannot be decoded.
+            ValueError: the image cannot be decoded.
         """
         epoch, index = key
         image = EncodedImage(data)
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
-        crop = self.view(epoch)(image.width, image.height, rng)
+        crop = self.crop_policy(epoch)(image.width, image.height, rng)
         if self.on_gpu and image.plain and index not in self.refused:
-            if rng.random() < SAMPLED:  # the device decodes damaged data without an error
+            if rng.random() < CPU_CHECKED:  # the device decodes damaged data without an error
                 image.pixels((0, 0, image.width, image.height))
             return crop
         apply_crop(torch.from_numpy(image.pixels(crop.source)).permute(2, 0, 1)[None], crop, out)
         return None
 
-    def _corrupt(self, index: int, reason: str) -> None:
+    def _skip_or_raise(self, index: int, reason: str) -> None:
         name = self.split.name(index)
-        told = f"{self.split.store.folder}: image {name} cannot be read ({reason})"
+        problem = f"{self.split.store.folder}: image {name} cannot be read ({reason})"
         if not self.skip:
             raise UserError(
-                f"{told}: the archive it came from is damaged; download and process it again, or leave out"
-                " what cannot be read: loader.on_corrupt=skip"
+                f"{problem}: its archive is damaged; download and process it again, or skip unreadable images"
+                " with loader.on_corrupt=skip"
             ) from None
         with self._lock:
             if name not in self.skipped:
                 self.skipped.add(name)
-                print(f"{told}: left out", flush=True)
+                print(f"{problem}: skipped", flush=True)
 
 
 class BatchLoader:
-    """The batches of a sampler in its order, whatever the number of threads.
+    """Iterable over the batches of a sampler, in its order for any number of threads.
 
     Args:
-        batches: the images.
-        sampler: which make up each batch; Lightning tells it the epoch.
-        workers: threads that decode; 0: the one that asks for a batch does.
-        device: where the batches are wanted.
-        bound: CPUs that the threads keep to; none: wherever the process may run.
+        batches: builder of the batches.
+        sampler: yields the keys of each batch; Lightning sets its epoch.
+        workers: number of decoding threads; 0: decode in the calling thread.
+        device: device of the batches.
+        cpus: CPUs that the threads are pinned to; empty: all CPUs of the process.
     """
 
-    batch_sampler = None  # Lightning asks whoever has a sampler
+    batch_sampler = None  # Lightning reads it from any loader that has a sampler
 
     def __init__(
         self,
@@ -210,125 +212,128 @@ class BatchLoader:
         sampler: Sampler[list[Key]],
         workers: int,
         device: torch.device = CPU,
-        bound: frozenset[int] = frozenset(),
+        cpus: frozenset[int] = frozenset(),
     ) -> None:
         self.batches, self.sampler, self.workers = batches, sampler, workers
-        self.device, self.bound = device, bound
-        self._threads: ThreadPoolExecutor | None = None  # they stay over epochs
+        self.device, self.cpus = device, cpus
+        self._threads: ThreadPoolExecutor | None = None  # kept between epochs
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Return the number of batches in an epoch."""
         sampler: Any = self.sampler
         return len(sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches from where the sampler begins.
+        """Yield the batches of the sampler.
 
         Raises:
-            UserError: an image that cannot be read, by its name.
+            UserError: an image is unreadable; the message has its name.
         """
         if self.device.type == "cuda":
-            made = device_prefetch.prefetch_to_device(self._prepared(), self.device, self._finish)
+            batches = device_prefetch.prefetch_to_device(self._host_batches(), self.device, self._to_device)
         else:
-            made = map(self._finish, self._prepared())
+            batches = map(self._to_device, self._host_batches())
         while True:
             begin = time.perf_counter()
-            batch = next(made, None)
-            self.batches.awaited += time.perf_counter() - begin
+            batch = next(batches, None)
+            self.batches.waited += time.perf_counter() - begin
             if batch is None:
                 return
             yield batch
 
-    def _prepared(self) -> Iterator[_Prepared]:
-        """Yield batches on the host, as far as they are made there."""
+    def _host_batches(self) -> Iterator[_HostBatch]:
+        """Yield batches in host memory, with the images that are left to the device."""
         split = self.batches.split
         if not split.store.shards.is_remote():
-            yield from self._made(iter(self.sampler), split.read)
+            yield from self._fill_batches(iter(self.sampler), split.read)
             return
-        ahead = Prefetcher(split)
+        prefetcher = Prefetcher(split)
         try:
-            known = ((keys, [index for _, index in keys if index != PADDING]) for keys in self.sampler)
-            yield from self._made(ahead.batches(known), ahead.read)
+            indexed = ((keys, [index for _, index in keys if index != PADDING]) for keys in self.sampler)
+            yield from self._fill_batches(prefetcher.batches(indexed), prefetcher.read)
         finally:
-            ahead.close()
+            prefetcher.close()
 
-    def _made(self, wanted: Iterator[list[Key]], read: Read) -> Iterator[_Prepared]:
+    def _fill_batches(self, key_lists: Iterator[list[Key]], read: ReadImage) -> Iterator[_HostBatch]:
         if not self.workers:
-            for keys in wanted:
-                batch = self._empty(keys)
+            for keys in key_lists:
+                batch = self._allocate(keys)
                 yield batch, keys, self.batches.fill(batch, keys, range(len(keys)), read)
             return
-        begun: deque[tuple[Batch, list[Key], list[Future[list[PendingImage]]]]] = deque()
+        queue: deque[tuple[Batch, list[Key], list[Future[list[PendingImage]]]]] = deque()
         try:
             while True:
-                while self._more([parts for _, _, parts in begun]) and (keys := next(wanted, [])):
-                    begun.append(self._begin(keys, read))
-                if not begun:
+                while self._has_capacity([tasks for _, _, tasks in queue]) and (keys := next(key_lists, [])):
+                    queue.append(self._submit(keys, read))
+                if not queue:
                     return
-                batch, keys, parts = begun.popleft()
-                yield batch, keys, [piece for part in parts for piece in part.result()]
-        finally:  # whoever asked may have had enough
-            for _, _, parts in begun:
-                for part in parts:
-                    part.cancel()
+                batch, keys, tasks = queue.popleft()
+                yield batch, keys, [image for task in tasks for image in task.result()]
+        finally:  # also if the consumer stops early
+            for _, _, tasks in queue:
+                for task in tasks:
+                    task.cancel()
 
-    def _more(self, begun: list[list[Future[list[PendingImage]]]]) -> bool:
-        """Whether to begin a further batch: some are made ahead, and so many that each thread has a part."""
-        return len(begun) <= AHEAD or sum(map(len, begun)) < self.workers
+    def _has_capacity(self, queued: list[list[Future[list[PendingImage]]]]) -> bool:
+        """Whether to queue another batch: up to `PREFETCHED`, or until each thread has a task."""
+        return len(queued) <= PREFETCHED or sum(map(len, queued)) < self.workers
 
-    def _begin(
-        self, keys: list[Key], read: Read
+    def _submit(
+        self, keys: list[Key], read: ReadImage
     ) -> tuple[Batch, list[Key], list[Future[list[PendingImage]]]]:
         if self._threads is None:
-            self._threads = _threads(self.workers, self.bound)
-        batch, places = self._empty(keys), range(len(keys))
-        parts = [places[at : at + PART] for at in range(0, len(keys), PART)]
-        fill = self.batches.fill
-        return batch, keys, [self._threads.submit(fill, batch, keys, part, read) for part in parts]
+            self._threads = _start_threads(self.workers, self.cpus)
+        batch, fill = self._allocate(keys), self.batches.fill
+        chunks = _chunks(range(len(keys)))
+        return batch, keys, [self._threads.submit(fill, batch, keys, chunk, read) for chunk in chunks]
 
-    def _empty(self, keys: list[Key]) -> Batch:
-        return self.batches.empty(keys, self.device.type == "cuda")
+    def _allocate(self, keys: list[Key]) -> Batch:
+        return self.batches.allocate(keys, self.device.type == "cuda")
 
-    def _finish(self, prepared: _Prepared) -> Batch:
-        """Copy a batch to its device, and decode there what is left of it."""
-        (batch, keys, pieces), device = prepared, self.device
+    def _to_device(self, host_batch: _HostBatch) -> Batch:
+        """Copy a batch to the device, and decode its pending images there."""
+        (batch, keys, pending), device = host_batch, self.device
         labels = batch[1].to(device, non_blocking=True)
-        if len(pieces) == len(keys):  # nothing is written yet
+        if len(pending) == len(keys):  # the host batch has no pixels yet
             pixels = torch.empty_like(batch[0], device=device)
         else:
             pixels = batch[0].to(device, non_blocking=True)
-        refused = device_prefetch.decode_on_gpu(pieces, pixels)
+        refused = device_prefetch.decode_on_gpu(pending, pixels)
         if refused:
-            places = [piece.place for piece in refused]
-            self.batches.refuse([keys[place][1] for place in places], device)
-            self._decode_on_cpus(batch, keys, places)
-            pixels[places] = batch[0][places].to(device)
+            positions = [image.position for image in refused]
+            self.batches.refuse([keys[position][1] for position in positions], device)
+            self._decode_on_cpus(batch, keys, positions)
+            pixels[positions] = batch[0][positions].to(device)
             labels = batch[1].to(device)
         return pixels, labels
 
-    def _decode_on_cpus(self, batch: Batch, keys: list[Key], places: Sequence[int]) -> None:
-        """Write images that the device refused into their batch on the host, by all threads."""
+    def _decode_on_cpus(self, batch: Batch, keys: list[Key], positions: Sequence[int]) -> None:
+        """Write images that the device refused into the host batch, with all threads."""
         if self._threads is None:
-            self.batches.fill(batch, keys, places)
+            self.batches.fill(batch, keys, positions)
             return
-        parts = [places[at : at + PART] for at in range(0, len(places), PART)]
-        for part in [self._threads.submit(self.batches.fill, batch, keys, part) for part in parts]:
-            part.result()
+        chunks, fill = _chunks(positions), self.batches.fill
+        for task in [self._threads.submit(fill, batch, keys, chunk) for chunk in chunks]:
+            task.result()
 
 
-def _threads(count: int, bound: frozenset[int]) -> ThreadPoolExecutor:
-    """Return threads that decode: on their CPUs, and without threads of torch's own behind each."""
-    threads, before = ThreadPoolExecutor(count, "loader"), torch.get_num_threads()
+def _chunks(positions: Sequence[int]) -> list[Sequence[int]]:
+    return [positions[i : i + IMAGES_PER_TASK] for i in range(0, len(positions), IMAGES_PER_TASK)]
+
+
+def _start_threads(count: int, cpus: frozenset[int]) -> ThreadPoolExecutor:
+    """Start decoding threads that are pinned to `cpus` and use one torch thread each."""
+    threads, torch_threads = ThreadPoolExecutor(count, "loader"), torch.get_num_threads()
     ready = threading.Barrier(count + 1)
 
-    def settle() -> None:
+    def initialize() -> None:
         torch.set_num_threads(1)
-        if bound:
-            os.sched_setaffinity(0, bound)  # 0: the thread that calls
+        if cpus:
+            os.sched_setaffinity(0, cpus)  # 0: the calling thread
         ready.wait()
 
     for _ in range(count):
-        threads.submit(settle)
+        threads.submit(initialize)
     ready.wait()
-    torch.set_num_threads(before)  # it is a thread's own, but new ones get what was set last
+    torch.set_num_threads(torch_threads)  # the setting is per thread, but new threads inherit the last one
     return threads

@@ -1,8 +1,9 @@
-"""What happens to a picture between its file and the batch; all of it in 8 bits.
+"""Crop policies (random resized crop, center crop), and crop and resize in 8 bits.
 
-A view says where the result comes from before anything is decoded, so that only that part need be. The random
-ones take their randomness as an argument, so a picture looks the same whoever decodes it. Resizing is torch's
-antialiased bilinear filter, on average 0.02 grey levels from Pillow's: `python benchmarks/loader.py`.
+A policy computes the crop before the image is decoded, so that only this part needs decoding. Random policies
+take a random generator as an argument, so an image gets the same crop in any thread and on any rank. Resizing
+uses torch's antialiased bilinear filter, on average 0.02 grey levels from Pillow's:
+`python benchmarks/loader.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor
 
 Box = tuple[int, int, int, int]  # px: left, upper, right, lower
 
-ASPECT = (3 / 4, 4 / 3)  # of a random crop, Szegedy et al. 2015
-TRIES = 10
+ASPECT = (3 / 4, 4 / 3)  # range of width / height of a random crop, Szegedy et al. 2015
+MAX_DRAWS = 10
 
 
 class CropBox(NamedTuple):
-    """From a picture to a square of it.
+    """How to make a square from an image.
 
-    The pixels within `source` are resized to `width` x `height`; of that the square whose upper left corner
-    is `left`, `upper` is taken (px), and mirrored or not.
+    The pixels within `source` are resized to `width` x `height` px; the square with the upper left corner
+    `left`, `upper` (px) is cut out of the result, and mirrored if `mirrored`.
     """
 
     source: Box
@@ -37,84 +38,90 @@ class CropBox(NamedTuple):
 
 
 class CropPolicy(Protocol):
-    """What of a picture is looked at, and how."""
+    """Chooses the crop of an image from its size."""
 
     @property
     def size(self) -> int:
-        """Px, both sides of the result."""
+        """Side of the result, px."""
 
     def __call__(self, width: int, height: int, rng: random.Random) -> CropBox:
-        """Return what is taken of a picture of that size (px)."""
+        """Return the crop of an image of `width` x `height` px."""
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random crop of at least `scale` of the area, resized to `size` px; mirrored with chance `flip`."""
+    """A random crop, resized to a square.
+
+    Attributes:
+        size: side of the result, px.
+        scale: smallest share of the area that is kept.
+        flip: probability of mirroring.
+    """
 
     size: int
     scale: float
     flip: float
 
     def __call__(self, width: int, height: int, rng: random.Random) -> CropBox:
-        """Return what is taken of a picture of that size (px)."""
+        """Return the crop of an image of `width` x `height` px."""
         box = random_box(width, height, self.scale, rng)
         return CropBox(box, self.size, self.size, mirrored=rng.random() < self.flip)
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The middle `size` px of a picture whose short side was resized to `resize` px."""
+    """The central square of `size` px, after the short side has been resized to `resize` px."""
 
     size: int
     resize: int
 
     def __call__(self, width: int, height: int, rng: random.Random) -> CropBox:
-        """Return what is taken of a picture of that size (px)."""
-        # The long side is cut to whole px and the crop rounded as in torchvision, whose weights' published
-        # accuracies we want to meet.
+        """Return the crop of an image of `width` x `height` px."""
+        # The long side is truncated and the crop offset rounded as in torchvision, to reproduce the published
+        # accuracies of its weights.
         if width <= height:
             wide, high = self.resize, int(self.resize * height / width)
         else:
             wide, high = int(self.resize * width / height), self.resize
         left, upper = round((wide - self.size) / 2), round((high - self.size) / 2)
-        if (wide, high) == (width, height):  # nothing to resize, so the rest need not be decoded
+        if (wide, high) == (width, height):  # no resize, so only the crop needs decoding
             return CropBox((left, upper, left + self.size, upper + self.size), self.size, self.size)
         return CropBox((0, 0, width, height), wide, high, left, upper)
 
 
 def apply_crop(pixels: Tensor, crop: CropBox, out: Tensor) -> None:
-    """Write what `crop` makes of the pixels of its source.
+    """Resize, cut and mirror the decoded source of a crop.
 
     Args:
-        pixels: uint8 [1, 3, height, width] of the source, in channels_last order, on the CPU.
-        crop: what to make of them.
-        out: uint8 [1, 3, size, size], in channels_last order.
+        pixels: pixels of `crop.source`: uint8 [1, 3, height, width], channels_last, on the CPU.
+        crop: crop of the image.
+        out: destination: uint8 [1, 3, size, size], channels_last.
     """
     size, resized = out.shape[-1], (crop.height, crop.width)
     if pixels.shape[-2:] != resized:
-        # What interpolate(antialias=True) calls; that has no `out`, and would write each image twice.
+        # The operator behind F.interpolate(antialias=True), which has no `out` and would need another copy.
         exact = resized == (size, size)
         target = out if exact else torch.empty(0, dtype=torch.uint8)
         _resize(pixels, resized, False, None, None, out=target)
         pixels = target
-    view = pixels[..., crop.upper : crop.upper + size, crop.left : crop.left + size]
+    square = pixels[..., crop.upper : crop.upper + size, crop.left : crop.left + size]
     if crop.mirrored:
-        out.copy_(view.flip(-1))
-    elif view.data_ptr() != out.data_ptr():
-        out.copy_(view)
+        out.copy_(square.flip(-1))
+    elif square.data_ptr() != out.data_ptr():
+        out.copy_(square)
 
 
 _resize = torch.ops.aten._upsample_bilinear2d_aa.out
 
 
 def random_box(width: int, height: int, scale: float, rng: random.Random) -> Box:
-    """Draw a crop of `scale` to 1 of the area and 3:4 to 4:3 in shape, all of it inside the picture.
+    """Draw a crop inside the image with `scale` to 1 of its area and an aspect ratio of 3:4 to 4:3.
 
-    The same distribution as torchvision's RandomResizedCrop, with its way out after ten tries that do not
-    fit: the largest crop in the middle whose shape is allowed.
+    The distribution is that of torchvision's RandomResizedCrop, including its fallback after ten crops that
+    do not fit: the largest centered crop with an allowed aspect ratio.
     """
     low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
-    for _ in range(TRIES):
+    for _ in range(MAX_DRAWS):
         area = width * height * rng.uniform(scale, 1)
         aspect = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -1,9 +1,9 @@
-"""Which images make up which batch: pure functions of seed, epoch, position and world.
+"""Samplers: the images of each batch, as a function of seed, epoch, step, rank and world size.
 
 An epoch is one permutation of the split, drawn from (seed, epoch) and cut into global batches. Each global
-batch is shared out over the ranks, so another number of GPUs sees the same images in the same steps, and a
-run that goes on from step s needs nothing but s. Images travel as keys (epoch, index): whoever decodes one
-can seed its augmentation by (seed, epoch, index) and so does the same in any worker of any rank.
+batch is divided among the ranks, so any number of GPUs sees the same images in the same steps, and a run
+needs only the step to resume. A sampler yields keys (epoch, index), and the loader seeds the augmentation of
+an image by (seed, epoch, index), so it is the same in any thread of any rank.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 
 Key = tuple[int, int]  # epoch, index in the split
-PADDING = -1  # an index that is no image
+PADDING = -1  # index and label of a padding entry
 
 
 @dataclass(frozen=True)
 class BatchShare:
-    """One rank's part of the work.
+    """One rank's share of a global batch.
 
     Attributes:
-        batch: images a step over all ranks.
-        accumulate: parts that a rank takes its share of a step in, one after another.
+        batch: images per step over all ranks.
+        rank: rank of this task.
+        size: number of ranks.
+        accumulate: device batches per step and rank.
     """
 
     batch: int
@@ -35,20 +37,27 @@ class BatchShare:
 
     @property
     def images(self) -> int:
-        """Images that this rank hands to its device at once."""
+        """Images per device batch."""
         return self.batch // (self.size * self.accumulate)
 
 
 def permutation(images: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return the order of one epoch, shape [images]."""
+    """Return the order of the images in one epoch, shape [images]."""
     return np.random.default_rng([seed, epoch]).permutation(images)
 
 
 class TrainSampler(Sampler[list[Key]]):
-    """Lists of keys, one a device batch, of one epoch from its step `start` on.
+    """Yields the keys of each device batch of an epoch, from step `start` on.
 
-    The images that do not fill a last global batch are left out; the next epoch's order leaves out others.
-    Lightning calls `set_epoch` before every epoch; `len` is that of a whole epoch, as its loop counts.
+    The images after the last full global batch are dropped; each epoch drops others. Lightning calls
+    `set_epoch` before every epoch. `len` is that of a whole epoch, as Lightning's loop expects.
+
+    Args:
+        images: number of images of the split.
+        seed: seed of the run.
+        share: this rank's share of a global batch.
+        epoch: epoch to begin with.
+        start: first step of that epoch.
     """
 
     def __init__(self, images: int, seed: int, share: BatchShare, epoch: int = 0, start: int = 0) -> None:
@@ -57,14 +66,14 @@ class TrainSampler(Sampler[list[Key]]):
 
     @property
     def steps(self) -> int:
-        """Steps an epoch."""
+        """Steps per epoch."""
         return self.images // self.share.batch
 
     def __len__(self) -> int:
         return self.steps * self.share.accumulate
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of `epoch`, unless it is the one that `start` belongs to."""
+        """Set the epoch; a new one starts at its first step."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
@@ -72,31 +81,37 @@ class TrainSampler(Sampler[list[Key]]):
         share, epoch = self.share, self.epoch
         order = permutation(self.images, self.seed, epoch)
         for step in range(self.start, self.steps):
-            whole = order[step * share.batch : (step + 1) * share.batch]
-            # Shape [accumulate, ranks, images]: what is summed up to a step is the same for every world.
-            mine = whole.reshape(share.accumulate, share.size, share.images)[:, share.rank]
-            for part in mine:
-                yield [(epoch, index) for index in part.tolist()]
+            global_batch = order[step * share.batch : (step + 1) * share.batch]
+            # Shape [accumulate, ranks, images]: the images of a step are the same for every number of ranks.
+            device_batches = global_batch.reshape(share.accumulate, share.size, share.images)[:, share.rank]
+            for indices in device_batches:
+                yield [(epoch, index) for index in indices.tolist()]
 
 
 class ValSampler(Sampler[list[Key]]):
-    """Every image once over all ranks, in equally many lists on each, filled by `PADDING` to one length.
+    """Yields every image once over all ranks; all ranks get equally many batches of the same size.
 
-    Equal, because ranks that run out of batches early leave the others waiting, and a batch of another shape
-    would be compiled, and its kernels chosen, for itself; marked, because padding by repetition (the usual
-    way) counts some images twice.
+    A rank with fewer batches would leave the others waiting in a collective, and a smaller batch would be
+    compiled and tuned separately. Batches are filled with `PADDING`: padding by repetition, as in torch's
+    DistributedSampler, counts some images twice.
+
+    Args:
+        images: number of images of the split.
+        batch: largest number of images in a device batch.
+        rank: rank of this task.
+        size: number of ranks.
     """
 
     def __init__(self, images: int, batch: int, rank: int = 0, size: int = 1) -> None:
         self.images, self.rank, self.size = images, rank, size
-        self._each = -(-images // size)
-        self.batch = min(batch, self._each)
+        self._per_rank = -(-images // size)
+        self.batch = min(batch, self._per_rank)
 
     def __len__(self) -> int:
-        return -(-self._each // self.batch)
+        return -(-self._per_rank // self.batch)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        first = self.rank * self._each
-        end = min(first + self._each, self.images)
-        for begin in range(first, first + self._each, self.batch):
+        first = self.rank * self._per_rank
+        end = min(first + self._per_rank, self.images)
+        for begin in range(first, first + self._per_rank, self.batch):
             yield [(0, i if i < end else PADDING) for i in range(begin, begin + self.batch)]

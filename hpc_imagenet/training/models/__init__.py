@@ -1,1 +1,1 @@
-"""Build backbones, load pretrained weights, average weights, optimizers."""
+"""Models: backbones, pretrained weights, weight averaging (EMA), optimizers."""

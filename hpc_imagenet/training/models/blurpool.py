@@ -1,8 +1,8 @@
-"""Blur before every convolution that halves, so that what shifts by a pixel gives nearly the same features.
+"""BlurPool: blur the input of strided convolutions, for features that are less sensitive to shifts.
 
-Zhang 2019 (arXiv:1904.11486), in the form of ffcv-imagenet: a 3x3 binomial filter in front of the strided
-convolution. The first layer, with its three channels, stays as it is. Names of weights stay too, so published
-weights fit.
+Zhang 2019 (arXiv:1904.11486), as in ffcv-imagenet: a 3x3 binomial filter before the strided convolution. The
+first layer, with three input channels, is left unchanged. The names of the weights do not change, so
+published weights can be loaded.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LEAST = 16  # channels
+MIN_CHANNELS = 16  # input channels
 
 
 class BlurConv2d(nn.Conv2d):
-    """A convolution of stride 2 or more that sees its input blurred."""
+    """A strided convolution of the blurred input."""
 
     blur: Tensor
 
@@ -28,14 +28,14 @@ class BlurConv2d(nn.Conv2d):
 
 
 def blur_before_halving(model: nn.Module) -> int:
-    """Put the filter before the convolutions of `model` that halve, and return their number."""
-    found = [
+    """Add the blur filter to all strided convolutions of `model`, and return their number."""
+    strided = [
         layer
         for layer in model.modules()
-        if type(layer) is nn.Conv2d and max(layer.stride) > 1 and layer.in_channels >= LEAST
+        if type(layer) is nn.Conv2d and max(layer.stride) > 1 and layer.in_channels >= MIN_CHANNELS
     ]
-    line = torch.tensor([1.0, 2.0, 1.0])
-    for layer in found:
-        layer.__class__ = BlurConv2d  # the same layer, with its weights and their names
-        layer.register_buffer("blur", torch.outer(line, line)[None, None] / 16, persistent=False)
-    return len(found)
+    row = torch.tensor([1.0, 2.0, 1.0])
+    for layer in strided:
+        layer.__class__ = BlurConv2d  # keeps the layer's weights and their names
+        layer.register_buffer("blur", torch.outer(row, row)[None, None] / 16, persistent=False)
+    return len(strided)

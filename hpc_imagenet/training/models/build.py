@@ -1,9 +1,9 @@
-"""Any torchvision classification backbone by its name, with a stem that fits small images.
+"""Build any torchvision classification backbone, optionally with a stem for small images.
 
-The published networks halve an image five times and were drawn for 224 px: of 32 px one point is left. The
-small stem takes the first two halvings back, whatever layers do them (for a ResNet: the 7x7 convolution of
-stride 2 and the max-pool behind it become a 3x3 convolution of stride 1, as He et al. 2016 did for CIFAR).
-The layers are found by looking at what a forward pass at 224 px hands to them, so no model is copied here.
+The published networks downsample by 32 and were designed for 224 px, so 32 px become a single point. The
+small stem removes the first two downsamplings, a factor of 4 (for a ResNet, a 3x3 convolution of stride 1
+replaces the 7x7 convolution of stride 2 and the max-pool, as in He et al. 2016 for CIFAR). The layers are
+found from their input sizes in a forward pass at 224 px, so no model code is copied here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torchvision import models
 
 from hpc_imagenet.errors import UserError, first_line
 
-SMALL = 64  # px: up to here `auto` takes the small stem
-GRID = 8  # patches a side of a vision transformer with the small stem
-SHORTER = 4  # what the small stem takes off a network's total stride
+SMALL = 64  # px: largest image size for which stem=auto is small
+GRID = 8  # patches per side of a vision transformer with the small stem
+STEM_STRIDE = 4  # downsampling factor that the small stem removes
 
-# Without the auxiliary heads, which were there to train networks that had no batch norm yet.
+# No auxiliary heads: they helped to train networks without batch norm.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -39,22 +39,22 @@ def build_model(
     start_size: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Return the untrained backbone, drawn from torch's global generator.
+    """Return a backbone with random weights from torch's global generator.
 
     Args:
         name: one of `hpc_imagenet.config.backbones.BACKBONES`.
-        classes: outputs of the last layer.
-        stem: standard, small or auto (small where `size` ≤ 64).
+        classes: number of outputs of the last layer.
+        stem: standard, small or auto (small if `size` ≤ 64).
         size: px, side of the training images.
-        val_size: px, side of the validation images; None: the same.
-        start_size: px, side of the training images at first; None: the same.
-        options: for torchvision's constructor.
+        val_size: px, side of the validation images; None: `size`.
+        start_size: px, initial side of the training images; None: `size`.
+        options: additional arguments of torchvision's constructor.
 
     Returns:
         A module from [batch, 3, side, side] to [batch, classes].
 
     Raises:
-        UserError: an unknown option, or images that the network cannot take.
+        UserError: an unknown option, or an image size that the network does not support.
     """
     small = stem == "small" or (stem == "auto" and size <= SMALL)
     arguments = {**_arguments(name, small, size), **(options or {})}
@@ -63,9 +63,9 @@ def build_model(
     except TypeError as error:
         raise UserError(f"model.options={dict(options or {})} does not fit {name}: {error}") from None
     except (AssertionError, ValueError, RuntimeError) as error:
-        right = f"a multiple of {_multiple(name, small)} would"
+        fix = f"use a multiple of {_required_multiple(name, small)}"
         raise UserError(
-            f"recipe.size={size} does not fit model.name={name} ({first_line(error)}): {right}"
+            f"recipe.size={size} does not fit model.name={name} ({first_line(error)}): {fix}"
         ) from None
     if small:
         if name.startswith("vit_"):
@@ -80,39 +80,40 @@ def build_model(
 
 def _arguments(name: str, small: bool, size: int) -> dict[str, Any]:
     if name.startswith("vit_"):
-        return {"image_size": GRID * _multiple(name, small) if small else size}
-    if name == "maxvit_t":  # its attention windows are laid out for the size behind the stem
-        side = size * SHORTER if small else size
+        return {"image_size": GRID * _required_multiple(name, small) if small else size}
+    if name == "maxvit_t":  # attention windows depend on the size after the stem
+        side = size * STEM_STRIDE if small else size
         return {"input_size": (side, side)}
     return _DEFAULTS.get(name, {})
 
 
-def _multiple(name: str, small: bool) -> int:
-    """Return of what the side (px) of an image must be a multiple where a constructor asks for that."""
+def _required_multiple(name: str, small: bool) -> int:
+    """Return the px of which an image's side must be a multiple, for models whose constructor checks that."""
     if name.startswith("vit_"):
         return int(name.rsplit("_", 1)[1])
-    return 224 // SHORTER if small else 224
+    return 224 // STEM_STRIDE if small else 224
 
 
 def _shrink_stem(model: nn.Module) -> None:
-    """Take the first halvings back, a factor of `SHORTER` in all."""
-    levels: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)  # px that a layer gets: the layers
+    """Remove the first downsamplings of `model`, a factor of `STEM_STRIDE` in total."""
+    # Strided layers by the side of their input in px.
+    levels: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
 
-    def note(name: str, layer: nn.Module) -> Any:
+    def record_input(name: str, layer: nn.Module) -> Any:
         return layer.register_forward_pre_hook(
             lambda layer, inputs: levels[inputs[0].shape[-1]].append((name, layer))
         )
 
-    hooks = [note(name, layer) for name, layer in model.named_modules() if _stride(layer) > 1]
-    _probe(model, 224)
+    hooks = [record_input(name, layer) for name, layer in model.named_modules() if _stride(layer) > 1]
+    _infer_shape(model, 224)
     for hook in hooks:
         hook.remove()
-    undone = 1
+    removed = 1
     for px in sorted(levels, reverse=True):
-        if undone >= SHORTER:
+        if removed >= STEM_STRIDE:
             break
-        undone *= _stride(levels[px][0][1])
-        for name, layer in levels[px]:  # several where a shortcut runs beside
+        removed *= _stride(levels[px][0][1])
+        for name, layer in levels[px]:  # several if there is a parallel shortcut
             model.set_submodule(name, _unstrided(layer))
 
 
@@ -136,10 +137,10 @@ def _unstrided(layer: nn.Module) -> nn.Module:
 
 
 def _shrink_patches(model: nn.Module, size: int) -> None:
-    """Cut images of `size` px into 8x8 patches: as many as the position embedding was made for."""
+    """Split images of `size` px into 8x8 patches, the number of patches of the position embedding."""
     if size % GRID:
-        near = max(GRID, round(size / GRID) * GRID)
-        raise UserError(f"recipe.size={size} is not cut into {GRID}x{GRID} patches: {near} would be")
+        nearest = max(GRID, round(size / GRID) * GRID)
+        raise UserError(f"recipe.size={size} cannot be split into {GRID}x{GRID} patches: use {nearest}")
     assert isinstance(model, models.VisionTransformer)
     patch = size // GRID
     conv = nn.Conv2d(3, model.hidden_dim, patch, stride=patch)
@@ -148,8 +149,8 @@ def _shrink_patches(model: nn.Module, size: int) -> None:
     model.conv_proj, model.patch_size, model.image_size = conv, patch, size
 
 
-def _probe(model: nn.Module, side: int) -> Tensor:
-    """Run shapes only: the weights stand in as meta tensors, so this costs no arithmetic and no memory."""
+def _infer_shape(model: nn.Module, side: int) -> Tensor:
+    """Run a forward pass on meta tensors, which computes shapes only and needs no memory."""
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
     images = torch.empty(2, 3, side, side, device="meta")
@@ -163,17 +164,17 @@ def _probe(model: nn.Module, side: int) -> Tensor:
 
 
 def _check_size(model: nn.Module, name: str, setting: str, side: int) -> None:
-    problem = _problem(model, side)
+    problem = _shape_error(model, side)
     if problem is None:
         return
-    fits = next((px for px in range(8, 385, 8) if _problem(model, px) is None), None)
-    right = f"{fits} would fit" if fits else "take another model"
-    raise UserError(f"{setting}={side} does not fit model.name={name} ({problem}): {right}")
+    valid = next((px for px in range(8, 385, 8) if _shape_error(model, px) is None), None)
+    fix = f"use {valid}" if valid else "use another model"
+    raise UserError(f"{setting}={side} does not fit model.name={name} ({problem}): {fix}")
 
 
-def _problem(model: nn.Module, side: int) -> str | None:
+def _shape_error(model: nn.Module, side: int) -> str | None:
     try:
-        _probe(model, side)
+        _infer_shape(model, side)
     except (AssertionError, RuntimeError, ValueError) as error:
         return first_line(error)
     return None

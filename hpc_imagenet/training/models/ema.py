@@ -1,7 +1,7 @@
-"""The running average of the weights (EMA), which is what a validation judges where the recipe says so.
+"""Exponential moving average (EMA) of the weights, evaluated instead of the weights if the recipe sets `ema`.
 
-It is a second copy of the network within the module, so that checkpoints, devices and resuming need nothing
-further. Batch norm's statistics are averaged like the weights.
+The average is a second network inside the Lightning module, so that checkpoints, moves to a device and
+resuming include it. Batch norm statistics are averaged like the weights.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 
 class EMACallback(pl.Callback):
-    """Brings `module.average` up to date behind each step that counts.
+    """Update the EMA weights `module.average` after every `every` optimizer steps.
 
     Args:
-        decay: share of the old average that stays, at each update.
-        every: steps between two updates; before the first one the average is a plain copy.
-        warmup: steps in which the average is a plain copy, as in torchvision's recipes: weights that are
-            still far off would stay in it for long.
+        decay: weight of the old average in an update, 0 to 1.
+        every: steps between two updates; before the first one the average is a copy of the weights.
+        warmup: steps during which the average is a copy of the weights, as in torchvision's recipes;
+            otherwise the poor early weights would remain in the average for long.
     """
 
     def __init__(self, decay: float, every: int, warmup: float) -> None:
@@ -30,25 +30,25 @@ class EMACallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update, if this batch ended such a step."""
+        """Update the average if this batch completed a step that is due."""
         step = trainer.global_step
-        early = step < self.every  # else a validation before the first update would judge what was drawn
+        early = step < self.every  # else an early validation would evaluate the random initial weights
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and (early or step % self.every == 0):
             update_ema(module.average, module.model, 0.0 if early or step <= self.warmup else self.decay)
 
 
 def ema_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` that is not trained."""
+    """Return a copy of `model` without gradients."""
     return copy.deepcopy(model).requires_grad_(False)
 
 
 @torch.no_grad()
 def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move `average` towards `model` by a share of 1 - `decay`; counters are copied."""
-    mine, theirs = _tensors(average), _tensors(model)
-    flowing = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in flowing], [b for _, b in flowing], 1 - decay)
-    for a, b in zip(mine, theirs, strict=True):
+    """Set `average` to `decay` * average + (1 - `decay`) * model; integer buffers are copied."""
+    pairs = list(zip(_tensors(average), _tensors(model), strict=True))
+    floats = [(a, b) for a, b in pairs if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
+    for a, b in pairs:
         if not a.is_floating_point():
             a.copy_(b)
 

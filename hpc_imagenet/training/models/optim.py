@@ -1,4 +1,4 @@
-"""What a recipe says about the optimizer: which weights decay, and the learning rate of every step."""
+"""Optimizer, weight decay and learning rate schedule of a recipe."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from hpc_imagenet.config.recipe import Recipe
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return SGD with momentum or AdamW over all parameters of `model`, at the peak learning rate."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # Norms and biases are the vectors among the parameters.
-    spared = [p for p in parameters if p.ndim < 2 and not recipe.norm_decay]
-    chosen = {id(p) for p in spared}
+    # Norm weights and biases are the one-dimensional parameters.
+    without_decay = [p for p in parameters if p.ndim < 2 and not recipe.norm_decay]
+    ids = {id(p) for p in without_decay}
     groups = [
-        {"params": [p for p in parameters if id(p) not in chosen], "weight_decay": recipe.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in ids], "weight_decay": recipe.weight_decay},
+        {"params": without_decay, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # One kernel for all tensors. Not False: a run that goes on on a GPU would keep it, and loop over them.
+    # One fused kernel on GPUs. None rather than False: a checkpoint stores the value, and a run resumed on a
+    # GPU would keep False and loop over the tensors.
     fused = all(p.is_cuda for p in parameters) or None
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=fused)
@@ -29,13 +30,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def lr_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
-    """Return the learning rate of a step as a share of its peak: straight up, then down to zero.
+    """Return the learning rate of a step as a factor of the peak: linear warmup, then decay to zero.
 
     Args:
-        step: from 0.
-        steps: of the whole training.
-        warmup: steps of the rise, which begins at one step's rise, not at 0.
-        schedule: cosine (half a wave) or linear, of the way down.
+        step: number of the step, from 0.
+        steps: number of steps of the training.
+        warmup: number of warmup steps; the first step has a rate above 0.
+        schedule: decay after the warmup, cosine or linear.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -44,7 +45,7 @@ def lr_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") ->
 
 
 def set_norm_momentum(model: nn.Module, momentum: float | None) -> None:
-    """Let every batch norm of `model` take that share (0 to 1) of each step into its running statistics."""
+    """Set the momentum (0 to 1) of the running statistics in every batch norm layer; None: no change."""
     if momentum is None:
         return
     for layer in model.modules():

@@ -1,6 +1,7 @@
-"""Weights to begin with: a published set that torchvision's cache holds, a file, or a run's own checkpoint.
+"""Initial weights: published weights in torchvision's cache, a file, or the checkpoint of a run.
 
-Nothing is downloaded: nodes seldom have a way out. What is missing is told with the command that fetches it.
+Nothing is downloaded, because compute nodes often have no internet access. The error for missing weights
+contains the command that downloads them.
 """
 
 from __future__ import annotations
@@ -20,131 +21,132 @@ from hpc_imagenet.errors import UserError
 
 State = Mapping[str, Tensor]
 
-# Networks whose published weights were trained on images that were normalised otherwise.
+# Networks whose published weights were trained with another normalisation of the images.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"transform_input": True},
     "inception_v3": {"transform_input": True},
 }
-# The published DenseNets are of a time when the layers of a block had other names.
+# The published DenseNet weights use old names for the layers of a block.
 _DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 
 
 def constructor_options(name: str, weights: str | None) -> dict[str, Any]:
-    """Return what a backbone's constructor must be told besides if it begins with `weights`."""
+    """Return the constructor arguments of a backbone that its initial `weights` require."""
     return _OPTIONS.get(name, {}) if weights and is_weights_name(weights) else {}
 
 
 def load_weights(model: nn.Module, name: str, weights: str) -> bool:
-    """Give `model` its first weights; a classifier for other classes than theirs is left as it was drawn.
+    """Load initial weights into `model`; a classifier for another number of classes is not changed.
 
     Args:
-        model: as built, on the CPU.
-        name: of the backbone.
-        weights: a name of torchvision's, such as IMAGENET1K_V2, or a file.
+        model: the network as built, on the CPU.
+        name: name of the backbone.
+        weights: a torchvision name, such as IMAGENET1K_V2, or a file.
 
     Returns:
-        Whether the classifier fits as well.
+        Whether the classifier's weights were loaded too.
 
     Raises:
-        UserError: not there, or of another network.
+        UserError: the weights do not exist or belong to another network.
     """
-    said = f"model.weights={weights}"
-    found = read_weights(
-        Path(weights) if not is_weights_name(weights) else cached_weights(name, weights, said)[1], said
-    )
-    state, wrong = match_names(model, found)
-    wanted, last = model.state_dict(), classifier_name(model)
-    other = [key for key in wrong if not key.startswith(f"{last}.")]
-    if other or (wrong and any(_shape(state, key) is None for key in wrong)):
+    setting = f"model.weights={weights}"
+    path = cached_weights(name, weights, setting)[1] if is_weights_name(weights) else Path(weights)
+    state, mismatches = match_names(model, read_weights(path, setting))
+    expected, classifier = model.state_dict(), classifier_name(model)
+    other = [key for key in mismatches if not key.startswith(f"{classifier}.")]
+    if other or (mismatches and any(_shape(state, key) is None for key in mismatches)):
         raise UserError(
-            f"{said}: {shape_difference((other or wrong)[0], state, wanted)} in {name} as it is asked for: "
-            "take its own weights, the same recipe.size, or model.stem=standard"
+            f"{setting}: {shape_difference((other or mismatches)[0], state, expected)} of this {name}: "
+            "use weights of this model, the same recipe.size, or model.stem=standard"
         )
-    for key in wrong:
+    for key in mismatches:
         del state[key]
     model.load_state_dict(state, strict=False)
-    return not wrong
+    return not mismatches
 
 
-def match_names(model: nn.Module, found: State) -> tuple[OrderedDict[str, Tensor], list[str]]:
-    """Return weights by the names that `model` has for them, and the names whose shapes are not the same.
+def match_names(model: nn.Module, weights: State) -> tuple[OrderedDict[str, Tensor], list[str]]:
+    """Rename weights to the names that `model` uses.
 
-    A head that only helped training is left out where the model has none. Files of another time have other
-    names for some layers of DenseNets, and do not count batches.
+    Auxiliary heads that the model does not have are dropped. Old files use other names for some DenseNet
+    layers and lack batch norm's batch counters.
+
+    Returns:
+        The renamed weights, and the sorted names that are missing on one side or differ in shape.
     """
-    wanted = model.state_dict()
-    state = OrderedDict((_DENSE.sub(r"\1", key), value) for key, value in found.items())
-    for key in [key for key in state if key not in wanted and _auxiliary(key)]:
+    expected = model.state_dict()
+    state = OrderedDict((_DENSE.sub(r"\1", key), value) for key, value in weights.items())
+    for key in [key for key in state if key not in expected and _is_auxiliary(key)]:
         del state[key]
-    for key in wanted:
+    for key in expected:
         if key.endswith("num_batches_tracked"):
-            state.setdefault(key, wanted[key])
-    # Some networks look there how old the weights are.
-    state._metadata = getattr(found, "_metadata", wanted._metadata)  # type: ignore[attr-defined]
-    return state, [key for key in sorted({*wanted, *state}) if _shape(wanted, key) != _shape(state, key)]
+            state.setdefault(key, expected[key])
+    # MNASNet reads the version of its weights from the metadata.
+    state._metadata = getattr(weights, "_metadata", expected._metadata)  # type: ignore[attr-defined]
+    return state, [key for key in sorted({*expected, *state}) if _shape(expected, key) != _shape(state, key)]
 
 
-def shape_difference(key: str, there: State, here: State) -> str:
-    """Say what shapes a weight has in a file and in a network."""
-    return f"{key} is {_told(there, key)} there and {_told(here, key)}"
+def shape_difference(key: str, weights: State, expected: State) -> str:
+    """Describe the difference of one weight's shape between a file and a network."""
+    return f"{key} is {_shape_text(weights, key)} in the file and {_shape_text(expected, key)} in the network"
 
 
-def read_weights(path: Path, said: str) -> State:
-    """Return the weights in a file: a state dict, or a checkpoint of a run (its average, if it kept one).
+def read_weights(path: Path, setting: str) -> State:
+    """Return the weights in a file: a state dict, or a checkpoint of a run (its EMA weights, if any).
 
     Args:
-        path: of the file.
-        said: what the user wrote, for the error.
+        path: path of the file.
+        setting: the user's input, such as `model.weights=FILE`, for the error.
 
     Raises:
-        UserError: no such file, or no weights in it.
+        UserError: no such file, or the file contains no weights.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{said}: no such file") from None
-    except Exception as error:  # torch meets nonsense with errors of many kinds
-        raise UserError(f"{said}: not a file of weights ({_first_line(error)})") from None
+        raise UserError(f"{setting}: no such file") from None
+    except Exception as error:  # torch raises many types of errors for invalid files
+        raise UserError(f"{setting}: not a file of weights ({_first_line(error)})") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         inner = state["state_dict"]
-        kept = "average." if any(key.startswith("average.") for key in inner) else "model."
-        state = {key.removeprefix(kept): v for key, v in inner.items() if key.startswith(kept)}
+        prefix = "average." if any(key.startswith("average.") for key in inner) else "model."
+        state = {key.removeprefix(prefix): v for key, v in inner.items() if key.startswith(prefix)}
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{said}: not a file of weights (it holds no tensors by name)")
+        raise UserError(f"{setting}: not a file of weights (not a mapping from names to tensors)")
     return state
 
 
-def cached_weights(name: str, version: str, said: str) -> tuple[Any, Path]:
-    """Return the published weights that lie in torchvision's cache, and their file.
+def cached_weights(name: str, version: str, setting: str) -> tuple[Any, Path]:
+    """Return published weights in torchvision's cache, and their file.
 
     Args:
-        name: of the backbone.
-        version: such as IMAGENET1K_V1; empty: the newest that is there.
-        said: what the user wrote, for the error.
+        name: name of the backbone.
+        version: such as IMAGENET1K_V1; empty: torchvision's default if cached, else any cached version.
+        setting: the user's input, such as `model.weights=NAME`, for the error.
 
     Raises:
-        UserError: there are none of that name, or they are not on disk.
+        UserError: no weights of that name exist, or they are not on disk.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    every = list(models.get_model_weights(name))
-    asked = [one for one in every if version in ("", one.name)]
-    if not asked:
+    published = list(models.get_model_weights(name))
+    candidates = [entry for entry in published if version in ("", entry.name)]
+    if not candidates:
         raise UserError(
-            f"{said} is unknown to {name}; one of: {', '.join(one.name for one in every) or 'none'}"
+            f"{setting} is unknown for {name}; one of: {', '.join(e.name for e in published) or 'none'}"
         )
-    asked.sort(key=lambda one: one != models.get_model_weights(name).DEFAULT)
-    for one in asked:
-        path = folder / one.url.rsplit("/", 1)[-1]
+    candidates.sort(key=lambda entry: entry != models.get_model_weights(name).DEFAULT)
+    for entry in candidates:
+        path = folder / entry.url.rsplit("/", 1)[-1]
         if path.is_file():
-            return one, path
+            return entry, path
     raise UserError(
-        f"{said}: not on disk, and nothing is downloaded here: where there is internet, "
-        f"wget -P {folder} {asked[0].url}"
+        f"{setting}: not on disk; download it on a machine with internet access: "
+        f"wget -P {folder} {candidates[0].url}"
     )
 
 
 def classifier_name(model: nn.Module) -> str:
-    """Return the name of the layer that tells the classes apart: the last one with weights."""
+    """Return the name of the classifier: the last linear or convolution layer."""
     layers: list[str] = [
         name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
@@ -152,18 +154,18 @@ def classifier_name(model: nn.Module) -> str:
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Let nothing but the classifier train."""
+    """Freeze all weights except the classifier's."""
     model.requires_grad_(False)
     model.get_submodule(classifier_name(model)).requires_grad_(True)
 
 
 def _first_line(error: Exception) -> str:
-    """Return what an error says, without torch's headline."""
+    """Return the first line of an error's message after torch's headline."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[1] if len(lines) > 1 else lines[0]).rstrip(".") if lines else type(error).__name__
 
 
-def _auxiliary(key: str) -> bool:
+def _is_auxiliary(key: str) -> bool:
     return key.startswith(("aux1.", "aux2.", "AuxLogits."))
 
 
@@ -171,6 +173,6 @@ def _shape(state: State, key: str) -> tuple[int, ...] | None:
     return tuple(state[key].shape) if key in state else None
 
 
-def _told(state: State, key: str) -> str:
+def _shape_text(state: State, key: str) -> str:
     shape = _shape(state, key)
-    return "missing" if shape is None else "x".join(map(str, shape)) or "one number"
+    return "missing" if shape is None else "x".join(map(str, shape)) or "a scalar"

@@ -1,0 +1,74 @@
+"""Declare a setting: its default, meaning, unit, choices and bounds at the dataclass field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import Field, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+from hpc_imagenet.errors import UserError, did_you_mean
+
+
+def setting(
+    default: Any = MISSING,
+    meaning: str = "",
+    *,
+    factory: Callable[[], Any] | None = None,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Return a dataclass field that documents and bounds a setting.
+
+    Args:
+        default: value if neither conf/ nor the command line sets one; MISSING: one of them must.
+        meaning: one line with the unit, shown in docs/settings.md.
+        factory: makes the default of a mapping or list.
+        choices: valid values.
+        minimum: lowest valid value.
+        maximum: highest valid value.
+        above: exclusive lower bound.
+    """
+    metadata = {
+        "meaning": meaning,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+    }
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def settings_of(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Yield (full name, field, value) of every setting of a config, nested ones as `group.name`."""
+    for entry in fields(node):
+        name, value = f"{prefix}{entry.name}", getattr(node, entry.name)
+        if is_dataclass(value):
+            yield from settings_of(value, f"{name}.")
+        else:
+            yield name, entry, value
+
+
+def check_bounds(name: str, entry: Field[Any], value: Any) -> None:
+    """Check one value against the choices and bounds of its field; None is always valid.
+
+    Raises:
+        UserError: names the setting and its valid values.
+    """
+    limits = entry.metadata
+    if value is None or not limits:
+        return
+    choices, minimum, maximum, above = (limits[key] for key in ("choices", "minimum", "maximum", "above"))
+    if choices and value not in choices:
+        raise UserError(f"{name}={value} is unknown{did_you_mean(value, choices)}")
+    if maximum is not None and not minimum <= value <= maximum:
+        raise UserError(f"{name}={value} is not between {minimum} and {maximum}")
+    if minimum is not None and value < minimum:
+        raise UserError(f"{name}={value} is too small: at least {minimum}")
+    if above is not None and value <= above:
+        raise UserError(f"{name}={value} must be more than {above}")

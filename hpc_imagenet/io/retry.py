@@ -1,0 +1,39 @@
+"""Retries with exponential backoff and jitter."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass
+class Retry:
+    """Counts failures in a row of one operation and computes the wait before the next attempt.
+
+    Attributes:
+        first_wait: s before the first retry; doubled before each further one.
+        longest_wait: s, the limit of the doubling.
+        limit: failures in a row after which to give up.
+        first_limit: the same until the other side was reached for the first time.
+        jitter: random share by which a wait is longer or shorter.
+        failures: failures in a row; set it to 0 after progress.
+    """
+
+    first_wait: float
+    longest_wait: float
+    limit: int
+    first_limit: int = 3
+    jitter: float = 0.25
+    failures: int = 0
+
+    def failed(self, reached: bool = True) -> float | None:
+        """Count a failure; return the s to wait before the next attempt, or None to give up.
+
+        Args:
+            reached: whether the other side was reached at least once.
+        """
+        self.failures += 1
+        if self.failures >= (self.limit if reached else min(self.limit, self.first_limit)):
+            return None
+        wait = min(self.longest_wait, self.first_wait * 2.0 ** (self.failures - 1))
+        return wait * random.uniform(1 - self.jitter, 1 + self.jitter)
