@@ -1,4 +1,4 @@
-"""What the tests of all rooms share. Its being here also puts this folder on the import path."""
+"""Fixtures of all tests. pytest also puts the folder of this file on the import path."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import pytest
 from door import Door, Gate
 from hypothesis import settings
 
-# How long an example takes says how busy the machine is.
+# The duration of an example depends on the load of the machine.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-# Other programs' complaints are compared with what they say in English.
+# Error messages of other programs are compared in English.
 os.environ["LC_ALL"] = "C.UTF-8"
 
-# Threads that wait by spinning make a training many times slower beside other work. Read with torch.
+# Spinning threads make a training many times slower on a busy machine. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# A shell starts what is in its background deaf to interrupts, and so would be whatever is started here.
+# A shell starts background processes with SIGINT ignored, and child processes would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, where several processes share the tests."""
+    """Run the longest tests first if several processes share the tests."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: _share(item.nodeid) != SLURM)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each process whole files, and one of them all that needs the Slurm lab."""
+    """Assign whole files to each process, and all tests of the Slurm lab to one of them."""
     from xdist.scheduler import LoadFileScheduling
 
     class Shares(LoadFileScheduling):
@@ -62,7 +62,7 @@ def door(tmp_path: Path) -> Iterator[Door]:
 
 @pytest.fixture
 def gate() -> Iterator[tuple[Gate, str]]:
-    """A server that holds its clients until the test opens it, and its URL."""
+    """A server that blocks its clients until the test opens it, and its URL."""
     gate = Gate()
     with gate.serve() as url:
         yield gate, url

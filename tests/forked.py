@@ -1,4 +1,4 @@
-"""Processes forked from a server without threads that has torch and the rest imported: they start at once."""
+"""Multiprocessing context that forks from a server with torch imported, so that processes start fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a data stage in a process of its own, to be killed at any moment."""
+"""Run a data stage in a separate process and kill it at a chosen moment."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from hpc_imagenet.stages import download, process
 
 _STAGES = {"download": download, "process": process}
 
-# What Python tells its audit hooks about files and folders that are made, opened, renamed or removed.
+# Audit events of Python for files and folders that are created, opened, renamed or removed.
 _STEPS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink")
 
 
 def start(stage: str, config: Config, run: Run) -> BaseProcess:
-    """Start a stage; wait until its process has begun with it."""
+    """Start a stage and wait until its process has begun."""
     child, _ = _start(stage, config, run, None, 0)
     return child
 
 
 def kill_after(child: BaseProcess, seconds: float) -> bool:
-    """Send SIGKILL after that time; return whether it was still at work."""
+    """Send SIGKILL after `seconds`; return whether the stage was still running."""
     deadline = time.monotonic() + seconds
     while child.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -42,7 +42,7 @@ def kill_after(child: BaseProcess, seconds: float) -> bool:
 
 
 def kill_when(child: BaseProcess, reached: Callable[[], bool]) -> bool:
-    """Send SIGKILL as soon as something is so; return whether it was still at work."""
+    """Send SIGKILL as soon as `reached()`; return whether the stage was still running."""
     while child.is_alive() and not reached():
         time.sleep(0.001)
     child.kill()
@@ -51,10 +51,10 @@ def kill_when(child: BaseProcess, reached: Callable[[], bool]) -> bool:
 
 
 def run_to_step(stage: str, config: Config, run: Run, below: Path, last: int = 0) -> int:
-    """Run a stage that gets SIGKILL at its `last` step of file work below a folder; 0 for never.
+    """Run a stage and send it SIGKILL at file operation number `last` below a folder; 0: never.
 
     Returns:
-        the steps that were begun: less than `last` where the stage came to its end before.
+        Number of file operations begun: less than `last` if the stage ended before.
     """
     child, steps = _start(stage, config, run, below, last)
     child.join(180)
@@ -65,7 +65,7 @@ def run_to_step(stage: str, config: Config, run: Run, below: Path, last: int = 0
 
 
 def snapshot(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """Return the bytes of every file below `folder`, hidden ones too, except those named in `but`."""
+    """Return the bytes of every file below `folder`, also hidden ones, except those named in `but`."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -78,7 +78,7 @@ def _start(stage: str, config: Config, run: Run, below: Path | None, last: int) 
     child = CONTEXT.Process(target=_run, args=(stage, config, run, began, steps, str(below), last))
     child.start()
     if not began.wait(180):
-        raise TimeoutError("the process did not begin")
+        raise TimeoutError("the process did not start")
     return child, steps
 
 

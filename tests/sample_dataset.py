@@ -1,4 +1,4 @@
-"""A small processed dataset, as `+stage=process` leaves it: what the rooms behind it start from."""
+"""Write a small processed dataset, as the process stage writes it, as input of later stages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def file_of(path: Path, relative: str, algorithm: str = "md5") -> File:
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> list[tuple[int, int]]:
-    """Write an uncompressed tar, and return the (offset, length) of every member's data."""
+    """Write an uncompressed tar; return (offset, length) of the data of every member."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for name, data in members:
             header = tarfile.TarInfo(name)
@@ -39,9 +39,9 @@ def make_dataset(
     images: int = 12,
     image_bytes: int = 3_000,
 ) -> Manifest:
-    """Make `workspace/datasets/<name>/` over archives in `workspace/archives/<name>/`.
+    """Write `workspace/datasets/<name>/` with archives in `workspace/archives/<name>/`.
 
-    `content` also decides the images' bytes. The archives are train-0.tar, train-1.tar and val-0.tar.
+    `content` is also the seed of the images' bytes. The archives are train-0.tar, train-1.tar and val-0.tar.
     """
     bits = random.Random(content)
     archives, folder = workspace / "archives" / name, workspace / "datasets" / name
@@ -54,9 +54,9 @@ def make_dataset(
         for part in range(parts):
             path = archives / f"{split}-{part}.tar"
             members = [(f"{split}_{part}_{i}.JPEG", bits.randbytes(image_bytes + i)) for i in range(images)]
-            path.unlink(missing_ok=True)  # it may be linked into a datastore: a new file, not new bytes
-            places = write_tar(path, members)
-            entries += [(offset, size, i % 3, len(shards)) for i, (offset, size) in enumerate(places)]
+            path.unlink(missing_ok=True)  # a datastore may link to it: replace the file, do not overwrite it
+            addresses = write_tar(path, members)
+            entries += [(offset, size, i % 3, len(shards)) for i, (offset, size) in enumerate(addresses)]
             shards.append(file_of(path, f"../../archives/{name}/{path.name}"))
         write_index(folder / f"{split}.npy", np.array(entries, ENTRY))
         splits[split] = Split(file_of(folder / f"{split}.npy", f"{split}.npy", "sha256"), len(entries))

@@ -1,8 +1,8 @@
-"""README.md and docs/: what they tell people to type works.
+"""Run every command of README.md and docs/.
 
-Every line of a block fenced as ```sh is a command that is run here, in order, page by page, in a copy of the
-checkout and one workspace. A block fenced as ```yaml whose first line is `# PATH` is written there first.
-RULES says how each kind of command is run, and `instead` what is put in place of settings that would fetch
+Each line of a block fenced as ```sh is a command. It is run here, in order, page by page, in a copy of the
+checkout and one workspace. A block fenced as ```yaml whose first line is `# PATH` is first written to that
+path. RULES maps each kind of command to a function, and `shortened` replaces settings that would fetch
 ImageNet or train for hours. A command without a rule fails.
 """
 
@@ -40,7 +40,7 @@ def commands(page: Path) -> list[str]:
 
 
 class Reader:
-    """Somebody who types what the pages say."""
+    """Runs the commands of the pages in a folder of its own, with stub Slurm commands."""
 
     def __init__(self, folder: Path) -> None:
         self.door = Door(folder / "workspace")
@@ -48,10 +48,10 @@ class Reader:
         self.lab = folder / "lab"
         stubs = folder / "stubs"
         stubs.mkdir()
-        # sbatch numbers and keeps what it gets; the queue is empty, so nothing of it is ever running.
-        # Asked only when a job would start, it submits nothing.
-        asked = "[[ $* == *--test-only* ]] && exit"
-        self.stub("sbatch", f'{asked}; echo "$@" >> {stubs}/sbatch.log; echo Submitted batch job $$')
+        # sbatch logs its arguments and prints a job id; the queue is empty, so no job ever runs.
+        # With --test-only it submits nothing.
+        test_only = "[[ $* == *--test-only* ]] && exit"
+        self.stub("sbatch", f'{test_only}; echo "$@" >> {stubs}/sbatch.log; echo Submitted batch job $$')
         self.stub("srun", "true")
         self.stub("squeue", "true")
         self.stub("scancel", "true")
@@ -65,7 +65,7 @@ class Reader:
         path.write_text(f"#!/bin/bash\n{text}\n")
         path.chmod(0o755)
 
-    def types(self, command: str, cwd: Path | None = None, code: int = 0, **env: str) -> str:
+    def run_shell(self, command: str, cwd: Path | None = None, code: int = 0, **env: str) -> str:
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=cwd or self.folder,
@@ -83,14 +83,14 @@ class Reader:
 
     @property
     def digits(self) -> Path:
-        """Archives of the ImageNet shape, as they lie somewhere on a disk."""
+        """Archives in the ImageNet layout, in a folder of the user."""
         folder = self.folder / "archives"
         if not folder.exists():
-            self.types(f"python -m hpc_imagenet.demo.digits {folder}")
+            self.run_shell(f"python -m hpc_imagenet.demo.digits {folder}")
         return folder
 
     def submit_one_more(self) -> str:
-        """Return the id of a new run that takes its time."""
+        """Return the id of a new run that does not end at once."""
         words = ["dataset=digits", "cluster=local", f"model={SMALL}", f"seed={1000 + len(self.door.runs())}"]
         before = set(self.door.runs())
         self.door(*words)
@@ -98,166 +98,166 @@ class Reader:
         return run
 
 
-def instead(words: list[str], reader: Reader) -> list[str]:
-    """Return the settings of a submission in a form that ends within seconds.
+def shortened(words: list[str], reader: Reader) -> list[str]:
+    """Return the settings of a submission, changed so that it ends within seconds.
 
-    One epoch of the digits with a small backbone, on this machine, waited for; a user's folder of archives
-    becomes one that there is. Everything else stays as the page says.
+    One epoch of the digits with a small backbone on this machine, with wait=true; a folder of archives that
+    does not exist becomes one that does. Everything else is kept.
     """
-    said = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words if "=" in word}
+    given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words if "=" in word}
     sweep = "-m" in words
-    put = {"recipe.epochs": "1", "cluster": "local", "wait": "true"}
-    if said.get("dataset", "imagenet") == "imagenet" and "dataset.source" not in said:
-        put["dataset"] = "digits"
-    if source := said.get("dataset.source"):
-        put |= {"dataset": "ilsvrc", "dataset.source": str(reader.digits), "recipe": "demo"}
-        put |= {"dataset.name": said.get("dataset.name", Path(source).name)}
-    elif said.get("dataset") in ("birds",):
-        put |= {"dataset": said["dataset"], "dataset.source": str(reader.digits)}
-    put["model"] = SMALL
-    if sweep and "," in said.get("model", ""):
-        put["model"] = f"{SMALL},shufflenet_v2_x0_5"
-    if "," in said.get("seed", ""):
-        put["seed"] = "0,1"
-    kept = [word for word in words if word.partition("=")[0].lstrip("+") not in put]
-    return kept + [f"{key}={value}" for key, value in put.items()]
+    replaced = {"recipe.epochs": "1", "cluster": "local", "wait": "true"}
+    if given.get("dataset", "imagenet") == "imagenet" and "dataset.source" not in given:
+        replaced["dataset"] = "digits"
+    if source := given.get("dataset.source"):
+        replaced |= {"dataset": "ilsvrc", "dataset.source": str(reader.digits), "recipe": "demo"}
+        replaced |= {"dataset.name": given.get("dataset.name", Path(source).name)}
+    elif given.get("dataset") in ("birds",):
+        replaced |= {"dataset": given["dataset"], "dataset.source": str(reader.digits)}
+    replaced["model"] = SMALL
+    if sweep and "," in given.get("model", ""):
+        replaced["model"] = f"{SMALL},shufflenet_v2_x0_5"
+    if "," in given.get("seed", ""):
+        replaced["seed"] = "0,1"
+    kept = [word for word in words if word.partition("=")[0].lstrip("+") not in replaced]
+    return kept + [f"{key}={value}" for key, value in replaced.items()]
 
 
 def run_submission(command: str, reader: Reader) -> None:
     words = shlex.split(command)
     at = 1 if words[0] == "hpc-imagenet" else 3
     door, settings = words[:at], words[at:]
-    if "dry_run=true" in settings:  # as it stands
+    if "dry_run=true" in settings:  # unchanged
         before = reader.submitted()
-        assert "nothing was submitted (dry_run=true)" in reader.types(command)
+        assert "nothing was submitted (dry_run=true)" in reader.run_shell(command)
         assert reader.submitted() == before
     elif any(word in ("cluster=slurm", "cluster=mine") for word in settings):
-        # As it stands, on a cluster of stubs and with a datastore that there is.
+        # Unchanged, on a cluster of stubs and with a datastore that exists.
         before = len(reader.submitted())
-        reader.types(shlex.join([*door, *settings, "dataset=digits"]))
+        reader.run_shell(shlex.join([*door, *settings, "dataset=digits"]))
         assert len(reader.submitted()) > before
     else:
-        told = reader.types(shlex.join([*door, *instead(settings, reader)]))
-        assert "submitted" in told or "already finished" in told
+        output = reader.run_shell(shlex.join([*door, *shortened(settings, reader)]))
+        assert "submitted" in output or "already finished" in output
 
 
-def run_verb(command: str, reader: Reader) -> None:
-    verb = re.search(r"\b(jobs|logs|cancel|retry|report)\b", command)
-    assert verb
-    if verb[1] in ("jobs", "report"):
-        told = reader.types(command)
-        assert json.loads(told) if "--json" in command else SMALL in told
-    elif verb[1] == "logs":
+def run_command(command: str, reader: Reader) -> None:
+    name = re.search(r"\b(jobs|logs|cancel|retry|report)\b", command)
+    assert name
+    if name[1] in ("jobs", "report"):
+        output = reader.run_shell(command)
+        assert json.loads(output) if "--json" in command else SMALL in output
+    elif name[1] == "logs":
         run = next(row["run"] for row in reader.door.jobs() if row["model"] == SMALL)
-        assert "epoch 1/1" in reader.types(command.replace("RUN", run))
-    elif verb[1] == "cancel":
+        assert "epoch 1/1" in reader.run_shell(command.replace("RUN", run))
+    elif name[1] == "cancel":
         run = reader.submit_one_more()
-        assert "cancelled" in reader.types(command.replace("RUN", run))
+        assert "cancelled" in reader.run_shell(command.replace("RUN", run))
         assert next(row["state"] for row in reader.door.jobs() if row["run"] == run) == "cancelled"
     else:
         run = next(row["run"] for row in reader.door.jobs() if row["state"] == "cancelled")
-        assert "submitted" in reader.types(command.replace("RUN", run))
+        assert "submitted" in reader.run_shell(command.replace("RUN", run))
         reader.door("cancel", run)
 
 
 def run_session(command: str, reader: Reader) -> None:
-    """As the page says, and reached; one that runs already is left alone."""
+    """Start the session and wait for its address; one that is running is left alone."""
     if not (reader.door.workspace / "datastores/digits").exists():
         for stage in STAGES[:3]:
             reader.door(f"+stage={stage}", "dataset=digits", "cluster=foreground")
-    assert "/lab?token=" in reader.types(f"{command} cluster=local wait=true")
+    assert "/lab?token=" in reader.run_shell(f"{command} cluster=local wait=true")
 
 
-def run_session_verb(command: str, reader: Reader) -> None:
+def run_session_command(command: str, reader: Reader) -> None:
     run = next(row["run"] for row in reader.door.jobs() if row["stage"] == "session")
-    told = reader.types(command.replace("RUN", run))
-    verb = shlex.split(command)[-2 if command.endswith("RUN") else -3]
-    assert {"connect": "/lab?token=", "pause": "paused", "resume": "submitted"}[verb] in told
-    if verb == "resume":
-        reader.types(f"python -m hpc_imagenet connect {run}")
+    output = reader.run_shell(command.replace("RUN", run))
+    name = shlex.split(command)[-2 if command.endswith("RUN") else -3]
+    assert {"connect": "/lab?token=", "pause": "paused", "resume": "submitted"}[name] in output
+    if name == "resume":
+        reader.run_shell(f"python -m hpc_imagenet connect {run}")
 
 
 def check_extra(command: str, reader: Reader) -> None:
-    """Only that there is such an extra."""
+    """Check only that the extra exists."""
     extra = re.search(r"\[(\w+)\]", command)
     assert extra
     assert f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text()
 
 
 def run_doctor(command: str, reader: Reader) -> None:
-    """About this machine; tests/slurm has the same about a Slurm."""
-    told = reader.types(f"{command.replace('cluster=mine', 'cluster=local')} dataset=digits")
-    assert '"check": "packages"' in told if "--json" in command else "no check failed" in told
+    """Run doctor for this machine; tests/slurm runs it on a Slurm cluster."""
+    output = reader.run_shell(f"{command.replace('cluster=mine', 'cluster=local')} dataset=digits")
+    assert '"check": "packages"' in output if "--json" in command else "no check failed" in output
 
 
 def run_sbatch(command: str, reader: Reader) -> None:
-    """Only that it is sent; `test_a_template_runs_its_stage` runs the templates themselves."""
+    """Check only the submission; `test_templates_run_their_stages` runs the templates."""
     before = len(reader.submitted())
-    reader.types(command)
+    reader.run_shell(command)
     assert len(reader.submitted()) == before + 1
     assert (reader.folder / shlex.split(command)[1]).is_file()
 
 
 def run_make(command: str, reader: Reader) -> None:
-    """Only what it would do: minutes of training, of installing, or this test suite."""
+    """Check only what make would run: minutes of training, installing, or this test suite."""
     target = command.split()[-1]
-    told = reader.types(f"make -n {target} VENV=nowhere", cwd=ROOT)
-    does = {"demo": "-m hpc_imagenet.demo", "test": "-m pytest", "install": "--editable '.[demo]'"}
-    assert does[target] in told
+    output = reader.run_shell(f"make -n {target} VENV=nowhere", cwd=ROOT)
+    expected = {"demo": "-m hpc_imagenet.demo", "test": "-m pytest", "install": "--editable '.[demo]'"}
+    assert expected[target] in output
 
 
 def run_lab(command: str, reader: Reader) -> None:
-    """As it stands, on a lab of this test's own and without the stubs; a training is made short."""
+    """Run it on a lab of this test, without the stubs; a training is shortened."""
     env = {"HPC_IMAGENET_LAB": str(reader.lab), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     if not shutil.which("slurmctld", path=f"{env['PATH']}{os.pathsep}/usr/sbin"):
-        return  # tests/slurm says what is missing
+        return  # tests/slurm reports what is missing
     words = shlex.split(command)
     if words[1] == "login":
-        settings = [word.replace("cluster=local", "cluster=lab") for word in instead(words[5:], reader)]
-        told = reader.types(shlex.join([*words[:5], *settings]), **env)
-        trained = re.findall(rf"^finished +\w{{8}}-({SMALL}|shufflenet_v2_x0_5) ", told, re.MULTILINE)
+        settings = [word.replace("cluster=local", "cluster=lab") for word in shortened(words[5:], reader)]
+        output = reader.run_shell(shlex.join([*words[:5], *settings]), **env)
+        trained = re.findall(rf"^finished +\w{{8}}-({SMALL}|shufflenet_v2_x0_5) ", output, re.MULTILINE)
         assert len(trained) == 2
     else:
-        reader.types(command, **env)
+        reader.run_shell(command, **env)
 
 
 def run_benchmark(command: str, reader: Reader) -> None:
     script = ROOT / shlex.split(command)[1]
-    assert "--help" in reader.types(f"python {script} --help")
+    assert "--help" in reader.run_shell(f"python {script} --help")
 
 
 def run_completion(command: str, reader: Reader) -> None:
-    assert "hydra_bash_completion" in reader.types(f"{command}; complete -p hpc-imagenet")
+    assert "hydra_bash_completion" in reader.run_shell(f"{command}; complete -p hpc-imagenet")
 
 
-def run_as_it_stands(command: str, reader: Reader) -> None:
-    reader.types(command)
+def run_unchanged(command: str, reader: Reader) -> None:
+    reader.run_shell(command)
 
 
-def check_environment(command: str, reader: Reader) -> None:
-    assert shutil.which("hpc-imagenet", path=reader.door.env["PATH"])  # as if it were activated
+def check_activation(command: str, reader: Reader) -> None:
+    assert shutil.which("hpc-imagenet", path=reader.door.env["PATH"])  # as if the environment were activated
 
 
-DOOR = r"(python -m hpc_imagenet|hpc-imagenet)"
+PROGRAM = r"(python -m hpc_imagenet|hpc-imagenet)"
 RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
-    (r"\. \.venv/bin/activate", check_environment),
+    (r"\. \.venv/bin/activate", check_activation),
     (r"(srun( --[\w=-]+)+ )?make \w+", run_make),
     (r"sbatch slurm/\w+\.sbatch( [\w.]+=\S+)*", run_sbatch),
-    (r"(mkdir -p|cp) [\w./ -]+", run_as_it_stands),
+    (r"(mkdir -p|cp) [\w./ -]+", run_unchanged),
     (r"slurm/lab/lab (up|down|login python -m hpc_imagenet( -m| \S+=\S+)+)", run_lab),
     (r"python benchmarks/\w+\.py", run_benchmark),
     (r'eval "\$\(hpc-imagenet -sc install=bash\)"', run_completion),
-    (rf"{DOOR} --cfg job( \S+=\S+)*", run_as_it_stands),
-    (rf"{DOOR} (jobs|report)( --json)?", run_verb),
-    (rf"{DOOR} logs RUN( -f)?", run_verb),
-    (rf"{DOOR} (cancel|retry) RUN", run_verb),
+    (rf"{PROGRAM} --cfg job( \S+=\S+)*", run_unchanged),
+    (rf"{PROGRAM} (jobs|report)( --json)?", run_command),
+    (rf"{PROGRAM} logs RUN( -f)?", run_command),
+    (rf"{PROGRAM} (cancel|retry) RUN", run_command),
     (r"pip install -c constraints\.txt -e '\.\[\w+\]'", check_extra),
-    (rf"{DOOR} \+stage=session( \S+=\S+)*", run_session),
-    (rf"{DOOR} (connect|pause|resume) RUN( \S+=\S+)*", run_session_verb),
-    (rf"{DOOR} verify( [\w.@-]+)*( --quick)?", run_as_it_stands),
-    (rf"{DOOR} datastores( [\w.@-]+| datastore\.url=\w+)*", run_as_it_stands),
-    (rf"{DOOR} doctor( --config-dir [\w/-]+| --timeout=\d+| --json| \+?[\w.]+=\S+)*", run_doctor),
-    (rf"{DOOR}( -m| --config-dir [\w/-]+| \+?[\w.]+=\S+)+", run_submission),
+    (rf"{PROGRAM} \+stage=session( \S+=\S+)*", run_session),
+    (rf"{PROGRAM} (connect|pause|resume) RUN( \S+=\S+)*", run_session_command),
+    (rf"{PROGRAM} verify( [\w.@-]+)*( --quick)?", run_unchanged),
+    (rf"{PROGRAM} datastores( [\w.@-]+| datastore\.url=\w+)*", run_unchanged),
+    (rf"{PROGRAM} doctor( --config-dir [\w/-]+| --timeout=\d+| --json| \+?[\w.]+=\S+)*", run_doctor),
+    (rf"{PROGRAM}( -m| --config-dir [\w/-]+| \+?[\w.]+=\S+)+", run_submission),
 )
 
 
@@ -273,7 +273,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_of_a_page_works(page: Path, reader: Reader) -> None:
+def test_commands_of_a_page_run(page: Path, reader: Reader) -> None:
     for text in blocks(page, "yaml"):
         if match := re.match(r"# (\S+/\S+\.yaml)\n", text):
             path = reader.folder / match[1]
@@ -287,8 +287,8 @@ def test_every_command_of_a_page_works(page: Path, reader: Reader) -> None:
 
 
 @pytest.mark.slow
-def test_the_python_of_the_pages_works(tmp_path: Path) -> None:
-    """As it stands, with trainings of one epoch on this machine."""
+def test_python_examples_run(tmp_path: Path) -> None:
+    """Run the Python examples, with trainings of one epoch on this machine."""
     reader = Reader(tmp_path)
     try:
         for stage in STAGES[:3]:
@@ -297,16 +297,16 @@ def test_the_python_of_the_pages_works(tmp_path: Path) -> None:
         (tmp_path / "page.py").write_text(
             code.replace(' dataset=digits"', ' dataset=digits cluster=local recipe.epochs=1"')
         )
-        told = reader.types("python page.py")
-        assert re.search(r"^\w{8}-(resnet18|mobilenet_v3_small) 0\.\d+ ", told, re.MULTILINE)
-        assert "epoch 1/1" in told
-        assert "model=resnet81 is unknown; did you mean: resnet" in told
+        output = reader.run_shell("python page.py")
+        assert re.search(r"^\w{8}-(resnet18|mobilenet_v3_small) 0\.\d+ ", output, re.MULTILINE)
+        assert "epoch 1/1" in output
+        assert "model=resnet81 is unknown; did you mean: resnet" in output
     finally:
         reader.door.close()
 
 
-# srun as a template sees it: its own options go, the command runs as the only task, its output where srun
-# would put it.
+# A stub of srun: drops its own options and runs the command as the only task, with the requested output
+# files.
 SRUN = """
 out=/dev/stdout err=/dev/stderr
 while [[ $1 == --* ]]; do
@@ -322,20 +322,20 @@ exec "$@" > "${out//%t/0}" 2> "${err//%t/0}"
 
 
 @pytest.mark.slow
-def test_the_templates_run_their_stages_and_submit_nothing(tmp_path: Path) -> None:
+def test_templates_run_their_stages(tmp_path: Path) -> None:
     reader = Reader(tmp_path)
     reader.stub("srun", SRUN)
     reader.stub("squeue", "printf '%-48s%-24s%-12s%-12s%-160s\\n' 1 RUNNING 0 0 None")
-    # Those of a sweep and a session are tried on a real Slurm, in tests/slurm.
+    # The templates of a sweep and a session run on a real Slurm, in tests/slurm.
     assert {path.stem for path in (ROOT / "slurm").glob("*.sbatch")} == {*STAGES, "sweep", "session"}
     try:
         for stage in STAGES:
             template = f"slurm/{stage}.sbatch"
             settings = f"dataset=digits recipe.epochs=1 model={SMALL} cluster.gpus_per_node=0"
-            told = reader.types(
+            output = reader.run_shell(
                 f"bash {template} {settings}", SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(reader.folder)
             )
-            assert f"submitted  {reader.door.jobs()[-1]['run']}" in told
+            assert f"submitted  {reader.door.jobs()[-1]['run']}" in output
             rows = reader.door.jobs()
             assert [row["stage"] for row in rows] == list(STAGES[: len(rows)])
             assert {row["state"] for row in rows} == {"finished"}
@@ -347,7 +347,7 @@ def test_the_templates_run_their_stages_and_submit_nothing(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "sweep", "session"])
-def test_a_template_is_bash_and_names_its_own_command(stage: str) -> None:
+def test_template_is_valid_bash(stage: str) -> None:
     path = ROOT / "slurm" / f"{stage}.sbatch"
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert re.search(rf"^#   sbatch .*slurm/{stage}\.sbatch", path.read_text(), re.MULTILINE)

@@ -56,7 +56,7 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = ema_copy(self.model) if recipe.ema is not None else None
+        self.ema_model = ema_copy(self.model) if recipe.ema is not None else None
         self.recipe, self.seed, self.steps, self.log_every = recipe, seed, steps, log_every
         self.accumulate = share.accumulate
         self.batch_augment = BatchAugment(recipe, classes, seed, share)
@@ -82,7 +82,7 @@ class Classifier(pl.LightningModule):
         # Each image size is compiled separately, up to this limit: the training sizes, and the validation
         # size for the network and its EMA copy.
         dynamo.recompile_limit = max(dynamo.recompile_limit, len(set(self.recipe.sizes)) + 4)
-        for network in (self.model, self.average):
+        for network in (self.model, self.ema_model):
             if network is not None:
                 network.compile(dynamic=False)
 
@@ -156,7 +156,7 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one device batch to the metrics; padding is ignored."""
         images, labels = batch
-        network = self.model if self.average is None else self.average
+        network = self.model if self.ema_model is None else self.ema_model
         images = self.normalize(images)
         logits = network(images).float()
         if self.recipe.val_flip:

@@ -46,7 +46,7 @@ class Prototype:
         self.module = Classifier(
             network, classes, config.recipe, config.seed, steps * config.recipe.epochs, share
         )
-        self.module.average = None  # EMA needs longer than a prototype trains
+        self.module.ema_model = None  # EMA needs longer than a prototype trains
         self.loaders = ImageDataModule(config, train, store.open_split("val"), share, dist_env, self.device)
         self._share = share
 

@@ -25,7 +25,7 @@ from train_step import Task, timm_rate
 
 from hpc_imagenet.training.loading.decode import EncodedImage
 
-# A stand-in for timm's benchmark.py: 200 images/s, or a failure for one network.
+# A stub of timm's benchmark.py: 200 images/s, or a failure for one network.
 TIMM = """
 import json, sys
 words = sys.argv[1:]
@@ -112,11 +112,11 @@ def test_resnet50_is_judged_on_a_hopper_gpu_only(
     monkeypatch.setattr(gpu_speed, "ProcessPoolExecutor", pool)
     (options.folder / "machine.json").write_text(json.dumps({"name": name, "copy": 3e12}))
     gpu_speed.step(Options("cuda", False, options.folder))
-    told = reports()
-    assert [report["ok"] for report in told if report["ok"] is not None] == checks
-    assert sum("ours / plain 1.250" in report["line"] for report in told) == 8
+    lines = reports()
+    assert [report["ok"] for report in lines if report["ok"] is not None] == checks
+    assert sum("ours / plain 1.250" in report["line"] for report in lines) == 8
     floor = "floor 40.0 ms by bytes moved"  # 256 x 469 MB at 3 TB/s
-    assert floor in told[0]["line"]
+    assert floor in lines[0]["line"]
 
 
 def test_a_network_that_fails_does_not_stop_the_others(options: Options, reports, monkeypatch) -> None:
@@ -156,11 +156,11 @@ def test_timm_left_out_is_reported_and_no_failure(options: Options, reports, mon
     ]
 
 
-def test_timm_is_asked_by_its_own_names_and_its_errors_are_one_line(options: Options) -> None:
+def test_timm_runs_with_its_own_model_names_and_reports_errors_in_one_line(options: Options) -> None:
     cpu = torch.device("cpu")
     assert options.timm
     assert timm_rate(options.timm, Task("resnet18", 4, 32, cpu, 1)) == 4 / 200
-    # The stand-in fails for the name that timm has for this network, and for no other.
+    # The stub fails for the name that timm has for this network, and for no other.
     with pytest.raises(RuntimeError, match=r"benchmark\.py: RuntimeError: no such model$"):
         timm_rate(options.timm, Task("vit_b_16", 4, 32, cpu, 1))
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -170,11 +170,11 @@ def test_timm_is_asked_by_its_own_names_and_its_errors_are_one_line(options: Opt
 @pytest.mark.slow
 def test_the_loader_and_both_together_are_measured_on_the_same_photos(options: Options, reports) -> None:
     gpu_speed.loader(options)
-    told = {report["line"].partition(":")[0]: report for report in reports()}
-    assert all(report["ok"] is None for report in told.values()), told
+    lines = {report["line"].partition(":")[0]: report for report in reports()}
+    assert all(report["ok"] is None for report in lines.values()), lines
     kinds = ("archive", "tiled", "short256")
-    assert all(told[f"loader, {kind}"]["rates"][0] > 0 for kind in kinds)
-    assert all(told[f"loader, {kind}, nvJPEG"]["rate"] > 0 for kind in kinds[:2])
+    assert all(lines[f"loader, {kind}"]["rates"][0] > 0 for kind in kinds)
+    assert all(lines[f"loader, {kind}, nvJPEG"]["rate"] > 0 for kind in kinds[:2])
     assert {path.name for path in options.folder.glob("photos-*")} == {f"photos-{kind}" for kind in kinds}
     gpu_speed.end_to_end(options)
     (report,) = reports()  # so the photos were not made again
@@ -192,12 +192,12 @@ def test_the_loader_is_measured_where_the_gpu_does_not_decode(options: Options, 
         raise RuntimeError("libnvjpeg.so")
 
     monkeypatch.setattr(gpu_speed, "_loader_rate", rate)
-    monkeypatch.setattr(gpu_speed, "check", check)
+    monkeypatch.setattr(gpu_speed, "check_gpu_decode", check)
     monkeypatch.setattr(gpu_speed, "photos", lambda options, kind: options.folder / kind)
     gpu_speed.loader(options)
-    told = reports()
-    assert sum("rates" in report for report in told) == 3
-    assert [report["line"] for report in told if report["ok"] is False] == [
+    lines = reports()
+    assert sum("rates" in report for report in lines) == 3
+    assert [report["line"] for report in lines if report["ok"] is False] == [
         "nvJPEG at the start of a run: RuntimeError: libnvjpeg.so",
         "loader, archive, nvJPEG: RuntimeError: nvJPEG",
         "loader, tiled, nvJPEG: RuntimeError: nvJPEG",
@@ -207,11 +207,11 @@ def test_the_loader_is_measured_where_the_gpu_does_not_decode(options: Options, 
 @pytest.mark.slow
 def test_ingredients_are_measured_and_a_step_is_profiled(options: Options, reports) -> None:
     gpu_speed.ingredients(options)
-    told = reports()
-    assert all(report["ok"] is None for report in told), told
-    measured = [report["line"].split(", ")[1].split(":")[0] for report in told if "rate" in report]
+    lines = reports()
+    assert all(report["ok"] is None for report in lines), lines
+    measured = [report["line"].split(", ")[1].split(":")[0] for report in lines if "rate" in report]
     assert measured == [name for names in gpu_speed.WAYS for name in names]
-    profiled = [report["line"] for report in told if "rate" not in report]
+    profiled = [report["line"] for report in lines if "rate" not in report]
     assert "by operator:" in profiled[0]
     assert len(profiled) == 1 + gpu_speed.KERNELS
     assert any("convolution" in line for line in profiled[1:])
@@ -263,15 +263,15 @@ def test_a_profile_counts_kernels_and_not_the_operators_that_start_them() -> Non
 
 
 def test_tiled_photos_without_jpegtran_have_restart_markers(monkeypatch) -> None:
-    pool = loader_data.pictures(1)
+    pool = loader_data.make_images(1)
     monkeypatch.setattr(loader_data.shutil, "which", lambda _: None)
-    (tiled,), note = loader_data.treated(pool, "tiled")
-    assert "no jpegtran" in note
+    (tiled,), note = loader_data.as_processed(pool, "tiled")
+    assert "jpegtran is missing" in note
     assert (pool[0].count(b"\xff\xd3"), tiled.count(b"\xff\xd3")) == (
         0,
         32 * 24 / 8,
     )  # an eighth of the blocks
     assert Image.open(io.BytesIO(tiled)).size == (loader_data.WIDTH, loader_data.HEIGHT)
     assert EncodedImage(tiled).plain
-    (same,), note = loader_data.treated(pool, "archive")
+    (same,), note = loader_data.as_processed(pool, "archive")
     assert (same, note) == (pool[0], "")

@@ -106,7 +106,7 @@ def test_ema_weights_are_evaluated(config, tiny: DatasetReader, tmp_path: Path, 
     for step in (6, 8, 10):
         expected = 0.75 * expected + 0.25 * biases[step]
     state = saved(run)["state_dict"]
-    torch.testing.assert_close(state["average.classifier.1.bias"], expected)
+    torch.testing.assert_close(state["ema_model.classifier.1.bias"], expected)
     # A training that starts from these weights evaluates the same.
     settings = config(epochs=1, learning_rate=0)
     settings.model.weights = str(run.folder / "checkpoints" / "last.ckpt")

@@ -48,7 +48,7 @@ def test_load_ema_weights_from_a_checkpoint(tmp_path: Path) -> None:
     torch.save({"state_dict": state, "global_step": 3}, tmp_path / "last.ckpt")
     pretrained.load_weights(target, NAME, str(tmp_path / "last.ckpt"))
     assert all(equal_weights(plain, target).values())
-    state |= {f"average.{key}": value for key, value in average.state_dict().items()}
+    state |= {f"ema_model.{key}": value for key, value in average.state_dict().items()}
     torch.save({"state_dict": state, "global_step": 3}, tmp_path / "last.ckpt")
     pretrained.load_weights(target, NAME, str(tmp_path / "last.ckpt"))
     assert all(equal_weights(average, target).values())

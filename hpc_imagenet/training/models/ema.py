@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class EMACallback(pl.Callback):
-    """Update the EMA weights `module.average` after every `every` optimizer steps.
+    """Update the EMA weights `module.ema_model` after every `every` optimizer steps.
 
     Args:
         decay: weight of the old average in an update, 0 to 1.
@@ -34,7 +34,7 @@ class EMACallback(pl.Callback):
         step = trainer.global_step
         early = step < self.every  # else an early validation would evaluate the random initial weights
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and (early or step % self.every == 0):
-            update_ema(module.average, module.model, 0.0 if early or step <= self.warmup else self.decay)
+            update_ema(module.ema_model, module.model, 0.0 if early or step <= self.warmup else self.decay)
 
 
 def ema_copy(model: nn.Module) -> nn.Module:

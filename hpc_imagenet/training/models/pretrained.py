@@ -109,7 +109,7 @@ def read_weights(path: Path, setting: str) -> State:
         raise UserError(f"{setting}: not a file of weights ({_first_line(error)})") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         inner = state["state_dict"]
-        prefix = "average." if any(key.startswith("average.") for key in inner) else "model."
+        prefix = "ema_model." if any(key.startswith("ema_model.") for key in inner) else "model."
         state = {key.removeprefix(prefix): v for key, v in inner.items() if key.startswith(prefix)}
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{setting}: not a file of weights (not a mapping from names to tensors)")
