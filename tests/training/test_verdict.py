@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,9 @@ def test_bottleneck_json_has_rates_and_suggestion(
     monkeypatch.setattr(BatchBuilder, "_decode_and_crop", slow_decode)
     monkeypatch.setattr(Classifier, "training_step", slow_step)
     monkeypatch.setattr(bottleneck, "_now", lambda device: clock[0])
-    monkeypatch.setattr(batch_loader, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    ticks = itertools.count()
+    loader_clock = SimpleNamespace(perf_counter=lambda: clock[0] + 1e-9 * next(ticks))
+    monkeypatch.setattr(batch_loader, "time", loader_clock)
     changed, run = config(epochs=4), new_run(tmp_path / "run")
     changed.train.bottleneck_after_seconds = 0
     train(changed, tiny, run)
@@ -79,7 +82,9 @@ def test_pause_between_steps_is_not_waiting_for_data(
     monkeypatch.setattr(ProgressReporter, "on_train_batch_start", pause)
     monkeypatch.setattr(bottleneck, "_now", lambda device: clock[0])
     # The loader measures its waits on the same clock: how long it really takes depends on the load.
-    monkeypatch.setattr(batch_loader, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    ticks = itertools.count()
+    loader_clock = SimpleNamespace(perf_counter=lambda: clock[0] + 1e-9 * next(ticks))
+    monkeypatch.setattr(batch_loader, "time", loader_clock)
     run = new_run(tmp_path / "run")
     train(config(), tiny, run)
     report = json.loads((run.folder / "bottleneck.json").read_text())
