@@ -32,7 +32,7 @@ from pathlib import Path
 
 import psutil
 
-from hpc_imagenet.data.sources.virtual_tar import END, long_name_header
+from hpc_imagenet.io.tar_header import END, member_header
 
 FILE = "archive.tar"
 DELAY = 0.050  # s of round-trip delay
@@ -120,7 +120,7 @@ def write_archive(path: Path, size: int) -> str:
     path.parent.mkdir(parents=True)
     md5, block = hashlib.md5(usedforsecurity=False), random.Random(0).randbytes(1 << 20)
     with path.open("wb") as file:
-        pieces = [long_name_header("image.JPEG", size), *([block] * (size >> 20)), END]
+        pieces = [member_header("image.JPEG", size), *([block] * (size >> 20)), END]
         for number, piece in enumerate(pieces):
             # All blocks differ, for file systems that deduplicate.
             data = number.to_bytes(8, "little") + piece[8:] if len(piece) == 1 << 20 else piece

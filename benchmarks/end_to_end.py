@@ -31,10 +31,10 @@ import torch
 from loader_data import POOL, as_processed, make_images, write_store
 from train_step import CLASSES, Task, in_turns, machine, plain
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.manifest import ClassNames
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.training.loading import datamodule
 from hpc_imagenet.training.loading.sampler import BatchShare
 

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from gpu_report import Options, report
 
-from hpc_imagenet.launch.local_queue import available_gpus
+from hpc_imagenet.cluster.gpus import available_gpus
 from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.runs.store import RunStore
 

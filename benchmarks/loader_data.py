@@ -66,15 +66,15 @@ def make_images(count: int) -> list[bytes]:
 
 def write_store(folder: Path, images: list[tuple[bytes, int]]) -> None:
     """Write a datastore of one tar."""
-    from hpc_imagenet.data.tar.tar_writer import shard_member_header
     from hpc_imagenet.datastore.index import ENTRY, write_index
     from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
+    from hpc_imagenet.io.tar_header import member_header
 
     folder.mkdir()
     entries = np.zeros(len(images), ENTRY)
     with (folder / "train.tar").open("wb") as tar:
         for number, (data, label) in enumerate(images):
-            tar.write(shard_member_header(f"{number}.JPEG", len(data)))
+            tar.write(member_header(f"{number}.JPEG", len(data)))
             entries[number] = (tar.tell(), len(data), label, 0)
             tar.write(data + bytes(-len(data) % 512))
         tar.write(bytes(1024))

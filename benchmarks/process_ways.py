@@ -12,7 +12,7 @@ from pathlib import Path
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import process
-from hpc_imagenet.launch.dist_env import DistEnv
+from hpc_imagenet.cluster.dist_env import DistEnv
 import scipy.io, PIL.Image, PIL.JpegImagePlugin
 
 def main():

@@ -22,7 +22,7 @@ from hpc_imagenet.data.download import receipt
 from hpc_imagenet.data.download.expected import md5_of_file
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
-from hpc_imagenet.data.tar.tar_writer import shard_member_header
+from hpc_imagenet.io.tar_header import member_header
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 88  # px, px, quality of libjpeg
 
@@ -71,7 +71,7 @@ def make_hollow(folder: Path, train: int, val: int, classes: int) -> None:
 
     def fill(file: io.BufferedRandom, at: int, name: str) -> int:
         length, head = bits.randrange(60_000, 160_000), bits.choice(pool)
-        os.pwrite(file.fileno(), shard_member_header(name, length) + head, at)
+        os.pwrite(file.fileno(), member_header(name, length) + head, at)
         os.pwrite(file.fileno(), b"\xff\xd9", at + 512 + length - 2)
         return at + 512 + length + -length % 512
 
@@ -82,7 +82,7 @@ def make_hollow(folder: Path, train: int, val: int, classes: int) -> None:
             for i in range(train * number // classes, train * (number + 1) // classes):
                 at = fill(file, at, f"{one.wnid}_{i}.JPEG")
             at += 1024
-            os.pwrite(file.fileno(), shard_member_header(f"{one.wnid}.tar", at - begin - 512), begin)
+            os.pwrite(file.fileno(), member_header(f"{one.wnid}.tar", at - begin - 512), begin)
         file.truncate(at + 1024)
     with (folder / ilsvrc_writer.VAL).open("w+b") as file:
         at = 0

@@ -28,7 +28,7 @@ import psutil
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.io.atomic_files import read_json
-from hpc_imagenet.runs.plan import make_plan
+from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs.store import FINISHED, RunStore
 
 LAB = Path(__file__).resolve().parent.parent / "slurm/lab/lab"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -30,10 +31,9 @@ from pathlib import Path
 import numpy as np
 from shaped import make_images
 
-from hpc_imagenet.data.sources.virtual_tar import END
-from hpc_imagenet.data.tar.tar_writer import shard_member_header
 from hpc_imagenet.datastore.index import ENTRY, open_index, write_index
 from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
+from hpc_imagenet.io.tar_header import END, member_header
 
 BATCH, SIZE = 64, 224
 FULL = 1_281_167  # images of ImageNet's train
@@ -50,9 +50,7 @@ def make(home: Path, size: float, shard_size: float) -> int:
             while at < shard_size:
                 image = bits.choice(pool)
                 entries.append((at + 512, len(image), bits.randrange(1000), number))
-                piece = (
-                    shard_member_header(f"{len(entries)}.JPEG", len(image)) + image + bytes(-len(image) % 512)
-                )
+                piece = member_header(f"{len(entries)}.JPEG", len(image)) + image + bytes(-len(image) % 512)
                 digest.update(piece)
                 file.write(piece)
                 at += len(piece)
@@ -100,7 +98,8 @@ def child(home: Path, scratch: str, seconds: float) -> None:
         )
         phases = [(staged, 600.0), (False, seconds)] if staged else [(False, seconds)]
         for far, most in phases:
-            batches, images, since = iter(loader), 0, time.perf_counter()
+            batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epochs without end
+            images, since = 0, time.perf_counter()
             while time.perf_counter() - since < most and (not far or store.shards.is_remote()):
                 next(batches)
                 measured.setdefault("first", time.perf_counter() - begin)

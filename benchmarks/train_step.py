@@ -42,10 +42,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import Preempted
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training import fit as training
 from hpc_imagenet.training.callbacks.progress import ProgressReporter

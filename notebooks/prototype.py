@@ -19,7 +19,7 @@ folder = Path(os.environ["HPC_IMAGENET_DATASTORE"]).resolve()  # …/datastores/
 store = DatasetReader(folder)
 
 CLUSTER = "auto"  # or your own file: "mine" with CONFIG_DIR = "/…/my-conf"
-CONFIG_DIR = None  # the folder of your own files, whole, since the notebook stands elsewhere
+CONFIG_DIR = None  # absolute path of the folder with your own config files
 MODEL = "mobilenet_v3_small"
 SETTINGS = [
     f"cluster={CLUSTER}",

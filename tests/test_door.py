@@ -23,7 +23,8 @@ from door import Door, eventually
 
 import hpc_imagenet.cli.main as cli
 from hpc_imagenet.cli.main import main
-from hpc_imagenet.launch import local_queue
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch import local_queue, submission, validate
 from hpc_imagenet.runs.store import RunStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,6 +204,45 @@ def test_permission_error_without_a_file(capsys: pytest.CaptureFixture[str]) -> 
         main(["jobs"])
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: Operation not permitted: choose another workspace=FOLDER\n"
+
+
+def test_workspace_of_another_user_is_refused_with_its_owner(public_path: Path) -> None:
+    theirs, owner = public_path / "theirs", pwd.getpwuid(os.geteuid()).pw_name
+    theirs.mkdir()
+    theirs.chmod(0o500)
+    with unprivileged(), pytest.raises(UserError) as refusal:
+        validate.prepare_workspace(theirs)
+    owned = "you: change its permissions with chmod u+rwX" if os.geteuid() else f"{owner}: choose another"
+    line = (
+        f"workspace={theirs} cannot be written: {theirs / 'runs'}: permission denied; {theirs} is owned by "
+    )
+    assert str(refusal.value).startswith(line + owned)
+
+
+def test_permission_error_of_a_submission_names_file_and_owner(door: Door, tmp_path: Path) -> None:
+    file, owner = tmp_path / "config.yaml", pwd.getpwuid(os.geteuid()).pw_name
+    file.touch()
+    error = PermissionError(errno.EACCES, "Permission denied", str(file))
+    with (
+        mock.patch.object(submission, "submit_plan", side_effect=error),
+        mock.patch.object(os, "access", return_value=False),
+        mock.patch.object(os, "geteuid", return_value=file.stat().st_uid + 1),
+    ):
+        line = door.refused("+stage=download", *DIGITS)
+    assert line == (
+        f"error: {file}: permission denied; it is owned by {owner}: choose another workspace=FOLDER, "
+        f"or have {owner} grant you access"
+    )
+
+
+def test_other_errors_of_a_submission_name_the_file(door: Door, tmp_path: Path) -> None:
+    error = OSError(errno.EIO, "Input/output error", str(tmp_path / "config.yaml"))
+    with mock.patch.object(submission, "submit_plan", side_effect=error):
+        line = door.refused("+stage=download", *DIGITS)
+    assert line == (
+        f"error: workspace={door.workspace}: Input/output error ({tmp_path}/config.yaml): fix it, then "
+        "submit again"
+    )
 
 
 def test_jobs_of_an_inaccessible_workspace_is_a_permission_error(

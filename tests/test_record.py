@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -16,18 +17,21 @@ from unittest import mock
 
 import pytest
 import yaml
+from door import Door
 from filelock import FileLock
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.demo import digits
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import atomic_files
-from hpc_imagenet.launch import local_queue
+from hpc_imagenet.launch import local_queue, task
+from hpc_imagenet.launch.local_worker import Worker
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.launch.submission import cancel_run, plan_actions
 from hpc_imagenet.report import jobs_table, leaderboard, logs
 from hpc_imagenet.runs.plan import make_plan
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Run, RunStore
+from hpc_imagenet.stages import download
 
 
 def run_concurrently(function: Callable[[int], object], times: int = 16) -> list[object]:
@@ -170,6 +174,89 @@ def test_attempt_of_another_running_process_is_not_started_again(tmp_path: Path)
     assert f"another process (pid {os.getpid()}) already runs this attempt" in done.stderr
     assert attempt.started["pid"] == os.getpid()
     assert attempt.outcome is None
+
+
+def test_stage_that_meets_a_file_of_another_user_ends_with_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, file = create_run(RunStore(tmp_path / "workspace"), "+stage=download"), tmp_path / "data.tar"
+    attempt, owner = run.new_attempt(), pwd.getpwuid(os.geteuid()).pw_name
+    file.touch()
+    error = PermissionError(errno.EACCES, "Permission denied", str(file))
+    monkeypatch.setattr(download, "run", mock.Mock(side_effect=error))
+    with (
+        mock.patch.object(os, "access", return_value=False),
+        mock.patch.object(os, "geteuid", return_value=file.stat().st_uid + 1),
+        pytest.raises(PermissionError),
+    ):
+        task.run_task(run.folder, attempt.number)
+    assert attempt.outcome is not None
+    assert attempt.outcome.reason == (
+        f"{file}: permission denied; it is owned by {owner}: have {owner} grant you access"
+    )
+
+
+def as_of_another_version(run: Run) -> str:
+    """Remove the format from run.json and return the one line with which the run must be refused."""
+    info = {key: value for key, value in run.info.items() if key != "format"}
+    atomic_files.write_json(run.folder / "run.json", info)
+    return (
+        f"{run.id} was made by another version of this package, so it cannot be continued: "
+        f"delete the folder {run.folder}, or use another workspace="
+    )
+
+
+@pytest.mark.parametrize("outcome", [FAILED, FINISHED])
+def test_run_of_another_version_is_refused_by_submission_and_retry(door: Door, outcome: str) -> None:
+    words = ("+stage=download", "dataset=digits")
+    run = create_run(RunStore(door.workspace), *words, "cluster=local")
+    run.new_attempt().end(outcome, "before")
+    line = as_of_another_version(run)
+    assert door.refused(*words, "cluster=local") == f"error: {line}"
+    assert door.refused(*words, "cluster=local", "dry_run=true") == f"error: {line}"
+    assert door.refused("retry", run.id) == f"error: {line}"
+    assert len(run.attempts()) == 1
+    assert door.states() == [outcome]
+    assert run.id in door("jobs").stdout
+    assert "before" in door("logs", run.id).stderr
+    assert f"already {outcome}" in door("cancel", run.id).stdout
+    door("report")
+
+
+def test_session_of_another_version_is_not_resumed(door: Door) -> None:
+    run = create_run(RunStore(door.workspace), "+stage=session", "cluster=local")
+    run.new_attempt().end(CANCELLED, "paused")
+    line = as_of_another_version(run)
+    assert door.refused("resume", run.id) == f"error: {line}"
+
+
+def test_queued_run_of_another_version_can_be_cancelled(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path))
+    attempt = run.new_attempt()
+    attempt.submit("local", host=socket.gethostname())
+    as_of_another_version(run)
+    assert cancel_run(run).name == QUEUED
+    assert state(run).name == CANCELLED
+
+
+def test_job_of_another_version_ends_with_the_refusal(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path), "+stage=download")
+    attempt, line = run.new_attempt(), as_of_another_version(run)
+    with pytest.raises(SystemExit) as end:
+        task.run_task(run.folder, attempt.number)
+    assert end.value.code == 1
+    assert attempt.outcome is not None
+    assert attempt.outcome.reason == line
+    assert not attempt.started
+
+
+def test_worker_does_not_start_a_run_of_another_version(tmp_path: Path) -> None:
+    run = RunStore(tmp_path).create("0-x", {"cluster": {"unknown": 1}}, {"stage": "download"})
+    attempt, line = run.new_attempt(), as_of_another_version(run)
+    local_queue.enqueue(RunStore(tmp_path), [(run, attempt)])
+    assert not Worker(RunStore(tmp_path)).step()
+    assert attempt.outcome is not None
+    assert attempt.outcome.reason == line
 
 
 def test_job_of_another_host_is_as_last_recorded_and_cannot_be_cancelled(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""An interactive session: Jupyter Lab on a node, its access and its end."""
+"""Interactive sessions: Jupyter Lab on a node, its access and its end."""

@@ -1,9 +1,9 @@
-"""Jupyter's server as a process: what it is told, whether it answers, what it does.
+"""Run the Jupyter server process: configuration, start, activity and shutdown.
 
-Nothing secret is in its arguments, its environment or what it prints: it reads the token from a file. What
-belongs to this start lies in a folder of mode 700 on the node: its configuration, its certificate, and the
-sockets by which it speaks with the kernels. By default these would be ports, where every user of the node
-could listen to what the cells print.
+The server reads its token from a file, so that no secret is in its arguments, its environment or its output.
+The files of one start are in a folder of mode 700 on the node: configuration, certificate, and the Unix
+sockets of the kernels. Jupyter's default for kernels is TCP ports, where every user of the node could read
+the output of the cells.
 """
 
 from __future__ import annotations
@@ -28,46 +28,50 @@ import psutil
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.io.tempdir import NodeTempDir
-from hpc_imagenet.session import credentials
+from hpc_imagenet.session.connection import TOKEN, new_certificate, new_token
 
-TOP = Path("/tmp")  # not $TMPDIR: the address of a socket has at most 107 bytes
-_STARTS = (
-    120.0  # s that it may take to answer; on a cold network file system Python's imports take their time
-)
-_ANSWERS = 10.0  # s
-_ENDS = 10.0  # s between SIGTERM and SIGKILL
-# Of the job this process is: a kernel that trains, or sends jobs, would take itself for a task of it.
-_JOBS = ("SLURM", "SRUN_", "SBATCH_", "SUBMITIT_", "PMI", "HPC_IMAGENET_CPUS")
-_NEWS = "@jupyterlab/apputils-extension:announcements"  # asks whether to look for news
-_PORTS = 10_000, 20_000  # the first, and how many: below those that the kernel gives away
+TOP = Path("/tmp")  # not $TMPDIR: the path of a Unix socket has at most 107 bytes
+_START_TIMEOUT = 120.0  # s; on a cold network file system Python's imports are slow
+_RESPONSE_TIMEOUT = 10.0  # s
+_KILL_AFTER = 10.0  # s between SIGTERM and SIGKILL
+# Prefixes of the job's variables: a kernel that trains or submits jobs must not act as a task of this job.
+_JOB_VARIABLES = ("SLURM", "SRUN_", "SBATCH_", "SUBMITIT_", "PMI", "HPC_IMAGENET_CPUS")
+_NEWS = "@jupyterlab/apputils-extension:announcements"  # extension that offers to fetch news
+_PORTS = 10_000, 20_000  # first port and number of ports: below the kernel's ephemeral ports
 
 
 class JupyterServer:
-    """Jupyter Lab over one folder.
+    """A Jupyter Lab server for one folder.
 
     Args:
-        run_folder: where the token is, and what it keeps from one start to the next.
-        notebooks: the folder it shows.
-        way: loopback, socket or address.
-        port: where it listens; None: a free one.
-        hours: that it may run.
+        run_folder: folder with the token and the files kept between starts.
+        notebooks: root folder of Jupyter.
+        listen: `session.listen`, resolved: loopback, socket or address.
+        port: TCP port; None: a free one.
+        hours: validity of the certificate, h.
 
     Attributes:
-        port: where it listens; with a socket, a number for the other side of a tunnel.
-        socket: its path, if it listens there.
-        fingerprint: of its certificate, if it has one.
+        port: TCP port; of a server on a Unix socket, the local port of the tunnel.
+        socket: path of the Unix socket, if `listen` is socket.
+        fingerprint: SHA-256 fingerprint of the certificate, if `listen` is address.
+
+    Raises:
+        UserError: `port` is in use, or no port is free.
     """
 
-    def __init__(self, run_folder: Path, notebooks: Path, way: str, port: int | None, hours: float) -> None:
-        self.run_folder, self.notebooks, self.way = run_folder, notebooks, way
-        if port and way != "socket":
-            _refuse_taken(port, "" if way == "address" else "127.0.0.1")
-        self.port = port or _free_port("" if way == "address" else "127.0.0.1")
+    def __init__(
+        self, run_folder: Path, notebooks: Path, listen: str, port: int | None, hours: float
+    ) -> None:
+        self.run_folder, self.notebooks, self.listen = run_folder, notebooks, listen
+        host = "" if listen == "address" else "127.0.0.1"
+        if port and listen != "socket":
+            _check_port_free(port, host)
+        self.port = port or _free_port(host)
         self._temporary = NodeTempDir("session", TOP)
         self.folder = self._temporary.folder
-        self.socket = str(self.folder / "jupyter") if way == "socket" else None
+        self.socket = str(self.folder / "jupyter") if listen == "socket" else None
         self.fingerprint: str | None = None
-        self._token = credentials.new_token(run_folder)
+        self._token = new_token(run_folder)
         self._tls: ssl.SSLContext | None = None
         settings: dict[str, Any] = {
             "ServerApp.root_dir": str(notebooks),
@@ -77,8 +81,8 @@ class JupyterServer:
             "ServerApp.port_retries": 0 if port else 50,
             "ServerApp.terminado_settings": {"shell_command": [os.environ.get("SHELL") or "/bin/bash"]},
             "KernelManager.transport": "ipc",
-            "NotebookNotary.db_file": ":memory:",  # SQLite and network file systems do not agree
-            "LabApp.news_url": None,  # nodes reach no news, and need no updates
+            "NotebookNotary.db_file": ":memory:",  # SQLite fails on network file systems
+            "LabApp.news_url": None,  # nodes have no internet, and need no updates
             "LabApp.extension_manager": "readonly",
             "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
         }
@@ -86,96 +90,99 @@ class JupyterServer:
             settings |= {"ServerApp.sock": self.socket, "ServerApp.sock_mode": "0600"}
         else:
             settings |= {"ServerApp.ip": "127.0.0.1", "ServerApp.port": self.port}
-        if way == "address":
-            certificate, key, self.fingerprint = credentials.certificate(self.folder, hours)
+        if listen == "address":
+            certificate, key, self.fingerprint = new_certificate(self.folder, hours)
             settings |= {
                 "ServerApp.ip": "0.0.0.0",
                 "ServerApp.certfile": str(certificate),
                 "ServerApp.keyfile": str(key),
-                "ServerApp.allow_remote_access": False,  # browsers come through a tunnel, so to localhost
+                "ServerApp.allow_remote_access": False,  # browsers connect to localhost, through a tunnel
             }
             self._tls = ssl.create_default_context(cafile=str(certificate))
         self._process: subprocess.Popen[bytes] | None = None
-        self._lives, self._ends = os.pipe()
-        (self.folder / "server.py").write_text(
-            _configuration(settings, run_folder / credentials.TOKEN, self._lives)
-        )
+        self._child_pipe, self._parent_pipe = os.pipe()  # closed when this process dies
+        (self.folder / "server.py").write_text(_configuration(settings, run_folder / TOKEN, self._child_pipe))
 
     def start(self, environment: Mapping[str, str]) -> None:
-        """Start it and wait until it answers.
+        """Start the server and wait until it responds.
 
         Args:
-            environment: variables beside this process's own.
+            environment: environment variables in addition to those of this process.
 
         Raises:
-            UserError: it did not come to that; its own words are in the log.
+            UserError: the server ended or did not respond in time; its output is in the log.
         """
-        kept = self.run_folder / "jupyter"
-        env = {k: v for k, v in os.environ.items() if not k.startswith(_JOBS) or k == "SLURM_CONF"}
-        page = kept / "config" / "labconfig" / "page_config.json"
-        if not page.exists():
-            page.parent.mkdir(parents=True, exist_ok=True)
-            write_json(page, {"disabledExtensions": {_NEWS: True}})
+        persistent = self.run_folder / "jupyter"
+        env = {k: v for k, v in os.environ.items() if not k.startswith(_JOB_VARIABLES) or k == "SLURM_CONF"}
+        page_config = persistent / "config" / "labconfig" / "page_config.json"
+        if not page_config.exists():
+            page_config.parent.mkdir(parents=True, exist_ok=True)
+            write_json(page_config, {"disabledExtensions": {_NEWS: True}})
         env |= {
-            "JUPYTER_CONFIG_DIR": str(kept / "config"),
-            "JUPYTER_DATA_DIR": str(kept / "data"),
+            "JUPYTER_CONFIG_DIR": str(persistent / "config"),
+            "JUPYTER_DATA_DIR": str(persistent / "data"),
             "JUPYTER_RUNTIME_DIR": str(self.folder / "runtime"),
-            "IPYTHONDIR": str(self.folder / "ipython"),  # its history is SQLite
+            "IPYTHONDIR": str(self.folder / "ipython"),  # its history is an SQLite file
             **environment,
         }
         for name in ("JUPYTER_TOKEN", "JUPYTER_TOKEN_FILE", "JUPYTER_PORT", "JUPYTER_PREFER_ENV_PATH"):
             env.pop(name, None)
         command = [sys.executable, "-m", "jupyter_server", "--config", str(self.folder / "server.py")]
         self._process = subprocess.Popen(
-            command, env=env, cwd=self.notebooks, stdin=subprocess.DEVNULL, pass_fds=[self._lives]
+            command, env=env, cwd=self.notebooks, stdin=subprocess.DEVNULL, pass_fds=[self._child_pipe]
         )
-        os.close(self._lives)
-        end = time.monotonic() + _STARTS
-        while not self._answers():
+        os.close(self._child_pipe)
+        deadline = time.monotonic() + _START_TIMEOUT
+        while not self._responds():
             if self._process.poll() is not None:
-                raise UserError(f"Jupyter ended with exit code {self._process.returncode} before it answered")
-            if time.monotonic() > end:
-                raise UserError(f"Jupyter did not answer within {_STARTS:.0f} s")
+                raise UserError(
+                    f"Jupyter failed to start (exit code {self._process.returncode}): "
+                    "see its output in the log"
+                )
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"Jupyter did not respond within {_START_TIMEOUT:.0f} s: see its output in the log"
+                )
             time.sleep(0.1)
 
-    def ended(self) -> int | None:
-        """Return the exit code of its process, None while it runs."""
+    def exit_code(self) -> int | None:
+        """Return the exit code of the server process; None while it runs."""
         assert self._process is not None
         return self._process.poll()
 
-    def active(self) -> float | None:
-        """Return when somebody last did something, s since 1970; None: right now.
+    def last_activity(self) -> float | None:
+        """Return the time of the last activity, s since 1970; None while a cell is running.
 
-        A cell that runs counts, and one that did; so do terminals and notebooks that are saved. An open tab
-        does not: it asks for news by itself.
+        Activity is a cell that ran, terminal input or output, and a saved notebook. An open browser tab is
+        not: it sends requests by itself.
         """
-        kernels, terminals = self.ask("/api/kernels"), self.ask("/api/terminals")
+        kernels, terminals = self.get_json("/api/kernels"), self.get_json("/api/terminals")
         if any(kernel["execution_state"] == "busy" for kernel in kernels):
             return None
-        moments = [_moment(each["last_activity"]) for each in [*kernels, *terminals]]
-        return max([*moments, _saved(self.notebooks)])
+        times = [_timestamp(item["last_activity"]) for item in [*kernels, *terminals]]
+        return max([*times, _last_notebook_save(self.notebooks)])
 
-    def ask(self, path: str) -> Any:
-        """Return the JSON of a GET.
+    def get_json(self, path: str) -> Any:
+        """Return the JSON response of a GET request to the server.
 
         Raises:
-            OSError: it does not answer, or not as it should.
+            OSError: the server does not respond, or its status is not 200.
         """
         connection = self._connection()
         try:
             connection.request("GET", path, headers={"Authorization": f"token {self._token}"})
-            answer = connection.getresponse()
-            data = answer.read()
-            if answer.status != 200:
-                raise OSError(f"{path}: {answer.status} {answer.reason}")
+            response = connection.getresponse()
+            data = response.read()
+            if response.status != 200:
+                raise OSError(f"{path}: {response.status} {response.reason}")
             return json.loads(data)
         except http.client.HTTPException as error:
             raise OSError(f"{path}: {error!r}") from None
         finally:
             connection.close()
 
-    def tell(self, line: str) -> None:
-        """Write a line into every terminal that is open in it."""
+    def write_to_terminals(self, line: str) -> None:
+        """Write a line to every terminal that is open in Jupyter."""
         assert self._process is not None
         terminals: set[str] = set()
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -187,7 +194,7 @@ class JupyterServer:
                 screen.write(f"\r\n{line}\r\n".encode())
 
     def close(self) -> None:
-        """End it, with its kernels and terminals, and remove what was of this start."""
+        """End the server with its kernels and terminals, and remove the files of this start."""
         if self._process is not None:
             children = []
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -195,7 +202,7 @@ class JupyterServer:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
             try:
-                self._process.wait(_ENDS)
+                self._process.wait(_KILL_AFTER)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -203,53 +210,55 @@ class JupyterServer:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
         with contextlib.suppress(OSError):
-            os.close(self._ends)
+            os.close(self._parent_pipe)
         self._temporary.close()
-        (self.run_folder / credentials.TOKEN).unlink(missing_ok=True)
+        (self.run_folder / TOKEN).unlink(missing_ok=True)
 
-    def _answers(self) -> bool:
-        # Another server at our port would refuse our token; then Jupyter has moved on to the next.
-        for known in (self.folder / "runtime").glob("jpserver-*.json"):
+    def _responds(self) -> bool:
+        # If another server has taken the port, it rejects this token, and Jupyter has used the next port.
+        for info in (self.folder / "runtime").glob("jpserver-*.json"):
             with contextlib.suppress(ValueError):
-                self.port = json.loads(known.read_text())["port"] or self.port
+                self.port = json.loads(info.read_text())["port"] or self.port
                 with contextlib.suppress(OSError):
-                    self.ask("/api/status")
+                    self.get_json("/api/status")
                     return True
         return False
 
     def _connection(self) -> http.client.HTTPConnection:
         if self.socket:
-            return _OverSocket(self.socket)
+            return _UnixSocketConnection(self.socket)
         if self._tls:
-            return http.client.HTTPSConnection("localhost", self.port, timeout=_ANSWERS, context=self._tls)
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=_ANSWERS)
+            return http.client.HTTPSConnection(
+                "localhost", self.port, timeout=_RESPONSE_TIMEOUT, context=self._tls
+            )
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=_RESPONSE_TIMEOUT)
 
 
-class _OverSocket(http.client.HTTPConnection):
+class _UnixSocketConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=_ANSWERS)
+        super().__init__("localhost", timeout=_RESPONSE_TIMEOUT)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(_ANSWERS)
+        self.sock.settimeout(_RESPONSE_TIMEOUT)
         self.sock.connect(self._path)
 
 
-def _configuration(settings: Mapping[str, Any], token: Path, lives: int) -> str:
-    """Return a configuration file of Jupyter's, which is Python."""
+def _configuration(settings: Mapping[str, Any], token: Path, pipe: int) -> str:
+    """Return the text of a Jupyter configuration file, which is Python code."""
     lines = [
         "from pathlib import Path",
-        "from hpc_imagenet.session.exit_with_parent import end_with",
+        "from hpc_imagenet.io.signals import exit_with_parent",
         "c = get_config()",
     ]
     lines += [f"c.{name} = {value!r}" for name, value in settings.items()]
-    lines += [f"c.IdentityProvider.token = Path({str(token)!r}).read_text()", f"end_with({lives})"]
+    lines += [f"c.IdentityProvider.token = Path({str(token)!r}).read_text()", f"exit_with_parent({pipe})"]
     return "\n".join(lines) + "\n"
 
 
 def _free_port(host: str) -> int:
-    """Return a port that is free now; should it be taken until Jupyter comes, that looks further."""
+    """Return a port that is free now. If it is in use when Jupyter starts, Jupyter uses another."""
     first, count = _PORTS
     begin = int.from_bytes(os.urandom(4), "big")
     for step in range(count):
@@ -257,10 +266,10 @@ def _free_port(host: str) -> int:
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind((host, port))
             return port
-    raise UserError(f"no port is free on {socket.gethostname()}: session.listen=socket needs none")
+    raise UserError(f"no port is free on {socket.gethostname()}: use session.listen=socket, which needs none")
 
 
-def _refuse_taken(port: int, host: str) -> None:
+def _check_port_free(port: int, host: str) -> None:
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Jupyter does
@@ -268,24 +277,25 @@ def _refuse_taken(port: int, host: str) -> None:
     except OSError as error:
         raise UserError(
             f"session.port={port} on {socket.gethostname()}: {error.strerror}; "
-            "without session.port a free one is taken"
+            "use another port, or leave out session.port to use a free one"
         ) from None
 
 
-def _saved(folder: Path) -> float:
-    """Return when a notebook in a folder or below was last saved, s since 1970; 0 without one.
+def _last_notebook_save(folder: Path) -> float:
+    """Return the time of the last save of any notebook below a folder, s since 1970; 0 if there is none.
 
-    Links are not followed, which lead to datasets, nor hidden folders, in which Jupyter keeps checkpoints.
+    Symbolic links, which point to datasets, are not followed; hidden folders, where Jupyter stores
+    checkpoints, are skipped.
     """
     newest = 0.0
-    for top, below, files in os.walk(folder):
-        below[:] = [name for name in below if not name.startswith(".")]
+    for top, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in files:
             if name.endswith(".ipynb"):
-                with contextlib.suppress(OSError):  # it has another name, or is gone
+                with contextlib.suppress(OSError):  # renamed or removed meanwhile
                     newest = max(newest, Path(top, name).stat().st_mtime)
     return newest
 
 
-def _moment(text: str) -> float:
+def _timestamp(text: str) -> float:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()

@@ -1,1 +1,1 @@
-"""Copies of shards on a node's own disk."""
+"""Cache of shards on a node's own disk."""

@@ -1,14 +1,14 @@
-"""A node's own disk as a cache of shards, shared by all jobs of one user on that node.
+"""A cache of shards on a node's own disk, shared by all jobs of one user on that node.
 
     <scratch>/hpc_imagenet-<uid>/
-        sha256-<hex>             a file, by its hash, so that versions share what is equal in them
-        sha256-<hex>.json        that it was proved: when, and its size, times and inode at that moment
-        .sha256-<hex>.lock       held by whoever brings it
-        .sha256-<hex>.part       what has come of it
+        sha256-<hex>             a file, named by its hash, so that versions share identical files
+        sha256-<hex>.json        time of its last verification, and its size, times and inode at that moment
+        .sha256-<hex>.lock       held by the process that fetches the file
+        .sha256-<hex>.part       the part fetched so far
 
-Locks are those of the kernel (flock): they go with the process that holds them. Whoever reads a file holds
-it shared, so that what is in use is not evicted; a file that was evicted all the same stays readable to those
-who have it open.
+Locks are kernel locks (flock), which end with the process that holds them. A reader holds a shared lock on
+the file, so that a file in use is not evicted. If it is evicted nevertheless, processes that have it open can
+still read it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import enum
 import fcntl
 import json
 import os
+import platform
+import pwd
 import stat
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
@@ -29,53 +31,79 @@ from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import write_json
 
-TRUST = 24 * 3600.0  # s after which a file is read and proved again before it is used
-SPARE = 0.02  # of the disk, left free
+MAX_VERIFIED_AGE = 24 * 3600.0  # s since the last verification, after which a file is hashed again before use
+KEEP_FREE = 0.02  # fraction of the disk
 
-Fetch = Callable[[File, Path], None]  # brings a file to a path, whole and proved by its hash, or raises
-Prove = Callable[[File, Path], bool]  # reads a file and says whether it has its hash
+
+class ShardCopier(Protocol):
+    """Copies single files of a version to the cache, such as `CopyProcess`."""
+
+    def fetch(self, file: File, target: Path) -> None:
+        """Write a file to `target`, complete and verified by its hash, or raise."""
+
+    def hash(self, path: Path, file: File) -> str:
+        """Return the hash of a local file, in the form of `file.hash`."""
+
+    def close(self) -> None:
+        """Abort a running copy, from any thread; later calls raise."""
 
 
 class CopyResult(enum.Enum):
-    """What came of bringing a file."""
+    """Result of caching a file."""
 
-    HERE = "here"
-    BUSY = "another process is bringing it"
-    FULL = "no room for it"
+    CACHED = "cached"
+    BUSY = "another process is fetching it"
+    FULL = "not enough free space"
 
 
 class NodeCache:
-    """The files of one scratch folder.
+    """The cached files below one scratch folder.
 
     Args:
-        scratch: a folder on the node's own disk, or in its memory.
-        limit: bytes that the cache may take at most; None: as much as there is.
+        scratch: `cluster.scratch`, a folder on the node's own disk or in its memory. The node's environment
+            variables (such as $SLURM_TMPDIR) are expanded.
+        limit: maximum size of the cache in bytes; None: the free space of the disk.
 
     Raises:
-        UserError: the folder cannot be made, or is somebody else's.
+        UserError: a variable is not set on this node, the cache folder cannot be created, or another user
+            owns it or can write to it.
     """
 
-    def __init__(self, scratch: Path, limit: int | None = None) -> None:
-        self.folder = scratch / f"hpc_imagenet-{os.getuid()}"
+    def __init__(self, scratch: str | Path, limit: int | None = None) -> None:
+        expanded = Path(os.path.expandvars(scratch)).expanduser()
+        if "$" in str(expanded):
+            raise UserError(
+                f"cluster.scratch={scratch}: this variable is not set on {platform.node()}; "
+                "use another folder, or cluster.scratch=null"
+            )
+        self.folder = expanded / f"hpc_imagenet-{os.getuid()}"
         self.limit = limit
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self.folder.lstat()
         except OSError as error:
-            raise UserError(f"cluster.scratch={scratch} cannot be used: {error.strerror}") from None
-        # In a folder that everybody may write, such as /dev/shm, another could have made it first.
+            raise UserError(
+                f"cluster.scratch={expanded} cannot be used on this node ({error.strerror}): "
+                "use a folder that you can write to"
+            ) from None
+        # In a folder that all users can write to, such as /dev/shm, another user could have created it first.
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise UserError(f"{self.folder} is not a folder that you alone can write: remove it")
+            raise UserError(
+                f"{self.folder} must be a folder that only you can write to, but its owner is "
+                f"{_user_name(status.st_uid)} and its mode {status.st_mode & 0o7777:o}: remove it, or use "
+                "another cluster.scratch"
+            )
 
     def path(self, file: File) -> Path:
-        """Return where `file` lies if it is here."""
+        """Return the path of `file` in the cache, whether or not it is cached."""
         return self.folder / file.hash.replace(":", "-")
 
     def open(self, file: File) -> int | None:
-        """Open a file that is here and proved; while it is open it is not evicted.
+        """Open a cached and verified file; it is not evicted while it is open.
 
         Returns:
-            a descriptor, to be closed by the caller; None: it is not here, or was touched since.
+            A file descriptor for the caller to close; None if the file is not cached, was modified, or must
+            be verified again.
         """
         path = self.path(file)
         try:
@@ -84,81 +112,80 @@ class NodeCache:
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if self._proved(path, file, os.fstat(descriptor)):
-                os.utime(_note(path))  # the last use, for eviction
+            if self._is_verified(path, file, os.fstat(descriptor)):
+                os.utime(_note(path))  # time of the last use, for eviction
                 return descriptor
-        except OSError:  # it is being evicted
+        except OSError:  # the file is being evicted
             pass
         os.close(descriptor)
         return None
 
-    def get_or_fetch(self, file: File, fetch: Fetch, prove: Prove, wait: bool = False) -> CopyResult:
-        """Make sure that `file` is here, and proved.
+    def get_or_fetch(self, file: File, copier: ShardCopier) -> CopyResult:
+        """Ensure that `file` is cached and verified.
 
-        Args:
-            file: what is wanted.
-            fetch: brings it.
-            prove: reads one that is here already, but was proved long ago or touched since.
-            wait: whether to wait for another process that is bringing it.
+        A cached file whose last verification is too old, or that was modified since, is hashed again.
 
         Raises:
-            whatever `fetch` raises.
+            Exception: any exception of the copier.
         """
         path = self.path(file)
-        lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if wait else 0)
         try:
-            with lock:
-                return self._bring(path, file, fetch, prove)
+            with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+                return self._get_or_fetch(path, file, copier)
         except Timeout:
             return CopyResult.BUSY
 
     def discard(self, file: File) -> None:
-        """Forget a file whose bytes were found wrong."""
+        """Remove a file whose bytes are wrong."""
         _remove(self.path(file))
 
-    def _bring(self, path: Path, file: File, fetch: Fetch, prove: Prove) -> CopyResult:
+    def _get_or_fetch(self, path: Path, file: File, copier: ShardCopier) -> CopyResult:
         if path.exists():
-            if self._proved(path, file, path.stat()):
-                return CopyResult.HERE
-            before = _stamp(path.stat())
-            if path.stat().st_size == file.bytes and prove(file, path) and before == _stamp(path.stat()):
-                self._vouch(path)
-                return CopyResult.HERE
+            before = path.stat()
+            if self._is_verified(path, file, before):
+                return CopyResult.CACHED
+            intact = before.st_size == file.bytes and copier.hash(path, file) == file.hash
+            if intact and _stamp(before) == _stamp(path.stat()):
+                self._record_verified(path)
+                return CopyResult.CACHED
             _remove(path)
-        if not self._room(file):
+        if not self._make_space(file):
             return CopyResult.FULL
-        fetch(file, path)
-        self._vouch(path)
-        return CopyResult.HERE
+        copier.fetch(file, path)
+        self._record_verified(path)
+        return CopyResult.CACHED
 
-    def _vouch(self, path: Path) -> None:
+    def _record_verified(self, path: Path) -> None:
         write_json(_note(path), {"proved": time.time(), "stamp": _stamp(path.stat())})
 
-    def _proved(self, path: Path, file: File, status: os.stat_result) -> bool:
+    def _is_verified(self, path: Path, file: File, status: os.stat_result) -> bool:
         try:
             note = json.loads(_note(path).read_bytes())
-            fresh = 0 <= time.time() - note["proved"] < TRUST
-            return fresh and note["stamp"] == _stamp(status) and status.st_size == file.bytes
+            recent = 0 <= time.time() - note["proved"] < MAX_VERIFIED_AGE
+            return recent and note["stamp"] == _stamp(status) and status.st_size == file.bytes
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def _room(self, file: File) -> bool:
-        """Evict what was not used for longest and is not in use, if that makes room; else nothing.
+    def _make_space(self, file: File) -> bool:
+        """Evict files until `file` fits; evict nothing if it cannot fit. Return whether it fits.
 
-        What came of copies that were cut off goes first.
+        Partial files of interrupted fetches are evicted first, then the least recently used files that are
+        not open.
         """
         status = os.statvfs(self.folder)
-        free = status.f_bavail * status.f_frsize - int(SPARE * status.f_blocks * status.f_frsize)
+        free = status.f_bavail * status.f_frsize - int(KEEP_FREE * status.f_blocks * status.f_frsize)
         if self.limit is not None:
             free = min(free, self.limit - sum(_size(path) for path in self.folder.iterdir()))
         part = self.path(file).with_name(f".{self.path(file).name}.part")
-        missing = file.bytes - _size(part) - free  # an earlier try may have brought some of it
-        with contextlib.ExitStack() as held:
+        missing = file.bytes - _size(part) - free  # an earlier attempt may have fetched a part of the file
+        with contextlib.ExitStack() as locks:
             chosen = []
-            for path in [*self.folder.glob(".*.part"), *self._oldest_first()]:
+            for path in [*self.folder.glob(".*.part"), *self._least_recently_used()]:
                 if missing <= 0:
                     break
-                if held.enter_context(_unused(path)):
+                lock = _lock_unused(path)
+                if lock is not None:
+                    locks.callback(os.close, lock)
                     chosen.append(path)
                     missing -= _size(path)
             if missing > 0:
@@ -167,38 +194,34 @@ class NodeCache:
                 _remove(path)
         return True
 
-    def _oldest_first(self) -> list[Path]:
-        def used(path: Path) -> float:
+    def _least_recently_used(self) -> list[Path]:
+        def last_use(path: Path) -> float:
             try:
                 return _note(path).stat().st_mtime
             except OSError:
                 return 0.0
 
         files = [path for path in self.folder.iterdir() if path.name[0] != "." and path.suffix != ".json"]
-        return sorted(files, key=lambda path: (used(path), path.name))
+        return sorted(files, key=lambda path: (last_use(path), path.name))
 
 
-@contextlib.contextmanager
-def _unused(path: Path) -> Iterator[bool]:
-    """Hold a file that nobody has open through a cache, or a part that nobody brings; False else."""
-    in_use, part = path, path.suffix == ".part"
-    if part:
-        in_use = path.with_suffix(".lock")  # which may have gone with the process that held it
-    flags = os.O_RDWR | os.O_CREAT if part else os.O_RDONLY
-    try:
-        descriptor = os.open(in_use, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError:
-        yield False
-        return
-    try:
+def _lock_unused(path: Path) -> int | None:
+    """Lock a file that no process has open, or a partial file that no process is fetching.
+
+    Returns:
+        The descriptor that holds the lock; None if the file is in use.
+    """
+    flags = os.O_RDONLY
+    if path.suffix == ".part":
+        path, flags = path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT  # a killed process may have left none
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
         except OSError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
+            os.close(descriptor)
+    return None
 
 
 def _note(path: Path) -> Path:
@@ -206,16 +229,23 @@ def _note(path: Path) -> Path:
 
 
 def _stamp(status: os.stat_result) -> list[int]:
-    # The time of change cannot be set by anybody, so a write shows.
+    # No user can set the ctime, so it reveals every write.
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _size(path: Path) -> int:
-    """Return the bytes that a file takes of the disk; 0 where there is none."""
+    """Return the bytes that a file occupies on the disk; 0 if it does not exist."""
     try:
         return path.lstat().st_blocks * 512
     except OSError:
         return 0
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _remove(path: Path) -> None:

@@ -1,155 +1,181 @@
-"""Copying a version's shards to the node's own disk while training reads them already.
+"""Copy a version's shards to the node's own disk while training already reads them.
 
-One thread a node sees to it, and leaves the work to a process of low priority (`copier.py`), so that it takes
-the CPU time that decoding leaves.
-A job that shares the node shares the work: a shard that another process is bringing is left to it, and looked
-at again later.
+One process per node has a thread that controls the copying and leaves the work to a low-priority process
+(`copy_process.py`), which uses the CPU time that decoding leaves. Jobs on the same node share the work: a
+shard that another process is fetching is skipped and checked again later.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Sequence
 
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.node_cache.cache import CopyResult, NodeCache
-from hpc_imagenet.datastore.reader.shard_reader import StagedShards
+from hpc_imagenet.datastore.node_cache.cache import CopyResult, NodeCache, ShardCopier
+from hpc_imagenet.datastore.reader.shard_reader import ShardReader, raise_open_files_limit
 from hpc_imagenet.errors import UserError
 
-POLL = 1.0  # s between two looks at a shard that another process is bringing
-AGAIN = 60.0  # s between two tries at a shard that cannot be read or written
-
-Tell = Callable[[int], None]  # how many bytes are done
-
-
-class ShardCopier(Protocol):
-    """Whoever copies the shards of a version; `copier.Copier` does."""
-
-    def fetch(self, file: File, target: Path, tell: Tell) -> None:
-        """Bring a shard, whole and with its hash, or not at all."""
-
-    def hash(self, path: Path, file: File, tell: Tell) -> str:
-        """Return the hash of a copy that was made long ago, in the form of `file.hash`."""
-
-    def close(self) -> None:
-        """Let go of what is under way."""
+READ_POLL_INTERVAL = 0.5  # s between two checks of a reader whether a shard is cached
+BUSY_POLL_INTERVAL = 1.0  # s between two checks of a shard that another process is fetching
+RETRY_INTERVAL = 60.0  # s between two attempts at a shard that cannot be read or written
 
 
-class _Stopped(Exception):
-    """Nobody needs the copies any more."""
-
-
-class Staging:
-    """The copying of one version's shards; `with` it, they come.
+class StagedShards:
+    """Shards read from a node's cache once they are copied, and from their source until then.
 
     Args:
-        staged: who reads them.
-        cache: where they go.
-        shards: of the manifest.
-        copies: who makes them.
-        needed: whether reading waits for the copies, so that one that fails is the reader's trouble.
+        source: reader of the original shards; None: it has no random access, so reads wait for the copy.
+        cache: cache of this node.
+        shards: shards of the manifest.
+        copier: copies the shards in a background thread until `close`; None: another process copies them.
     """
 
     def __init__(
         self,
-        staged: StagedShards,
+        source: ShardReader | None,
         cache: NodeCache,
         shards: Sequence[File],
-        copies: ShardCopier,
-        needed: bool,
+        copier: ShardCopier | None = None,
     ) -> None:
-        self._staged, self._cache, self._shards = staged, cache, shards
-        self._copies, self._needed = copies, needed
-        self._stop = threading.Event()
-        self._through = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="staging", daemon=True)
+        self._source, self._cache, self._shards, self._copier = source, cache, shards, copier
+        self._descriptors: dict[int, int] = {}
+        self._checked = [float("-inf")] * len(shards)  # by shard: time of the last check, monotonic s
+        self._lock = threading.Lock()
+        self._error: UserError | None = None  # raised by reads that wait for a copy
+        self._closed = threading.Event()
+        self._refetch = threading.Event()  # a copy was damaged and discarded
+        raise_open_files_limit()
+        self._thread = threading.Thread(target=self._copy_until_closed, name="staging", daemon=True)
+        if copier is not None:
+            self._thread.start()
 
-    def __enter__(self) -> Staging:
-        self._thread.start()
-        return self
+    def __getstate__(self) -> dict[str, object]:
+        raise TypeError("staged shards cannot be pickled: open the dataset in each process that reads it")
 
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._copies.close()
-        self._staged.refetch_needed.set()  # wakes it
-        self._thread.join()
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """Return `length` bytes of a shard from `offset`."""
+        descriptor = self._descriptors.get(shard)
+        if descriptor is None:
+            descriptor = self._open_cached(shard)
+        while descriptor is None:
+            if self._source is not None:
+                return self._source.read(shard, offset, length)
+            if self._error is not None:
+                raise self._error
+            time.sleep(READ_POLL_INTERVAL)
+            descriptor = self._open_cached(shard)
+        data = b""
+        with contextlib.suppress(OSError):  # the node's disk may be faulty and the source intact
+            data = os.pread(descriptor, length, offset)
+        return data if len(data) == length else self.reread(shard, offset, length, data)
 
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until nothing more will come, unless a copy turns out to be damaged; False after `seconds`."""
-        return self._through.wait(seconds)
+    def reread(self, shard: int, offset: int, length: int, data: bytes) -> bytes:
+        """Read the range from the source; if it differs from `data`, discard the copy and refetch it."""
+        if self._source is None or shard not in self._descriptors:
+            return data
+        original = self._source.read(shard, offset, length)
+        if original != data:
+            print(f"{self._cache.path(self._shards[shard])} is damaged and will be copied again", flush=True)
+            with self._lock:
+                # Other threads may be reading from the descriptor, so it is not closed.
+                self._descriptors.pop(shard, None)
+                self._cache.discard(self._shards[shard])
+            self._refetch.set()
+        return original
 
-    def _work(self) -> None:
+    def is_remote(self) -> bool:
+        """Whether any shard is not cached on this node yet."""
+        return len(self._descriptors) < len(self._shards)
+
+    def poll(self, shard: int) -> bool:
+        """Check now whether a shard is cached, and open it if so; return whether it is."""
+        self._checked[shard] = float("-inf")
+        return self._open_cached(shard) is not None
+
+    def close(self) -> None:
+        """Stop copying, close all copies, so that they can be evicted, and end the reads that wait."""
+        self._closed.set()
+        if self._copier is not None:
+            self._copier.close()
+            self._refetch.set()  # wakes the thread
+            self._thread.join()
+        # Otherwise a reading thread would wait forever and keep its process alive.
+        self._error = UserError("the datastore was closed before the shard was copied")
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def _open_cached(self, shard: int) -> int | None:
+        """Return the descriptor of a cached shard; check the cache at most every `READ_POLL_INTERVAL`."""
+        with self._lock:
+            if shard not in self._descriptors:
+                now = time.monotonic()
+                if now - self._checked[shard] < READ_POLL_INTERVAL:
+                    return None
+                self._checked[shard] = now
+                descriptor = self._cache.open(self._shards[shard])
+                if descriptor is None:
+                    return None
+                self._descriptors[shard] = descriptor
+            return self._descriptors[shard]
+
+    def _copy_until_closed(self) -> None:
+        assert self._copier is not None
         try:
-            while not self._stop.is_set():
-                self._staged.refetch_needed.clear()
-                self._all()
-                self._through.set()
-                self._staged.refetch_needed.wait()
-        except _Stopped:
-            pass
-        except Exception as error:  # a defect; readers must not wait for what will not come
+            while True:
+                self._refetch.clear()
+                if self._closed.is_set():  # checked after clearing, so that `close` is not missed
+                    return
+                self._copy_all(self._copier)
+                self._refetch.wait()
+        except Exception as error:  # a bug of this package; readers must not wait for copies forever
             traceback.print_exc()
-            self._trouble(" ".join(f"{type(error).__name__}: {error}".split()))
-        finally:
-            self._through.set()
+            self._report_failure(" ".join(f"{type(error).__name__}: {error}".split()))
 
-    def _all(self) -> None:
-        """Bring all shards that there is room for, however often it takes."""
-        began, left, told = time.monotonic(), list(range(len(self._shards))), set()
+    def _copy_all(self, copier: ShardCopier) -> None:
+        """Copy all shards that fit, with retries until none is busy or failed, or until closed."""
+        begin, remaining = time.monotonic(), list(range(len(self._shards)))
+        reported: set[int] = set()  # shards whose failure was reported
         full: list[int] = []
-        while left:
+        while remaining:
             busy, failed = [], []
-            for number in left:
+            for number in remaining:
+                if self._closed.is_set():
+                    return
                 try:
-                    came = self._one(number)
+                    result = self._cache.get_or_fetch(self._shards[number], copier)
                 except (UserError, OSError) as error:
-                    if self._stop.is_set():
-                        raise _Stopped from None
                     failed.append(number)
-                    if number not in told:
-                        told.add(number)
-                        self._trouble(f"{error}")
-                else:
-                    busy += [number] if came is CopyResult.BUSY else []
-                    full += [number] if came is CopyResult.FULL else []
-            left = busy + failed
-            if left and self._stop.wait(POLL if busy else AGAIN):
-                raise _Stopped
+                    if number not in reported and not self._closed.is_set():
+                        reported.add(number)
+                        self._report_failure(f"{error}")
+                    continue
+                if result is CopyResult.CACHED:
+                    self.poll(number)  # opens it, so that it is not evicted
+                busy += [number] if result is CopyResult.BUSY else []
+                full += [number] if result is CopyResult.FULL else []
+            remaining = busy + failed
+            if remaining and self._closed.wait(BUSY_POLL_INTERVAL if busy else RETRY_INTERVAL):
+                return
         size = sum(shard.bytes for n, shard in enumerate(self._shards) if n not in full)
         print(
-            f"staging: {size / 1e9:.3f} GB are in {self._cache.folder} after "
-            f"{time.monotonic() - began:.1f} s",
+            f"staging: copied {size / 1e9:.3f} GB to {self._cache.folder} in "
+            f"{time.monotonic() - begin:.1f} s",
             flush=True,
         )
         if full:
-            self._trouble(
-                f"no room for {len(full)} of {len(self._shards)} shards in {self._cache.folder}",
-                ": make room, or give another cluster.scratch",
+            self._report_failure(
+                f"not enough free space in {self._cache.folder} for {len(full)} of {len(self._shards)} "
+                "shards",
+                ": free some space, raise cluster.scratch_gb, or use another cluster.scratch",
             )
 
-    def _one(self, number: int) -> CopyResult:
-        file = self._shards[number]
-        came = self._cache.get_or_fetch(file, self._fetch, self._prove)
-        if came is CopyResult.HERE:
-            self._staged.poll(number)  # from now on it is in use
-        return came
-
-    def _fetch(self, file: File, path: Path) -> None:
-        self._copies.fetch(file, path, self._tell)
-
-    def _prove(self, file: File, path: Path) -> bool:
-        return self._copies.hash(path, file, self._tell) == file.hash
-
-    def _tell(self, done: int) -> None:
-        if self._stop.is_set():
-            raise _Stopped
-
-    def _trouble(self, why: str, remedy: str = "") -> None:
-        if self._needed:
-            self._staged.fail(UserError(f"staging: {why}{remedy}"))
+    def _report_failure(self, reason: str, fix: str = "") -> None:
+        if self._source is None:
+            self._error = UserError(f"staging: {reason}{fix}")
         else:
-            print(f"staging: {why}; it is read from where it lies", flush=True)
+            print(f"staging: {reason}; reading from the source instead", flush=True)

@@ -1,1 +1,1 @@
-"""Read single images of a version by address."""
+"""Random access to the images of a version."""

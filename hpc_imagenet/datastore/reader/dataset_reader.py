@@ -1,4 +1,4 @@
-"""Reading images by their address, from any worker, process or thread."""
+"""Read images by index, from any worker, process or thread."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from hpc_imagenet.datastore.index import Index, open_index
 from hpc_imagenet.datastore.manifest import Manifest, load_manifest
 from hpc_imagenet.datastore.reader.shard_reader import FolderShards, ShardReader
 from hpc_imagenet.errors import UserError
-
-TAR_BLOCK = 512
+from hpc_imagenet.io.tar_header import BLOCK, member_name
 
 
 class DatasetReader:
-    """A dataset, opened for reading.
+    """A dataset opened for reading.
 
     Args:
-        folder: has the manifest and the indexes.
-        shards: who reads the shards; None: they are files, where the manifest says. Then a store is cheap
-            to open, to pickle and to fork.
+        folder: folder with the manifest and the indexes.
+        shards: reader of the shards; None: `FolderShards` at the paths in the manifest. A reader of a folder
+            is cheap to open, to pickle and to fork.
 
     Raises:
-        UserError: the folder is no dataset, or a shard is missing, has another size than recorded
-            or was written to.
+        UserError: the folder is not a dataset, or a shard is missing, has another size than recorded or was
+            modified after the upload.
     """
 
     def __init__(self, folder: Path, shards: ShardReader | None = None) -> None:
@@ -32,39 +31,40 @@ class DatasetReader:
         try:
             self.manifest: Manifest = load_manifest(folder)
         except FileNotFoundError:
-            raise UserError(f"{folder}: no dataset here (no manifest.json)") from None
+            raise UserError(
+                f"{folder} is not a dataset (no manifest.json); create it with +stage=process"
+            ) from None
         self.shards: ShardReader = shards or folder_shards(folder, self.manifest)
 
     def open_split(self, name: str) -> SplitReader:
-        """Open one split, `train` or `val`."""
-        if name not in self.manifest.splits:
-            raise UserError(f"{self.folder}: no split {name}; there are {', '.join(self.manifest.splits)}")
-        return SplitReader(self, open_index(self.folder / self.manifest.splits[name].index.path))
-
-    def read(self, shard: int, offset: int, length: int) -> bytes:
-        """Return `length` bytes of a shard from `offset`.
+        """Open one split, `train` or `val`.
 
         Raises:
-            UserError: the shard ends before.
+            UserError: the dataset has no such split, or its index cannot be read.
         """
-        return self.shards.read(shard, offset, length)
+        if name not in self.manifest.splits:
+            raise UserError(
+                f"{self.folder}: no split {name}; it has the splits {', '.join(self.manifest.splits)}"
+            )
+        return SplitReader(self, open_index(self.folder / self.manifest.splits[name].index.path))
 
 
 def folder_shards(folder: Path, manifest: Manifest) -> FolderShards:
-    """Open the shards of a manifest as files of its folder.
+    """Open the shards of a manifest as files at its paths relative to `folder`.
 
     Raises:
-        UserError: one is missing, has another size than recorded or was written to.
+        UserError: a shard is missing, has another size than recorded or was modified after the upload.
     """
-    opened = FolderShards(folder, manifest.shards)
+    shards = FolderShards(folder, manifest.shards)
     hardlink_check.check_links(folder, manifest)
-    return opened
+    return shards
 
 
 class SplitReader:
     """The images of one split in index order.
 
     Attributes:
+        store: the dataset that the split belongs to.
         index: shape [images], dtype `index.ENTRY`.
     """
 
@@ -79,17 +79,17 @@ class SplitReader:
         return (self.read(i) for i in range(len(self)))
 
     def read(self, i: int) -> tuple[bytes, int]:
-        """Return image `i` as encoded bytes, and its label."""
+        """Return the encoded bytes and the label of image `i`."""
         offset, length, label, shard = self.index[i].item()
-        return self.store.read(shard, offset, length), label
+        return self.store.shards.read(shard, offset, length), label
 
     def reread(self, i: int, data: bytes) -> bytes:
-        """Return image `i` once more, from where its copy on this node came; `data` cannot be decoded."""
+        """Read image `i` again, from the original source, after `data` failed to decode."""
         offset, length, _, shard = self.index[i].item()
         return self.store.shards.reread(shard, offset, length, data)
 
     def name(self, i: int) -> str:
-        """Return the file name of image `i`, from its tar header (at most 100 bytes are kept there)."""
+        """Return the file name of image `i` from its tar header, which keeps at most 100 bytes of it."""
         offset, _, _, shard = self.index[i].item()
-        header = self.store.read(shard, offset - TAR_BLOCK, TAR_BLOCK)
-        return header[:100].rstrip(b"\0").decode(errors="replace").rsplit("/", 1)[-1]
+        header = self.store.shards.read(shard, offset - BLOCK, BLOCK)
+        return member_name(header).decode(errors="replace").rsplit("/", 1)[-1]

@@ -1,7 +1,7 @@
-"""Reading images before they are wanted, where each read is a wait: a bucket, a busy file system.
+"""Prefetch images where reads are latency-bound: from a bucket or a busy file system.
 
-What is to be read is known: the sampler says it. So threads that only wait read the next batches, as far as
-the memory that they may take goes.
+The sampler determines the order of the images in advance, so threads that only wait for I/O read the next
+batches, up to a limit of memory.
 """
 
 from __future__ import annotations
@@ -14,71 +14,71 @@ from typing import TypeVar
 
 from hpc_imagenet.datastore.reader.dataset_reader import SplitReader
 
-THREADS = 32  # reads at a time
-MEMORY = 256 << 20  # bytes that are read and not taken yet
+THREADS = 32  # concurrent reads
+MEMORY = 256 << 20  # bytes of images that are prefetched and not consumed yet
 
 Item = TypeVar("Item")
 
 
 class Prefetcher:
-    """The images of a split, read in the order in which `over` sees that they will be wanted.
+    """Read the images of a split ahead of time, in the order of the batches passed to `batches`.
 
     Args:
-        split: the images.
-        threads: reads at a time.
-        memory: bytes that may be read ahead; a single batch that is larger is read all the same.
+        split: split to read from.
+        threads: number of concurrent reads.
+        memory: bytes that may be prefetched; a single batch larger than this is prefetched nevertheless.
     """
 
     def __init__(self, split: SplitReader, threads: int = THREADS, memory: int = MEMORY) -> None:
         self._split, self._memory = split, memory
         self._threads = ThreadPoolExecutor(threads, "read-ahead")
         self._lock = threading.Lock()
-        self._begun: dict[int, deque[Future[tuple[bytes, int]]]] = {}
-        self._bytes = 0  # of what is begun and not taken
+        self._pending: dict[int, deque[Future[tuple[bytes, int]]]] = {}  # by image
+        self._bytes = 0  # of the images in _pending
 
     def batches(self, batches: Iterable[tuple[Item, Sequence[int]]]) -> Iterator[Item]:
-        """Yield the batches, each when the images after it have been asked for as far as memory goes.
+        """Yield the batches in order, after submitting reads of the following batches up to the memory limit.
 
         Args:
-            batches: each with the numbers of its images, in the order in which `read` will ask for them.
+            batches: pairs of a batch and the indices of its images, in the order of the calls of `read`.
         """
         waiting: deque[Item] = deque()
         for batch, images in batches:
-            # At least one batch is ahead, whatever its size.
+            # At least one batch is prefetched, whatever its size.
             while waiting and self._bytes + self._size(images) > self._memory:
                 yield waiting.popleft()
-            self._begin(images)
+            self._submit(images)
             waiting.append(batch)
         while waiting:
             yield waiting.popleft()
 
     def read(self, image: int) -> tuple[bytes, int]:
-        """Return what `split.read` does, which may have been read before.
+        """Return the bytes and the label of an image, prefetched or read now.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the image cannot be read.
         """
         with self._lock:
-            begun = self._begun.get(image)
-            future = begun.popleft() if begun else None
-            if begun is not None and not begun:
-                del self._begun[image]
+            futures = self._pending.get(image)
+            future = futures.popleft() if futures else None
+            if futures is not None and not futures:
+                del self._pending[image]
             if future is not None:
                 self._bytes -= int(self._split.index[image]["length"])
         return self._split.read(image) if future is None else future.result()
 
     def close(self) -> None:
-        """Stop reading; what was read is forgotten."""
+        """Stop prefetching and discard what was read."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._begun.clear()
+        self._pending.clear()
 
     def _size(self, images: Sequence[int]) -> int:
         return int(self._split.index["length"][list(images)].sum())
 
-    def _begin(self, images: Sequence[int]) -> None:
+    def _submit(self, images: Sequence[int]) -> None:
         size = self._size(images)
         with self._lock:
             self._bytes += size
             for image in images:
                 future = self._threads.submit(self._split.read, image)
-                self._begun.setdefault(image, deque()).append(future)
+                self._pending.setdefault(image, deque()).append(future)

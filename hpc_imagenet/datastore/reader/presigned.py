@@ -1,8 +1,8 @@
-"""Shards in a bucket, read an image at a time: a GET of a range from an address that is signed for an hour.
+"""Read images from shards in a bucket: one range GET per image on a presigned URL.
 
-Building and signing a request takes boto3 as long as decoding an image. With one signature a shard and hour
-that goes away; what goes out is still boto3's own connection, with its proxies and certificates. An address
-holds a signature, so no error shows one.
+With boto3, building and signing a request takes as long as decoding an image. A presigned URL per shard,
+valid for an hour, avoids that cost. Requests still go through boto3's connection pool, with its proxies and
+certificates. A presigned URL contains a signature, so error messages never show it.
 Source: the S3 API reference, "Authenticating requests: using query parameters"; botocore's `httpsession`.
 """
 
@@ -18,18 +18,18 @@ from hpc_imagenet.datastore.backends.s3_client import S3Client, single_line
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
-SIGNED = 3600  # s for which an address is good
-RENEW = 2700.0  # s after which another is made
-CONNECTIONS = 64  # kept open
+EXPIRES = 3600  # lifetime of a presigned URL, s
+RENEW = 2700.0  # age after which a new URL is signed, s
+CONNECTIONS = 64  # size of the connection pool
 
 
 class PresignedShards:
-    """See `shards.Shards`.
+    """A `ShardReader` of shards in a bucket.
 
     Args:
-        server: has them.
-        path: of the version, within the server's prefix.
-        shards: of the manifest.
+        server: client of the S3 server.
+        path: path of the version, below the client's prefix.
+        shards: shards of the manifest.
     """
 
     def __init__(self, server: S3Client, path: str, shards: Sequence[File]) -> None:
@@ -39,12 +39,12 @@ class PresignedShards:
 
         self._server, self._shards = server, shards
         self._paths = [f"{path}/{shard.path}" for shard in shards]
-        self._addresses: dict[int, tuple[str, float]] = {}  # with when each was signed
+        self._signed: dict[int, tuple[str, float]] = {}  # by shard: presigned URL, time of signing
         self._lock = threading.Lock()
         bundle = botocore.session.get_session().get_config_variable("ca_bundle")
         self._session = URLLib3Session(
             verify=bundle or True,
-            proxies=get_environ_proxies(self._address(0)),
+            proxies=get_environ_proxies(self._presigned_url(0)),
             timeout=s3_client.TIMEOUT,
             max_pool_connections=CONNECTIONS,
         )
@@ -53,58 +53,60 @@ class PresignedShards:
         """Return `length` bytes of a shard from `offset`.
 
         Raises:
-            UserError: it is not there or forbidden, or the server stays away.
+            UserError: the shard is missing, too short or forbidden, or the server fails repeatedly.
         """
-        where, failures = f"{self._server.url}/{self._paths[shard]}", 0
+        url, failures = f"{self._server.url}/{self._paths[shard]}", 0  # without the signature, for errors
         while True:
-            status, data = self._get(self._address(shard, again=failures > 0), offset, length)
+            status, data = self._get(self._presigned_url(shard, renew=failures > 0), offset, length)
             if status in (200, 206) and len(data) == length:
                 return data
             if status == 404:
-                raise UserError(f"{where} is missing")
+                raise UserError(f"{url} is missing: run datastores verify on this version")
             if status == 416 or offset + length > self._shards[shard].bytes:
-                raise UserError(f"{where}: ends inside the image at byte {offset}")
-            trouble = f"status {status}" if status else "the connection broke"
+                raise UserError(
+                    f"{url} ends inside the image at byte {offset}: run datastores verify on this version"
+                )
+            reason = f"status {status}" if status else "connection failed"
             failures += 1
-            # A signature may have run out, once.
-            if failures >= s3_client.TRIES or (status in (400, 401, 403) and failures > 1):
-                raise UserError(f"{where} cannot be read ({trouble}, {failures} tries)")
-            pause = min(s3_client.LONGEST, s3_client.PAUSE * 2 ** (failures - 1))
+            # The signature may have expired, so a client error is retried once with a new one.
+            if failures >= s3_client.MAX_FAILURES or (status in (400, 401, 403) and failures > 1):
+                raise UserError(f"{url} cannot be read ({reason}, {failures} attempts)")
+            pause = min(s3_client.LONGEST_WAIT, s3_client.FIRST_WAIT * 2 ** (failures - 1))
             time.sleep(random.uniform(0.5, 1.0) * pause)
 
     def reread(self, shard: int, offset: int, length: int, data: bytes) -> bytes:
-        """Return what was read: there is nothing else."""
+        """Return `data`: the bucket is the only source."""
         return data
 
     def is_remote(self) -> bool:
-        """Each read is a wait."""
+        """Return True: each read waits for the network."""
         return True
 
-    def _get(self, address: str, offset: int, length: int) -> tuple[int, bytes]:
-        """Return status and body of one GET; status 0 where the connection broke."""
+    def _get(self, url: str, offset: int, length: int) -> tuple[int, bytes]:
+        """Return status and body of one range GET; status 0 if the connection failed."""
         from botocore.awsrequest import AWSRequest
         from botocore.exceptions import BotoCoreError
 
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         try:
-            answer = self._session.send(AWSRequest("GET", address, headers).prepare())
-            data = bytes(answer.content)
+            response = self._session.send(AWSRequest("GET", url, headers).prepare())
+            data = bytes(response.content)
         except (BotoCoreError, OSError):
             return 0, b""
-        if answer.status_code == 200 and "Content-Range" not in answer.headers:  # all of it
+        if response.status_code == 200 and "Content-Range" not in response.headers:  # the whole shard
             data = data[offset : offset + length]
-        return answer.status_code, data
+        return response.status_code, data
 
-    def _address(self, shard: int, again: bool = False) -> str:
+    def _presigned_url(self, shard: int, renew: bool = False) -> str:
         from botocore.exceptions import BotoCoreError
 
         with self._lock:
-            known = self._addresses.get(shard)
-            if known is None or again or time.monotonic() - known[1] > RENEW:
-                at = self._server.at(self._paths[shard])
+            signed = self._signed.get(shard)
+            if signed is None or renew or time.monotonic() - signed[1] > RENEW:
+                params = self._server.object_params(self._paths[shard])
                 try:
-                    address = self._server.client.generate_presigned_url("get_object", at, ExpiresIn=SIGNED)
-                except BotoCoreError as error:  # such as no credentials
+                    url = self._server.client.generate_presigned_url("get_object", params, ExpiresIn=EXPIRES)
+                except BotoCoreError as error:  # such as missing credentials
                     raise UserError(f"datastore.url={self._server.url}: {single_line(error)}") from None
-                known = self._addresses[shard] = (address, time.monotonic())
-            return known[0]
+                signed = self._signed[shard] = (url, time.monotonic())
+            return signed[0]
