@@ -1,1 +1,1 @@
-"""Datastores: named, numbered versions of a dataset that never change."""
+"""Datastores: named, numbered, immutable versions of a dataset."""

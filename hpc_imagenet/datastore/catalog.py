@@ -91,20 +91,13 @@ def verify_version(
     backend: StorageBackend, entry: CatalogEntry, threads: int, progress: ProgressCallback
 ) -> list[str]:
     """Hash every file of a complete version, `threads` at a time; return one line per wrong file."""
-    assert entry.manifest is not None
-    counter, errors = ProgressCounter(progress), []
-    files = entry.manifest.all_files()
-    with counter.threads(threads) as pool:
-        hashes = pool.map(
-            lambda file: backend.hash(f"{entry.path}/{file.path}", file, counter.for_file(file.path)), files
-        )
-        for file, found in zip(files, hashes, strict=True):
-            if found is None:
-                errors.append(f"{backend.url}/{entry.path}/{file.path} is missing")
-            elif found != file.hash:
-                errors.append(
-                    f"{backend.url}/{entry.path}/{file.path} is damaged: its hash is {found}, not {file.hash}"
-                )
+    errors = []
+    for file, found in _hash_files(backend, entry, threads, ProgressCounter(progress)):
+        path = f"{backend.url}/{entry.path}/{file.path}"
+        if found is None:
+            errors.append(f"{path} is missing")
+        elif found != file.hash:
+            errors.append(f"{path} is damaged: its hash is {found}, not {file.hash}")
     return errors
 
 
@@ -134,18 +127,10 @@ def fetch_version(
             present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             require_free_space(target, manifest.bytes - present, entry.reference)
             counter = ProgressCounter(progress)
-
-            def needs_fetch(file: File) -> bool:
-                path = f"{entry.path}/{file.path}"
-                exists = (target / path).exists()
-                return not exists or local.hash(path, file, counter.for_file(file.path)) != file.hash
-
-            files = manifest.all_files()
-            with counter.threads(threads) as pool:
-                needed = list(pool.map(needs_fetch, files))
-            missing = [file for file, need in zip(files, needed, strict=True) if need]
+            hashes = _hash_files(local, entry, threads, counter)
+            missing = [file for file, found in hashes if found != file.hash]
             fetch_files(backend, entry.path, missing, folder, threads, counter)
-            for file in files:
+            for file in manifest.all_files():
                 (folder / file.path).chmod((folder / file.path).stat().st_mode & ~0o222)
             upload = {**(manifest.provenance.get("upload") or {})}
             upload.pop(hardlink_check.STAMPS, None)  # modification times of the original files
@@ -186,6 +171,19 @@ def exclusive(backend: StorageBackend, entry: CatalogEntry) -> Iterator[None]:
 
     with backend.lock(f"{entry.path}/{versions.LOCK}", refuse):
         yield
+
+
+def _hash_files(
+    backend: StorageBackend, entry: CatalogEntry, threads: int, counter: ProgressCounter
+) -> list[tuple[File, str | None]]:
+    """Return all files of a complete version with their hashes in `backend`; None if a file is missing."""
+    assert entry.manifest is not None
+    files = entry.manifest.all_files()
+    with counter.threads(threads) as pool:
+        hashes = pool.map(
+            lambda file: backend.hash(f"{entry.path}/{file.path}", file, counter.for_file(file.path)), files
+        )
+        return list(zip(files, hashes, strict=True))
 
 
 def _now() -> str:

@@ -1,9 +1,10 @@
-"""Shards that are one file with something else, such as an archive: noticed when that was written to.
+"""Detect hard-linked shards that were modified after the upload.
 
-A version never changes, but a hard link does with the file that it is a name of. Whoever owns that file may
-have further names for it, so its mode is left alone; its time of change at the upload stands in the manifest,
-and is compared when the version is opened, as long as the file has a second name. What has only one is this
-version's own, and copies of a version, which have other times, are not held to it.
+A version must not change, but a hard-linked shard changes when the original file, such as an archive, is
+written to. The file may have other hard links, so its permissions are left alone. Instead the upload records
+its modification time in the manifest, and opening the version compares it as long as the file has more than
+one link. A file with one link belongs to the version alone. Copies of a version have other modification times
+and are not checked.
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ from pathlib import Path
 from hpc_imagenet.datastore.manifest import File, Manifest
 from hpc_imagenet.errors import UserError
 
-STAMPS = "changed_ns"  # in provenance["upload"]
+STAMPS = "changed_ns"  # key in provenance["upload"]
 
 
 def link_times(folder: Path, shards: Sequence[File]) -> dict[str, int]:
-    """Return the times of change of those shards that have a second name, ns since 1970."""
+    """Return the modification times (ns since 1970) of the shards with more than one hard link, by path."""
     found = {shard.path: (folder / shard.path).stat() for shard in shards}
     return {path: status.st_mtime_ns for path, status in found.items() if status.st_nlink > 1}
 
 
 def check_links(folder: Path, manifest: Manifest) -> None:
-    """Look at the time of change of each shard that was linked and still is.
+    """Compare the modification time of each shard that was hard-linked at the upload and still is.
 
     Raises:
-        UserError: one was written to after the upload.
+        UserError: a shard was modified after the upload.
     """
     upload = manifest.provenance.get("upload") or {}
-    for path, then in (upload.get(STAMPS) or {}).items():
+    for path, uploaded_ns in (upload.get(STAMPS) or {}).items():
         status = (folder / path).stat()
-        if status.st_nlink > 1 and status.st_mtime_ns != then:
+        if status.st_nlink > 1 and status.st_mtime_ns != uploaded_ns:
             number = upload.get("version")
             raise UserError(
-                f"{folder / path} was written to after its upload: it is one file with an archive. "
-                f"python -m hpc_imagenet datastores verify {manifest.name}@v{number} says whether its bytes "
-                "are the same; +stage=upload makes a new version once this one is deleted"
+                f"{folder / path} was modified after its upload: it is a hard link to an archive. Check its "
+                f"bytes with python -m hpc_imagenet datastores verify {manifest.name}@v{number}; if they "
+                "differ, delete this version and upload a new one with +stage=upload"
             )

@@ -1,9 +1,9 @@
-"""The packed index: where every image of a split lies, 16 bytes each, memory-mapped.
+"""The packed index: the address of every image of a split, 16 bytes per image, memory-mapped.
 
-An image's address is (shard, offset, length): `offset` is where its first byte lies in the shard, an
-uncompressed tar, so its tar header, and with it its name, lies in the 512 bytes before. 1.28 million images
-are 20.5 MB, opened in well under a millisecond and shared between all processes of a node by the page cache.
-The file is NumPy's own .npy format.
+An image's address is (shard, offset, length). A shard is an uncompressed tar and `offset` is the image's
+first byte in it, so the tar header, which contains the file name, is the 512 bytes before `offset`. The index
+of 1.28 million images has 20.5 MB, opens in well under a millisecond and is shared between all processes of a
+node by the page cache. The file format is NumPy's .npy.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from hpc_imagenet.io.atomic_files import atomic_write
 
 ENTRY = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u2"), ("shard", "<u2")])
 
-Index = npt.NDArray[Any]  # one dimension, dtype ENTRY
+Index = npt.NDArray[Any]  # shape [images], dtype ENTRY
 
 
 def write_index(path: Path, entries: Index) -> None:
-    """Write `entries` (shape [images], dtype `ENTRY`) to `path`, whole or not at all."""
+    """Write `entries` (shape [images], dtype `ENTRY`) to `path` atomically."""
     if entries.dtype != ENTRY or entries.ndim != 1:
         raise TypeError(f"an index has one dimension of {ENTRY}, not {entries.ndim} of {entries.dtype}")
     with atomic_write(path) as file:
@@ -34,15 +34,18 @@ def open_index(path: Path) -> Index:
     """Map the index at `path` into memory, read-only.
 
     Raises:
-        UserError: no such file, or not an index.
+        UserError: the file does not exist or is not an index.
     """
     try:
         entries: Index = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such index; +stage=process makes it") from None
+        raise UserError(f"{path}: no such index; create it with +stage=process") from None
     except (ValueError, EOFError) as error:
-        # An index of no image cannot be mapped; an empty split is no dataset either.
-        raise UserError(f"{path}: not an index ({error}); make it again with +stage=process") from None
+        # An index of zero images cannot be mapped, but an empty split is not a dataset either.
+        raise UserError(f"{path}: not an index ({error}); recreate it with +stage=process") from None
     if entries.dtype != ENTRY or entries.ndim != 1:
-        raise UserError(f"{path}: not an index (it holds {entries.dtype}); make it again with +stage=process")
+        raise UserError(
+            f"{path}: not an index (dtype {entries.dtype}, {entries.ndim} dimensions); "
+            "recreate it with +stage=process"
+        )
     return entries

@@ -16,10 +16,10 @@ from lightning_fabric.plugins.environments.cluster_environment import ClusterEnv
 from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.cluster.gpus import available_gpus
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch.dist_env import DistEnv
-from hpc_imagenet.launch.local_queue import available_gpus
 from hpc_imagenet.training.loading.sampler import BatchShare
 
 CPU = torch.device("cpu")

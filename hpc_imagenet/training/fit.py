@@ -16,11 +16,11 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
+from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
 from hpc_imagenet.errors import PeerLost, UserError
 from hpc_imagenet.io.signals import StopSignal
-from hpc_imagenet.launch.dist_env import DistEnv, available_cpus
 from hpc_imagenet.runs.store import Progress, Run
 from hpc_imagenet.training import distributed
 from hpc_imagenet.training.callbacks.bottleneck import BottleneckMonitor

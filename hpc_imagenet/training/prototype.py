@@ -9,9 +9,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.launch.dist_env import DistEnv, available_cpus
 from hpc_imagenet.training import distributed
 from hpc_imagenet.training.fit import backbone, quiet_lightning
 from hpc_imagenet.training.loading.batch_loader import BatchLoader

@@ -11,6 +11,7 @@ import servers
 from faulty_s3 import Faults, proxy
 from sample_dataset import make_dataset
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Cluster, Config, Dataset, Datastore, Stage, Upload
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import s3_client
@@ -20,7 +21,6 @@ from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.datastore.reader.prefetch import Prefetcher
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import upload
 

@@ -12,9 +12,9 @@ import torch
 from forked import CONTEXT
 from servers import free_port
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.fit import fit
 

@@ -13,9 +13,9 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 from tiny_training import tiny_config
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import PeerLost, Preempted
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.callbacks import checkpoint
 from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback

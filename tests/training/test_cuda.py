@@ -25,11 +25,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import Preempted, UserError
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training import distributed
 from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus, pinned_cpus
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch.dist_env import DistEnv, available_cpus, pinned_cpus
 from hpc_imagenet.training.loading.batch_loader import Batch, BatchBuilder, BatchLoader
 from hpc_imagenet.training.loading.crop import (
     CenterCrop,

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_imagenet.cluster import gpus
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.signals import StopSignal
-from hpc_imagenet.launch import local_queue
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.training import distributed
 from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
 from hpc_imagenet.training.models.build import build_model
@@ -101,7 +101,7 @@ def test_gpu_that_torch_does_not_see_is_an_error(
     config, monkeypatch, without_gpus, tmp_path: Path, variables, message
 ) -> None:
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(local_queue, "_DEVICES", tmp_path)
+    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
     for name, value in variables.items():
         if value is None:
             monkeypatch.delenv(name)

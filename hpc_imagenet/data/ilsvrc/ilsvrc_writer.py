@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hpc_imagenet.data.download.expected import MD5SUMS_FILE, md5_of_file
 from hpc_imagenet.data.ilsvrc.devkit import META, TRUTH
+from hpc_imagenet.io.tar_header import END, tar_member
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
@@ -47,39 +48,34 @@ class Synset:
 
 def write_train(path: Path, classes: Iterable[tuple[str, Sequence[bytes]]]) -> None:
     """Write the train archive: one inner tar with `<wnid>_<i>.JPEG` for each (wnid, images)."""
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as outer:
-        for wnid, images in classes:
-            buffer = io.BytesIO()
-            members = ((f"{wnid}_{i}.JPEG", image) for i, image in enumerate(images))
-            with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as inner:
-                _add(inner, members)
-            _add(outer, [(f"{wnid}.tar", buffer.getvalue())])
+    with path.open("wb") as file:
+        _write_tar(file, ((f"{wnid}.tar", _class_tar(wnid, images)) for wnid, images in classes))
 
 
 def write_val(path: Path, images: Iterable[bytes]) -> None:
     """Write the val archive: `ILSVRC2012_val_00000001.JPEG` and so on."""
-    members = ((f"ILSVRC2012_val_{i:08d}.JPEG", image) for i, image in enumerate(images, 1))
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
-        _add(archive, members)
+    with path.open("wb") as file:
+        _write_tar(file, ((f"ILSVRC2012_val_{i:08d}.JPEG", image) for i, image in enumerate(images, 1)))
 
 
 def write_devkit(path: Path, synsets: Sequence[Synset], truth: Sequence[int]) -> None:
-    """Write the development kit.
+    """Write the development kit; see `encode_devkit`."""
+    path.write_bytes(encode_devkit(synsets, truth))
+
+
+def encode_devkit(synsets: Sequence[Synset], truth: Sequence[int]) -> bytes:
+    """Return the bytes of a development kit.
 
     Args:
-        path: file to write.
         synsets: rows of the table.
         truth: the id of every val image, in file name order.
     """
-    root = "ILSVRC2012_devkit_t12"
+    root, buffer = "ILSVRC2012_devkit_t12", io.BytesIO()
     text = "".join(f"{number}\n" for number in truth).encode()
-    with (
-        path.open("wb") as raw,
-        # No name and no time in the gzip header: the same input gives the same bytes.
-        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
-        tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as archive,
-    ):
-        _add(archive, [(f"{root}/{META}", _meta_mat(synsets)), (f"{root}/{TRUTH}", text)])
+    # No name and no time in the gzip header: the same input gives the same bytes.
+    with gzip.GzipFile("", "wb", fileobj=buffer, mtime=0) as packed:
+        _write_tar(packed, [(f"{root}/{META}", _meta_mat(synsets)), (f"{root}/{TRUTH}", text)])
+    return buffer.getvalue()
 
 
 def write_md5sums(folder: Path, files: Sequence[str] = (TRAIN, VAL, DEVKIT)) -> None:
@@ -116,8 +112,14 @@ def _meta_mat(synsets: Sequence[Synset]) -> bytes:
     return b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:]
 
 
-def _add(archive: tarfile.TarFile, files: Iterable[tuple[str, bytes]]) -> None:
-    for name, data in files:
-        header = tarfile.TarInfo(name)  # no owner; modification time 0
-        header.size = len(data)
-        archive.addfile(header, io.BytesIO(data))
+def _class_tar(wnid: str, images: Sequence[bytes]) -> bytes:
+    buffer = io.BytesIO()
+    _write_tar(buffer, ((f"{wnid}_{i}.JPEG", image) for i, image in enumerate(images)))
+    return buffer.getvalue()
+
+
+def _write_tar(file: io.BufferedIOBase, members: Iterable[tuple[str, bytes]]) -> None:
+    for name, data in members:
+        file.write(tar_member(name, data))
+    file.write(END)
+    file.write(bytes(-file.tell() % tarfile.RECORDSIZE))  # padded as by GNU tar

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -230,8 +230,11 @@ def _index(found: ImageEntries, labels: Array, shard: int) -> Index:
     return entries
 
 
+def name_list(names: Sequence[str]) -> str:
+    """Return the first three names, and the number of the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _classes_are(wnids: list[str]) -> str:
     """Return the start of a sentence, such as `classes n1, n2, n3 and 7 more are`."""
-    more = f" and {len(wnids) - 3} more" if len(wnids) > 3 else ""
-    shown = ", ".join(wnids[:3]) + more
-    return f"class {shown} is" if len(wnids) == 1 else f"classes {shown} are"
+    return f"class {wnids[0]} is" if len(wnids) == 1 else f"classes {name_list(wnids)} are"

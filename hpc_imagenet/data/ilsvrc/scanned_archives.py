@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from hpc_imagenet.data.download import receipt
 from hpc_imagenet.data.download.expected import archive_folder
 from hpc_imagenet.data.download.receipt import Receipt
 from hpc_imagenet.data.ilsvrc.devkit import Devkit, read_devkit
-from hpc_imagenet.data.ilsvrc.scan import SPLITS, Scan, scan
+from hpc_imagenet.data.ilsvrc.scan import SPLITS, Scan, name_list, scan
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
 
@@ -112,7 +111,7 @@ def load_or_scan(
     skipped = found.corrupt()
     if skipped and config.process.on_corrupt == "fail":
         raise UserError(
-            f"{source}: {_name_list(skipped)} cannot be decoded; "
+            f"{source}: {name_list(skipped)} cannot be decoded; "
             "set process.on_corrupt=skip to leave such images out"
         )
     return ScannedArchives(archives, receipts, devkit, found.without_corrupt() if skipped else found, skipped)
@@ -164,8 +163,3 @@ def _load(path: Path, key: str) -> Scan | None:
 def _hash(*parts: Any) -> str:
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _name_list(names: list[str]) -> str:
-    shown = ", ".join(os.fsdecode(name) for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -13,7 +13,6 @@ import ctypes
 import functools
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 from filelock import FileLock
 
 from hpc_imagenet.data.ilsvrc.scan import SPLITS, open_for_pread
-from hpc_imagenet.data.ilsvrc.scanned_archives import ScannedArchives
+from hpc_imagenet.data.ilsvrc.scanned_archives import ProgressCallback, ScannedArchives
 from hpc_imagenet.data.tar.tar_scan import Array
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk, process_pool
@@ -31,8 +30,6 @@ from hpc_imagenet.io.atomic_files import atomic_write, read_json, sync_folder, w
 IDENTITY_FILE = "folders.json"  # stores the identity of the class folders
 _LOCK = ".folders.lock"
 _BLOCK = 4096  # bytes: file systems round the size of a file up to a multiple of this
-
-ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

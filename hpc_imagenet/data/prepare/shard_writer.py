@@ -13,29 +13,29 @@ from __future__ import annotations
 import functools
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hpc_imagenet.config.schema import Process
-from hpc_imagenet.data.ilsvrc.scan import SPLITS, open_for_pread
-from hpc_imagenet.data.ilsvrc.scanned_archives import ScannedArchives
+from hpc_imagenet.data.ilsvrc.scan import SPLITS, name_list, open_for_pread
+from hpc_imagenet.data.ilsvrc.scanned_archives import ProgressCallback, ScannedArchives
 from hpc_imagenet.data.images.image_header import FACTS, OTHER, PNG, ImageInfo
 from hpc_imagenet.data.images.shard_transform import ShardTransform, shard_transform
 from hpc_imagenet.data.tar.tar_scan import Array
 from hpc_imagenet.data.tar.tar_writer import TarWriter
 from hpc_imagenet.datastore.index import ENTRY, Index
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.reader.dataset_reader import TAR_BLOCK
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk, process_pool
 from hpc_imagenet.io.atomic_files import atomic_write, make_read_only, read_json, write_json
+from hpc_imagenet.io.tar_header import BLOCK
 
 # Location of an image in a shard; `row` is its row in the scan, and a corrupt image has length 0.
 LOCATION = np.dtype([("row", "<u4"), *ENTRY.descr[:2], *FACTS.descr])
-_OVERHEAD = 3 * TAR_BLOCK  # bytes per image in addition to its data: two headers and the label
+_OVERHEAD = 3 * BLOCK  # bytes per image in addition to its data: two headers and the label
 _LABEL = ".cls"
 _JPEG = (".jpg", ".jpeg")
 
@@ -129,7 +129,7 @@ def plan_shards(root: Path, scanned: ScannedArchives, process: Process) -> Shard
 
 
 def write_shards(
-    plan: ShardPlan, shards: Sequence[PlannedShard], workers: int, progress: Callable[[int, int], None]
+    plan: ShardPlan, shards: Sequence[PlannedShard], workers: int, progress: ProgressCallback
 ) -> int:
     """Write those of `shards` that are not complete.
 
@@ -170,9 +170,8 @@ def combine_receipts(plan: ShardPlan) -> ShardContents:
     """
     receipts = {shard.name: plan.receipt(shard) for shard in plan.shards}
     if missing := [name for name, receipt in receipts.items() if receipt is None]:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(
-            f"{plan.folder}: shards {', '.join(missing[:3])}{more} of {len(receipts)} are missing; "
+            f"{plan.folder}: shards {name_list(missing)} of {len(receipts)} are missing; "
             "retry the parts of this run"
         )
     splits = {split: entries.copy() for split, entries in plan.scanned.scan.splits.items()}
@@ -328,7 +327,7 @@ def _estimate_sizes(scanned: ScannedArchives, split: str, transform: ShardTransf
         width, height = facts["width"].astype(np.float64), facts["height"].astype(np.float64)
         side = np.minimum(width, height) if transform.side == "short" else np.maximum(width, height)
         lengths = (lengths * np.minimum(1, transform.px / side) ** 2).astype(np.int64)
-    return lengths + -lengths % TAR_BLOCK + _OVERHEAD
+    return lengths + -lengths % BLOCK + _OVERHEAD
 
 
 def _require_distinct(scanned: ScannedArchives) -> None:

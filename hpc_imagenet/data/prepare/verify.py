@@ -22,8 +22,8 @@ from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends.storage_backend import ProgressCounter, hash_file
 from hpc_imagenet.datastore.index import Index, open_index
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, load_manifest
-from hpc_imagenet.datastore.reader.dataset_reader import TAR_BLOCK
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.tar_header import BLOCK, member_name, member_size
 
 SAMPLE = 1000  # index entries checked per split
 
@@ -144,9 +144,7 @@ def _verify_indexes(folder: Path, manifest: Manifest, report: VerifyReport) -> d
         sizes = np.array([shard.bytes for shard in manifest.shards], np.uint64)
         known = entries["shard"] < len(sizes)
         ends = entries["offset"] + entries["length"]
-        inside = (
-            known & (entries["offset"] >= TAR_BLOCK) & (ends <= sizes[np.where(known, entries["shard"], 0)])
-        )
+        inside = known & (entries["offset"] >= BLOCK) & (ends <= sizes[np.where(known, entries["shard"], 0)])
         good = inside & (entries["label"] < len(manifest.classes)) & (entries["length"] > 0)
         if not good.all():
             first = int(np.argmin(good))
@@ -171,9 +169,11 @@ def _verify_sample(folder: Path, manifest: Manifest, path: Path, entries: Index)
         try:
             for row in rows[entries["shard"][rows] == number].tolist():
                 offset, length = int(entries["offset"][row]), int(entries["length"][row])
-                size = os.pread(descriptor, TAR_BLOCK, offset - TAR_BLOCK)[124:135].strip(b" \0")
-                # Images are small enough for an octal size; another encoding means that this is not a header.
-                if not size.isdigit() or int(size, 8) != length:
+                try:
+                    is_header = member_size(os.pread(descriptor, BLOCK, offset - BLOCK)) == length
+                except ValueError:
+                    is_header = False
+                if not is_header:
                     yield f"{path}: entry {row} is byte {offset} of {shards[number]}, where no image begins"
                     return
         finally:
@@ -246,14 +246,14 @@ def _compare(
     descriptors = {number: os.open(shards[number], os.O_RDONLY) for number in numbers}
     try:
         for offset, length, _, shard in entries.tolist():
-            block = os.pread(descriptors[shard], TAR_BLOCK + length, offset - TAR_BLOCK)
-            name = os.fsdecode(block[:100].rstrip(b"\0")).rsplit("/", 1)[-1]
+            block = os.pread(descriptors[shard], BLOCK + length, offset - BLOCK)
+            name = os.fsdecode(member_name(block)).rsplit("/", 1)[-1]
             path = class_folder / name
             if name not in sizes:
                 # The header has only the first 100 bytes of a name; find a longer name by this prefix.
                 path = next((class_folder / other for other in sizes if other.startswith(name)), path)
             try:
-                if path.read_bytes() != block[TAR_BLOCK:]:
+                if path.read_bytes() != block[BLOCK:]:
                     problems.append(f"{path} differs from the image in {shards[shard]}")
             except OSError as error:
                 problems.append(f"{path}: {error.strerror}")

@@ -14,7 +14,6 @@ import contextlib
 import csv
 import os
 import posixpath
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -180,10 +179,7 @@ def devkit(classes: dict[str, tuple[str, int]], val_wnids: Sequence[str]) -> InM
         ilsvrc_writer.Synset(ids[wnid], wnid, names, train_images=images)
         for wnid, (names, images) in sorted(classes.items())
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / ilsvrc_writer.DEVKIT
-        ilsvrc_writer.write_devkit(path, synsets, [ids[wnid] for wnid in val_wnids])
-        return InMemoryFile(path.read_bytes())
+    return InMemoryFile(ilsvrc_writer.encode_devkit(synsets, [ids[wnid] for wnid in val_wnids]))
 
 
 def _tar(root: Path, files: Sequence[_ImageFile], names: Sequence[str] | None = None) -> VirtualTar:

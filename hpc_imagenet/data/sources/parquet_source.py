@@ -24,10 +24,10 @@ from hpc_imagenet.data.download.expected import ExpectedArchive
 from hpc_imagenet.data.download.partial_file import PartialFile, allocated_bytes
 from hpc_imagenet.data.sources.class_folder_source import devkit
 from hpc_imagenet.data.sources.range_source import Origin
-from hpc_imagenet.data.sources.virtual_tar import END, InMemoryFile, long_name_header, tar_member
-from hpc_imagenet.data.tar.tar_reader import BLOCK
+from hpc_imagenet.data.sources.virtual_tar import InMemoryFile
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk
+from hpc_imagenet.io.tar_header import END, member_header, tar_member
 
 KIND = "parquet shards"
 ROWS = 64  # images in memory at a time
@@ -124,7 +124,7 @@ class ParquetSource:
             next_offset[wnid] += len(member)
         if split == "train":
             for wnid, begin in plan.begins.items():
-                header = long_name_header(f"{wnid}.tar", plan.sizes[wnid] + len(END))
+                header = member_header(f"{wnid}.tar", plan.sizes[wnid] + len(END))
                 yield begin - len(header), header
                 yield begin + plan.sizes[wnid], END
         yield plan.archive_bytes - len(END), END
@@ -141,8 +141,7 @@ class ParquetSource:
         plan.state = digest.hexdigest()
         names_in_tar: dict[str, set[str]] = {}
         for name, wnid, data in self._images(split):
-            size = len(long_name_header(name, 0)) + len(data) + -len(data) % BLOCK
-            plan.sizes[wnid] = plan.sizes.get(wnid, 0) + size
+            plan.sizes[wnid] = plan.sizes.get(wnid, 0) + len(tar_member(name, data))
             plan.images[wnid] = plan.images.get(wnid, 0) + 1
             names = names_in_tar.setdefault(wnid if split == "train" else "", set())
             if name in names:
@@ -157,7 +156,7 @@ class ParquetSource:
         at = 0
         for wnid in sorted(plan.sizes):
             if split == "train":
-                at += len(long_name_header(f"{wnid}.tar", 0))
+                at += len(member_header(f"{wnid}.tar", 0))
             plan.begins[wnid] = at
             at += plan.sizes[wnid] + (len(END) if split == "train" else 0)
         plan.archive_bytes = at + len(END)

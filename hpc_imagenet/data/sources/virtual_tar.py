@@ -8,7 +8,6 @@ Format: POSIX.1-1988 ustar, long names as in GNU tar.
 from __future__ import annotations
 
 import hashlib
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hpc_imagenet.data.sources.range_source import TransientError
-from hpc_imagenet.data.tar.tar_reader import BLOCK
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.tar_header import BLOCK, END, member_header, tar_member
 
-END = bytes(2 * BLOCK)  # the end mark of a tar
 Offsets = npt.NDArray[np.int64]
 
 
@@ -111,7 +109,7 @@ class VirtualTarOfTars:
     """A tar of one tar per class, named `<wnid>.tar`; a `VirtualFile`."""
 
     def __init__(self, classes: dict[str, VirtualTar]) -> None:
-        self._headers = [long_name_header(f"{wnid}.tar", tar.length) for wnid, tar in classes.items()]
+        self._headers = [member_header(f"{wnid}.tar", tar.length) for wnid, tar in classes.items()]
         self._tars = list(classes.values())
         lengths = [len(header) + tar.length for header, tar in zip(self._headers, self._tars, strict=True)]
         self._begins = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
@@ -129,24 +127,12 @@ class VirtualTarOfTars:
         return header[within:] if within < len(header) else self._tars[i].read_from(within - len(header))
 
 
-def long_name_header(name: str, size: int) -> bytes:
-    """Return the header of a tar member: one block, or three if the name is longer than 100 bytes."""
-    info = tarfile.TarInfo(name)  # owner and time are 0
-    info.size = size
-    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
-def tar_member(name: str, data: bytes) -> bytes:
-    """Return a tar member: header, data, and zeros up to a multiple of the block size."""
-    return long_name_header(name, len(data)) + data + bytes(-len(data) % BLOCK)
-
-
 def member_offsets(names: Sequence[str], sizes: Offsets) -> tuple[Offsets, int]:
     """Return the offsets of the members of a tar, of shape [members], and the size of the tar in bytes."""
     headers = np.full(len(names), BLOCK, np.int64)
     for i, name in enumerate(names):
         if len(name) > 25 and len(name.encode("utf-8", "surrogateescape")) > 100:
-            headers[i] = len(long_name_header(name, 0))
+            headers[i] = len(member_header(name, 0))
     ends = np.cumsum(headers + sizes + -sizes % BLOCK)
     if not len(names):
         return ends, len(END)

@@ -13,14 +13,18 @@ import os
 import posixpath
 from collections.abc import Iterator
 from typing import NamedTuple
-from zlib import adler32
 
 from hpc_imagenet.data.download.file_type import describe_content
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.tar_header import (
+    BLOCK,
+    TYPE,
+    ZERO_BLOCK,
+    has_valid_checksum,
+    member_name,
+    member_size,
+)
 
-BLOCK = 512
-_ZEROS = bytes(BLOCK)
-_POSIX = b"ustar\0"
 _EXTENSION_LIMIT = 1 << 20  # bytes of a long name or of pax records: a larger one means damage
 
 _FILE_TYPES = b"\x000" + b"7"  # V7, ustar, contiguous
@@ -69,17 +73,22 @@ def members(descriptor: int, begin: int, end: int, where: str) -> Iterator[Membe
         header = pread(descriptor, BLOCK, position)
         if len(header) < BLOCK or position + BLOCK > end:
             raise _truncated(begin, end, position, header, where)
-        if header == _ZEROS:
+        if header == ZERO_BLOCK:
             if records:
                 raise UserError(
                     f"{where}: damaged at byte {position}: a long-name or pax header without a member"
                 )
             _check_end(descriptor, position, end, where)
             return
-        if not _checksum_matches(header):
+        if not has_valid_checksum(header):
             raise _invalid_header(position == begin, position, header, where)
-        kind = header[156]
-        length = _parse_size(header, position, where)
+        kind = header[TYPE]
+        try:
+            length = member_size(header)
+        except ValueError:
+            raise UserError(
+                f"{where}: damaged at byte {position}: the size of a member is not a number"
+            ) from None
         data = position + BLOCK
         if kind not in _FILE_TYPES or records or common:
             if kind in _PAX or kind in (_GLOBAL, _LONG_NAME, _LONG_LINK):
@@ -94,7 +103,7 @@ def members(descriptor: int, begin: int, end: int, where: str) -> Iterator[Membe
                 continue
             records = {**common, **records}
             length = _pax_size(records, length, position, where)
-        stem = records.get(b"path") or _plain_name(header)
+        stem = records.get(b"path") or member_name(header)
         name = stem.decode("utf-8", "surrogateescape")
         # Old tars mark a directory only by a trailing slash.
         if kind == _DIRECTORY or (kind == 0 and name.endswith("/")):
@@ -126,46 +135,8 @@ def check_first_block(first: bytes, where: str) -> None:
         UserError: not a tar.
     """
     first = first[:BLOCK]
-    if len(first) < BLOCK or (first != _ZEROS and not _checksum_matches(first)):
+    if len(first) < BLOCK or (first != ZERO_BLOCK and not has_valid_checksum(first)):
         raise _invalid_header(True, 0, first, where)
-
-
-def _checksum_matches(header: bytes) -> bool:
-    # The low half of Adler-32 is 1 + the sum of the bytes, mod 65521: 20 times faster than sum(header).
-    # The checksum is computed with its own field filled with eight spaces.
-    field = header[148:156]
-    try:
-        stored = int(field.split(b"\0", 1)[0], 8)
-    except ValueError:
-        return False
-    plain = header[:148] + b"        " + header[156:]
-    if (stored + 1) % 65521 == adler32(plain) & 0xFFFF:
-        return True
-    # Some old tars summed signed characters.
-    return stored == sum(plain) - 256 * sum(byte > 127 for byte in plain)
-
-
-def _plain_name(header: bytes) -> bytes:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[345] and header[257:263] == _POSIX:
-        return header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name
-
-
-def _parse_size(header: bytes, position: int, where: str) -> int:
-    field = header[124:136]
-    try:
-        # GNU base-256: if the top bit is set, the rest is a big-endian number.
-        value = (
-            int.from_bytes(field[1:], "big") + ((field[0] & 0x7F) << 88)
-            if field[0] & 0x80
-            else int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-        )
-    except ValueError:
-        value = -1
-    if value < 0 or value >= 1 << 63:
-        raise UserError(f"{where}: damaged at byte {position}: the size of a member is not a number")
-    return value
 
 
 def _checked_name(name: str, kind: int, records: dict[bytes, bytes], position: int, where: str) -> str:
@@ -218,7 +189,7 @@ def _pax_size(records: dict[bytes, bytes], length: int, position: int, where: st
 
 def _check_end(descriptor: int, position: int, end: int, where: str) -> None:
     """Require the second zero block; without it the archive is truncated or incomplete."""
-    if position + 2 * BLOCK > end or os.pread(descriptor, BLOCK, position + BLOCK) != _ZEROS:
+    if position + 2 * BLOCK > end or os.pread(descriptor, BLOCK, position + BLOCK) != ZERO_BLOCK:
         raise UserError(f"{where}: truncated at byte {end}: its end marker (two zero blocks) is missing")
 
 

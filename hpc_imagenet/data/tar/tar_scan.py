@@ -19,8 +19,10 @@ import numpy.typing as npt
 
 from hpc_imagenet.data.images import image_header
 from hpc_imagenet.data.images.image_header import FACTS, HEAD
-from hpc_imagenet.data.tar.tar_reader import BLOCK, members
+from hpc_imagenet.data.images.jpeg_header import EOI, SOI
+from hpc_imagenet.data.tar.tar_reader import members
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.tar_header import BLOCK, SIZE, plain_names
 
 # The extensions that torchvision's ImageFolder accepts: any other file would shift the val labels.
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -28,8 +30,7 @@ MAX_IMAGE_BYTES = (1 << 32) - 1  # bytes of an image: the limit of the index for
 BATCH_IMAGES = 512  # images per batch: 1 MB of blocks, which fits in a core's cache
 
 _READ = BLOCK + BLOCK + HEAD  # end of the previous image, tar header, start of the image
-_SIZE = slice(BLOCK + 124, BLOCK + 135)  # of the size field in the block: octal digits
-_WEIGHTS = 8 ** np.arange(5, -1, -1)  # of the octal digits of a checksum
+_SIZE = slice(BLOCK + SIZE.start, BLOCK + SIZE.stop - 1)  # octal digits of the size field in what is read
 
 Array = npt.NDArray[Any]
 
@@ -103,7 +104,7 @@ def _scan_fast(descriptor: int, begin: int, end: int) -> list[ImageEntries] | No
             int(offsets[-1]) + BLOCK <= end and not blocks[-1, BLOCK : 3 * BLOCK].any()  # the end marker
         ):
             return None
-        names = _plain_names(blocks[:-1, BLOCK : 2 * BLOCK])
+        names = plain_names(blocks[:-1, BLOCK : 2 * BLOCK])
         if names is None or (len(names) and offsets[-2] + lengths[-1] > end):
             return None
         batch_names = names.tolist()
@@ -177,79 +178,19 @@ def _all_image_names(names: list[bytes]) -> bool:
     return all(f".{os.fsdecode(ending).lower()}" in IMAGES for ending in endings)
 
 
-def _plain_names(headers: Array) -> Array | None:
-    """Return the file names in `headers` (shape [images, 512]), or None if a header is not a plain one."""
-    kind, ending = headers[:, 156], headers[:, 135]
-    digits = headers[:, 148:154] - ord("0")  # of the checksum; below "0" wraps to more than 7
-    if (
-        headers[:, 345:].any()  # a name prefix, or data that some old tars store there
-        or not ((kind == 0) | (kind == ord("0"))).all()  # not a regular file
-        or not ((ending == 0) | (ending == ord(" "))).all()  # the size field is not terminated
-        or headers[:, 154].any()
-        or (digits > 7).any()
-    ):
-        return None
-    sums = headers[:, :345].sum(1, dtype=np.uint32) - headers[:, 148:156].sum(1, dtype=np.uint32)
-    names = np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0]
-    joined = b"".join(names.tolist())
-    if (
-        not (sums + 8 * ord(" ") == digits @ _WEIGHTS).all()  # the checksum counts its own field as spaces
-        or b"/" in joined
-        or b"\0" in joined  # bytes after the end of a name
-        or not headers[:, 0].all()
-    ):
-        return None
-    return names
-
-
-# Kinds of JPEG markers: a segment with a length, a frame header, possibly Exif. 0: stop here.
-_SEGMENT, _FRAME, _APP1 = 1, 2, 3
-_KINDS = np.zeros(256, np.uint8)
-_KINDS[0xC0:0xFF] = _SEGMENT
-_KINDS[0xC0:0xD0] = _FRAME
-_KINDS[[0xC4, 0xCC]] = _SEGMENT
-_KINDS[[0xC8, *range(0xD0, 0xDB)]] = 0
-_KINDS[0xE1] = _APP1
-_MARKERS = 16  # before the frame header; an image with more goes to `image_header.peek`
-
-
 def _batch_facts(descriptor: int, blocks: Array, offsets: Array, lengths: Array) -> Array:
-    """Parse the headers of all JPEGs of a batch at once, with the result of `image_header.peek`.
+    """Return the header facts of the images of a batch.
 
-    Images that are not plain JPEGs are parsed one by one.
+    The headers of plain JPEGs are parsed all at once, those of other images one by one.
     """
-    facts = np.zeros(len(lengths), FACTS)
     flat = blocks.reshape(-1)
     begins = np.arange(len(lengths)) * _READ + 2 * BLOCK
     ends = begins - 2 * BLOCK + _READ + (lengths - 1) % BLOCK  # the last byte, in the next block
-    is_jpeg = (flat[begins] == 0xFF) & (flat[begins + 1] == 0xD8) & (lengths > 1)
-    is_jpeg &= (flat[ends] == 0xD9) & (flat[ends - 1] == 0xFF) & (lengths % BLOCK != 1)
-    rows, position = np.flatnonzero(is_jpeg), np.full(len(lengths), 2)
-    is_parsed = np.zeros(len(lengths), bool)
-    for _ in range(_MARKERS):
-        rows = rows[position[rows] + 10 <= np.minimum(lengths[rows], HEAD)]
-        if not len(rows):
-            break
-        markers = begins[rows] + position[rows]
-        kinds = np.where(flat[markers] == 0xFF, _KINDS[flat[markers + 1]], 0)
-        kinds[(kinds == _APP1) & (flat[markers + 4] != ord("E"))] = _SEGMENT
-        is_frame, is_segment = kinds == _FRAME, kinds == _SEGMENT
-        _read_frame_headers(flat, markers[is_frame], facts, rows[is_frame])
-        is_parsed[rows[is_frame]] = True
-        markers, rows = markers[is_segment], rows[is_segment]
-        position[rows] += 2 + (flat[markers + 2].astype(np.int64) << 8 | flat[markers + 3])
-    is_parsed &= (facts["width"] > 0) & (facts["height"] > 0)
-    for i in np.flatnonzero(~is_parsed).tolist():
+    is_jpeg = (flat[begins] == SOI[0]) & (flat[begins + 1] == SOI[1]) & (lengths > 1)
+    is_jpeg &= (flat[ends] == EOI[1]) & (flat[ends - 1] == EOI[0]) & (lengths % BLOCK != 1)
+    facts = image_header.peek_many(flat, begins, np.where(is_jpeg, np.minimum(lengths, HEAD), 0))
+    for i in np.flatnonzero(facts["width"] == 0).tolist():
         offset, length = int(offsets[i]), int(lengths[i])
         head = flat[begins[i] : begins[i] + min(length, HEAD)].tobytes()
         facts[i] = _inspect(descriptor, offset, length, head)
     return facts
-
-
-def _read_frame_headers(flat: Array, markers: Array, facts: Array, rows: Array) -> None:
-    facts["height"][rows] = flat[markers + 5].astype(np.uint16) << 8 | flat[markers + 6]
-    facts["width"][rows] = flat[markers + 7].astype(np.uint16) << 8 | flat[markers + 8]
-    components = flat[markers + 9]
-    flags = np.where(components == 1, image_header.GREY, np.where(components == 3, 0, image_header.CMYK))
-    flags |= np.where(flat[markers + 1] & 3 == 2, image_header.PROGRESSIVE, 0)
-    facts["marks"][rows] = flags

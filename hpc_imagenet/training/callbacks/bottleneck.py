@@ -15,9 +15,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.io.atomic_files import write_json
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.training.loading.batch_loader import BatchBuilder
 
 WARMUP = 5  # steps not measured: memory is allocated, kernels are chosen, threads start

@@ -8,9 +8,9 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
+from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus, pinned_cpus
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.reader.dataset_reader import SplitReader
-from hpc_imagenet.launch.dist_env import DistEnv, available_cpus, pinned_cpus
 from hpc_imagenet.training.loading import device_prefetch
 from hpc_imagenet.training.loading.batch_loader import BatchBuilder, BatchLoader
 from hpc_imagenet.training.loading.crop import CenterCrop, RandomResizedCrop
