@@ -135,23 +135,23 @@ def submit(overrides: str | Sequence[str], config_dir: str | None = None) -> lis
     Raises:
         UserError: invalid input; nothing was submitted.
     """
+    from hpc_imagenet.cli.connect import wait_until_running
     from hpc_imagenet.cli.submit import prepare
     from hpc_imagenet.config.compose import compose
-    from hpc_imagenet.session.connect import wait_until_running
 
     overrides = shlex.split(overrides) if isinstance(overrides, str) else overrides
     prepared = prepare(compose(overrides, multirun=True, config_dir=config_dir))
     if prepared.first.dry_run:
         from hpc_imagenet.report.dry_run import print_dry_run
 
-        print_dry_run(prepared.jobs, prepared.store, prepared.executor)
+        print_dry_run(prepared.jobs, prepared.store, prepared.executor, prepared.state_of)
         return []
     runs = [entry.run for entry in prepared.submit()]
     handles = [Handle(run.folder) for run in runs]
     if prepared.first.wait:
         for run, handle in zip(runs, handles, strict=True):
             with contextlib.suppress(UserError):  # a failure is visible in the state
-                if run.info.get("stage") == "session" and prepared.executor != "foreground":
+                if run.info.get("stage") == "session" and prepared.in_background:
                     wait_until_running(run)
                 else:
                     handle.result()

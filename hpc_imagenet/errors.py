@@ -1,47 +1,45 @@
-"""The exceptions that cross rooms; `UserError` is the one that is shown to a user without a traceback."""
+"""Exceptions shared between packages, and helpers to word an error in one line."""
 
 from __future__ import annotations
 
 import difflib
 
-EXIT_REQUEUE = (
-    75  # exit code of a task that can go on when its job is started again (EX_TEMPFAIL of sysexits.h)
-)
+EXIT_REQUEUE = 75  # exit code of a task whose job should be started again (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
-    """Something a user can mend: one line that says what is wrong, where, and what would be right.
+    """An error that the user can fix: one line with what is wrong, where, and what to type instead.
 
-    The door prints `error: <line>` and exits with 2; a job writes the line into its outcome and exits
-    with 1. Raise it for bad input only: a defect of this package keeps its traceback.
+    The command line prints `error: <line>` without a traceback and exits with 2; a job writes the line
+    into its outcome and exits with 1. Raise it for bad input only: a bug of this package keeps its traceback.
 
     Attributes:
-        printed: from Python, what a verb had printed by then, such as all that the doctor found.
+        printed: output of the command up to the error, when called from Python, such as the doctor's report.
     """
 
     printed = ""
 
 
 class Preempted(Exception):
-    """A stage was asked to stop by a signal and has saved its work; the job is to be requeued."""
+    """A signal stopped the stage, which has saved its work; the job is to be requeued."""
 
 
 class PeerLost(Exception):
-    """Another task of this job is gone, so this one cannot go on; the job is to be requeued."""
+    """Another task of this job has ended, so this one cannot continue; the job is to be requeued."""
 
 
 class Superseded(Exception):
-    """Another copy of this job, begun later, has the run: this one writes nothing more and ends."""
+    """A later start of this job holds the run's lease: this process must stop without writing."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the beginning of what an error says, or its name where it says nothing."""
+    """Return the first line of an error's message, or its class name if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
 
 
 def did_you_mean(name: str, valid: tuple[str, ...] | list[str]) -> str:
-    """Return the words `; near: a, b` for a misspelt name, or all valid names where there are few."""
+    """Return `; did you mean: a, b` for a misspelt name, else all valid names if there are at most 12."""
     close = difflib.get_close_matches(name, valid, n=4, cutoff=0.5)
     if close:
-        return f"; near: {', '.join(close)}"
+        return f"; did you mean: {', '.join(close)}"
     return f"; one of: {', '.join(valid)}" if len(valid) <= 12 else ""

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.runs.store import Run
 
 NAME = "numbers"  # of the dataset

@@ -8,10 +8,10 @@ from typing import Any
 from sample_dataset import make_dataset
 
 from hpc_imagenet.cli import commands
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config, Dataset, Datastore, Stage, Upload
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import upload
 

@@ -12,7 +12,9 @@ from door import Door
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.errors import EXIT_REQUEUE
 from hpc_imagenet.launch import requeue
-from hpc_imagenet.runs import lease, plan
+from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.runs import job as jobs
+from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.store import FINISHED, Attempt, Run, RunStore
 
 
@@ -52,8 +54,8 @@ class Job:
 
 
 @functools.cache
-def planned() -> plan.Job:
-    (job,) = plan.make_plan(
+def planned() -> jobs.Job:
+    (job,) = make_plan(
         compose(["+stage=download", "dataset=digits", "cluster=slurm", "cluster.max_requeues=3"]),
         lambda _: None,
     )

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from sample_dataset import make_dataset
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import Config, Dataset, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import validate
-from hpc_imagenet.launch.dist_env import DistEnv
-from hpc_imagenet.runs.plan import Job, make_plan
+from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import CANCELLED, Run, RunStore
 from hpc_imagenet.stages import upload
 
@@ -108,11 +109,11 @@ def test_dataset_of_an_active_run_is_not_processed_with_other_settings(tmp_path:
         "0-process-digits", {}, {"stage": "process", "processing_run": other[-2].processing_run}
     )
     with pytest.raises(UserError, match=r"0-process-digits needs the folder of"):
-        validate.check_no_conflict([retried], store)
+        validate.check_no_conflict([retried], [run])
     assert run.attempt
     run.attempt.end(CANCELLED)
     validate.validate_jobs(other, store)
-    validate.check_no_conflict([retried], store)
+    validate.check_no_conflict([retried], [])
 
 
 def test_slurm_job_cannot_depend_on_a_run_of_the_local_queue(tmp_path: Path) -> None:

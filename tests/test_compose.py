@@ -15,7 +15,7 @@ from hpc_imagenet.config.backbones import BACKBONES
 from hpc_imagenet.config.compose import CONF, VERSION_BASE, compose, register, with_overrides
 from hpc_imagenet.config.schema import Config, cluster_for, from_dict
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.plan import make_plan
+from hpc_imagenet.launch.plan import make_plan
 
 GROUPS = ("cluster", "dataset", "datastore", "model", "recipe", "stage")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]

@@ -74,8 +74,8 @@ def test_every_setting_in_backticks_exists(page: Path) -> None:
 PACKAGE = ROOT / "hpc_imagenet"
 # Each package may import those before it, and nothing that comes after it.
 LAYERS = [
-    *("errors", "io", "config", "runs", "datastore", "data", "launch", "training", "session", "stages"),
-    *("report", "doctor", "cli", "api", "demo"),
+    *("errors", "io", "config", "runs", "cluster", "datastore", "data", "training", "session", "stages"),
+    *("launch", "report", "doctor", "cli", "api", "demo"),
 ]
 # Heavy or special packages, and the only place that may import each.
 HOMES = {

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
+from hpc_imagenet.config import schema
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import Config, Datastore
-from hpc_imagenet.runs.plan import Job, content_hash, make_plan
+from hpc_imagenet.launch.executors import EXECUTORS
+from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.runs.job import Job, content_hash
+from hpc_imagenet.stages import STAGES
 
 
 def no_version(_: Datastore) -> None:
@@ -37,6 +43,22 @@ def test_pipeline_of_a_sweep_shares_data_stages() -> None:
     assert [job.needs for job in plan[1:3]] == [(plan[0].run_id,), (plan[1].run_id,)]
     assert {job.needs for job in plan[3:]} == {(plan[2].run_id,)}
     assert len({job.run_id for job in plan}) == 7
+
+
+def test_every_stage_and_executor_of_the_schema_is_in_its_table() -> None:
+    assert {*STAGES, "pipeline"} == set(schema.STAGES)
+    assert set(EXECUTORS) == set(schema.EXECUTORS)
+    assert all(name == stage.name for name, stage in STAGES.items())
+
+
+def test_planning_imports_no_heavy_package() -> None:
+    program = (
+        "import sys; import hpc_imagenet.cli.submit; "
+        "heavy = {'torch', 'pytorch_lightning', 'numpy', 'boto3', 'pyarrow', 'submitit', 'jupyter_server'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_duplicate_configs_are_one_job() -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from door import Door, Gate, eventually
 
+from hpc_imagenet.cluster import dist_env
 from hpc_imagenet.launch import local_queue
 from hpc_imagenet.launch.local_worker import Worker
 from hpc_imagenet.runs.store import RunStore
@@ -53,7 +54,7 @@ def test_cluster_parallel_limits_running_jobs(door: Door, gate: tuple[Gate, str]
 def test_job_that_waits_for_gpus_is_not_overtaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     # A worker sets this variable for the jobs it starts; undo that for later tests.
-    monkeypatch.setenv(local_queue.CPUS_VARIABLE, "")
+    monkeypatch.setenv(dist_env.CPUS_VARIABLE, "")
     store = RunStore(tmp_path)
     attempts = []
     for name, gpus in (("0-first", 1), ("1-large", 2), ("2-small", 1)):
@@ -72,7 +73,7 @@ def test_job_that_waits_for_gpus_is_not_overtaken(tmp_path: Path, monkeypatch: p
 def test_gpu_uuid_is_passed_as_cuda_visible_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     # A worker sets this variable for the jobs it starts; undo that for later tests.
-    monkeypatch.setenv(local_queue.CPUS_VARIABLE, "")
+    monkeypatch.setenv(dist_env.CPUS_VARIABLE, "")
     store = RunStore(tmp_path)
     config = {
         "cluster": {"executor": "local", "setup": [f"env > {tmp_path}/env"]},

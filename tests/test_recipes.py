@@ -10,8 +10,8 @@ import pytest
 from hpc_imagenet.config.compose import CONF, compose
 from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.validate import validate_jobs
-from hpc_imagenet.runs.plan import make_plan
 from hpc_imagenet.runs.store import RunStore
 
 NAMES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))

@@ -20,16 +20,17 @@ import yaml
 from door import Door
 from filelock import FileLock
 
+from hpc_imagenet.cluster import gpus
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.demo import digits
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import atomic_files
 from hpc_imagenet.launch import local_queue, task
 from hpc_imagenet.launch.local_worker import Worker
-from hpc_imagenet.launch.states import state
+from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.launch.states import state, states
 from hpc_imagenet.launch.submission import cancel_run, plan_actions
 from hpc_imagenet.report import jobs_table, leaderboard, logs
-from hpc_imagenet.runs.plan import make_plan
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Run, RunStore
 from hpc_imagenet.stages import download
 
@@ -132,11 +133,17 @@ def test_run_is_found_by_a_unique_prefix_of_id_or_label(tmp_path: Path) -> None:
 def test_run_that_is_being_submitted_is_not_submitted_again(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     plan = make_plan(compose(["dataset=digits", f"workspace={tmp_path}"]), lambda _: None)
-    assert [action for _, action, _ in plan_actions(plan, store)] == ["submitted"]
+
+    def actions() -> list[tuple[str, str]]:
+        state_of = states([store.run(name) for job in plan for name in (job.run_id, *job.needs)])
+        return [(job.run_id, action) for job, action, _ in plan_actions(plan, store, state_of)]
+
+    (job,) = plan
+    assert actions() == [(job.run_id, "submitted")]
     run = create_run(store)
-    assert [(job.run_id, action) for job, action, _ in plan_actions(plan, store)] == [(run.id, "active")]
+    assert actions() == [(run.id, "active")]
     os.utime(run.folder, (1, 1))  # the submission was interrupted
-    assert [action for _, action, _ in plan_actions(plan, store)] == ["submitted"]
+    assert actions() == [(run.id, "submitted")]
 
 
 def test_states_without_an_outcome(tmp_path: Path) -> None:
@@ -313,13 +320,13 @@ def test_available_gpus_are_those_visible_to_cuda(
     devices: tuple[int, ...],
     expected: list[str],
 ) -> None:
-    monkeypatch.setattr(local_queue, "_DEVICES", tmp_path)
+    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
     for name in (*(f"nvidia{number}" for number in devices), "nvidiactl"):
         (tmp_path / name).touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert local_queue.available_gpus() == expected
+    assert gpus.available_gpus() == expected
 
 
 def test_concurrent_checks_for_a_worker_do_not_see_each_other(tmp_path: Path) -> None:

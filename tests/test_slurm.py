@@ -14,12 +14,13 @@ import pytest
 from door import Door
 
 from hpc_imagenet.api import Handle
+from hpc_imagenet.cli import connect
+from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch import slurm, task
+from hpc_imagenet.launch import task
 from hpc_imagenet.launch.local_worker import Worker
 from hpc_imagenet.report import jobs_table, logs
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Run, RunStore
-from hpc_imagenet.session import connect
 
 
 def write_stub(folder: Path, name: str, text: str) -> None:
@@ -200,6 +201,32 @@ def test_dependency_on_a_local_run_fails_the_jobs_not_yet_submitted(cluster: Doo
     assert "which runs on this machine" in cluster("retry", train.id, code=2).stderr
     assert "which runs on this machine" in cluster.jobs()[-1]["reason"]
     assert len(scripts(commands)) == 4
+
+
+def test_a_submission_and_a_retry_query_slurm_once(cluster: Door, commands: Path) -> None:
+    words = ("-m", "+stage=pipeline", "dataset=digits", "cluster=slurm", "seed=0,1")
+    squeue = (commands / "squeue").read_text().removeprefix("#!/bin/sh\n")
+    write_stub(commands, "squeue", f"echo query >> {commands}/queries\n{squeue}")
+
+    def queries() -> int:
+        path = commands / "queries"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return len(lines)
+
+    cluster(*words)
+    assert queries() == 0  # there was no run yet
+    (commands / "queue").write_text("1|RUNNING|0|0|None\n2|PENDING|0|0|Dependency\n")
+    done = cluster(*words)
+    assert done.stdout.count("already running") == 2
+    assert queries() == 1
+    cluster(*words, "dry_run=true")
+    assert queries() == 1
+    (commands / "queue").write_text("1|RUNNING|0|0|None\n")
+    upload = cluster.jobs()[2]["run"]
+    queries()
+    assert cluster("retry", upload).stdout.count("submitted") == 2
+    assert queries() == 1
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def _retry(store: RunStore, options: argparse.Namespace) -> int:
 
 
 def _connect(store: RunStore, options: argparse.Namespace) -> int:
-    from hpc_imagenet.session.connect import connect
+    from hpc_imagenet.cli.connect import connect
 
     return connect(_find(store, options.run))
 
@@ -221,6 +221,7 @@ def _resume(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.launch.states import state
 
     run = _check_session(_find(store, options.run))
+    run.check_format()
     wait = [setting for setting in options.settings if setting in ("wait=true", "wait=false")]
     settings = [setting for setting in options.settings if setting not in wait]
     if state(run).active and settings:
@@ -231,12 +232,12 @@ def _resume(store: RunStore, options: argparse.Namespace) -> int:
         raise UserError(
             f"session.name={prepared.first.session.name} is another session: start it with +stage=session"
         )
-    if prepared.executor == "foreground":
-        raise UserError(f"{run.id} ran with cluster=foreground: repeat the command that started it")
+    if not prepared.in_background:
+        raise UserError(f"{run.id} ran with cluster={prepared.executor}: repeat the command that started it")
     for entry in prepared.submit():
         print(f"{ACTION_LABELS[entry.action]}  {entry.run.id}")
     if "wait=true" in wait:
-        from hpc_imagenet.session.connect import connect
+        from hpc_imagenet.cli.connect import connect
 
         return connect(run)
     return 0

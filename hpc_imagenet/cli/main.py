@@ -8,14 +8,13 @@ python -m hpc_imagenet jobs
 from __future__ import annotations
 
 import os
-import pwd
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from hpc_imagenet import __version__
 from hpc_imagenet.cli.commands import ACTION_LABELS, COMMANDS, print_error, run_command_line
 from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.io.access import explain_permission_error
 
 HELP = f"""hpc_imagenet {__version__}: from the ImageNet archives to a table of trained backbones.
 
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         code = print_error(error)
     except PermissionError as error:
-        code = print_error(UserError(_explain_permission_error(error)))
+        code = print_error(UserError(explain_permission_error(error)))
     except KeyboardInterrupt:
         print(
             "\ninterrupted: submitted jobs keep running; python -m hpc_imagenet jobs lists them",
@@ -94,38 +93,6 @@ def run(arguments: Sequence[str]) -> int:
     return _submit(*_parse_submission(arguments))
 
 
-def _explain_permission_error(error: PermissionError) -> str:
-    """Return one line: the path, the owner of the file or folder that denies access, and the fix."""
-    if not isinstance(error.filename, (str, bytes)):
-        return f"{error.strerror or error}: choose another workspace=FOLDER"
-    path = Path(os.fsdecode(error.filename)).absolute()
-    # If the path does not exist, cannot be seen or has the right mode, a folder above it denies access.
-    for denied in (path, *path.parents):
-        try:
-            uid = denied.stat().st_uid
-        except OSError:
-            continue
-        mode = os.R_OK | os.W_OK | (os.X_OK if denied.is_dir() else 0)
-        if not os.access(denied, mode, effective_ids=True):
-            break
-    else:
-        return f"{path}: permission denied: choose another workspace=FOLDER"
-    owned = "it" if denied == path else str(denied)
-    if uid == os.geteuid():
-        fix = "change its permissions with chmod u+rwX"
-        return (
-            f"{path}: permission denied; {owned} is owned by you: {fix}, or choose another workspace=FOLDER"
-        )
-    try:
-        owner = pwd.getpwuid(uid).pw_name
-    except KeyError:  # a user of another host or container
-        owner = f"uid {uid}"
-    return (
-        f"{path}: permission denied; {owned} is owned by {owner}: choose another workspace=FOLDER, "
-        f"or have {owner} grant you access"
-    )
-
-
 def _parse_submission(arguments: list[str]) -> tuple[list[str], bool, str | None]:
     """Return the overrides, whether they are a sweep, and the user's config folder."""
     overrides: list[str] = []
@@ -153,6 +120,7 @@ def _parse_submission(arguments: list[str]) -> tuple[list[str], bool, str | None
 def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int:
     from hpc_imagenet.cli.submit import prepare
     from hpc_imagenet.config.compose import compose
+    from hpc_imagenet.stages import STAGES
 
     prepared = prepare(compose(overrides, multirun, config_dir))
     explicit = any(item.startswith("cluster=") and item != "cluster=auto" for item in overrides)
@@ -162,17 +130,17 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
     if prepared.first.dry_run:
         from hpc_imagenet.report.dry_run import print_dry_run
 
-        print_dry_run(prepared.jobs, prepared.store, prepared.executor)
+        print_dry_run(prepared.jobs, prepared.store, prepared.executor, prepared.state_of)
         return 0
     submitted = prepared.submit()
     for entry in submitted:
         print(f"{ACTION_LABELS[entry.action]:9}  {entry.run.id}  {entry.run.folder}", flush=True)
-    only_sessions = all(job.stage == "session" for job in prepared.jobs)
-    if prepared.executor != "foreground" and only_sessions and prepared.first.wait:
-        from hpc_imagenet.session.connect import connect
+    only_sessions = all(STAGES[job.stage].interactive for job in prepared.jobs)
+    if prepared.in_background and only_sessions and prepared.first.wait:
+        from hpc_imagenet.cli.connect import connect
 
         return max(connect(entry.run) for entry in submitted)
-    if prepared.first.wait or prepared.executor == "foreground":
+    if prepared.first.wait or not prepared.in_background:
         from hpc_imagenet.report.jobs_table import terminal, watch
 
         return 0 if watch([entry.run for entry in submitted], terminal()) else 1

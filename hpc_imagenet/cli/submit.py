@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.launch import submission, validate
+from hpc_imagenet.launch.executor import State
+from hpc_imagenet.launch.executors import EXECUTORS
+from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.submission import Submitted
-from hpc_imagenet.runs.plan import Job, make_plan
+from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import RunStore
 
 
@@ -21,14 +25,21 @@ class PreparedPlan:
     Attributes:
         jobs: the jobs, each after those it needs.
         store: the runs of the workspace.
-        executor: slurm, local or foreground, the same for all jobs.
+        executor: name of the executor, the same for all jobs.
+        state_of: states of the jobs and the runs they need, by run id, when the plan was validated.
         first: the first config, for the settings that all configs share (workspace, wait, dry_run).
     """
 
     jobs: list[Job]
     store: RunStore
     executor: str
+    state_of: Mapping[str, State]
     first: Config
+
+    @property
+    def in_background(self) -> bool:
+        """Whether `submit` returns before the jobs have ended."""
+        return EXECUTORS[self.executor].in_background
 
     def submit(self) -> list[Submitted]:
         """Submit the jobs that are neither finished nor running; see `submission.submit_plan`.
@@ -38,10 +49,14 @@ class PreparedPlan:
         """
         validate.prepare_workspace(self.store.folder.parent)
         try:
-            return submission.submit_plan(self.jobs, self.store, self.executor)
+            return submission.submit_plan(self.jobs, self.store, self.executor, self.state_of)
+        except PermissionError as error:
+            raise UserError(explain_permission_error(error)) from None
         except OSError as error:  # such as a disk that fills up meanwhile
+            file = f" ({error.filename})" if error.filename else ""
             raise UserError(
-                f"workspace={self.first.workspace}: {error.strerror or error}: fix it, then submit again"
+                f"workspace={self.first.workspace}: {error.strerror or error}{file}: "
+                "fix it, then submit again"
             ) from None
 
 
@@ -57,8 +72,8 @@ def prepare(configs: Sequence[Config]) -> PreparedPlan:
             raise UserError(f"{setting} cannot be swept: set one value for the whole command")
     if len({config.cluster.executor for config in configs}) > 1:
         raise UserError("cluster cannot be swept over executors: use one command per executor")
-    executor = validate.check_executor(first.cluster.executor)
+    EXECUTORS[first.cluster.executor].check_available()
     store = RunStore(Path(first.workspace))
     jobs = make_plan(configs, validate.version_finder())
-    validate.validate_jobs(jobs, store)
-    return PreparedPlan(jobs, store, executor, first)
+    state_of = validate.validate_jobs(jobs, store)
+    return PreparedPlan(jobs, store, first.cluster.executor, state_of, first)

@@ -29,9 +29,9 @@ from typing import Any
 import psutil
 
 from hpc_imagenet import __version__
+from hpc_imagenet.cluster.dist_env import DistEnv, from_environment
 from hpc_imagenet.doctor.check_result import gigabytes
 from hpc_imagenet.io.atomic_files import write_json
-from hpc_imagenet.launch.dist_env import DistEnv, from_environment
 
 PEER_TIMEOUT = 20.0  # s in which the tasks of all nodes must connect to rank 0
 IMPORT_TIMEOUT = 120.0  # s; torch has thousands of files, and the file system may be slow at first

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpc_imagenet.cluster import slurm
 from hpc_imagenet.doctor.check_result import Finding, ProbeReport, fail, node_names, ok, warn
 from hpc_imagenet.doctor.cluster_checks import causes, check_sacct
 from hpc_imagenet.doctor.node_checks import check_nodes, explain_no_report
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch import slurm
 from hpc_imagenet.runs.store import QUEUED, RUNNING
 
 FILE_DELAY = 15.0  # s after the job's end until all files that nodes wrote must be visible here

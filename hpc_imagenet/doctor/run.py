@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from hpc_imagenet.cluster import slurm
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.doctor import cluster_checks
@@ -30,7 +31,7 @@ from hpc_imagenet.doctor.probe import installation, package_version, run_probe
 from hpc_imagenet.doctor.probe_job import ProbeJob, finished_probes
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import write_json
-from hpc_imagenet.launch import local_queue, sbatch, slurm
+from hpc_imagenet.launch import local_queue, sbatch
 
 PACKAGES = ("torch=torch", "torchvision=torchvision", "pytorch_lightning=pytorch-lightning")  # module=package
 _TIME_LIMIT = 5  # minutes of a probe; it takes seconds, but the first import of torch may be slow

@@ -1,1 +1,1 @@
-"""Atomic files, temporary folders, disk space, process pools, signals."""
+"""Atomic files, temporary folders, free disk space, process pools, stop signals."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: temp file in the same folder, fsync, then rename or link."""
+"""Atomic file writes: a temporary file in the same folder, fsync, then rename or hard link."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-WRITEBACK_BYTES = 16 << 20  # bytes of a large file that the disk is given at a time, while more is written
-DISK_FULL_ERRNOS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT}
-)  # what the system says of a full disk, or a quota that is met
+WRITEBACK_BYTES = 16 << 20  # bytes after which write-back of a growing file is started
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})  # a full disk; an exceeded quota
 
-_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: start write-back without waiting for it
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 
@@ -24,11 +22,15 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 def atomic_write(
     path: Path, before: Callable[[], object] | None = None, secret: bool = False
 ) -> Iterator[IO[bytes]]:
-    """Open a temporary file that takes the place of `path` when the block ends well.
+    """Open a temporary file that replaces `path` when the block ends without an exception.
 
-    Readers see the old bytes or the new ones, never a part, also after a power cut. An exception leaves
-    `path` as it was and no temporary file behind; also one of `before`, which is called when all bytes are on
-    the disk and nothing but the rename is left. A `secret` can be read by its owner alone, from the start.
+    Readers see the old bytes or the new ones, never a partial file, even after a power failure. After an
+    exception `path` is unchanged and the temporary file is removed.
+
+    Args:
+        path: the file to create or replace.
+        before: called after the fsync and before the rename; an exception from it cancels the rename.
+        secret: create the file with mode 600.
     """
     with _temporary(path, secret) as (file, name):
         yield file
@@ -40,21 +42,21 @@ def atomic_write(
 
 
 def make_read_only(descriptor: int) -> None:
-    """Let nobody write an open file any more who has not opened it yet; root is not held back."""
+    """Remove all write permission from an open file; existing descriptors and root can still write."""
     os.fchmod(descriptor, os.fstat(descriptor).st_mode & ~0o222)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as indented JSON."""
+    """Write `value` to `path` as indented JSON, atomically."""
     with atomic_write(path) as file:
         file.write(_encode(value))
 
 
 def write_json_once(path: Path, value: Any) -> bool:
-    """Write `path` unless it exists; of several writers at once exactly one gets True.
+    """Write `value` to `path` as JSON unless the file exists; of concurrent writers exactly one gets True.
 
-    This is how an attempt's outcome is told once: whoever comes second (a job that ends while it is being
-    cancelled) changes nothing.
+    An attempt's outcome is written this way: if a job ends while it is being cancelled, the first outcome
+    is kept.
     """
     with _temporary(path) as (file, name):
         file.write(_encode(value))
@@ -66,7 +68,7 @@ def write_json_once(path: Path, value: Any) -> bool:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            # A file system without hard links: whoever makes the claim may rename.
+            # A file system without hard links: the process that creates the claim file may rename.
             try:
                 path.with_name(f".{path.name}.claim").touch(exist_ok=False)
             except FileExistsError:
@@ -77,7 +79,7 @@ def write_json_once(path: Path, value: Any) -> bool:
 
 
 def read_json(path: Path) -> Any | None:
-    """Return the JSON value in `path`, or None where there is no such file."""
+    """Return the JSON value in `path`, or None if the file does not exist."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -85,40 +87,47 @@ def read_json(path: Path) -> Any | None:
 
 
 class BackgroundWriteback:
-    """Gives a large file to the disk while it grows, so that fsync has little left to wait for.
+    """Start write-back of a large file while it grows, so that the final fsync is short.
 
-    Source: sync_file_range(2), which promises nothing. Where it is missing, all is left to fsync.
+    Source: sync_file_range(2). It gives no durability, so fsync is still needed; without it this is a no-op.
+
+    Args:
+        descriptor: the open file.
+        at: offset of the first byte that will be written.
     """
 
     def __init__(self, descriptor: int, at: int = 0) -> None:
-        self._descriptor, self._begun = descriptor, at
-        self._begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+        self._descriptor, self._flushed = descriptor, at
+        self._sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
     def written_up_to(self, done: int) -> None:
-        """Say that the first `done` bytes are written."""
-        length = done - self._begun
-        if self._begin and length >= WRITEBACK_BYTES:
-            self._begin(self._descriptor, ctypes.c_int64(self._begun), ctypes.c_int64(length), _WRITE)
-            self._begun = done
+        """Start write-back once `WRITEBACK_BYTES` are new. `done`: bytes of the file written so far."""
+        length = done - self._flushed
+        if self._sync_file_range and length >= WRITEBACK_BYTES:
+            self._sync_file_range(
+                self._descriptor, ctypes.c_int64(self._flushed), ctypes.c_int64(length), _WRITE
+            )
+            self._flushed = done
 
 
 class StreamingWriter:
-    """Writes a large file from `at` on, and lets it flow."""
+    """Sequential writer of a large file with write-back in the background, from offset `at`."""
 
     def __init__(self, descriptor: int, at: int = 0) -> None:
-        self._descriptor, self._done, self._flowing = descriptor, at, BackgroundWriteback(descriptor, at)
+        self._descriptor, self._done = descriptor, at
+        self._writeback = BackgroundWriteback(descriptor, at)
 
     def write(self, block: memoryview) -> None:
-        """Write a block, all of it."""
+        """Write the whole block."""
         while block:
             written = os.write(self._descriptor, block)
             self._done += written
             block = block[written:]
-        self._flowing.written_up_to(self._done)
+        self._writeback.written_up_to(self._done)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut (a no-op on file systems that refuse it)."""
+    """Flush the directory entries of `folder` to disk (a no-op on file systems that refuse it)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -129,7 +138,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path, secret: bool = False) -> Iterator[tuple[IO[bytes], Path]]:
-    # Not by mkstemp, which makes 0600: colleagues read these files as far as the umask lets them.
+    # mkstemp would create mode 0600; these files get the mode that the umask allows, so others can read them.
     name = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666)
     try:

@@ -1,4 +1,4 @@
-"""Work on all CPUs of a job: a pool of processes that dies with the process that began it."""
+"""A pool of worker processes for CPU work; the workers exit when the parent process dies."""
 
 from __future__ import annotations
 
@@ -18,17 +18,22 @@ Result = TypeVar("Result")
 
 
 def map_in_order(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
-    """Yield `function(item)` for each item, in order, worked on by so many processes.
+    """Yield `function(item)` for each item, in order, computed in parallel.
 
-    One worker, or one item, needs no process but this one. Function and items are pickled.
+    With one worker or one item everything runs in this process. Function and items must be picklable.
+
+    Args:
+        function: called with one item in a worker process.
+        items: the arguments, one a call.
+        workers: number of processes.
 
     Raises:
-        UserError: a process was killed, or the function raised it.
+        UserError: a worker process was killed, or `function` raised it.
     """
     if min(workers, len(items)) <= 1:
         yield from map(function, items)
         return
-    # Started afresh, not forked: a fork copies locks that other threads hold.
+    # spawn, not fork: a fork copies locks that other threads hold.
     pool = ProcessPoolExecutor(
         min(workers, len(items)), multiprocessing.get_context("spawn"), initializer=_end_with_parent
     )
@@ -37,15 +42,15 @@ def map_in_order(function: Callable[[Item], Result], items: Sequence[Item], work
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, probably for its memory: set process.workers lower, "
-            "or cluster.memory_gb higher"
+            "a worker process was killed, probably out of memory: lower process.workers, "
+            "or raise cluster.memory_gb"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """Leave no worker behind: a parent that gets SIGKILL cannot end its children."""
+    """Exit this worker when its parent ends: a parent that gets SIGKILL cannot end its children."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

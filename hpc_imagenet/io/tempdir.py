@@ -1,7 +1,8 @@
-"""A folder of this process's own on its node: of mode 700, and gone with it, even if it was killed.
+"""Temporary folders on the node: mode 700, removed by a later process if their own process was killed.
 
-Its owner holds the kernel's lock on it, which goes with the process however that ends. So a folder that can
-be locked was left by one that was killed, and the next process of the same user and purpose removes it.
+A process holds a lock (flock) on its folder, which the kernel releases however the process ends. A folder
+that can be locked therefore belongs to a dead process, and the next process of the same user and purpose
+removes it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from pathlib import Path
 
 
 class NodeTempDir:
-    """A folder for the life of this process, or until it is closed.
+    """A temporary folder of this process, until `close`.
 
     Args:
-        purpose: a word for its name; only folders of the same one are swept.
-        top: where it is made; None: where $TMPDIR says.
+        purpose: part of the folder's name; only stale folders of the same purpose are removed.
+        top: parent folder; None: $TMPDIR.
 
     Attributes:
-        folder: where it is.
+        folder: path of the temporary folder.
     """
 
     def __init__(self, purpose: str, top: Path | None = None) -> None:
@@ -33,27 +34,27 @@ class NodeTempDir:
             self.folder = Path(tempfile.mkdtemp(prefix=_prefix(purpose), dir=top))
             try:
                 self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            except FileNotFoundError:  # another process has swept it before it was locked
+            except FileNotFoundError:  # another process removed it before it was locked
                 continue
-            with contextlib.suppress(OSError):  # no locks on this file system: then nobody sweeps it
+            with contextlib.suppress(OSError):  # a file system without locks: stale folders are kept
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
             if os.fstat(self._lock).st_nlink:
                 return
-            os.close(self._lock)  # the same, a moment later
+            os.close(self._lock)  # another process removed it before it was locked
 
     def close(self) -> None:
-        """Remove it."""
+        """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
 
 def remove_stale(purpose: str, top: Path) -> list[Path]:
-    """Remove what this user's processes have left in `top` that were killed, and return it."""
+    """Remove this user's folders of killed processes in `top`; return the removed paths."""
     removed = []
     for folder in top.glob(f"{_prefix(purpose)}*"):
         with contextlib.suppress(OSError):
             status = folder.lstat()
-            # Everybody may make such a name in /tmp: links and other users' folders are left alone.
+            # Any user can create such a name in /tmp: skip links and folders of other users.
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 continue
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -1,20 +1,19 @@
-"""This machine as a cluster: a queue in the record, and the processes that work through it.
+"""The job queue of this machine: its entries in the workspace, its worker, and the processes of its jobs.
 
     runs/.queue/<host>/
-        worker.lock     held by the one worker of this host while it lives
+        worker.lock     locked by the one worker of this host while it runs
+        worker.json     process identity of the last worker
         worker.log
-        <order>.entry   an attempt that waits or runs: {run, attempt}
+        <order>.entry   a queued or running attempt: {run, attempt}
 
-A job is a process tree of its own; neither the terminal nor the worker takes it along when it ends.
+A job is a process tree of its own: it keeps running when the terminal or the worker ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -26,33 +25,34 @@ from typing import Any
 
 import psutil
 
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
-from hpc_imagenet.runs.store import Attempt, Run, RunStore
+from hpc_imagenet.launch.executor import State
+from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RUNNING, Attempt, Run, RunStore
 
-CPUS_VARIABLE = "HPC_IMAGENET_CPUS"  # environment variable: the CPUs that a task of a local job may use
+NO_OUTCOME = "ended without an outcome (killed, out of memory, or the machine restarted): retry resumes it"
 GRACE = 10.0  # s between SIGTERM and SIGKILL
-_DEVICES = Path("/dev")
-_CLOCK = 2.0  # s by which two readings of one process's start may differ
+_CLOCK = 2.0  # s: tolerance between two readings of a process's start time
 
 
 def queue_folder(store: RunStore) -> Path:
-    """Return this host's queue; other hosts that share the workspace have their own."""
+    """Return this host's queue folder; each host that shares the workspace has its own."""
     return store.folder / ".queue" / socket.gethostname()
 
 
 def enqueue(store: RunStore, attempts: Iterable[tuple[Run, Attempt]]) -> None:
-    """Put attempts at the queue's end, in order. `ensure_worker` is for when they are noted as submitted."""
+    """Append attempts to the queue, in order. Call `ensure_worker` after recording them as submitted."""
     folder = queue_folder(store)
     folder.mkdir(parents=True, exist_ok=True)
     moment = time.time_ns()
-    for place, (run, attempt) in enumerate(attempts):
+    for index, (run, attempt) in enumerate(attempts):
         write_json_once(
-            folder / f"{moment:020d}-{place:05d}.entry", {"run": run.id, "attempt": attempt.number}
+            folder / f"{moment:020d}-{index:05d}.entry", {"run": run.id, "attempt": attempt.number}
         )
 
 
 def ensure_worker(store: RunStore) -> None:
-    """Start a worker unless one lives; it stands in a session of its own and outlives the terminal."""
+    """Start a worker unless one is running, in a session of its own so that it outlives the terminal."""
     if is_worker_alive(store):
         return
     folder = queue_folder(store)
@@ -72,10 +72,10 @@ def ensure_worker(store: RunStore) -> None:
 
 
 def is_worker_alive(store: RunStore) -> bool:
-    """Whether somebody holds the worker's lock."""
+    """Whether a worker of this host is running: its lock is held."""
     try:
         with (queue_folder(store) / "worker.lock").open("rb") as lock:
-            # Shared: of two who look at once, neither takes the other for a worker.
+            # A shared lock: two concurrent checks must not take each other for a worker.
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -85,70 +85,70 @@ def is_worker_alive(store: RunStore) -> bool:
 
 
 def is_worker_expected(store: RunStore) -> bool:
-    """Whether a worker lives or is just starting; for telling a state, not for deciding to start one."""
-    note = read_json(queue_folder(store) / "worker.json")
-    return is_worker_alive(store) or (note is not None and _same(note) is not None)
+    """Whether a worker is running or starting; to report a state, not to decide whether to start one."""
+    identity = read_json(queue_folder(store) / "worker.json")
+    return is_worker_alive(store) or (identity is not None and _find_process(identity) is not None)
 
 
 def job_environment() -> dict[str, str]:
-    """Return the environment for a job: this package can be imported from anywhere, installed or not.
+    """Return the environment of a job, with a PYTHONPATH that finds this package, installed or not.
 
-    A job has another working directory, so relative entries of PYTHONPATH become absolute ones.
+    A job has another working directory, so relative entries of PYTHONPATH are made absolute.
     """
-    given = [str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    paths = dict.fromkeys([str(Path(__file__).resolve().parents[2]), *given])
+    inherited = [str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    paths = dict.fromkeys([str(Path(__file__).resolve().parents[2]), *inherited])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def process_identity(pid: int | None = None) -> dict[str, Any]:
-    """Return what tells a process from a later one with the same number."""
+    """Return pid and start time of a process (default: this one); pids are reused, the pair is unique."""
     process = psutil.Process(pid)
     return {"pid": process.pid, "born": process.create_time()}
 
 
 def record_process(attempt: Attempt, pid: int | None = None, **details: Any) -> None:
-    """Write which process carries the attempt out; by default this one."""
+    """Record in process.json which process runs the attempt; by default this one."""
     write_json(attempt.folder / "process.json", {**process_identity(pid), **details})
 
 
 def process_record(attempt: Attempt) -> dict[str, Any]:
-    """Return what `note_process` wrote; empty while the attempt waits."""
+    """Return the content of process.json; empty while the attempt is queued."""
     return read_json(attempt.folder / "process.json") or {}
 
 
 def processes(attempt: Attempt) -> list[psutil.Process]:
-    """Return the living processes that carry the attempt out: the controller and the task that began it."""
-    notes = [note for note in (process_record(attempt), attempt.started) if "pid" in note]
-    return [process for note in notes if (process := _same(note))]
+    """Return the running processes of the attempt on this host: submitit's controller and rank 0."""
+    identities = [record for record in (process_record(attempt), attempt.started) if "pid" in record]
+    return [process for identity in identities if (process := _find_process(identity))]
 
 
-def _same(note: dict[str, Any]) -> psutil.Process | None:
-    """Return the process that `identity` described, if it lives."""
+def _find_process(identity: dict[str, Any]) -> psutil.Process | None:
+    """Return the process with this `process_identity`, if it is running."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(note["pid"])
-        born = abs(process.create_time() - note["born"]) < _CLOCK
-        return process if born and process.status() != psutil.STATUS_ZOMBIE else None
+        process = psutil.Process(identity["pid"])
+        same = abs(process.create_time() - identity["born"]) < _CLOCK
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     return None
 
 
 def is_alive(attempt: Attempt) -> bool:
-    """Whether a process of the attempt lives on this host."""
+    """Whether a process of the attempt is running on this host."""
     return bool(processes(attempt))
 
 
 def started_elsewhere(attempt: Attempt) -> bool:
-    """Whether another living process of this host has begun the attempt.
+    """Whether another running process of this host has started the attempt.
 
-    A worker killed between the start of a job and its note of that leaves the next one to start it again.
+    If a worker is killed after starting a job and before recording it, the next worker starts the job again.
     """
-    note = attempt.started
-    if "pid" not in note or note.get("host") != socket.gethostname() or note["pid"] == os.getpid():
+    started = attempt.started
+    if "pid" not in started or started.get("host") != socket.gethostname() or started["pid"] == os.getpid():
         return False
-    return _same(note) is not None
+    return _find_process(started) is not None
 
 
 def kill(attempt: Attempt, grace: float = GRACE) -> None:
-    """End the attempt's processes and all their children: SIGTERM, and SIGKILL after `grace` seconds."""
+    """End the attempt's processes and all their children: SIGTERM, then SIGKILL after `grace` seconds."""
     tree: dict[int, psutil.Process] = {}
     for process in processes(attempt):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -162,15 +162,29 @@ def kill(attempt: Attempt, grace: float = GRACE) -> None:
             process.kill()
 
 
-def available_gpus() -> list[str]:
-    """Return the GPUs that this process may hand out, as CUDA_VISIBLE_DEVICES names them; torch is not asked.
+def is_elsewhere(attempt: Attempt) -> bool:
+    """Whether the attempt was submitted on another host."""
+    return bool(attempt.submitted.get("host") != socket.gethostname())
 
-    That is by number, or as `GPU-…` and `MIG-…`. Numbers count what is there: of a container that has only
-    /dev/nvidia3 it is 0.
+
+def state_of_process(attempt: Attempt) -> State:
+    """Return the state of an attempt by its processes; on another host as last recorded."""
+    if is_elsewhere(attempt):
+        name = RUNNING if attempt.started else QUEUED
+        return State(name, f"as last recorded: it runs on {attempt.submitted.get('host')}")
+    return State(RUNNING) if is_alive(attempt) else State(FAILED, NO_OUTCOME)
+
+
+def cancel_here(run: Run, attempt: Attempt, reason: str) -> None:
+    """Write the outcome of an attempt of this host and end its processes.
+
+    Raises:
+        UserError: it runs on another host.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [str(number) for number, _ in enumerate(_DEVICES.glob("nvidia[0-9]*"))]
-    names = [name.strip() for name in visible.split(",")]
-    # As CUDA reads it, the first that is none, such as -1, ends the list.
-    return list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, names))
+    host = attempt.submitted.get("host", socket.gethostname())
+    if attempt.started and host != socket.gethostname():
+        raise UserError(
+            f"{run.id} runs on {host}: cancel it there (if {host} no longer exists, remove {attempt.folder})"
+        )
+    attempt.end(CANCELLED, reason)  # before the process ends: the first outcome is kept
+    kill(attempt)

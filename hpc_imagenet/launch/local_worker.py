@@ -16,35 +16,40 @@ from typing import Any
 import submitit
 from filelock import FileLock, Timeout
 
+from hpc_imagenet.cluster import dist_env, gpus
 from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.launch import local_queue
-from hpc_imagenet.launch.states import VANISHED, states
+from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.task import Task
 from hpc_imagenet.runs.store import CANCELLED, FAILED, Attempt, Run, RunStore
+from hpc_imagenet.stages import STAGES
 
 TICK = 0.2  # s
-_LINGER = 2.0  # s that an idle worker waits for more
-_ENDLESS = 60 * 24 * 365.0  # minutes: this machine has no time limit of its own
+_LINGER = 2.0  # s that an idle worker waits for new entries
+_NO_LIMIT = 60 * 24 * 365.0  # minutes: local jobs have no time limit unless cluster.time is set
 
 
 @dataclass
 class Worker:
-    """One pass through the queue is `step`; everything else is waiting."""
+    """The worker loop of one queue; `step` is one pass over its entries."""
 
     store: RunStore
-    handles: list[Any] = field(default_factory=list)  # of submitit; kept so that ended children are reaped
-    parallel: dict[Path, int] = field(default_factory=dict)  # by attempt; its config is frozen
-    began: float = field(default_factory=time.monotonic)
+    handles: list[Any] = field(default_factory=list)  # submitit jobs, kept so that ended children are reaped
+    parallel: dict[Path, int] = field(
+        default_factory=dict
+    )  # parallel jobs allowed, by attempt folder (cache)
+    since: float = field(default_factory=time.monotonic)  # when polling of needed runs began
 
     def work(self) -> None:
-        """Work until the queue is empty; return at once if another worker lives."""
+        """Run jobs until the queue is empty; return at once if another worker is running."""
         queue = local_queue.queue_folder(self.store)
         queue.mkdir(parents=True, exist_ok=True)
         lock = FileLock(queue / "worker.lock")
         while True:
             try:
-                # More than a moment: whoever looks whether a worker lives holds the lock for an instant.
+                # Wait 1 s: `is_worker_alive` of another process holds the lock for an instant.
                 lock.acquire(timeout=1)
             except Timeout:
                 return
@@ -54,18 +59,17 @@ class Worker:
                     idle = time.monotonic()
                 time.sleep(TICK)
             lock.release()
-            # Whoever came while the lock was still held started no worker; this one looks once more.
+            # A submission made before the release started no worker of its own: check the queue once more.
             if not any(queue.glob("*.entry")):
                 return
 
     def step(self) -> bool:
-        """Look at every entry once: drop the ended, start what may start. False when nothing is left."""
+        """Process every entry once: remove ended ones, start those that may start. False if none is left."""
         self.handles = [job for job in self.handles if not job.done()]
         waiting: list[tuple[Run, Attempt]] = []
         running: list[Attempt] = []
-        sessions: list[
-            Attempt
-        ] = []  # in nobody's way: the jobs that are sent from them would wait for their end
+        # Sessions do not count as running: jobs submitted from a session would wait for its end.
+        sessions: list[Attempt] = []
         for path in sorted(local_queue.queue_folder(self.store).glob("*.entry")):
             entry = read_json(path)
             if entry is None:
@@ -77,14 +81,20 @@ class Worker:
             elif attempt.outcome or not attempt.folder.exists():
                 path.unlink()
             elif local_queue.process_record(attempt):
-                attempt.end(FAILED, attempt.last_error_line() or VANISHED)
+                attempt.end(FAILED, attempt.last_error_line() or local_queue.NO_OUTCOME)
                 path.unlink()
             elif (newest := run.attempt) and newest.number > attempt.number:
-                # Its submission was cut off and asked for again: two attempts never write one run.
-                attempt.end(CANCELLED, f"attempt {newest.number} took its place")
+                # Its submission was interrupted and repeated: two attempts must never write one run.
+                attempt.end(CANCELLED, f"replaced by attempt {newest.number}")
                 path.unlink()
             else:
-                waiting.append((run, attempt))
+                try:
+                    run.check_format()
+                except UserError as error:
+                    attempt.end(FAILED, str(error))
+                    path.unlink()
+                else:
+                    waiting.append((run, attempt))
         for run, attempt in waiting:
             if _is_session(run) and self._start(run, attempt, running + sessions):
                 sessions.append(attempt)
@@ -92,87 +102,90 @@ class Worker:
             if _is_session(run):
                 continue
             if len(running) >= self._parallel(run, attempt):
-                break  # in order: nobody overtakes who waits for room
+                break  # keep the order: later entries do not overtake one that waits for a free slot
             blocked = self._blocked(run)
             if blocked:
                 attempt.end(CANCELLED, blocked)
             elif blocked is None:
                 if not self._start(run, attempt, running + sessions):
-                    break  # nor who waits for GPUs
+                    break  # nor one that waits for GPUs
                 running.append(attempt)
         return bool(waiting or running or sessions)
 
     def _parallel(self, run: Run, attempt: Attempt) -> int:
-        """Return how many jobs may run beside each other for this attempt to be one of them."""
+        """Return the maximum number of parallel jobs, including this attempt."""
         if attempt.folder not in self.parallel:
-            self.parallel[attempt.folder] = _side_by_side(run)
+            self.parallel[attempt.folder] = _max_parallel(run)
         return self.parallel[attempt.folder]
 
     def _blocked(self, run: Run) -> str | None:
-        """Return None if `run` may start, "" while it must wait, the reason if it waits in vain."""
+        """Return None if `run` may start, "" while it must wait, else the reason why it never can."""
         needs = [self.store.run(need) for need in run.info.get("needs", ())]
-        told = states(needs, self.began)
+        state_of = states(needs, self.since)
         for need in needs:
-            if not told[need.id].active and not told[need.id].finished:
-                was = "failed" if told[need.id].name == FAILED else "was cancelled"
-                return f"needs {need.id}, which {was}: mend that, then retry"
-        return None if all(state.finished for state in told.values()) else ""
+            state = state_of[need.id]
+            if not state.active and not state.finished:
+                ended = "failed" if state.name == FAILED else "was cancelled"
+                return f"needs {need.id}, which {ended}: fix that, then retry"
+        return None if all(state.finished for state in state_of.values()) else ""
 
     def _start(self, run: Run, attempt: Attempt, running: list[Attempt]) -> bool:
+        """Start the attempt's process; False if it must wait for GPUs."""
         cluster = run.cluster()
         taken = {str(gpu) for other in running for gpu in local_queue.process_record(other).get("gpus", ())}
-        all_gpus = local_queue.available_gpus()
-        wanted = gpus_for(cluster, run.info["stage"], len(all_gpus))
+        all_gpus = gpus.available_gpus()
+        requested = gpus_for(cluster, run.info["stage"], len(all_gpus))
         free = [gpu for gpu in all_gpus if gpu not in taken]
-        if len(free) < wanted <= len(all_gpus):
-            return False  # its turn comes when GPUs are back; a wish beyond the machine fails in the job
-        mine = free[:wanted]
-        shared = _is_session(run) and cluster.gpus_per_node is None  # it sees all GPUs and holds none
-        tasks = 1 if _is_session(run) else cluster.tasks_per_node or max(1, wanted)
-        os.environ[local_queue.CPUS_VARIABLE] = str(_share(run, cluster, tasks))
+        if len(free) < requested <= len(all_gpus):
+            return False  # wait for free GPUs; a request for more than the machine has fails in the job
+        assigned = free[:requested]
+        shared = _is_session(run) and cluster.gpus_per_node is None  # it sees all GPUs and reserves none
+        tasks = 1 if _is_session(run) else cluster.tasks_per_node or max(1, requested)
+        os.environ[dist_env.CPUS_VARIABLE] = str(_cpus_per_task(run, cluster, tasks))
         executor = submitit.LocalExecutor(folder=attempt.folder)
         executor.update_parameters(
-            timeout_min=cluster.time or _ENDLESS,
+            timeout_min=cluster.time or _NO_LIMIT,
             tasks_per_node=tasks,
             setup=cluster.setup,
         )
-        # Beside what submitit checks: it takes numbers only, and passes on any name.
-        executor.parameters["visible_gpus"] = visible = all_gpus if shared else mine
+        # Set here, not in update_parameters: submitit's check accepts numbers only, not names such as GPU-….
+        executor.parameters["visible_gpus"] = visible = all_gpus if shared else assigned
         executor.parameters["gpus_per_node"] = len(visible)
         job = executor.submit(Task(str(run.folder), attempt.number))
-        local_queue.record_process(attempt, int(job.job_id), job_id=job.job_id, gpus=mine)
+        local_queue.record_process(attempt, int(job.job_id), job_id=job.job_id, gpus=assigned)
         self.handles.append(job)
-        if attempt.outcome:  # cancelled between our look and the launch, when there was nothing to kill yet
+        if attempt.outcome:  # cancelled before the launch, when there was no process to kill yet
             local_queue.kill(attempt)
         return True
 
 
 def _is_session(run: Run) -> bool:
-    return run.info.get("stage") == "session"
+    stage = STAGES.get(run.info.get("stage", ""))
+    return stage is not None and stage.interactive
 
 
-def gpus_for(cluster: Cluster, stage: str, there: int) -> int:
-    """Return how many GPUs a local job gets: as asked, else one for a training where there are any."""
+def gpus_for(cluster: Cluster, stage: str, available: int) -> int:
+    """Return the GPUs of a local job: cluster.gpus_per_node, else one for a training if any is available."""
     if cluster.gpus_per_node is not None:
         return cluster.gpus_per_node
-    return min(1, there) if stage == "train" else 0
+    return min(1, available) if STAGES[stage].distributed else 0
 
 
-def _side_by_side(run: Run) -> int:
-    """Return how many jobs such as this one run at a time: as asked, else one a GPU, parts one a CPU."""
-    if asked := run.cluster().parallel:
-        return asked
-    return len(os.sched_getaffinity(0)) if "part" in run.info else max(1, len(local_queue.available_gpus()))
+def _max_parallel(run: Run) -> int:
+    """Return the maximum of parallel jobs: cluster.parallel, else one per GPU, or per CPU for parts."""
+    if parallel := run.cluster().parallel:
+        return parallel
+    return len(os.sched_getaffinity(0)) if "part" in run.info else max(1, len(gpus.available_gpus()))
 
 
-def _share(run: Run, cluster: Cluster, tasks: int) -> int:
-    """Return the CPUs of one task: jobs side by side share the machine's instead of fighting for them."""
-    there = len(os.sched_getaffinity(0))
-    return cluster.cpus_per_task or max(1, there // (tasks * _side_by_side(run)))
+def _cpus_per_task(run: Run, cluster: Cluster, tasks: int) -> int:
+    """Return the CPUs of one task: cluster.cpus_per_task, else an equal share among parallel jobs."""
+    available = len(os.sched_getaffinity(0))
+    return cluster.cpus_per_task or max(1, available // (tasks * _max_parallel(run)))
 
 
 def main() -> None:
-    """Work through the queue of the workspace named on the command line."""
+    """Run the queued jobs of the workspace named on the command line."""
     Worker(RunStore(Path(sys.argv[1]))).work()
 
 

@@ -1,11 +1,12 @@
-"""Behind srun, on the job's first node: has it ended, or is it to go on later?
+"""Runs after srun returns and decides whether the job finished, failed, or must be requeued.
 
-Tasks that Slurm or the kernel ends (a preemption, a time limit, kill -9, a lost node) can say nothing
-themselves, and a job's script sees all of them as srun's exit code. The script's last line therefore is
+Tasks killed by Slurm or the kernel (a preemption, a time limit, kill -9, a lost node) cannot write an
+outcome; the job's script sees only srun's exit code. The last line of the script is therefore
 
     python -m hpc_imagenet.launch.requeue FOLDER CODE
 
-with submitit's folder of the job. What Slurm has taken into its own hands meanwhile is left to Slurm.
+where FOLDER is submitit's folder of the job. A job that Slurm itself has cancelled, requeued or timed out
+is left to Slurm.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import EXIT_REQUEUE
-from hpc_imagenet.launch import slurm
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.store import FAILED, FINISHED, Attempt, Run
 
-_LINES = 20
+_LINES = 20  # last lines of the error log that are searched for a cause
 
-# Would happen again; SIGABRT, by which NCCL ends where a peer is lost, and SIGBUS, of a file server that went
-# away under a mapped file, would not.
+# Signals of a crash that would repeat. Not SIGABRT (NCCL after a lost peer) nor SIGBUS (a file server that
+# disappeared under a mapped file): these are transient.
 _CRASHES = {128 + each: each.name for each in (signal.SIGILL, signal.SIGFPE, signal.SIGSEGV)}
 _OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|out of memory", re.IGNORECASE)
 _NOT_STARTED = re.compile(r"^srun: error: .*(task launch|communication|node failure|not responding|timed out|"
@@ -32,41 +33,46 @@ _NOT_STARTED = re.compile(r"^srun: error: .*(task launch|communication|node fail
 
 
 def requeue_or_fail(run: Run, attempt: Attempt, code: int) -> int:
-    """Decide what becomes of this job, whose srun has ended with `code`.
+    """Write the outcome of an attempt whose srun has ended, or requeue its job.
+
+    Args:
+        run: the job's run.
+        attempt: the job's attempt.
+        code: exit code of srun.
 
     Returns:
-        The exit code for the job's script: 0 finished, 1 failed, LATER requeued or in Slurm's hands.
+        The exit code for the job's script: 0 finished, 1 failed, EXIT_REQUEUE requeued or left to Slurm.
     """
     if outcome := attempt.outcome:
         return 0 if outcome.state == FINISHED else 1
     if attempt.started and not lease.is_holder(run.folder, attempt.number):
-        return EXIT_REQUEUE  # an old copy, which another has superseded
+        return EXIT_REQUEUE  # an old copy: a later start holds the lease
     if slurm.own_job_state() not in ("RUNNING", ""):
-        return EXIT_REQUEUE  # cancelled, requeued or timed out: Slurm says so itself
-    tail = next(attempt.error_tails(), [])[-_LINES:]  # of rank 0, where srun and Slurm have written theirs
+        return EXIT_REQUEUE  # cancelled, requeued or timed out by Slurm, which reports that itself
+    tail = next(attempt.error_tails(), [])[-_LINES:]  # rank 0's log, where srun and Slurm write their errors
     if any(_OUT_OF_MEMORY.search(line) for line in tail):
-        mend = "raise cluster.memory_gb, or lower loader.workers, and give the command again"
-        attempt.end(FAILED, f"out of memory on the node: {mend}")
+        fix = "raise cluster.memory_gb, or lower loader.workers, then run the command again"
+        attempt.end(FAILED, f"out of memory on the node: {fix}")
         return 1
     reason = _transient_reason(code, tail)
     if not reason:
-        words = attempt.last_error_line() or (tail[-1] if tail else "it printed nothing")
+        line = attempt.last_error_line() or (tail[-1] if tail else "none, its error log is empty")
         crash = f" ({_CRASHES[code]}: the program crashed)" if code in _CRASHES else ""
-        attempt.end(FAILED, f"ended with exit code {code}{crash} before it could say why: {words}")
+        attempt.end(FAILED, f"exit code {code}{crash} without an outcome; last error line: {line}")
         return 1
     most = run.cluster().max_requeues
     if lease.restart_count() >= most:
-        attempt.end(FAILED, f"{reason}, and cluster.max_requeues={most} is used up: retry goes on from there")
+        attempt.end(FAILED, f"{reason}, and cluster.max_requeues={most} is used up: retry resumes it")
         return 1
-    print(f"{reason}: back to the queue", file=sys.stderr, flush=True)
-    if refused := slurm.requeue_this_job():
-        attempt.end(FAILED, f"{reason}, and Slurm would not requeue the job ({refused}): retry goes on")
+    print(f"{reason}: requeueing the job", file=sys.stderr, flush=True)
+    if error := slurm.requeue_this_job():
+        attempt.end(FAILED, f"{reason}, but Slurm refused to requeue the job ({error}): retry resumes it")
         return 1
     return EXIT_REQUEUE
 
 
 def _transient_reason(code: int, tail: list[str]) -> str:
-    """Return why a job without an outcome may simply be started again; empty where it would fail again."""
+    """Return the transient reason why a job has no outcome; empty if it would fail again."""
     if code == EXIT_REQUEUE:
         return "stopped with its work saved"
     if code == 128 + signal.SIGUSR2:
@@ -82,6 +88,7 @@ def _transient_reason(code: int, tail: list[str]) -> str:
 
 
 def _task(folder: Path) -> tuple[Run, Attempt]:
+    """Return run and attempt of this job from submitit's pickle in `folder`."""
     from submitit.core.utils import DelayedSubmission
 
     task: Any = DelayedSubmission.load(folder / f"{slurm.this_job()}_submitted.pkl").function
@@ -90,5 +97,5 @@ def _task(folder: Path) -> tuple[Run, Attempt]:
 
 
 if __name__ == "__main__":
-    # Slurm may end this script's processes while it decides; what it has decided itself is left alone.
+    # Slurm may kill this process at any point; it then handles the job by itself.
     sys.exit(requeue_or_fail(*_task(Path(sys.argv[1])), int(sys.argv[2])))

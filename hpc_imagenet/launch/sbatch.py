@@ -1,4 +1,4 @@
-"""Runs → job arrays, by submitit: those of equal resources and equal needs are one sbatch."""
+"""Submit runs to Slurm with submitit: runs of equal resources and equal needs become one job array."""
 
 from __future__ import annotations
 
@@ -9,106 +9,122 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc_imagenet.cluster import dist_env, slurm
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch import local_queue, slurm
-from hpc_imagenet.launch.states import state
+from hpc_imagenet.launch import local_queue
 from hpc_imagenet.launch.task import Task
 from hpc_imagenet.runs.store import FAILED, Attempt, Run, RunStore
+from hpc_imagenet.stages import STAGES
 
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """One run, as far as Slurm is concerned."""
+    """The properties of one run that its Slurm job depends on."""
 
     run_id: str
     stage: str
     label: str
-    cluster: Cluster  # for this stage
-    needs: tuple[str, ...]  # run ids
+    cluster: Cluster  # settings of this stage
+    needs: tuple[str, ...]  # ids of the runs it depends on
 
 
 def extra_sbatch_options(cluster: Cluster) -> dict[str, Any]:
-    """Return cluster.sbatch, with `requeue` where it does not say otherwise, else with `no-requeue`."""
+    """Return the options of cluster.sbatch plus `requeue`, or `no-requeue` if they disable it."""
     options = dict(cluster.sbatch)
-    refused = [options.pop(name, False) for name in ("no-requeue", "no_requeue")]
-    wanted = options.pop("requeue", True) and not any(refused)
-    return {"requeue" if wanted else "no-requeue": True, **options}
+    disabled = [options.pop(name, False) for name in ("no-requeue", "no_requeue")]
+    requeue = options.pop("requeue", True) and not any(disabled)
+    return {"requeue" if requeue else "no-requeue": True, **options}
 
 
-def group_into_arrays(parts: Iterable[ArrayTask]) -> list[list[ArrayTask]]:
-    """Group runs that may share one sbatch; needs come before those that need them, as given.
+def group_into_arrays(tasks: Iterable[ArrayTask]) -> list[list[ArrayTask]]:
+    """Group runs of equal stage, cluster settings and needs into job arrays; the order is kept.
 
-    A group that is more than this cluster takes as one array becomes several.
+    A group larger than the cluster's MaxArraySize becomes several arrays.
     """
     groups: dict[str, list[ArrayTask]] = {}
-    for part in parts:
-        groups.setdefault(repr((part.stage, part.cluster, part.needs)), []).append(part)
-    most = slurm.max_array_size() if any(len(group) > 1 for group in groups.values()) else 1
-    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+    for task in tasks:
+        groups.setdefault(repr((task.stage, task.cluster, task.needs)), []).append(task)
+    limit = slurm.max_array_size() if any(len(group) > 1 for group in groups.values()) else 1
+    return [group[i : i + limit] for group in groups.values() for i in range(0, len(group), limit)]
 
 
 def sbatch_script(array: Sequence[ArrayTask], folder: Path) -> str:
-    """Return the text that sbatch would get for an array; run ids stand for the jobs that it waits for."""
+    """Return the sbatch script of an array, with run ids in place of the job ids it depends on."""
     executor = _executor(array, folder, array[0].needs)
     if len(array) > 1:
-        executor.parameters["map_count"] = len(array)  # as submitit does when it sends
+        executor.parameters["map_count"] = len(array)  # as submitit sets it when it submits an array
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
     return text
 
 
 def test_only(text: str) -> str:
-    """Return what `sbatch --test-only` says of a script: when it would start, or why it is refused.
+    """Return the reply of `sbatch --test-only` to a script: the expected start, or why it is refused.
 
-    Slurm does not know the jobs that it would wait for yet; the start is told as if they had ended.
+    The jobs it depends on do not exist yet, so the start is computed without the dependencies.
     """
     lines = [line for line in text.splitlines() if not line.startswith("#SBATCH --dependency=")]
     with _without_slurm_variables():
         done = subprocess.run(
             ["sbatch", "--test-only"], input="\n".join(lines), capture_output=True, text=True, check=False
         )
-    said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in said) or "fine"
+    return _single_line(done.stderr + done.stdout) or "accepted"
+
+
+def _single_line(output: str) -> str:
+    """Return sbatch's output without its prefixes, the lines joined by `; `."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in lines)
 
 
 def submit_attempts(
-    store: RunStore, attempts: Sequence[tuple[Run, Attempt]], code: Mapping[str, str]
+    store: RunStore,
+    attempts: Sequence[tuple[Run, Attempt]],
+    active: Collection[str],
+    code: Mapping[str, str],
 ) -> None:
-    """Hand attempts to Slurm and note their job ids.
+    """Submit attempts to Slurm and record their job ids.
+
+    Args:
+        store: the workspace's runs.
+        attempts: attempts with their runs; a run comes after those it needs.
+        active: ids of the other runs that are queued or running.
+        code: version and commit of the code, for submitted.json.
 
     Raises:
-        UserError: sbatch refused one, or it needs a run of this machine; it and those behind it are marked
-            as failed.
+        UserError: sbatch refused a job, or it needs a run of the local queue; this attempt and all that
+            are not submitted yet are marked as failed.
     """
     job_ids: dict[str, str] = {}
-    sizes: dict[str, int] = {}  # of the arrays sent here
-    mine = {run.id: attempt for run, attempt in attempts}
-    parts = [_part(run) for run, _ in attempts]
-    for array in group_into_arrays(parts):
-        folder = mine[array[0].run_id].folder
+    sizes: dict[str, int] = {}  # number of tasks of each array submitted here
+    by_run = {run.id: attempt for run, attempt in attempts}
+    for array in group_into_arrays([_array_task(run) for run, _ in attempts]):
+        folder = by_run[array[0].run_id].folder
         if len(array) > 1:
             folder = store.folder / ".slurm" / str(time.time_ns())
         try:
-            after = _short([_job_id(store.run(need), job_ids) for need in array[0].needs], sizes)
-            jobs = _send(array, folder, after, store, mine)
+            after = _merge_arrays(
+                [_job_id(store.run(need), job_ids, active) for need in array[0].needs], sizes
+            )
+            jobs = _submit_array(array, folder, after, store, by_run)
         except UserError as error:
-            for run in mine.keys() - job_ids.keys():
-                mine[run].end(FAILED, str(error))
-            before = f" ({len(job_ids)} sent before it go on)" if job_ids else ""
-            raise UserError(f"{error}{before}") from None
-        for part, job_id in zip(array, jobs, strict=True):
-            mine[part.run_id].submit("slurm", job_id=job_id, logs=str(folder), code=dict(code))
-            job_ids[part.run_id] = job_id
+            for run in by_run.keys() - job_ids.keys():
+                by_run[run].end(FAILED, str(error))
+            earlier = f" (jobs submitted before it, which are kept: {len(job_ids)})" if job_ids else ""
+            raise UserError(f"{error}{earlier}") from None
+        for task, job_id in zip(array, jobs, strict=True):
+            by_run[task.run_id].submit("slurm", job_id=job_id, logs=str(folder), code=dict(code))
+            job_ids[task.run_id] = job_id
         sizes[jobs[0].partition("_")[0]] = len(jobs)
 
 
-def _short(job_ids: Iterable[str | None], sizes: Mapping[str, int]) -> list[str]:
-    """Return the jobs to wait for; all tasks of an array are named by the array, lest the list be long."""
+def _merge_arrays(job_ids: Iterable[str | None], sizes: Mapping[str, int]) -> list[str]:
+    """Return the job ids for --dependency, shortened: all tasks of an array become the array's id."""
     by_array: dict[str, list[str]] = {}
     for job_id in filter(None, job_ids):
         by_array.setdefault(job_id.partition("_")[0], []).append(job_id)
@@ -119,71 +135,77 @@ def _short(job_ids: Iterable[str | None], sizes: Mapping[str, int]) -> list[str]
     ]
 
 
-def _part(run: Run) -> ArrayTask:
+def _array_task(run: Run) -> ArrayTask:
     info = run.info
     return ArrayTask(run.id, info["stage"], info["label"], run.cluster(), tuple(info.get("needs", ())))
 
 
-def _send(
+def _submit_array(
     array: Sequence[ArrayTask],
     folder: Path,
     after: list[str],
     store: RunStore,
     attempts: Mapping[str, Attempt],
 ) -> list[str]:
-    tasks = [Task(str(store.run(part.run_id).folder), attempts[part.run_id].number) for part in array]
+    tasks = [Task(str(store.run(task.run_id).folder), attempts[task.run_id].number) for task in array]
     return _submit(_executor(array, folder, after), tasks, array[0].label)
 
 
-def submit_one(part: ArrayTask, folder: Path, task: Callable[[], object]) -> str:
-    """Send what is no run, such as the doctor's probe, in a job like that of a run; return its id.
+def submit_one(array_task: ArrayTask, folder: Path, function: Callable[[], object]) -> str:
+    """Submit a function that is not a run, such as the doctor's probe, in a job like that of a run.
+
+    Args:
+        array_task: stage and cluster settings of the job.
+        folder: submitit's folder for the script, the pickle and the logs.
+        function: called in every task of the job.
+
+    Returns:
+        The Slurm job id.
 
     Raises:
         UserError: sbatch refused it.
     """
-    executor = _executor([part], folder, part.needs)
-    executor.update_parameters(teardown=[])  # there is no attempt to be settled
-    return _submit(executor, [task], part.label)[0]
+    executor = _executor([array_task], folder, array_task.needs)
+    executor.update_parameters(teardown=[])  # without an attempt there is nothing to requeue or fail
+    return _submit(executor, [function], array_task.label)[0]
 
 
 def _submit(executor: Any, tasks: Sequence[Callable[[], object]], label: str) -> list[str]:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    heard = io.StringIO()  # submitit passes on what sbatch says; a refusal is told below, once
+    stderr = io.StringIO()  # submitit prints sbatch's errors; drop them if they are raised below
     try:
-        with _without_slurm_variables(), contextlib.redirect_stderr(heard), executor.batch():
+        with _without_slurm_variables(), contextlib.redirect_stderr(stderr), executor.batch():
             jobs = [executor.submit(task) for task in tasks]
     except (FailedJobError, FailedSubmissionError) as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in said)
-        raise UserError(f"sbatch refused {label}: {why or 'without a word'}") from None
-    sys.stderr.write(heard.getvalue())
+        raise UserError(f"sbatch refused {label}: {_single_line(str(error)) or 'no reason given'}") from None
+    sys.stderr.write(stderr.getvalue())
     return [str(job.job_id) for job in jobs]
 
 
-def _job_id(run: Run, sent: dict[str, str]) -> str | None:
-    """Return the Slurm job that `run` waits for, None if what it makes is there."""
-    if run.id in sent:
-        return sent[run.id]
+def _job_id(run: Run, submitted: dict[str, str], active: Collection[str]) -> str | None:
+    """Return the Slurm job of a needed run, or None if the run has ended. `submitted`: new job ids by run."""
+    if run.id in submitted:
+        return submitted[run.id]
     attempt = run.attempt
-    if attempt is None or not state(run).active:
+    if attempt is None or run.id not in active:
         return None
     if attempt.submitted.get("executor") != "slurm":
-        raise UserError(f"needs {run.id}, which runs on this machine: wait for it, then ask again")
+        raise UserError(f"needs {run.id}, which runs on this machine: wait for it, then submit again")
     return str(attempt.submitted["job_id"])
 
 
 def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) -> Any:
-    """Return submitit's executor, set up for one shape of job."""
+    """Return a submitit executor for the jobs of one array. `after`: ids of the jobs it depends on."""
     import submitit
 
     cluster, stage = array[0].cluster, array[0].stage
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=cluster.max_requeues)
     path = shlex.quote(local_queue.job_environment()["PYTHONPATH"])
-    train = stage == "train"
+    distributed = STAGES[stage].distributed
     options = extra_sbatch_options(cluster)
     if dependency := ":".join(after):
-        # Without the second line a job whose need failed stays pending for ever.
+        # Without kill-on-invalid-dep a job whose dependency failed stays pending for ever.
         options |= {"dependency": f"afterok:{dependency}", "kill-on-invalid-dep": "yes"}
     executor.update_parameters(
         job_name=array[0].label if len(array) == 1 else f"{stage}-sweep",
@@ -192,41 +214,41 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
         qos=cluster.qos,
         constraint=cluster.constraint,
         time=cluster.time,
-        nodes=cluster.nodes if train else 1,
-        ntasks_per_node=(cluster.tasks_per_node or cluster.gpus_per_node or 1) if train else 1,
+        nodes=cluster.nodes if distributed else 1,
+        ntasks_per_node=(cluster.tasks_per_node or cluster.gpus_per_node or 1) if distributed else 1,
         gpus_per_node=cluster.gpus_per_node or None,
         cpus_per_task=cluster.cpus_per_task,
         mem=None if cluster.memory_gb is None else f"{int(cluster.memory_gb * 1024)}M",
         array_parallelism=cluster.array_parallelism,
         wckey=None,  # submitit sets one, and some clusters refuse it
-        # srun no longer takes --cpus-per-task from sbatch; a task on one core would starve its loader.
+        # Since 22.05 srun does not inherit --cpus-per-task from sbatch: a task would get one core.
         setup=[
             *cluster.setup,
             f"export PYTHONPATH={path}",
             "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
-            "trap : TERM  # at a preemption srun passes it on, and this script waits for the tasks to save",
+            "trap : TERM  # srun forwards a preemption's signal; wait until the tasks have saved",
         ],
         srun_args=["--kill-on-bad-exit=1", *cluster.srun],
         teardown=[f"{executor.python} -m hpc_imagenet.launch.requeue {shlex.quote(str(folder))} $?"],
-        signal_delay_s=_warning(cluster),
+        signal_delay_s=_warning_seconds(cluster),
         additional_parameters=options,
     )
     return executor
 
 
-def _warning(cluster: Cluster) -> int:
-    """Return how many seconds before its time limit a job is told: time to save, also in a short job."""
+def _warning_seconds(cluster: Cluster) -> int:
+    """Return the seconds between the warning signal and the time limit: time to save, even in a short job."""
     return min(90, 15 * (cluster.time or 6))
 
 
 @contextlib.contextmanager
 def _without_slurm_variables() -> Iterator[None]:
-    """Keep what belongs to an outer job, SLURM_* and its CPUs, out of those submitted from inside it."""
-    outer = (k for k in os.environ if k.startswith("SLURM_") or k == local_queue.CPUS_VARIABLE)
-    kept = {k: os.environ[k] for k in outer if k != "SLURM_CONF"}
-    for name in kept:
+    """Unset the variables of an outer job (SLURM_* and its CPUs), which a submitted job would inherit."""
+    outer = (k for k in os.environ if k.startswith("SLURM_") or k == dist_env.CPUS_VARIABLE)
+    saved = {k: os.environ[k] for k in outer if k != "SLURM_CONF"}
+    for name in saved:
         del os.environ[name]
     try:
         yield
     finally:
-        os.environ |= kept
+        os.environ |= saved

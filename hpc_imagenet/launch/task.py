@@ -1,30 +1,32 @@
 """Run the stage of a frozen config on a node and write the attempt's outcome.
 
 A job is identified by its run folder and the attempt's number alone. Every task of the job runs this module;
-rank 0 records the start and the outcome. Without submitit the same is
+rank 0 records the start and the outcome. Without submitit, run
 `python -m hpc_imagenet.launch.task RUN_FOLDER ATTEMPT`.
 
-A task on Slurm that stops for an external reason (a signal, a lost peer) leaves an exit code, no outcome;
-requeue.py decides once, after srun, what follows.
+A task on Slurm that stops for an external reason (a signal, a lost peer) exits with a code and writes no
+outcome; requeue.py then decides once per job, after srun.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from hpc_imagenet.cluster import slurm
+from hpc_imagenet.cluster.dist_env import from_environment
 from hpc_imagenet.errors import EXIT_REQUEUE, PeerLost, Preempted, Superseded, UserError
+from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
-from hpc_imagenet.launch import local_queue, slurm
-from hpc_imagenet.launch.dist_env import from_environment
+from hpc_imagenet.launch import local_queue
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, Attempt, Run
+from hpc_imagenet.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -35,90 +37,105 @@ class Task:
     attempt: int
 
     def __call__(self) -> dict[str, Any]:
-        """Carry the attempt out; see `carry_out`."""
+        """Run the attempt; see `run_task`."""
         return run_task(Path(self.run_folder), self.attempt)
 
 
 def run_task(run_folder: Path, number: int) -> dict[str, Any]:
     """Run the stage that the frozen config names, in this process, and write the attempt's outcome.
 
+    Args:
+        run_folder: folder of the run.
+        number: the attempt's number.
+
+    Returns:
+        The result of the stage, such as top1 (0 to 1) of a training.
+
     Raises:
-        SystemExit: it failed for a reason that is told in one line, has ended before, or is to go on later.
-        Exception: it failed otherwise; the traceback belongs to the log.
+        SystemExit: the attempt failed with a one-line reason, had ended before, or is to be requeued.
+        Exception: any other failure; the traceback goes to the log.
     """
-    # submitit's handlers would swallow the first and requeue at the second. A stage may be killed at any
-    # moment, and training sets its own.
-    for number_of_signal in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number_of_signal, signal.SIG_DFL)
-    run, world = Run(run_folder), from_environment()
+    # submitit's handlers would ignore SIGTERM and requeue at SIGUSR2. A stage may be killed at any moment,
+    # and training sets its own handlers.
+    for stop_signal in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(stop_signal, signal.SIG_DFL)
+    run, dist_env = Run(run_folder), from_environment()
     attempt = Attempt(run_folder / "attempts" / str(number))
-    if ended := attempt.outcome:  # cancelled before it began, or finished by another copy of this job
-        print(f"this attempt was {ended.state} before: {ended.reason}", file=sys.stderr, flush=True)
-        raise SystemExit(0 if ended.state == FINISHED else 1)
-    if world.is_rank_zero:
-        _begin(run, attempt, world_size=world.size)
+    if outcome := attempt.outcome:  # cancelled before it started, or finished by another copy of this job
+        print(
+            f"this attempt has already ended ({outcome.state}): {outcome.reason}", file=sys.stderr, flush=True
+        )
+        raise SystemExit(0 if outcome.state == FINISHED else 1)
+    try:
+        run.check_format()
+    except UserError as error:
+        _fail(attempt, error)
+    if dist_env.is_rank_zero:
+        _start_attempt(run, attempt, world_size=dist_env.size)
     try:
         config = run.config()
-        stage = importlib.import_module(f"hpc_imagenet.stages.{config.stage.name}")
-        result: dict[str, Any] = stage.run(config, run, world)
-        if world.is_rank_zero:
-            _still_ours(run)
+        result = STAGES[config.stage.name].run(config, run, dist_env)
+        if dist_env.is_rank_zero:
+            if run.lease:
+                run.lease.check()
             attempt.end(FINISHED, result=result)
     except Superseded as superseded:
-        print(f"stepping back: {superseded}", file=sys.stderr, flush=True)
+        print(f"exiting: {superseded}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_REQUEUE) from None
     except (Preempted, PeerLost) as reason:
         if not _on_slurm():
-            attempt.end(FAILED, f"{reason}: retry goes on from the last checkpoint")
+            attempt.end(FAILED, f"{reason}: retry resumes from the last checkpoint")
         print(reason, file=sys.stderr, flush=True)
         raise SystemExit(EXIT_REQUEUE) from None
     except UserError as error:
-        attempt.end(FAILED, str(error))
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+        _fail(attempt, error)
     except BaseException as error:
-        if _is_full(error):
-            attempt.end(FAILED, f"no space left in {run_folder.parents[1]}: make room, then retry")
+        if _is_disk_full(error):
+            attempt.end(FAILED, f"no space left in {run_folder.parents[1]}: free some space, then retry")
+        if isinstance(error, PermissionError) and error.filename:
+            attempt.end(FAILED, explain_permission_error(error, run_folder.parents[1]))
         attempt.end(FAILED, traceback.format_exception_only(type(error), error)[-1].strip())
         raise
     return result
 
 
-def _begin(run: Run, attempt: Attempt, **details: Any) -> None:
-    """Take the run over and note the start, unless there is a reason not to.
+def _fail(attempt: Attempt, error: UserError) -> NoReturn:
+    attempt.end(FAILED, str(error))
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(1) from None
+
+
+def _start_attempt(run: Run, attempt: Attempt, **details: Any) -> None:
+    """Acquire the run's lease and record the start in started.json, with `details`.
 
     Raises:
-        SystemExit: somebody else has the run, or it has been started too often.
+        SystemExit: another process or a newer attempt has the run, or it has been requeued too often.
     """
     if local_queue.started_elsewhere(attempt):
-        raise SystemExit("another process is at work on this attempt: leaving it alone")
+        raise SystemExit(
+            f"another process (pid {attempt.started.get('pid')}) already runs this attempt: exiting"
+        )
     if (newest := run.attempt) and newest.number > attempt.number:
-        # Its submission was cut off and asked for again: two attempts never write one run.
-        attempt.end(CANCELLED, f"attempt {newest.number} took its place")
-        raise SystemExit(f"attempt {newest.number} took the place of this one")
+        # Its submission was interrupted and repeated: two attempts must never write one run.
+        attempt.end(CANCELLED, f"replaced by attempt {newest.number}")
+        raise SystemExit(f"this attempt was replaced by attempt {newest.number}")
     if not attempt.submitted and (job := slurm.this_job()):
-        # The command that sent this job was killed before it could note its id.
+        # The command that submitted this job was killed before it could record the job id.
         attempt.submit("slurm", job_id=job)
     try:
         run.lease = lease.acquire(run.folder, attempt.number)
     except Superseded as superseded:
-        print(f"stepping back: {superseded}", file=sys.stderr, flush=True)
+        print(f"exiting: {superseded}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_REQUEUE) from None
     if step := slurm.this_step():
         details["step"] = step
     attempt.start(**local_queue.process_identity(), **details)
-    most = run.cluster().max_requeues
-    if _on_slurm() and lease.restart_count() > most:
-        reason = (
-            f"requeued {lease.restart_count()} times, more than cluster.max_requeues={most}: retry goes on"
-        )
+    limit = run.cluster().max_requeues
+    if _on_slurm() and lease.restart_count() > limit:
+        count = lease.restart_count()
+        reason = f"requeued {count} times, more than cluster.max_requeues={limit}: retry resumes it"
         attempt.end(FAILED, reason)
         raise SystemExit(reason)
-
-
-def _still_ours(run: Run) -> None:
-    if run.lease:
-        run.lease.check()
 
 
 def _on_slurm() -> bool:
@@ -126,8 +143,8 @@ def _on_slurm() -> bool:
     return slurm.this_job() is not None and "SUBMITIT_LOCAL_GLOBALID" not in os.environ
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Whether a full disk or quota is behind `error`; torch.save wraps it in an error of its own."""
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk or quota is the cause of `error`; torch.save wraps the OSError in its own."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             return True

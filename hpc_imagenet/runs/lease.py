@@ -1,9 +1,9 @@
-"""Who may write a run: of two copies at work on it, the one that began last.
+"""The lease of a run: of several copies of its job, only the one started last may write (a fencing token).
 
-Slurm starts the job of a lost node again, and behind the cut cable the old copy may still be training. So
-every start takes the run over, under a number that only grows (attempt, restarts), and whoever is about to
-write looks whether the run is still its own. One small file, read anew each time, is what shared file systems
-keep coherent.
+Slurm restarts the job of a lost node, but behind a network failure the old copy may still be training. Every
+start therefore takes over the lease under an increasing number (attempt, restarts), and a process checks its
+lease before it writes. The lease is one small file that is read again at every check, since shared file
+systems keep that coherent.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ LEASE_FILE = "lease.json"
 
 
 def restart_count() -> int:
-    """Return how often Slurm has started this job again; 0 elsewhere."""
+    """Return how often Slurm has requeued this job; 0 outside Slurm."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 @dataclass(frozen=True)
 class Lease:
-    """One start's claim to a run."""
+    """The lease held by one start of a run's job."""
 
     path: Path
     token: str
 
     def check(self) -> None:
-        """Return if the run is still ours.
+        """Raise if a later start has taken over the run.
 
         Raises:
-            Superseded: a later start has it.
+            Superseded: another start holds the lease.
         """
         holder = read_json(self.path)
         if holder is not None and holder["token"] != self.token:
@@ -47,21 +47,25 @@ class Lease:
 
 
 def acquire(run_folder: Path, attempt: int) -> Lease:
-    """Take the run over from whoever has it.
+    """Take over the lease of a run for this process.
+
+    Args:
+        run_folder: folder of the run.
+        attempt: number of the attempt.
 
     Raises:
-        Superseded: who has it began later than we: a newer attempt, or a later restart of this one.
+        Superseded: the holder is newer: a later attempt, or a later restart of this one.
     """
-    path, mine = run_folder / LEASE_FILE, (attempt, restart_count())
+    path, order = run_folder / LEASE_FILE, (attempt, restart_count())
     holder = read_json(path)
-    if holder is not None and (holder["attempt"], holder["restarts"]) > mine:
+    if holder is not None and (holder["attempt"], holder["restarts"]) > order:
         raise Superseded(f"attempt {holder['attempt']} has taken over on {holder['host']}")
     token = uuid.uuid4().hex
-    write_json(path, {"attempt": attempt, "restarts": mine[1], "host": socket.gethostname(), "token": token})
+    write_json(path, {"attempt": attempt, "restarts": order[1], "host": socket.gethostname(), "token": token})
     return Lease(path, token)
 
 
 def is_holder(run_folder: Path, attempt: int) -> bool:
-    """Whether the newest start of the run is of this attempt and this restart of its job."""
+    """Whether the lease is held by this attempt and this restart of its job."""
     holder = read_json(run_folder / LEASE_FILE)
     return holder is not None and (holder["attempt"], holder["restarts"]) == (attempt, restart_count())

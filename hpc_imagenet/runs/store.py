@@ -1,16 +1,15 @@
-"""The record: one folder a run, the only place that the door and the jobs both write.
+"""The run store: one folder per run, the only folder that both the command line and the jobs write.
 
     runs/<signature>-<label>/
         config.yaml        frozen at submission
-        run.json           stage, model, label, needs, processing_run (see plan.Job), created
+        run.json           format, stage, model, label, needs, processing_run (see plan.Job), created
         attempts/<n>/      submitted.json, process.json (local), started.json, outcome.json, logs
-        lease.json        which start of a job may write here (fence.py)
-        progress.json      how far it is; replaced every second or so
+        lease.json         which start of the job may write here (lease.py)
+        progress.json      progress of the stage; replaced at most once a second
         …                  metrics and checkpoints of a training
 
-An attempt is claimed by making its folder and ends by its outcome, which is written once: the first writer
-wins. What is written here is the truth about ended attempts; for the others `states.py` asks whoever runs
-them.
+An attempt is claimed by creating its folder and ends with its outcome, which is written once: the first
+writer wins. For an attempt without an outcome, launch/states.py queries Slurm or the local worker.
 """
 
 from __future__ import annotations
@@ -33,48 +32,49 @@ from hpc_imagenet.runs.lease import Lease, restart_count
 
 QUEUED, RUNNING, FINISHED, FAILED, CANCELLED = "queued", "running", "finished", "failed", "cancelled"
 ENDED = (FINISHED, FAILED, CANCELLED)
-_TAIL = 1 << 16  # bytes
-_SLURMS = ("srun: ", "slurmstepd: ", "submitit ERROR")
+FORMAT = 2  # of a run folder; raised when names of its files, of their keys or of pickled classes change
+_TAIL_BYTES = 1 << 16
+_SLURM_PREFIXES = ("srun: ", "slurmstepd: ", "submitit ERROR")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended; `result` is what the stage returned, such as top1 (0 to 1)."""
+    """The outcome of an attempt."""
 
     state: str  # one of ENDED
     reason: str = ""  # one line: why it failed or was cancelled
-    result: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None  # return value of the stage, such as top1 (0 to 1)
     time: str = ""  # ISO 8601, UTC
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a run, in `attempts/<number>/`."""
+    """One attempt of a run, in `attempts/<number>/`."""
 
     folder: Path
 
     @property
     def number(self) -> int:
-        """Count from 1."""
+        """The attempt's number, from 1."""
         return int(self.folder.name)
 
     @property
     def submitted(self) -> dict[str, Any]:
-        """Who runs it: executor, job_id, logs, host, code … Empty until the submission is through."""
+        """The content of submitted.json: executor, job_id, logs, host, code. Empty until it is submitted."""
         return read_json(self.folder / "submitted.json") or {}
 
     @property
     def outcome(self) -> Outcome | None:
-        """How it ended, or None."""
+        """The outcome, or None while it has not ended."""
         raw = read_json(self.folder / "outcome.json")
         return None if raw is None else Outcome(**raw)
 
     def submit(self, executor: str, **details: Any) -> None:
-        """Note who will run this attempt."""
+        """Record the executor of this attempt in submitted.json, with `details`."""
         write_json(self.folder / "submitted.json", {"executor": executor, "time": now(), **details})
 
     def start(self, **details: Any) -> None:
-        """Note that the job has begun on a node; a requeued job notes it again."""
+        """Record the start of the job on a node in started.json; a requeued job records it again."""
         write_json(
             self.folder / "started.json",
             {"time": now(), "host": socket.gethostname(), "restarts": restart_count(), **details},
@@ -82,64 +82,76 @@ class Attempt:
 
     @property
     def started(self) -> dict[str, Any]:
-        """Where and when the job began: time, host, restarts. Empty until then."""
+        """The content of started.json: time, host, restarts. Empty until the job starts."""
         return read_json(self.folder / "started.json") or {}
 
     def end(self, state: str, reason: str = "", result: dict[str, Any] | None = None) -> bool:
-        """Write the outcome; False if this attempt has one already, which then stands."""
+        """Write the outcome; False if the attempt already has one, which is kept."""
         outcome = Outcome(state, reason, result, now())
         return write_json_once(self.folder / "outcome.json", asdict(outcome))
 
     def logs(self) -> list[Path]:
-        """Return the log files there are: stdout and stderr of every task, rank 0 first."""
+        """Return the existing log files: stdout and stderr of every task, rank 0 first."""
         submitted = self.submitted
         folder = Path(submitted.get("logs", self.folder))
         job = submitted.get("job_id") or (read_json(self.folder / "process.json") or {}).get("job_id", "*")
         return sorted(path for end in ("out", "err") for path in folder.glob(f"{job}_*log.{end}"))
 
     def error_tails(self) -> Iterator[list[str]]:
-        """Yield the last lines of the errors of each task, rank 0 first."""
+        """Yield the last lines of each task's stderr, rank 0 first."""
         for log in self.logs():
             if log.suffix == ".err":
                 with log.open("rb") as file:
-                    file.seek(max(0, log.stat().st_size - _TAIL))
+                    file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
                     text = file.read()
                 yield text.decode(errors="replace").strip().splitlines()
 
     def last_error_line(self) -> str:
-        """Return the last line of its errors, if that line names an error; else nothing."""
-        for told in self.error_tails():
-            # What srun and Slurm say behind it is that the task is gone, not why.
-            lines = [line.strip() for line in told if not line.startswith(_SLURMS)]
+        """Return the last line of the first stderr that ends with an error, or an empty string."""
+        for tail in self.error_tails():
+            # The last lines of srun and Slurm only report that the task has ended, not why.
+            lines = [line.strip() for line in tail if not line.startswith(_SLURM_PREFIXES)]
             if lines and any(word in lines[-1] for word in ("Error", "Exception", "error:")):
                 return lines[-1].removeprefix("error: ")
         return ""
 
 
 class Run:
-    """One run's folder."""
+    """One run and its folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.id = folder.name
-        self.lease: Lease | None = None  # of the job that is at work on it in this process
+        self.lease: Lease | None = None  # held if this process runs the job
 
     @property
     def info(self) -> dict[str, Any]:
-        """What was asked for: stage, model, label, needs (run ids), created."""
+        """The content of run.json: format, stage, model, label, needs (run ids), processing_run, created."""
         return read_json(self.folder / "run.json") or {}
+
+    def check_format(self) -> None:
+        """Raise if another version of this package created the run, which must not be continued then.
+
+        Raises:
+            UserError: names the run and its folder.
+        """
+        if (self.folder / "run.json").exists() and self.info.get("format") != FORMAT:
+            raise UserError(
+                f"{self.id} was made by another version of this package, so it cannot be continued: "
+                f"delete the folder {self.folder}, or use another workspace="
+            )
 
     def config(self) -> Config:
         """Return the frozen config."""
         return from_dict(self.frozen())
 
     def cluster(self) -> Cluster:
-        """Return the cluster settings of the run's stage; much cheaper than all of `config`."""
+        """Return the cluster settings of the run's stage; much faster than `config`."""
         frozen = self.frozen()
         return cluster_from(frozen, frozen["stage"]["name"])
 
     def frozen(self) -> dict[str, Any]:
-        """Return the frozen config as plain values, of whatever version of the package wrote it."""
+        """Return the frozen config as plain values; another version of the package may have written it."""
         with (self.folder / "config.yaml").open("rb") as file:
             values: dict[str, Any] = yaml.load(file, Loader=_Loader)
         return values
@@ -150,17 +162,17 @@ class Run:
             found = list((self.folder / "attempts").iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
-        numbered = [folder for folder in found if folder.name.isdigit()]  # the others are not ours
+        numbered = [folder for folder in found if folder.name.isdigit()]  # skip files such as .nfs*
         return [Attempt(folder) for folder in sorted(numbered, key=lambda folder: int(folder.name))]
 
     @property
     def attempt(self) -> Attempt | None:
-        """The newest attempt; its state is the run's."""
+        """The newest attempt, whose state is the run's state, or None."""
         attempts = self.attempts()
         return attempts[-1] if attempts else None
 
     def new_attempt(self) -> Attempt:
-        """Claim the next attempt; of several callers at once each gets its own number."""
+        """Create the next attempt; concurrent callers get different numbers."""
         last = self.attempt
         number = last.number + 1 if last else 1
         while True:
@@ -174,35 +186,35 @@ class Run:
 
     @property
     def progress(self) -> dict[str, Any]:
-        """How far it is: done, total, unit, rate (a second), note, time. Empty before the first word."""
+        """The content of progress.json: done, total, unit, rate (per second), note, time. Empty at first."""
         return read_json(self.folder / "progress.json") or {}
 
 
 class Progress:
-    """Tells the record how far a stage is, at most once a second.
+    """Callback that writes the progress of a stage to progress.json, at most every `every` seconds.
 
     Raises:
-        Superseded: another copy of the job has taken the run over.
+        Superseded: from a call, if a later start of the job holds the run's lease.
     """
 
     def __init__(self, run: Run, every: float = 1.0) -> None:
         self._path = run.folder / "progress.json"
-        self._fence = run.lease
+        self._lease = run.lease
         self._every = every
         self._last = float("-inf")
         self._begin = time.monotonic()
         self._first: float | None = None
 
     def __call__(self, done: float, total: float | None = None, unit: str = "", note: str = "") -> None:
-        """Note that `done` of `total` `unit`s are there. The rate counts from the first call."""
+        """Record that `done` of `total` `unit` are done. The rate is the mean since the first call."""
         moment = time.monotonic()
         if self._first is None:
             self._first, self._begin = done, moment
         if moment - self._last < self._every and done != total:
             return
         self._last = moment
-        if self._fence:
-            self._fence.check()
+        if self._lease:
+            self._lease.check()
         elapsed = moment - self._begin
         rate = (done - self._first) / elapsed if elapsed > 0 else None
         write_json(
@@ -218,7 +230,7 @@ class RunStore:
         self.folder = workspace / "runs"
 
     def run(self, run_id: str) -> Run:
-        """Return the run of that id, whether it exists or not."""
+        """Return the run of this id; its folder may not exist."""
         return Run(self.folder / run_id)
 
     def all(self) -> list[Run]:
@@ -233,7 +245,7 @@ class RunStore:
         """Return the one run whose id or label begins with `prefix`.
 
         Raises:
-            UserError: none, or several.
+            UserError: no run or several runs match.
         """
         runs = self.all()
         found = [r for r in runs if prefix in (r.id, r.info.get("label"))] or [
@@ -242,17 +254,17 @@ class RunStore:
         if len(found) == 1:
             return found[0]
         if not found:
-            raise UserError(f"no run {prefix} in {self.folder}: python -m hpc_imagenet jobs lists them")
-        raise UserError(f"{prefix} may be {' or '.join(run.id for run in found)}: give more of it")
+            raise UserError(f"no run {prefix} in {self.folder}: list them with python -m hpc_imagenet jobs")
+        raise UserError(f"{prefix} matches {' and '.join(run.id for run in found)}: type more of the id")
 
     def create(self, run_id: str, config: dict[str, Any], info: dict[str, Any]) -> Run:
-        """Make the run's folder, or bring an unfinished run's frozen config up to what is asked now."""
+        """Create the run's folder, or replace the frozen config of an unfinished run."""
         run = self.run(run_id)
         run.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(run.folder / "config.yaml") as file:
             file.write(yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode())
         created = run.info.get("created", now())
-        write_json(run.folder / "run.json", {**info, "created": created})
+        write_json(run.folder / "run.json", {"format": FORMAT, **info, "created": created})
         return run
 
 
@@ -261,6 +273,6 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-# Written in C these do the same several times faster; a sweep freezes a hundred configs.
+# The C versions are several times faster; a sweep freezes a hundred configs.
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

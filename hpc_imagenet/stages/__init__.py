@@ -1,1 +1,13 @@
-"""What a job can run: one module a stage, each with `run(config, run, world)`."""
+"""The stages of a job: `<name>_stage.py` declares a stage, `<name>.py` does its work on a node."""
+
+from __future__ import annotations
+
+from hpc_imagenet.stages.download_stage import DOWNLOAD
+from hpc_imagenet.stages.process_stage import PROCESS
+from hpc_imagenet.stages.session_stage import SESSION
+from hpc_imagenet.stages.stage import Stage
+from hpc_imagenet.stages.train_stage import TRAIN
+from hpc_imagenet.stages.upload_stage import UPLOAD
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (DOWNLOAD, PROCESS, UPLOAD, TRAIN, SESSION)}
+"""By name; each after those that it needs."""

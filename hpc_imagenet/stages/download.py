@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.download import receipt
 from hpc_imagenet.data.download.downloader import Downloader
@@ -30,7 +31,6 @@ from hpc_imagenet.data.sources.range_source import RangeSource
 from hpc_imagenet.data.sources.s3_source import S3Source
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.runs.store import Progress, Run
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from hpc_imagenet import __version__
+from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.ilsvrc import meta_bin
 from hpc_imagenet.data.ilsvrc.scanned_archives import (
@@ -32,7 +33,6 @@ from hpc_imagenet.datastore.index import Index, write_index
 from hpc_imagenet.datastore.manifest import FILE, ClassNames, File, Manifest, Split
 from hpc_imagenet.io import disk
 from hpc_imagenet.io.atomic_files import atomic_write
-from hpc_imagenet.launch.dist_env import DistEnv, available_cpus
 from hpc_imagenet.runs.store import Progress, Run, now
 
 _SHARDS = ("train", "val")  # splits in the order of their shard numbers in an index of the archives

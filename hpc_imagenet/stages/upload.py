@@ -14,12 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hpc_imagenet import __version__
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore import hardlink_check, versions
 from hpc_imagenet.datastore.backends import storage_backend
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, Split, load_manifest
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.runs import store
 from hpc_imagenet.runs.store import Run
 

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.doctor import probe
-from hpc_imagenet.launch.dist_env import DistEnv
 
 
 @pytest.fixture

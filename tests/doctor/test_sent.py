@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from door import Door
 
+from hpc_imagenet.cluster import slurm
 from hpc_imagenet.doctor import probe_job, run
 from hpc_imagenet.doctor.check_result import FAIL, OK, WARN
-from hpc_imagenet.launch import slurm
 
 
 def row(job: object, state: str, reason: str = "None") -> str:

@@ -141,7 +141,7 @@ def test_rendezvous_port_in_use_is_found(lab: Lab, cluster: LabDoor, tmp_path: P
     holder = tmp_path / "holder.py"
     holder.write_text(
         "import os, pathlib, socket, time\n"
-        "from hpc_imagenet.launch.dist_env import _port\n"
+        "from hpc_imagenet.cluster.dist_env import _port\n"
         "job = int(os.environ['SLURM_JOB_ID'])\n"
         "kept = [socket.create_server(('', _port(job + n))) for n in range(1, 20)]\n"
         f"pathlib.Path({str(ready)!r}, os.environ['SLURMD_NODENAME']).touch()\n"

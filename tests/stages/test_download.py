@@ -20,10 +20,10 @@ from door import Door
 from faulty_server import Faults, faulty, serving
 from rich.console import Console
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.data.download import receipt
 from hpc_imagenet.data.sources import archive_folder
 from hpc_imagenet.demo import digits
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.report import jobs_table
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import download

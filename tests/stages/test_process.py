@@ -20,13 +20,13 @@ from filelock import FileLock, Timeout
 from pictures import encoded, jpeg
 from torchvision.datasets import imagenet
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scan, scanned_archives
 from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.demo import digits
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.stages import download, process
 
 

@@ -26,9 +26,8 @@ import hpc_imagenet
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch import validate
 from hpc_imagenet.runs.store import Progress, Run, RunStore
-from hpc_imagenet.stages import session
+from hpc_imagenet.stages import session, session_stage
 
 SESSION = ("+stage=session", "dataset=digits", "cluster=local", "session.name=ana")
 
@@ -206,7 +205,7 @@ def test_invalid_session_settings_are_refused(door: Door, monkeypatch: pytest.Mo
         ("session.name=a/b", "session.name=a/b is not a folder name"),
     ):
         assert message in door.refused(*SESSION[:3], setting)
-    monkeypatch.setattr(validate, "find_spec", lambda name: None)
+    monkeypatch.setattr(session_stage, "find_spec", lambda name: None)
     assert "pip install -c constraints.txt -e '.[session]'" in door.refused(*SESSION)
 
 

@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 from sample_dataset import file_of, write_tar
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.index import ENTRY, write_index
 from hpc_imagenet.datastore.manifest import ClassNames, Manifest, Split
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import validate
-from hpc_imagenet.launch.dist_env import DistEnv
-from hpc_imagenet.runs.plan import make_plan
+from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import train
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from sample_dataset import file_of, make_dataset
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config, Dataset, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import folder_backend, storage_backend
@@ -20,7 +21,6 @@ from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import read_json
-from hpc_imagenet.launch.dist_env import DistEnv
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import upload
 

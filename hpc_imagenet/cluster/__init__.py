@@ -1,0 +1,1 @@
+"""The machines of jobs: Slurm's commands, rank and CPUs of a task, GPUs of this machine."""

@@ -1,0 +1,43 @@
+"""Explain a denied access to a file: which path, who owns it, and what can be done."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+_CHOOSE = "choose another workspace=FOLDER"
+
+
+def explain_permission_error(error: PermissionError, workspace: Path | None = None) -> str:
+    """Return one line: the path, the owner of the file or folder that denies access, and the fix.
+
+    Args:
+        error: the error; without a file name, its message and the fix are returned.
+        workspace: the workspace if known; another one is suggested only for a path within it.
+    """
+    if not isinstance(error.filename, (str, bytes)):
+        return f"{error.strerror or error}: {_CHOOSE}"
+    path = Path(os.fsdecode(error.filename)).absolute()
+    choose = workspace is None or path.is_relative_to(workspace.absolute())
+    # If the path does not exist, cannot be seen or has the right mode, a folder above it denies access.
+    for denied in (path, *path.parents):
+        try:
+            uid = denied.stat().st_uid
+        except OSError:
+            continue
+        mode = os.R_OK | os.W_OK | (os.X_OK if denied.is_dir() else 0)
+        if not os.access(denied, mode, effective_ids=True):
+            break
+    else:
+        return f"{path}: permission denied" + (f": {_CHOOSE}" if choose else "")
+    if uid == os.geteuid():
+        owner, fixes = "you", ["change its permissions with chmod u+rwX", *[_CHOOSE] * choose]
+    else:
+        try:
+            owner = pwd.getpwuid(uid).pw_name
+        except KeyError:  # a user of another host or container
+            owner = f"uid {uid}"
+        fixes = [*[_CHOOSE] * choose, f"have {owner} grant you access"]
+    owned = "it" if denied == path else str(denied)
+    return f"{path}: permission denied; {owned} is owned by {owner}: {', or '.join(fixes)}"

@@ -1,0 +1,109 @@
+"""The interface of an executor: submit attempts, report their states, cancel them.
+
+An executor is one file with a class `…Executor`, one line in `executors.py` and its name in
+`config.schema.EXECUTORS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hpc_imagenet import __version__
+from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.runs.job import Job
+from hpc_imagenet.runs.store import ENDED, FINISHED, Attempt, Run, RunStore
+
+
+@dataclass(frozen=True)
+class State:
+    """A run's state, one of those in runs/store.py, and a one-line reason."""
+
+    name: str
+    reason: str = ""
+    restarts: int = 0  # number of requeues of the attempt by Slurm
+
+    @property
+    def active(self) -> bool:
+        """Whether it is queued or running."""
+        return self.name not in ENDED
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ended successfully."""
+        return self.name == FINISHED
+
+
+class Executor(Protocol):
+    """What executes jobs.
+
+    Attributes:
+        in_background: whether `submit` returns before the jobs have ended.
+    """
+
+    in_background: bool
+
+    def check_available(self) -> None:
+        """Raise a UserError if jobs cannot be submitted from this machine."""
+        return  # the default: nothing to do
+
+    def check_settings(self, stage: str, cluster: Cluster) -> None:
+        """Raise a UserError for cluster settings with which a job of `stage` cannot be submitted."""
+        return  # the default: nothing to do
+
+    def check_need(self, run_id: str, need: Run) -> None:
+        """Raise a UserError if a job of run `run_id` cannot wait for the active run `need`."""
+        return  # the default: nothing to do
+
+    def submit(
+        self, store: RunStore, attempts: Sequence[tuple[Run, Attempt]], state_of: Mapping[str, State]
+    ) -> None:
+        """Submit attempts and record it in their submitted.json.
+
+        Args:
+            store: the workspace's runs.
+            attempts: attempts with their runs; a run comes after those it needs.
+            state_of: states at the beginning of the command, of every run that is needed.
+
+        Raises:
+            UserError: an attempt was refused; it and all that are not submitted yet are marked as failed.
+        """
+
+    def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:
+        """Return the states of submitted attempts without an outcome, by the keys of `attempts`.
+
+        Args:
+            attempts: the attempts.
+            since: when the caller began polling, as in `states.states`.
+        """
+
+    def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
+        """End an active attempt and write its outcome.
+
+        Raises:
+            UserError: it cannot be cancelled from this machine.
+        """
+
+    def start_queued(self, store: RunStore) -> None:
+        """Make sure that something starts the attempts which are queued already."""
+        return  # the default: nothing to do
+
+    def preview(self, store: RunStore, jobs: Sequence[tuple[Job, Sequence[str]]]) -> Iterator[str]:
+        """Yield lines for a dry run about jobs that would be submitted, given with the runs they wait for."""
+        yield from ()
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """Return the version of the package and, in a git checkout, the commit; for submitted.json."""
+    code = {"version": __version__}
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        code["commit"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return code

@@ -1,0 +1,20 @@
+"""The table of executors by name: those of `config.schema.EXECUTORS`."""
+
+from __future__ import annotations
+
+from hpc_imagenet.launch.executor import Executor
+from hpc_imagenet.launch.foreground_executor import ForegroundExecutor
+from hpc_imagenet.launch.local_executor import LocalExecutor
+from hpc_imagenet.launch.slurm_executor import SlurmExecutor
+from hpc_imagenet.runs.store import Attempt
+
+EXECUTORS: dict[str, Executor] = {
+    LocalExecutor.name: LocalExecutor(),
+    SlurmExecutor.name: SlurmExecutor(),
+    ForegroundExecutor.name: ForegroundExecutor(),
+}
+
+
+def executor_of(attempt: Attempt) -> Executor:
+    """Return the executor of a submitted attempt; of another version's, which is unknown, foreground."""
+    return EXECUTORS.get(attempt.submitted.get("executor", ""), EXECUTORS[ForegroundExecutor.name])

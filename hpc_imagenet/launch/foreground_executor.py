@@ -1,0 +1,76 @@
+"""The executor `foreground`: run jobs one after another and wait, with srun inside a Slurm allocation.
+
+An attempt inside an allocation is recorded as one of Slurm, which knows its state.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from hpc_imagenet.cluster import slurm
+from hpc_imagenet.launch import local_queue, requeue
+from hpc_imagenet.launch.executor import Executor, State, code_version
+from hpc_imagenet.launch.slurm_executor import SlurmExecutor
+from hpc_imagenet.runs.store import CANCELLED, FINISHED, Attempt, Run, RunStore
+
+
+class ForegroundExecutor(Executor):
+    """Run attempts as children of this process."""
+
+    name = "foreground"
+    in_background = False
+
+    def submit(
+        self, store: RunStore, attempts: Sequence[tuple[Run, Attempt]], state_of: Mapping[str, State]
+    ) -> None:
+        """Run the attempts one after another and wait; after a failure the others are cancelled."""
+        allocation, failed = slurm.this_job(), ""
+        if allocation:
+            # At a preemption srun forwards SIGTERM and this process waits for the tasks to save. A handler,
+            # not SIG_IGN, which the tasks would inherit.
+            signal.signal(signal.SIGTERM, lambda *_: None)
+        environment = local_queue.job_environment()
+        if allocation and "SLURM_CPUS_PER_TASK" in environment:
+            # Since 22.05 srun does not inherit --cpus-per-task from sbatch: a task would get one CPU.
+            environment.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])
+        for run, attempt in attempts:
+            if failed:
+                attempt.end(CANCELLED, f"not started, because {failed} before it failed")
+                continue
+            task = ["hpc_imagenet.launch.task", str(run.folder), str(attempt.number)]
+            command = [sys.executable, "-u", "-m", *task]
+            if allocation:
+                attempt.submit(
+                    SlurmExecutor.name, job_id=allocation, logs=str(attempt.folder), code=code_version()
+                )
+                command = ["srun", *_srun_arguments(run, f"{attempt.folder}/{allocation}_%t_log"), *command]
+            else:
+                attempt.submit(self.name, host=socket.gethostname(), code=code_version())
+                local_queue.record_process(attempt)
+            done = subprocess.run(command, env=environment, check=False)
+            if allocation:
+                requeue.requeue_or_fail(run, attempt, done.returncode)
+            outcome = attempt.outcome
+            if outcome is None or outcome.state != FINISHED:
+                failed = run.id
+
+    def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:
+        """Return the states of attempts by their processes."""
+        return {key: local_queue.state_of_process(attempt) for key, attempt in attempts.items()}
+
+    def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
+        """Write the outcome and end the processes of the attempt."""
+        local_queue.cancel_here(run, attempt, reason)
+
+
+def _srun_arguments(run: Run, log: str) -> list[str]:
+    from hpc_imagenet.stages import STAGES  # here, so that commands which query states do not import it
+
+    arguments = ["--kill-on-bad-exit=1", f"--output={log}.out", f"--error={log}.err"]
+    if not STAGES[run.info["stage"]].distributed:
+        arguments += ["--nodes=1", "--ntasks=1"]  # one process, whatever the size of the allocation
+    return [*arguments, *run.cluster().srun]

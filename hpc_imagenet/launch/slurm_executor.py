@@ -1,0 +1,106 @@
+"""The executor `slurm`: jobs and job arrays by sbatch (sbatch.py), states by squeue and sacct (slurm.py).
+
+Commands that only query states do not import what submission needs: sbatch.py and the stages.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+
+from hpc_imagenet.cluster import slurm
+from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.executor import Executor, State, code_version
+from hpc_imagenet.launch.local_queue import NO_OUTCOME
+from hpc_imagenet.runs.job import Job
+from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RUNNING, Attempt, Run, RunStore
+
+
+class SlurmExecutor(Executor):
+    """Submit attempts to Slurm."""
+
+    name = "slurm"
+    in_background = True
+
+    def check_available(self) -> None:
+        """Raise a UserError if Slurm's commands are not on the PATH."""
+        for command in ("sbatch", "srun"):
+            if not shutil.which(command):
+                raise UserError(
+                    f"cluster.executor=slurm, but no {command} is on the PATH: "
+                    "set cluster=local, or run this on a login node"
+                )
+
+    def check_settings(self, stage: str, cluster: Cluster) -> None:
+        """Raise a UserError for a missing time limit."""
+        if cluster.time is None:
+            raise UserError(
+                f"cluster.time is not set for {stage}: set it in minutes, such as cluster.time=1440"
+            )
+
+    def check_need(self, run_id: str, need: Run) -> None:
+        """Raise a UserError if the run it needs is not a Slurm job."""
+        attempt = need.attempt
+        if attempt and attempt.submitted.get("executor") != self.name:
+            raise UserError(
+                f"{run_id} needs {need.id}, which runs on this machine: wait for it, then submit again"
+            )
+
+    def submit(
+        self, store: RunStore, attempts: Sequence[tuple[Run, Attempt]], state_of: Mapping[str, State]
+    ) -> None:
+        """Submit attempts as jobs and job arrays."""
+        from hpc_imagenet.launch import sbatch
+
+        active = {run_id for run_id, state in state_of.items() if state.active}
+        sbatch.submit_attempts(store, attempts, active, code_version())
+
+    def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:
+        """Return the states of attempts with one query to Slurm."""
+        job_ids = {key: str(attempt.submitted["job_id"]) for key, attempt in attempts.items()}
+        status = slurm.query_jobs(job_ids.values(), since)
+        return {key: _state(attempt, status.get(job_ids[key])) for key, attempt in attempts.items()}
+
+    def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
+        """Cancel the job; in an allocation of the user, only the step of this attempt."""
+        if not slurm.is_available():
+            raise UserError(
+                f"{run.id} is a Slurm job, and scancel is not on the PATH: cancel it on a login node"
+            )
+        job_id, started = str(attempt.submitted["job_id"]), attempt.started
+        # Not from the typed config: another version of the package may have written it.
+        in_allocation = run.frozen()["cluster"]["executor"] != self.name
+        if not in_allocation:  # a job cancelled by Slurm writes no outcome of its own
+            slurm.cancel_job(job_id)
+        attempt.end(CANCELLED, reason)  # before the process ends: the first outcome is kept
+        if in_allocation and "step" in started:
+            slurm.cancel_job(f"{job_id}.{started['step']}")
+
+    def preview(self, store: RunStore, jobs: Sequence[tuple[Job, Sequence[str]]]) -> Iterator[str]:
+        """Yield the sbatch script of each job or job array and the reply of `sbatch --test-only` to it."""
+        from hpc_imagenet.launch import sbatch
+
+        tasks = [
+            sbatch.ArrayTask(job.run_id, job.stage, job.label, job.cluster, tuple(needs))
+            for job, needs in jobs
+        ]
+        for array in sbatch.group_into_arrays(tasks):
+            yield f"\nsbatch script of {' '.join(task.run_id for task in array)}:"
+            run = store.run(array[0].run_id)
+            number = run.attempt.number + 1 if run.attempt else 1
+            script = sbatch.sbatch_script(array, run.folder / "attempts" / str(number))
+            yield "  " + script.strip().replace("\n", "\n  ")
+            yield f"sbatch --test-only: {sbatch.test_only(script)}"
+
+
+def _state(attempt: Attempt, status: slurm.JobStatus | None) -> State:
+    started = attempt.started
+    if status is None and slurm.is_available():  # neither squeue nor sacct knows the job any more
+        return State(FAILED, attempt.last_error_line() or NO_OUTCOME, started.get("restarts", 0))
+    if status is None or not status.state:
+        name = RUNNING if started else QUEUED
+        reason = status.reason if status else "no Slurm commands here"
+        return State(name, f"as last recorded: {reason}", started.get("restarts", 0))
+    error = attempt.last_error_line() if status.state == FAILED else ""
+    return State(status.state, status.reason + (f": {error}" if error else ""), status.restarts)

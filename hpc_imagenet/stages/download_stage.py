@@ -1,0 +1,50 @@
+"""Declaration of the download stage; download.py does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.schema import Cluster, Config
+from hpc_imagenet.data.download import receipt
+from hpc_imagenet.data.sources.http_credentials import HttpCredentials
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs.job import content_hash
+from hpc_imagenet.runs.store import Run
+from hpc_imagenet.stages.stage import Stage
+
+
+class DownloadStage(Stage):
+    """Fetch and verify the archives of a dataset."""
+
+    name = "download"
+
+    def identity(self, config: Config) -> tuple[Any, ...]:
+        """Return the identity of the archives."""
+        return (content_hash(config.dataset),)
+
+    def label(self, config: Config) -> str:
+        """Return stage and dataset."""
+        return f"{self.name}-{config.dataset.name}"
+
+    def check_input(self, config: Config, cluster: Cluster, planned: bool) -> None:
+        """Read the credentials now, so that an error does not wait for hours in the queue."""
+        if config.download.login is not None:
+            HttpCredentials(config.dataset.source, config.download.login)
+
+    def check_output(self, config: Config) -> None:
+        """Raise unless all archives of the dataset are downloaded and verified."""
+        folder = Path(config.workspace) / "archives" / config.dataset.name
+        files = [archive.file for archive in config.dataset.archives.values()]
+        if absent := receipt.missing_receipts(folder, files):
+            raise UserError(f"{folder} has no verified {', '.join(absent)}: run +stage={self.name} first")
+
+    def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
+        """Download; see `stages.download.run`."""
+        from hpc_imagenet.stages import download
+
+        return download.run(config, run, dist_env)
+
+
+DOWNLOAD = DownloadStage()

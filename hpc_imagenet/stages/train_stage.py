@@ -1,0 +1,124 @@
+"""Declaration of the train stage; train.py and the package training do the work."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.backbones import BACKBONES
+from hpc_imagenet.config.recipe import is_weights_name
+from hpc_imagenet.config.schema import Cluster, Config, Datastore
+from hpc_imagenet.datastore import versions
+from hpc_imagenet.datastore.manifest import Manifest
+from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.runs.job import FindVersion
+from hpc_imagenet.runs.store import Run
+from hpc_imagenet.stages.process_stage import load_dataset
+from hpc_imagenet.stages.stage import Stage
+from hpc_imagenet.stages.upload_stage import UPLOAD
+
+
+class TrainStage(Stage):
+    """Train a backbone on a datastore."""
+
+    name = "train"
+    distributed = True
+
+    def identity(self, config: Config) -> tuple[Any, ...]:
+        """Return the content of the data, the model, the recipe and the seed."""
+        return (config.datastore.content, config.training_identity())
+
+    def label(self, config: Config) -> str:
+        """Return the model."""
+        return config.model.name
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        """Return the upload."""
+        return (UPLOAD.run_id(config),)
+
+    def datastore(self, config: Config, find_version: FindVersion) -> Datastore:
+        """Return the datastore with its newest or pinned version, if it has one."""
+        return find_version(config.datastore) or super().datastore(config, find_version)
+
+    def model(self, config: Config) -> str | None:
+        """Return model.name."""
+        return config.model.name
+
+    def check_settings(self, config: Config, cluster: Cluster) -> None:
+        """Raise for an unknown model or weights, and for GPUs, tasks and a batch that do not fit together."""
+        _check_model(config)
+        _check_resources(config, cluster)
+
+    def check_input(self, config: Config, cluster: Cluster, planned: bool) -> None:
+        """Raise unless the datastore can be read and has enough images for a batch."""
+        datastore = config.datastore
+        if versions.is_remote(datastore.url):
+            versions.check_readable(versions.open_backend(datastore.url), cluster.scratch, datastore.name)
+        if not planned:
+            _check_global_batch(versions.open_version(datastore).manifest, config)
+            return
+        try:
+            manifest = load_dataset(config)
+        except UserError:  # not processed yet
+            return
+        _check_global_batch(manifest, config)
+
+    def input_key(self, config: Config, cluster: Cluster) -> object:
+        """Return what the check of the input depends on: a sweep shares it, and remote queries are slow."""
+        return (astuple(config.datastore), cluster.scratch, config.recipe.global_batch)
+
+    def check_output(self, config: Config) -> None:
+        """Raise never: the result of a training is in its run folder."""
+
+    def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
+        """Train; see `stages.train.run`."""
+        from hpc_imagenet.stages import train
+
+        return train.run(config, run, dist_env)
+
+
+def _check_model(config: Config) -> None:
+    """Raise for an unknown model, unknown weights, or frozen layers without pretrained weights."""
+    name, weights = config.model.name, config.model.weights
+    if name not in BACKBONES:
+        raise UserError(f"model.name={name} is unknown{did_you_mean(name, BACKBONES)}")
+    if config.recipe.freeze and not weights:
+        raise UserError(
+            "recipe.freeze=true trains the classifier alone: set model.weights=IMAGENET1K_V1, or a file"
+        )
+    if weights and not is_weights_name(weights) and not Path(weights).is_file():
+        raise UserError(
+            f"model.weights={weights}: no such file, and no torchvision name such as IMAGENET1K_V1"
+        )
+
+
+def _check_resources(config: Config, cluster: Cluster) -> None:
+    """Raise for GPUs, tasks and a global batch that do not fit together."""
+    batch = config.recipe.global_batch
+    # Every process takes an equal share of a step, in train.accumulate micro-batches.
+    parts = cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1) * config.train.accumulate
+    if config.loader.decode == "gpu" and cluster.gpus_per_node == 0:
+        raise UserError("loader.decode=gpu, but cluster.gpus_per_node=0: set loader.decode=cpu")
+    gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node
+    if gpus and tasks and gpus != tasks:
+        raise UserError(
+            f"cluster.tasks_per_node={tasks} with cluster.gpus_per_node={gpus}: a training runs one "
+            f"task per GPU: remove cluster.tasks_per_node, or set it to {gpus}"
+        )
+    if batch % parts:
+        above = (batch // parts + 1) * parts
+        raise UserError(
+            f"recipe.global_batch={batch} is not divisible by {parts} (processes times train.accumulate): "
+            f"set it to {' or '.join(str(n) for n in (above - parts, above) if n)}"
+        )
+
+
+def _check_global_batch(manifest: Manifest, config: Config) -> None:
+    train, batch = manifest.splits.get("train"), config.recipe.global_batch
+    if train and train.images < batch:
+        raise UserError(f"recipe.global_batch={batch} is more than the {train.images} images of train")
+
+
+TRAIN = TrainStage()
