@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from door import Door, Gate
+from command_line import Cli, Gate
 from hypothesis import settings
 
 # The duration of an example depends on the load of the machine.
@@ -54,10 +54,10 @@ def _share(nodeid: str) -> str:
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Iterator[Door]:
-    door = Door(tmp_path / "workspace")
-    yield door
-    door.close()
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    cli = Cli(tmp_path / "workspace")
+    yield cli
+    cli.close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from door import Door, Gate, eventually
+from command_line import Cli, Gate, eventually
 from sample_dataset import make_dataset
 
 import hpc_imagenet
@@ -20,10 +20,10 @@ from hpc_imagenet.cli.commands import COMMANDS
 
 
 @pytest.fixture
-def python(door: Door) -> Iterator[Door]:
+def python(cli: Cli) -> Iterator[Cli]:
     """A workspace used by this process and the command line."""
-    with mock.patch.dict(os.environ, door.env, clear=True):
-        yield door
+    with mock.patch.dict(os.environ, cli.env, clear=True):
+        yield cli
 
 
 def held(url: str, name: str) -> str:
@@ -53,7 +53,7 @@ def test_public_names_are_not_shadowed_by_modules() -> None:
         _ = hpc_imagenet.nothing
 
 
-def test_handle_equals_the_run_of_the_command_line(python: Door, gate: tuple[Gate, str]) -> None:
+def test_handle_equals_the_run_of_the_command_line(python: Cli, gate: tuple[Gate, str]) -> None:
     server, url = gate
     (run,) = hpc_imagenet.submit(held(url, "birds"))
     (again,) = hpc_imagenet.submit(held(url, "birds").split())
@@ -71,7 +71,7 @@ def test_handle_equals_the_run_of_the_command_line(python: Door, gate: tuple[Gat
 
 
 def test_sweep_returns_a_handle_per_combination_that_can_be_cancelled(
-    python: Door, gate: tuple[Gate, str]
+    python: Cli, gate: tuple[Gate, str]
 ) -> None:
     _, url = gate
     sweep = hpc_imagenet.submit(held(url, "birds,cats"))
@@ -86,7 +86,7 @@ def test_sweep_returns_a_handle_per_combination_that_can_be_cancelled(
 
 
 @pytest.mark.slow
-def test_result_of_a_finished_stage(python: Door, tmp_path: Path) -> None:
+def test_result_of_a_finished_stage(python: Cli, tmp_path: Path) -> None:
     (run,) = hpc_imagenet.submit("+stage=download dataset=digits cluster=local wait=true")
     assert run.state() == "finished"
     assert run.result()["bytes"] > 0
@@ -96,9 +96,7 @@ def test_result_of_a_finished_stage(python: Door, tmp_path: Path) -> None:
     assert "digits" in hpc_imagenet.command("jobs")
 
 
-def test_dry_run_prints_the_same_as_the_command_line(
-    python: Door, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_prints_the_same_as_the_command_line(python: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["+stage=pipeline", "dataset=digits", "cluster=local", "dry_run=true"]
     assert hpc_imagenet.submit(overrides) == []
     printed = capsys.readouterr().out
@@ -125,7 +123,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.slow
-def test_commands_give_the_same_output_as_the_command_line(python: Door) -> None:
+def test_commands_give_the_same_output_as_the_command_line(python: Cli) -> None:
     for stage in ("download", "process"):
         python(f"+stage={stage}", "dataset=digits", "cluster=foreground")
     make_dataset(python.workspace, "broken")
@@ -159,7 +157,7 @@ def test_commands_give_the_same_output_as_the_command_line(python: Door) -> None
         (lambda: hpc_imagenet.command("repport"), "did you mean: report"),
     ],
 )
-def test_invalid_input_is_a_one_line_user_error(python: Door, call: object, message: str) -> None:
+def test_invalid_input_is_a_one_line_user_error(python: Cli, call: object, message: str) -> None:
     assert callable(call)
     with pytest.raises(UserError, match=message) as error:
         call()

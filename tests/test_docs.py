@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from door import Door
+from command_line import Cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,7 +43,7 @@ class Reader:
     """Runs the commands of the pages in a folder of its own, with stub Slurm commands."""
 
     def __init__(self, folder: Path) -> None:
-        self.door = Door(folder / "workspace")
+        self.cli = Cli(folder / "workspace")
         self.folder = folder
         self.lab = folder / "lab"
         stubs = folder / "stubs"
@@ -56,7 +56,7 @@ class Reader:
         self.stub("squeue", "true")
         self.stub("scancel", "true")
         self.sbatch_log = stubs / "sbatch.log"
-        self.door.env |= {"PATH": os.pathsep.join([str(stubs), str(BIN), os.environ["PATH"]])}
+        self.cli.env |= {"PATH": os.pathsep.join([str(stubs), str(BIN), os.environ["PATH"]])}
         for name in ("conf", "slurm"):
             shutil.copytree(ROOT / name, folder / name)
 
@@ -69,7 +69,7 @@ class Reader:
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=cwd or self.folder,
-            env={**self.door.env, **env},
+            env={**self.cli.env, **env},
             capture_output=True,
             text=True,
             timeout=300,
@@ -91,10 +91,10 @@ class Reader:
 
     def submit_one_more(self) -> str:
         """Return the id of a new run that does not end at once."""
-        words = ["dataset=digits", "cluster=local", f"model={SMALL}", f"seed={1000 + len(self.door.runs())}"]
-        before = set(self.door.runs())
-        self.door(*words)
-        (run,) = set(self.door.runs()) - before
+        words = ["dataset=digits", "cluster=local", f"model={SMALL}", f"seed={1000 + len(self.cli.runs())}"]
+        before = set(self.cli.runs())
+        self.cli(*words)
+        (run,) = set(self.cli.runs()) - before
         return run
 
 
@@ -126,7 +126,7 @@ def shortened(words: list[str], reader: Reader) -> list[str]:
 def run_submission(command: str, reader: Reader) -> None:
     words = shlex.split(command)
     at = 1 if words[0] == "hpc-imagenet" else 3
-    door, settings = words[:at], words[at:]
+    cli, settings = words[:at], words[at:]
     if "dry_run=true" in settings:  # unchanged
         before = reader.submitted()
         assert "nothing was submitted (dry_run=true)" in reader.run_shell(command)
@@ -134,10 +134,10 @@ def run_submission(command: str, reader: Reader) -> None:
     elif any(word in ("cluster=slurm", "cluster=mine") for word in settings):
         # Unchanged, on a cluster of stubs and with a datastore that exists.
         before = len(reader.submitted())
-        reader.run_shell(shlex.join([*door, *settings, "dataset=digits"]))
+        reader.run_shell(shlex.join([*cli, *settings, "dataset=digits"]))
         assert len(reader.submitted()) > before
     else:
-        output = reader.run_shell(shlex.join([*door, *shortened(settings, reader)]))
+        output = reader.run_shell(shlex.join([*cli, *shortened(settings, reader)]))
         assert "submitted" in output or "already finished" in output
 
 
@@ -148,28 +148,28 @@ def run_command(command: str, reader: Reader) -> None:
         output = reader.run_shell(command)
         assert json.loads(output) if "--json" in command else SMALL in output
     elif name[1] == "logs":
-        run = next(row["run"] for row in reader.door.jobs() if row["model"] == SMALL)
+        run = next(row["run"] for row in reader.cli.jobs() if row["model"] == SMALL)
         assert "epoch 1/1" in reader.run_shell(command.replace("RUN", run))
     elif name[1] == "cancel":
         run = reader.submit_one_more()
         assert "cancelled" in reader.run_shell(command.replace("RUN", run))
-        assert next(row["state"] for row in reader.door.jobs() if row["run"] == run) == "cancelled"
+        assert next(row["state"] for row in reader.cli.jobs() if row["run"] == run) == "cancelled"
     else:
-        run = next(row["run"] for row in reader.door.jobs() if row["state"] == "cancelled")
+        run = next(row["run"] for row in reader.cli.jobs() if row["state"] == "cancelled")
         assert "submitted" in reader.run_shell(command.replace("RUN", run))
-        reader.door("cancel", run)
+        reader.cli("cancel", run)
 
 
 def run_session(command: str, reader: Reader) -> None:
     """Start the session and wait for its address; one that is running is left alone."""
-    if not (reader.door.workspace / "datastores/digits").exists():
+    if not (reader.cli.workspace / "datastores/digits").exists():
         for stage in STAGES[:3]:
-            reader.door(f"+stage={stage}", "dataset=digits", "cluster=foreground")
+            reader.cli(f"+stage={stage}", "dataset=digits", "cluster=foreground")
     assert "/lab?token=" in reader.run_shell(f"{command} cluster=local wait=true")
 
 
 def run_session_command(command: str, reader: Reader) -> None:
-    run = next(row["run"] for row in reader.door.jobs() if row["stage"] == "session")
+    run = next(row["run"] for row in reader.cli.jobs() if row["stage"] == "session")
     output = reader.run_shell(command.replace("RUN", run))
     name = shlex.split(command)[-2 if command.endswith("RUN") else -3]
     assert {"connect": "/lab?token=", "pause": "paused", "resume": "submitted"}[name] in output
@@ -235,7 +235,7 @@ def run_unchanged(command: str, reader: Reader) -> None:
 
 
 def check_activation(command: str, reader: Reader) -> None:
-    assert shutil.which("hpc-imagenet", path=reader.door.env["PATH"])  # as if the environment were activated
+    assert shutil.which("hpc-imagenet", path=reader.cli.env["PATH"])  # as if the environment were activated
 
 
 PROGRAM = r"(python -m hpc_imagenet|hpc-imagenet)"
@@ -267,7 +267,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     yield reader
     if reader.lab.exists():
         subprocess.run([ROOT / "slurm/lab/lab", "--dir", reader.lab, "down"], check=False)
-    reader.door.close()
+    reader.cli.close()
 
 
 @pytest.mark.slow
@@ -292,7 +292,7 @@ def test_python_examples_run(tmp_path: Path) -> None:
     reader = Reader(tmp_path)
     try:
         for stage in STAGES[:3]:
-            reader.door(f"+stage={stage}", "dataset=digits", "cluster=foreground")
+            reader.cli(f"+stage={stage}", "dataset=digits", "cluster=foreground")
         code = "".join(text for page in PAGES for text in blocks(page, "python"))
         (tmp_path / "page.py").write_text(
             code.replace(' dataset=digits"', ' dataset=digits cluster=local recipe.epochs=1"')
@@ -302,7 +302,7 @@ def test_python_examples_run(tmp_path: Path) -> None:
         assert "epoch 1/1" in output
         assert "model=resnet81 is unknown; did you mean: resnet" in output
     finally:
-        reader.door.close()
+        reader.cli.close()
 
 
 # A stub of srun: drops its own options and runs the command as the only task, with the requested output
@@ -335,15 +335,15 @@ def test_templates_run_their_stages(tmp_path: Path) -> None:
             output = reader.run_shell(
                 f"bash {template} {settings}", SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(reader.folder)
             )
-            assert f"submitted  {reader.door.jobs()[-1]['run']}" in output
-            rows = reader.door.jobs()
+            assert f"submitted  {reader.cli.jobs()[-1]['run']}" in output
+            rows = reader.cli.jobs()
             assert [row["stage"] for row in rows] == list(STAGES[: len(rows)])
             assert {row["state"] for row in rows} == {"finished"}
             assert list(Path(rows[-1]["dir"]).glob("attempts/1/1_0_log.out"))
         assert rows[-1]["top1"] is not None
         assert reader.submitted() == []
     finally:
-        reader.door.close()
+        reader.cli.close()
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "sweep", "session"])

@@ -34,20 +34,20 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture
 def cluster(lab: Lab, tmp_path: Path) -> Iterator[LabDoor]:
     """The command line on the lab, with a workspace shared by all nodes."""
-    door = LabDoor(tmp_path / "workspace", lab)
-    yield door
-    door.close()
+    cli = LabDoor(tmp_path / "workspace", lab)
+    yield cli
+    cli.close()
 
 
 @pytest.fixture(scope="session")
 def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabDoor]:
     """The command line on the lab, with a datastore of the digits in its workspace."""
-    door = LabDoor(tmp_path_factory.mktemp("site") / "workspace", lab)
+    cli = LabDoor(tmp_path_factory.mktemp("site") / "workspace", lab)
     # Run the stages in this process; their jobs are tested elsewhere.
     for stage in ("download", "process", "upload"):
-        door(f"+stage={stage}", "dataset=digits", "cluster=foreground")
-    yield door
-    door.close()
+        cli(f"+stage={stage}", "dataset=digits", "cluster=foreground")
+    yield cli
+    cli.close()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import torch
-from door import eventually
+from command_line import eventually
 from lab import Lab, LabDoor
 
 from hpc_imagenet.io.atomic_files import read_json
@@ -27,12 +27,12 @@ class Training:
 
     def __init__(self, lab: Lab, workspace: Path, datastores: Path, *settings: str) -> None:
         self.lab = lab
-        self.door = LabDoor(workspace, lab)
-        self.door(*TRAINING, f"datastore.url={datastores}", *settings)
+        self.cli = LabDoor(workspace, lab)
+        self.cli(*TRAINING, f"datastore.url={datastores}", *settings)
 
     @property
     def row(self) -> dict[str, Any]:
-        (row,) = self.door.jobs()
+        (row,) = self.cli.jobs()
         return row
 
     @property
@@ -61,7 +61,7 @@ class Training:
     def tasks(self) -> list[psutil.Process]:
         """Return the running tasks of all copies of the job: the main processes, not the loader workers."""
         found = []
-        for process in self.door.processes():
+        for process in self.cli.processes():
             try:
                 command, parent = process.cmdline(), process.parent()
                 inner = parent is not None and "submitit.core._submit" in parent.cmdline()

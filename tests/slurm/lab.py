@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from door import Door, eventually
+from command_line import Cli, eventually
 
 from hpc_imagenet.cli.commands import COMMANDS
 
@@ -138,7 +138,7 @@ class Lab:
         eventually(lambda: not self.slurm("squeue", "--noheader"), 60)
 
 
-class LabDoor(Door):
+class LabDoor(Cli):
     """The command line on a lab: submitting commands get cluster=lab unless they set another cluster."""
 
     def __init__(self, workspace: Path, lab: Lab) -> None:

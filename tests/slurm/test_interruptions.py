@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from door import eventually
+from command_line import eventually
 from interruptions import Training, assert_equal
 from lab import Lab, LabDoor
 
@@ -71,7 +71,7 @@ def trainings(
     lab.crash("n4")  # ends the old copy's processes, which wait for an unreachable Slurm
     yield found
     for training in found.values():
-        training.door.close()
+        training.cli.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)

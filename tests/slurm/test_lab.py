@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from door import eventually
+from command_line import eventually
 from lab import LAB, NODES, Lab
 
 BEAT = 'while true; do echo "$SLURMD_NODENAME ${SLURM_RESTART_COUNT:-0}" >> %s; sleep 0.2; done'

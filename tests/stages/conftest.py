@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import servers
-from remote_house import Workspace
+from remote_workspace import Workspace
 
 from hpc_imagenet.datastore.backends import s3_backend, s3_client, s3_upload, ssh_connection
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import killing
 import pytest
-from asking import ask, config_of, refused, run_of
-from door import Door
+from command_line import Cli
 from faulty_server import Faults, faulty, serving
 from rich.console import Console
+from run_stage import config_of, run_of, run_stage, stage_error
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.data.download import receipt
@@ -55,7 +55,7 @@ def test_download_over_http(tmp_path: Path, source: Path) -> None:
     faults = Faults()
     with serving(source, faulty(faults)) as url:
         config = config_of(tmp_path, url)
-        assert ask(download, config) == {"bytes": size, "files": 3, "downloaded": size}
+        assert run_stage(download, config) == {"bytes": size, "files": 3, "downloaded": size}
         assert_complete(tmp_path, source)
         made = [tmp_path / "archives/numbers" / file for file in FILES.values()]
         assert not [path for path in made if path.stat().st_mode & 0o222]
@@ -65,7 +65,7 @@ def test_download_over_http(tmp_path: Path, source: Path) -> None:
         progress = json.loads((tmp_path / "runs/abc-stage/progress.json").read_text())
         assert (progress["done"], progress["total"], progress["unit"]) == (size, size, "B")
         count = len(faults.requests)
-        assert ask(download, config) == {"bytes": size, "files": 3, "downloaded": 0}
+        assert run_stage(download, config) == {"bytes": size, "files": 3, "downloaded": 0}
         assert len(faults.requests) == count, "the second run sent requests"
 
 
@@ -73,7 +73,7 @@ def test_md5_settings_make_md5sums_unnecessary(tmp_path: Path, source: Path) -> 
     sums = dict(reversed(line.split()) for line in (source / "md5sums").read_text().splitlines())
     faults = Faults()
     with serving(source, faulty(faults)) as url:
-        ask(
+        run_stage(
             download,
             config_of(tmp_path, url, **{split: {"md5": sums[file]} for split, file in FILES.items()}),
         )
@@ -85,7 +85,7 @@ def test_md5_settings_make_md5sums_unnecessary(tmp_path: Path, source: Path) -> 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
 def test_archives_in_a_folder_are_hard_linked(tmp_path: Path, source: Path, form: str) -> None:
-    result = ask(download, config_of(tmp_path, form.format(source)))
+    result = run_stage(download, config_of(tmp_path, form.format(source)))
     assert result["downloaded"] == 0
     assert_complete(tmp_path, source)
     archive = tmp_path / "archives/numbers" / FILES["train"]
@@ -99,17 +99,17 @@ def test_archives_on_another_file_system_are_symbolic_links(
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    ask(download, config_of(tmp_path, source))
+    run_stage(download, config_of(tmp_path, source))
     assert (tmp_path / "archives/numbers" / FILES["val"]).is_symlink()
     assert_complete(tmp_path, source)
 
 
 def test_missing_file_in_the_source_folder(tmp_path: Path, source: Path) -> None:
-    error = refused(download, config_of(tmp_path, source, val={"file": "validation.tar"}))
+    error = stage_error(download, config_of(tmp_path, source, val={"file": "validation.tar"}))
     assert "validation.tar: no such file" in error
     assert f"the folder contains {FILES['devkit']}, {FILES['train']}" in error
     assert "dataset.archives.val.file" in error
-    error = refused(download, config_of(tmp_path / "b", tmp_path / "nowhere"))
+    error = stage_error(download, config_of(tmp_path / "b", tmp_path / "nowhere"))
     assert f"the folder {tmp_path / 'nowhere'} does not exist" in error
 
 
@@ -119,7 +119,7 @@ def test_source_file_with_wrong_md5_is_not_moved(tmp_path: Path, source: Path) -
     with (copy / FILES["val"]).open("r+b") as file:
         file.seek(600)
         file.write(b"!")
-    error = refused(download, config_of(tmp_path, copy))
+    error = stage_error(download, config_of(tmp_path, copy))
     assert str(copy / FILES["val"]) in error
     assert "but md5sums has" in error
     assert (copy / FILES["val"]).exists()
@@ -132,29 +132,32 @@ def test_archives_copied_by_hand_are_verified_in_place(tmp_path: Path, source: P
     for file in FILES.values():
         shutil.copy(source / file, folder)
     with serving(source) as url:
-        assert ask(download, config_of(tmp_path, url))["downloaded"] == 0
+        assert run_stage(download, config_of(tmp_path, url))["downloaded"] == 0
         assert_complete(tmp_path, source)
         # A change makes the receipt invalid, so the archive is verified again.
         (folder / FILES["val"]).write_bytes(b"something else")
-        error = refused(download, config_of(tmp_path, url))
+        error = stage_error(download, config_of(tmp_path, url))
         assert f"{FILES['val']}.bad" in error
-        assert ask(download, config_of(tmp_path, url))["downloaded"] == (source / FILES["val"]).stat().st_size
+        assert (
+            run_stage(download, config_of(tmp_path, url))["downloaded"]
+            == (source / FILES["val"]).stat().st_size
+        )
 
 
 def test_different_archive_of_the_same_name_is_refused(tmp_path: Path, source: Path) -> None:
-    ask(download, config_of(tmp_path, source))
+    run_stage(download, config_of(tmp_path, source))
     other = tmp_path / "other"
     digits.write_digits(other, copies=2)
-    error = refused(download, config_of(tmp_path, other))
+    error = stage_error(download, config_of(tmp_path, other))
     assert "is another archive" in error
     assert "dataset.name" in error
     assert_complete(tmp_path, source)
     # From another source, the archive is accepted if its MD5 is known to be equal.
     moved = tmp_path / "moved"
     shutil.copytree(source, moved)
-    ask(download, config_of(tmp_path, moved))
+    run_stage(download, config_of(tmp_path, moved))
     (moved / "md5sums").unlink()
-    assert "without an MD5 it cannot be compared" in refused(download, config_of(tmp_path, moved))
+    assert "without an MD5 it cannot be compared" in stage_error(download, config_of(tmp_path, moved))
 
 
 @pytest.mark.parametrize("split", ["val", "devkit"])
@@ -162,34 +165,34 @@ def test_truncated_archive_without_md5_is_refused(tmp_path: Path, source: Path, 
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)
     (copy / "md5sums").unlink()
-    ask(download, config_of(tmp_path / "intact", copy))
+    run_stage(download, config_of(tmp_path / "intact", copy))
     path = copy / FILES[split]
     path.write_bytes(path.read_bytes()[: -12_000 if split == "val" else -4])
-    assert "truncated" in refused(download, config_of(tmp_path / "cut", copy))
+    assert "truncated" in stage_error(download, config_of(tmp_path / "cut", copy))
     assert receipt.missing_receipts(tmp_path / "cut/archives/numbers", [FILES[split]])
 
 
 def test_dataset_make_creates_the_source(tmp_path: Path) -> None:
     source = tmp_path / "sources" / "digits"
     config = config_of(tmp_path, source, make="hpc_imagenet.demo.digits:write_digits")
-    ask(download, config)
+    run_stage(download, config)
     assert_complete(tmp_path, source)
     for function in ("hpc_imagenet.demo.digits:wrong", "nowhere:x", "nothing"):
-        error = refused(download, config_of(tmp_path / "b", tmp_path / "c", make=function))
+        error = stage_error(download, config_of(tmp_path / "b", tmp_path / "c", make=function))
         assert f"dataset.make={function}" in error
 
 
 def test_invalid_settings_are_refused(tmp_path: Path, source: Path) -> None:
-    assert "ftp:// is not supported" in refused(download, config_of(tmp_path, "ftp://x/y"))
-    assert "dataset.archives.val.md5=xyz" in refused(
+    assert "ftp:// is not supported" in stage_error(download, config_of(tmp_path, "ftp://x/y"))
+    assert "dataset.archives.val.md5=xyz" in stage_error(
         download, config_of(tmp_path, source, val={"md5": "xyz"})
     )
-    assert "dataset.archives.val.file=../x" in refused(
+    assert "dataset.archives.val.file=../x" in stage_error(
         download, config_of(tmp_path, source, val={"file": "../x"})
     )
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "archives").write_text("a file where a folder should be")
-    assert f"workspace={tmp_path / 'b'} cannot be written" in refused(
+    assert f"workspace={tmp_path / 'b'} cannot be written" in stage_error(
         download, config_of(tmp_path / "b", source)
     )
 
@@ -254,11 +257,11 @@ def kill_and_restart(tmp_path: Path, source: Path, kills: int) -> None:
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path, source: Path) -> None:
     config = config_of(tmp_path, str(source))
-    ask(download, config)
+    run_stage(download, config)
     folder = tmp_path / "archives" / "numbers"
     (folder / f".{FILES['val']}.receipt.json.x1y2.tmp").write_text("{")
     (folder / f"{FILES['val']}.part.json").write_text("{}")
-    ask(download, config)
+    run_stage(download, config)
     assert_complete(tmp_path, source)
 
 
@@ -279,7 +282,7 @@ def test_killed_while_making_archives_of_class_folders(tmp_path: Path, source: P
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data.read() if split == "train" else path.name.encode())
     complete = config_of(tmp_path / "complete", folders)
-    ask(download, complete)
+    run_stage(download, complete)
     config = config_of(tmp_path / "killed", folders)
     config.download.connections = 3
     below = tmp_path / "killed" / "archives"
@@ -310,16 +313,16 @@ def test_resumes_after_a_full_disk(tmp_path: Path, source: Path, kind: str) -> N
     try:
         with serving(source) as url:
             size = sum((source / file).stat().st_size for file in FILES.values())
-            error = refused(download, config_of(small, url))
+            error = stage_error(download, config_of(small, url))
             assert f"not enough free space for 3 archives: it needs {size:,} bytes" in error
             assert not list((small / "archives/numbers").iterdir())
             # Without a Content-Length the free space cannot be checked in advance.
             with serving(source, faulty(Faults(length=False, ranges=False, only=""))) as silent:
-                error = refused(download, config_of(small, silent))
+                error = stage_error(download, config_of(small, silent))
                 assert "No space left on device (bytes or inodes)" in error
                 assert not list((small / "archives/numbers").glob("*.tar"))
             subprocess.run(["mount", "-o", "remount,size=9M", str(small)], check=True)
-            ask(download, config_of(small, url))
+            run_stage(download, config_of(small, url))
             assert_complete(small, source)
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -339,13 +342,13 @@ def test_archive_changed_while_it_is_hashed_is_refused(
         return md5
 
     monkeypatch.setattr(archive_folder, "md5_of_file", hash_and_write)
-    error = refused(download, config_of(tmp_path, copy))
+    error = stage_error(download, config_of(tmp_path, copy))
     assert "changed while it was read" in error
     assert receipt.missing_receipts(tmp_path / "archives/numbers", FILES.values()) == list(FILES.values())
 
 
 @pytest.mark.slow
-def test_login_appears_only_in_the_requests(tmp_path: Path, source: Path, door: Door) -> None:
+def test_login_appears_only_in_the_requests(tmp_path: Path, source: Path, cli: Cli) -> None:
     """Search all files, all output and all command lines for the secret."""
     login = tmp_path / "login"
     login.write_text("X-Token: s3cr3t-t0ken\nCookie: session=s3cr3t-t0ken\n")
@@ -354,9 +357,9 @@ def test_login_appears_only_in_the_requests(tmp_path: Path, source: Path, door: 
         arguments = ["+stage=download", "dataset=ilsvrc", "dataset.name=numbers", f"dataset.source={url}"]
         arguments += ["cluster=local", f"download.login={login}", "wait=true"]
         login.chmod(0o644)
-        outputs = [door.process(*arguments, code=2), door("jobs"), door("jobs", "--json")]
+        outputs = [cli.process(*arguments, code=2), cli("jobs"), cli("jobs", "--json")]
         assert "other users may read it (mode 644)" in outputs[0].stderr
-        assert not list(door.workspace.rglob("config.yaml")), "the job was submitted"
+        assert not list(cli.workspace.rglob("config.yaml")), "the job was submitted"
         login.chmod(0o600)
         listed: set[str] = set()
         done = threading.Event()
@@ -369,7 +372,7 @@ def test_login_appears_only_in_the_requests(tmp_path: Path, source: Path, door: 
 
         watcher = threading.Thread(target=list_processes)
         watcher.start()
-        outputs += [door.process(*arguments), door("jobs"), door("jobs", "--json")]
+        outputs += [cli.process(*arguments), cli("jobs"), cli("jobs", "--json")]
         done.set()
         watcher.join()
     assert {headers.get("X-Token") for headers in faults.headers} == {"s3cr3t-t0ken"}
@@ -382,11 +385,11 @@ def test_login_appears_only_in_the_requests(tmp_path: Path, source: Path, door: 
     assert list(tmp_path.rglob("config.yaml")), "there is no config.yaml to search"
 
 
-def test_login_in_the_source_url_is_refused_and_not_shown(door: Door) -> None:
+def test_login_in_the_source_url_is_refused_and_not_shown(cli: Cli) -> None:
     for source in ("https://ada:s3cr3t@x.example/y", "https://x.example/y?token=s3cr3t"):
-        error = door.refused(
+        error = cli.refused(
             "+stage=download", "dataset=ilsvrc", "dataset.name=x", f"dataset.source='{source}'"
         )
         assert "set download.login instead" in error
         assert "s3cr3t" not in error
-    assert not list(door.workspace.rglob("*.yaml"))
+    assert not list(cli.workspace.rglob("*.yaml"))

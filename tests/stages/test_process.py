@@ -13,11 +13,9 @@ from pathlib import Path
 import killing
 import pytest
 import torch
-from asking import ask as run_stage
-from asking import config_of, run_of
-from asking import refused as stage_error
 from filelock import FileLock, Timeout
-from pictures import encoded, jpeg
+from run_stage import config_of, run_of, run_stage, stage_error
+from sample_images import encoded, jpeg
 from torchvision.datasets import imagenet
 
 from hpc_imagenet.cluster.dist_env import DistEnv

@@ -15,10 +15,8 @@ from pathlib import Path
 import killing
 import psutil
 import pytest
-from asking import ask as run_stage
-from asking import run_of
-from door import eventually
-from door import lives as is_alive
+from command_line import eventually, is_alive
+from run_stage import run_of, run_stage
 from test_process import config_with_archives as _config_with_archives
 from test_process import dataset, dataset_bytes, write_small
 

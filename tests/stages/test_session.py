@@ -19,7 +19,7 @@ from unittest import mock
 
 import pytest
 import yaml
-from door import Door, eventually
+from command_line import Cli, eventually
 from servers import credentials, rclone, sshd
 
 import hpc_imagenet
@@ -57,24 +57,24 @@ def api(url: str, path: str = "/api/contents") -> str:
 
 
 @pytest.fixture
-def bucket(door: Door) -> Iterator[str]:
+def bucket(cli: Cli) -> Iterator[str]:
     """A datastore.url in a bucket that the submitted jobs can access as well."""
-    (door.cwd / "bucket").mkdir()
-    with rclone(door.cwd) as endpoint, pytest.MonkeyPatch.context() as patch:
+    (cli.cwd / "bucket").mkdir()
+    with rclone(cli.cwd) as endpoint, pytest.MonkeyPatch.context() as patch:
         credentials(patch, endpoint)
-        door.env |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        cli.env |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         yield "datastore.url=s3://bucket/stores"
 
 
 @pytest.mark.slow
-def test_session_is_connected_paused_and_resumed_with_other_settings(door: Door, bucket: str) -> None:
+def test_session_is_connected_paused_and_resumed_with_other_settings(cli: Cli, bucket: str) -> None:
     for words in (["+stage=download"], ["+stage=process"], ["+stage=upload"], ["+stage=upload", bucket]):
-        door(*words, "dataset=digits", "cluster=foreground")
-    output = door.process(*SESSION, "session.datastore=digits", "wait=true").stdout
+        cli(*words, "dataset=digits", "cluster=foreground")
+    output = cli.process(*SESSION, "session.datastore=digits", "wait=true").stdout
     url = browser_url(output)
 
     def session_row() -> dict[str, Any]:
-        (row,) = [row for row in door.jobs() if row["stage"] == "session"]
+        (row,) = [row for row in cli.jobs() if row["stage"] == "session"]
         return row
 
     row = session_row()
@@ -91,44 +91,44 @@ def test_session_is_connected_paused_and_resumed_with_other_settings(door: Door,
     written = [path for path in written if path.suffix != ".tmp"]  # temporary files
     assert [path for path in written if token.encode() in path.read_bytes()] == [folder / "token"]
     for words in (["jobs"], ["jobs", "--json"], ["logs", run]):
-        assert token not in door(*words).stdout
+        assert token not in cli(*words).stdout
     assert (
         token not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     )
 
     names = {entry["name"] for entry in json.load(urllib.request.urlopen(api(url)))["content"]}
     assert {"prototype.ipynb", "datastore"} <= names
-    assert (folder / "notebooks/datastore").resolve() == door.workspace / "datastores/digits/v1"
+    assert (folder / "notebooks/datastore").resolve() == cli.workspace / "datastores/digits/v1"
     (folder / "notebooks/mine.txt").write_text("kept")
     (folder / "notebooks/prototype.ipynb").write_text("{}")
 
     # Jobs submitted from a session do not wait for its end.
-    door("+stage=download", "dataset=digits", "dataset.name=more", "cluster=local", "wait=true")
-    assert door.states()[4:] == ["running", "finished"]
+    cli("+stage=download", "dataset=digits", "dataset.name=more", "cluster=local", "wait=true")
+    assert cli.states()[4:] == ["running", "finished"]
 
-    with mock.patch.dict(os.environ, door.env, clear=True):
+    with mock.patch.dict(os.environ, cli.env, clear=True):
         # The minutes left may change between the two calls.
-        eventually(lambda: hpc_imagenet.command("connect", "ana") == door("connect", "ana").stdout)
+        eventually(lambda: hpc_imagenet.command("connect", "ana") == cli("connect", "ana").stdout)
         assert hpc_imagenet.submit(" ".join([*SESSION, "wait=true"]))[0].id == run  # returns while it runs
 
-    assert "already running" in door(*SESSION).stdout
-    assert "pause it first" in door.refused("resume", run, "session.time=30")
-    assert door("pause", "ana").stdout.startswith("paused")
+    assert "already running" in cli(*SESSION).stdout
+    assert "pause it first" in cli.refused("resume", run, "session.time=30")
+    assert cli("pause", "ana").stdout.startswith("paused")
     row = session_row()
     assert (row["state"], row["reason"]) == ("cancelled", "paused: resume restarts it")
     eventually(lambda: closed(url))
-    assert "has ended" in door("connect", run, code=2).stderr
+    assert "has ended" in cli("connect", run, code=2).stderr
 
-    changes = ("session.time=5", bucket, f"cluster.scratch={door.cwd}/scratch")
-    done = door.process("resume", run, *changes, "wait=true")
+    changes = ("session.time=5", bucket, f"cluster.scratch={cli.cwd}/scratch")
+    done = cli.process("resume", run, *changes, "wait=true")
     output = done.stdout
     assert re.search(r"fetching digits@v1 to this node, \d+%", done.stderr)
     fetched = (folder / "notebooks/datastore").resolve()
-    assert fetched.is_relative_to(door.cwd / "scratch")
+    assert fetched.is_relative_to(cli.cwd / "scratch")
     assert DatasetReader(fetched).manifest.images == 1797
     assert not [path for path in fetched.rglob("*") if path.is_file() and path.stat().st_mode & 0o222]
-    eventually(lambda: "warning" in door("connect", run).stdout)
-    assert re.search(r"this session ends in [1-5] minutes?, at ", door("connect", run).stdout)
+    eventually(lambda: "warning" in cli("connect", run).stdout)
+    assert re.search(r"this session ends in [1-5] minutes?, at ", cli("connect", run).stdout)
     eventually(lambda: bool(re.match(r"ends soon: 0:0[0-4] h left", session_row()["progress"]["note"])))
     assert (folder / "notebooks/mine.txt").read_text() == "kept"
     assert (folder / "notebooks/prototype.ipynb").read_text() == "{}"
@@ -138,47 +138,45 @@ def test_session_is_connected_paused_and_resumed_with_other_settings(door: Door,
     assert frozen["session"]["time"] == 5
     assert frozen["datastore"]["version"] == 1
     assert session_row()["attempt"] == 2
-    door("cancel", run)
+    cli("cancel", run)
 
-    door("datastores", "delete", "digits@v1", "--yes", bucket)
-    door("retry", run)
+    cli("datastores", "delete", "digits@v1", "--yes", bucket)
+    cli("retry", run)
     eventually(lambda: session_row()["state"] == "failed", 60)
     assert re.match(r"\S+ cannot use datastore digits: no datastore digits in s3://", session_row()["reason"])
     assert not (folder / "notebooks/datastore").is_symlink()
 
 
 @pytest.mark.slow
-def test_datastore_on_an_ssh_host_is_fetched_to_the_node(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    with sshd(door.cwd) as shell:
+def test_datastore_on_an_ssh_host_is_fetched_to_the_node(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sshd(cli.cwd) as shell:
         monkeypatch.setenv("RSYNC_RSH", shell)
-        door.env["RSYNC_RSH"] = shell
-        url = f"datastore.url=there:{door.cwd}/stores"
+        cli.env["RSYNC_RSH"] = shell
+        url = f"datastore.url=there:{cli.cwd}/stores"
         for words in (["+stage=download"], ["+stage=process"], ["+stage=upload", url]):
-            door(*words, "dataset=digits", "cluster=foreground")
-        error = door.refused(*SESSION, "session.datastore=digits", url)
+            cli(*words, "dataset=digits", "cluster=foreground")
+        error = cli.refused(*SESSION, "session.datastore=digits", url)
         assert (
-            f"is stored at there:{door.cwd}/stores, where files cannot be linked: set cluster.scratch=FOLDER"
+            f"is stored at there:{cli.cwd}/stores, where files cannot be linked: set cluster.scratch=FOLDER"
             in error
         )
-        words = [*SESSION, "session.datastore=digits", url, f"cluster.scratch={door.cwd}/scratch"]
-        (config,) = compose([*words, f"workspace={door.workspace}"])
-        link = door.cwd / "datastore"
-        variables = session._link_datastore(config, link, Progress(Run(door.cwd)))
+        words = [*SESSION, "session.datastore=digits", url, f"cluster.scratch={cli.cwd}/scratch"]
+        (config,) = compose([*words, f"workspace={cli.workspace}"])
+        link = cli.cwd / "datastore"
+        variables = session._link_datastore(config, link, Progress(Run(cli.cwd)))
     assert variables == {
         "HPC_IMAGENET_DATASTORE": str(link),
-        "HPC_IMAGENET_DATASTORE_URL": f"there:{door.cwd}/stores",
+        "HPC_IMAGENET_DATASTORE_URL": f"there:{cli.cwd}/stores",
     }
-    assert link.resolve().is_relative_to(door.cwd / "scratch")
+    assert link.resolve().is_relative_to(cli.cwd / "scratch")
     assert DatasetReader(link).manifest.images == 1797
 
 
 @pytest.mark.parametrize("create", [Path.touch, Path.mkdir])
-def test_user_file_named_datastore_is_kept(
-    door: Door, tmp_path: Path, create: Callable[[Path], None]
-) -> None:
+def test_user_file_named_datastore_is_kept(cli: Cli, tmp_path: Path, create: Callable[[Path], None]) -> None:
     create(tmp_path / "datastore")
     for words in ((), ("session.datastore=digits",)):
-        (config,) = compose([*SESSION, *words, f"workspace={door.workspace}"])
+        (config,) = compose([*SESSION, *words, f"workspace={cli.workspace}"])
         with (
             pytest.raises(UserError, match="was not created by this session: rename it")
             if words
@@ -189,13 +187,13 @@ def test_user_file_named_datastore_is_kept(
 
 
 @pytest.mark.slow
-def test_too_few_gpus_are_reported_in_one_line(door: Door) -> None:
-    door(*SESSION, "session.gpus=64")
-    door.until("failed")
-    assert re.fullmatch(r"session\.gpus=64, but \S+ has \d+ available: .*", door.jobs()[0]["reason"])
+def test_too_few_gpus_are_reported_in_one_line(cli: Cli) -> None:
+    cli(*SESSION, "session.gpus=64")
+    cli.until("failed")
+    assert re.fullmatch(r"session\.gpus=64, but \S+ has \d+ available: .*", cli.jobs()[0]["reason"])
 
 
-def test_invalid_session_settings_are_refused(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_session_settings_are_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for setting, message in (
         ("session.datastore=nothing", "no datastore nothing"),
         ("session.time=0", "session.time=0 is too small"),
@@ -204,21 +202,21 @@ def test_invalid_session_settings_are_refused(door: Door, monkeypatch: pytest.Mo
         ("session.port=80", "session.port=80 is not between 1024 and 65535"),
         ("session.name=a/b", "session.name=a/b is not a folder name"),
     ):
-        assert message in door.refused(*SESSION[:3], setting)
+        assert message in cli.refused(*SESSION[:3], setting)
     monkeypatch.setattr(session_stage, "find_spec", lambda name: None)
-    assert "pip install -c constraints.txt -e '.[session]'" in door.refused(*SESSION)
+    assert "pip install -c constraints.txt -e '.[session]'" in cli.refused(*SESSION)
 
 
-def test_session_commands_refuse_other_runs(door: Door) -> None:
+def test_session_commands_refuse_other_runs(cli: Cli) -> None:
     info = {"stage": "download", "label": "download-digits"}
-    RunStore(door.workspace).create("c0ffee00-download-digits", {}, info)
+    RunStore(cli.workspace).create("c0ffee00-download-digits", {}, info)
     for command in ("connect", "pause", "resume"):
-        assert "is not a session" in door.refused(command, "download-digits")
+        assert "is not a session" in cli.refused(command, "download-digits")
 
 
-def test_session_signature_depends_only_on_its_name(door: Door) -> None:
+def test_session_signature_depends_only_on_its_name(cli: Cli) -> None:
     def planned_run(*words: str) -> str:
-        output = door(*SESSION, *words, "dry_run=true").stdout
+        output = cli(*SESSION, *words, "dry_run=true").stdout
         return output.split("\n\n")[1].split()[0]
 
     assert planned_run() == planned_run("session.time=10", "session.gpus=2", "seed=3", "model=vgg11")

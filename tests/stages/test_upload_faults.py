@@ -15,7 +15,7 @@ import pytest
 import servers
 from faulty_s3 import KINDS, Faults, proxy, response
 from relay import Relay
-from remote_house import Workspace
+from remote_workspace import Workspace
 
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import s3_upload

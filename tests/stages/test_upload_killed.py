@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from remote_house import Workspace
+from remote_workspace import Workspace
 
 from hpc_imagenet.datastore import versions
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import servers
-from remote_house import Workspace
+from remote_workspace import Workspace
 
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import ssh_backend, ssh_connection

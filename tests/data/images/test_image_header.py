@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import io
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sample_images import encoded, jpeg
+
+from hpc_imagenet.data.images import image_header
+from hpc_imagenet.data.images.image_header import (
+    CMYK,
+    CORRUPT,
+    GREY,
+    OTHER,
+    PNG,
+    PROGRESSIVE,
+    ROTATED,
+    ImageInfo,
+)
+
+
+def exif(orientation: int, byte_order: str) -> bytes:
+    """Return the body of an Exif segment that has only an orientation."""
+    little = byte_order == "little"
+    number = lambda value, size: value.to_bytes(size, byte_order)  # type: ignore[arg-type]  # noqa: E731
+    entry = number(0x0112, 2) + number(3, 2) + number(1, 4) + number(orientation, 2) + bytes(2)
+    return b"Exif\0\0" + (b"II*\0" if little else b"MM\0*") + number(8, 4) + number(1, 2) + entry + bytes(4)
+
+
+KINDS = [
+    (encoded(), 0),
+    (encoded(mode="L"), GREY),
+    (encoded(mode="CMYK"), CMYK),
+    (encoded(progressive=True), PROGRESSIVE),
+    (encoded(progressive=True, mode="L"), PROGRESSIVE | GREY),
+    (encoded("PNG"), PNG),
+    (encoded("PNG", mode="L"), PNG | GREY),
+    (encoded("BMP"), OTHER),
+    (encoded("WEBP"), OTHER),
+    (encoded(exif=exif(6, "little")), ROTATED),
+    (encoded(exif=exif(3, "big")), ROTATED),
+    (encoded(exif=exif(1, "big")), 0),
+]
+
+
+@pytest.mark.parametrize(("data", "flags"), KINDS)
+def test_inspect_returns_size_and_flags(data: bytes, flags: int) -> None:
+    assert image_header.inspect(data) == ImageInfo(16, 12, flags)
+    assert image_header.decode_error(data) == ""
+
+
+@pytest.mark.parametrize(("data", "flags"), KINDS)
+def test_decode_info_agrees_with_inspect(data: bytes, flags: int) -> None:
+    assert image_header._decode_info(data) == ImageInfo(16, 12, flags)
+
+
+def test_peek_needs_only_the_first_bytes_of_a_plain_jpeg() -> None:
+    data = jpeg(random.Random(1), 1500)
+    assert image_header.peek(data[: image_header.HEAD], data[-2:]) == image_header.inspect(data)
+
+
+def test_long_jpeg_header_needs_the_whole_image() -> None:
+    data = jpeg(random.Random(1), 200_000)
+    assert image_header.peek(data[: image_header.HEAD], data[-2:]) is None
+    with Image.open(io.BytesIO(data)) as image:
+        assert image_header.inspect(data) == ImageInfo(*image.size, 0)
+
+
+def test_bytes_after_the_end_marker_are_not_corrupt() -> None:
+    image_bytes = jpeg(random.Random(1))
+    for extra in (b"\0", b"\r\n" * 100, b"\0" * 9000):
+        assert not image_header.inspect(image_bytes + extra).flags & CORRUPT
+
+
+def test_jpeg_without_end_marker_is_decoded() -> None:
+    image_bytes = encoded(size=(64, 64))
+    assert image_header.inspect(image_bytes[:-2]).flags & CORRUPT == (
+        CORRUPT if image_header.decode_error(image_bytes[:-2]) else 0
+    )
+    assert image_header.inspect(image_bytes[: len(image_bytes) // 2]) == ImageInfo(0, 0, CORRUPT)
+    assert image_header.decode_error(image_bytes[: len(image_bytes) // 2])
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"x", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"\x89PNG\r\n\x1a\n", b"<html>"]
+)
+def test_non_images_are_corrupt(data: bytes) -> None:
+    assert image_header.inspect(data) == ImageInfo(0, 0, CORRUPT)
+    assert image_header.decode_error(data)
+
+
+@given(st.binary(max_size=300), st.sampled_from([data for data, _ in KINDS]), st.integers(0, 700))
+def test_inspect_accepts_arbitrary_bytes(noise: bytes, data: bytes, offset: int) -> None:
+    damaged = data[:offset] + noise + data[offset + len(noise) :]
+    info = image_header.inspect(damaged)
+    assert 0 <= info.width <= 65535
+    assert isinstance(image_header.decode_error(damaged), str)
+    if not info.flags & CORRUPT:
+        assert info.width > 0

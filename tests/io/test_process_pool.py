@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_images import jpeg
+
+from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scan
+from hpc_imagenet.data.ilsvrc.devkit import read_devkit
+from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.io import process_pool
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def fail_on_three(number: int) -> int:
+    if number == 3:
+        raise UserError("three")
+    return number
+
+
+def kill_self(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_one_worker_runs_in_this_process() -> None:
+    pids = process_pool.map_in_order(lambda _: os.getpid(), [1, 2], 1)
+    assert list(pids) == [os.getpid()] * 2
+    assert list(process_pool.map_in_order(double, [], 4)) == []
+
+
+@pytest.mark.slow
+def test_map_in_order_keeps_the_order() -> None:
+    assert list(process_pool.map_in_order(double, range(20), 2)) == [2 * i for i in range(20)]
+
+
+@pytest.mark.slow
+def test_worker_errors_are_raised_in_the_parent() -> None:
+    with pytest.raises(UserError, match="three"):
+        list(process_pool.map_in_order(fail_on_three, range(8), 2))
+    with pytest.raises(UserError, match=r"process\.workers"):
+        list(process_pool.map_in_order(kill_self, range(8), 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [scan.HEADER, scan.DECODE])
+def test_parallel_scan_equals_serial_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
+    bits = random.Random(1)
+    synsets = [Synset(i + 1, f"n{i}", "x") for i in range(4)]
+    train, val, kit = (tmp_path / name for name in ("train.tar", "val.tar", "kit.tar.gz"))
+    ilsvrc_writer.write_train(train, [(s.wnid, [jpeg(bits, 900) for _ in range(5)]) for s in synsets])
+    ilsvrc_writer.write_val(val, [jpeg(bits) for _ in range(9)])
+    ilsvrc_writer.write_devkit(kit, synsets, [1] * 9)
+    devkit = read_devkit(kit)
+    monkeypatch.setattr(scan, "_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(scan, "_DECODE_CHUNK", 4)
+    serial_scan, parallel_scan = (
+        scan.scan(train, val, devkit, check=check, workers=workers) for workers in (1, 2)
+    )
+    for split in scan.SPLITS:
+        for expected, parallel in zip(
+            (serial_scan.splits, serial_scan.facts, serial_scan.names),
+            (parallel_scan.splits, parallel_scan.facts, parallel_scan.names),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(expected[split], parallel[split])

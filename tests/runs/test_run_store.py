@@ -1,0 +1,405 @@
+"""The run store: attempts and outcomes under concurrency, states of runs, listings of runs."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import pwd
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+from command_line import Cli
+from filelock import FileLock
+
+from hpc_imagenet.cluster import gpus
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.demo import digits
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.io import atomic_files
+from hpc_imagenet.launch import local_queue, task
+from hpc_imagenet.launch.local_worker import Worker
+from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.launch.states import state, states
+from hpc_imagenet.launch.submission import cancel_run, plan_actions
+from hpc_imagenet.report import jobs_table, leaderboard, logs
+from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Run, RunStore
+from hpc_imagenet.stages import download
+
+
+def run_concurrently(function: Callable[[int], object], times: int = 16) -> list[object]:
+    with ThreadPoolExecutor(times) as pool:
+        return list(pool.map(function, range(times)))
+
+
+def create_run(store: RunStore, *overrides: str) -> Run:
+    (job,) = make_plan(
+        compose(["dataset=digits", f"workspace={store.folder.parent}", *overrides]), lambda _: None
+    )
+    info = {"stage": job.stage, "label": job.label, "model": job.model, "needs": []}
+    return store.create(job.run_id, job.frozen(), info)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_write_json_once_has_one_winner_among_concurrent_writers(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EPERM, "no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    won = run_concurrently(lambda i: atomic_files.write_json_once(tmp_path / "x.json", i))
+    assert won.count(True) == 1
+    assert atomic_files.read_json(tmp_path / "x.json") == won.index(True)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_atomic_write_keeps_the_old_file_after_an_exception(tmp_path: Path) -> None:
+    atomic_files.write_json(tmp_path / "x.json", 1)
+
+    def fail_halfway() -> None:
+        with atomic_files.atomic_write(tmp_path / "x.json") as file:
+            file.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert atomic_files.read_json(tmp_path / "x.json") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_file_modes_follow_the_umask_which_is_never_set(tmp_path: Path) -> None:
+    """The umask belongs to the process: setting it would change the modes of files of other threads."""
+    real, before = os.umask, os.umask(0o027)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(os, "umask")
+            atomic_files.write_json(tmp_path / "x.json", 1)
+            with atomic_files.atomic_write(tmp_path / "y", secret=True):
+                pass
+            digits.write_digits(tmp_path / "digits")
+    finally:
+        real(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"x.json": 0o640, "y": 0o600, "digits": 0o750}
+
+
+def test_concurrent_attempts_get_different_numbers(tmp_path: Path) -> None:
+    run = RunStore(tmp_path).run("00000000-x")
+    numbers = run_concurrently(lambda _: run.new_attempt().number)
+    assert sorted(map(int, map(str, numbers))) == list(range(1, 17))
+    (run.folder / "attempts" / ".nfs0001").touch()  # as file systems leave them
+    assert [attempt.number for attempt in run.attempts()] == list(range(1, 17))
+
+
+def test_first_outcome_of_an_attempt_is_kept(tmp_path: Path) -> None:
+    attempt = RunStore(tmp_path).run("00000000-x").new_attempt()
+    assert attempt.end(CANCELLED, "by hand")
+    assert not attempt.end(FINISHED)
+    assert attempt.outcome is not None
+    assert attempt.outcome.state == CANCELLED
+
+
+def test_frozen_config_round_trips_through_yaml(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path), "seed=7")
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["seed"] == 7
+    assert run.config().seed == 7
+    assert run.config().recipe == compose(["dataset=digits"])[0].recipe
+
+
+def test_run_is_found_by_a_unique_prefix_of_id_or_label(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    first, second = create_run(store, "model=resnet18"), create_run(store, "model=resnet18", "seed=1")
+    other = create_run(store, "model=resnet50")
+    assert store.find(first.id).id == first.id
+    assert store.find(first.id[:6]).id == first.id
+    assert store.find("resnet50").id == other.id
+    with pytest.raises(UserError, match=f"{second.id}|{first.id}"):
+        store.find("resnet18")
+    with pytest.raises(UserError, match="no run nowhere"):
+        store.find("nowhere")
+
+
+def test_run_that_is_being_submitted_is_not_submitted_again(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    plan = make_plan(compose(["dataset=digits", f"workspace={tmp_path}"]), lambda _: None)
+
+    def actions() -> list[tuple[str, str]]:
+        state_of = states([store.run(name) for job in plan for name in (job.run_id, *job.needs)])
+        return [(job.run_id, action) for job, action, _ in plan_actions(plan, store, state_of)]
+
+    (job,) = plan
+    assert actions() == [(job.run_id, "submitted")]
+    run = create_run(store)
+    assert actions() == [(run.id, "active")]
+    os.utime(run.folder, (1, 1))  # the submission was interrupted
+    assert actions() == [(run.id, "submitted")]
+
+
+def test_states_without_an_outcome(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path))
+    assert state(run).name == QUEUED  # the folder exists, and another process may be submitting it
+    with pytest.raises(UserError, match="is being submitted: try again in a moment"):
+        cancel_run(run)
+    os.utime(run.folder, (1, 1))
+    assert (state(run).name, "never submitted" in state(run).reason) == (FAILED, True)
+    assert not state(RunStore(tmp_path).run("00000000-absent")).active
+    attempt = run.new_attempt()
+    assert state(run).name == QUEUED  # it may be submitted in a moment
+    os.utime(attempt.folder, (1, 1))
+    assert (state(run).name, "interrupted" in state(run).reason) == (FAILED, True)
+    attempt.submit("local", host=socket.gethostname())
+    assert state(run).name == QUEUED
+    local_queue.record_process(attempt)
+    assert state(run).name == RUNNING
+    process = json.loads((attempt.folder / "process.json").read_text())
+    atomic_files.write_json(attempt.folder / "process.json", {**process, "born": 1.0})
+    assert (state(run).name, "without an outcome" in state(run).reason) == (FAILED, True)
+    attempt.end(FINISHED, result={"top1": 0.5})
+    assert state(run).name == FINISHED
+    assert run.new_attempt().number == 2
+    assert state(run).name == QUEUED
+
+
+def test_attempt_of_another_running_process_is_not_started_again(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path))
+    attempt = run.new_attempt()
+    attempt.start(**local_queue.process_identity(os.getpid()))
+    child = [sys.executable, "-m", "hpc_imagenet.launch.task", str(run.folder), "1"]
+    done = subprocess.run(child, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"another process (pid {os.getpid()}) already runs this attempt" in done.stderr
+    assert attempt.started["pid"] == os.getpid()
+    assert attempt.outcome is None
+
+
+def test_stage_that_meets_a_file_of_another_user_ends_with_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, file = create_run(RunStore(tmp_path / "workspace"), "+stage=download"), tmp_path / "data.tar"
+    attempt, owner = run.new_attempt(), pwd.getpwuid(os.geteuid()).pw_name
+    file.touch()
+    error = PermissionError(errno.EACCES, "Permission denied", str(file))
+    monkeypatch.setattr(download, "run", mock.Mock(side_effect=error))
+    with (
+        mock.patch.object(os, "access", return_value=False),
+        mock.patch.object(os, "geteuid", return_value=file.stat().st_uid + 1),
+        pytest.raises(PermissionError),
+    ):
+        task.run_task(run.folder, attempt.number)
+    assert attempt.outcome is not None
+    assert attempt.outcome.reason == (
+        f"{file}: permission denied; it is owned by {owner}: have {owner} grant you access"
+    )
+
+
+def as_of_another_version(run: Run) -> str:
+    """Remove the format from run.json and return the one line with which the run must be refused."""
+    info = {key: value for key, value in run.info.items() if key != "format"}
+    atomic_files.write_json(run.folder / "run.json", info)
+    return (
+        f"{run.id} was made by another version of this package, so it cannot be continued: "
+        f"delete the folder {run.folder}, or use another workspace="
+    )
+
+
+@pytest.mark.parametrize("outcome", [FAILED, FINISHED])
+def test_run_of_another_version_is_refused_by_submission_and_retry(cli: Cli, outcome: str) -> None:
+    words = ("+stage=download", "dataset=digits")
+    run = create_run(RunStore(cli.workspace), *words, "cluster=local")
+    run.new_attempt().end(outcome, "before")
+    line = as_of_another_version(run)
+    assert cli.refused(*words, "cluster=local") == f"error: {line}"
+    assert cli.refused(*words, "cluster=local", "dry_run=true") == f"error: {line}"
+    assert cli.refused("retry", run.id) == f"error: {line}"
+    assert len(run.attempts()) == 1
+    assert cli.states() == [outcome]
+    assert run.id in cli("jobs").stdout
+    assert "before" in cli("logs", run.id).stderr
+    assert f"already {outcome}" in cli("cancel", run.id).stdout
+    cli("report")
+
+
+def test_session_of_another_version_is_not_resumed(cli: Cli) -> None:
+    run = create_run(RunStore(cli.workspace), "+stage=session", "cluster=local")
+    run.new_attempt().end(CANCELLED, "paused")
+    line = as_of_another_version(run)
+    assert cli.refused("resume", run.id) == f"error: {line}"
+
+
+def test_queued_run_of_another_version_can_be_cancelled(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path))
+    attempt = run.new_attempt()
+    attempt.submit("local", host=socket.gethostname())
+    as_of_another_version(run)
+    assert cancel_run(run).name == QUEUED
+    assert state(run).name == CANCELLED
+
+
+def test_job_of_another_version_ends_with_the_refusal(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path), "+stage=download")
+    attempt, line = run.new_attempt(), as_of_another_version(run)
+    with pytest.raises(SystemExit) as end:
+        task.run_task(run.folder, attempt.number)
+    assert end.value.code == 1
+    assert attempt.outcome is not None
+    assert attempt.outcome.reason == line
+    assert not attempt.started
+
+
+def test_worker_does_not_start_a_run_of_another_version(tmp_path: Path) -> None:
+    run = RunStore(tmp_path).create("0-x", {"cluster": {"unknown": 1}}, {"stage": "download"})
+    attempt, line = run.new_attempt(), as_of_another_version(run)
+    local_queue.enqueue(RunStore(tmp_path), [(run, attempt)])
+    assert not Worker(RunStore(tmp_path)).step()
+    assert attempt.outcome is not None
+    assert attempt.outcome.reason == line
+
+
+def test_job_of_another_host_is_as_last_recorded_and_cannot_be_cancelled(tmp_path: Path) -> None:
+    run = create_run(RunStore(tmp_path))
+    attempt = run.new_attempt()
+    attempt.submit("local", host="elsewhere")
+    assert state(run).name == QUEUED
+    attempt.start()
+    assert (state(run).name, "elsewhere" in state(run).reason) == (RUNNING, True)
+    with pytest.raises(UserError, match="runs on elsewhere: cancel it there"):
+        cancel_run(run)
+    assert attempt.outcome is None  # the job keeps running and writes its own outcome
+    queued = run.new_attempt()
+    queued.submit("local", host="elsewhere")
+    cancel_run(run)
+    assert queued.outcome
+
+
+def test_follow_logs_waits_for_the_rest_of_a_multibyte_character(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create_run(RunStore(tmp_path))
+    attempt = run.new_attempt()
+    attempt.submit("local", host="elsewhere")
+    log, written = attempt.folder / "1_0_log.out", "größer\n".encode()
+    log.write_bytes(written[:3])
+
+    def write_rest(_: float) -> None:
+        log.write_bytes(written)
+        attempt.end(FINISHED)
+
+    monkeypatch.setattr(logs.time, "sleep", write_rest)
+    logs.show_logs(run, follow=True)
+    assert capsys.readouterr().out == "größer\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "expected"),
+    [
+        (None, (), []),
+        (None, (3,), ["0"]),  # a container with only this device
+        (None, (0, 1, 10), ["0", "1", "2"]),
+        ("2,0", (), ["2", "0"]),
+        ("GPU-1a2b, MIG-3c", (0,), ["GPU-1a2b", "MIG-3c"]),
+        ("", (0,), []),
+        ("1,-1,2", (0,), ["1"]),
+        ("NoDevFiles", (0,), []),
+    ],
+)
+def test_available_gpus_are_those_visible_to_cuda(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    devices: tuple[int, ...],
+    expected: list[str],
+) -> None:
+    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
+    for name in (*(f"nvidia{number}" for number in devices), "nvidiactl"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus.available_gpus() == expected
+
+
+def test_concurrent_checks_for_a_worker_do_not_see_each_other(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    assert not local_queue.is_worker_alive(store)
+    lock = local_queue.queue_folder(store) / "worker.lock"
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        assert local_queue.is_worker_alive(store)
+    real = fcntl.flock
+
+    def meanwhile(*arguments: int) -> None:
+        real(*arguments)
+        with mock.patch.object(fcntl, "flock", real):
+            assert not local_queue.is_worker_alive(store)
+
+    with mock.patch.object(fcntl, "flock", meanwhile):
+        assert not local_queue.is_worker_alive(store)
+
+
+def test_progress_is_throttled_but_the_last_step_is_written(tmp_path: Path) -> None:
+    progress = Progress(Run(tmp_path), every=3600)
+    for done in range(11):
+        progress(done, 10, "images", "note")
+    written = atomic_files.read_json(tmp_path / "progress.json")
+    assert written is not None
+    assert (written["done"], written["total"], written["unit"]) == (10, 10, "images")
+    assert written["rate"] > 0
+
+
+def test_job_rows_and_leaderboard(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    for seed, top1 in enumerate((0.5, None, 0.9)):
+        attempt = create_run(store, f"seed={seed}").new_attempt()
+        attempt.submit("local", host=socket.gethostname())
+        attempt.start()
+        if top1 is not None:
+            attempt.end(FINISHED, result={"top1": top1, "images_per_second": 10.0, "seconds": 75.0})
+    rows = jobs_table.job_rows(store.all())
+    assert [row["top1"] for row in rows] == [0.5, None, 0.9]
+    assert {"run", "stage", "model", "state", "top1", "dir"} <= rows[0].keys()
+    old = store.all()[0].folder / "config.yaml"  # written by a version with other settings
+    old.write_text(old.read_text().replace("recipe:\n", "recipe:\n  gone: 1\n"))
+    board = leaderboard.leaderboard_rows(store.all())
+    assert [row["top1"] for row in board] == [0.9, 0.5, None]
+    assert [row["seed"] for row in board] == [2, 0, 1]
+    console = jobs_table.terminal()
+    with console.capture() as captured:
+        console.print(leaderboard.render_leaderboard([{**row, "dir": "/a/[b]/c"} for row in board]))
+        console.print(jobs_table.render_jobs(rows))
+    assert "90.00" in captured.get()
+    assert captured.get().count("/a/[b]/c") == 3
+    assert "1:15" in captured.get()
+
+
+def test_thousand_runs_are_listed_with_one_scan_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore(tmp_path)
+    first = create_run(store)
+    attempt = first.new_attempt()
+    attempt.end(FINISHED, result={"top1": 0.5})
+    for number in range(999):
+        folder = store.folder / f"{number:08x}-resnet18"
+        (folder / "attempts" / "1").mkdir(parents=True)
+        for name in ("run.json", "attempts/1/outcome.json"):
+            (folder / name).hardlink_to(first.folder / name)
+    scanned: list[Path] = []
+
+    def recorded(real: Callable[[Path], object]) -> Callable[[Path], object]:
+        return lambda path: scanned.append(Path(path)) or real(path)
+
+    monkeypatch.setattr(os, "listdir", recorded(os.listdir))
+    monkeypatch.setattr(os, "scandir", recorded(os.scandir))
+    assert len(jobs_table.job_rows(store.all())) == 1000
+    assert scanned.count(store.folder) == 1
