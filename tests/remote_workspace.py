@@ -9,7 +9,7 @@ from sample_dataset import make_dataset
 
 from hpc_imagenet.cli import commands
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.config.schema import Config, Dataset, Datastore, Stage, Upload
+from hpc_imagenet.config.schema import Config, Dataset, Datastore, StageSelection, Upload
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.runs.store import Run
@@ -32,7 +32,7 @@ class Workspace:
         run.folder.mkdir(parents=True, exist_ok=True)
         config = Config(
             workspace=str(self.root),
-            stage=Stage("upload", **stage),
+            stage=StageSelection("upload", **stage),
             dataset=Dataset(name=dataset),
             datastore=Datastore(name, url),
             upload=Upload(connections=4),

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
+from fake_slurm import SRUN, queue_row, write_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,19 +52,16 @@ class Reader:
         # sbatch logs its arguments and prints a job id; the queue is empty, so no job ever runs.
         # With --test-only it submits nothing.
         test_only = "[[ $* == *--test-only* ]] && exit"
-        self.stub("sbatch", f'{test_only}; echo "$@" >> {stubs}/sbatch.log; echo Submitted batch job $$')
-        self.stub("srun", "true")
-        self.stub("squeue", "true")
-        self.stub("scancel", "true")
+        write_command(
+            stubs, "sbatch", f'{test_only}; echo "$@" >> {stubs}/sbatch.log; echo Submitted batch job $$'
+        )
+        write_command(stubs, "srun", "true")
+        write_command(stubs, "squeue", "true")
+        write_command(stubs, "scancel", "true")
         self.sbatch_log = stubs / "sbatch.log"
         self.cli.env |= {"PATH": os.pathsep.join([str(stubs), str(BIN), os.environ["PATH"]])}
         for name in ("conf", "slurm"):
             shutil.copytree(ROOT / name, folder / name)
-
-    def stub(self, name: str, text: str) -> None:
-        path = self.folder / "stubs" / name
-        path.write_text(f"#!/bin/bash\n{text}\n")
-        path.chmod(0o755)
 
     def run_shell(self, command: str, cwd: Path | None = None, code: int = 0, **env: str) -> str:
         done = subprocess.run(
@@ -305,27 +303,11 @@ def test_python_examples_run(tmp_path: Path) -> None:
         reader.cli.close()
 
 
-# A stub of srun: drops its own options and runs the command as the only task, with the requested output
-# files.
-SRUN = """
-out=/dev/stdout err=/dev/stderr
-while [[ $1 == --* ]]; do
-  case $1 in
-    --output=*) out=${1#*=} ;;
-    --error=*) err=${1#*=} ;;
-  esac
-  shift
-done
-export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 SLURM_STEP_ID=0
-exec "$@" > "${out//%t/0}" 2> "${err//%t/0}"
-"""
-
-
 @pytest.mark.slow
 def test_templates_run_their_stages(tmp_path: Path) -> None:
     reader = Reader(tmp_path)
-    reader.stub("srun", SRUN)
-    reader.stub("squeue", "printf '%-48s%-24s%-12s%-12s%-160s\\n' 1 RUNNING 0 0 None")
+    write_command(reader.folder / "stubs", "srun", SRUN)
+    write_command(reader.folder / "stubs", "squeue", f"echo '{queue_row(1, 'RUNNING')}'")
     # The templates of a sweep and a session run on a real Slurm, in tests/slurm.
     assert {path.stem for path in (ROOT / "slurm").glob("*.sbatch")} == {*STAGES, "sweep", "session"}
     try:

@@ -130,3 +130,15 @@ def test_every_setting_has_a_meaning() -> None:
     rows = [line for line in settings_page.page().splitlines() if line.startswith("| `")]
     assert len(rows) > 90
     assert [row for row in rows if row.endswith("|  |")] == []
+
+
+def test_no_public_class_or_module_name_occurs_twice() -> None:
+    classes: dict[str, list[str]] = {}
+    modules: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        if path.stem not in ("__init__", "__main__") and path.parent.name != "stages":
+            modules.setdefault(path.stem, []).append(str(path))
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes.setdefault(node.name, []).append(str(path))
+    assert {name: paths for name, paths in (classes | modules).items() if len(paths) > 1} == {}

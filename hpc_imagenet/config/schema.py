@@ -27,7 +27,7 @@ OPEN_MAPPINGS = ("cluster.stage", "cluster.sbatch", "dataset.archives", "model.o
 
 
 @dataclass
-class Stage:
+class StageSelection:
     """The stage to run: one of `STAGES`; `+stage=NAME` on the command line.
 
     The process and upload stages can be split into parts, each a parallel job; a final job without a part
@@ -254,7 +254,7 @@ class Config:
     seed: int = setting(MISSING, "seed of weights, order and augmentation", minimum=0, maximum=2**32 - 1)
     wait: bool = setting(MISSING, "wait for the jobs with a live table")
     dry_run: bool = setting(MISSING, "print what would be submitted, and submit nothing")
-    stage: Stage = field(default_factory=Stage)
+    stage: StageSelection = field(default_factory=StageSelection)
     cluster: Cluster = field(default_factory=Cluster)
     dataset: Dataset = field(default_factory=Dataset)
     datastore: Datastore = field(default_factory=Datastore)

@@ -12,7 +12,7 @@ from faulty_s3 import Faults, proxy
 from sample_dataset import make_dataset
 
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.config.schema import Cluster, Config, Dataset, Datastore, Stage, Upload
+from hpc_imagenet.config.schema import Cluster, Config, Dataset, Datastore, StageSelection, Upload
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import s3_client
 from hpc_imagenet.datastore.backends.storage_backend import SupportsRangeReads
@@ -53,7 +53,7 @@ def url(backend: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run.folder.mkdir(parents=True)
     config = Config(
         workspace=str(workspace),
-        stage=Stage("upload"),
+        stage=StageSelection("upload"),
         dataset=Dataset(name="digits"),
         datastore=Datastore("digits", url),
         upload=Upload(connections=4),

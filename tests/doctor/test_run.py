@@ -12,17 +12,11 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
+from fake_slurm import SRUN, queue_row, write_command
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.doctor import probe_job, run
 from hpc_imagenet.doctor.check_result import FAIL, OK, WARN
-
-
-def row(job: object, state: str, reason: str = "None") -> str:
-    """Return a line of squeue in the format that slurm.py requests."""
-    cells = {"jobarrayid": str(job), "state": state, "reason": reason}
-    return "".join(cells.get(name, "0").ljust(width) for name, width in slurm._COLUMNS)
-
 
 # This Slurm starts every job at once, on this machine, as one task, and keeps all jobs in the queue.
 STUBS = {
@@ -38,17 +32,7 @@ echo "RUNNING_ROW" | sed s/@/$n/ > $here/queue.$n
 ( SLURM_JOB_ID=$n SLURM_CPUS_PER_TASK=1 bash $here/job.$n >> "${out//%j/$n}" 2>> "${err//%j/$n}"
   echo "COMPLETED_ROW" | sed s/@/$n/ > $here/queue.$n ) > /dev/null 2>&1 &
 echo Submitted batch job $n""",
-    "srun": """
-while [[ $1 == --* ]]; do
-  case $1 in
-    --output) out=$2; shift ;;
-    --error) err=$2; shift ;;
-  esac
-  shift
-done
-out=${out//%t/0} err=${err//%t/0}
-export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 SLURM_STEP_ID=0 SLURM_JOB_NODELIST=n1 SLURMD_NODENAME=n1
-exec "$@" >> "${out//%j/$SLURM_JOB_ID}" 2>> "${err//%j/$SLURM_JOB_ID}\"""",
+    "srun": SRUN,
     "squeue": "cat $here/queue.* 2> /dev/null || true",
     "sacct": "echo COMPLETED",
     "scancel": 'echo "$@" >> $here/cancelled',
@@ -74,11 +58,9 @@ class StubSlurm:
         self.cli = Cli(folder / "workspace", path=f"{self.folder}:{os.environ['PATH']}")
 
     def replace(self, name: str, text: str) -> None:
-        path = self.folder / name
         for state in ("RUNNING", "COMPLETED", "FAILED"):
-            text = text.replace(f"{state}_ROW", row("@", state))
-        path.write_text(f"#!/bin/bash\nhere={self.folder}\n{text}\n")
-        path.chmod(0o755)
+            text = text.replace(f"{state}_ROW", queue_row("@", state))
+        write_command(self.folder, name, text)
 
     def doctor(self, *settings: str, code: int = 0) -> dict[tuple[str, str], dict[str, str]]:
         """Return the doctor's results by (where, check)."""
@@ -186,7 +168,7 @@ def test_sbatch_refuses_after_test_only(stub: StubSlurm) -> None:
 
 @pytest.mark.slow
 def test_pending_probe_is_cancelled_at_timeout(stub: StubSlurm) -> None:
-    stub.replace("squeue", f"echo '{row(1, 'PENDING', 'Resources')}'")
+    stub.replace("squeue", f"echo '{queue_row(1, 'PENDING', 'Resources')}'")
     stub.replace("srun", "true")
     line = stub.doctor(ONE_PROBE, "--timeout=0.5", code=1)["train", "probe"]
     assert line["status"] == FAIL
@@ -197,7 +179,7 @@ def test_pending_probe_is_cancelled_at_timeout(stub: StubSlurm) -> None:
 
 
 def test_probe_that_can_never_start_is_cancelled_at_once(stub: StubSlurm) -> None:
-    stub.replace("squeue", f"echo '{row(1, 'PENDING', 'InvalidQOS')}'")
+    stub.replace("squeue", f"echo '{queue_row(1, 'PENDING', 'InvalidQOS')}'")
     stub.replace("srun", "true")
     line = stub.doctor(ONE_PROBE, "cluster.qos=fast", code=1)["train", "probe"]
     assert "change cluster.qos" in line["fix"]
@@ -307,7 +289,7 @@ def test_invalid_arguments(cli: Cli, words: tuple[str, ...], word: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_cancels_the_probe(stub: StubSlurm, number: signal.Signals) -> None:
-    stub.replace("squeue", f"echo '{row(1, 'PENDING', 'Priority')}'")
+    stub.replace("squeue", f"echo '{queue_row(1, 'PENDING', 'Priority')}'")
     stub.replace("srun", "true")
     command = [
         sys.executable,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from command_line import Cli
+from fake_slurm import write_command
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.errors import EXIT_REQUEUE
@@ -25,14 +26,8 @@ class Job:
         self.folder, self.run, self.monkeypatch = folder, run, monkeypatch
         assert run.attempt is not None
         self.attempt: Attempt = run.attempt
-        self.stub("squeue", "echo RUNNING")
-        self.stub("scontrol", f'echo "$@" >> {folder}/requeued')
-
-    def stub(self, command: str, text: str) -> None:
-        """Replace a Slurm command by a shell script."""
-        path = self.folder / command
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
+        write_command(folder, "squeue", "echo RUNNING")
+        write_command(folder, "scontrol", f'echo "$@" >> {folder}/requeued')
 
     def end(self, code: int, errors: str = "", restarts: int = 0) -> int:
         """Return the exit code of the job's script after srun ended with `code` and wrote `errors`."""
@@ -128,7 +123,7 @@ def test_failed_outcome_gives_exit_code_1_for_afterok(job: Job) -> None:
 
 @pytest.mark.parametrize("state", ["COMPLETING", "PENDING", "CANCELLED"])
 def test_job_not_running_according_to_slurm_is_left_to_slurm(job: Job, state: str) -> None:
-    job.stub("squeue", f"echo {state}")
+    write_command(job.folder, "squeue", f"echo {state}")
     assert job.end(143) == EXIT_REQUEUE
     assert job.requeued == ""
     assert job.attempt.outcome is None
@@ -141,7 +136,7 @@ def test_job_fails_after_max_requeues(job: Job) -> None:
 
 
 def test_refused_requeue_fails_with_slurms_error(job: Job) -> None:
-    job.stub("scontrol", "echo 'Requested operation not supported' >&2; exit 1")
+    write_command(job.folder, "scontrol", "echo 'Requested operation not supported' >&2; exit 1")
     assert job.end(137) == 1
     assert "not supported" in job.reason
 
@@ -157,8 +152,8 @@ def test_superseded_copy_neither_requeues_nor_fails(job: Job) -> None:
 
 
 def test_run_and_attempt_are_read_from_submitits_pickle(cli: Cli, job: Job) -> None:
-    job.stub("sbatch", "echo Submitted batch job 5")
-    job.stub("srun", "true")
+    write_command(job.folder, "sbatch", "echo Submitted batch job 5")
+    write_command(job.folder, "srun", "true")
     cli.env["PATH"] = f"{job.folder}:{cli.env['PATH']}"
     cli("+stage=download", "dataset=digits", "cluster=slurm")
     (run,) = RunStore(cli.workspace).all()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
+from fake_slurm import SBATCH, SCANCEL, SQUEUE, write_command
 
 from hpc_imagenet.api import Handle
 from hpc_imagenet.cli import connect
@@ -23,30 +24,15 @@ from hpc_imagenet.report import jobs_table, logs
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Run, RunStore
 
 
-def write_stub(folder: Path, name: str, text: str) -> None:
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-
-
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
     folder = tmp_path / "slurm-bin"
     folder.mkdir()
     slurm._reply_cache.clear()
-    # This sbatch numbers the jobs and keeps each script, and the SLURM_ variables that it would export.
-    write_stub(
-        folder,
-        "sbatch",
-        f"n=$(ls {folder} | grep -c script)\n"
-        f'cp "$1" {folder}/script.$((n + 1)); env | grep ^SLURM_ >> {folder}/env\n'
-        "echo Submitted batch job $((n + 1))",
-    )
-    write_stub(folder, "srun", "true")
-    # Columns of fixed width, as requested with --Format.
-    columns = '{printf "%-48s%-24s%-12s%-12s%-160s\\n", $1, $2, $3, $4, $5}'
-    write_stub(folder, "squeue", f"test ! -f {folder}/queue || awk -F'|' '{columns}' {folder}/queue")
-    write_stub(folder, "scancel", f'echo "$@" >> {folder}/cancelled')
+    write_command(folder, "sbatch", SBATCH)
+    write_command(folder, "srun", "true")
+    write_command(folder, "squeue", SQUEUE)
+    write_command(folder, "scancel", SCANCEL)
     return folder
 
 
@@ -89,7 +75,7 @@ def test_retry_refuses_a_foreground_run(cluster: Cli, commands: Path) -> None:
 
 def test_foreground_task_gets_the_cpus_of_its_allocation(cluster: Cli, commands: Path) -> None:
     """Since 22.05 srun reads SRUN_CPUS_PER_TASK; without it each task gets one CPU."""
-    write_stub(commands, "srun", f"env > {commands}/srun-env")
+    write_command(commands, "srun", f"env > {commands}/srun-env")
     cluster.env |= {"SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "7"}
     cluster("+stage=download", "dataset=digits", "cluster=foreground", code=1)
     assert "SRUN_CPUS_PER_TASK=7\n" in (commands / "srun-env").read_text()
@@ -151,7 +137,9 @@ def test_dry_run_prints_sbatch_scripts_and_submits_nothing(cluster: Cli, command
 
 
 def test_sbatch_error_is_one_line_and_fails_all_jobs(cluster: Cli, commands: Path) -> None:
-    write_stub(commands, "sbatch", "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1")
+    write_command(
+        commands, "sbatch", "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1"
+    )
     done = cluster("+stage=pipeline", "dataset=digits", "cluster=slurm", code=2)
     (line,) = done.stderr.strip().splitlines()
     assert line == "error: sbatch refused download-digits: invalid partition specified: nowhere"
@@ -206,7 +194,7 @@ def test_dependency_on_a_local_run_fails_the_jobs_not_yet_submitted(cluster: Cli
 def test_a_submission_and_a_retry_query_slurm_once(cluster: Cli, commands: Path) -> None:
     words = ("-m", "+stage=pipeline", "dataset=digits", "cluster=slurm", "seed=0,1")
     squeue = (commands / "squeue").read_text().removeprefix("#!/bin/sh\n")
-    write_stub(commands, "squeue", f"echo query >> {commands}/queries\n{squeue}")
+    write_command(commands, "squeue", f"echo query >> {commands}/queries\n{squeue}")
 
     def queries() -> int:
         path = commands / "queries"
@@ -302,7 +290,7 @@ def test_jobs_that_left_the_queue_are_queried_from_sacct(
 ) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
     (commands / "queue").write_text("1|RUNNING|0|0|None\n")
-    write_stub(commands, "sacct", "echo '2|OUT_OF_MEMORY|0:125'; echo '3|RUNNING|0:0'")
+    write_command(commands, "sacct", "echo '2|OUT_OF_MEMORY|0:125'; echo '3|RUNNING|0:0'")
     found = slurm.query_jobs(["1", "2", "3"])
     assert found["1"].state == RUNNING
     assert found["2"] == slurm.JobStatus(FAILED, "Slurm: out of memory (exit code 0:125)")
@@ -311,13 +299,13 @@ def test_jobs_that_left_the_queue_are_queried_from_sacct(
 
 def test_jobs_are_not_ended_while_slurm_does_not_answer(cluster: Cli, commands: Path) -> None:
     cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
-    write_stub(
+    write_command(
         commands, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
     )
     rows = cluster.jobs()
     assert {row["state"] for row in rows} == {"queued"}
     assert "Unable to contact" in rows[0]["reason"]
-    write_stub(commands, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    write_command(commands, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert set(cluster.states()) == {"failed"}
 
 
@@ -350,7 +338,7 @@ def test_long_polling_queries_slurm_rarely_and_reads_outcomes_at_every_tick(
     wait: Callable[[Run], object], commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
-    write_stub(commands, "squeue", f"echo query >> {commands}/queries; cat {commands}/answer")
+    write_command(commands, "squeue", f"echo query >> {commands}/queries; cat {commands}/answer")
     row = ("12", "PENDING", "0", "0", "Priority")
     widths = [width for _, width in slurm._COLUMNS]
     (commands / "answer").write_text(

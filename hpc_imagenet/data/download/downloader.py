@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpc_imagenet.data.download import receipt
+from hpc_imagenet.data.download.download_retry import MAX_RETRY_AFTER, DownloadRetry
 from hpc_imagenet.data.download.expected import ExpectedArchive, check_complete, check_first_bytes, quarantine
 from hpc_imagenet.data.download.file_type import is_html
 from hpc_imagenet.data.download.partial_file import PartialFile, allocated_bytes
 from hpc_imagenet.data.download.range_scheduler import RangeClaim, RangeScheduler
 from hpc_imagenet.data.download.rate_limit import RateLimiter
-from hpc_imagenet.data.download.retry import MAX_RETRY_AFTER, DownloadRetry
 from hpc_imagenet.data.download.streaming_hash import StreamingHash
 from hpc_imagenet.data.sources.range_source import (
     ContentChanged,
