@@ -30,7 +30,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the longest tests first if several processes share the tests."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: _share(item.nodeid) != SLURM)
+        items.sort(
+            key=lambda item: next((i for i, name in enumerate(LONG) if _share(item.nodeid) == name), 99)
+        )
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -46,6 +48,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 SLURM = "tests/slurm"
+LONG = (  # files of minutes, the longest first: begun last, they would keep one process busy alone
+    SLURM,
+    "tests/test_docs.py",
+    "tests/training/test_cuda.py",
+    "tests/session/test_server.py",
+    "tests/cli/test_main.py",
+    "tests/training/test_resume.py",
+    "tests/training/test_recipe_ingredients.py",
+)
 
 
 def _share(nodeid: str) -> str:
