@@ -26,7 +26,7 @@ def test_notebooks_are_those_of_their_scripts() -> None:
 
 def test_the_readme_begins_with_the_two_commands() -> None:
     assert commands(ROOT / "README.md")[:2] == ["make demo", "make test"]
-    assert len((ROOT / "README.md").read_text().splitlines()) < 250
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)

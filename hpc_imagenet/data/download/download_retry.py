@@ -66,7 +66,7 @@ class DownloadRetry:
         self._largest_size = max(self._largest_size, size)
         if progressed:
             self._retry.failures = 0
-            wait = 1.0 if self._retry.limit > 0 else None
+            wait = 1.0 if self._retry.limit > 0 else None  # retries=-1: a single attempt
         else:
             wait = self._retry.failed(self._source.reached)
         if wait is None:

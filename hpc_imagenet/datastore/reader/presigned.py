@@ -8,7 +8,6 @@ Source: the S3 API reference, "Authenticating requests: using query parameters";
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from hpc_imagenet.datastore.backends import s3_client
 from hpc_imagenet.datastore.backends.s3_client import S3Client, single_line
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.retry import Retry
 
 EXPIRES = 3600  # lifetime of a presigned URL, s
 RENEW = 2700.0  # age after which a new URL is signed, s
@@ -55,9 +55,10 @@ class PresignedShards:
         Raises:
             UserError: the shard is missing, too short or forbidden, or the server fails repeatedly.
         """
-        url, failures = f"{self._server.url}/{self._paths[shard]}", 0  # without the signature, for errors
+        url = f"{self._server.url}/{self._paths[shard]}"  # without the signature, for errors
+        retry = Retry(s3_client.FIRST_WAIT, s3_client.LONGEST_WAIT, s3_client.MAX_FAILURES)
         while True:
-            status, data = self._get(self._presigned_url(shard, renew=failures > 0), offset, length)
+            status, data = self._get(self._presigned_url(shard, renew=retry.failures > 0), offset, length)
             if status in (200, 206) and len(data) == length:
                 return data
             if status == 404:
@@ -67,12 +68,11 @@ class PresignedShards:
                     f"{url} ends inside the image at byte {offset}: run datastores verify on this version"
                 )
             reason = f"status {status}" if status else "connection failed"
-            failures += 1
+            wait = retry.failed()
             # The signature may have expired, so a client error is retried once with a new one.
-            if failures >= s3_client.MAX_FAILURES or (status in (400, 401, 403) and failures > 1):
-                raise UserError(f"{url} cannot be read ({reason}, {failures} attempts)")
-            pause = min(s3_client.LONGEST_WAIT, s3_client.FIRST_WAIT * 2 ** (failures - 1))
-            time.sleep(random.uniform(0.5, 1.0) * pause)
+            if wait is None or (status in (400, 401, 403) and retry.failures > 1):
+                raise UserError(f"{url} cannot be read ({reason}, {retry.failures} attempts)")
+            time.sleep(wait)
 
     def reread(self, shard: int, offset: int, length: int, data: bytes) -> bytes:
         """Return `data`: the bucket is the only source."""
