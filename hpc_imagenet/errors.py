@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 
 EXIT_REQUEUE = 75  # exit code of a task whose job should be started again (EX_TEMPFAIL of sysexits.h)
 
@@ -37,7 +38,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
 
 
-def did_you_mean(name: str, valid: tuple[str, ...] | list[str]) -> str:
+def did_you_mean(name: str, valid: Collection[str]) -> str:
     """Return `; did you mean: a, b` for a misspelt name, else all valid names if there are at most 12."""
     close = difflib.get_close_matches(name, valid, n=4, cutoff=0.5)
     if close:

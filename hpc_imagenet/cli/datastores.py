@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc_imagenet.cli.command import Command
 from hpc_imagenet.datastore import catalog, versions
 from hpc_imagenet.datastore.backends.storage_backend import StorageBackend
 from hpc_imagenet.datastore.catalog import CatalogEntry
@@ -23,11 +24,7 @@ IDLE_DAYS = 7.0  # days without a change after which prune removes a partial upl
 _PROGRESS_INTERVAL = 1.0  # s between progress lines
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the datastores command to its parser."""
-    parser.epilog = (
-        "datastore.url= a folder, user@host:/path or s3://bucket/prefix; default: WORKSPACE/datastores."
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "arguments",
         metavar="ACTION",
@@ -47,17 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_datastores(store: RunStore, url: str | None, options: argparse.Namespace) -> int:
-    """Run a datastores action and return the exit code; 1 if verify finds an error.
-
-    Args:
-        store: the runs of the workspace.
-        url: the datastore's URL; None: the folder datastores/ of the workspace.
-        options: the parsed arguments of `add_arguments`.
-
-    Raises:
-        UserError: the version does not exist or is in use, or the backend cannot be reached.
-    """
+def _datastores(store: RunStore, options: argparse.Namespace) -> int:
     action, *arguments = options.arguments or ["list"]
     actions: dict[str, tuple[int, Callable[..., int]]] = {
         "list": (0, _list),
@@ -72,7 +59,7 @@ def run_datastores(store: RunStore, url: str | None, options: argparse.Namespace
             f"datastores {' '.join(options.arguments)}: expected list, show NAME, verify NAME[@vN], "
             "fetch NAME[@vN] DIR, delete NAME@vN or prune"
         )
-    url = url or str(store.folder.parent / "datastores")
+    url = options.set.get("datastore.url") or str(store.folder.parent / "datastores")
     backend = versions.open_backend(url, max(1, options.connections))
     return actions[action][1](backend, store, options, *arguments)
 
@@ -292,3 +279,15 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
             escape(" ".join(row["used_by"])),
         )
     terminal().print(table)
+
+
+COMMANDS = {
+    "datastores": Command(
+        "List, verify, fetch and delete the datasets that jobs can train on.",
+        _datastores,
+        _add_arguments,
+        settings=("datastore.url",),
+        needs_runs=False,
+        epilog="datastore.url=: a folder, user@host:/path or s3://bucket/prefix (WORKSPACE/datastores).",
+    )
+}

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from hpc_imagenet import __version__
-from hpc_imagenet.cli.commands import ACTION_LABELS, COMMANDS, print_error, run_command_line
+from hpc_imagenet.cli.commands import COMMANDS, run_command_line
 from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.io.access import explain_permission_error
 
@@ -71,6 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def print_error(error: UserError) -> int:
+    """Print a user error in one line and return its exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -134,7 +140,7 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
         return 0
     submitted = prepared.submit()
     for entry in submitted:
-        print(f"{ACTION_LABELS[entry.action]:9}  {entry.run.id}  {entry.run.folder}", flush=True)
+        print(f"{entry.label:9}  {entry.run.id}  {entry.run.folder}", flush=True)
     only_sessions = all(STAGES[job.stage].interactive for job in prepared.jobs)
     if prepared.in_background and only_sessions and prepared.first.wait:
         from hpc_imagenet.cli.connect import connect

@@ -93,11 +93,8 @@ def verify_version(
     """Hash every file of a complete version, `threads` at a time; return one line per wrong file."""
     errors = []
     for file, found in _hash_files(backend, entry, threads, ProgressCounter(progress)):
-        path = f"{backend.url}/{entry.path}/{file.path}"
-        if found is None:
-            errors.append(f"{path} is missing")
-        elif found != file.hash:
-            errors.append(f"{path} is damaged: its hash is {found}, not {file.hash}")
+        if damage := file.damage(f"{backend.url}/{entry.path}/{file.path}", found):
+            errors.append(damage)
     return errors
 
 

@@ -28,6 +28,12 @@ class File:
     bytes: int
     hash: str  # algorithm:hexdigest, such as md5:… or sha256:…
 
+    def damage(self, place: str | Path, found: str | None) -> str | None:
+        """Return one line if the copy at `place` has another hash, or none because it is missing."""
+        if found is None:
+            return f"{place} is missing"
+        return None if found == self.hash else f"{place} is damaged: its hash is {found}, not {self.hash}"
+
 
 @dataclass(frozen=True)
 class Split:

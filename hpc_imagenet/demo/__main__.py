@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from hpc_imagenet.cli import main as cli
-from hpc_imagenet.cli.commands import print_error
+from hpc_imagenet.cli.main import print_error
 from hpc_imagenet.demo import digits
 from hpc_imagenet.demo.http_server import serving
 from hpc_imagenet.errors import UserError

@@ -27,6 +27,11 @@ class Submitted:
     run: Run
     action: str  # submitted, finished (skipped) or active (already queued or running; skipped)
 
+    @property
+    def label(self) -> str:
+        """The action as printed."""
+        return {FINISHED: "already finished", "active": "already running"}.get(self.action, self.action)
+
 
 def plan_actions(
     plan: Sequence[Job], store: RunStore, state_of: Mapping[str, State]

@@ -7,15 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
-from hpc_imagenet.launch.submission import plan_actions
+from hpc_imagenet.launch.submission import Submitted, plan_actions
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import RunStore
-
-_ACTION_LABELS = {
-    "submitted": "would be submitted",
-    "finished": "already finished",
-    "active": "already running",
-}
 
 
 def print_dry_run(plan: Sequence[Job], store: RunStore, executor: str, state_of: Mapping[str, State]) -> None:
@@ -23,7 +17,8 @@ def print_dry_run(plan: Sequence[Job], store: RunStore, executor: str, state_of:
     jobs = []
     for job, action, needs in plan_actions(plan, store, state_of):
         run = store.run(job.run_id)
-        print(f"\n{job.run_id} {_ACTION_LABELS[action]}\n  folder   {run.folder}")
+        label = "would be submitted" if action == "submitted" else Submitted(run, action).label
+        print(f"\n{job.run_id} {label}\n  folder   {run.folder}")
         if action != "submitted":
             continue
         number = run.attempt.number + 1 if run.attempt else 1

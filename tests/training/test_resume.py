@@ -23,6 +23,8 @@ from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.metrics import CsvLogger
 from hpc_imagenet.training.module import Classifier
 
+pytestmark = pytest.mark.slow
+
 
 def test_wait_returns_a_stop_signal_that_arrives_meanwhile() -> None:
     with StopSignal() as stop:

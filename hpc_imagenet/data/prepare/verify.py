@@ -119,14 +119,14 @@ def _verify_file(folder: Path, file: File, quick: bool, progress: Callable[[int]
             return [f"{path} has {size} bytes instead of {file.bytes}"]
         if quick:
             return []
-        found = hash_file(path, file, progress)
+        damage = file.damage(path, hash_file(path, file, progress))
     except UserError as error:
         return [str(error)]
     except FileNotFoundError:
-        return [f"{path} is missing"]
+        damage = file.damage(path, None)
     except OSError as error:
         return [f"{path} cannot be read: {error.strerror}"]
-    return [] if found == file.hash else [f"{path} has changed since it was written: its hash is {found}"]
+    return [damage] if damage else []
 
 
 def _verify_indexes(folder: Path, manifest: Manifest, report: VerifyReport) -> dict[str, Index]:

@@ -201,9 +201,9 @@ class FolderBackend:
                 os.fsync(writer.fileno())
         except FileNotFoundError:
             raise UserError(f"{self.url}/{path} is missing") from None
-        if value != file.hash:
+        if damage := file.damage(f"{self.url}/{path}", value):
             part.unlink()
-            raise UserError(f"{self.url}/{path} is damaged: its hash is {value}, not {file.hash}")
+            raise UserError(damage)
         part.replace(target)
         sync_folder(target.parent)
 

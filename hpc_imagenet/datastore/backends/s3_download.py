@@ -44,15 +44,14 @@ class S3Reader:
                     done += len(data)
                     progress(done)
                 os.fsync(output.fileno())
-            if hashing.digest() == file.hash:
+            damage = file.damage(f"{self._client.url}/{path}", hashing.digest())
+            if damage is None:
                 part.replace(target)
                 sync_folder(target.parent)
                 return
             part.unlink()  # start over once: the earlier attempt may have left damaged data
             if not retry:
-                raise UserError(
-                    f"{self._client.url}/{path} is damaged: its hash is {hashing.digest()}, not {file.hash}"
-                )
+                raise UserError(damage)
 
     def hash(self, path: str, file: File, progress: Callable[[int], None]) -> str | None:
         """Read an object and return its hash; see `StorageBackend.hash`."""

@@ -194,8 +194,8 @@ class SshBackend:
                 ["--inplace", self._ssh.rsync_path(path), str(part)],
                 lambda done, before=before: progress(max(before, done)),  # type: ignore[misc]
             )
-            value = hash_file(part, file, lambda done: None)
-            if value == file.hash:
+            damage = file.damage(f"{self.url}/{path}", hash_file(part, file, lambda done: None))
+            if damage is None:
                 with part.open("rb") as reader:
                     os.fsync(reader.fileno())
                 part.replace(target)
@@ -204,7 +204,7 @@ class SshBackend:
                 return
             part.unlink()
             if not retry:
-                raise UserError(f"{self.url}/{path} is damaged: its hash is {value}, not {file.hash}")
+                raise UserError(damage)
 
     def fetch_all(self, path: str, files: Sequence[File], folder: Path, counter: ProgressCounter) -> None:
         """Download files by one rsync and hash them as they arrive; see `SupportsBatchFetch`."""

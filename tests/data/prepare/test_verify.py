@@ -86,10 +86,10 @@ DAMAGES = [
     (
         "index",
         lambda f: flip_bit(f / "../../archives/numbers" / ilsvrc_writer.VAL, 900),
-        "has changed since it was written",
+        "is damaged: its hash is",
     ),
     ("index", lambda f: (f / "../../archives/numbers" / ilsvrc_writer.TRAIN).unlink(), "is missing"),
-    ("index", lambda f: flip_bit(f / "train.npy", 140), "train.npy has changed since it was written"),
+    ("index", lambda f: flip_bit(f / "train.npy", 140), "train.npy is damaged: its hash is"),
     ("index", lambda f: (f / "val.npy").write_bytes((f / "val.npy").read_bytes()[:-3]), "val.npy has"),
     ("index", lambda f: (f / "meta.bin").unlink(), "meta.bin is missing"),
     ("index", lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
@@ -97,7 +97,7 @@ DAMAGES = [
     (
         "shards",
         lambda f: flip_bit(next(f.glob("shards-*/val-00000.tar")), 600),
-        "has changed since it was written",
+        "is damaged: its hash is",
     ),
     ("shards", lambda f: next(f.glob("shards-*/train-00001.tar")).unlink(), "train-00001.tar is missing"),
     ("folders", lambda f: flip_bit(f / "train/n1/n1_3.JPEG", 5), "n1_3.JPEG differs"),

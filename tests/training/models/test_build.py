@@ -15,6 +15,8 @@ from hpc_imagenet.training.models.build import _infer_shape, build_model
 from hpc_imagenet.training.models.ema import ema_copy, update_ema
 from hpc_imagenet.training.models.pretrained import classifier_name, freeze_backbone
 
+pytestmark = pytest.mark.slow
+
 # One of each family, small enough for a training step in a test.
 SMALL = (
     *("alexnet", "densenet121", "efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_large"),

@@ -11,6 +11,8 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.models import pretrained
 from hpc_imagenet.training.models.build import build_model
 
+pytestmark = pytest.mark.slow
+
 NAME = "shufflenet_v2_x0_5"
 FILE = "shufflenetv2_x0.5-f707e7126e.pth"  # name in torchvision's cache
 

@@ -1,0 +1,55 @@
+"""A command of the command line: its arguments and what it does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hpc_imagenet.runs.store import RunStore
+
+
+def no_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add no argument: only those of every command."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command, such as `jobs`; its module is listed in `commands.COMMANDS`.
+
+    Attributes:
+        description: one sentence for --help.
+        run: does the work and returns the exit code. It is given the runs of the workspace and the parsed
+            arguments; `options.set` holds the values of `settings` by name.
+        add_arguments: adds the arguments to the parser.
+        settings: the settings, such as datastore.url, that are accepted as SETTING=VALUE beside workspace=.
+        needs_runs: whether a workspace without runs is an error.
+        composes: whether all SETTING=VALUE, workspace= among them, are left to `add_arguments`.
+        epilog: more about the arguments, for --help.
+    """
+
+    description: str
+    run: Callable[[RunStore, argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = no_arguments
+    settings: tuple[str, ...] = ()
+    needs_runs: bool = True
+    composes: bool = False
+    epilog: str = ""
+
+
+RUN_NAMES = "RUN: a run's id or label, or a prefix of one."
+
+
+def add_run(parser: argparse.ArgumentParser, text: str | None = None) -> None:
+    """Add the argument RUN."""
+    parser.add_argument("run", metavar="RUN", help=text)
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """Add the argument RUN, one or more."""
+    parser.add_argument("runs", metavar="RUN", nargs="+")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the option --json of commands that print a table."""
+    parser.add_argument("--json", action="store_true", help="print JSON objects instead of a table")
