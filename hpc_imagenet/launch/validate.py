@@ -128,7 +128,7 @@ def output_exists(job: Job) -> bool:
 
 def processing_runs(store: RunStore) -> list[Run]:
     """Return the process and upload runs of the workspace, whatever their state."""
-    return [run for run in store.all() if "processing_run" in run.info]
+    return [run for run in store.all() if run.info.get("stage") in ("process", "upload")]
 
 
 def _check_single_processing_run(plan: Sequence[Job]) -> None:
@@ -144,10 +144,21 @@ def _check_single_processing_run(plan: Sequence[Job]) -> None:
 
 
 def _conflicting_run(stage: str, processing_run: str | None, active_runs: Sequence[Run]) -> Run | None:
-    """Return an active run that uses the same dataset with other settings, if one of the two writes it."""
+    """Return an active run that uses the same dataset with other settings, if one of the two writes it.
+
+    Raises:
+        UserError: an active run was made by another version.
+    """
     for run in active_runs:
         info = run.info
-        other = info["processing_run"]
+        other = info.get("processing_run")
+        if other is None:  # of another version: which dataset it writes is unknown
+            if processing_run is None:
+                continue
+            raise UserError(
+                f"{run.id} is running and was made by another version of this package: wait for it, "
+                "or cancel it"
+            )
         same = processing_run is not None and _dataset_of(other) == _dataset_of(processing_run)
         writes = STAGES[stage].writes_dataset or STAGES[info["stage"]].writes_dataset
         if same and other != processing_run and writes:

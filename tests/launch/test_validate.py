@@ -116,6 +116,18 @@ def test_dataset_of_an_active_run_is_not_processed_with_other_settings(tmp_path:
     validate.check_no_conflict([retried], [])
 
 
+def test_dataset_is_not_processed_while_another_version_may_be_writing_it(tmp_path: Path) -> None:
+    store, plan = RunStore(tmp_path), pipeline(tmp_path)
+    old = store.create("0-process-digits", {}, {"stage": "process", "label": "process-digits"})
+    old.new_attempt().submit("local", host="elsewhere")
+    with pytest.raises(UserError, match=r"0-process-digits is running and was made by another version"):
+        validate.validate_jobs(plan, store)
+    validate.validate_jobs([job for job in plan if job.stage == "download"], store)
+    assert old.attempt
+    old.attempt.end(CANCELLED)
+    validate.validate_jobs(plan, store)
+
+
 def test_slurm_job_cannot_depend_on_a_run_of_the_local_queue(tmp_path: Path) -> None:
     store, slurm = RunStore(tmp_path), pipeline(tmp_path, "cluster=slurm")
     runs = [active_run(store, job) for job in slurm[:3]]
