@@ -17,7 +17,7 @@ from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.datastore.backends.storage_backend import SupportsRangeReads
 from hpc_imagenet.datastore.node_cache.cache import NodeCache, ShardCopier
 from hpc_imagenet.datastore.node_cache.copy_process import CopyProcess
-from hpc_imagenet.datastore.node_cache.staging import StagedShards
+from hpc_imagenet.datastore.node_cache.staging import INTERVALS, StagedShards, StagingIntervals
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, folder_shards
 from hpc_imagenet.datastore.reader.shard_reader import ShardReader
 from hpc_imagenet.datastore.versions import Version, check_readable
@@ -26,7 +26,11 @@ from hpc_imagenet.io.tempdir import NodeTempDir
 
 @contextlib.contextmanager
 def open_dataset(
-    version: Version, cluster: Cluster, stages: bool, copier: ShardCopier | None = None
+    version: Version,
+    cluster: Cluster,
+    stages: bool,
+    copier: ShardCopier | None = None,
+    intervals: StagingIntervals = INTERVALS,
 ) -> Iterator[DatasetReader]:
     """Open a version for reading.
 
@@ -35,6 +39,7 @@ def open_dataset(
         cluster: settings; `scratch` and `scratch_gb` decide whether and where shards are copied.
         stages: whether this process copies the shards; true for one process per node.
         copier: copies single shards; None: a new `CopyProcess`.
+        intervals: times between checks and retries of shards that are copied.
 
     Raises:
         UserError: the version cannot be read from this node, or the scratch folder cannot be used.
@@ -60,7 +65,7 @@ def open_dataset(
         cache = NodeCache(cluster.scratch, limit)
         if stages:
             copier = copier or CopyProcess(backend.url, version.path, cache.folder)
-        staged = StagedShards(source, cache, manifest.shards, copier if stages else None)
+        staged = StagedShards(source, cache, manifest.shards, copier if stages else None, intervals)
         stack.callback(staged.close)
         yield DatasetReader(folder, staged)
 

@@ -176,15 +176,19 @@ def probe_internet(url: str) -> dict[str, Any]:
         return {**found, "error": getattr(reason, "strerror", None) or str(reason)}
 
 
-def probe_imports(packages: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def probe_imports(
+    packages: Sequence[str], timeout: float = IMPORT_TIMEOUT
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Import packages, each given as `module=package`, in a new process: a crash is reported as an error.
+
+    No result within `timeout` s is an error too.
 
     Returns:
         versions (of each package, or None) and error; and what torch reports, None if the import failed:
         torch (names of the GPUs that it finds) and cuda (version that it was built for).
     """
     modules, names = zip(*(pair.split("=") for pair in packages), strict=True)
-    output, error = _run(sys.executable, "-c", _IMPORT_SCRIPT, *modules, timeout=IMPORT_TIMEOUT)
+    output, error = _run(sys.executable, "-c", _IMPORT_SCRIPT, *modules, timeout=timeout)
     last = (output.splitlines() or ["python"])[-1]
     gpus = json.loads(last) if last.startswith("{") else {"torch": None, "cuda": None}
     versions = {name: package_version(name) for name in names}
@@ -232,13 +236,13 @@ def _visible_gpus() -> int | None:
 
 
 @contextlib.contextmanager
-def _connect_peers(dist_env: DistEnv) -> Iterator[dict[str, Any] | None]:
+def _connect_peers(dist_env: DistEnv, timeout: float = PEER_TIMEOUT) -> Iterator[dict[str, Any] | None]:
     """Connect to rank 0 from the first task of every other node, on the port that a training would use.
 
     Rank 0 listens; when the block ends it waits until the others have connected. Yields host and port of
     rank 0 and the error (or empty); None on a single node.
     """
-    host, port, deadline = dist_env.master, dist_env.port, time.monotonic() + PEER_TIMEOUT
+    host, port, deadline = dist_env.master, dist_env.port, time.monotonic() + timeout
     peer = {"host": host, "port": port, "error": ""}
     with contextlib.ExitStack() as stack:
         try:

@@ -26,6 +26,7 @@ def watch(
     idle_minutes: float | None,
     progress: Callable[[float, float], None],
     warn: Callable[[str], None],
+    signal_delay: float = SIGNAL_DELAY,
 ) -> str:
     """Wait for the end of a session and return the reason; the server may still be running.
 
@@ -36,6 +37,7 @@ def watch(
         idle_minutes: idle time after which the session ends, min; None: no limit.
         progress: callback, called about twice per second with minutes left and idle minutes (0: busy).
         warn: callback, called once with a line of text when the end is near.
+        signal_delay: s to wait for a signal once Jupyter has ended.
 
     Raises:
         Preempted: a signal was received that is not Slurm's time limit.
@@ -45,7 +47,7 @@ def watch(
     last_check, warned = 0.0, False
     while True:
         code = server.exit_code()
-        if code is not None and not stop.wait(SIGNAL_DELAY):
+        if code is not None and not stop.wait(signal_delay):
             if code:
                 raise UserError(f"Jupyter failed with exit code {code}: see its last lines in the log")
             return "shut down from Jupyter"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.cluster.gpus import available_gpus
+from hpc_imagenet.cluster.gpus import DEVICES, available_gpus
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.loading.sampler import BatchShare
@@ -82,15 +83,20 @@ class JobClusterEnvironment(ClusterEnvironment):
         return self.dist_env.node
 
 
-def device(config: Config, dist_env: DistEnv) -> torch.device:
+def device(config: Config, dist_env: DistEnv, devices: Path = DEVICES) -> torch.device:
     """Return the device of this task: its GPU, or the CPU if no GPU was requested and none exists.
+
+    Args:
+        config: settings.
+        dist_env: rank and size of this task.
+        devices: folder of the device files.
 
     Raises:
         UserError: torch sees no GPU although GPUs are requested, allocated or installed; or fewer GPUs than
             tasks; or loader.decode=gpu on a CPU.
     """
     requested, found = cluster_for(config, "train").gpus_per_node, torch.cuda.device_count()
-    if requested is None and not found and (evidence := _gpu_evidence()):
+    if requested is None and not found and (evidence := _gpu_evidence(devices)):
         raise UserError(
             f"{evidence}, but torch {torch.__version__} sees no GPU: install a torch build for this driver"
             " (nvidia-smi shows it), or set cluster.gpus_per_node=0 to train on CPUs"
@@ -113,18 +119,18 @@ def device(config: Config, dist_env: DistEnv) -> torch.device:
     )
 
 
-def _gpu_evidence() -> str:
+def _gpu_evidence(devices: Path) -> str:
     """Return the variable or device file that shows that this task has a GPU; empty if there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:  # set by the local queue, Slurm or the user; empty or -1 means no GPU
-        return f"CUDA_VISIBLE_DEVICES={visible}" if available_gpus() else ""
+        return f"CUDA_VISIBLE_DEVICES={visible}" if available_gpus(devices) else ""
     if "SLURM_JOB_ID" in os.environ:  # jobs without GPUs also see /dev/nvidia*
         names = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
         allocated = [
             f"{name}={os.environ[name]}" for name in names if os.environ.get(name, "0") not in ("", "0")
         ]
         return allocated[0] if allocated else ""
-    return "this machine has a GPU (/dev/nvidia0)" if available_gpus() else ""
+    return "this machine has a GPU (/dev/nvidia0)" if available_gpus(devices) else ""
 
 
 def trainer_arguments(

@@ -16,7 +16,7 @@ from hpc_imagenet.config.schema import Cluster, Config, Dataset, Datastore, Stag
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import s3_client
 from hpc_imagenet.datastore.backends.storage_backend import SupportsRangeReads
-from hpc_imagenet.datastore.node_cache import staging
+from hpc_imagenet.datastore.node_cache.staging import StagingIntervals
 from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.datastore.reader.prefetch import Prefetcher
@@ -77,9 +77,8 @@ def images(store: DatasetReader) -> list[tuple[bytes, int]]:
 
 
 def test_images_are_identical_from_the_backend_and_from_the_node_cache(
-    url: str, expected: list[tuple[bytes, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, expected: list[tuple[bytes, int]], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(staging, "READ_POLL_INTERVAL", 0.01)
     version = versions.open_version(Datastore("digits", url))
     if isinstance(version.backend, SupportsRangeReads):
         with open_dataset(version, Cluster(), stages=True) as store:
@@ -91,7 +90,8 @@ def test_images_are_identical_from_the_backend_and_from_the_node_cache(
             open_dataset(version, Cluster(), stages=True),
         ):
             pass
-    with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
+    cluster = Cluster(scratch=str(tmp_path / "disk"))
+    with open_dataset(version, cluster, stages=True, intervals=StagingIntervals(cached=0.01)) as store:
         assert images(store) == expected
         for _ in range(3000):
             if not store.shards.is_remote():

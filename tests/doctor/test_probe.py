@@ -69,8 +69,7 @@ def test_failed_import_is_reported(
     (tmp_path / "crashes.py").write_text(code)
     (tmp_path / "works.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(probe, "IMPORT_TIMEOUT", 1.0)
-    found, gpus = probe.probe_imports(["works=psutil", "crashes=no-such-package", "json=numpy"])
+    found, gpus = probe.probe_imports(["works=psutil", "crashes=no-such-package", "json=numpy"], timeout=1.0)
     assert found["error"] == error
     assert found["versions"]["psutil"]
     assert found["versions"]["no-such-package"] is None
@@ -93,15 +92,14 @@ def test_driver_lists_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (probe.probe_gpus()["driver"], probe.probe_gpus()["error"]) == ([], "no driver loaded")
 
 
-def peers(monkeypatch: pytest.MonkeyPatch, *ranks: int, host: str = "localhost") -> dict[int, str]:
+def peers(*ranks: int, host: str = "localhost") -> dict[int, str]:
     """Return the error of the peer check of each rank, of two nodes with one task each."""
-    monkeypatch.setattr(probe, "PEER_TIMEOUT", 1.0)
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
     errors: dict[int, str] = {}
 
     def run(rank: int) -> None:
-        with probe._connect_peers(DistEnv(rank, size=2, master=host, port=port)) as peer:
+        with probe._connect_peers(DistEnv(rank, size=2, master=host, port=port), timeout=1.0) as peer:
             assert peer
             errors[rank] = peer["error"].replace(str(port), "PORT")
 
@@ -115,15 +113,15 @@ def peers(monkeypatch: pytest.MonkeyPatch, *ranks: int, host: str = "localhost")
 
 
 @pytest.mark.parametrize("ranks", [(0, 1), (1, 0)])
-def test_peers_connect_in_any_order(monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, ...]) -> None:
-    assert peers(monkeypatch, *ranks) == {0: "", 1: ""}
+def test_peers_connect_in_any_order(ranks: tuple[int, ...]) -> None:
+    assert peers(*ranks) == {0: "", 1: ""}
 
 
-def test_peer_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert peers(monkeypatch, 0) == {0: ""}  # the error of the other rank is in its own report
-    assert peers(monkeypatch, 1) == {1: "localhost:PORT: Connection refused"}
-    assert "no.such.host.invalid:PORT: " in peers(monkeypatch, 1, host="no.such.host.invalid")[1]
-    assert peers(monkeypatch, 0, 0)[0].startswith("localhost:PORT: Address already in use")
+def test_peer_errors() -> None:
+    assert peers(0) == {0: ""}  # the error of the other rank is in its own report
+    assert peers(1) == {1: "localhost:PORT: Connection refused"}
+    assert "no.such.host.invalid:PORT: " in peers(1, host="no.such.host.invalid")[1]
+    assert peers(0, 0)[0].startswith("localhost:PORT: Address already in use")
 
 
 def test_single_node_has_no_peers() -> None:

@@ -52,9 +52,7 @@ def test_worker_errors_are_raised_in_the_parent() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [scan.HEADER, scan.DECODE])
-def test_parallel_scan_equals_serial_scan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str
-) -> None:
+def test_parallel_scan_equals_serial_scan(tmp_path: Path, check: str) -> None:
     bits = random.Random(1)
     synsets = [Synset(i + 1, f"n{i}", "x") for i in range(4)]
     train, val, kit = (tmp_path / name for name in ("train.tar", "val.tar", "kit.tar.gz"))
@@ -62,10 +60,9 @@ def test_parallel_scan_equals_serial_scan(
     ilsvrc_writer.write_val(val, [jpeg(bits) for _ in range(9)])
     ilsvrc_writer.write_devkit(kit, synsets, [1] * 9)
     devkit = read_devkit(kit)
-    monkeypatch.setattr(scan, "_PARALLEL_BYTES", 0)
-    monkeypatch.setattr(scan, "_DECODE_CHUNK", 4)
     serial_scan, parallel_scan = (
-        scan.scan(train, val, devkit, check=check, workers=workers) for workers in (1, 2)
+        scan.scan(train, val, devkit, check=check, workers=workers, parallel_bytes=0, decode_chunk=4)
+        for workers in (1, 2)
     )
     for split in scan.SPLITS:
         for expected, parallel in zip(

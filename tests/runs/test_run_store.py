@@ -17,7 +17,6 @@ from unittest import mock
 
 import pytest
 import yaml
-from command_line import Cli
 from filelock import FileLock
 
 from hpc_imagenet.cluster import gpus
@@ -26,7 +25,6 @@ from hpc_imagenet.demo import digits
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import atomic_files
 from hpc_imagenet.launch import local_queue, task
-from hpc_imagenet.launch.local_worker import Worker
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.states import state, states
 from hpc_imagenet.launch.submission import cancel_run, plan_actions
@@ -203,69 +201,6 @@ def test_stage_that_meets_a_file_of_another_user_ends_with_its_owner(
     )
 
 
-def as_of_another_version(run: Run) -> str:
-    """Remove the format from run.json and return the one line with which the run must be refused."""
-    info = {key: value for key, value in run.info.items() if key != "format"}
-    atomic_files.write_json(run.folder / "run.json", info)
-    return (
-        f"{run.id} was made by another version of this package, so it cannot be continued: "
-        f"delete the folder {run.folder}, or use another workspace="
-    )
-
-
-@pytest.mark.parametrize("outcome", [FAILED, FINISHED])
-def test_run_of_another_version_is_refused_by_submission_and_retry(cli: Cli, outcome: str) -> None:
-    words = ("+stage=download", "dataset=digits")
-    run = create_run(RunStore(cli.workspace), *words, "cluster=local")
-    run.new_attempt().end(outcome, "before")
-    line = as_of_another_version(run)
-    assert cli.refused(*words, "cluster=local") == f"error: {line}"
-    assert cli.refused(*words, "cluster=local", "dry_run=true") == f"error: {line}"
-    assert cli.refused("retry", run.id) == f"error: {line}"
-    assert len(run.attempts()) == 1
-    assert cli.states() == [outcome]
-    assert run.id in cli("jobs").stdout
-    assert "before" in cli("logs", run.id).stderr
-    assert f"already {outcome}" in cli("cancel", run.id).stdout
-    cli("report")
-
-
-def test_session_of_another_version_is_not_resumed(cli: Cli) -> None:
-    run = create_run(RunStore(cli.workspace), "+stage=session", "cluster=local")
-    run.new_attempt().end(CANCELLED, "paused")
-    line = as_of_another_version(run)
-    assert cli.refused("resume", run.id) == f"error: {line}"
-
-
-def test_queued_run_of_another_version_can_be_cancelled(tmp_path: Path) -> None:
-    run = create_run(RunStore(tmp_path))
-    attempt = run.new_attempt()
-    attempt.submit("local", host=socket.gethostname())
-    as_of_another_version(run)
-    assert cancel_run(run).name == QUEUED
-    assert state(run).name == CANCELLED
-
-
-def test_job_of_another_version_ends_with_the_refusal(tmp_path: Path) -> None:
-    run = create_run(RunStore(tmp_path), "+stage=download")
-    attempt, line = run.new_attempt(), as_of_another_version(run)
-    with pytest.raises(SystemExit) as end:
-        task.run_task(run.folder, attempt.number)
-    assert end.value.code == 1
-    assert attempt.outcome is not None
-    assert attempt.outcome.reason == line
-    assert not attempt.started
-
-
-def test_worker_does_not_start_a_run_of_another_version(tmp_path: Path) -> None:
-    run = RunStore(tmp_path).create("0-x", {"cluster": {"unknown": 1}}, {"stage": "download"})
-    attempt, line = run.new_attempt(), as_of_another_version(run)
-    local_queue.enqueue(RunStore(tmp_path), [(run, attempt)])
-    assert not Worker(RunStore(tmp_path)).step()
-    assert attempt.outcome is not None
-    assert attempt.outcome.reason == line
-
-
 def test_job_of_another_host_is_as_last_recorded_and_cannot_be_cancelled(tmp_path: Path) -> None:
     run = create_run(RunStore(tmp_path))
     attempt = run.new_attempt()
@@ -320,13 +255,12 @@ def test_available_gpus_are_those_visible_to_cuda(
     devices: tuple[int, ...],
     expected: list[str],
 ) -> None:
-    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
     for name in (*(f"nvidia{number}" for number in devices), "nvidiactl"):
         (tmp_path / name).touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpus.available_gpus() == expected
+    assert gpus.available_gpus(tmp_path) == expected
 
 
 def test_concurrent_checks_for_a_worker_do_not_see_each_other(tmp_path: Path) -> None:

@@ -346,10 +346,9 @@ def test_signal_that_ends_jupyter_first_counts_as_preemption(late: bool, code: i
     ("code", "line"),
     [(0, "shut down from Jupyter"), (3, "Jupyter failed with exit code 3: see its last lines in the log")],
 )
-def test_jupyter_that_ends_without_a_signal_ends_the_session(monkeypatch, code: int, line: str) -> None:
-    monkeypatch.setattr(watchdog, "SIGNAL_DELAY", 0.1)
+def test_jupyter_that_ends_without_a_signal_ends_the_session(code: int, line: str) -> None:
     server: Any = EndedServer(code)
-    thread, _, ended = watch_in_thread(server, StopSignal())
+    thread, _, ended = watch_in_thread(server, StopSignal(), signal_delay=0.1)
     thread.join()
     assert ended == [line]
 

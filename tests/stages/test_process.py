@@ -1,12 +1,12 @@
+"""The process stage: index layout, checks of the archives, and the certificate."""
+
 from __future__ import annotations
 
-import copy
 import json
 import os
 import random
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,101 +151,6 @@ def test_meta_bin_equals_that_of_torchvision(
     assert len(mine[1]) == 360
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Config:
-    config = config_with_archives(tmp_path_factory.mktemp("folders"), source, "folders")
-    assert run_stage(process, config)["images"] == 1797
-    return config
-
-
-def test_class_folders_are_readable_by_torchvision(folders: Config) -> None:
-    root = dataset(folders)
-    metas = {(root / folder / "meta.bin").read_bytes() for folder in (".", "train", "val")}
-    assert len(metas) == 1
-    reader = DatasetReader(root)
-    for split in ("train", "val"):
-        expected = imagenet.ImageNet(root, split)
-        index = reader.open_split(split)
-        assert len(expected) == len(index)
-        mine = {index.name(i): index.read(i) for i in range(len(index))}
-        assert len(mine) == len(index)
-        for path, label in expected.samples:
-            assert (Path(path).read_bytes(), label) == mine[Path(path).name]
-    assert not list(root.rglob(".*")), "a temporary file was left behind"
-
-
-def test_class_folders_equal_those_of_torchvision(
-    folders: Config, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(imagenet, "_verify_archive", lambda *_: None)
-    for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT):
-        shutil.copy(source / file, tmp_path)
-    imagenet.parse_devkit_archive(tmp_path)
-    imagenet.parse_train_archive(tmp_path)
-    imagenet.parse_val_archive(tmp_path)
-    for split in ("train", "val"):
-        mine = killing.snapshot(dataset(folders) / split, but=("meta.bin",))
-        assert mine == killing.snapshot(tmp_path / split)
-
-
-def test_class_folders_have_current_times_and_default_modes(folders: Config) -> None:
-    umask = os.umask(0)
-    os.umask(umask)
-    path = next((dataset(folders) / "train").rglob("*.JPEG"))
-    assert path.stat().st_mtime > time.time() - 3600, "the time of the archive, 1970, would be purged at once"
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-    assert path.parent.stat().st_mode & 0o777 == 0o777 & ~umask
-
-
-def test_complete_class_folders_are_not_rewritten(tmp_path: Path, small: Path) -> None:
-    config = config_with_archives(tmp_path, small, "folders")
-    run_stage(process, config)
-    before = {path: path.stat().st_mtime_ns for path in dataset(config).rglob("n*")}
-    assert len(before) == 3 * 2 + 3 * 40
-    run_stage(process, config)
-    assert {path: path.stat().st_mtime_ns for path in dataset(config).rglob("n*")} == before
-
-
-def test_incomplete_split_is_resumed(tmp_path: Path, small: Path) -> None:
-    config = config_with_archives(tmp_path, small, "folders")
-    run_stage(process, config)
-    expected = dataset_bytes(config)
-    root = dataset(config)
-    (root / "train").rename(root / ".train.partial")
-    kept = root / ".train.partial" / "n1" / "n1_7.JPEG"
-    before = kept.stat().st_mtime_ns
-    shutil.rmtree(root / ".train.partial" / "n0")
-    (root / ".train.partial" / "n2" / "n2_0.JPEG").write_bytes(b"")  # as after a power cut
-    (root / ".train.partial" / ".n0.tmp").mkdir()
-    (root / ".train.partial" / ".n0.tmp" / "n0_0.JPEG").write_bytes(b"x")
-    run_stage(process, config)
-    assert dataset_bytes(config) == expected
-    assert (root / "train" / "n1" / "n1_7.JPEG").stat().st_mtime_ns == before
-
-
-def test_class_folders_of_other_archives_are_replaced(tmp_path: Path, small: Path) -> None:
-    config = config_with_archives(tmp_path, small, "folders")
-    run_stage(process, config)
-    shutil.rmtree(tmp_path / "archives")
-    (tmp_path / "other").mkdir()
-    write_small(tmp_path / "other", random.Random(4))
-    config = config_with_archives(tmp_path, tmp_path / "other", "folders")
-    run_stage(process, config)
-    clean = config_with_archives(tmp_path / "clean", tmp_path / "other", "folders")
-    run_stage(process, clean)
-    mine, expected = dataset_bytes(config), dataset_bytes(clean)
-    assert mine == expected
-
-
-def test_folders_not_made_by_the_stage_are_kept(tmp_path: Path, small: Path) -> None:
-    config = config_with_archives(tmp_path, small, "folders")
-    (dataset(config) / "val").mkdir(parents=True)
-    (dataset(config) / "val" / "mine").write_text("x")
-    assert "move it away" in stage_error(process, config)
-    assert (dataset(config) / "val" / "mine").exists()
-    assert not (dataset(config) / "manifest.json").exists()
-
-
 def test_missing_or_changed_archives_are_rejected(tmp_path: Path, small: Path) -> None:
     assert "+stage=download" in stage_error(process, config_of(tmp_path, small))
     config = config_with_archives(tmp_path, small)
@@ -301,65 +206,6 @@ def test_only_rank_zero_runs_the_stage(tmp_path: Path, small: Path) -> None:
     config = config_of(tmp_path, small)
     assert process.run(config, run_of(config), DistEnv(rank=1, size=2)) == {}
     assert not (tmp_path / "datasets").exists()
-
-
-def part_of(config: Config, part: int | None, parts: int) -> Config:
-    config = copy.deepcopy(config)
-    config.stage.part, config.stage.parts = part, parts
-    return config
-
-
-@pytest.mark.parametrize("parts", [2, 4, 9])
-def test_class_folders_in_parts_equal_a_single_run(tmp_path: Path, small: Path, parts: int) -> None:
-    single = config_with_archives(tmp_path / "whole", small, "folders")
-    result = run_stage(process, single)
-    in_parts = config_with_archives(tmp_path / "cut", small, "folders")
-    images = [run_stage(process, part_of(in_parts, part, parts))["images"] for part in range(parts)]
-    assert sum(images) == 132
-    assert not (dataset(in_parts) / "train").exists()
-    assert not (dataset(in_parts) / "manifest.json").exists()
-    assert run_stage(process, part_of(in_parts, None, parts)) == result
-    assert dataset_bytes(in_parts) == dataset_bytes(single)
-
-
-def test_missing_part_of_class_folders_is_reported(tmp_path: Path, small: Path) -> None:
-    config = config_with_archives(tmp_path, small, "folders")
-    run_stage(process, part_of(config, 0, 2))
-    error = stage_error(process, part_of(config, None, 2))
-    assert "1 of 3 classes are missing, the first is n1; retry" in error
-    assert not (dataset(config) / "train").exists()
-    run_stage(process, part_of(config, 1, 2))
-    run_stage(process, part_of(config, None, 2))
-    assert len(list((dataset(config) / "train").rglob("*.JPEG"))) == 120
-
-
-def test_class_not_synced_to_disk_counts_as_missing(tmp_path: Path, small: Path) -> None:
-    config = config_with_archives(tmp_path, small, "folders")
-    run_stage(process, part_of(config, 0, 2))
-    run_stage(process, part_of(config, 1, 2))
-    (dataset(config) / ".folders-1-of-2.json").unlink()  # as if killed before the sync
-    assert "1 of 3 classes are missing" in stage_error(process, part_of(config, None, 2))
-
-
-@pytest.mark.slow
-def test_class_folders_with_workers_equal_a_single_run(tmp_path: Path, small: Path) -> None:
-    one, two = (config_with_archives(tmp_path / name, small, "folders") for name in ("one", "two"))
-    two.process.workers = 2
-    assert run_stage(process, one) == run_stage(process, two)
-    assert dataset_bytes(one) == dataset_bytes(two)
-
-
-def test_parts_share_one_scan(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_with_archives(tmp_path, small, "folders")
-    run_stage(process, part_of(config, 0, 2))
-    monkeypatch.setattr(
-        scanned_archives, "scan", lambda *_, **__: pytest.fail("the stored scan was not used")
-    )
-    run_stage(process, part_of(config, 1, 2))
-    (dataset(config) / ".scan.npz").write_bytes((dataset(config) / ".scan.npz").read_bytes()[:1000])
-    monkeypatch.undo()
-    run_stage(process, part_of(config, None, 2))
-    assert len(DatasetReader(dataset(config)).open_split("val")) == 12
 
 
 def test_certificate_lists_counts_sizes_and_files(tmp_path: Path, source: Path) -> None:

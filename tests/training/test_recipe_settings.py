@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_imagenet.cluster import gpus
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
@@ -101,22 +100,21 @@ def test_gpu_that_torch_does_not_see_is_an_error(
     config, monkeypatch, without_gpus, tmp_path: Path, variables, message
 ) -> None:
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
     for name, value in variables.items():
         if value is None:
             monkeypatch.delenv(name)
         else:
             monkeypatch.setenv(name, value)
     if message is None:
-        assert distributed.device(config_of_any_gpus(config), DistEnv()).type == "cpu"
+        assert distributed.device(config_of_any_gpus(config), DistEnv(), tmp_path).type == "cpu"
         return
     with pytest.raises(
         UserError, match=rf"^{message}.*, but torch .* sees no GPU: .*cluster.gpus_per_node=0"
     ):
-        distributed.device(config_of_any_gpus(config), DistEnv())
+        distributed.device(config_of_any_gpus(config), DistEnv(), tmp_path)
     settings = config_of_any_gpus(config)
     settings.cluster.gpus_per_node = 0
-    assert distributed.device(settings, DistEnv()).type == "cpu"
+    assert distributed.device(settings, DistEnv(), tmp_path).type == "cpu"
 
 
 def config_of_any_gpus(config) -> Config:

@@ -1,4 +1,4 @@
-"""Download an archive: in parallel byte ranges, resumed, retried, and hashed while it is written.
+"""Download an archive: in parallel byte ranges, resumed, retried, and verified (verified_download.py).
 
 The first request fetches a few bytes and shows whether the server supports ranges; if not, the archive is
 fetched in one stream. Faulty servers are handled in `Transfer._first_request` (the first response),
@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hpc_imagenet.data.download import receipt
 from hpc_imagenet.data.download.download_retry import MAX_RETRY_AFTER, DownloadRetry
-from hpc_imagenet.data.download.expected import ExpectedArchive, check_complete, check_first_bytes, quarantine
+from hpc_imagenet.data.download.expected import ExpectedArchive, check_first_bytes
 from hpc_imagenet.data.download.file_type import is_html
 from hpc_imagenet.data.download.partial_file import PartialFile, allocated_bytes
-from hpc_imagenet.data.download.range_scheduler import RangeClaim, RangeScheduler
+from hpc_imagenet.data.download.range_scheduler import SIZES, RangeClaim, RangeScheduler, TransferSizes
 from hpc_imagenet.data.download.rate_limit import RateLimiter
-from hpc_imagenet.data.download.streaming_hash import StreamingHash
+from hpc_imagenet.data.download.verified_download import download_and_verify
 from hpc_imagenet.data.sources.range_source import (
     ContentChanged,
     NotAvailable,
@@ -35,11 +34,9 @@ from hpc_imagenet.io.tar_header import BLOCK
 
 log = logging.getLogger(__name__)
 
-READ_SIZE = 1 << 18  # bytes per read from the network, at most
 FIRST_REQUEST = 1 << 16  # bytes of the first request
-MIN_RANGE, MAX_RANGE = 4 << 20, 32 << 20  # bytes per range …
-LATENCY_FACTOR = 20  # … so that a range takes this many times the latency of its request
-MIN_RATE = 1000  # bytes per second; a connection below that for a whole timeout counts as broken
+LATENCY_FACTOR = 20  # a range is sized so that it takes this many times the latency of its request
+MIN_RATE = 1000  # bytes per second
 MAX_CONNECTION_FAILURES = 3  # in a row, while other connections progress, before a connection is retired
 TEXT_LIMIT = 1 << 20  # bytes of a small text file
 
@@ -55,6 +52,8 @@ class Downloader:
         limit: bytes per second, all connections together; None for no limit.
         hint: dataset.hint, appended to errors.
         sleep: function that waits between attempts; None for a wait that ends with the download.
+        sizes: sizes of ranges and reads.
+        min_rate: bytes per second; a connection below that for a whole `timeout` counts as broken.
     """
 
     copies = True
@@ -69,6 +68,8 @@ class Downloader:
         limit: float | None = None,
         hint: str = "",
         sleep: Callable[[float], object] | None = None,
+        sizes: TransferSizes = SIZES,
+        min_rate: float = MIN_RATE,
     ) -> None:
         self.source = source
         self.retries = retries
@@ -78,6 +79,8 @@ class Downloader:
         self.hint = hint
         self.tail = f"; {hint}" if hint else ""
         self.sleep = sleep
+        self.sizes = sizes
+        self.min_rate = min_rate
 
     def text(self, file: str) -> str | None:
         """Return the content of a small text file; None if it does not exist.
@@ -143,50 +146,6 @@ class Downloader:
         )
 
 
-def download_and_verify(
-    expected: ExpectedArchive,
-    target: Path,
-    url: str,
-    source: str,
-    fill: Callable[[PartialFile], int],
-    progress: Callable[[int], None],
-) -> int:
-    """Fill a partial file, verify it, write its receipt and rename it to `target`.
-
-    Args:
-        expected: the expected archive.
-        target: final path.
-        url: URL of the archive; bytes of an earlier attempt from another URL are discarded.
-        source: origin recorded in the receipt.
-        fill: function that writes all missing bytes; returns the number of bytes transferred.
-        progress: called with the number of bytes downloaded, while the last of them are hashed.
-
-    Returns:
-        bytes transferred.
-
-    Raises:
-        UserError: the archive is not the expected one; it is renamed to `<target>.bad`.
-    """
-    with PartialFile(target) as part, disk.explain_disk_full(target.parent):
-        if part.origin and part.origin.url != url:
-            log.warning(
-                "%s: restarting the download: %s has bytes from %s", target, part.path.name, part.origin.url
-            )
-            part.clear()
-        with StreamingHash(part) as streaming_hash:
-            transferred = fill(part)
-            md5 = streaming_hash.result(lambda: progress(part.size))
-        stat = part.stat()
-        try:
-            check_complete(part.path, expected, md5, url)
-        except UserError as error:
-            part.discard_state()
-            raise quarantine(part.path, target, error) from None
-        receipt.write_receipt(target, md5, source, expected.md5_source, stat)
-        part.finalize()
-    return transferred
-
-
 class Transfer:
     """Transfers one archive from a source into a partial file.
 
@@ -206,6 +165,7 @@ class Transfer:
     ) -> None:
         self._downloader = downloader
         self._source = downloader.source
+        self._sizes = downloader.sizes
         self._expected = expected
         self._part = part
         self._progress = progress
@@ -264,7 +224,7 @@ class Transfer:
                 f"{self._downloader.tail}"
             )
         first = b""
-        while len(first) < BLOCK and (data := response.read(READ_SIZE)):
+        while len(first) < BLOCK and (data := response.read(self._sizes.read)):
             first += data
         if origin.total is not None and len(first) < min(BLOCK, origin.total):
             raise TransientError("the connection ended early")
@@ -277,7 +237,7 @@ class Transfer:
         part.restart(origin)
         at = self._write(0, first)
         rate_limiter = self._downloader.rate_limiter
-        while data := response.read(rate_limiter.chunk_size(READ_SIZE)):
+        while data := response.read(rate_limiter.chunk_size(self._sizes.read)):
             rate_limiter.consume(len(data))
             at = self._write(at, data)
             self._progress(at)
@@ -293,7 +253,7 @@ class Transfer:
         disk.require_free_space(
             part.target.parent, (origin.total or 0) - allocated_bytes(part.target), self._expected.file
         )
-        ranges = RangeScheduler(part, downloader.connections)
+        ranges = RangeScheduler(part, downloader.connections, self._sizes.min_steal)
         threads = [
             threading.Thread(
                 target=self._run_connection, args=(ranges, origin, n), name=f"range-{n}", daemon=True
@@ -323,7 +283,7 @@ class Transfer:
         """Run one connection: fetch ranges until none is left."""
         sleep = self._downloader.sleep or ranges.stopped.wait
         retry = self._downloader.new_retry(self._expected.file, lambda: self._part.size, sleep)
-        size = None if self._downloader.connections == 1 else MIN_RANGE
+        size = None if self._downloader.connections == 1 else self._sizes.min_range
         failures = 0  # of this connection, since its last byte
         try:
             while claim := ranges.take(size):
@@ -333,7 +293,8 @@ class Transfer:
                 failure = None
                 try:
                     best_size = self._fetch_range(origin, claim, ranges)
-                    size = None if size is None else min(MAX_RANGE, max(MIN_RANGE, best_size))
+                    if size is not None:
+                        size = min(self._sizes.max_range, max(self._sizes.min_range, best_size))
                     failures = 0
                 except TransientError as error:
                     failure = error
@@ -362,12 +323,10 @@ class Transfer:
                 self._responses.add(response)
             try:
                 first = since = time.monotonic()
-                seconds, received = (
-                    0.0,
-                    0,
-                )  # spent in reads, and their bytes, since the last check of the rate
+                # Spent in reads, and their bytes, since the last check of the rate.
+                seconds, received = 0.0, 0
                 while claim.at < claim.end and not ranges.stopped.is_set():
-                    data = response.read(min(rate_limiter.chunk_size(READ_SIZE), claim.end - claim.at))
+                    data = response.read(min(rate_limiter.chunk_size(self._sizes.read), claim.end - claim.at))
                     if not data:
                         if response.end is not None and claim.at >= response.end:
                             break  # the server announced a shorter range than requested
@@ -375,7 +334,7 @@ class Transfer:
                     moment = time.monotonic()
                     seconds, received = seconds + moment - since, received + len(data)
                     if seconds > self._downloader.timeout:
-                        if received < MIN_RATE * seconds:
+                        if received < self._downloader.min_rate * seconds:
                             raise TransientError(f"too slow: {received} bytes in {seconds:.0f} s")
                         seconds, received = 0.0, 0
                     with self._part.changed:  # an idle connection may have stolen the rest

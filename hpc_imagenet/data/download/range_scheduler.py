@@ -9,7 +9,26 @@ from hpc_imagenet.data.download.partial_file import PartialFile
 
 # Bytes that a connection may be ahead of the first gap: what stays in a node's page cache until it is hashed.
 MAX_AHEAD = 1 << 29
-MIN_STEAL = 1 << 20  # bytes that are worth a request of their own
+
+
+@dataclass(frozen=True)
+class TransferSizes:
+    """Sizes of a parallel download, in bytes.
+
+    Attributes:
+        min_range: smallest range that a connection requests.
+        max_range: largest range.
+        min_steal: what is worth a request of its own.
+        read: most bytes per read from the network.
+    """
+
+    min_range: int = 4 << 20
+    max_range: int = 32 << 20
+    min_steal: int = 1 << 20
+    read: int = 1 << 18
+
+
+SIZES = TransferSizes()
 
 
 @dataclass(eq=False)
@@ -33,14 +52,19 @@ class RangeClaim:
 class RangeScheduler:
     """Assigns the gaps of a partial file to connections; thread-safe.
 
+    Args:
+        part: the partial file.
+        connections: number of connections.
+        min_steal: bytes that are worth a request of their own.
+
     Attributes:
         stopped: set once no further request may start.
         error: the exception that stopped the download, if any.
         connections: number of connections in use.
     """
 
-    def __init__(self, part: PartialFile, connections: int) -> None:
-        self._part = part
+    def __init__(self, part: PartialFile, connections: int, min_steal: int = SIZES.min_steal) -> None:
+        self._part, self._min_steal = part, min_steal
         self._claims: list[RangeClaim] = []
         self.connections = connections
         self.stopped = threading.Event()
@@ -97,7 +121,7 @@ class RangeScheduler:
     def _steal_half(self) -> RangeClaim | None:
         """Claim the second half of the largest unfetched rest, so that no slow connection is waited for."""
         largest = max(self._claims, key=lambda claim: claim.end - claim.at, default=None)
-        if largest is None or largest.end - largest.at < 2 * MIN_STEAL:
+        if largest is None or largest.end - largest.at < 2 * self._min_steal:
             return None
         middle = (largest.at + largest.end) // 2
         half = RangeClaim(middle, largest.end)

@@ -28,9 +28,8 @@ from hpc_imagenet.io import process_pool
 
 SPLITS = ("train", "val")  # in the order of the archives' shard numbers in the index
 HEADER, DECODE = "header", "decode"  # values of process.check
-# Bytes of the train archive: below this, starting worker processes takes longer than the scan.
-_PARALLEL_BYTES = 16 << 30
-_DECODE_CHUNK = 500  # val images that one call of a worker decodes
+PARALLEL_BYTES = 16 << 30
+DECODE_CHUNK = 500
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ def scan(
     check: str = HEADER,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    parallel_bytes: int = PARALLEL_BYTES,
+    decode_chunk: int = DECODE_CHUNK,
 ) -> Scan:
     """Find every image of both splits.
 
@@ -90,6 +91,9 @@ def scan(
         check: HEADER reads 2 kB of each image; DECODE reads and decodes every image.
         workers: maximum number of processes.
         progress: callback with (tars scanned, tars in total): one tar per class, and the val archive.
+        parallel_bytes: size of the train archive below which HEADER uses one process, since starting worker
+            processes takes longer than the scan.
+        decode_chunk: number of val images that one call of a worker decodes.
 
     Raises:
         UserError: an archive is damaged, or the archives do not match each other.
@@ -102,7 +106,7 @@ def scan(
     with open_for_pread(train) as descriptor:
         size = os.fstat(descriptor).st_size
         tars = find_class_tars(descriptor, train, devkit)
-    if check != DECODE and size < _PARALLEL_BYTES:
+    if check != DECODE and size < parallel_bytes:
         workers = 1
     class_entries = []
     scan_class = functools.partial(_scan_class, train, decode=check == DECODE)
@@ -115,7 +119,7 @@ def scan(
         val_entries = tar_scan.find_images(descriptor, 0, os.fstat(descriptor).st_size, str(val))
     val_labels = np.array([labels[wnid] for wnid in _val_classes(val_entries.names.tolist(), devkit, val)])
     if check == DECODE:
-        _decode_val(val, val_entries, workers)
+        _decode_val(val, val_entries, workers, decode_chunk)
     progress(len(tars) + 1, len(tars) + 1)
     return Scan(
         {"train": _index(train_entries, train_labels, 0), "val": _index(val_entries, val_labels, 1)},
@@ -192,10 +196,10 @@ def _decode(descriptor: int, found: ImageEntries) -> None:
             found.facts["marks"][i] |= image_header.CORRUPT
 
 
-def _decode_val(val: Path, found: ImageEntries, workers: int) -> None:
+def _decode_val(val: Path, found: ImageEntries, workers: int, chunk: int) -> None:
     chunks = [
-        ImageEntries(*(column[begin : begin + _DECODE_CHUNK] for column in found))
-        for begin in range(0, len(found.names), _DECODE_CHUNK)
+        ImageEntries(*(column[begin : begin + chunk] for column in found))
+        for begin in range(0, len(found.names), chunk)
     ]
     flags = list(process_pool.map_in_order(functools.partial(_decoded_flags, val), chunks, workers))
     found.facts["marks"][:] = np.concatenate(flags)

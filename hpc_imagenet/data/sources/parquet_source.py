@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.data.download.downloader import download_and_verify
 from hpc_imagenet.data.download.expected import ExpectedArchive
 from hpc_imagenet.data.download.partial_file import PartialFile, allocated_bytes
+from hpc_imagenet.data.download.verified_download import download_and_verify
 from hpc_imagenet.data.sources.class_folder_source import devkit
 from hpc_imagenet.data.sources.range_source import Origin
 from hpc_imagenet.data.sources.virtual_tar import InMemoryFile

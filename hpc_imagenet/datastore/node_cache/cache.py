@@ -31,7 +31,7 @@ from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import write_json
 
-MAX_VERIFIED_AGE = 24 * 3600.0  # s since the last verification, after which a file is hashed again before use
+MAX_VERIFIED_AGE = 24 * 3600.0  # s
 KEEP_FREE = 0.02  # fraction of the disk
 
 
@@ -63,13 +63,16 @@ class NodeCache:
         scratch: `cluster.scratch`, a folder on the node's own disk or in its memory. The node's environment
             variables (such as $SLURM_TMPDIR) are expanded.
         limit: maximum size of the cache in bytes; None: the free space of the disk.
+        max_verified_age: s since its last verification after which a file is hashed again before use.
 
     Raises:
         UserError: a variable is not set on this node, the cache folder cannot be created, or another user
             owns it or can write to it.
     """
 
-    def __init__(self, scratch: str | Path, limit: int | None = None) -> None:
+    def __init__(
+        self, scratch: str | Path, limit: int | None = None, max_verified_age: float = MAX_VERIFIED_AGE
+    ) -> None:
         expanded = Path(os.path.expandvars(scratch)).expanduser()
         if "$" in str(expanded):
             raise UserError(
@@ -77,7 +80,7 @@ class NodeCache:
                 "use another folder, or cluster.scratch=null"
             )
         self.folder = expanded / f"hpc_imagenet-{os.getuid()}"
-        self.limit = limit
+        self.limit, self.max_verified_age = limit, max_verified_age
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self.folder.lstat()
@@ -161,7 +164,7 @@ class NodeCache:
     def _is_verified(self, path: Path, file: File, status: os.stat_result) -> bool:
         try:
             note = json.loads(_note(path).read_bytes())
-            recent = 0 <= time.time() - note["proved"] < MAX_VERIFIED_AGE
+            recent = 0 <= time.time() - note["proved"] < self.max_verified_age
             return recent and note["stamp"] == _stamp(status) and status.st_size == file.bytes
         except (OSError, ValueError, KeyError, TypeError):
             return False

@@ -13,15 +13,30 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.node_cache.cache import CopyResult, NodeCache, ShardCopier
 from hpc_imagenet.datastore.reader.shard_reader import ShardReader, raise_open_files_limit
 from hpc_imagenet.errors import UserError
 
-READ_POLL_INTERVAL = 0.5  # s between two checks of a reader whether a shard is cached
-BUSY_POLL_INTERVAL = 1.0  # s between two checks of a shard that another process is fetching
-RETRY_INTERVAL = 60.0  # s between two attempts at a shard that cannot be read or written
+
+@dataclass(frozen=True)
+class StagingIntervals:
+    """Seconds between two checks of a shard.
+
+    Attributes:
+        cached: between two checks of a reader whether a shard is cached.
+        busy: between two checks of a shard that another process is fetching.
+        retry: between two attempts at a shard that cannot be read or written.
+    """
+
+    cached: float = 0.5
+    busy: float = 1.0
+    retry: float = 60.0
+
+
+INTERVALS = StagingIntervals()
 
 
 class StagedShards:
@@ -32,6 +47,7 @@ class StagedShards:
         cache: cache of this node.
         shards: shards of the manifest.
         copier: copies the shards in a background thread until `close`; None: another process copies them.
+        intervals: times between checks and retries.
     """
 
     def __init__(
@@ -40,8 +56,10 @@ class StagedShards:
         cache: NodeCache,
         shards: Sequence[File],
         copier: ShardCopier | None = None,
+        intervals: StagingIntervals = INTERVALS,
     ) -> None:
         self._source, self._cache, self._shards, self._copier = source, cache, shards, copier
+        self._intervals = intervals
         self._descriptors: dict[int, int] = {}
         self._checked = [float("-inf")] * len(shards)  # by shard: time of the last check, monotonic s
         self._lock = threading.Lock()
@@ -66,7 +84,7 @@ class StagedShards:
                 return self._source.read(shard, offset, length)
             if self._error is not None:
                 raise self._error
-            time.sleep(READ_POLL_INTERVAL)
+            time.sleep(self._intervals.cached)
             descriptor = self._open_cached(shard)
         data = b""
         with contextlib.suppress(OSError):  # the node's disk may be faulty and the source intact
@@ -110,11 +128,11 @@ class StagedShards:
                 os.close(self._descriptors.popitem()[1])
 
     def _open_cached(self, shard: int) -> int | None:
-        """Return the descriptor of a cached shard; check the cache at most every `READ_POLL_INTERVAL`."""
+        """Return the descriptor of a cached shard; check the cache at most once per interval."""
         with self._lock:
             if shard not in self._descriptors:
                 now = time.monotonic()
-                if now - self._checked[shard] < READ_POLL_INTERVAL:
+                if now - self._checked[shard] < self._intervals.cached:
                     return None
                 self._checked[shard] = now
                 descriptor = self._cache.open(self._shards[shard])
@@ -159,7 +177,8 @@ class StagedShards:
                 busy += [number] if result is CopyResult.BUSY else []
                 full += [number] if result is CopyResult.FULL else []
             remaining = busy + failed
-            if remaining and self._closed.wait(BUSY_POLL_INTERVAL if busy else RETRY_INTERVAL):
+            interval = self._intervals.busy if busy else self._intervals.retry
+            if remaining and self._closed.wait(interval):
                 return
         size = sum(shard.bytes for n, shard in enumerate(self._shards) if n not in full)
         print(

@@ -37,7 +37,7 @@ _HostBatch = tuple[Batch, list[Key], list[PendingImage]]  # batch, its keys, ima
 PREFETCHED = 2  # batches prepared in advance; more if that leaves threads idle
 CPU = torch.device("cpu")
 IMAGES_PER_TASK = 8  # of a thread: small, so that all threads work on the next batch
-CPU_CHECKED = 1 / 64  # share of the device-decoded images that a CPU decodes too, to detect damaged ones
+CPU_CHECKED = 1 / 64
 MAX_WARNINGS = 5  # images refused by the device that are printed; further ones are only counted
 
 
@@ -51,6 +51,7 @@ class BatchBuilder:
         skip: replace unreadable images by black ones with the label `PADDING`, which is ignored everywhere;
             else they are an error.
         on_gpu: leave the decoding of ordinary JPEGs to the device.
+        cpu_checked: share of the device-decoded images that a CPU decodes too, to detect damaged ones.
 
     Attributes:
         skipped: names of unreadable images.
@@ -66,9 +67,10 @@ class BatchBuilder:
         seed: int,
         skip: bool = False,
         on_gpu: bool = False,
+        cpu_checked: float = CPU_CHECKED,
     ) -> None:
         self.split, self.seed, self.skip, self.on_gpu = split, seed, skip, on_gpu
-        self._crops = crop
+        self._crops, self._cpu_checked = crop, cpu_checked
         self.skipped: set[str] = set()
         self.refused: set[int] = set()
         self.work = 0, 0.0
@@ -173,7 +175,7 @@ class BatchBuilder:
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         crop = self.crop_policy(epoch)(image.width, image.height, rng)
         if self.on_gpu and image.plain and index not in self.refused:
-            if rng.random() < CPU_CHECKED:  # the device decodes damaged data without an error
+            if rng.random() < self._cpu_checked:  # the device decodes damaged data without an error
                 image.pixels((0, 0, image.width, image.height))
             return crop
         apply_crop(torch.from_numpy(image.pixels(crop.source)).permute(2, 0, 1)[None], crop, out)

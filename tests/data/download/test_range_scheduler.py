@@ -17,11 +17,10 @@ from faulty_server import Faults, faulty, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_imagenet.data.download import downloader, range_scheduler
 from hpc_imagenet.data.download.downloader import FIRST_REQUEST, Downloader
 from hpc_imagenet.data.download.expected import ExpectedArchive
 from hpc_imagenet.data.download.partial_file import PartialFile
-from hpc_imagenet.data.download.range_scheduler import RangeScheduler
+from hpc_imagenet.data.download.range_scheduler import RangeScheduler, TransferSizes
 from hpc_imagenet.data.download.rate_limit import RateLimiter
 from hpc_imagenet.data.download.streaming_hash import StreamingHash
 from hpc_imagenet.data.sources.http_credentials import HttpCredentials
@@ -32,6 +31,7 @@ from hpc_imagenet.io.tar_header import tar_member
 
 FILE = "x.tar"
 SIZE = 6_000_000
+SIZES = TransferSizes(min_range=300_000, min_steal=50_000, read=40_000)
 EXPECTED = ExpectedArchive("dataset.archives.train", FILE, False)
 
 
@@ -47,16 +47,9 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / FILE
 
 
-@pytest.fixture(autouse=True)
-def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloader, "MIN_RANGE", 300_000)
-    monkeypatch.setattr(downloader, "READ_SIZE", 40_000)
-    monkeypatch.setattr(range_scheduler, "MIN_STEAL", 50_000)
-
-
 def new_downloader(url: str, connections: int, timeout: float = 5.0, **kwargs: float) -> Downloader:
     source = HttpSource(url, timeout, connections, HttpCredentials(url))
-    return Downloader(source, 5, timeout, connections=connections, **kwargs)  # type: ignore[arg-type]
+    return Downloader(source, 5, timeout, connections=connections, sizes=SIZES, **kwargs)  # type: ignore[arg-type]
 
 
 def assert_complete(target: Path, served: Path) -> None:
@@ -117,17 +110,14 @@ def test_stalled_range_is_fetched_by_another_connection(served: Path, target: Pa
     assert_complete(target, served)
 
 
-def test_slow_connection_is_replaced(
-    served: Path, target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(downloader, "MIN_RATE", 10_000_000)
+def test_slow_connection_is_replaced(served: Path, target: Path, caplog: pytest.LogCaptureFixture) -> None:
     faults = Faults(pause=0.05)
 
     def end_pauses(done: int) -> None:
         faults.pause = 0.0 if "bytes in 0 s" in caplog.text else 0.05
 
     with serving(served, faulty(faults)) as url, caplog.at_level(logging.WARNING):
-        loader = new_downloader(url, 2, timeout=0.2)
+        loader = new_downloader(url, 2, timeout=0.2, min_rate=10_000_000)
         loader.sleep = lambda seconds: None
         loader.fetch(EXPECTED, target, end_pauses)
     assert_complete(target, served)
@@ -196,7 +186,7 @@ def test_rate_limit_is_shared_by_all_connections(served: Path, target: Path) -> 
 def test_parallel_download_resumes_a_single_stream(served: Path, target: Path) -> None:
     with serving(served, faulty(Faults(drops=[1 << 30, 1_000_000]))) as url:
         with pytest.raises(UserError):
-            Downloader(HttpSource(url, 5, 1, HttpCredentials(url)), -1, 5).fetch(
+            Downloader(HttpSource(url, 5, 1, HttpCredentials(url)), -1, 5, sizes=SIZES).fetch(
                 EXPECTED, target, lambda done: None
             )
         assert new_downloader(url, 4).fetch(EXPECTED, target, lambda done: None) < SIZE - 900_000
@@ -234,7 +224,7 @@ def test_claims_never_overlap_and_cover_all(tmp_path: Path) -> None:
     with PartialFile(tmp_path / "f") as part:
         part.restart(Origin("x", '"1"', None, 1_000_000, ranges=True))
         part.write(300_000, bytes(100_000))
-        scheduler = RangeScheduler(part, 3)
+        scheduler = RangeScheduler(part, 3, SIZES.min_steal)
         claims = [scheduler.take(250_000) for _ in range(5)]
         spans = [(claim.begin, claim.end) for claim in claims if claim]
         assert spans[:2] == [(0, 250_000), (250_000, 300_000)]

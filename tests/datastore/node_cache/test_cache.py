@@ -12,7 +12,6 @@ import pytest
 from filelock import FileLock
 
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.node_cache import cache
 from hpc_imagenet.datastore.node_cache.cache import CopyResult, NodeCache
 from hpc_imagenet.errors import UserError
 
@@ -86,14 +85,11 @@ def test_a_modified_file_is_detected_and_fetched_again(tmp_path: Path) -> None:
     assert read(node_cache, 1) == data_of(1)
 
 
-def test_a_file_verified_long_ago_is_hashed_again_but_not_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, node_cache = Source(), NodeCache(tmp_path)
-    source.cache(node_cache, 1)
-    monkeypatch.setattr(cache, "MAX_VERIFIED_AGE", 0.0)
-    assert node_cache.open(file_of(1)) is None
-    source.cache(node_cache, 1)
+def test_a_file_verified_long_ago_is_hashed_again_but_not_fetched(tmp_path: Path) -> None:
+    source, later = Source(), NodeCache(tmp_path, max_verified_age=0.0)
+    source.cache(NodeCache(tmp_path), 1)
+    assert later.open(file_of(1)) is None
+    source.cache(later, 1)
     assert (source.fetched, source.verified) == (["shards/1.tar"], ["shards/1.tar"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -14,23 +15,20 @@ import pytest
 from sample_dataset import make_dataset
 
 from hpc_imagenet.config.schema import Cluster, Datastore
-from hpc_imagenet.datastore import open_dataset, versions
+from hpc_imagenet.datastore import open_dataset as open_dataset_module
+from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends.storage_backend import hash_file
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.node_cache import staging
 from hpc_imagenet.datastore.node_cache.cache import NodeCache
-from hpc_imagenet.datastore.node_cache.staging import StagedShards
+from hpc_imagenet.datastore.node_cache.staging import StagedShards, StagingIntervals
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.datastore.reader.prefetch import Prefetcher
 from hpc_imagenet.datastore.versions import Version
 from hpc_imagenet.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "READ_POLL_INTERVAL", 0.0)
-    monkeypatch.setattr(staging, "BUSY_POLL_INTERVAL", 0.02)
-    monkeypatch.setattr(staging, "RETRY_INTERVAL", 0.02)
+INTERVALS = StagingIntervals(cached=0.0, busy=0.02, retry=0.02)
+open_dataset = functools.partial(open_dataset_module.open_dataset, intervals=INTERVALS)
+staged_shards = functools.partial(StagedShards, intervals=INTERVALS)
 
 
 @pytest.fixture
@@ -101,9 +99,7 @@ def test_reading_starts_from_the_source_and_continues_from_the_copies(
     version: Version, copier: GatedCopier, tmp_path: Path
 ) -> None:
     correct = expected(version)
-    with open_dataset.open_dataset(
-        version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copier=copier
-    ) as store:
+    with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copier=copier) as store:
         assert images(store) == correct
         assert store.shards.is_remote()
         copier.permits.release()
@@ -121,8 +117,8 @@ def test_reading_starts_from_the_source_and_continues_from_the_copies(
 def test_a_second_rank_reads_the_copies_of_the_first(version: Version, tmp_path: Path) -> None:
     cluster = Cluster(scratch=str(tmp_path / "disk"))
     with (
-        open_dataset.open_dataset(version, cluster, stages=True),
-        open_dataset.open_dataset(version, cluster, stages=False) as second,
+        open_dataset(version, cluster, stages=True),
+        open_dataset(version, cluster, stages=False) as second,
     ):
         wait_until(lambda: len(cached(tmp_path / "disk")) == 3)
         images(second)
@@ -131,9 +127,7 @@ def test_a_second_rank_reads_the_copies_of_the_first(version: Version, tmp_path:
 
 
 def test_closing_the_dataset_stops_copying(version: Version, copier: GatedCopier, tmp_path: Path) -> None:
-    with open_dataset.open_dataset(
-        version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copier=copier
-    ):
+    with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copier=copier):
         pass
     assert copier.closed
     assert cached(tmp_path / "disk") == []
@@ -142,7 +136,7 @@ def test_closing_the_dataset_stops_copying(version: Version, copier: GatedCopier
 
 def test_closing_ends_a_read_that_waits_for_a_shard(version: Version, tmp_path: Path) -> None:
     """A process joins its threads at exit, so a thread that waits forever would keep the GPUs allocated."""
-    staged = StagedShards(None, NodeCache(tmp_path / "disk"), version.manifest.shards)
+    staged = staged_shards(None, NodeCache(tmp_path / "disk"), version.manifest.shards)
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(staged.read, 0, 512, 100)
         with pytest.raises(TimeoutError):
@@ -153,7 +147,7 @@ def test_closing_ends_a_read_that_waits_for_a_shard(version: Version, tmp_path: 
 
 
 def test_a_damaged_copy_is_detected_by_reread_and_copied_again(version: Version, tmp_path: Path) -> None:
-    with open_dataset.open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
+    with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
         wait_until(lambda: not store.shards.is_remote() or not images(store))
         train = store.open_split("train")
         correct, _ = train.read(3)
@@ -171,7 +165,7 @@ def test_a_damaged_copy_is_detected_by_reread_and_copied_again(version: Version,
 
 
 def test_an_intact_copy_of_an_undecodable_image_is_kept(version: Version, tmp_path: Path) -> None:
-    with open_dataset.open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
+    with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
         wait_until(lambda: bool(images(store)) and not store.shards.is_remote())
         train = store.open_split("train")
         assert train.reread(3, train.read(3)[0]) == train.read(3)[0]
@@ -183,7 +177,7 @@ def test_shards_that_do_not_fit_are_read_from_the_source(
 ) -> None:
     limit = version.manifest.shards[0].bytes + 10_000
     cluster = Cluster(scratch=str(tmp_path / "disk"), scratch_gb=limit / 1e9)
-    with open_dataset.open_dataset(version, cluster, stages=True) as store:
+    with open_dataset(version, cluster, stages=True) as store:
         wait_until(lambda: " for 2 of 3 shards; reading from the source instead" in capfd.readouterr().out)
         assert images(store) == expected(version)
     assert len(cached(tmp_path / "disk")) == 1
@@ -192,9 +186,7 @@ def test_shards_that_do_not_fit_are_read_from_the_source(
 def test_failed_copies_are_retried(version: Version, copier: GatedCopier, tmp_path: Path) -> None:
     copier.failures = 2
     copier.permits.release(10)
-    with open_dataset.open_dataset(
-        version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copier=copier
-    ) as store:
+    with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copier=copier) as store:
         wait_until(lambda: bool(images(store)) and not store.shards.is_remote())
     assert len(cached(tmp_path / "disk")) == 3
 
@@ -205,14 +197,14 @@ def test_without_range_reads_reading_waits_for_the_copy_or_fails(version: Versio
     copier.permits.release(10)
 
     with (
-        contextlib.closing(StagedShards(None, cache, files, copier)) as staged,
+        contextlib.closing(staged_shards(None, cache, files, copier)) as staged,
         pytest.raises(UserError, match=r"not enough free space in .* for 3 of 3 shards.*cluster\.scratch"),
     ):
         staged.read(0, 512, 100)
     unlimited = NodeCache(tmp_path / "disk")
     copier = GatedCopier(version)
     copier.permits.release(10)
-    with contextlib.closing(StagedShards(None, unlimited, files, copier)) as staged:
+    with contextlib.closing(staged_shards(None, unlimited, files, copier)) as staged:
         assert staged.read(1, 512, 100) == DatasetReader(version.folder or tmp_path).shards.read(1, 512, 100)
 
 
@@ -229,7 +221,7 @@ def test_a_read_that_waits_for_a_shard_raises_the_copy_error(
     cache, files = NodeCache(tmp_path / "disk"), version.manifest.shards
     copier.error, copier.failures = error, 9
     copier.permits.release(9)
-    with contextlib.closing(StagedShards(None, cache, files, copier)) as staged:
+    with contextlib.closing(staged_shards(None, cache, files, copier)) as staged:
         wait_until(lambda: staged._error is not None)
         with pytest.raises(UserError) as caught:
             staged.read(0, 512, 100)
@@ -241,7 +233,7 @@ def test_unset_variable_in_scratch_is_reported(version: Version, monkeypatch: py
     monkeypatch.delenv("SLURM_TMPDIR", raising=False)
     with (
         pytest.raises(UserError, match=r"cluster\.scratch=\$SLURM_TMPDIR: this variable is not set on"),
-        open_dataset.open_dataset(version, Cluster(scratch="$SLURM_TMPDIR"), stages=True),
+        open_dataset(version, Cluster(scratch="$SLURM_TMPDIR"), stages=True),
     ):
         pass
 

@@ -17,7 +17,7 @@ from PIL import Image
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.distributed import out_of_memory
-from hpc_imagenet.training.loading import batch_loader, device_prefetch
+from hpc_imagenet.training.loading import device_prefetch
 from hpc_imagenet.training.loading.batch_loader import Batch, BatchBuilder, BatchLoader
 from hpc_imagenet.training.loading.crop import RandomResizedCrop
 from hpc_imagenet.training.loading.sampler import PADDING, BatchShare, TrainSampler
@@ -36,8 +36,8 @@ class PatchedSplit(SplitReader):
         return (self.data, 9) if i == self.image else super().read(i)
 
 
-def load_batch(split: SplitReader, on_gpu: bool, skip: bool = False) -> Batch:
-    batches = BatchBuilder(split, RandomResizedCrop(24, 0.3, 0.5), 0, skip, on_gpu)
+def load_batch(split: SplitReader, on_gpu: bool, skip: bool = False, **more: float) -> Batch:
+    batches = BatchBuilder(split, RandomResizedCrop(24, 0.3, 0.5), 0, skip, on_gpu, **more)
     return next(iter(BatchLoader(batches, TrainSampler(40, 0, BatchShare(40)), 2)))
 
 
@@ -237,11 +237,9 @@ def test_cpu_checks_a_sample_of_device_decoded_images(tiny: DatasetReader, monke
     monkeypatch.setattr(
         device_prefetch, "decode_jpeg", lambda encoded, **_: [torch.zeros(3, 32, 32)] * len(encoded)
     )
-    monkeypatch.setattr(batch_loader, "CPU_CHECKED", 0.0)
-    load_batch(damaged, True)
-    monkeypatch.setattr(batch_loader, "CPU_CHECKED", 1.0)
+    load_batch(damaged, True, cpu_checked=0.0)
     with pytest.raises(UserError, match=r"image train_0005.JPEG cannot be read"):
-        load_batch(damaged, True)
+        load_batch(damaged, True, cpu_checked=1.0)
 
 
 def test_missing_page_locked_memory_error(tiny: DatasetReader, monkeypatch) -> None:
