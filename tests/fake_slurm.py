@@ -8,6 +8,12 @@ from hpc_imagenet.cluster import slurm
 
 # sbatch numbers the jobs and keeps each script, and the SLURM_ variables that it would export.
 SBATCH = """
+for word in "$@"; do
+  case $word in
+    --foo*) echo "sbatch: unrecognized option '$word'" >&2; exit 1 ;;
+    --help) exit 0 ;;
+  esac
+done
 n=$(ls $here | grep -c script)
 cp "$1" $here/script.$((n + 1)); env | grep ^SLURM_ >> $here/env
 echo Submitted batch job $((n + 1))

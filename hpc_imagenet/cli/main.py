@@ -23,7 +23,7 @@ Submit jobs (returns at once; jobs run in the background):
   python -m hpc_imagenet -m SETTING=A,B [SETTING=VALUE …]     a sweep: one run per combination
 
   stages     download → process → upload → train, or pipeline: all four in this order
-  cluster=   auto (slurm if sbatch is on the PATH, else local), local, slurm, foreground
+  cluster=   auto (slurm if Slurm replies, else local), local, slurm, foreground
   dataset=   imagenet, digits, ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
   model=     any classification model of torchvision.models
   recipe=    standard90, fast16 … fast88, modern, finetune, linear_probe, demo
@@ -125,13 +125,13 @@ def _parse_submission(arguments: list[str]) -> tuple[list[str], bool, str | None
 
 def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int:
     from hpc_imagenet.cli.submit import prepare
+    from hpc_imagenet.config.auto_cluster import resolve_cluster
     from hpc_imagenet.config.compose import compose
     from hpc_imagenet.stages import STAGES
 
+    overrides, reason = resolve_cluster(overrides)
     prepared = prepare(compose(overrides, multirun, config_dir))
-    explicit = any(item.startswith("cluster=") and item != "cluster=auto" for item in overrides)
-    sbatch = "sbatch" if prepared.executor == "slurm" else "no sbatch"
-    why = "" if explicit else f" ({sbatch} is on the PATH)"
+    why = f" ({reason})" if reason else ""
     print(f"cluster: {prepared.executor}{why} · workspace: {prepared.first.workspace}")
     if prepared.first.dry_run:
         from hpc_imagenet.report.dry_run import print_dry_run
@@ -159,10 +159,11 @@ def _run_hydra(arguments: list[str]) -> int:
     """Run one of Hydra's own options, such as --cfg or tab completion."""
     import hydra
 
-    from hpc_imagenet.config.compose import CONF, VERSION_BASE, register, resolve_cluster
+    from hpc_imagenet.config.auto_cluster import resolve_cluster
+    from hpc_imagenet.config.compose import CONF, VERSION_BASE, register
 
     register()
-    sys.argv[1:] = arguments if "--hydra-help" in arguments else resolve_cluster(arguments)
+    sys.argv[1:] = arguments if "--hydra-help" in arguments else resolve_cluster(arguments)[0]
     hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")(lambda _: None)()
     return 0
 

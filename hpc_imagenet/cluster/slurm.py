@@ -100,6 +100,8 @@ def query_jobs(job_ids: Iterable[str], since: float | None = None) -> dict[str, 
     found = {}
     for job, name, restarts, status, reason in map(_split_columns, done.stdout.splitlines()):
         if job in ids:
+            if re.search(r"JobHeld|\bheld\b", reason):  # it stays queued until it is released
+                reason = f"{reason}: scontrol release {job}"
             code = f"{int(status) >> 8}:{int(status) & 0x7F}" if status.isdigit() else ""
             found[job] = _status_from(name, reason, code, int(restarts) if restarts.isdigit() else 0)
     missing = sorted(ids - found.keys())

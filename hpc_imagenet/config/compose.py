@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -33,10 +32,12 @@ from hydra.errors import (
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from hpc_imagenet.config.auto_cluster import resolve_cluster
 from hpc_imagenet.config.backbones import BACKBONES
 from hpc_imagenet.config.bounds import check_values
 from hpc_imagenet.config.recipe import is_weights_name
 from hpc_imagenet.config.schema import OPEN_MAPPINGS, Config, explain_omegaconf_error
+from hpc_imagenet.config.slurm_values import check_quoted_times
 from hpc_imagenet.errors import UserError, did_you_mean
 
 VERSION_BASE = "1.3"  # version of Hydra's behaviour
@@ -56,20 +57,6 @@ def register() -> None:
             store.store(group="model", name=name, node=node, provider="hpc_imagenet")
 
 
-def resolve_cluster(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides with an explicit cluster: auto, or none, becomes slurm or local.
-
-    slurm is chosen if sbatch is on the PATH.
-    """
-    if any(override.startswith("cluster=") and override != "cluster=auto" for override in overrides):
-        return list(overrides)
-    resolved = [override for override in overrides if override != "cluster=auto"]
-    # Next to the other overrides: Hydra cannot parse overrides with options between them.
-    index = next((i for i, word in enumerate(resolved) if "=" in word and word[0] != "-"), len(resolved))
-    resolved.insert(index, f"cluster={'slurm' if shutil.which('sbatch') else 'local'}")
-    return resolved
-
-
 def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | None = None) -> list[Config]:
     """Return one validated config per combination of the overrides.
 
@@ -82,7 +69,7 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
         UserError: names the invalid key, value or choice.
     """
     register()
-    overrides = resolve_cluster(overrides)
+    overrides, _ = resolve_cluster(overrides)
     if config_dir is not None:
         folder = Path(config_dir).resolve()
         if not folder.is_dir():
@@ -94,6 +81,10 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
                 )
         url = QuotedString(f"file://{folder}", Quote.single).with_quotes()
         overrides = [f"hydra.searchpath=[{url}]", *overrides]
+    for folder in (CONF, *([Path(config_dir).resolve()] if config_dir else [])):
+        for name in (item.partition("=")[2] for item in overrides if item.startswith("cluster=")):
+            if (path := folder / "cluster" / f"{name}.yaml").is_file():
+                check_quoted_times(path)
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
         loader = GlobalHydra.instance().config_loader()
         try:

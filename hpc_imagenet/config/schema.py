@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from hpc_imagenet.config.recipe import Model, Recipe
-from hpc_imagenet.config.setting import setting
+from hpc_imagenet.config.setting import parse_value, setting
+from hpc_imagenet.config.slurm_values import gpu_type, parse_gib, parse_gpus, parse_minutes
 from hpc_imagenet.errors import UserError
 
 STAGES = ("download", "process", "upload", "train", "pipeline", "session")
@@ -202,8 +203,8 @@ class Session:
     datastore: str | None = setting(
         None, "NAME or NAME@vN at datastore.url; the session's folder gets a link to it"
     )
-    gpus: int | None = setting(None, "GPUs of the session; null: cluster.gpus_per_node", minimum=0)
-    time: int = setting(240, "minutes until it ends", minimum=1)
+    gpus: Any = setting(None, "GPUs of the session; null: cluster.gpus_per_node", minimum=0, parse=parse_gpus)
+    time: Any = setting(240, "minutes until it ends, or 4:00:00", minimum=1, parse=parse_minutes)
     idle_minutes: float | None = setting(
         60, "minutes without activity before it ends; null: unlimited", above=0
     )
@@ -213,22 +214,36 @@ class Session:
 
 @dataclass
 class Cluster:
-    """Where jobs run and the resources they get. Null leaves a value to the cluster's default."""
+    """Where jobs run and the resources they get. Null leaves a value to the cluster's default.
+
+    `time`, `memory_gb` and `gpus_per_node` also take Slurm's notation; `cluster_for` converts them.
+    """
 
     executor: str = setting(MISSING, "what executes the jobs", choices=EXECUTORS)
     parallel: int | None = setting(
         None, "local: concurrent jobs; null: one per GPU, or one without GPUs", minimum=1
     )
     nodes: int = setting(1, "nodes of a training", minimum=1)
-    gpus_per_node: int | None = setting(
-        None, "GPUs of each node; null: one per local job if there are GPUs, none on Slurm", minimum=0
+    gpus_per_node: Any = setting(
+        None,
+        "GPUs of each node, or TYPE:COUNT; null: one per local job if there are GPUs, none on Slurm",
+        minimum=0,
+        parse=parse_gpus,
     )
+    gpu_type: str | None = setting(None, "Slurm's name of the GPUs; null: that of gpus_per_node, or any")
     tasks_per_node: int | None = setting(
         None, "processes of each node; null: one per GPU, or one without GPUs", minimum=1
     )
     cpus_per_task: int | None = setting(None, "CPUs of each task", minimum=1)
-    memory_gb: float | None = setting(None, "GiB per node; 0: all memory", minimum=0)
-    time: int | None = setting(None, "time limit of a job in minutes", minimum=1)
+    memory_gb: Any = setting(
+        None, "GiB per node, or with a unit (64G, 512M); 0: all memory", minimum=0, parse=parse_gib
+    )
+    time: Any = setting(
+        None,
+        "time limit of a job: minutes, HH:MM:SS or D-HH:MM:SS",
+        minimum=1,
+        parse=parse_minutes,
+    )
     partition: str | None = setting(None, "Slurm partition")
     account: str | None = setting(None, "Slurm account")
     qos: str | None = setting(None, "Slurm quality of service")
@@ -312,7 +327,7 @@ def cluster_from(frozen: dict[str, Any], stage: str) -> Cluster:
     size = {}
     if stage == "session":
         session = frozen["session"]
-        size = {"time": session["time"] + SESSION_SHUTDOWN_MINUTES}
+        size = {"time": parse_minutes(session["time"]) + SESSION_SHUTDOWN_MINUTES}
         size |= {} if session["gpus"] is None else {"gpus_per_node": session["gpus"]}
     return _cluster(json.dumps(frozen["cluster"], sort_keys=True), stage, json.dumps(size))
 
@@ -323,6 +338,12 @@ def _cluster(values: str, stage: str, size: str) -> Cluster:
     try:
         general = OmegaConf.merge(OmegaConf.structured(Cluster), json.loads(values))
         overrides = general.stage.get(stage, {})
-        return cast(Cluster, OmegaConf.to_object(OmegaConf.merge(general, overrides, json.loads(size))))
+        merged = cast(Cluster, OmegaConf.to_object(OmegaConf.merge(general, overrides, json.loads(size))))
     except OmegaConfBaseException as error:
         raise UserError(f"cluster.stage.{stage}.{explain_omegaconf_error(error)}") from None
+    # A stage that sets only a number of GPUs keeps the general type.
+    merged.gpu_type = gpu_type(merged.gpus_per_node) or merged.gpu_type or gpu_type(general.gpus_per_node)
+    for entry in fields(merged):
+        value = parse_value(f"cluster.{entry.name}", entry, getattr(merged, entry.name))
+        setattr(merged, entry.name, value)
+    return merged

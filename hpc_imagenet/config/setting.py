@@ -20,6 +20,7 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    parse: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Return a dataclass field that documents and bounds a setting.
 
@@ -31,6 +32,8 @@ def setting(
         minimum: lowest valid value.
         maximum: highest valid value.
         above: exclusive lower bound.
+        parse: converts another notation of the value, such as Slurm's; raises ValueError with what is wrong.
+            The field is of type Any, and `parse_value` is applied before it is used.
     """
     metadata = {
         "meaning": meaning,
@@ -38,6 +41,7 @@ def setting(
         "minimum": minimum,
         "maximum": maximum,
         "above": above,
+        "parse": parse,
     }
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
@@ -54,6 +58,21 @@ def settings_of(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], 
             yield name, entry, value
 
 
+def parse_value(name: str, entry: Field[Any], value: Any) -> Any:
+    """Return a value converted by the `parse` of its field; None stays None.
+
+    Raises:
+        UserError: names the setting and the notations that are valid.
+    """
+    parse = entry.metadata.get("parse") if value is not None else None
+    if parse is None:
+        return value
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise UserError(f"{name}={value} {error}") from None
+
+
 def check_bounds(name: str, entry: Field[Any], value: Any) -> None:
     """Check one value against the choices and bounds of its field; None is always valid.
 
@@ -63,6 +82,7 @@ def check_bounds(name: str, entry: Field[Any], value: Any) -> None:
     limits = entry.metadata
     if value is None or not limits:
         return
+    value = parse_value(name, entry, value)
     choices, minimum, maximum, above = (limits[key] for key in ("choices", "minimum", "maximum", "above"))
     if choices and value not in choices:
         raise UserError(f"{name}={value} is unknown{did_you_mean(value, choices)}")

@@ -53,6 +53,8 @@ def _table(
 
 
 def _type(hint: Any) -> str:
+    if hint is Any:  # a number, or text that `parse` of the field converts
+        return "number or text"
     names = {type(None): "null", str: "text", int: "integer", float: "number", bool: "true or false"}
     if typing.get_origin(hint) in (dict, list):
         return {dict: "mapping", list: "list"}[typing.get_origin(hint)]

@@ -167,7 +167,7 @@ def _is_session(run: Run) -> bool:
 def gpus_for(cluster: Cluster, stage: str, available: int) -> int:
     """Return the GPUs of a local job: cluster.gpus_per_node, else one for a training if any is available."""
     if cluster.gpus_per_node is not None:
-        return cluster.gpus_per_node
+        return int(cluster.gpus_per_node)
     return min(1, available) if STAGES[stage].distributed else 0
 
 

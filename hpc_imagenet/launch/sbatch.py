@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import shlex
@@ -35,11 +36,46 @@ class ArrayTask:
 
 
 def extra_sbatch_options(cluster: Cluster) -> dict[str, Any]:
-    """Return the options of cluster.sbatch plus `requeue`, or `no-requeue` if they disable it."""
+    """Return the options of cluster.sbatch plus `requeue`, or `no-requeue` if they disable it.
+
+    Lists are joined by commas, `true` is an option without a value, and `false` or null leave an option out.
+    """
     options = dict(cluster.sbatch)
     disabled = [options.pop(name, False) for name in ("no-requeue", "no_requeue")]
     requeue = options.pop("requeue", True) and not any(disabled)
-    return {"requeue" if requeue else "no-requeue": True, **options}
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    joined = {
+        name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()
+    }
+    return {"requeue" if requeue else "no-requeue": True, **joined}
+
+
+def check_sbatch_options(cluster: Cluster) -> None:
+    """Check cluster.sbatch with sbatch's own parser, which submits nothing and does not query the controller.
+
+    Raises:
+        UserError: an option that sbatch does not know, or a value that it cannot parse.
+    """
+    options = extra_sbatch_options(cluster)
+    for name, value in options.items():
+        if isinstance(value, dict) or "\n" in str(value):
+            raise UserError(
+                f"cluster.sbatch.{name}={value!r} is not a value for sbatch: set one line of text"
+            )
+    words = []
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        words.append(option if value is True else f"{option}={value}")
+    if error := _sbatch_parse_error(tuple(words)):
+        raise UserError(f"cluster.sbatch: {error}; sbatch --help lists the options")
+
+
+@functools.cache  # the jobs of a sweep have the same options
+def _sbatch_parse_error(options: tuple[str, ...]) -> str:
+    done = slurm.run_command("sbatch", *options, "--help")
+    if not done.returncode or "fatal" in done.stderr:  # fatal: no configuration, so nothing was parsed
+        return ""
+    return next((_single_line(line) for line in done.stderr.splitlines() if line.strip()), "refused")
 
 
 def group_into_arrays(tasks: Iterable[ArrayTask]) -> list[list[ArrayTask]]:
@@ -216,7 +252,7 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
         time=cluster.time,
         nodes=cluster.nodes if distributed else 1,
         ntasks_per_node=(cluster.tasks_per_node or cluster.gpus_per_node or 1) if distributed else 1,
-        gpus_per_node=cluster.gpus_per_node or None,
+        gpus_per_node=_gpus(cluster),
         cpus_per_task=cluster.cpus_per_task,
         mem=None if cluster.memory_gb is None else f"{int(cluster.memory_gb * 1024)}M",
         array_parallelism=cluster.array_parallelism,
@@ -234,6 +270,12 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
         additional_parameters=options,
     )
     return executor
+
+
+def _gpus(cluster: Cluster) -> str | int | None:
+    if not cluster.gpus_per_node or cluster.gpu_type is None:
+        return cluster.gpus_per_node or None
+    return f"{cluster.gpu_type}:{cluster.gpus_per_node}"
 
 
 def _warning_seconds(cluster: Cluster) -> int:

@@ -33,11 +33,15 @@ class SlurmExecutor(Executor):
                 )
 
     def check_settings(self, stage: str, cluster: Cluster) -> None:
-        """Raise a UserError for a missing time limit."""
+        """Raise a UserError for a missing time limit, or options that sbatch does not accept."""
         if cluster.time is None:
             raise UserError(
                 f"cluster.time is not set for {stage}: set it in minutes, such as cluster.time=1440"
             )
+        if cluster.sbatch:
+            from hpc_imagenet.launch import sbatch
+
+            sbatch.check_sbatch_options(cluster)
 
     def check_need(self, run_id: str, need: Run) -> None:
         """Raise a UserError if the run it needs is not a Slurm job."""

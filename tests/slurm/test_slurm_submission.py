@@ -106,7 +106,9 @@ def test_array_larger_than_max_array_size_is_split(cluster: LabDoor, store: str)
     rows = cluster.jobs()
     arrays = [job_id(row).partition("_")[0] for row in rows]
     assert sorted(arrays.count(array) for array in set(arrays)) == [2, 128]
-    assert {(row["state"], row["reason"]) for row in rows} == {("queued", "JobHeldUser")}
+    assert {(row["state"], row["reason"]) for row in rows} == {
+        ("queued", f"JobHeldUser: scontrol release {job}") for job in map(job_id, rows)
+    }
     cluster("cancel", *(row["run"] for row in rows[:2]))
     states = cluster.states()
     assert (states[:2], set(states[2:])) == (["cancelled"] * 2, {"queued"})
