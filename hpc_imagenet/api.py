@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc_imagenet.config.stored_settings import stored_value
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import Run, RunStore
 
@@ -163,12 +163,12 @@ def jobs(name: str | None = None, workspace: str | Path | None = None) -> list[H
 
     Args:
         name: id or label of one run, or a prefix of one; None: all runs.
-        workspace: folder of the workspace; None: HPC_IMAGENET_WORKSPACE, else ./workspace.
+        workspace: folder of the workspace; None: the stored one (HPC_IMAGENET_WORKSPACE), else ./workspace.
 
     Raises:
         UserError: no run, or more than one, has that name.
     """
-    folder = Path(workspace or os.environ.get("HPC_IMAGENET_WORKSPACE", "workspace")).expanduser().absolute()
+    folder = Path(workspace or stored_value("workspace") or "workspace").expanduser().absolute()
     store = RunStore(folder)
     runs = store.all() if name is None else [store.find(name)]
     return [Handle(run.folder) for run in runs]

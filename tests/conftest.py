@@ -19,6 +19,10 @@ settings.load_profile("no deadline")
 # Error messages of other programs are compared in English.
 os.environ["LC_ALL"] = "C.UTF-8"
 
+# Settings that the user of this machine has stored do not apply to tests.
+os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
+os.environ.pop("HPC_IMAGENET_CLUSTER", None)
+
 # Spinning threads make a training many times slower on a busy machine. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from hpc_imagenet.cli.command import Command
+from hpc_imagenet.config.stored_settings import stored_value
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import RunStore
 
@@ -41,7 +41,7 @@ def run_command_line(name: str, arguments: Sequence[str]) -> int:
     rest = list(arguments) if command.composes else [item for item in arguments if item not in given]
     options = _parser(name, command).parse_intermixed_args(rest)
     options.set = {key: value for key, _, value in (item.partition("=") for item in given)}
-    workspace = options.set.get("workspace", os.environ.get("HPC_IMAGENET_WORKSPACE", "workspace"))
+    workspace = options.set.get("workspace", stored_value("workspace") or "workspace")
     if not workspace:
         raise UserError("workspace is empty: set a folder, such as . for the current one")
     store = RunStore(Path(workspace).expanduser().absolute())

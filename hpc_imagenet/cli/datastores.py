@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.cli.command import Command
+from hpc_imagenet.config.stored_settings import stored_value
 from hpc_imagenet.datastore import catalog, versions
 from hpc_imagenet.datastore.backends.storage_backend import StorageBackend
 from hpc_imagenet.datastore.catalog import CatalogEntry
@@ -59,7 +60,8 @@ def _datastores(store: RunStore, options: argparse.Namespace) -> int:
             f"datastores {' '.join(options.arguments)}: expected list, show NAME, verify NAME[@vN], "
             "fetch NAME[@vN] DIR, delete NAME@vN or prune"
         )
-    url = options.set.get("datastore.url") or str(store.folder.parent / "datastores")
+    url = options.set.get("datastore.url") or stored_value("datastore.url")
+    url = url or str(store.folder.parent / "datastores")
     backend = versions.open_backend(url, max(1, options.connections))
     return actions[action][1](backend, store, options, *arguments)
 

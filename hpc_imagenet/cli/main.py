@@ -46,6 +46,7 @@ Commands:
   python -m hpc_imagenet doctor [cluster=mine] check the cluster's setup with a probe job on its nodes
 
 More: --cfg job (print the composed config)   --config-dir FOLDER (your own conf/ in addition)
+      --info (stored settings, and the order of precedence)
       --hydra-help   eval "$(hpc-imagenet -sc install=bash)" (tab completion of the command hpc-imagenet)
 """
 
@@ -94,6 +95,11 @@ def run(arguments: Sequence[str]) -> int:
     if arguments == ["--version"]:
         print(__version__)
         return 0
+    if arguments in (["--info"], ["-i"]):
+        from hpc_imagenet.config.stored_settings import describe
+
+        print(describe())
+        return 0
     if any(argument.split("=")[0] in _HYDRA_OPTIONS for argument in arguments):
         return _run_hydra(arguments)
     return _submit(*_parse_submission(arguments))
@@ -127,9 +133,10 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
     from hpc_imagenet.cli.submit import prepare
     from hpc_imagenet.config.auto_cluster import resolve_cluster
     from hpc_imagenet.config.compose import compose
+    from hpc_imagenet.config.stored_settings import add_stored_settings
     from hpc_imagenet.stages import STAGES
 
-    overrides, reason = resolve_cluster(overrides)
+    overrides, reason = resolve_cluster(add_stored_settings(overrides))
     prepared = prepare(compose(overrides, multirun, config_dir))
     why = f" ({reason})" if reason else ""
     print(f"cluster: {prepared.executor}{why} · workspace: {prepared.first.workspace}")
@@ -161,9 +168,12 @@ def _run_hydra(arguments: list[str]) -> int:
 
     from hpc_imagenet.config.auto_cluster import resolve_cluster
     from hpc_imagenet.config.compose import CONF, VERSION_BASE, register
+    from hpc_imagenet.config.stored_settings import add_stored_settings
 
     register()
-    sys.argv[1:] = arguments if "--hydra-help" in arguments else resolve_cluster(arguments)[0]
+    sys.argv[1:] = (
+        arguments if "--hydra-help" in arguments else resolve_cluster(add_stored_settings(arguments))[0]
+    )
     hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")(lambda _: None)()
     return 0
 

@@ -38,6 +38,7 @@ from hpc_imagenet.config.bounds import check_values
 from hpc_imagenet.config.recipe import is_weights_name
 from hpc_imagenet.config.schema import OPEN_MAPPINGS, Config, explain_omegaconf_error
 from hpc_imagenet.config.slurm_values import check_quoted_times
+from hpc_imagenet.config.stored_settings import add_stored_settings, config_folders
 from hpc_imagenet.errors import UserError, did_you_mean
 
 VERSION_BASE = "1.3"  # version of Hydra's behaviour
@@ -63,25 +64,25 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
     Args:
         overrides: settings in Hydra's grammar, such as `model=resnet18,resnet50` or `seed=range(3)`.
         multirun: whether sweeps are allowed (`-m`).
-        config_dir: an additional folder of config groups; no file may have the name of one in conf/.
+        config_dir: an additional folder of config groups; no file may have the name of one in conf/. Settings
+            and folders that are stored (`stored_settings.py`) come after it.
 
     Raises:
         UserError: names the invalid key, value or choice.
     """
     register()
-    overrides, _ = resolve_cluster(overrides)
-    if config_dir is not None:
-        folder = Path(config_dir).resolve()
-        if not folder.is_dir():
-            raise UserError(f"--config-dir {config_dir}: no such folder")
+    overrides, _ = resolve_cluster(add_stored_settings(overrides))
+    folders = [folder for folder in config_folders(config_dir) if folder != CONF]
+    for folder in folders:
         for path in sorted(folder.rglob("*.yaml")):
             if (CONF / path.relative_to(folder)).exists():  # Hydra would silently use the one in conf/
                 raise UserError(
                     f"{path} has the same name as a file of conf/, which takes precedence: rename it"
                 )
-        url = QuotedString(f"file://{folder}", Quote.single).with_quotes()
-        overrides = [f"hydra.searchpath=[{url}]", *overrides]
-    for folder in (CONF, *([Path(config_dir).resolve()] if config_dir else [])):
+    if folders:
+        urls = (QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in folders)
+        overrides = [f"hydra.searchpath=[{','.join(urls)}]", *overrides]
+    for folder in (CONF, *folders):
         for name in (item.partition("=")[2] for item in overrides if item.startswith("cluster=")):
             if (path := folder / "cluster" / f"{name}.yaml").is_file():
                 check_quoted_times(path)

@@ -49,25 +49,30 @@ def run_doctor(overrides: Sequence[str], config_dir: str | None, timeout: float,
         as_json: print a list of objects at the end instead of lines.
 
     Returns:
-        Exit code: 0 no check failed, 1 a check failed, 130 interrupted.
+        Exit code: 0 no check failed, 1 a check failed.
 
     Raises:
         UserError: unknown or invalid setting.
+        KeyboardInterrupt: interrupted; the probe is cancelled.
     """
+    results = run_checks(overrides, config_dir, timeout, as_json)
+    return 1 if any(result["status"] == FAIL for result in results) else 0
+
+
+def run_checks(
+    overrides: Sequence[str], config_dir: str | None, timeout: float, as_json: bool
+) -> list[dict[str, str]]:
+    """Do the checks of `run_doctor` and return their results: where, check, status, found, fix."""
     config, *others = compose(list(overrides), multirun=True, config_dir=config_dir)
     if others:
         raise UserError("the doctor checks one combination of settings: give each setting one value")
     report = _Report(as_json)
-    try:
-        with contextlib.ExitStack() as stack:
-            for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the probe must be cancelled
-                stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
-            _check_all(config, timeout, report)
-    except KeyboardInterrupt:
-        print("\ninterrupted: the probe was cancelled", file=sys.stderr)
-        return 130
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the probe must be cancelled
+            stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
+        _check_all(config, timeout, report)
     report.end()
-    return 1 if report.failed else 0
+    return report.results
 
 
 class _Report:

@@ -1,0 +1,172 @@
+"""Stored settings: `hpc_imagenet.yaml` and config folders of the project and the user.
+
+Precedence, highest first:
+
+1. the command line
+2. the environment: HPC_IMAGENET_WORKSPACE, HPC_IMAGENET_CLUSTER
+3. the project: ./hpc_imagenet.yaml, and config files in ./conf
+4. the user: ~/.config/hpc_imagenet/hpc_imagenet.yaml, and config files in that folder
+5. the package's conf/
+
+A stored `cluster: mine` chooses a file of a group, and `cluster.time: 60` or a mapping sets values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.errors import UserError
+
+FILE = "hpc_imagenet.yaml"
+VARIABLES = {"workspace": "HPC_IMAGENET_WORKSPACE", "cluster": "HPC_IMAGENET_CLUSTER"}
+
+
+class Stored(NamedTuple):
+    """One stored setting as an override of Hydra's grammar, and where it is stored."""
+
+    key: str
+    override: str
+    source: str
+
+
+def user_folder() -> Path:
+    """Return the folder of the user's settings."""
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "hpc_imagenet"
+
+
+def config_folders(config_dir: str | None = None) -> list[Path]:
+    """Return the folders of config files in addition to the package's, highest precedence first.
+
+    Raises:
+        UserError: `config_dir` does not exist.
+    """
+    folders = [] if config_dir is None else [Path(config_dir).resolve()]
+    if folders and not folders[0].is_dir():
+        raise UserError(f"--config-dir {config_dir}: no such folder")
+    project = Path("conf").resolve()
+    # A conf/ with a config.yaml belongs to another Hydra application, or is the package's own.
+    if not (project / "config.yaml").exists() and any((project / group).is_dir() for group in _groups()):
+        folders.append(project)
+    if user_folder().is_dir():
+        folders.append(user_folder().resolve())
+    return list(dict.fromkeys(folders))
+
+
+def stored_settings() -> list[Stored]:
+    """Return the settings of environment, project and user that are in effect, one per key.
+
+    Raises:
+        UserError: a file cannot be read as settings.
+    """
+    found = [
+        Stored(key, f"{key}={_text(value)}", variable)
+        for key, variable in VARIABLES.items()
+        if (value := os.environ.get(variable))
+    ]
+    for path in (Path(FILE), user_folder() / FILE):
+        higher = {stored.key for stored in found}
+        found += [stored for stored in _read(path) if not _is_hidden(stored.key, higher)]
+    return found
+
+
+def add_stored_settings(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides after the stored settings that they do not replace; options come first."""
+    given = {word.lstrip("+~").partition("=")[0] for word in overrides if word[:1] != "-"}
+    stored = [item.override for item in stored_settings() if not _is_hidden(item.key, given)]
+    # Next to the other overrides: Hydra cannot parse overrides with options between them.
+    index = next((i for i, word in enumerate(overrides) if "=" in word and word[0] != "-"), len(overrides))
+    return [*overrides[:index], *stored, *overrides[index:]]
+
+
+def describe() -> str:
+    """Return the order of precedence and the stored settings that are in effect, for --info."""
+    lines = [*(__doc__ or "").strip().splitlines()[2:], ""]
+    lines += [f"config folder: {folder}" for folder in config_folders()]
+    lines += [f"{item.override}   ({item.source})" for item in stored_settings()] or ["no stored settings"]
+    return "\n".join(lines)
+
+
+def stored_value(key: str) -> str | None:
+    """Return the stored value of a text setting, such as workspace, or None."""
+    for path in (Path(FILE), user_folder() / FILE):
+        value = os.environ.get(VARIABLES.get(key, "")) or next(
+            (text for name, text in _flatten(_load(path)) if name == key), None
+        )
+        if value is not None:
+            return str(value)
+    return None
+
+
+def _is_hidden(key: str, given: Any) -> bool:
+    # Values of a group belong to the file that was chosen with them: cluster=lab also replaces cluster.time.
+    return key in given or key.partition(".")[0] in given
+
+
+def _read(path: Path) -> Iterator[Stored]:
+    groups = _groups()
+    for key, value in _flatten(_load(path)):
+        if key in groups:
+            if not isinstance(value, str):
+                raise UserError(f"{path}: {key}: {value!r} is not the name of a file, such as {key}: NAME")
+            yield Stored(key, f"{'+' * (key == 'stage')}{key}={_text(value)}", str(path))
+        else:
+            yield Stored(key, f"++{key}={_literal(value)}", str(path))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UserError(f"{path}: must contain settings, such as workspace: /scratch/me/imagenet")
+    return loaded
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _groups() -> set[str]:
+    return {entry.name for entry in fields(Config) if is_dataclass(entry.default_factory)}
+
+
+def _literal(value: Any) -> str:
+    """Return a value of YAML in Hydra's grammar."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_literal, value))}]"
+    if value is None or isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    return _text(str(value)) if not isinstance(value, dict) else "{}"
+
+
+def _text(text: str) -> str:
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./@-]*", text) and text.lower() not in (
+        "null",
+        "true",
+        "false",
+        "nan",
+        "inf",
+    ):
+        return text
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return str(QuotedString(text, Quote.single).with_quotes())
