@@ -183,7 +183,9 @@ def check_extra(command: str, reader: Reader) -> None:
 
 
 def run_doctor(command: str, reader: Reader) -> None:
-    """Run doctor for this machine; tests/slurm runs it on a Slurm cluster."""
+    """Run doctor for this machine; tests/slurm runs it, and its --write, on a Slurm cluster."""
+    if "--write" in command:
+        command = command.partition(" --write")[0]
     output = reader.run_shell(f"{command.replace('cluster=mine', 'cluster=local')} dataset=digits")
     assert '"check": "packages"' in output if "--json" in command else "no check failed" in output
 
@@ -254,7 +256,10 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
     (rf"{PROGRAM} (connect|pause|resume) RUN( \S+=\S+)*", run_session_command),
     (rf"{PROGRAM} verify( [\w.@-]+)*( --quick)?", run_unchanged),
     (rf"{PROGRAM} datastores( [\w.@-]+| datastore\.url=\w+)*", run_unchanged),
-    (rf"{PROGRAM} doctor( --config-dir [\w/-]+| --timeout=\d+| --json| \+?[\w.]+=\S+)*", run_doctor),
+    (
+        rf"{PROGRAM} doctor( --config-dir [\w/-]+| --write \w+| --timeout=\d+| --json| \+?[\w.]+=\S+)*",
+        run_doctor,
+    ),
     (rf"{PROGRAM}( -m| --config-dir [\w/-]+| \+?[\w.]+=\S+)+", run_submission),
 )
 

@@ -193,3 +193,20 @@ def test_inside_an_allocation_the_probe_runs_by_srun(lab: Lab, cluster: LabDoor,
     lines = {line["check"]: line for line in json.loads(report.read_text())}
     assert "fail" not in {line["status"] for line in lines.values()}
     assert "n2 connected to n1 by name" in lines["network"]["found"]
+
+
+def test_a_proposed_cluster_file_is_proved_and_becomes_the_default(
+    lab: Lab, cluster: LabDoor, tmp_path: Path
+) -> None:
+    folder = tmp_path / "config" / "hpc_imagenet"
+    cluster.env["XDG_CONFIG_HOME"] = str(folder.parent)
+    # The lab's nodes claim GPUs, CPUs and memory that this machine does not have.
+    real = ["cluster.gpus_per_node=0", "cluster.cpus_per_task=1", "cluster.memory_gb=8G"]
+    done = cluster("doctor", "--write", "mine", "dataset=digits", *real)
+    assert "made it the default cluster" in done.stdout
+    assert (folder / "hpc_imagenet.yaml").read_text() == "cluster: mine\n"
+    assert "partition: debug # debug (4 nodes with 2 GPUs)" in (folder / "cluster" / "mine.yaml").read_text()
+    shown = cluster("+stage=download", "dataset=digits", "wait=true").stdout
+    assert shown.startswith("cluster: slurm · ")
+    assert [row["state"] for row in cluster.jobs()] == ["finished"]
+    assert "exists already" in cluster("doctor", "--write", "mine", code=2).stderr
