@@ -166,7 +166,7 @@ def propose(
         UserError: there is no partition.
     """
     if not found:
-        raise UserError("sinfo lists no partition that is up: try again later, or ask the centre")
+        raise UserError("sinfo lists no partition that is up: try again later")
     # A partition that is given may be the only one that the user may use.
     usable = [each for each in found if each.name == given.get("partition")] or found
     train = max(
