@@ -33,6 +33,11 @@ def check_values(config: Config) -> None:
     for split in ("train", "val", "devkit"):
         if split not in config.dataset.archives:
             raise UserError(f"dataset.archives.{split} is missing: set its file name (and md5)")
+    if config.cluster.container and config.cluster.executor != "slurm":
+        raise UserError(
+            f"cluster.container={config.cluster.container} is for Slurm jobs: with another executor start "
+            "the command itself in the container"
+        )
     for stage in config.cluster.stage:
         if stage not in STAGES:
             raise UserError(f"cluster.stage={stage} is unknown{did_you_mean(stage, STAGES)}")

@@ -23,6 +23,7 @@ STAGES = ("download", "process", "upload", "train", "pipeline", "session")
 EXECUTORS = ("local", "slurm", "foreground")
 PIXEL_VERSION = 2  # version of decoding and resizing (1: Pillow), part of the signature
 SESSION_SHUTDOWN_MINUTES = 2  # added to session.time in the Slurm time limit, for a clean shutdown
+CONTAINER_RUNTIMES = ("auto", "apptainer", "singularity", "charliecloud", "podman", "pyxis")
 LISTEN_MODES = ("auto", "loopback", "socket", "address")
 OPEN_MAPPINGS = ("cluster.stage", "cluster.sbatch", "dataset.archives", "model.options")  # any key
 
@@ -253,6 +254,9 @@ class Cluster:
     setup: list[str] = setting(factory=list, meaning="shell lines before the job: module load …")
     sbatch: dict[str, Any] = setting(factory=dict, meaning="more sbatch options, by their long names")
     srun: list[str] = setting(factory=list, meaning="more srun arguments")
+    container: str | None = setting(None, "Slurm: image that the tasks run in; see docs/cluster.md")
+    container_runtime: str = setting("auto", "what runs the image", choices=CONTAINER_RUNTIMES)
+    container_args: list[str] = setting(factory=list, meaning="more arguments of the container runtime")
     login: str | None = setting(
         None, "login node's host name from your own machine, for tunnels; null: its own"
     )

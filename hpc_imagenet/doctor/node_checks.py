@@ -65,13 +65,17 @@ def _check_workspace(probe: ProbeReport) -> Finding:
 
 def _check_python(probe: ProbeReport) -> Finding:
     login, different = probe.login, {}
+    compared = ("package", "code") if probe.cluster.container else ("python", "package", "code")
     for task in probe.tasks.values():
-        names = [name for name in ("python", "package", "code") if task[name] != login[name]]
+        names = [name for name in compared if task[name] != login[name]]
         if names:
             different[task["node"]] = ", ".join(f"{name} {task[name]} (here {login[name]})" for name in names)
     if different:
         fix = f"the nodes use another installation: share one, and check {probe.setting('setup')}"
         return fail("; ".join(f"{node}: {text}" for node, text in different.items()), fix)
+    if probe.cluster.container:
+        found = next(iter(probe.tasks.values()))["python"]
+        return ok(f"{found} in the container, hpc_imagenet {login['package']} as here")
     return ok(f"{login['python']} and hpc_imagenet {login['package']}, as here")
 
 
@@ -79,8 +83,10 @@ def _check_packages(probe: ProbeReport) -> Finding | None:
     login = probe.login["versions"]
 
     def problems(packages: Mapping[str, Any]) -> str:
-        versions = packages["versions"].items()
-        different = [f"{name} {each} (here {login[name]})" for name, each in versions if each != login[name]]
+        versions = {} if probe.cluster.container else packages["versions"]
+        different = [
+            f"{name} {each} (here {login[name]})" for name, each in versions.items() if each != login[name]
+        ]
         return ", ".join([*different, *filter(None, [packages["error"]])])
 
     if not probe.node_reports("packages"):
@@ -88,6 +94,8 @@ def _check_packages(probe: ProbeReport) -> Finding | None:
     if found := probe.by_node("packages", problems):
         fix = f"install the pinned versions where the nodes see them (make); check {probe.setting('setup')}"
         return fail(found, fix)
+    if probe.cluster.container:
+        return ok("torch, torchvision and pytorch-lightning can be imported in the container")
     return ok(f"{', '.join(f'{name} {login[name]}' for name in login)} can be imported, as here")
 
 

@@ -211,7 +211,9 @@ def _start(probe: ProbeReport, folder: Path) -> str | subprocess.Popen[bytes]:
     """
     if probe.on_slurm:
         cluster = replace(probe.cluster, time=min(probe.cluster.time or _TIME_LIMIT, _TIME_LIMIT))
-        job = sbatch.ArrayTask("doctor", probe.stage, f"doctor-{probe.stage}", cluster, ())
+        job = sbatch.ArrayTask(
+            "doctor", probe.stage, f"doctor-{probe.stage}", cluster, (), (str(folder.parents[2]),)
+        )
         return sbatch.submit_one(job, folder, functools.partial(run_probe, str(folder)))
     command = [sys.executable, "-m", "hpc_imagenet.doctor.probe", str(folder)]
     if slurm.this_job():

@@ -19,6 +19,12 @@ from hpc_imagenet.cluster import dist_env, slurm
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import local_queue
+from hpc_imagenet.launch.container import (
+    PACKAGE_ROOT,
+    ContainerCommand,
+    bound_folders,
+    container_command,
+)
 from hpc_imagenet.launch.task import Task
 from hpc_imagenet.runs.store import FAILED, Attempt, Run, RunStore
 from hpc_imagenet.stages import STAGES
@@ -33,6 +39,7 @@ class ArrayTask:
     label: str
     cluster: Cluster  # settings of this stage
     needs: tuple[str, ...]  # ids of the runs it depends on
+    folders: tuple[str, ...] = ()  # folders of the host that it uses in a container
 
 
 def extra_sbatch_options(cluster: Cluster) -> dict[str, Any]:
@@ -85,7 +92,8 @@ def group_into_arrays(tasks: Iterable[ArrayTask]) -> list[list[ArrayTask]]:
     """
     groups: dict[str, list[ArrayTask]] = {}
     for task in tasks:
-        groups.setdefault(repr((task.stage, task.cluster, task.needs)), []).append(task)
+        key = (task.stage, task.cluster, task.needs, task.folders)
+        groups.setdefault(repr(key), []).append(task)
     limit = slurm.max_array_size() if any(len(group) > 1 for group in groups.values()) else 1
     return [group[i : i + limit] for group in groups.values() for i in range(0, len(group), limit)]
 
@@ -173,7 +181,9 @@ def _merge_arrays(job_ids: Iterable[str | None], sizes: Mapping[str, int]) -> li
 
 def _array_task(run: Run) -> ArrayTask:
     info = run.info
-    return ArrayTask(run.id, info["stage"], info["label"], run.cluster(), tuple(info.get("needs", ())))
+    cluster = run.cluster()
+    folders = bound_folders(run.config()) if cluster.container else ()
+    return ArrayTask(run.id, info["stage"], info["label"], cluster, tuple(info.get("needs", ())), folders)
 
 
 def _submit_array(
@@ -236,8 +246,15 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
     import submitit
 
     cluster, stage = array[0].cluster, array[0].stage
-    executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=cluster.max_requeues)
+    python = shlex.quote(sys.executable)
+    command = ContainerCommand(python)
     path = shlex.quote(local_queue.job_environment()["PYTHONPATH"])
+    if cluster.container:  # the image has its own packages, apart from this one
+        command = container_command(cluster, (str(folder), *array[0].folders))
+        path = shlex.quote(str(PACKAGE_ROOT))
+    executor = submitit.SlurmExecutor(
+        folder=folder, max_num_timeout=cluster.max_requeues, python=command.python
+    )
     distributed = STAGES[stage].distributed
     options = extra_sbatch_options(cluster)
     if dependency := ":".join(after):
@@ -264,8 +281,8 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
             "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
             "trap : TERM  # srun forwards a preemption's signal; wait until the tasks have saved",
         ],
-        srun_args=["--kill-on-bad-exit=1", *cluster.srun],
-        teardown=[f"{executor.python} -m hpc_imagenet.launch.requeue {shlex.quote(str(folder))} $?"],
+        srun_args=["--kill-on-bad-exit=1", *command.srun_args, *cluster.srun],
+        teardown=[f"{python} -m hpc_imagenet.launch.requeue {shlex.quote(str(folder))} $?"],
         signal_delay_s=_warning_seconds(cluster),
         additional_parameters=options,
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.container import bound_folders, check_container
 from hpc_imagenet.launch.executor import Executor, State, code_version
 from hpc_imagenet.launch.local_queue import NO_OUTCOME
 from hpc_imagenet.runs.job import Job
@@ -38,6 +39,7 @@ class SlurmExecutor(Executor):
             raise UserError(
                 f"cluster.time is not set for {stage}: set it in minutes, such as cluster.time=1440"
             )
+        check_container(cluster)
         if cluster.sbatch:
             from hpc_imagenet.launch import sbatch
 
@@ -86,7 +88,14 @@ class SlurmExecutor(Executor):
         from hpc_imagenet.launch import sbatch
 
         tasks = [
-            sbatch.ArrayTask(job.run_id, job.stage, job.label, job.cluster, tuple(needs))
+            sbatch.ArrayTask(
+                job.run_id,
+                job.stage,
+                job.label,
+                job.cluster,
+                tuple(needs),
+                bound_folders(job.config) if job.cluster.container else (),
+            )
             for job, needs in jobs
         ]
         for array in sbatch.group_into_arrays(tasks):
