@@ -10,11 +10,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.datastore.backends.storage_backend import SupportsRangeReads
+from hpc_imagenet.datastore.index import open_index
+from hpc_imagenet.datastore.manifest import Manifest
 from hpc_imagenet.datastore.node_cache.cache import NodeCache, ShardCopier
 from hpc_imagenet.datastore.node_cache.copy_process import CopyProcess
 from hpc_imagenet.datastore.node_cache.staging import INTERVALS, StagedShards, StagingIntervals
@@ -31,6 +35,7 @@ def open_dataset(
     stages: bool,
     copier: ShardCopier | None = None,
     intervals: StagingIntervals = INTERVALS,
+    splits: Sequence[str] | None = None,
 ) -> Iterator[DatasetReader]:
     """Open a version for reading.
 
@@ -40,6 +45,7 @@ def open_dataset(
         stages: whether this process copies the shards; true for one process per node.
         copier: copies single shards; None: a new `CopyProcess`.
         intervals: times between checks and retries of shards that are copied.
+        splits: the splits that are read, so that no other shard is copied; None: all.
 
     Raises:
         UserError: the version cannot be read from this node, or the scratch folder cannot be used.
@@ -65,9 +71,18 @@ def open_dataset(
         cache = NodeCache(cluster.scratch, limit)
         if stages:
             copier = copier or CopyProcess(backend.url, version.path, cache.folder)
-        staged = StagedShards(source, cache, manifest.shards, copier if stages else None, intervals)
+        selected = None if splits is None else _shards_of(folder, manifest, splits)
+        staged = StagedShards(source, cache, manifest.shards, copier if stages else None, intervals, selected)
         stack.callback(staged.close)
         yield DatasetReader(folder, staged)
+
+
+def _shards_of(folder: Path, manifest: Manifest, splits: Sequence[str]) -> list[int]:
+    """Return the numbers of the shards with images of these splits, as far as the dataset has them."""
+    numbers: set[int] = set()
+    for split in manifest.splits.keys() & set(splits):
+        numbers.update(np.unique(open_index(folder / manifest.splits[split].index.path)["shard"]).tolist())
+    return sorted(numbers)
 
 
 def _fetch_indexes(version: Version, folder: Path) -> None:

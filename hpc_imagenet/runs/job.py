@@ -63,5 +63,5 @@ def content_hash(dataset: Dataset, process: Process | None = None) -> str:
     """
     pins = {split: archive.md5 for split, archive in dataset.archives.items()}
     pinned = dataset.revision or (all(pins.values()) and pins)
-    changed = process.image_identity() if process else {}
+    changed = dataset.identity() | (process.image_identity() if process else {})
     return signature("content", dataset.name, pinned or dataset.source, *([changed] if changed else []))

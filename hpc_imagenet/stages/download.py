@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,8 +19,12 @@ from hpc_imagenet.data.download.expected import (
     expected_archives,
     parse_sums,
 )
+from hpc_imagenet.data.download.origin import check_same_origin, has_archives, origin_of, source_folder
 from hpc_imagenet.data.download.partial_file import allocated_bytes
-from hpc_imagenet.data.sources import class_folder_source, parquet_source
+from hpc_imagenet.data.ilsvrc.labels_file import printable
+from hpc_imagenet.data.layouts.image_finder import find_images
+from hpc_imagenet.data.layouts.labelled_images import LabelledImages
+from hpc_imagenet.data.sources import class_folder_source, labelled_images_source, parquet_source
 from hpc_imagenet.data.sources.archive_folder import ArchiveFolder, verify_in_place
 from hpc_imagenet.data.sources.http_credentials import HttpCredentials
 from hpc_imagenet.data.sources.http_source import HttpSource
@@ -80,6 +81,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
             sums = parse_sums(source.text(MD5SUMS_FILE) or "")
             archives = expected_archives(config.dataset, sums)
         downloaded = _fetch_missing(archives, folder, source, config, progress)
+    labelled_images_source.remove_upright_copies(folder)
     for expected in archives:  # all are complete, so files of killed attempts are not needed any more
         for leftover in (*folder.glob(f".{expected.file}.*"), folder / f"{expected.file}.part.json"):
             leftover.unlink(missing_ok=True)
@@ -91,31 +93,33 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
 def open_source(config: Config) -> ArchiveSource:
     """Return the source of the archives.
 
-    A folder without the archives is searched for class folders, the Kaggle layout and parquet shards, which
-    archives are made of. A missing folder is first created by dataset.make, if set.
+    A folder without the archives is searched for class folders, the Kaggle layout and parquet shards, or with
+    dataset.format=images for labelled images in any layout, and archives are made of them. A missing folder
+    is first created by dataset.make, if set.
 
     Raises:
         UserError: dataset.source has an unsupported scheme, dataset.make fails, or an MD5 or size is
             configured for archives that are made of images.
     """
     settings, source = config.download, config.dataset.source
-    scheme = urllib.parse.urlsplit(source).scheme
-    if scheme in ("http", "https"):
+    folder = source_folder(config.dataset)
+    if folder is None and source.lower().startswith("s3:"):
+        return _downloader(S3Source(source, settings.timeout, settings.connections), config)
+    if folder is None:
         credentials = HttpCredentials(source, settings.login)
         return _downloader(HttpSource(source, settings.timeout, settings.connections, credentials), config)
-    if scheme == "s3":
-        return _downloader(S3Source(source, settings.timeout, settings.connections), config)
-    if scheme == "file":
-        source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
-    elif re.match(r"[a-z][a-z0-9+.-]*://", source):
-        raise UserError(
-            f"dataset.source={source}: {scheme}:// is not supported; set a folder, http://, https:// or s3://"
-        )
-    folder = Path(source).expanduser()
     if config.dataset.make and not folder.exists():
         _make_source(config.dataset.make, folder)
-    files = {split: archive.file for split, archive in config.dataset.archives.items()}
-    if not any((folder / file).exists() for file in files.values()):
+    if not has_archives(folder, config.dataset):
+        files = {split: archive.file for split, archive in config.dataset.archives.items()}
+        if config.dataset.format == "images":
+            found = find_images(folder, config.dataset, settings.connections)
+            _announce_images(config, found)
+            target = archive_folder(Path(config.workspace), config.dataset)
+            images = labelled_images_source.LabelledImagesSource(
+                found, config.dataset, target, settings.connections
+            )
+            return _downloader(images, config)
         if layout := class_folder_source.detect_layout(folder):
             _announce_packing(config, layout.kind)
             class_folders = class_folder_source.ClassFolderSource(
@@ -125,7 +129,7 @@ def open_source(config: Config) -> ArchiveSource:
         if shards := parquet_source.find_parquet_shards(folder):
             _announce_packing(config, parquet_source.KIND)
             return parquet_source.ParquetSource(shards, config.dataset.source, files)
-    return ArchiveFolder(folder, config.dataset.source)
+    return ArchiveFolder(folder, origin_of(config.dataset))
 
 
 def _downloader(source: RangeSource, config: Config) -> Downloader:
@@ -158,6 +162,19 @@ def _announce_packing(config: Config, kind: str) -> None:
     print(f"dataset.source={source} contains {kind}: making archives of them", flush=True)
 
 
+def _announce_images(config: Config, found: LabelledImages) -> None:
+    """Print what was found, what was left out, and what the user should know.
+
+    Raises:
+        UserError: as `_announce_packing`.
+    """
+    _announce_packing(config, printable(found.layout))
+    for reason, count in found.skipped.items():
+        print(f"left out, {printable(reason)}: {count}", flush=True)
+    for line in found.warnings:
+        print(f"warning: {printable(line)}", flush=True)
+
+
 def _fetch_missing(
     archives: list[ExpectedArchive], folder: Path, source: ArchiveSource, config: Config, progress: Progress
 ) -> int:
@@ -178,13 +195,14 @@ def _fetch_missing(
         with disk.explain_disk_full(folder):
             if receipt.load_receipt(target) is not None:
                 if not _is_up_to_date(folder, expected, config):
+                    check_same_origin(config.dataset, folder)
                     raise UserError(
                         f"{target}: was fetched from another source, and without an MD5 it cannot be "
                         f"compared with dataset.source={config.dataset.source}; set {expected.setting}.md5 "
                         "or another dataset.name, or remove the file"
                     )
             elif target.exists():
-                verify_in_place(target, expected, config.dataset.source, report)
+                verify_in_place(target, expected, origin_of(config.dataset), report)
             else:
                 downloaded += source.fetch(expected, target, report)
         done += target.stat().st_size
@@ -218,7 +236,7 @@ def _is_up_to_date(folder: Path, expected: ExpectedArchive, config: Config) -> b
                 f"{folder / expected.file}: is another archive: its {name} is {actual}, not {required}; "
                 "set another dataset.name, or remove the file"
             )
-    return expected.md5 is not None or verified.source == config.dataset.source
+    return expected.md5 is not None or verified.source == origin_of(config.dataset)
 
 
 def _make_source(function: str, folder: Path) -> None:

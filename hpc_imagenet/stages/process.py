@@ -21,6 +21,7 @@ from hpc_imagenet import __version__
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.ilsvrc import meta_bin
+from hpc_imagenet.data.ilsvrc.labels_file import LabelsFile
 from hpc_imagenet.data.ilsvrc.scanned_archives import (
     ScannedArchives,
     load_or_scan,
@@ -34,8 +35,6 @@ from hpc_imagenet.datastore.manifest import FILE, ClassNames, File, Manifest, Sp
 from hpc_imagenet.io import disk
 from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.runs.store import Progress, Run, now
-
-_SHARDS = ("train", "val")  # splits in the order of their shard numbers in an index of the archives
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """Make the dataset of `config.dataset`, or one part of it, from its archives in the workspace.
 
     Returns:
-        numbers of images: `images` in total, in `train`, in `val` and `skipped` as corrupt; and `classes`.
-        For a part: only the number of its `images`.
+        numbers of images: `images` in total, in each split (`train`, `val` …) and `skipped` as corrupt; and
+        `classes`. For a part: only the number of its `images`.
 
     Raises:
         UserError: an archive is missing or damaged, or the archives do not match each other; an image is
@@ -129,7 +128,7 @@ def _commit(config: Config, folder: Path, scanned: ScannedArchives) -> dict[str,
         if config.process.layout == "folders":
             class_folder_writer.finalize_class_folders(folder, scanned, _identity(config, scanned), meta)
         manifest = _build_manifest(config, scanned, images, splits, files, folder)
-        files += _write_certificate(folder, manifest, images)
+        files += _write_certificate(folder, manifest, images, scanned.devkit.labels)
         scanned.require_unchanged()
         remove_shared_scan(folder)
         _build_manifest(config, scanned, images, splits, files, folder).save(folder)
@@ -161,7 +160,7 @@ def _images(config: Config, folder: Path, scanned: ScannedArchives) -> _Images:
             scanned.receipts[split].bytes,
             f"md5:{scanned.receipts[split].md5}",
         )
-        for split in _SHARDS
+        for split in found.splits  # in the order of their shard numbers
     )
     return _Images(archives, found.splits, found.facts, found.names, scanned.skipped, {})
 
@@ -178,7 +177,9 @@ def _write(path: Path, data: bytes) -> File:
     return _file(path, data)
 
 
-def _write_certificate(folder: Path, manifest: Manifest, images: _Images) -> list[File]:
+def _write_certificate(
+    folder: Path, manifest: Manifest, images: _Images, labels: LabelsFile | None
+) -> list[File]:
     """Write the certificate of the files that the manifest lists."""
     content = certificate.build_certificate(
         name=manifest.name,
@@ -189,7 +190,7 @@ def _write_certificate(folder: Path, manifest: Manifest, images: _Images) -> lis
         names=images.names,
         files=manifest.all_files(),
         skipped=images.skipped,
-        provenance=manifest.provenance,
+        provenance={**manifest.provenance, **({"folder": labels.describe()} if labels else {})},
         tools=images.tools,
     )
     page = certificate.render_page(content, manifest.classes)

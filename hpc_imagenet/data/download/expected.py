@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hpc_imagenet.config.schema import Dataset
 from hpc_imagenet.data.download.file_type import describe_content, is_html
+from hpc_imagenet.data.ilsvrc.labels_file import parse_labels
 from hpc_imagenet.data.tar import tar_reader
 from hpc_imagenet.datastore.backends.storage_backend import hash_file
 from hpc_imagenet.datastore.manifest import File
@@ -32,10 +33,11 @@ class ExpectedArchive:
 
     setting: str  # the setting of the archive, such as dataset.archives.train
     file: str
-    gzip: bool  # True: .tar.gz; False: uncompressed tar
+    gzip: bool  # True: .tar.gz; False: uncompressed tar, or labels
     bytes: int | None = None
     md5: str | None = None
     md5_source: str = ""  # where the MD5 comes from: a setting or `md5sums`
+    labels: bool = False  # True: labels.json, which takes the place of the kit for labelled images
 
 
 def archive_folder(workspace: Path, dataset: Dataset) -> Path:
@@ -70,10 +72,11 @@ def expected_archives(dataset: Dataset, sums: dict[str, str]) -> list[ExpectedAr
             ExpectedArchive(
                 setting,
                 archive.file,
-                split == "devkit",
+                split == "devkit" and dataset.format != "images",
                 archive.bytes,
                 md5.lower() if md5 else None,
                 md5_source,
+                split == "devkit" and dataset.format == "images",
             )
         )
     return result
@@ -110,7 +113,10 @@ def check_first_bytes(first: bytes, expected: ExpectedArchive, name: str, hint: 
     tail = f"; {hint}" if hint else ""
     if is_html(first):
         raise UserError(f"{name} is an HTML page, not an archive: a login or an error page?{tail}")
-    if expected.gzip:
+    if expected.labels:
+        if not first.startswith(b"{"):
+            raise UserError(f"{name}: not a labels.json but {describe_content(first)}{tail}")
+    elif expected.gzip:
         if not first.startswith(b"\x1f\x8b"):
             raise UserError(f"{name}: not a gzip file but {describe_content(first)}{tail}")
     else:
@@ -138,7 +144,9 @@ def check_complete(path: Path, expected: ExpectedArchive, md5: str, name: str) -
         raise UserError(f"{name}: its MD5 is {md5}, but {expected.md5_source} has {expected.md5}")
     with path.open("rb") as file:
         check_first_bytes(file.read(BLOCK), expected, name)
-        if expected.md5 is None and expected.gzip:
+        if expected.labels:
+            parse_labels(path.read_bytes(), path)
+        elif expected.md5 is None and expected.gzip:
             try:
                 with gzip.open(file.name) as plain:
                     while plain.read(CHUNK):

@@ -12,11 +12,12 @@ import io
 import re
 import tarfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.data.download.file_type import describe_content
+from hpc_imagenet.data.ilsvrc.labels_file import LabelsFile, class_id, parse_labels, printable
 from hpc_imagenet.errors import UserError
 
 META = "data/meta.mat"
@@ -30,23 +31,31 @@ class Devkit:
     """Contents of a development kit.
 
     Attributes:
-        names: wnid → names of the class, in alphabetical order of the wnids, so that the index of a class
-            is its label.
+        names: wnid → names of the class, in alphabetical order of the wnids (of a labels.json: in its order),
+            so that the index of a class is its label.
         wnid_of: the kit's own id → wnid.
         val_wnids: wnid of every val image, in file name order.
+        test_wnids: the same of the test images; only in a labels.json.
+        labels: the labels.json of archives that are made of labelled images; None for ILSVRC's kit.
     """
 
     names: dict[str, tuple[str, ...]]
     wnid_of: dict[int, str]
     val_wnids: list[str]
+    test_wnids: list[str] = field(default_factory=list)
+    labels: LabelsFile | None = None
 
 
 def read_devkit(path: Path) -> Devkit:
-    """Read a development kit.
+    """Read a development kit, or a labels.json: its classes are in label order, each with one name.
 
     Raises:
         UserError: not a development kit, damaged, or inconsistent.
     """
+    if path.is_file():
+        with path.open("rb") as file:
+            if (first := file.read(1)) == b"{":
+                return _from_labels(parse_labels(first + file.read(), path))
     meta, truth = _unpack(path)
     names, wnid_of = _classes(meta, path)
     val_wnids = []
@@ -59,6 +68,17 @@ def read_devkit(path: Path) -> Devkit:
             )
         val_wnids.append(wnid_of[int(line)])
     return Devkit(names, wnid_of, val_wnids)
+
+
+def _from_labels(labels: LabelsFile) -> Devkit:
+    wnids = [class_id(name) for name in labels.classes]
+    return Devkit(
+        {wnid: (printable(name),) for wnid, name in zip(wnids, labels.classes, strict=True)},
+        dict(enumerate(wnids, 1)),
+        [wnids[label] for label in labels.val],
+        [wnids[label] for label in labels.test],
+        labels,
+    )
 
 
 def _unpack(path: Path) -> tuple[bytes, bytes]:

@@ -2,7 +2,8 @@
 
 The train archive is a tar of one tar per class, `<wnid>.tar`. The val archive is flat; its images, sorted by
 name, correspond to the lines of the development kit's ground truth. A label is the index of the wnid in
-alphabetical order, as in torchvision.
+alphabetical order, as in torchvision. Archives made of labelled images have the same layout with a
+labels.json instead of the kit. They may have a test archive like val's, and no val.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from hpc_imagenet.datastore.index import ENTRY, Index
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import process_pool
 
-SPLITS = ("train", "val")  # in the order of the archives' shard numbers in the index
+SPLITS = ("train", "val", "test")  # all that a dataset may have
 HEADER, DECODE = "header", "decode"  # values of process.check
 PARALLEL_BYTES = 16 << 30
+PARALLEL_LABELLED_BYTES = 1 << 30  # labelled images in formats other than JPEG and PNG are decoded
 DECODE_CHUNK = 500
 
 
@@ -46,7 +48,8 @@ class Scan:
     """The images of the archives by split, in archive order.
 
     Attributes:
-        splits: split → index entries, shape [images], dtype `ENTRY`.
+        splits: split → index entries, shape [images], dtype `ENTRY`; the position of a split is the number
+            of its shard, which is its archive.
         facts: split → header facts, shape [images], dtype `image_header.FACTS`.
         names: split → file names without folders, as bytes, shape [images].
     """
@@ -58,7 +61,7 @@ class Scan:
     def corrupt(self) -> list[str]:
         """Return the names of the images with the flag CORRUPT."""
         bad = {split: facts["marks"] & image_header.CORRUPT != 0 for split, facts in self.facts.items()}
-        return [os.fsdecode(name) for split in SPLITS for name in self.names[split][bad[split]].tolist()]
+        return [os.fsdecode(name) for split in self.names for name in self.names[split][bad[split]].tolist()]
 
     def without_corrupt(self) -> Scan:
         """Return a copy without the corrupt images."""
@@ -76,18 +79,20 @@ def scan(
     val: Path,
     devkit: Devkit,
     *,
+    test: Path | None = None,
     check: str = HEADER,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     parallel_bytes: int = PARALLEL_BYTES,
     decode_chunk: int = DECODE_CHUNK,
 ) -> Scan:
-    """Find every image of both splits.
+    """Find every image of all splits.
 
     Args:
         train: path of the train archive.
         val: path of the val archive.
         devkit: classes and ground truth.
+        test: path of the test archive; of labelled images only.
         check: HEADER reads 2 kB of each image; DECODE reads and decodes every image.
         workers: maximum number of processes.
         progress: callback with (tars scanned, tars in total): one tar per class, and the val archive.
@@ -106,25 +111,39 @@ def scan(
     with open_for_pread(train) as descriptor:
         size = os.fstat(descriptor).st_size
         tars = find_class_tars(descriptor, train, devkit)
-    if check != DECODE and size < parallel_bytes:
+    if check != DECODE and size < (PARALLEL_LABELLED_BYTES if devkit.labels else parallel_bytes):
         workers = 1
     class_entries = []
-    scan_class = functools.partial(_scan_class, train, decode=check == DECODE)
+    flat = {"val": (val, devkit.val_wnids)} if devkit.val_wnids or not devkit.labels else {}
+    flat |= {"test": (test, devkit.test_wnids)} if test and devkit.test_wnids else {}
+    total = len(tars) + len(flat)
+    any_extension = devkit.labels is not None
+    scan_class = functools.partial(_scan_class, train, decode=check == DECODE, any_extension=any_extension)
     for number, found in enumerate(process_pool.map_in_order(scan_class, tars, workers)):
         class_entries.append(found)
-        progress(number + 1, len(tars) + 1)
-    train_entries = ImageEntries(*(np.concatenate(columns) for columns in zip(*class_entries, strict=True)))
-    train_labels = np.repeat([labels[tar.wnid] for tar in tars], [len(part.names) for part in class_entries])
-    with open_for_pread(val) as descriptor:
-        val_entries = tar_scan.find_images(descriptor, 0, os.fstat(descriptor).st_size, str(val))
-    val_labels = np.array([labels[wnid] for wnid in _val_classes(val_entries.names.tolist(), devkit, val)])
-    if check == DECODE:
-        _decode_val(val, val_entries, workers, decode_chunk)
-    progress(len(tars) + 1, len(tars) + 1)
+        progress(number + 1, total)
+    splits = {
+        "train": ImageEntries(*(np.concatenate(columns) for columns in zip(*class_entries, strict=True)))
+    }
+    of_class = {
+        "train": np.repeat([labels[tar.wnid] for tar in tars], [len(part.names) for part in class_entries])
+    }
+    for number, (split, (path, wnids)) in enumerate(flat.items(), len(tars) + 1):
+        with open_for_pread(path) as descriptor:
+            found = tar_scan.find_images(
+                descriptor, 0, os.fstat(descriptor).st_size, str(path), any_extension
+            )
+        of_class[split] = np.array(
+            [labels[wnid] for wnid in _flat_classes(found.names.tolist(), wnids, path)]
+        )
+        if check == DECODE:
+            _decode_flat(path, found, workers, decode_chunk)
+        splits[split] = found
+        progress(number, total)
     return Scan(
-        {"train": _index(train_entries, train_labels, 0), "val": _index(val_entries, val_labels, 1)},
-        {"train": train_entries.facts, "val": val_entries.facts},
-        {"train": train_entries.names, "val": val_entries.names},
+        {split: _index(found, of_class[split], shard) for shard, (split, found) in enumerate(splits.items())},
+        {split: found.facts for split, found in splits.items()},
+        {split: found.names for split, found in splits.items()},
     )
 
 
@@ -181,9 +200,10 @@ def open_for_pread(path: Path, sequential: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _scan_class(train: Path, tar: ClassTar, decode: bool) -> ImageEntries:
+def _scan_class(train: Path, tar: ClassTar, decode: bool, any_extension: bool) -> ImageEntries:
     with open_for_pread(train) as descriptor:
-        found = tar_scan.find_images(descriptor, tar.begin, tar.end, f"{train}: {tar.wnid}.tar")
+        where = f"{train}: {tar.wnid}.tar"
+        found = tar_scan.find_images(descriptor, tar.begin, tar.end, where, any_extension)
         if decode:
             _decode(descriptor, found)
     return found
@@ -196,33 +216,38 @@ def _decode(descriptor: int, found: ImageEntries) -> None:
             found.facts["marks"][i] |= image_header.CORRUPT
 
 
-def _decode_val(val: Path, found: ImageEntries, workers: int, chunk: int) -> None:
+def _decode_flat(path: Path, found: ImageEntries, workers: int, chunk: int) -> None:
     chunks = [
         ImageEntries(*(column[begin : begin + chunk] for column in found))
         for begin in range(0, len(found.names), chunk)
     ]
-    flags = list(process_pool.map_in_order(functools.partial(_decoded_flags, val), chunks, workers))
+    flags = list(process_pool.map_in_order(functools.partial(_decoded_flags, path), chunks, workers))
     found.facts["marks"][:] = np.concatenate(flags)
 
 
-def _decoded_flags(val: Path, chunk: ImageEntries) -> Array:
-    with open_for_pread(val) as descriptor:
+def _decoded_flags(path: Path, chunk: ImageEntries) -> Array:
+    with open_for_pread(path) as descriptor:
         _decode(descriptor, chunk)
     return chunk.facts["marks"]
 
 
-def _val_classes(names: list[bytes], devkit: Devkit, val: Path) -> list[str]:
-    """Return the wnid of every val image, in the order of `names`."""
-    if len(names) != len(devkit.val_wnids):
+def _flat_classes(names: list[bytes], wnids: Sequence[str], path: Path) -> list[str]:
+    """Return the wnid of every image of a flat archive, in the order of `names`.
+
+    Args:
+        names: file names in the archive.
+        wnids: wnid of every image, in the order of the sorted names.
+        path: the archive, for errors.
+    """
+    if len(names) != len(wnids):
         raise UserError(
-            f"{val}: {len(names)} images, but the ground truth of the development kit has "
-            f"{len(devkit.val_wnids)} lines"
+            f"{path}: {len(names)} images, but the ground truth of the development kit has {len(wnids)} lines"
         )
     if len(set(names)) < len(names):
-        raise UserError(f"{val}: two images have the same file name in different folders")
+        raise UserError(f"{path}: two images have the same file name in different folders")
     order = sorted(range(len(names)), key=names.__getitem__)
     classes = [""] * len(names)
-    for i, wnid in zip(order, devkit.val_wnids, strict=True):
+    for i, wnid in zip(order, wnids, strict=True):
         classes[i] = wnid
     return classes
 

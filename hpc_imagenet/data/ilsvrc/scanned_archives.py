@@ -37,7 +37,7 @@ class ScannedArchives:
     """Verified archives and their images.
 
     Attributes:
-        archives: split (train, val, devkit) → path.
+        archives: split (train, val, devkit; test of labelled images) → path.
         receipts: split → receipt of the verified download.
         devkit: classes and ground truth.
         scan: the images to process.
@@ -93,9 +93,14 @@ def load_or_scan(
     devkit = read_devkit(archives["devkit"])
 
     def run_scan() -> Scan:
-        check = config.process.check
         return scan(
-            archives["train"], archives["val"], devkit, check=check, workers=workers, progress=progress
+            archives["train"],
+            archives["val"],
+            devkit,
+            test=archives.get("test"),
+            check=config.process.check,
+            workers=workers,
+            progress=progress,
         )
 
     if shared:
@@ -145,7 +150,9 @@ def _receipts(archives: dict[str, Path]) -> dict[str, Receipt]:
 
 
 def _save(path: Path, key: str, found: Scan) -> None:
-    arrays = {f"{column}.{split}": getattr(found, column)[split] for column in _COLUMNS for split in SPLITS}
+    arrays = {
+        f"{column}.{split}": part for column in _COLUMNS for split, part in getattr(found, column).items()
+    }
     with atomic_write(path) as file:
         np.savez(file, key=np.array(key), **arrays)
 
@@ -155,7 +162,8 @@ def _load(path: Path, key: str) -> Scan | None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return None
-            return Scan(*({split: arrays[f"{column}.{split}"] for split in SPLITS} for column in _COLUMNS))
+            splits = [split for split in SPLITS if f"splits.{split}" in arrays]
+            return Scan(*({split: arrays[f"{column}.{split}"] for split in splits} for column in _COLUMNS))
     except (FileNotFoundError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return None
 

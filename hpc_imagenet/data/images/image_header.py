@@ -9,20 +9,14 @@ Source: PNG specification 5.3 and 11.2.2, Exif 2.3 table 4 (orientation).
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
-import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hpc_imagenet.data.images import jpeg_header
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 HEAD = 1024  # bytes parsed first: holds the header unless there is a long Exif segment
 
@@ -80,13 +74,13 @@ def inspect(data: bytes) -> ImageInfo:
 
 def decode_error(data: bytes) -> str:
     """Decode an image and return the error message, or an empty string on success."""
-    from PIL import Image
+    from hpc_imagenet.data.images import pillow
 
     try:
-        with _open_image(data) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error).split(" <_io")[0]  # Pillow adds the repr of the buffer
+        with pillow.open_image(io.BytesIO(data)) as image:
+            pillow.load(image)
+    except pillow.ERRORS as error:
+        return pillow.reason(error)
     return ""
 
 
@@ -132,28 +126,18 @@ def _peek_jpeg(head: bytes) -> ImageInfo | None:
 
 
 def _decode_info(data: bytes) -> ImageInfo:
-    from PIL import Image
+    from hpc_imagenet.data.images import pillow
 
     try:
-        with _open_image(data) as image:
-            image.load()
+        with pillow.open_image(io.BytesIO(data)) as image:
+            pillow.load(image)
             flags = {"JPEG": 0, "MPO": 0, "PNG": PNG}.get(image.format or "", OTHER)
             flags |= {"1": GREY, "L": GREY, "LA": GREY, "I;16": GREY, "CMYK": CMYK}.get(image.mode, 0)
             flags |= PROGRESSIVE if image.info.get("progressive") else 0
             flags |= ROTATED if image.getexif().get(ORIENTATION, 1) in range(2, 9) else 0
             return _clipped_info(image.width, image.height, flags)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except pillow.ERRORS:
         return ImageInfo(0, 0, CORRUPT)
-
-
-@contextlib.contextmanager
-def _open_image(data: bytes) -> Iterator[Image.Image]:
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings about damaged Exif, which decoding does not need
-        with Image.open(io.BytesIO(data)) as image:
-            yield image
 
 
 def _clipped_info(width: int, height: int, flags: int) -> ImageInfo:

@@ -19,7 +19,7 @@ import PIL
 from PIL import Image, features
 
 from hpc_imagenet.config.schema import Process
-from hpc_imagenet.data.images import image_header
+from hpc_imagenet.data.images import image_header, pillow
 from hpc_imagenet.data.images.image_header import CMYK, OTHER, PNG, PROGRESSIVE, ROTATED, TILED, ImageInfo
 from hpc_imagenet.errors import UserError
 
@@ -101,8 +101,8 @@ class ShardTransform:
                 image.draft(None, (2 * size[0], 2 * size[1]))
                 small = _to_rgb_or_grey(image).resize(size, Image.Resampling.BICUBIC)
                 return _save(small, {"quality": self.quality, **options})
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(str(error)) from None
+        except pillow.ERRORS as error:
+            raise ValueError(pillow.reason(error)) from None
 
 
 def shard_transform(process: Process) -> ShardTransform:
@@ -113,7 +113,7 @@ def shard_transform(process: Process) -> ShardTransform:
 
 def _to_rgb_or_grey(image: Image.Image) -> Image.Image:
     """Return the image in RGB, as training sees it; a grey image stays grey."""
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+    return image if image.mode in ("L", "RGB") else pillow.to_rgb(image)
 
 
 def _save(image: Image.Image, options: dict[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ def build_certificate(
         names: split → file names of the same images, as bytes, shape [images].
         files: all files of the dataset except the manifest and the certificate.
         skipped: names of the corrupt images that were left out.
-        provenance: source, MD5s of the archives, settings of the process stage.
+        provenance: source, MD5s of the archives, settings of the process stage; of labelled images also what
+            was found in their folder.
         tools: versions of the tools that changed images; empty if none did.
     """
     counts = {
@@ -113,7 +115,7 @@ def render_page(certificate: Mapping[str, Any], classes: Sequence[ClassNames]) -
             rows.append([flag, *(f"{count:,}" for count in counts)])
     lines += _table(["", *splits], rows) if rows else ["None."]
     name_lines = [
-        f"- {flag}: {', '.join(found['named'])}"
+        f"- {flag}: {_escape(', '.join(found['named']))}"
         for split in splits
         for flag, found in flagged[split].items()
         if found["named"]
@@ -121,14 +123,15 @@ def render_page(certificate: Mapping[str, Any], classes: Sequence[ClassNames]) -
     lines += ["", *name_lines] if name_lines else []
     if certificate["skipped"]:
         lines += ["", "## Corrupt images that were left out", ""]
-        lines += [f"- {image}" for image in certificate["skipped"]]
+        lines += [f"- {_escape(image)}" for image in certificate["skipped"]]
+    lines += _folder_lines(certificate.get("folder"))
     lines += ["", "## Files", ""]
     lines += _table(
         ["file", "bytes", "hash"],
         [[file["path"], f"{file['bytes']:,}", file["hash"]] for file in certificate["files"]],
     )
     lines += ["", "## Source", ""]
-    lines += _table(["", ""], [["source", certificate["source"]], *certificate["archives"].items()])
+    lines += _table(["", ""], [["source", _escape(certificate["source"])], *certificate["archives"].items()])
     lines += ["", f"Processed with: {_settings(certificate['process'])}. "]
     lines += [f"Tools: {_settings(certificate['tools'])}."]
     lines += ["", "## Classes", ""]
@@ -138,14 +141,33 @@ def render_page(certificate: Mapping[str, Any], classes: Sequence[ClassNames]) -
         [
             [
                 label,
-                category.wnid,
-                ", ".join(category.names),
+                _escape(category.wnid),
+                _escape(", ".join(category.names)),
                 *(f"{class_counts[category.wnid][split]:,}" for split in splits),
             ]
             for label, category in enumerate(classes)
         ],
     )
     return "\n".join(lines) + "\n"
+
+
+def _folder_lines(folder: Mapping[str, Any] | None) -> list[str]:
+    """Return the lines about the folder of labelled images that the archives were made of."""
+    if folder is None:
+        return []
+    lines = ["", "## Folder", "", f"- layout: {_escape(folder['layout'])}"]
+    lines += [f"- left out, {_escape(reason)}: {count:,}" for reason, count in folder["skipped"].items()]
+    if folder["oriented"]:
+        paths = folder["reencoded"]
+        lines += [f"- turned upright by their EXIF orientation: {folder['oriented']:,}"]
+        lines += [f"- of these encoded again, as they could not be turned without loss: {len(paths):,}"]
+        lines += [f"  - {_escape(path)}" for path in paths[:_MAX_NAMED]]
+    return lines
+
+
+def _escape(text: str) -> str:
+    """Escape what Markdown or HTML would interpret in a name; `|` is left to `_table`."""
+    return re.sub(r"([\\`*\[\]<>&#])", r"\\\1", text)
 
 
 def _settings(values: Mapping[str, Any]) -> str:

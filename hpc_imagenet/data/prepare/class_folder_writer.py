@@ -1,4 +1,4 @@
-"""Class folder writer: `train/<wnid>/` and `val/<wnid>/`, for torchvision's ImageFolder and ImageNet.
+"""Class folder writer: `train/<wnid>/`, `val/<wnid>/` and so on, for torchvision's ImageFolder and ImageNet.
 
 Images are extracted directly from the archives; inner tars are never written to disk. A split is written to
 `.<split>.partial/`, class by class, and renamed when it is complete, because torchvision assumes that a
@@ -56,7 +56,7 @@ def write_class_folders(
     workers: int,
     progress: ProgressCallback,
 ) -> int:
-    """Write the class folders of one part, for both splits.
+    """Write the class folders of one part, for all splits.
 
     Args:
         root: the dataset's folder.
@@ -75,14 +75,14 @@ def write_class_folders(
             an archive changed while it was read.
     """
     with FileLock(root / _LOCK):
-        _replace_other_identity(root, identity)
+        _replace_other_identity(root, scanned, identity)
     groups = [group for group in classes(scanned)[part::parts] if not (root / group.split).exists()]
     total = done = sum(len(group.names) for group in groups)
     synced = _synced_classes(root, identity)
     missing = [group for group in groups if not _is_finished(root, group, synced)]
     done -= sum(len(group.names) for group in missing)
     _require_space(root, missing)
-    for split in SPLITS:
+    for split in scanned.scan.splits:
         if not (root / split).exists():
             _partial(root, split).mkdir(exist_ok=True)
     progress(done, total)
@@ -105,7 +105,7 @@ def finalize_class_folders(root: Path, scanned: ScannedArchives, identity: Any, 
         UserError: classes are missing: not all parts are finished.
     """
     synced = _synced_classes(root, identity)
-    unfinished = [split for split in SPLITS if not (root / split).exists()]
+    unfinished = [split for split in scanned.scan.splits if not (root / split).exists()]
     for split in unfinished:
         expected = [group.wnid for group in classes(scanned) if group.split == split]
         partial = _partial(root, split)
@@ -127,10 +127,10 @@ def finalize_class_folders(root: Path, scanned: ScannedArchives, identity: Any, 
 
 
 def classes(scanned: ScannedArchives) -> list[ClassImages]:
-    """Return the classes of train and of val, in the order of their labels."""
+    """Return the classes of all splits, in the order of their labels."""
     found = []
-    for split in SPLITS:
-        entries, names = scanned.scan.splits[split], scanned.scan.names[split]
+    for split, entries in scanned.scan.splits.items():
+        names = scanned.scan.names[split]
         order = np.argsort(entries["label"], kind="stable")
         ends = np.cumsum(np.bincount(entries["label"], minlength=len(scanned.devkit.names)))
         for wnid, rows in zip(scanned.devkit.names, np.split(order, ends[:-1]), strict=True):
@@ -145,14 +145,14 @@ def _partial(root: Path, split: str) -> Path:
     return root / f".{split}.partial"
 
 
-def _replace_other_identity(root: Path, identity: Any) -> None:
+def _replace_other_identity(root: Path, scanned: ScannedArchives, identity: Any) -> None:
     """Remove the class folders of another identity, and store this identity in `root`."""
     stored = read_json(root / IDENTITY_FILE)
     if stored == identity:
         return
     for path in root.glob(".folders-*.json"):
         path.unlink()
-    for split in SPLITS:
+    for split in SPLITS if stored else scanned.scan.splits:
         old = root / f".{split}.old"
         shutil.rmtree(old, ignore_errors=True)
         if (root / split).exists():

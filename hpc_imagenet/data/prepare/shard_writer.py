@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from hpc_imagenet.config.schema import Process
-from hpc_imagenet.data.ilsvrc.scan import SPLITS, name_list, open_for_pread
+from hpc_imagenet.data.ilsvrc.scan import name_list, open_for_pread
 from hpc_imagenet.data.ilsvrc.scanned_archives import ProgressCallback, ScannedArchives
 from hpc_imagenet.data.images.image_header import FACTS, OTHER, PNG, ImageInfo
 from hpc_imagenet.data.images.shard_transform import ShardTransform, shard_transform
@@ -108,7 +108,7 @@ def plan_shards(root: Path, scanned: ScannedArchives, process: Process) -> Shard
     transform = shard_transform(process)
     tools = transform.tools()
     shards = []
-    for split in SPLITS:
+    for split in scanned.scan.splits:
         sizes = _estimate_sizes(scanned, split, transform)
         rows = np.arange(len(sizes))
         if process.order == "shuffled" and split == "train":
@@ -332,8 +332,8 @@ def _estimate_sizes(scanned: ScannedArchives, split: str, transform: ShardTransf
 
 def _require_distinct(scanned: ScannedArchives) -> None:
     """Raise if two images of a class have the same name without extension: they would be one sample."""
-    for split in SPLITS:
-        labels = scanned.scan.splits[split]["label"].tolist()
+    for split, entries in scanned.scan.splits.items():
+        labels = entries["label"].tolist()
         seen: set[tuple[int, bytes]] = set()
         for label, name in zip(labels, scanned.scan.names[split].tolist(), strict=True):
             stem = (label, name.rpartition(b".")[0])

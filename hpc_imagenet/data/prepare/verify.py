@@ -23,7 +23,7 @@ from hpc_imagenet.datastore.backends.storage_backend import ProgressCounter, has
 from hpc_imagenet.datastore.index import Index, open_index
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, load_manifest
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.tar_header import BLOCK, member_name, member_size
+from hpc_imagenet.io.tar_header import BLOCK, member_size, name_before
 
 SAMPLE = 1000  # index entries checked per split
 
@@ -246,14 +246,16 @@ def _compare(
     descriptors = {number: os.open(shards[number], os.O_RDONLY) for number in numbers}
     try:
         for offset, length, _, shard in entries.tolist():
-            block = os.pread(descriptors[shard], BLOCK + length, offset - BLOCK)
-            name = os.fsdecode(member_name(block)).rsplit("/", 1)[-1]
-            path = class_folder / name
-            if name not in sizes:
-                # The header has only the first 100 bytes of a name; find a longer name by this prefix.
-                path = next((class_folder / other for other in sizes if other.startswith(name)), path)
+            before = min(offset, 3 * BLOCK)
+            data = os.pread(descriptors[shard], before + length, offset - before)
+            stored_name = name_before(data[:before]).rsplit(b"/", 1)[-1]
+            path = class_folder / os.fsdecode(stored_name)
+            if path.name not in sizes:
+                # A header has only the first 100 bytes of a name; find a longer name by this prefix.
+                matches = (name for name in sizes if os.fsencode(name).startswith(stored_name))
+                path = class_folder / next(matches, path.name)
             try:
-                if path.read_bytes() != block[BLOCK:]:
+                if path.read_bytes() != data[before:]:
                     problems.append(f"{path} differs from the image in {shards[shard]}")
             except OSError as error:
                 problems.append(f"{path}: {error.strerror}")

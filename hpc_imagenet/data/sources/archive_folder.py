@@ -51,7 +51,7 @@ class ArchiveFolder:
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file ({_describe_folder(self._folder)}); set {expected.setting}.file or "
-                "dataset.source"
+                "dataset.source, or for a folder of images dataset=images"
             )
         path = path.resolve()
         verify_and_record(path, expected, target, self._source, progress)

@@ -10,7 +10,6 @@ LOC_synset_mapping.txt beside the images; without it a class is named by its wni
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import os
 import posixpath
@@ -18,12 +17,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.ilsvrc.devkit import WNID
-from hpc_imagenet.data.sources.range_source import ContentChanged, NotAvailable, Origin
+from hpc_imagenet.data.sources.virtual_archives import VirtualArchives
 from hpc_imagenet.data.sources.virtual_tar import InMemoryFile, VirtualFile, VirtualTar, VirtualTarOfTars
 from hpc_imagenet.data.tar.tar_scan import IMAGES
 from hpc_imagenet.errors import UserError
@@ -65,7 +64,7 @@ def detect_layout(folder: Path) -> Layout | None:
     return None
 
 
-class ClassFolderSource:
+class ClassFolderSource(VirtualArchives):
     """Archives made of image files, computed on request; a `RangeSource`.
 
     Args:
@@ -76,37 +75,12 @@ class ClassFolderSource:
     """
 
     def __init__(self, layout: Layout, prefix: str, files: dict[str, str], threads: int) -> None:
-        self.prefix = prefix
-        self.reached = True
+        super().__init__(layout.root, prefix, files)
         self._layout = layout
-        self._split_of = {file: split for split, file in files.items()}
         self._threads = threads
 
-    def url(self, file: str) -> str:
-        """Return the name of an archive in logs, errors and the state file."""
-        return f"{self._layout.root} as {file}"
-
-    def size(self, file: str) -> int | None:
-        """Return the size of an archive in bytes."""
-        return self._archives[self._split_of[file]].length
-
-    @contextlib.contextmanager
-    def open(
-        self, file: str, begin: int = 0, end: int | None = None, origin: Origin | None = None
-    ) -> Iterator[_VirtualResponse]:
-        """Compute bytes [begin, end) of an archive; see `RangeSource.open`."""
-        if file not in self._split_of:  # such as md5sums
-            raise NotAvailable(404)
-        virtual = self._archives[self._split_of[file]]
-        current = Origin(self.url(file), virtual.state, None, virtual.length, ranges=True)
-        if origin and not origin.matches(current):
-            raise ContentChanged("the files have changed")
-        stop = virtual.length if end is None else min(end, virtual.length)
-        yield _VirtualResponse(virtual, begin, stop, current, end is not None)
-
-    @cached_property
-    def _archives(self) -> dict[str, VirtualFile]:
-        """The archives by split; cached, as listing a million files is slow."""
+    def make(self) -> dict[str, VirtualFile]:
+        """List the files, and return the archives by split."""
         root = self._layout.root
         wnids = _class_names(root / "train")
         with ThreadPoolExecutor(self._threads) as pool:
@@ -133,31 +107,6 @@ class ClassFolderSource:
                 [labelled[i][1] for i in order],
             ),
         }
-
-
-class _VirtualResponse:
-    """Bytes [at, end) of a virtual archive; a `Response`."""
-
-    content_type = ""
-
-    def __init__(self, virtual: VirtualFile, at: int, end: int, origin: Origin, ranged: bool) -> None:
-        self._virtual, self._at = virtual, at
-        self.origin, self.ranged = origin, ranged
-        self.end: int | None = end
-        self._rest = b""
-
-    def read(self, size: int) -> bytes:
-        """Return the next bytes, at most `size`; b"" at the end."""
-        size = min(size, (self.end or 0) - self._at)
-        if size <= 0:
-            return b""
-        data = self._rest or self._virtual.read_from(self._at)
-        data, self._rest = data[:size], data[size:]
-        self._at += len(data)
-        return data
-
-    def close(self) -> None:
-        """Do nothing: reads of files do not stall."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +142,8 @@ def _class_names(folder: Path) -> list[str]:
     for wnid in wnids:
         if not WNID.fullmatch(wnid):
             raise UserError(
-                f"{folder / wnid}: not a valid class name; use letters, digits and _ . - as in n01440764"
+                f"{folder / wnid}: not a valid class name; use letters, digits and _ . - as in n01440764, or "
+                "set dataset=images, which takes any name"
             )
     if not wnids:
         raise UserError(f"{folder} has no class folders; add one folder per class, such as n01440764")
@@ -208,7 +158,10 @@ def _list_images(root: Path, wnid: str) -> list[_ImageFile]:
             if entry.name.startswith("."):
                 continue
             if not entry.name.lower().endswith(IMAGES) or not entry.is_file():
-                raise UserError(f"{entry.path} is not an image ({' '.join(IMAGES)}); remove it")
+                raise UserError(
+                    f"{entry.path} is not an image ({' '.join(IMAGES)}); remove it, or set dataset=images, "
+                    "which leaves it out"
+                )
             stat = entry.stat()
             if not stat.st_size:
                 raise UserError(f"{entry.path} is empty; replace or remove it")

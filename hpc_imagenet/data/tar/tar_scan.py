@@ -44,7 +44,9 @@ class ImageEntries(NamedTuple):
     facts: Array  # dtype FACTS
 
 
-def find_images(descriptor: int, begin: int, end: int, where: str) -> ImageEntries:
+def find_images(
+    descriptor: int, begin: int, end: int, where: str, any_extension: bool = False
+) -> ImageEntries:
     """Find the images of the tar in bytes [begin, end) of an open file.
 
     Args:
@@ -52,13 +54,14 @@ def find_images(descriptor: int, begin: int, end: int, where: str) -> ImageEntri
         begin: byte offset of the tar in the file.
         end: byte offset just past the tar.
         where: name of the tar in error messages.
+        any_extension: whether every file is an image, whatever its extension.
 
     Raises:
         UserError: see `tar_reader.members`; also if the tar is empty or contains a file that is not an image.
     """
-    batches = _scan_fast(descriptor, begin, end)
+    batches = _scan_fast(descriptor, begin, end, any_extension)
     if batches is None:
-        batches = [_scan_any(descriptor, begin, end, where)]
+        batches = [_scan_any(descriptor, begin, end, where, any_extension)]
     found = ImageEntries(*(np.concatenate(columns) for columns in zip(*batches, strict=True)))
     if not len(found.names):
         raise UserError(f"{where}: an empty archive")
@@ -70,11 +73,11 @@ def find_images(descriptor: int, begin: int, end: int, where: str) -> ImageEntri
     return found
 
 
-def _scan_any(descriptor: int, begin: int, end: int, where: str) -> ImageEntries:
+def _scan_any(descriptor: int, begin: int, end: int, where: str, any_extension: bool) -> ImageEntries:
     """Scan a tar of any format with `tar_reader.members`."""
     found = []
     for member in members(descriptor, begin, end, where):
-        if not member.name.lower().endswith(IMAGES):
+        if not (any_extension or member.name.lower().endswith(IMAGES)):
             raise UserError(f"{where}: contains {member.name}, which is not an image ({' '.join(IMAGES)})")
         name = os.fsencode(posixpath.basename(member.name))
         if len(name) > 255:
@@ -94,7 +97,7 @@ def _inspect(descriptor: int, offset: int, length: int, head: bytes) -> image_he
     return info or image_header.inspect(os.pread(descriptor, length, offset))
 
 
-def _scan_fast(descriptor: int, begin: int, end: int) -> list[ImageEntries] | None:
+def _scan_fast(descriptor: int, begin: int, end: int, any_extension: bool) -> list[ImageEntries] | None:
     """Scan a tar that has only plain file headers; return None for any other tar."""
     batches: list[ImageEntries] = []
     seen: set[bytes] = set()
@@ -110,7 +113,7 @@ def _scan_fast(descriptor: int, begin: int, end: int) -> list[ImageEntries] | No
         batch_names = names.tolist()
         seen.update(batch_names)
         images += len(batch_names)
-        if len(seen) < images or not _all_image_names(batch_names):
+        if len(seen) < images or not (any_extension or _all_image_names(batch_names)):
             return None
         batches.append(
             ImageEntries(names, offsets[:-1], lengths, _batch_facts(descriptor, blocks, offsets, lengths))

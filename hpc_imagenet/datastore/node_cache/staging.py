@@ -48,6 +48,7 @@ class StagedShards:
         shards: shards of the manifest.
         copier: copies the shards in a background thread until `close`; None: another process copies them.
         intervals: times between checks and retries.
+        selected: numbers of the shards that are copied; None: all. Others can be read from the source only.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class StagedShards:
         shards: Sequence[File],
         copier: ShardCopier | None = None,
         intervals: StagingIntervals = INTERVALS,
+        selected: Sequence[int] | None = None,
     ) -> None:
         self._source, self._cache, self._shards, self._copier = source, cache, shards, copier
+        self._selected = range(len(shards)) if selected is None or source is None else selected
         self._intervals = intervals
         self._descriptors: dict[int, int] = {}
         self._checked = [float("-inf")] * len(shards)  # by shard: time of the last check, monotonic s
@@ -106,8 +109,8 @@ class StagedShards:
         return original
 
     def is_remote(self) -> bool:
-        """Whether any shard is not cached on this node yet."""
-        return len(self._descriptors) < len(self._shards)
+        """Whether any shard that is copied is not cached on this node yet."""
+        return len(self._descriptors) < len(self._selected)
 
     def poll(self, shard: int) -> bool:
         """Check now whether a shard is cached, and open it if so; return whether it is."""
@@ -155,8 +158,8 @@ class StagedShards:
             self._report_failure(" ".join(f"{type(error).__name__}: {error}".split()))
 
     def _copy_all(self, copier: ShardCopier) -> None:
-        """Copy all shards that fit, with retries until none is busy or failed, or until closed."""
-        begin, remaining = time.monotonic(), list(range(len(self._shards)))
+        """Copy the selected shards that fit, with retries until none is busy or failed, or until closed."""
+        begin, remaining = time.monotonic(), list(self._selected)
         reported: set[int] = set()  # shards whose failure was reported
         full: list[int] = []
         while remaining:
@@ -180,7 +183,7 @@ class StagedShards:
             interval = self._intervals.busy if busy else self._intervals.retry
             if remaining and self._closed.wait(interval):
                 return
-        size = sum(shard.bytes for n, shard in enumerate(self._shards) if n not in full)
+        size = sum(self._shards[n].bytes for n in self._selected if n not in full)
         print(
             f"staging: copied {size / 1e9:.3f} GB to {self._cache.folder} in "
             f"{time.monotonic() - begin:.1f} s",
@@ -188,7 +191,7 @@ class StagedShards:
         )
         if full:
             self._report_failure(
-                f"not enough free space in {self._cache.folder} for {len(full)} of {len(self._shards)} "
+                f"not enough free space in {self._cache.folder} for {len(full)} of {len(self._selected)} "
                 "shards",
                 ": free some space, raise cluster.scratch_gb, or use another cluster.scratch",
             )

@@ -10,7 +10,7 @@ from hpc_imagenet.datastore.index import Index, open_index
 from hpc_imagenet.datastore.manifest import Manifest, load_manifest
 from hpc_imagenet.datastore.reader.shard_reader import FolderShards, ShardReader
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.tar_header import BLOCK, member_name
+from hpc_imagenet.io.tar_header import BLOCK, name_before
 
 
 class DatasetReader:
@@ -89,7 +89,8 @@ class SplitReader:
         return self.store.shards.reread(shard, offset, length, data)
 
     def name(self, i: int) -> str:
-        """Return the file name of image `i` from its tar header, which keeps at most 100 bytes of it."""
+        """Return the file name of image `i` from its tar header."""
         offset, _, _, shard = self.index[i].item()
-        header = self.store.shards.read(shard, offset - BLOCK, BLOCK)
-        return member_name(header).decode(errors="replace").rsplit("/", 1)[-1]
+        begin = max(0, offset - 3 * BLOCK)
+        blocks = self.store.shards.read(shard, begin, offset - begin)
+        return name_before(blocks).decode(errors="replace").rsplit("/", 1)[-1]

@@ -7,7 +7,7 @@ pixels:
 - with restart markers (written by process.tile), the segments that cover the part form a smaller JPEG;
 - without them, the height in the header is lowered to the lower edge of the part.
 
-Everything else (PNG, CMYK, errors) is decoded by Pillow, which decides whether an image is corrupt.
+Everything else (PNG, GIF, CMYK …, errors) is decoded by Pillow, which decides whether an image is corrupt.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from hpc_imagenet.data.images import pillow
 from hpc_imagenet.data.images.jpeg_header import EOI, RST0, JpegHeader, has_end_marker, read_header
 from hpc_imagenet.training.loading.crop import Box
 
 Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
 Item = TypeVar("Item", np.uint8, np.bool_)
 
-_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of Pillow
 _MARGIN = 2  # px beyond an edge that chroma upsampling reads
 # Indexed by the byte after an FF: 00 is a stuffed FF, and FF is a fill byte; all others are markers.
 _IS_MARKER = np.array([0 < code < 0xFF for code in range(256)])
@@ -154,8 +154,6 @@ def _buffer(name: str, items: int, kind: type[Item]) -> npt.NDArray[Item]:
 
 def _pillow(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except _ERRORS as error:
-        raise ValueError(
-            str(error).split(" <_io")[0]
-        ) from None  # Pillow's message has the repr of the buffer
+        return pillow.to_rgb(Image.open(io.BytesIO(data)))
+    except pillow.ERRORS as error:
+        raise ValueError(pillow.reason(error)) from None

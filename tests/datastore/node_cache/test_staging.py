@@ -164,6 +164,14 @@ def test_a_damaged_copy_is_detected_by_reread_and_copied_again(version: Version,
         assert images(store) == expected(version)
 
 
+def test_only_the_shards_of_the_splits_that_are_read_are_copied(version: Version, tmp_path: Path) -> None:
+    scratch = tmp_path / "disk"
+    with open_dataset(version, Cluster(scratch=str(scratch)), stages=True, splits=("val", "test")) as store:
+        wait_until(lambda: bool(list(store.open_split("val"))) and not store.shards.is_remote())
+        assert images(store) == expected(version)
+        assert len(cached(scratch)) == 1
+
+
 def test_an_intact_copy_of_an_undecodable_image_is_kept(version: Version, tmp_path: Path) -> None:
     with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
         wait_until(lambda: bool(images(store)) and not store.shards.is_remote())

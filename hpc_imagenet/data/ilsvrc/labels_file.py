@@ -1,0 +1,109 @@
+"""labels.json: the classes and labels of archives that are made of labelled images, as the kit of ILSVRC.
+
+    {"format": 1, "classes": ["café", …], "val": [0, …], "test": [0, …], "layout": …, "skipped": {…: n}, …}
+
+The position of a class is its label. `val` and `test` have one label per image of the flat archives, in the
+order of the file names' bytes. Class names are as people wrote them. As the name of a folder or of a tar a
+class has an id, in which `/` and unprintable characters are percent-encoded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.errors import UserError
+
+FORMAT = 1
+MAX_ID_BYTES = 200  # of a class id: the name of a folder has at most 255 bytes
+
+# Control characters, line separators, controls of the writing direction, and bytes that are not UTF-8: they
+# could change what a terminal shows.
+_UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_CONTROLS = re.compile(f"[{_UNPRINTABLE}]")
+_NOT_IN_IDS = re.compile(f"[/{_UNPRINTABLE}]|%(?=[0-9A-Fa-f]{{2}})|^\\.+$")
+
+
+@dataclass(frozen=True)
+class LabelsFile:
+    """Contents of a labels.json.
+
+    Attributes:
+        classes: names of the classes as written, in label order.
+        val: label of each val image, in the order of the file names.
+        test: label of each test image.
+        layout: layout of the folder, in words.
+        skipped: reason → number of files that were left out.
+        oriented: number of images that were turned upright by their EXIF orientation.
+        reencoded: paths of those that could not be turned without loss.
+    """
+
+    classes: tuple[str, ...]
+    val: tuple[int, ...] = ()
+    test: tuple[int, ...] = ()
+    layout: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
+    oriented: int = 0
+    reencoded: tuple[str, ...] = ()
+
+    def encode(self) -> bytes:
+        """Return the bytes of the file."""
+        return (json.dumps({"format": FORMAT, **asdict(self)}) + "\n").encode()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the certificate reports about the folder."""
+        return {
+            "layout": printable(self.layout),
+            "skipped": {printable(reason): count for reason, count in self.skipped.items()},
+            "oriented": self.oriented,
+            "reencoded": [printable(path) for path in self.reencoded],
+        }
+
+
+def parse_labels(data: bytes, path: Path) -> LabelsFile:
+    """Parse a labels.json.
+
+    Args:
+        data: contents of the file.
+        path: its path, for errors.
+
+    Raises:
+        UserError: not a labels.json, or inconsistent.
+    """
+    try:
+        raw: Any = json.loads(data)
+        if raw.pop("format") != FORMAT:
+            raise ValueError("unknown format")
+        lists: Any = {key: tuple(raw.pop(key)) for key in ("classes", "val", "test", "reencoded")}
+        found = LabelsFile(**lists, **raw)
+        labels = range(len(found.classes))
+        if not all(label in labels for label in (*found.val, *found.test)):
+            raise ValueError("a label without a class")
+        ids = [class_id(name) for name in found.classes]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a labels.json of this package ({error!r})") from None
+    if not ids or len(set(ids)) < len(ids):
+        raise UserError(f"{path}: {'a class occurs twice' if ids else 'it has no class'}")
+    return found
+
+
+def class_id(name: str) -> str:
+    """Return the id of a class: its name, percent-encoded where it cannot name a folder."""
+    return _NOT_IN_IDS.sub(_percent_encoded, name)
+
+
+def printable(text: str) -> str:
+    """Return a name as people wrote it, with unprintable characters percent-encoded."""
+    return _CONTROLS.sub(_percent_encoded, text)
+
+
+def _percent_encoded(match: re.Match[str]) -> str:
+    # "surrogateescape" gives back the bytes of a file name that is not UTF-8.
+    try:
+        data = match[0].encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        data = match[0].encode("utf-8", "surrogatepass")
+    return "".join(f"%{byte:02X}" for byte in data)

@@ -1,0 +1,126 @@
+"""Class folders: which folder of an image's path is its class."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder
+from hpc_imagenet.data.layouts.split_names import is_series_of_parts, split_of
+from hpc_imagenet.errors import UserError
+
+WHOLE_PATH = 0  # as level: the class is the whole path of folders
+
+
+@dataclass(frozen=True)
+class Level:
+    """Depth of the class folders.
+
+    Attributes:
+        depth: 1 for the folders of the folder that is searched, 2 for those in them …; or `WHOLE_PATH`.
+    """
+
+    depth: int
+
+
+def descend(folder: Folder, classes: Collection[str] = (), above_splits: bool = False) -> Folder:
+    """Return the folder that has the class folders, or the images of a split: within folders of one folder.
+
+    Args:
+        folder: where the search begins.
+        classes: names of class folders that are known already: the search ends above them.
+        above_splits: whether the search ends above a folder with the name of a split.
+    """
+    while True:
+        inner = [each for each in folder.folders if each.total or each.is_empty]
+        below = folder.total - len(folder.images)
+        if len(folder.images) >= below or any(each.name in classes for each in inner):
+            return folder
+        filled = [each for each in inner if each.total]
+        if above_splits and any(split_of(each.name) for each in filled):
+            return folder
+        # Beside one folder with folders of images, empty folders are no classes.
+        if len(filled) != 1 or (len(inner) > 1 and filled[0].images):
+            return folder
+        folder = filled[0]
+
+
+def is_flat(folder: Folder) -> bool:
+    """Whether the images of a folder are not in class folders."""
+    if len(folder.images) * 2 >= folder.total:
+        return True
+    return is_series_of_parts([each.name for each in folder.filled])
+
+
+def find_level(folder: Folder, source: str) -> Level:
+    """Return the level of the class folders.
+
+    Args:
+        folder: the folder that is searched.
+        source: dataset.source, for errors.
+
+    Raises:
+        UserError: it is ambiguous.
+    """
+    filled = folder.filled
+    inner = {each.name: [name.name for name in each.filled] for each in filled}
+    without = [each for each in filled if not each.images and len(inner[each.name]) > 1]
+    if any(each.images for each in filled) and not without:
+        return Level(1)
+    names = {name for names in inner.values() for name in names}
+    if all(name.lower() in IMAGE_FOLDERS for name in names):
+        return Level(1)
+    if all(len(names) == 1 for names in inner.values()) and (
+        len(names) == 1 or all(names == [name] for name, names in inner.items())
+    ):
+        return Level(1)
+    if len(filled) > 2 and all(len(each.name) == 1 and each.name.isalpha() for each in filled):
+        return Level(WHOLE_PATH)  # alphabetical, as SUN397
+    example = (without or filled)[0]
+    within = inner[example.name][0]
+    raise UserError(
+        f"{source}/{example.path} has folders of images, such as {within}; set dataset.labels=folder:1 if "
+        f"the class is {example.name}, dataset.labels=folder:2 if it is {within}, or "
+        f"dataset.splits.train={example.path} if its folders are all classes"
+    )
+
+
+def splits_in_classes(folder: Folder) -> bool:
+    """Whether each class folder has folders of its splits, as `cat/train` and `cat/val`."""
+    names = {inner.name for each in folder.filled for inner in each.filled}
+    below = all(not each.images for each in folder.filled)
+    flat = all(is_flat(inner) for each in folder.filled for inner in each.filled)
+    return below and flat and len(names) > 1 and all(split_of(name) for name in names)
+
+
+def class_of(path: str, folder: Folder, level: Level) -> str | None:
+    """Return the class of an image by its path; None if the path has too few folders.
+
+    Args:
+        path: of the image, relative to the dataset's folder.
+        folder: the folder with the class folders.
+        level: their level.
+    """
+    folders = path[len(folder.path) :].strip("/").split("/")[:-1]
+    if level.depth == WHOLE_PATH:
+        while folders and folders[-1].lower() in IMAGE_FOLDERS:
+            folders.pop()
+        if len(folders) > 1 and len(folders[0]) == 1:
+            folders = folders[1:]
+        return "/".join(folders) or None
+    return folders[level.depth - 1] if len(folders) >= level.depth else None
+
+
+def empty_classes(folder: Folder, level: Level, pool: bool) -> Iterator[str]:
+    """Yield the names of class folders without images.
+
+    Args:
+        folder: the folder with the class folders.
+        level: their level.
+        pool: whether it is the dataset's folder, so that folders of other files are no class folders.
+    """
+    level_folders = [folder]
+    for _ in range(level.depth):
+        level_folders = [inner for each in level_folders for inner in each.folders]
+    if level.depth:
+        yield from (each.name for each in level_folders if not each.total and (each.is_empty or not pool))

@@ -1,0 +1,77 @@
+"""Find the labelled images of a folder in the layouts in which datasets are published and collected."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hpc_imagenet.config.schema import Dataset
+from hpc_imagenet.data.ilsvrc.labels_file import printable
+from hpc_imagenet.data.layouts.completed_splits import complete_splits, match_classes, require_disjoint
+from hpc_imagenet.data.layouts.folder_tree import foreign_images
+from hpc_imagenet.data.layouts.labelled_images import SPLITS, ImageFile, LabelledImages, Labels
+from hpc_imagenet.data.layouts.layout_search import LayoutSearch
+from hpc_imagenet.errors import UserError
+
+_CHUNK = 2000  # files whose sizes a thread reads at a time
+
+
+def find_images(folder: Path, dataset: Dataset, threads: int) -> LabelledImages:
+    """Return the labelled images of a folder.
+
+    Args:
+        folder: the dataset's folder.
+        dataset: the settings that decide where the layout is ambiguous.
+        threads: number of folders, and of groups of files, that are read at a time.
+
+    Raises:
+        UserError: what was found is ambiguous or incomplete, and which setting decides.
+    """
+    try:
+        return _find(folder, dataset, threads)
+    except UserError as error:  # names of files and classes may contain control characters
+        raise UserError(printable(str(error))) from None
+
+
+def _find(folder: Path, dataset: Dataset, threads: int) -> LabelledImages:
+    search = LayoutSearch(folder, dataset, threads)
+    samples, skipped, warnings = search.run(), search.skipped, search.warnings
+    require_disjoint(samples, search.source)
+    classes = match_classes(samples, search.empty, dataset, search.source, skipped, warnings)
+    complete_splits(samples, dataset, search.source, warnings)
+    for ending, count in foreign_images(skipped).items():
+        warnings.append(f"{count} {ending} files are skipped, as Pillow does not decode them; convert them")
+    files = _stat(folder, samples, classes, threads)
+    present = ", ".join(f"{len(files[split])} {split}" for split in SPLITS if files[split])
+    return LabelledImages(
+        folder,
+        f"{search.how}: {len(classes)} classes, {present}",
+        tuple(classes),
+        files,
+        {reason: count for reason, count in sorted(skipped.items()) if count},
+        tuple(warnings),
+    )
+
+
+def _stat(
+    root: Path, samples: dict[str, Labels], classes: list[str], threads: int
+) -> dict[str, list[ImageFile]]:
+    label_of = {name: label for label, name in enumerate(classes)}
+    files = {}
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        for split in SPLITS:
+            ordered = sorted((label_of[name], path) for path, name in samples[split].items())
+            chunks = [ordered[at : at + _CHUNK] for at in range(0, len(ordered), _CHUNK)]
+            found = pool.map(lambda chunk: [_file(root, path, label) for label, path in chunk], chunks)
+            files[split] = [file for part in found for file in part]
+    return files
+
+
+def _file(root: Path, path: str, label: int) -> ImageFile:
+    try:
+        stat = (root / path).stat()
+    except OSError as error:
+        raise UserError(f"{root / path}: {error.strerror}; make it readable or remove it") from None
+    if not stat.st_size:
+        raise UserError(f"{root / path} is empty; replace or remove it")
+    return ImageFile(path, label, stat.st_size, stat.st_mtime_ns)

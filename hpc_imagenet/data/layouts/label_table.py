@@ -1,0 +1,259 @@
+"""Tables and lists of labelled images: CSV, text, JSON and MATLAB files as rows of columns.
+
+| file | rows |
+|---|---|
+| .csv, .tsv, .tab | as they are; the delimiter is the most frequent of , ; tab and | in the first line |
+| .txt, .lst, no header | a path, or a path and a label, with or without an ending |
+| .jsonl, .json with a list of objects | their fields |
+| .json with `images`, `annotations` and `categories` | file name and category, as in COCO and iNaturalist |
+| .json with an object | file → label, or label → files |
+| .mat | `file_list` and `labels`, or `annotations` with `fname` and `class` |
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from posixpath import splitext
+from typing import Any
+
+from hpc_imagenet.errors import UserError
+
+TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".txt", ".lst", ".jsonl", ".json", ".mat")
+_SAMPLE = 100  # lines that decide how a list is read
+_MAX_BYTES = 1 << 30  # larger files have more than labels
+_NUMBER = re.compile(r"-?[0-9.]+")
+
+IsImage = Callable[[str], bool]
+Rows = list[list[str]]
+
+
+@dataclass
+class Table:
+    """A table of images.
+
+    Attributes:
+        path: of the file, relative to the dataset's folder.
+        header: names of the columns; their numbers from 1 on if the file has no header.
+        rows: one per image.
+    """
+
+    path: str
+    header: list[str]
+    rows: Rows
+
+    @property
+    def folder(self) -> str:
+        """Path of its folder, relative to the dataset's folder."""
+        return self.path.rpartition("/")[0]
+
+    @property
+    def stem(self) -> str:
+        """Its name without ending."""
+        return splitext(self.path.rpartition("/")[2])[0]
+
+    def column(self, name: str) -> list[str]:
+        """Return the values of one column."""
+        place = self.header.index(name)
+        return [row[place].strip() for row in self.rows]
+
+
+def read_table(root: Path, path: str, is_image: IsImage) -> Table | None:
+    """Read a table or list; None if it is none.
+
+    Args:
+        root: the dataset's folder.
+        path: of the file, relative to it.
+        is_image: whether a value names an image of the dataset.
+
+    Raises:
+        UserError: the file is not UTF-8.
+    """
+    ending = splitext(path)[1].lower()
+    file = root / path
+    if file.stat().st_size > _MAX_BYTES:
+        return None
+    if ending == ".mat":
+        try:
+            return _table(path, _read_mat(file))
+        except (UserError, ValueError, KeyError, TypeError):  # damaged, or of another form
+            return None
+    if ending == ".json":
+        try:
+            return _table(path, _json_rows(json.loads(read_text(file))))
+        except (ValueError, KeyError, TypeError):  # not JSON, or of another form
+            return None
+    if ending == ".jsonl":
+        try:
+            return _table(
+                path, _objects([json.loads(line) for line in read_text(file).splitlines() if line.strip()])
+            )
+        except ValueError:
+            return None
+    if ending in (".csv", ".tsv", ".tab"):
+        return _table(path, _csv_rows(read_text(file)), is_image)
+    return _read_list(path, read_text(file), is_image)
+
+
+def _table(path: str, rows: Rows | None, is_image: IsImage | None = None) -> Table | None:
+    """Return rows as a table; the first one is the header, unless it names an image."""
+    if not rows:
+        return None
+    if is_image and any(is_image(value) for value in rows[0] if value.strip()):
+        header = [str(number) for number in range(1, len(rows[0]) + 1)]
+    else:
+        header, rows = [name.strip() for name in rows[0]], rows[1:]
+    for number, row in enumerate(rows, 1):
+        if len(row) < len(header):
+            if is_image is None or len(header) - len(row) > len(header) // 2:
+                raise UserError(
+                    f"{path}: row {number} has {len(row)} columns, the first {len(header)}; correct it"
+                )
+            row.extend([""] * (len(header) - len(row)))
+    return Table(path, header, rows) if rows else None
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8; save it as UTF-8") from None
+
+
+def _csv_rows(text: str) -> Rows:
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t|", key=first.count)
+    try:
+        return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
+    except csv.Error:  # such as a field of more than 128 kB
+        return []
+
+
+def _read_list(path: str, text: str, is_image: IsImage) -> Table | None:
+    lines = [line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
+    for split in _LINE_FORMS:
+        sample = [split(line) for line in lines[:_SAMPLE]]
+        if not sample or len({len(row) for row in sample}) > 1:
+            continue
+        header = not is_image(sample[0][0])  # such as `path label`
+        if len(sample) > header and all(is_image(row[0]) for row in sample[header:]):
+            rows = [split(line) for line in lines[header:]]
+            width = len(rows[0])
+            if any(len(row) != width for row in rows):
+                number = next(n for n, row in enumerate(rows, 1 + header) if len(row) != width)
+                raise UserError(f"{path}: line {number} has another form than the first; correct it")
+            return Table(path, ["1", "2"][:width], rows)
+    return None
+
+
+def _by_tab(line: str) -> list[str]:
+    return line.split("\t")[:2]
+
+
+def _at_first_space(line: str) -> list[str]:
+    """Return path and label; of several numbers after the path, the first is the label."""
+    path, _, label = line.partition(" ")
+    words = label.split()
+    if len(words) > 1 and all(map(_NUMBER.fullmatch, words)):
+        label = words[0]
+    return [path, label.strip()] if label else [path]
+
+
+def _at_last_space(line: str) -> list[str]:
+    path, _, label = line.rpartition(" ")
+    return [path.strip(), label] if path else [label]
+
+
+def _by_comma(line: str) -> list[str]:
+    return [value.strip() for value in line.split(",")][:2]
+
+
+# The forms of a line, tried in this order. Paths and labels may contain spaces, but not both.
+_LINE_FORMS: tuple[Callable[[str], list[str]], ...] = (
+    *(_by_tab, lambda line: [line], _at_first_space, _at_last_space, _by_comma),
+)
+
+
+def _json_rows(data: Any) -> Rows | None:
+    if isinstance(data, list):
+        return _objects(data)
+    if not isinstance(data, dict) or not data:
+        return None
+    if {"images", "annotations", "categories"} <= data.keys():
+        return _coco(data)
+    if all(isinstance(value, (str, int)) for value in data.values()):
+        return [["file", "label"], *([name, str(label)] for name, label in data.items())]
+    if all(
+        isinstance(files, list) and all(isinstance(file, str) for file in files) for files in data.values()
+    ):
+        return [["file", "label"], *([file, label] for label, files in data.items() for file in files)]
+    return None
+
+
+def _objects(items: list[Any]) -> Rows | None:
+    if not items or not all(isinstance(item, dict) for item in items):
+        return None
+    header = list(dict.fromkeys(key for item in items for key in item))
+    scalar = [key for key in header if not any(isinstance(item.get(key), (dict, list)) for item in items)]
+    return [scalar, *([str(item.get(key, "")) for key in scalar] for item in items)]
+
+
+def _coco(data: dict[str, Any]) -> Rows:
+    names = [category["name"] for category in data["categories"]]
+    unique = len(set(names)) == len(names)
+    name_of = {each["id"]: each["name"] if unique else str(each["id"]) for each in data["categories"]}
+    file_of = {image["id"]: image["file_name"] for image in data["images"]}
+    pairs = ((each["image_id"], each["category_id"]) for each in data["annotations"])
+    return [["file_name", "label"], *([file_of[image], name_of[label]] for image, label in pairs)]
+
+
+def _read_mat(file: Path) -> Rows | None:
+    data = load_mat(file)
+    if "file_list" in data and "labels" in data:  # Stanford Dogs
+        return _pairs(data["file_list"], data["labels"])
+    annotations = data.get("annotations")
+    fields: Iterable[str] = getattr(getattr(annotations, "dtype", None), "names", None) or ()
+    if annotations is not None and "fname" in fields:  # Stanford Cars
+        rows = annotations.ravel()
+        if "class" not in fields:
+            return [["file"], *([str(row["fname"])] for row in rows)]
+        names = _cars_names(file)
+        labels = [int(row["class"]) for row in rows]
+        return _pairs([row["fname"] for row in rows], [names.get(label, str(label)) for label in labels])
+    return None
+
+
+def _cars_names(file: Path) -> dict[int, str]:
+    for meta in (file.parent / "cars_meta.mat", file.parent / "devkit" / "cars_meta.mat"):
+        if meta.is_file():
+            return {number: str(name) for number, name in enumerate(load_mat(meta)["class_names"].ravel(), 1)}
+    return {}
+
+
+def _pairs(files: Iterable[Any], labels: Iterable[Any]) -> Rows:
+    pairs: Iterator[tuple[Any, Any]] = zip(files, labels, strict=True)
+    return [["file", "label"], *([str(file), str(label)] for file, label in pairs)]
+
+
+def load_mat(file: Path) -> dict[str, Any]:
+    """Return the variables of a MATLAB file.
+
+    Raises:
+        UserError: it is not one that scipy reads.
+    """
+    from scipy.io import loadmat  # importing it takes 0.2 s
+
+    try:
+        return dict(loadmat(file, squeeze_me=True))
+    except Exception as error:  # scipy raises many kinds of errors for invalid files
+        raise UserError(f"{file} is not a readable MATLAB file ({error})") from None

@@ -1,0 +1,388 @@
+"""Search a folder for the splits and classes of its images: by folders, lists, tables and settings."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from pathlib import Path
+from posixpath import splitext
+
+from hpc_imagenet.config.schema import Dataset
+from hpc_imagenet.data.layouts import class_folders
+from hpc_imagenet.data.layouts.class_folders import WHOLE_PATH, Level, class_of, descend, is_flat
+from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, scan_folder
+from hpc_imagenet.data.layouts.joined_tables import read_joined
+from hpc_imagenet.data.layouts.labelled_images import SPLITS, Labels
+from hpc_imagenet.data.layouts.split_folders import find_base, find_splits
+from hpc_imagenet.data.layouts.split_names import split_of
+from hpc_imagenet.data.layouts.table_labels import TableLabels, names_for_numbers, read_labels
+from hpc_imagenet.data.layouts.table_search import TableSearch, read_list
+from hpc_imagenet.errors import UserError, did_you_mean
+
+_BEFORE_NUMBER = r"(.*?)[\s._-]*[0-9]+\D*$"  # dataset.labels=filename: `cat` in cat_12 and cat (12)
+
+
+class LayoutSearch:
+    """One search.
+
+    Args:
+        root: the dataset's folder.
+        dataset: the settings that decide where the layout is ambiguous.
+        threads: number of folders listed at a time.
+
+    Attributes:
+        source: the dataset's folder, for errors.
+        skipped: reason → number of files that are left out.
+        warnings: what the user should know.
+        empty: class folders without images.
+        how: how classes and splits were found.
+    """
+
+    def __init__(self, root: Path, dataset: Dataset, threads: int) -> None:
+        self.source = str(root)
+        self.skipped: Counter[str] = Counter()
+        self.warnings: list[str] = []
+        self.empty: list[str] = []
+        self.how = ""
+        self._root, self._dataset = root, dataset
+        self._tree = scan_folder(root, threads, self.skipped)
+        self._folders = {folder.path: folder for folder in self._tree.walk()}
+        self._tables = TableSearch(root, self._tree, self.source)
+        self._left: Counter[str] = Counter()  # as `skipped`, of the images of the tree
+        self._samples: dict[str, Labels] = {split: {} for split in SPLITS}
+        self._train_table: Labels = {}  # training images whose class is from a table
+        self._train_level: Level | None = None
+        self._train_names: set[str] = set()  # of the folders beside the class folders of train
+        # At most one of these is set, by dataset.labels.
+        self._level: Level | None = None
+        self._pattern: re.Pattern[str] | None = None
+        self._table: TableLabels | None = None
+        self._columns: list[str] = []  # of the table of dataset.labels
+
+    def run(self) -> dict[str, Labels]:
+        """Return the images of each split with their classes.
+
+        Raises:
+            UserError: what was found is ambiguous or incomplete, and which setting decides.
+        """
+        if self._dataset.labels is not None:
+            self._read_labels_setting(self._dataset.labels)
+        self._assign({split: path for split, path in self._dataset.splits.items() if path})
+        self._name_numbers()
+        rest = self._tree.total - sum(map(len, self._samples.values())) - self._left.total()
+        self._left["beside the splits and classes"] += rest
+        self.skipped += self._left
+        return self._samples
+
+    def _read_labels_setting(self, value: str) -> None:
+        kind, _, rest = value.partition(":")
+        if kind == "folder":
+            if rest != "path" and not re.fullmatch("[1-9]", rest):
+                raise UserError(f"dataset.labels={value} is not folder:1, folder:2 … or folder:path")
+            self._level = Level(WHOLE_PATH if rest == "path" else int(rest))
+        elif kind == "filename":
+            try:
+                self._pattern = re.compile(rest or _BEFORE_NUMBER)
+            except re.error as error:
+                raise UserError(f"dataset.labels={value}: {error} in the regular expression") from None
+            if self._pattern.groups < 1:
+                raise UserError(f"dataset.labels={value} needs a group for the class: filename:([a-z]+)")
+        else:
+            self._table = self._read_label_file(value)
+
+    def _read_label_file(self, value: str) -> TableLabels:
+        path, columns = value, list[str]()
+        while not (self._root / path).is_file():
+            path, colon, column = path.rpartition(":")
+            if not colon:
+                files = [name for folder in self._tree.walk() for name in folder.others][:200]
+                meant = did_you_mean(value, files) if files else ""
+                raise UserError(f"dataset.labels={value}: no such file in {self.source}{meant}")
+            columns.insert(0, column)
+        table, index = self._tables.read(path, self._tree, "dataset.labels")
+        labels = read_labels(table, index, split_of(table.stem), columns)
+        if labels is None or labels.column is None:
+            raise UserError(f"dataset.labels={value}: no column names the images and another the classes")
+        self._columns = columns or [labels.column]
+        return self._complete(labels)
+
+    # Which images are in which split.
+
+    def _assign(self, explicit: dict[str, str]) -> None:
+        folders: dict[str, list[Folder]] = {}
+        lists: dict[str, TableLabels] = {}
+        for split, value in explicit.items():
+            if found := self._folders_named(value):
+                folders[split] = found
+            else:
+                lists[split] = self._list_named(split, value)
+        taken = [folder for found in folders.values() for folder in found]
+        base = descend(self._tree.without(taken), above_splits=bool(taken))
+        if not explicit and self._dataset.labels is None and (joined := read_joined(self._root, self._tree)):
+            self._table = read_labels(joined, self._tables.index([self._tree]), None)
+        if not explicit and self._table and self._table.splits:
+            return self._assign_table(self._table)
+        if not lists:
+            more = self._more_split_folders(base, folders)
+            if more and "train" not in {*more, *folders}:
+                seen = " and ".join(folder.path for found in more.values() for folder in found)
+                raise UserError(f"{self.source} has {seen}, but no train; set dataset.splits.train=FOLDER")
+            folders |= more
+        if not folders and not lists:
+            if not self._dataset.labels and class_folders.splits_in_classes(base):
+                return self._assign_splits_in_classes(base)
+            lists = self._tables.lists([base], self._columns, not self._has_level(base))
+        pool: Labels = {}  # the images outside of folders of splits
+        if not {"train"} & {*folders, *lists}:
+            pool = self._label_folders("train", [base], True, pool=True)
+        for split in SPLITS:
+            if split in folders:
+                self._samples[split] |= self._label_folders(split, folders[split], split in explicit)
+            elif split in lists:
+                pool = pool or self._label_pool(base, lists[split])
+                self._samples[split] = self._label_list(split, lists[split], pool, split in explicit)
+        if "train" not in folders and "train" not in lists:
+            listed = {path for labels in lists.values() for path in labels.labels}.union(
+                *self._samples.values()
+            )
+            self._samples["train"] = {path: name for path, name in pool.items() if path not in listed}
+        self.how += ", splits by folders" if folders else ", splits by lists" if lists else ""
+        return None
+
+    def _folders_named(self, value: str) -> list[Folder]:
+        path = value.removeprefix("./").strip("/")
+        if path in self._folders:
+            return [self._folders[path]]
+        depth = path.count("/")
+        return [
+            folder
+            for name, folder in self._folders.items()
+            if name and name.count("/") == depth and fnmatch.fnmatchcase(name, path)
+        ]
+
+    def _list_named(self, split: str, value: str) -> TableLabels:
+        setting = f"dataset.splits.{split}"
+        if not (self._root / value).is_file():
+            names = [folder.path for folder in self._tree.walk()][1:200]
+            raise UserError(
+                f"{setting}={value}: no such folder or list in {self.source}{did_you_mean(value, names)}"
+            )
+        table, index = self._tables.read(value, self._tree, setting)
+        labels = read_list(table, index, split, self._columns, self._dataset.labels is None)
+        if labels is None:
+            raise UserError(f"{setting}={value}: no column of it names an image of {self.source}")
+        return labels
+
+    def _more_split_folders(self, base: Folder, known: dict[str, list[Folder]]) -> dict[str, list[Folder]]:
+        if self._level is None and not class_folders.splits_in_classes(base):
+            base = find_base(base, self.source)
+
+        def is_labelled(folders: list[Folder]) -> bool:
+            if self._dataset.labels is not None:
+                return True
+            return self._tables.labels_for("train", folders, self._tree) is not None
+
+        found = find_splits(base, self.source, is_labelled, self._left)
+        found = {split: folders for split, folders in found.items() if split not in known}
+        used = [folder for folders in (*found.values(), *known.values()) for folder in folders]
+        if found and "train" in {*found, *known}:
+            others = [folder for folder in self._beside(used) if folder.total]
+            if others:
+                names = ", ".join(folder.path for folder in others[:4])
+                splits = ", ".join(folder.path for folder in used)
+                self.warnings.append(f"not used: {names}; the splits are {splits}")
+        return found
+
+    def _beside(self, used: list[Folder]) -> list[Folder]:
+        """Return the topmost folders that neither are nor contain the used ones."""
+        paths = [folder.path for folder in used]
+
+        def search(folder: Folder) -> list[Folder]:
+            if folder.path in paths:
+                return []
+            if any(path.startswith(f"{folder.path}/" if folder.path else "") for path in paths):
+                return [each for inner in folder.folders for each in search(inner)]
+            return [folder]
+
+        return search(self._tree)
+
+    def _assign_table(self, table: TableLabels) -> None:
+        level = None
+        base = descend(self._tree)
+        for path, label in self._complete(table).labels.items():
+            if label is None:
+                level = level or class_folders.find_level(base, self.source)
+                label = class_of(path, base, level)
+            if label:
+                self._samples[table.splits.get(path, "train")][path] = label
+        self._train_table = dict(self._samples["train"]) if table.column is not None else {}
+        self._left[f"not in {table.table.path}"] += self._tree.total - len(table.labels)
+        self.how = f"classes and splits of {table.table.path}"
+
+    def _assign_splits_in_classes(self, base: Folder) -> None:
+        for each in base.filled:
+            for inner in each.filled:
+                self._samples[str(split_of(inner.name))].update((path, each.name) for path in inner.paths())
+        self.how = "class folders with folders of splits"
+
+    # Which class an image has.
+
+    def _has_level(self, base: Folder) -> bool:
+        """Whether folders, or a setting, give the classes."""
+        if self._dataset.labels is not None:
+            return True
+        if is_flat(base):
+            return False
+        try:
+            return bool(class_folders.find_level(base, self.source))
+        except UserError:
+            return False
+
+    def _label_pool(self, base: Folder, listed: TableLabels) -> Labels:
+        """Return the classes of all images, for a list without classes; empty if nothing gives them."""
+        if listed.column is not None:
+            return {}
+        by_folders = self._dataset.labels is not None or not is_flat(base)
+        if by_folders or self._tables.labels_for(None, [base], self._tree):
+            return self._label_folders("train", [base], False, pool=True)
+        return {}
+
+    def _label_list(self, split: str, listed: TableLabels, pool: Labels, explicit: bool) -> Labels:
+        self._complete(listed)
+        if listed.column is not None:
+            self.how = self.how or f"classes of {listed.where}"
+            labels = {path: label for path, label in listed.labels.items() if label}
+            if split == "train":
+                self._train_table = dict(labels)
+            return labels
+        labels = {path: pool[path] for path in listed.labels if path in pool}
+        if len(labels) < len(listed.labels):
+            if labels or explicit or split != "test":
+                path = next(path for path in listed.labels if path not in labels)
+                raise UserError(f"{listed.table.path}: {path} has no class; set dataset.labels=TABLE")
+            self._skip_test(listed.table.path, len(listed.labels))
+        return labels
+
+    def _label_folders(self, split: str, folders: list[Folder], explicit: bool, pool: bool = False) -> Labels:
+        """Return the classes of all images of some folders.
+
+        Args:
+            split: of the images.
+            folders: where they are.
+            explicit: whether a setting names them, so that they must have classes.
+            pool: whether they are the images of all splits.
+        """
+        if self._pattern or self._table:
+            return self._label_by_rule(split, folders, explicit)
+        found = [descend(folder, self._train_names) for folder in folders]
+        known = any(inner.name in self._train_names for folder in found for inner in folder.filled)
+        if self._level is None and not known and all(map(is_flat, found)):
+            alone = found[0].name if found[0] is not folders[0] and len(found) == 1 else ""
+            return self._label_by_table(split, found, explicit, pool, alone)
+        labels: Labels = {}
+        for folder in found:
+            level = self._level or self._train_level or class_folders.find_level(folder, self.source)
+            if split == "train":
+                self._train_level = level
+                self._train_names.update(inner.name for inner in folder.folders)
+                self.empty += class_folders.empty_classes(folder, level, pool)
+            for path in folder.paths():
+                if name := class_of(path, folder, level):
+                    labels[path] = name
+        if not labels:
+            where = f"{self.source}/{folders[0].path}".rstrip("/")
+            raise UserError(f"dataset.labels={self._dataset.labels}: {where} has fewer levels of folders")
+        self.how = self.how or "class folders"
+        return labels
+
+    def _label_by_rule(self, split: str, folders: list[Folder], explicit: bool) -> Labels:
+        labels: Labels = {}
+        table = self._table
+        reason = f"not in {table.table.path}" if table else "no class in the file name"
+        for path in (path for folder in folders for path in folder.paths()):
+            name = table.labels.get(path) if table else self._class_in_name(path)
+            if name:
+                labels[path] = name
+            else:
+                self._left[reason] += 1
+        if not labels and (explicit or split != "test"):
+            raise UserError(
+                f"dataset.labels={self._dataset.labels} gives no image of {split} a class, such as "
+                f"{next(folders[0].paths())}"
+            )
+        self.how = f"classes of {table.where}" if table else "classes in file names"
+        if split == "train" and table:
+            self._train_table = dict(labels)
+        return labels
+
+    def _class_in_name(self, path: str) -> str | None:
+        assert self._pattern
+        match = self._pattern.match(splitext(path.rpartition("/")[2])[0])
+        return match[1] if match else None
+
+    def _label_by_table(
+        self, split: str, folders: list[Folder], explicit: bool, pool: bool, alone: str
+    ) -> Labels:
+        """Return the classes of images without class folders; `alone` is the name of their one folder."""
+        found = self._tables.labels_for(None if pool else split, folders, self._tree)
+        total = sum(folder.total for folder in folders)
+        if found is None:
+            if split == "test" and not explicit:
+                self._skip_test(folders[0].path, total)
+                return {}
+            if alone and alone.lower() not in IMAGE_FOLDERS and not split_of(alone):
+                where = f"{self.source}/{folders[0].path}".removesuffix(alone).rstrip("/")
+                raise UserError(f"{where} has one class folder only, {alone}; a class needs others beside it")
+            path = next(folders[0].paths(), folders[0].path)
+            if parts := [folder.name for folder in folders[0].filled]:
+                raise UserError(
+                    f"{self.source}: {parts[0]} … {parts[-1]} may be classes, or parts of one set without a "
+                    "table of classes; set dataset.labels=folder:1 or dataset.labels=TABLE"
+                )
+            raise UserError(
+                f"{self.source}/{path} is in no class folder, and no table gives its class; set "
+                "dataset.labels=TABLE, or dataset.labels=filename if names such as cat_1.jpg begin with it"
+            )
+        self._complete(found)
+        labels = {path: label for path, label in found.labels.items() if label}
+        self._left[f"not in {found.table.path}"] += total - len(found.labels)
+        self._left[f"no class in {found.table.path}"] += len(found.labels) - len(labels)
+        self.how = self.how or f"classes of {found.where}"
+        if split == "train":
+            self._train_table = dict(labels)
+        if pool and found.splits:
+            self.how = f"classes and splits of {found.table.path}"
+            for path in [path for path in labels if found.splits[path] != "train"]:
+                self._samples[found.splits[path]][path] = labels.pop(path)
+        return labels
+
+    def _skip_test(self, where: str, count: int) -> None:
+        self._left["test image without a class"] += count
+        self.warnings.append(f"{where}: the images of test have no class, so they are not used")
+
+    def _complete(self, found: TableLabels) -> TableLabels:
+        if found.missing:
+            raise UserError(
+                f"{found.table.path} lists {len(found.table.rows)} images, but {len(found.missing)} of them "
+                f"are not in {self.source}, such as {found.missing[0]}; add them, or remove their lines"
+            )
+        return found
+
+    def _name_numbers(self) -> None:
+        """Replace numbers as labels by the names that folders or file names show."""
+
+        def parent(path: str) -> str:
+            return path.split("/")[-2] if "/" in path else ""
+
+        def folders(path: str) -> str:
+            return class_of(path, base, Level(WHOLE_PATH)) or ""
+
+        def begin(path: str) -> str:
+            return re.sub(r"[\s._-]*[0-9]+$", "", splitext(path.rpartition("/")[2])[0])
+
+        base = descend(self._tree)
+        names = names_for_numbers(self._train_table, [parent, folders, begin])
+        if names:
+            for labels in self._samples.values():
+                labels.update({path: names.get(label, label) for path, label in labels.items()})

@@ -1,0 +1,94 @@
+"""Names of splits and classes: `train` in `seg_train` and `TrainImages`, and 2 before 10."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+_WORDS = {
+    "train": "train",
+    "training": "train",
+    "trn": "train",
+    "trainset": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "valset": "val",
+    "test": "test",
+    "testing": "test",
+    "tst": "test",
+    "testset": "test",
+}
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # also the words of trainLabels
+_DIGITS = re.compile(r"(\d+)")
+_PART_WORDS = {
+    "part",
+    "images",
+    "image",
+    "imgs",
+    "img",
+    "batch",
+    "chunk",
+    "photos",
+    "data",
+    "folder",
+    "shard",
+}
+
+
+def words_of(name: str) -> set[str]:
+    """Return the words of a name in lower case; `trainLabels_2` has train and labels."""
+    return {word.lower() for word in _WORD.findall(name)}
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a name means; None if it means none, or several, as `train_test_split` does."""
+    splits = {_WORDS[word] for word in words_of(name) if word in _WORDS}
+    return splits.pop() if len(splits) == 1 else None
+
+
+def is_trainval(name: str) -> bool:
+    """Whether a name means training and validation images together."""
+    words = words_of(name)
+    return "trainval" in words or {_WORDS.get(word) for word in words} - {None} == {"train", "val"}
+
+
+def is_series(names: Iterable[str]) -> bool:
+    """Whether names differ only in a number, as `train.X1` and `train.X2` do."""
+    return len({_DIGITS.sub("", name) for name in names}) == 1
+
+
+def is_series_of_parts(names: list[str]) -> bool:
+    """Whether names are those of parts of one set of images, as `images_part_1` and `images_part_2` are."""
+    return len(names) > 1 and is_series(names) and bool(words_of(names[0]) & _PART_WORDS)
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Return a sort key: numbers in a name sort as numbers, the rest by code points."""
+    return [int(part) if part.isdecimal() else part for part in _DIGITS.split(name)], name
+
+
+def same_class(name: str, classes: dict[str, str]) -> str | None:
+    """Return the class that a name means, be it written in another Unicode form or with leading zeros.
+
+    Args:
+        name: as another split or list writes it.
+        classes: `class_keys` of the classes.
+    """
+    return next((classes[key] for key in _keys(name) if key in classes), None)
+
+
+def class_keys(classes: Iterable[str]) -> dict[str, str]:
+    """Return the keys that `same_class` looks up → class."""
+    keys: dict[str, str] = {}
+    for name in classes:
+        for key in _keys(name):
+            keys.setdefault(key, name)
+    return {**keys, **{name: name for name in classes}}
+
+
+def _keys(name: str) -> list[str]:
+    return [name, unicodedata.normalize("NFC", name), *([str(int(name))] if name.isdecimal() else [])]

@@ -1,0 +1,91 @@
+"""EXIF orientation as Pillow reads it, from headers of cameras and of programs."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from sample_images import encoded
+
+from hpc_imagenet.data.images.image_header import ORIENTATION
+from hpc_imagenet.data.images.orientation import make_upright, read_orientation
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "image"
+
+
+def exif_bytes(value: int, order: bytes, *, before: int = 0, gap: int = 0) -> bytes:
+    """Return the contents of an Exif segment: a gap, `before` entries, the orientation."""
+    kind = "little" if order == b"II" else "big"
+
+    def number(n: int, size: int) -> bytes:
+        return n.to_bytes(size, kind)  # type: ignore[arg-type]
+
+    entries = [
+        number(0x0100 + i, 2) + number(3, 2) + number(1, 4) + number(7, 2) + b"\0\0" for i in range(before)
+    ]
+    entries.append(number(ORIENTATION, 2) + number(3, 2) + number(1, 4) + number(value, 2) + b"\0\0")
+    directory = number(len(entries), 2) + b"".join(entries) + number(0, 4)
+    return b"Exif\0\0" + order + number(42, 2) + number(8 + gap, 4) + bytes(gap) + directory
+
+
+@pytest.mark.parametrize("order", [b"II", b"MM"])
+@pytest.mark.parametrize("gap", [0, 300, 20_000])
+def test_orientation_is_found_anywhere_in_the_header(path: Path, order: bytes, gap: int) -> None:
+    for value in range(1, 9):
+        for before in (0, 9):
+            path.write_bytes(encoded(exif=exif_bytes(value, order, before=before, gap=gap)))
+            assert read_orientation(path) == value
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_images_without_orientation_are_upright(path: Path, kind: str) -> None:
+    path.write_bytes(encoded(kind))
+    assert read_orientation(path) == 1
+    path.write_bytes(encoded(kind)[:9])
+    assert read_orientation(path) == 1
+    assert read_orientation(path.with_name("absent")) == 1
+
+
+@given(noise=st.binary(max_size=120), value=st.integers(0, 65_535))
+@settings(max_examples=60, deadline=None)
+def test_damaged_exif_is_no_error(noise: bytes, value: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.jpg"
+    for exif in (b"Exif\0\0" + noise, exif_bytes(value, b"II")[:-7] + noise):
+        path.write_bytes(encoded(exif=exif))
+        assert read_orientation(path) in range(1, 9)
+
+
+@pytest.mark.skipif(not shutil.which("jpegtran"), reason="no jpegtran (libjpeg-turbo-progs)")
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_are_turned_without_loss_and_the_same_way_each_time(mode: str) -> None:
+    for value in range(2, 9):
+        data = encoded(mode=mode, size=(64, 32), exif=exif_bytes(value, b"MM"))
+        turned, lossless = make_upright(data, value)
+        assert lossless
+        assert make_upright(data, value) == (turned, True)
+        with Image.open(io.BytesIO(turned)) as image, Image.open(io.BytesIO(data)) as original:
+            assert not image.getexif()
+            assert image.mode == mode
+            expected = np.array(ImageOps.exif_transpose(original)).astype(int)
+            assert np.abs(np.array(image).astype(int) - expected).max() < 12  # rounding of the chroma
+
+
+def test_other_modes_and_damaged_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for kind, mode in (("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGBA"), ("WEBP", "RGBA")):
+        data = encoded(kind, mode, size=(17, 9), exif=exif_bytes(6, b"II")[6 if kind != "JPEG" else 0 :])
+        turned, lossless = make_upright(data, 6)
+        assert lossless == (kind != "JPEG")
+        with Image.open(io.BytesIO(turned)) as image:
+            assert (image.size, image.mode, image.format) == ((9, 17), mode, kind)
+    cut = encoded(size=(64, 64), quality=95)[:900]
+    assert make_upright(cut, 6) == (cut, True)

@@ -1,0 +1,452 @@
+"""Labelled images are found in the layouts of published datasets; what is ambiguous is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layout_samples import SAMPLES, Sample, Text, lines, write_sample
+
+from hpc_imagenet.config.schema import Dataset
+from hpc_imagenet.data.layouts.image_finder import find_images
+from hpc_imagenet.data.layouts.labelled_images import LabelledImages
+from hpc_imagenet.errors import UserError
+
+Files = dict[str, Text]
+
+
+def dataset_of(**settings: Any) -> Dataset:
+    return Dataset(name="own", source="x", format="images", **settings)
+
+
+def find(root: Path, images: list[str], files: Files | None = None, **settings: Any) -> LabelledImages:
+    write_sample(root, Sample(images, "", (0, 0, 0), files or {}))
+    return find_images(root, dataset_of(**settings), 2)
+
+
+def error(root: Path, images: list[str], files: Files | None = None, **settings: Any) -> str:
+    root.mkdir(exist_ok=True)
+    with pytest.raises(UserError) as caught:
+        find(root, images, files, **settings)
+    line = str(caught.value).replace(str(root), "SOURCE")
+    assert "\n" not in line
+    return line
+
+
+def classes_by_path(found: LabelledImages, split: str) -> dict[str, str]:
+    return {file.path: found.classes[file.label] for file in found.splits[split]}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_layout_is_found(tmp_path: Path, name: str) -> None:
+    sample = SAMPLES[name]()
+    root = write_sample(tmp_path / "data", sample)
+    found = find_images(root, dataset_of(**sample.settings), 4)
+    assert found.classes == tuple(sample.classes.split("|"))
+    assert tuple(len(found.splits[split]) for split in ("train", "val", "test")) == sample.counts
+    assert sample.skipped.items() <= found.skipped.items()
+    assert sample.warning in " ".join(found.warnings)
+    listed = [(split, file) for split, files in found.splits.items() for file in files]
+    assert len({file.path for _, file in listed}) == len(listed)
+    for _, file in listed:
+        stat = (root / file.path).stat()
+        assert (file.size, file.time) == (stat.st_size, stat.st_mtime_ns)
+    assert find_images(root, dataset_of(**sample.settings), 1) == found
+
+
+def test_labels_of_lists_and_tables_are_those_of_their_images(tmp_path: Path) -> None:
+    for name, split, expected in (
+        ("tiny_imagenet", "val", {"val_0": "n01443537", "val_1": "n01629819"}),
+        ("cub_200", "test", {"Black_footed_Albatross_1": "001.Black_footed_Albatross"}),
+        ("stanford_cars", "train", {"00001": "Acura RL Sedan 2012", "00002": "AM General Hummer SUV 2000"}),
+        ("oxford_pets", "val", {"american_bulldog_3": "american_bulldog"}),
+        ("flowers_102", "train", {"image_00002": "2", "image_00003": "10"}),
+        ("places_365", "val", {"Places365_val_00000002": "alley", "Places365_val_00000003": "barn"}),
+        ("gtsrb", "val", {"00001": "00014", "00002": "00000"}),
+        ("fgvc_aircraft", "test", {"1034009": "F/A-18"}),
+        ("kaggle_images_and_csv", "train", {"3": "3", "5": "1"}),
+        ("inaturalist_2018", "val", {"5": "Quercus alba", "6": "Parus major"}),
+        ("ham_10000", "train", {"ISIC_0024306": "nv", "ISIC_0024307": "bkl"}),
+    ):
+        sample = SAMPLES[name]()
+        found = find_images(write_sample(tmp_path / name, sample), dataset_of(**sample.settings), 2)
+        labels = {Path(path).stem: label for path, label in classes_by_path(found, split).items()}
+        labels |= {Path(path).stem: label for path, label in classes_by_path(found, "val").items()}
+        assert expected.items() <= labels.items(), name
+
+
+AB = "{a,b}/{1..4}.jpg"
+SPECIES = "image,species,family,order\n1,a,x,p\n2,b,x,p\n3,a,x,q\n4,b,y,q\n"
+
+
+@pytest.mark.parametrize(
+    ("images", "files", "settings", "expected"),
+    [
+        ([f"train/{AB}"], {}, {}, "SOURCE has no validation images; set dataset.val_fraction=0.1"),
+        ([AB], {}, {}, "SOURCE has no validation images; set dataset.val_fraction=0.1"),
+        (
+            [f"{{train,val}}/{AB}"],
+            {},
+            {"val_fraction": 0.1},
+            "SOURCE has 8 val images already; remove dataset.val_fr",
+        ),
+        (
+            [f"{{val,test}}/{AB}"],
+            {},
+            {},
+            "SOURCE has test and val, but no train; set dataset.splits.train=FOLDER",
+        ),
+        (
+            ["{1..4}.jpg"],
+            {},
+            {},
+            "SOURCE/1.jpg is in no class folder, and no table gives its class; set data",
+        ),
+        (
+            [f"train/{AB}", "val/{1..4}.jpg"],
+            {},
+            {},
+            "SOURCE/val/1.jpg is in no class folder, and no table gives its",
+        ),
+        (
+            ["{a,b}/1.jpg"],
+            {},
+            {"val_fraction": 0.1},
+            "SOURCE has one image per class, so dataset.val_fraction",
+        ),
+        (
+            ["{train,test,more}/{1..3}.jpg"],
+            {},
+            {},
+            "SOURCE/train/1.jpg is in no class folder, and no table gives",
+        ),
+        (
+            ["i/{1..2}.jpg"],
+            {"t.csv": 'id,y\n1,a\n2,b\n"3\n\x1b[1m",b'},
+            {},
+            "t.csv lists 3 images, but 1 of them are ",
+        ),
+        (
+            ["{train,val}/{a,b}/1.jpg", "val/\x1b[31m/1.jpg"],
+            {},
+            {},
+            "SOURCE has no training images of %1B[31m; add",
+        ),
+        (
+            ["img{1..3}/{1..4}.jpg"],
+            {},
+            {},
+            "SOURCE: img1 … img3 may be classes, or parts of one set without a table of classes; set",
+        ),
+        (
+            ["{train,val}/a/{1..4}.jpg"],
+            {},
+            {},
+            "SOURCE/train has one class folder only, a; a class needs others",
+        ),
+        (
+            [f"{{train,val,valid}}/{AB}"],
+            {},
+            {},
+            "SOURCE has val and valid, and each may be val; set dataset.splits.val=val, or "
+            "dataset.splits.val=val* for all",
+        ),
+        (
+            [f"{{train,val}}/{AB}"],
+            {"train/c/": ""},
+            {},
+            "SOURCE has no training images of c; add images, or set data",
+        ),
+        (
+            [f"{{train,val}}/{AB}", "val/dé/1.jpg"],
+            {},
+            {},
+            "SOURCE has no training images of dé; add images, or set",
+        ),
+        (
+            [AB],
+            {"c/": ""},
+            {"val_fraction": 0.1},
+            "SOURCE has no training images of c; add images, or set data",
+        ),
+        (
+            [f"{{train,val}}/{AB}"],
+            {"train/c/c.txt": "x"},
+            {},
+            "SOURCE has no training images of c; add images, or",
+        ),
+        (
+            ["{oak,elm}/{leaf,bark}/{1..4}.jpg"],
+            {},
+            {},
+            "SOURCE/elm has folders of images, such as bark; set dataset.labels=folder:1 if the class "
+            "is elm, "
+            "dataset.labels=folder:2 if it is bark",
+        ),
+        (
+            ["preview/{1..3}.jpg", f"images/{AB}"],
+            {},
+            {},
+            "SOURCE/images has folders of images, such as a; set ",
+        ),
+        ([f"{{x,y}}/{{train,val}}/{AB}"], {}, {}, "SOURCE has splits in x and y; set dataset.source to one"),
+        ([AB], {}, {"labels": "folder:3"}, "dataset.labels=folder:3: SOURCE has fewer levels of folders"),
+        (
+            [AB],
+            {},
+            {"labels": "folder:x"},
+            "dataset.labels=folder:x is not folder:1, folder:2 … or folder:path",
+        ),
+        ([AB], {}, {"labels": "filename:([a"}, "dataset.labels=filename:([a: unterminated character set"),
+        ([AB], {}, {"labels": "filename:a"}, "dataset.labels=filename:a needs a group for the class"),
+        (
+            [AB],
+            {},
+            {"labels": "filename"},
+            "dataset.labels=filename gives no image of train a class, such as a/1.jpg",
+        ),
+        (
+            [AB],
+            {"t.csv": "x"},
+            {"labels": "u.csv"},
+            "dataset.labels=u.csv: no such file in SOURCE; did you mean: t.csv",
+        ),
+        (
+            [AB],
+            {"t.csv": "name,x\nq,r\n"},
+            {"labels": "t.csv"},
+            "dataset.labels=t.csv: no column names the images",
+        ),
+        ([AB], {}, {"splits": {"val": "hold"}}, "dataset.splits.val=hold: no such folder or list in SOURCE"),
+        (
+            ["i/{1..4}.jpg"],
+            {"t.csv": SPECIES},
+            {"labels": "t.csv:famly"},
+            "t.csv has no column famly; did you mean: fam",
+        ),
+        (
+            ["i/{1..4}.jpg"],
+            {"t.csv": SPECIES.replace("species", "kind")},
+            {},
+            "t.csv has the columns kind, family, order, and each may be the class; "
+            "set dataset.labels='t.csv:COLUMN'",
+        ),
+        (
+            ["i/{1..4}.jpg"],
+            {"t.csv": SPECIES.replace("family", "class")},
+            {},
+            "t.csv has the columns class, species, and each may be the class; "
+            "set dataset.labels='t.csv:COLUMN'",
+        ),
+        (
+            ["i/{1..3}.jpg"],
+            {"t.csv": SPECIES},
+            {},
+            "t.csv lists 4 images, but 1 of them are not in SOURCE, such as 4",
+        ),
+        (
+            ["i/{1..2}.jpg"],
+            {"t.csv": "id,y\n1,a\n2,b\n2,a"},
+            {},
+            "t.csv: 2 has the classes b and a; only datasets with",
+        ),
+        (
+            ["i/{1..3}.jpg"],
+            {"t.csv": "id,y\n1,a\n2,b\n3,a|b"},
+            {},
+            "t.csv has several classes for one image, such as a|b",
+        ),
+        (
+            ["i/{1..2}.jpg"],
+            {"t.csv": "id,y\n1,ä\n2,b".encode("latin-1")},
+            {},
+            "SOURCE/t.csv is not UTF-8; save it as UTF-8",
+        ),
+        (
+            ["i/{1..3}.jpg"],
+            {"t.csv": "id,y\n1,a\n2,b\n3,a", "u.csv": "id,y\n1,a\n2,b\n3,b"},
+            {},
+            "SOURCE has t.csv and u.csv, which differ; set dataset.labels=t.csv, or the other one",
+        ),
+        ([AB], {"train.txt": "1.jpg\n"}, {}, "train.txt: 1.jpg may be a/1.jpg or b/1.jpg; write its path"),
+        (
+            [AB],
+            {"train.txt": lines("{a,b}/{1..2}.jpg"), "val.txt": lines("{a,b}/{2..3}.jpg")},
+            {},
+            "SOURCE/a/2.jpg is in train and in val; an image belongs to one split only",
+        ),
+        (
+            [AB],
+            {f"splits/{split}{fold}.txt": f"a/{fold}.jpg\n" for split in ("train", "val") for fold in (1, 2)},
+            {},
+            "SOURCE has splits/train1.txt and splits/train2.txt, which differ; set "
+            "dataset.splits.train=splits/train1.txt, or the other one",
+        ),
+        (
+            [],
+            {"a.zip": "x", "b.zip": "x", "notes.txt": "x"},
+            {},
+            "SOURCE contains no images, but 2 .zip, 1 .txt; unpack",
+        ),
+        (
+            [],
+            {"0.parquet": "x"},
+            {},
+            "SOURCE contains no images, but 1 .parquet; set dataset=ilsvrc for parquet",
+        ),
+        ([], {}, {}, "SOURCE contains no images, but nothing; unpack archives first"),
+        ([AB], {"a/5.jpg": ""}, {"val_fraction": 0.1}, "SOURCE/a/5.jpg is empty; replace or remove it"),
+        (
+            ["train/{café,cafe\u0301}/1.jpg", "val/café/2.jpg"],
+            {},
+            {},
+            r"SOURCE: 'cafe\u0301' and 'caf\xe9' are the same name in Unicode; rename one class",
+        ),
+    ],
+)
+def test_refusals_say_what_was_seen_and_which_setting_decides(
+    tmp_path: Path, images: list[str], files: Files, settings: dict[str, Any], expected: str
+) -> None:
+    assert error(tmp_path / "data", images, files, **settings).startswith(expected)
+
+
+def test_a_missing_folder_and_a_link_to_a_missing_image_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="data: no such folder; set a folder with images"):
+        find_images(tmp_path / "data", dataset_of(), 1)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file: is a file, not a folder"):
+        find_images(tmp_path / "file", dataset_of(), 1)
+    write_sample(tmp_path / "data", Sample([AB], "", (0, 0, 0)))
+    (tmp_path / "data/a/9.jpg").symlink_to(tmp_path / "absent.jpg")
+    assert "is a link to a missing file" in error(tmp_path / "data", [])
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    write_sample(tmp_path / "elsewhere", Sample(["{1..4}.jpg"], "", (0, 0, 0)))
+    write_sample(tmp_path / "data", Sample(["a/{1..4}.jpg"], "", (0, 0, 0)))
+    (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/a/up").symlink_to(tmp_path / "data")
+    found = find(tmp_path / "data", [], val_fraction=0.25)
+    assert found.classes == ("a", "b")
+    assert [len(files) for files in found.splits.values()] == [6, 2, 0]
+
+
+def test_a_class_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample(["a/{1..2}.jpg"], "", (0, 0, 0)))
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    (tmp_path / os.fsdecode(b"caf\xe9") / "1.jpg").write_bytes(b"x")
+    assert error(tmp_path, [], val_fraction=0.5) == r"SOURCE: the class 'caf\udce9' is not UTF-8; rename it"
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({"splits": {"val": "holdout"}}, (8, 2, 0)),
+        ({"splits": {"test": "holdout"}, "val_fraction": 0.25}, (6, 2, 2)),
+        ({"splits": {"train": "[ab]", "val": "holdout"}}, None),
+    ],
+)
+def test_a_split_may_be_named(
+    tmp_path: Path, settings: dict[str, Any], counts: tuple[int, ...] | None
+) -> None:
+    images = [AB, "holdout/{a,b}/9.jpg"]
+    if counts is None:
+        assert "is in no class folder" in error(tmp_path, images, **settings)
+    else:
+        found = find(tmp_path, images, **settings)
+        assert tuple(len(files) for files in found.splits.values()) == counts
+
+
+def test_a_pattern_names_several_folders_of_a_split(tmp_path: Path) -> None:
+    images = ["train_{clean,noisy}/{a,b}/{1..3}.jpg", "val/{a,b}/1.jpg"]
+    assert "each may be train" in error(tmp_path, images)
+    found = find(tmp_path, [], splits={"train": "train_*"})
+    assert [len(files) for files in found.splits.values()] == [12, 2, 0]
+    assert found.warnings == ()
+
+
+def test_classes_without_training_images_are_left_out_of_all_splits(tmp_path: Path) -> None:
+    images = ["{train,val,test}/{a,b}/{1..2}.jpg", "{val,test}/c/1.jpg"]
+    found = find(tmp_path, images, {"train/d/": ""}, empty_classes="skip")
+    assert found.classes == ("a", "b")
+    assert [len(files) for files in found.splits.values()] == [4, 4, 4]
+    assert found.skipped == {"class without training images": 2}
+    assert found.warnings == ("left out, as there are no training images: c, d",)
+
+
+def test_a_class_without_val_images_is_reported(tmp_path: Path) -> None:
+    found = find(tmp_path, ["{train,val}/{a,b}/{1..2}.jpg", "train/c/1.jpg"])
+    assert found.classes == ("a", "b", "c")
+    assert found.warnings == ("no val images of c",)
+
+
+def test_equal_names_in_other_unicode_forms_are_one_class(tmp_path: Path) -> None:
+    found = find(tmp_path, ["train/{café,b}/{1..2}.jpg", "val/{cafe\u0301,b}/1.jpg"])
+    assert found.classes == ("b", "café")
+    assert len(found.splits["val"]) == 2
+
+
+def test_splits_beside_other_folders_are_found(tmp_path: Path) -> None:
+    found = find(tmp_path, [f"data/{{train,val}}/{AB}", "docs/figure.png", "cover.png"])
+    assert found.classes == ("a", "b")
+    assert found.warnings == ("not used: docs; the splits are data/train, data/val",)
+    assert found.skipped == {"beside the splits and classes": 2}
+
+
+def test_a_table_with_equal_names_in_train_and_test_labels_train(tmp_path: Path) -> None:
+    table = "id,label\n1,a\n2,b\n3,a\n4,b\n"
+    found = find(tmp_path, ["{train,test}/{1..4}.png"], {"labels.csv": table}, val_fraction=0.5)
+    assert [len(files) for files in found.splits.values()] == [2, 2, 0]
+    assert found.skipped["test image without a class"] == 4
+
+
+def test_a_table_may_have_paths_of_another_machine(tmp_path: Path) -> None:
+    rows = "".join(f"C:\\photos\\img\\{n}.jpg;{('cat', 'dog')[n % 2]}\n" for n in range(1, 5))
+    found = find(tmp_path, ["img/{1..4}.jpg"], {"labels.csv": rows}, labels="labels.csv:2", val_fraction=0.5)
+    assert found.classes == ("cat", "dog")
+    assert found.layout == "classes of labels.csv: 2 classes, 2 train, 2 val"
+
+
+def test_a_column_that_a_setting_names_is_that_of_all_lists(tmp_path: Path) -> None:
+    rows = {"train": (1, 2, 3, 4), "val": (5, 6), "test": (7, 8)}
+    files: Files = {
+        f"{split}.csv": "image,age,kind\n" + "".join(f"{n}.jpg,{n},{'ab'[n % 2]}\n" for n in numbers)
+        for split, numbers in rows.items()
+    }
+    assert "train.csv has the columns age, kind, and each may be" in error(tmp_path, ["i/{1..8}.jpg"], files)
+    found = find(tmp_path, [], labels="train.csv:kind")
+    assert found.classes == ("a", "b")
+    assert [len(files) for files in found.splits.values()] == [4, 2, 2]
+    splits = {split: f"{split}.csv" for split in rows}
+    assert find(tmp_path, [], labels="train.csv:kind", splits=splits).splits == found.splits
+
+
+def test_a_regular_expression_reads_classes_from_file_names(tmp_path: Path) -> None:
+    found = find(
+        tmp_path, ["2020-{cat,dog}-{1..4}.jpg"], labels="filename:[0-9]+-([a-z]+)", val_fraction=0.25
+    )
+    assert found.classes == ("cat", "dog")
+    assert found.layout == "classes in file names: 2 classes, 6 train, 2 val"
+
+
+def test_skipped_files_are_counted_by_reason(tmp_path: Path) -> None:
+    system = [
+        "train/a/Thumbs.db",
+        "train/a/._1.jpg",
+        "train/.DS_Store",
+        "val/b/desktop.ini",
+        "__MACOSX/a/1.jpg",
+    ]
+    files: Files = {**dict.fromkeys(system, "x"), ".ipynb_checkpoints/1.jpg": "x", "train/a/about.txt": "x"}
+    found = find(tmp_path, [f"{{train,val}}/{AB}", "train/cover.jpg"], files)
+    assert found.skipped == {
+        "beside the splits and classes": 1,
+        "file of the system": 4,
+        "folder of the system": 2,
+        "not an image (.txt)": 1,
+    }
