@@ -7,7 +7,9 @@ python -m hpc_imagenet jobs
 
 from __future__ import annotations
 
+import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -24,12 +26,13 @@ Submit jobs (returns at once; jobs run in the background):
 
   stages     download → process → upload → train, or pipeline: all four in this order
   cluster=   auto (slurm if Slurm replies, else local), local, slurm, foreground
-  dataset=   imagenet, digits, ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
+  dataset=   imagenet, digits, images or ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
   model=     any classification model of torchvision.models
   recipe=    standard90, fast16 … fast88, modern, finetune, linear_probe, demo
   seed=0     workspace=FOLDER
   +stage=session [session.datastore=NAME] [session.gpus=N] [session.time=MINUTES]: Jupyter Lab on a node
-  datastore.name=NAME[@vN]                     datastore.url=FOLDER, user@host:/path, s3://bucket/prefix
+  datastore.name=NAME[@vN]    trains on that datastore; with a model and a recipe it needs no dataset
+  datastore.url=FOLDER, user@host:/path, s3://bucket/prefix
   wait=true      wait for the jobs, with a live table; exit code 1 if a job failed
   dry_run=true   print the jobs without submitting them
 
@@ -41,6 +44,10 @@ Commands:
   python -m hpc_imagenet connect RUN           wait for a session and print how to connect to it
   python -m hpc_imagenet pause RUN · resume RUN [SETTING=VALUE …]   stop a session; restart it in its folder
   python -m hpc_imagenet report [--json]       print the leaderboard
+  python -m hpc_imagenet show RUN [--json]     print a run's settings, result, checkpoints and files
+  python -m hpc_imagenet evaluate RUN|FILE [split=test] [datastore.name=NAME]   score a checkpoint, as a job
+  python -m hpc_imagenet export RUN|FILE OUT [--format onnx]   write a network for torchvision, timm, ONNX …
+  python -m hpc_imagenet predict RUN|FILE IMAGE|FOLDER … [--top 5] [--json]   classify images, on CPUs
   python -m hpc_imagenet verify [NAME …] [--quick] [--weights MODEL]   find missing or changed data
   python -m hpc_imagenet datastores [list | show NAME | verify NAME | fetch NAME DIR | delete NAME@vN | prune]
   python -m hpc_imagenet doctor [cluster=mine] check the cluster's setup with a probe job on its nodes
@@ -55,6 +62,9 @@ _HYDRA_OPTIONS = ("--cfg", "-c", "--hydra-help", "--info", "-i", "--shell-comple
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 success, 1 a job failed, 2 user error, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # a class name that the terminal's encoding does not have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
@@ -76,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def print_error(error: UserError) -> int:
     """Print a user error in one line and return its exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    # A file name may hold line breaks and control characters, which a terminal would obey.
+    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(error))
+    print(f"error: {line}", file=sys.stderr)
     return 2
 
 
@@ -118,10 +130,8 @@ def _parse_submission(arguments: list[str]) -> tuple[list[str], bool, str | None
         elif argument.startswith("--config-dir="):
             config_dir = argument.partition("=")[2]
         elif argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
-            raise UserError(
-                f"{argument} is not a command, option or SETTING=VALUE"
-                f"{did_you_mean(argument, COMMANDS)}; see --help"
-            )
+            meant = _meant(argument, overrides)
+            raise UserError(f"{argument} is not a command, option or SETTING=VALUE{meant}; see --help")
         else:
             overrides.append(argument)
     if config_dir == "":
@@ -129,17 +139,41 @@ def _parse_submission(arguments: list[str]) -> tuple[list[str], bool, str | None
     return overrides, multirun, config_dir
 
 
+def _meant(argument: str, before: Sequence[str]) -> str:
+    """Return the form that was meant by an argument that is no setting, given the settings before it."""
+    from hpc_imagenet.config.explain import did_you_mean_setting
+    from hpc_imagenet.config.overrides import is_text, is_value, key_of
+    from hpc_imagenet.config.schema import STAGES
+
+    name = argument.lstrip("-").partition("=")[0]
+    if argument in STAGES:
+        return f"; did you mean: +stage={argument}"
+    if argument.startswith("--"):
+        return did_you_mean_setting(name.replace("-", "_"))
+    if is_value(argument):
+        return f"; did you mean: {argument}=VALUE, without spaces"
+    if before and before[-1].endswith(","):
+        return f"; did you mean: {before[-1]}{argument}, without spaces"
+    key = key_of(before[-1]) if before else None
+    if key and is_text(key):
+        return f"; if it belongs to {key}, quote both: {shlex.quote(f'{before[-1]} {argument}')}"
+    return did_you_mean(argument, COMMANDS)
+
+
 def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int:
     from hpc_imagenet.cli.submit import prepare
     from hpc_imagenet.config.auto_cluster import resolve_cluster
     from hpc_imagenet.config.compose import compose
     from hpc_imagenet.config.stored_settings import add_stored_settings
+    from hpc_imagenet.launch.longer import shorter_runs
     from hpc_imagenet.stages import STAGES
 
     overrides, reason = resolve_cluster(add_stored_settings(overrides))
     prepared = prepare(compose(overrides, multirun, config_dir))
     why = f" ({reason})" if reason else ""
     print(f"cluster: {prepared.executor}{why} · workspace: {prepared.first.workspace}")
+    for line in shorter_runs(prepared.jobs, prepared.store):
+        print(line)
     if prepared.first.dry_run:
         from hpc_imagenet.report.dry_run import print_dry_run
 
@@ -167,13 +201,16 @@ def _run_hydra(arguments: list[str]) -> int:
     import hydra
 
     from hpc_imagenet.config.auto_cluster import resolve_cluster
-    from hpc_imagenet.config.compose import CONF, VERSION_BASE, register
+    from hpc_imagenet.config.compose import CONF, VERSION_BASE, register, register_networks
+    from hpc_imagenet.config.overrides import check_given_once, quote_paths
     from hpc_imagenet.config.stored_settings import add_stored_settings
 
     register()
-    sys.argv[1:] = (
-        arguments if "--hydra-help" in arguments else resolve_cluster(add_stored_settings(arguments))[0]
-    )
+    register_networks(arguments)
+    check_given_once(arguments)
+    if "--hydra-help" not in arguments:
+        arguments = quote_paths(resolve_cluster(add_stored_settings(arguments))[0])
+    sys.argv[1:] = arguments
     hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")(lambda _: None)()
     return 0
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
+from hpc_imagenet.config.optimizers import check_optimizer
 from hpc_imagenet.config.recipe import Recipe
-from hpc_imagenet.config.schema import STAGES, Config, Process, cluster_for
+from hpc_imagenet.config.schema import STAGES, Config, Dataset, Process, cluster_for
 from hpc_imagenet.config.setting import check_bounds, settings_of
 from hpc_imagenet.errors import UserError, did_you_mean
 
@@ -23,6 +24,7 @@ def check_values(config: Config) -> None:
         check_bounds(name, entry, value)
     _check_recipe(config.recipe)
     _check_process(config.process)
+    _check_dataset(config.dataset)
     _check_no_credentials("dataset.source", config.dataset.source, "set download.login instead")
     _check_no_credentials(
         "datastore.url", config.datastore.url, "boto3 and ssh read credentials from their own files"
@@ -54,10 +56,25 @@ def _check_no_credentials(setting: str, url: str, alternative: str) -> None:
 
 
 def _check_recipe(recipe: Recipe) -> None:
+    check_optimizer(recipe)
     if recipe.val_resize < recipe.val_size:
         raise UserError(f"recipe.val_resize={recipe.val_resize} is too small: at least {recipe.val_size}")
     if recipe.start_size is not None and recipe.grow_to < recipe.grow_from:
         raise UserError(f"recipe.grow_to={recipe.grow_to:g} is before recipe.grow_from={recipe.grow_from:g}")
+
+
+def _check_dataset(dataset: Dataset) -> None:
+    for split in dataset.splits:
+        if split not in ("train", "val", "test"):
+            raise UserError(f"dataset.splits.{split} is unknown; one of: train, val, test")
+    if dataset.format == "ilsvrc":
+        given: dict[str, str | float | None] = {
+            f"splits.{split}": path for split, path in dataset.splits.items()
+        }
+        given |= {"labels": dataset.labels, "val_fraction": dataset.val_fraction}
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(f"dataset.{name} is for labelled images: set dataset=images as well")
 
 
 def _check_process(process: Process) -> None:

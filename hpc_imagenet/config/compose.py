@@ -11,7 +11,7 @@ import copy
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,22 +24,28 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import (
-    ConfigCompositionException,
     HydraException,
-    MissingConfigException,
     OverrideParseException,
 )
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
+from hpc_imagenet.config import own_network
 from hpc_imagenet.config.auto_cluster import resolve_cluster
-from hpc_imagenet.config.backbones import BACKBONES
+from hpc_imagenet.config.backbones import BACKBONES, TIMM, check_name, is_own, is_weights_name
 from hpc_imagenet.config.bounds import check_values
-from hpc_imagenet.config.recipe import is_weights_name
-from hpc_imagenet.config.schema import OPEN_MAPPINGS, Config, explain_omegaconf_error
+from hpc_imagenet.config.explain import explain, explain_value, name_for, setting_names, unknown_setting
+from hpc_imagenet.config.overrides import (
+    check_given_once,
+    instead_of_several,
+    quote_paths,
+    quoted_form,
+    takes_quotes,
+)
+from hpc_imagenet.config.schema import DATA_STAGES, Config
 from hpc_imagenet.config.slurm_values import check_quoted_times
 from hpc_imagenet.config.stored_settings import add_stored_settings, config_folders
-from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.errors import UserError
 
 VERSION_BASE = "1.3"  # version of Hydra's behaviour
 _HERE = Path(__file__).resolve().parents[1]  # the package
@@ -58,6 +64,24 @@ def register() -> None:
             store.store(group="model", name=name, node=node, provider="hpc_imagenet")
 
 
+def register_networks(overrides: Sequence[str]) -> None:
+    """Register the networks of timm, and those of the user, that `model=` selects.
+
+    Raises:
+        UserError: timm has no such network, or is not installed.
+    """
+    for line in overrides:
+        key, _, value = line.partition("=")
+        if key.lstrip("+") == "model":
+            for name in re.split(r"[\s,()\[\]'\"]+", value):  # of a sweep too
+                if not name.startswith(TIMM) and not is_own(name):
+                    continue
+                check_name("model", name)
+                group, _, choice = f"model/{name}".rpartition("/")
+                node = {"name": name, "stem": "auto"}
+                ConfigStore.instance().store(group=group, name=choice, node=node, provider="hpc_imagenet")
+
+
 def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | None = None) -> list[Config]:
     """Return one validated config per combination of the overrides.
 
@@ -71,7 +95,10 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
         UserError: names the invalid key, value or choice.
     """
     register()
+    check_given_once(overrides)
     overrides, _ = resolve_cluster(add_stored_settings(overrides))
+    register_networks(overrides)
+    overrides = quote_paths(overrides, multirun)
     folders = [folder for folder in config_folders(config_dir) if folder != CONF]
     for folder in folders:
         for path in sorted(folder.rglob("*.yaml")):
@@ -91,9 +118,9 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
         try:
             composed = list(_combinations(_parse(overrides, loader), multirun, loader))
         except HydraException as error:
-            raise UserError(_explain(error)) from None
+            raise UserError(explain(error)) from None
         except OmegaConfBaseException as error:
-            raise UserError(_explain_value(error)) from None
+            raise UserError(explain_value(error)) from None
     for config in composed:
         check_values(config)
     return composed
@@ -105,12 +132,14 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: an invalid key or value, or a config group, which can only be chosen at submission.
     """
-    node = OmegaConf.structured(config)
-    for line in overrides:
+    # Source code goes past OmegaConf, which would resolve a `${…}` in it.
+    node = OmegaConf.structured(replace(config, model=replace(config.model, source={})))
+    check_given_once(overrides)
+    for line in quote_paths(overrides):
         try:
             (override,) = OverridesParser.create().parse_overrides([line])
             key = override.key_or_group
-            if override.is_sweep_override() or override.is_delete() or key not in _settings(node):
+            if override.is_sweep_override() or override.is_delete() or key not in setting_names(node):
                 raise UserError(
                     f"{line}: only single values can be set, such as session.gpus=4 or cluster.partition=gpu"
                 )
@@ -120,17 +149,21 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
                 )
             OmegaConf.update(node, key, override.value(), merge=True)
         except OverrideParseException as error:
-            raise UserError(_explain(error)) from None
+            raise UserError(explain(error)) from None
         except OmegaConfBaseException as error:
-            raise UserError(_explain_value(error)) from None
+            raise UserError(explain_value(error)) from None
     typed = _typed(node)
+    typed.model.source = config.model.source
     check_values(typed)
     return typed
 
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    groups = {"stage", *loader.list_groups("")}
     for override in parsed:
+        if override.key_or_group in groups:
+            _check_choice(override)
         # The defaults have no stage, so Hydra requires `+stage=`; `stage=` is accepted too.
         if override.key_or_group == "stage" and override.type is OverrideType.CHANGE:
             override.type = OverrideType.ADD
@@ -138,10 +171,31 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     return parsed
 
 
+def _check_choice(override: Override) -> None:
+    # Of a list Hydra uses each file in turn, so that the last one wins; of a mapping it uses nothing.
+    group, line = override.key_or_group, str(override.input_line)
+    plus = "+" if group == "stage" else ""  # the defaults have one file of every other group
+    if line.startswith("+") and (CONF / group).is_dir() and not line.startswith(f"{plus}{group}"):
+        raise UserError(f"{line} adds a second {group}: write {plus}{line.lstrip('+')}")
+    values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    for value in values:
+        if isinstance(value, list):
+            choices = [str(choice) for choice in value]
+            form = instead_of_several(group, choices)
+            raise UserError(f"{line} is a list of files of conf/{group}: {form}")
+        if value is None or isinstance(value, dict):
+            raise UserError(
+                f"{line} is no file of conf/{group}: set {group}=NAME, and single values as "
+                f"{group}.SETTING=VALUE"
+            )
+
+
 def _combinations(parsed: list[Override], multirun: bool, loader: ConfigLoader) -> Iterator[Config]:
     swept = [override for override in parsed if override.is_sweep_override()]
     if swept and not multirun:
-        raise UserError(f"{swept[0].input_line} is a sweep: add -m (python -m hpc_imagenet -m …)")
+        line = str(swept[0].input_line)
+        text = f", or quote the text: {quoted_form(line)}" if takes_quotes(swept[0].key_or_group) else ""
+        raise UserError(f"{line} is a sweep: add -m (python -m hpc_imagenet -m …){text}")
     groups = set(loader.list_groups("")) if swept else set()
     # Swept plain values are applied to a copy of the composed config.
     copied = {
@@ -164,7 +218,28 @@ def _combinations(parsed: list[Override], multirun: bool, loader: ConfigLoader) 
                 if line not in values:
                     values[line] = OverridesParser.create().parse_override(line).value()
                 OmegaConf.update(config, key, values[line], merge=True)
+        _fill_unused_dataset(config)
         yield _typed(config)
+
+
+def _fill_unused_dataset(composed: DictConfig) -> None:
+    """Leave the source empty, and name the dataset as the datastore, where only a datastore is read."""
+    dataset, datastore = composed.dataset, composed.datastore
+    needed = composed.stage.name in DATA_STAGES
+    if OmegaConf.is_missing(dataset, "name"):
+        if needed or OmegaConf.is_interpolation(datastore, "name"):  # of dataset.name
+            raise UserError(_missing_name(composed))
+        dataset.name = str(datastore.name).partition("@")[0]
+    if not OmegaConf.is_missing(dataset, "source"):
+        _absolute("dataset.source", dataset.source)  # an empty one is an error
+    elif not needed:
+        dataset.source = ""
+
+
+def _missing_name(composed: DictConfig) -> str:
+    source = "" if OmegaConf.is_missing(composed.dataset, "source") else composed.dataset.source
+    other = "" if composed.stage.name in DATA_STAGES else ", or datastore.name=NAME of one to train on"
+    return f"dataset.name is not set: add dataset.name={name_for(source)}{other}"
 
 
 def _typed(composed: DictConfig) -> Config:
@@ -172,13 +247,16 @@ def _typed(composed: DictConfig) -> Config:
     _check_fields(config)
     # A job runs in another folder: make paths absolute, relative to the folder of the command.
     config.workspace = _absolute("workspace", config.workspace)
-    config.dataset.source = _absolute("dataset.source", config.dataset.source)
+    if config.dataset.source or config.stage.name in DATA_STAGES:
+        config.dataset.source = _absolute("dataset.source", config.dataset.source)
     if not re.match(r"[^/]+:", config.datastore.url):  # not s3://…, file:…, user@host:… or HOST:…
         config.datastore.url = _absolute("datastore.url", config.datastore.url)
     if config.download.login is not None:
         config.download.login = _absolute("download.login", config.download.login)
-    if config.model.weights is not None and not is_weights_name(config.model.weights):
-        config.model.weights = _absolute("model.weights", config.model.weights)
+    model = config.model
+    if model.weights is not None and not is_weights_name(model.name, model.weights):
+        model.weights = _absolute("model.weights", model.weights)
+    own_network.freeze(model)
     return config
 
 
@@ -187,7 +265,7 @@ def _check_fields(node: Any, prefix: str = "") -> None:
     known = {entry.name for entry in fields(node)}
     for name, value in vars(node).items():
         if name not in known:
-            raise UserError(_unknown(f"{prefix}{name}"))
+            raise UserError(unknown_setting(f"{prefix}{name}"))
         if is_dataclass(value):
             _check_fields(value, f"{prefix}{name}.")
     for name in known:
@@ -200,42 +278,3 @@ def _absolute(setting: str, path: str) -> str:
         raise UserError(f"{setting} is empty: set a folder, such as . for the current one")
     is_url = "://" in path or path.startswith("file:")
     return path if is_url else str(Path(path).expanduser().absolute())
-
-
-def _explain(error: HydraException) -> str:
-    """Return a Hydra error as one line."""
-    cause = error.__cause__
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice} is unknown{did_you_mean(choice, list(error.options or []))}"
-    if isinstance(error, OverrideParseException):
-        return f"cannot parse {error.override}: {str(error).splitlines()[0]}"
-    if unknown := re.match(r"Could not override '([^'@]+)'", str(error)):
-        return _unknown(unknown.group(1))
-    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
-        return _explain_value(cause)
-    return " ".join(str(error).split())
-
-
-def _explain_value(error: OmegaConfBaseException) -> str:
-    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and "not in" in str(error):
-        return _unknown(str(error.full_key))
-    return explain_omegaconf_error(error)
-
-
-def _unknown(key: str) -> str:
-    for mapping in OPEN_MAPPINGS:
-        if key == mapping:
-            return f"{key} takes new keys with a plus: +{key}={{…}}"
-        if key.startswith(f"{mapping}."):
-            return f"{key} is a new key of {mapping}: write +{key}=VALUE"
-    settings = list(_settings(OmegaConf.structured(Config)))
-    return f"{key} is an unknown setting{did_you_mean(key, settings)}"
-
-
-def _settings(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in map(str, node):
-        name = f"{prefix}{key}"
-        yield name
-        if not OmegaConf.is_missing(node, key) and isinstance(child := node[key], DictConfig):
-            yield from _settings(child, f"{name}.")

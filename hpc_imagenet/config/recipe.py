@@ -6,7 +6,6 @@ Values: conf/model/ and conf/recipe/.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -17,30 +16,43 @@ from hpc_imagenet.config.setting import setting
 
 @dataclass
 class Model:
-    """A torchvision classification backbone.
+    """A classification network: of torchvision, of timm, or a user's own. See docs/models.md.
 
     `stem` is standard, small (stride 1 and no max-pool, for images up to 64 px) or auto (small if
-    recipe.size ≤ 64). `options` are passed to the torchvision constructor unchanged. `weights` are the
-    initial weights: a torchvision name, such as IMAGENET1K_V2, or a file. `compile` changes the speed, and
+    recipe.size ≤ 64). `options` are passed to the constructor unchanged. `weights` are the initial weights: a
+    name, such as IMAGENET1K_V2 of torchvision or a1_in1k of timm, or a file. `compile` changes the speed, and
     the result by rounding only.
     """
 
-    name: str = setting(MISSING, "a classification model of torchvision")
+    name: str = setting(MISSING, "torchvision's NAME, timm/NAME, or my.package:factory")
     stem: str = setting(
         MISSING,
         "standard, small (stride 1, no max-pool) or auto: small if recipe.size ≤ 64",
         choices=("auto", "standard", "small"),
     )
-    options: dict[str, Any] = setting(factory=dict, meaning="arguments of the torchvision constructor")
+    options: dict[str, Any] = setting(factory=dict, meaning="arguments of the network's constructor")
     weights: str | None = setting(
-        None, "initial weights: a torchvision name or a file; null: random, from the seed"
+        None, "initial weights: a name of torchvision or timm, or a file; null: random, from the seed"
     )
     compile: bool = setting(False, "whether to use torch.compile")
+    preprocessing: dict[str, Any] = setting(
+        factory=dict,
+        meaning="any of mean, std, interpolation, crop_pct and crop_mode, in place of the model's own",
+    )
+    source: dict[str, str] = setting(
+        factory=dict, meaning="text of the files of a network of your own; set at submission"
+    )
+    source_hash: str | None = setting(None, "hash of those files; set at submission")
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the result, for the signature."""
+        optional = {
+            "weights": self.weights,
+            "preprocessing": self.preprocessing,
+            "source": self.source_hash,
+        }
         named = {"name": self.name, "stem": self.stem, "options": self.options}
-        return named | ({"weights": self.weights} if self.weights else {})
+        return named | {name: value for name, value in optional.items() if value}
 
 
 @dataclass
@@ -52,7 +64,9 @@ class Recipe:
 
     epochs: int = setting(MISSING, "epochs over the training images", minimum=1)
     global_batch: int = setting(MISSING, "images per step over all devices", minimum=1)
-    optimizer: str = setting(MISSING, "optimizer of all trained weights", choices=("sgd", "adamw"))
+    optimizer: str = setting(
+        MISSING, "optimizer of all trained weights: sgd, adamw or another of torch.optim, or timm/NAME"
+    )
     learning_rate: float = setting(MISSING, "peak learning rate, at this global batch", minimum=0)
     momentum: float = setting(MISSING, "momentum of sgd")
     weight_decay: float = setting(MISSING, "weight decay of the optimizer", minimum=0)
@@ -95,10 +109,12 @@ class Recipe:
     ema_every: int = setting(1, "steps between two updates of the average", minimum=1)
     val_flip: bool = setting(False, "evaluate the mean of the logits of an image and its mirror image")
     freeze: bool = setting(False, "train the classifier only")
+    optimizer_options: dict[str, Any] = setting(factory=dict, meaning="more arguments of the optimizer")
 
     def identity(self) -> dict[str, Any]:
         """Return the settings for the signature, without optional ones that have their default value."""
         defaults = {entry.name: entry.default for entry in fields(self) if entry.default is not MISSING}
+        defaults["optimizer_options"] = {}
         return {k: v for k, v in asdict(self).items() if k not in defaults or v != defaults[k]}
 
     @property
@@ -115,8 +131,3 @@ class Recipe:
             exact = self.start_size + fraction * (self.size - self.start_size)
             sizes.append(math.floor(exact / step + 0.5) * step)
         return sizes
-
-
-def is_weights_name(weights: str) -> bool:
-    """Whether `model.weights` is a torchvision name, such as IMAGENET1K_V2, rather than a file."""
-    return re.fullmatch(r"[A-Z][A-Z0-9_]*", weights) is not None

@@ -19,13 +19,21 @@ from hpc_imagenet.config.setting import parse_value, setting
 from hpc_imagenet.config.slurm_values import gpu_type, parse_gib, parse_gpus, parse_minutes
 from hpc_imagenet.errors import UserError
 
-STAGES = ("download", "process", "upload", "train", "pipeline", "session")
+STAGES = ("download", "process", "upload", "train", "evaluate", "pipeline", "session")
 EXECUTORS = ("local", "slurm", "foreground")
 PIXEL_VERSION = 2  # version of decoding and resizing (1: Pillow), part of the signature
 SESSION_SHUTDOWN_MINUTES = 2  # added to session.time in the Slurm time limit, for a clean shutdown
 CONTAINER_RUNTIMES = ("auto", "apptainer", "singularity", "charliecloud", "podman", "pyxis")
 LISTEN_MODES = ("auto", "loopback", "socket", "address")
-OPEN_MAPPINGS = ("cluster.stage", "cluster.sbatch", "dataset.archives", "model.options")  # any key
+OPEN_MAPPINGS = (  # any key
+    *("cluster.stage", "cluster.sbatch", "dataset.archives", "dataset.splits", "model.options"),
+    *("model.preprocessing", "recipe.optimizer_options"),
+)
+PATH_SETTINGS = (  # paths and URLs: taken as typed, without Hydra's grammar
+    *("workspace", "dataset.source", "dataset.labels", "datastore.url", "download.login", "model.weights"),
+    "cluster.scratch",
+)
+DATA_STAGES = ("download", "process", "upload", "pipeline")  # need dataset.source; the others a datastore
 
 
 @dataclass
@@ -52,11 +60,12 @@ class Archive:
 
 @dataclass
 class Dataset:
-    """A dataset of three ILSVRC-format archives and its source.
+    """A dataset and its source: archives in ILSVRC format, or, with `dataset.format=images`, labelled images.
 
     `source` is a folder or a URL prefix. `revision` identifies the data in signatures if no MD5 does.
     `make` is an importable `module:function` that writes the archives into the source folder if that
-    folder does not exist yet. `hint` is appended to the error of a failed download.
+    folder does not exist yet. `hint` is appended to the error of a failed download. The fields from
+    `splits` on are for `dataset.format=images`.
     """
 
     name: str = setting(MISSING, "name of the dataset, also of its folders")
@@ -64,11 +73,49 @@ class Dataset:
         MISSING, "folder, URL prefix or s3://bucket/prefix of the archives; see docs/data.md"
     )
     revision: str = setting("", "identifies the data in signatures if no MD5 does")
-    archives: dict[str, Archive] = setting(factory=dict, meaning="keys: train, val, devkit")
+    archives: dict[str, Archive] = setting(
+        factory=dict, meaning="keys: train, val, devkit; test as well with dataset.format=images"
+    )
     make: str | None = setting(
         None, "module:function that writes the archives into a source folder that does not exist"
     )
     hint: str = setting("", "appended to the error of a failed download")
+    format: str = setting(
+        "ilsvrc",
+        "ilsvrc: archives, or a folder of wnids; images: labelled images in any layout of docs/data.md",
+        choices=("ilsvrc", "images"),
+    )
+    splits: dict[str, str | None] = setting(
+        factory=dict,
+        meaning="keys: train, val, test; folder, pattern of folders or list of images, within the source",
+    )
+    labels: str | None = setting(
+        None,
+        "FILE or FILE:COLUMN, a table in the source; folder:N, the N-th folder of a path; folder:path; "
+        "filename or filename:REGEX; null: detected",
+    )
+    val_fraction: float | None = setting(
+        None,
+        "share of the training images for a validation split, stratified by class",
+        minimum=0.001,
+        maximum=0.999,
+    )
+    split_seed: int = setting(0, "seed of that split", minimum=0, maximum=2**32 - 1)
+    empty_classes: str = setting(
+        "fail",
+        "what to do about a class without training images; skip: left out of all splits",
+        choices=("fail", "skip"),
+    )
+    orient: bool = setting(False, "whether to apply EXIF orientations when archives are made of images")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide which labelled images are taken, for the signature."""
+        if self.format != "images":
+            return {}
+        names = ("format", "labels", "empty_classes", "orient", "val_fraction")
+        identity: dict[str, Any] = {name: getattr(self, name) for name in names}
+        identity["splits"] = {split: path for split, path in self.splits.items() if path}
+        return identity | ({} if self.val_fraction is None else {"split_seed": self.split_seed})
 
 
 @dataclass
@@ -194,6 +241,19 @@ class Train:
         120, "s of training before bottleneck.json is written", minimum=0
     )
     deterministic: bool = setting(False, "on GPUs: deterministic algorithms only; slower")
+    keep_checkpoints: int | None = setting(
+        None, "newest epochs whose checkpoints are kept beside best and last; null or 0: none", minimum=0
+    )
+
+
+@dataclass
+class Evaluate:
+    """The evaluate stage. All fields are set by the command evaluate."""
+
+    checkpoint: str | None = setting(None, "file of the checkpoint; set by the command evaluate")
+    fingerprint: str | None = setting(None, "hash of that file; set by the command evaluate")
+    split: str | None = setting(None, "split that is evaluated; set by the command evaluate")
+    run: str | None = setting(None, "id of the training; set by the command evaluate")
 
 
 @dataclass
@@ -284,6 +344,7 @@ class Config:
     process: Process = field(default_factory=Process)
     upload: Upload = field(default_factory=Upload)
     train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     session: Session = field(default_factory=Session)
 
     def training_identity(self) -> dict[str, Any]:
@@ -298,9 +359,15 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
         UserError: names the setting that is unknown, missing or of the wrong type.
     """
+    # Source code goes past OmegaConf, which would resolve a `${…}` in it.
+    source, others = {}, values
+    if isinstance(model := values.get("model"), dict) and model.get("source"):
+        source, others = model["source"], {**values, "model": {**model, "source": {}}}
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
-        return cast(Config, OmegaConf.to_object(merged))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), others)
+        config = cast(Config, OmegaConf.to_object(merged))
+        config.model.source = dict(source)
+        return config
     except OmegaConfBaseException as error:
         raise UserError(explain_omegaconf_error(error)) from None
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.config.backbones import BACKBONES
-from hpc_imagenet.config.recipe import is_weights_name
+from hpc_imagenet.config import backbones
 from hpc_imagenet.config.schema import Cluster, Config, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import Manifest
-from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.job import FindVersion
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages.process_stage import load_dataset
@@ -31,12 +30,12 @@ class TrainStage(Stage):
         return (config.datastore.content, config.training_identity())
 
     def label(self, config: Config) -> str:
-        """Return the model."""
-        return config.model.name
+        """Return the model, as a name that a folder can have."""
+        return re.sub("[/:]", "-", config.model.name)
 
     def needs(self, config: Config) -> tuple[str, ...]:
-        """Return the upload."""
-        return (UPLOAD.run_id(config),)
+        """Return the upload; none if only the datastore is known."""
+        return (UPLOAD.run_id(config),) if config.dataset.source else ()
 
     def datastore(self, config: Config, find_version: FindVersion) -> Datastore:
         """Return the datastore with its newest or pinned version, if it has one."""
@@ -82,16 +81,14 @@ class TrainStage(Stage):
 def _check_model(config: Config) -> None:
     """Raise for an unknown model, unknown weights, or frozen layers without pretrained weights."""
     name, weights = config.model.name, config.model.weights
-    if name not in BACKBONES:
-        raise UserError(f"model.name={name} is unknown{did_you_mean(name, BACKBONES)}")
+    backbones.check_name("model.name", name)
+    backbones.check_preprocessing(config.model.preprocessing)
     if config.recipe.freeze and not weights:
         raise UserError(
-            "recipe.freeze=true trains the classifier alone: set model.weights=IMAGENET1K_V1, or a file"
+            f"recipe.freeze=true trains the classifier alone: set model.weights={backbones.example(name)}"
         )
-    if weights and not is_weights_name(weights) and not Path(weights).is_file():
-        raise UserError(
-            f"model.weights={weights}: no such file, and no torchvision name such as IMAGENET1K_V1"
-        )
+    if weights:
+        backbones.check_weights(name, weights)
 
 
 def _check_resources(config: Config, cluster: Cluster) -> None:

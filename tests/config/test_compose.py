@@ -31,6 +31,7 @@ def one(*overrides: str) -> Config:
 def test_every_conf_file_composes_and_is_short(group: str, choice: str) -> None:
     required = {
         "ilsvrc": ["dataset.name=x", "dataset.source=/x"],
+        "images": ["dataset.name=x", "dataset.source=/x"],
         "s3": ["datastore.url=s3://bucket/x"],
         "ssh": ["datastore.url=host:/x"],
     }.get(choice, [])
