@@ -19,8 +19,8 @@ from hpc_imagenet.training.loading.sampler import PADDING, BatchShare
 from hpc_imagenet.training.metrics import ClassificationMetrics
 from hpc_imagenet.training.models.ema import ema_copy
 from hpc_imagenet.training.models.optim import build_optimizer, lr_factor
+from hpc_imagenet.training.models.preprocessing import MEAN, STD
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB, 0 to 1
 AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head, Szegedy et al. 2014
 
 
@@ -35,6 +35,8 @@ class Classifier(pl.LightningModule):
         steps: number of steps of the whole training.
         share: this rank's share of a global batch.
         log_every: steps between two logs of loss and learning rate; each may synchronize with the GPU.
+        mean: of red, green and blue, 0 to 1, by which images are normalized.
+        std: standard deviation of red, green and blue, 0 to 1.
 
     Attributes:
         average: copy of the network with EMA weights, which validation then uses; None without EMA.
@@ -53,6 +55,8 @@ class Classifier(pl.LightningModule):
         steps: int,
         share: BatchShare,
         log_every: int = 1,
+        mean: tuple[float, float, float] = MEAN,
+        std: tuple[float, float, float] = STD,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -60,8 +64,8 @@ class Classifier(pl.LightningModule):
         self.recipe, self.seed, self.steps, self.log_every = recipe, seed, steps, log_every
         self.accumulate = share.accumulate
         self.batch_augment = BatchAugment(recipe, classes, seed, share)
-        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
         self.val_metrics = ClassificationMetrics(classes)
         self.train()
 
@@ -97,7 +101,7 @@ class Classifier(pl.LightningModule):
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return uint8 images as float, normalized by the mean and standard deviation of ImageNet."""
+        """Return uint8 images as float, normalized by mean and standard deviation."""
         return (images - self.mean) / self.std
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

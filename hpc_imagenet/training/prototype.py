@@ -6,20 +6,27 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.training import distributed
-from hpc_imagenet.training.fit import backbone, quiet_lightning
+from hpc_imagenet.training.fit import quiet_lightning
 from hpc_imagenet.training.loading.batch_loader import BatchLoader
 from hpc_imagenet.training.loading.datamodule import ImageDataModule
+from hpc_imagenet.training.loading.decode import Pixels
+from hpc_imagenet.training.loading.image_store import Labels
 from hpc_imagenet.training.loading.sampler import TrainSampler
+from hpc_imagenet.training.models.networks import build_network
+from hpc_imagenet.training.models.preprocessing import preprocessing
 from hpc_imagenet.training.module import Classifier
 
 _VAL_BATCHES = 20
+_SHEET_WIDTH = 640  # px
 _CPU = torch.device("cpu")
 
 
@@ -42,9 +49,17 @@ class Prototype:
         torch.set_num_threads(available_cpus(dist_env))
         share, train = distributed.batch_share(config, dist_env), store.open_split("train")
         steps = max(1, len(train) // share.batch)
-        network = backbone(config, classes, fresh=True)
+        network = build_network(config, classes, fresh=True)
+        images = preprocessing(config)
         self.module = Classifier(
-            network, classes, config.recipe, config.seed, steps * config.recipe.epochs, share
+            network,
+            classes,
+            config.recipe,
+            config.seed,
+            steps * config.recipe.epochs,
+            share,
+            mean=images.mean,
+            std=images.std,
         )
         self.module.ema_model = None  # EMA needs longer than a prototype trains
         self.loaders = ImageDataModule(config, train, store.open_split("val"), share, dist_env, self.device)
@@ -55,6 +70,22 @@ class Prototype:
         batches = self.loaders.train
         sampler = TrainSampler(len(batches.split), self.config.seed, self._share)
         return BatchLoader(batches, sampler, self.loaders.workers, self.device)
+
+    def batch(self) -> tuple[Pixels, Labels]:
+        """Return the first batch: pixels uint8 [images, size, size, 3], RGB, and labels [images]."""
+        pixels, labels = next(iter(self.loader()))
+        return pixels.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy()
+
+    def sheet(self, images: int = 32, columns: int = 8) -> Image.Image:
+        """Return the first `images` of the first batch side by side, for display."""
+        pixels = self.batch()[0][:images]
+        count, side = len(pixels), pixels.shape[1] + 1  # px, with a white line between images
+        sheet = np.full((-(-count // columns) * side, min(columns, count) * side, 3), 255, np.uint8)
+        for i, image in enumerate(pixels):
+            top, left = i // columns * side, i % columns * side
+            sheet[top : top + side - 1, left : left + side - 1] = image
+        scale = max(1, _SHEET_WIDTH // sheet.shape[1])
+        return Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1))
 
     def speed(self, seconds: float = 10) -> float:
         """Return the images/s of the loader alone, measured for about `seconds` or one epoch."""

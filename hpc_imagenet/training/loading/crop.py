@@ -2,7 +2,7 @@
 
 A policy computes the crop before the image is decoded, so that only this part needs decoding. Random policies
 take a random generator as an argument, so an image gets the same crop in any thread and on any rank. Resizing
-uses torch's antialiased bilinear filter, on average 0.02 grey levels from Pillow's:
+uses torch's antialiased filters; the bilinear one is on average 0.02 grey levels from Pillow's:
 `python benchmarks/loader.py`.
 """
 
@@ -26,7 +26,8 @@ class CropBox(NamedTuple):
     """How to make a square from an image.
 
     The pixels within `source` are resized to `width` x `height` px; the square with the upper left corner
-    `left`, `upper` (px) is cut out of the result, and mirrored if `mirrored`.
+    `left`, `upper` (px) is cut out of the result, and mirrored if `mirrored`. `interpolation` is the filter
+    of the resize, bilinear or bicubic.
     """
 
     source: Box
@@ -35,6 +36,7 @@ class CropBox(NamedTuple):
     left: int = 0
     upper: int = 0
     mirrored: bool = False
+    interpolation: str = "bilinear"
 
 
 class CropPolicy(Protocol):
@@ -56,37 +58,47 @@ class RandomResizedCrop:
         size: side of the result, px.
         scale: smallest share of the area that is kept.
         flip: probability of mirroring.
+        interpolation: filter of the resize, bilinear or bicubic.
     """
 
     size: int
     scale: float
     flip: float
+    interpolation: str = "bilinear"
 
     def __call__(self, width: int, height: int, rng: random.Random) -> CropBox:
         """Return the crop of an image of `width` x `height` px."""
         box = random_box(width, height, self.scale, rng)
-        return CropBox(box, self.size, self.size, mirrored=rng.random() < self.flip)
+        mirrored = rng.random() < self.flip
+        return CropBox(box, self.size, self.size, mirrored=mirrored, interpolation=self.interpolation)
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The central square of `size` px, after the short side has been resized to `resize` px."""
+    """The central square of `size` px, after the short side has been resized to `resize` px.
+
+    With `squash` both sides are resized to `resize` px.
+    """
 
     size: int
     resize: int
+    interpolation: str = "bilinear"
+    squash: bool = False
 
     def __call__(self, width: int, height: int, rng: random.Random) -> CropBox:
         """Return the crop of an image of `width` x `height` px."""
         # The long side is truncated and the crop offset rounded as in torchvision, to reproduce the published
         # accuracies of its weights.
-        if width <= height:
+        if self.squash:
+            wide = high = self.resize
+        elif width <= height:
             wide, high = self.resize, int(self.resize * height / width)
         else:
             wide, high = int(self.resize * width / height), self.resize
         left, upper = round((wide - self.size) / 2), round((high - self.size) / 2)
         if (wide, high) == (width, height):  # no resize, so only the crop needs decoding
             return CropBox((left, upper, left + self.size, upper + self.size), self.size, self.size)
-        return CropBox((0, 0, width, height), wide, high, left, upper)
+        return CropBox((0, 0, width, height), wide, high, left, upper, interpolation=self.interpolation)
 
 
 def apply_crop(pixels: Tensor, crop: CropBox, out: Tensor) -> None:
@@ -102,7 +114,7 @@ def apply_crop(pixels: Tensor, crop: CropBox, out: Tensor) -> None:
         # The operator behind F.interpolate(antialias=True), which has no `out` and would need another copy.
         exact = resized == (size, size)
         target = out if exact else torch.empty(0, dtype=torch.uint8)
-        _resize(pixels, resized, False, None, None, out=target)
+        _RESIZE[crop.interpolation](pixels, resized, False, None, None, out=target)
         pixels = target
     square = pixels[..., crop.upper : crop.upper + size, crop.left : crop.left + size]
     if crop.mirrored:
@@ -111,7 +123,10 @@ def apply_crop(pixels: Tensor, crop: CropBox, out: Tensor) -> None:
         out.copy_(square)
 
 
-_resize = torch.ops.aten._upsample_bilinear2d_aa.out
+_RESIZE = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
 
 
 def random_box(width: int, height: int, scale: float, rng: random.Random) -> Box:

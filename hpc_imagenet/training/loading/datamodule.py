@@ -15,6 +15,7 @@ from hpc_imagenet.training.loading import device_prefetch
 from hpc_imagenet.training.loading.batch_loader import BatchBuilder, BatchLoader
 from hpc_imagenet.training.loading.crop import CenterCrop, RandomResizedCrop
 from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler, ValSampler, permutation
+from hpc_imagenet.training.models.preprocessing import preprocessing
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -53,9 +54,14 @@ class ImageDataModule(pl.LightningDataModule):
             line = device_prefetch.check_gpu_decode(device, max(1, self.workers))
             if dist_env.is_rank_zero:
                 print(f"loader.decode=gpu: {line}", flush=True)
-        crops = [RandomResizedCrop(size, recipe.crop_scale, recipe.flip) for size in recipe.sizes]
+        images = preprocessing(config)
+        crops = [
+            RandomResizedCrop(size, recipe.crop_scale, recipe.flip, images.interpolation)
+            for size in recipe.sizes
+        ]
         self.train = BatchBuilder(train, crops, *options)
-        self.val = BatchBuilder(val, CenterCrop(recipe.val_size, recipe.val_resize), *options)
+        centre = CenterCrop(images.size, images.resize, images.interpolation, images.squash)
+        self.val = BatchBuilder(val, centre, *options)
 
     def train_dataloader(self) -> Any:
         """Return the train loader, starting at the trainer's global step."""

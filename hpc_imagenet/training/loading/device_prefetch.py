@@ -165,7 +165,7 @@ def decode_on_gpu(images: Sequence[PendingImage], pixels: Tensor) -> list[Pendin
         if source.shape[-2:] != (crop.height, crop.width):
             shape = (crop.height, crop.width)
             # The antialiased filter does not support uint8 on a GPU.
-            resized = F.interpolate(source.float(), shape, mode="bilinear", antialias=True)
+            resized = F.interpolate(source.float(), shape, mode=crop.interpolation, antialias=True)
             source = resized.round_().clamp_(0, 255)
         square = source[..., crop.upper : crop.upper + size, crop.left : crop.left + size]
         pixels[image.position : image.position + 1] = square.flip(-1) if crop.mirrored else square

@@ -1,5 +1,7 @@
 """Build any torchvision classification backbone, optionally with a stem for small images.
 
+`shrink_stem` and `check_size` serve other networks too.
+
 The published networks downsample by 32 and were designed for 224 px, so 32 px become a single point. The
 small stem removes the first two downsamplings, a factor of 4 (for a ResNet, a 3x3 convolution of stride 1
 replaces the 7x7 convolution of stride 2 and the max-pool, as in He et al. 2016 for CIFAR). The layers are
@@ -56,8 +58,8 @@ def build_model(
     Raises:
         UserError: an unknown option, or an image size that the network does not support.
     """
-    small = stem == "small" or (stem == "auto" and size <= SMALL)
-    arguments = {**_arguments(name, small, size), **(options or {})}
+    small = is_small(stem, size)
+    arguments = {**constructor_arguments(name, small, size), **(options or {})}
     try:
         model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **arguments)
     except TypeError as error:
@@ -71,14 +73,20 @@ def build_model(
         if name.startswith("vit_"):
             _shrink_patches(model, size)
         else:
-            _shrink_stem(model)
-    _check_size(model, name, "recipe.size", size)
-    _check_size(model, name, "recipe.val_size", val_size or size)
-    _check_size(model, name, "recipe.start_size", start_size or size)
+            shrink_stem(model)
+    check_size(model, name, "recipe.size", size)
+    check_size(model, name, "recipe.val_size", val_size or size)
+    check_size(model, name, "recipe.start_size", start_size or size)
     return model
 
 
-def _arguments(name: str, small: bool, size: int) -> dict[str, Any]:
+def is_small(stem: str, size: int) -> bool:
+    """Whether `model.stem` is small for images of `size` px."""
+    return stem == "small" or (stem == "auto" and size <= SMALL)
+
+
+def constructor_arguments(name: str, small: bool, size: int) -> dict[str, Any]:
+    """Return the arguments of a torchvision constructor that depend on the image size in px."""
     if name.startswith("vit_"):
         return {"image_size": GRID * _required_multiple(name, small) if small else size}
     if name == "maxvit_t":  # attention windows depend on the size after the stem
@@ -94,7 +102,7 @@ def _required_multiple(name: str, small: bool) -> int:
     return 224 // STEM_STRIDE if small else 224
 
 
-def _shrink_stem(model: nn.Module) -> None:
+def shrink_stem(model: nn.Module) -> None:
     """Remove the first downsamplings of `model`, a factor of `STEM_STRIDE` in total."""
     # Strided layers by the side of their input in px.
     levels: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
@@ -163,12 +171,24 @@ def _infer_shape(model: nn.Module, side: int) -> Tensor:
         model.train(training)
 
 
-def _check_size(model: nn.Module, name: str, setting: str, side: int) -> None:
+def check_size(model: nn.Module, name: str, setting: str, side: int, fix: str = "") -> None:
+    """Raise unless the network takes images of `side` px.
+
+    Args:
+        model: the network.
+        name: its name, for the error.
+        setting: setting that holds the size, for the error.
+        side: px.
+        fix: what to do then; empty: use a size of 8 to 384 px that it takes, if there is one.
+
+    Raises:
+        UserError: the network does not take them; the message has a size that it takes.
+    """
     problem = _shape_error(model, side)
     if problem is None:
         return
-    valid = next((px for px in range(8, 385, 8) if _shape_error(model, px) is None), None)
-    fix = f"use {valid}" if valid else "use another model"
+    valid = None if fix else next((px for px in range(8, 385, 8) if _shape_error(model, px) is None), None)
+    fix = fix or (f"use {valid}" if valid else "use another model")
     raise UserError(f"{setting}={side} does not fit model.name={name} ({problem}): {fix}")
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from hpc_imagenet.config.backbones import timm_name
 from hpc_imagenet.config.recipe import Recipe
+from hpc_imagenet.errors import UserError, first_line
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return SGD with momentum or AdamW over all parameters of `model`, at the peak learning rate."""
+    """Return the recipe's optimizer over all trained parameters of `model`, at the peak learning rate.
+
+    Raises:
+        UserError: it does not take the options, or one of them is invalid.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Norm weights and biases are the one-dimensional parameters.
     without_decay = [p for p in parameters if p.ndim < 2 and not recipe.norm_decay]
@@ -21,12 +28,29 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": without_decay, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # One fused kernel on GPUs. None rather than False: a checkpoint stores the value, and a run resumed on a
-    # GPU would keep False and loop over the tensors.
-    fused = all(p.is_cuda for p in parameters) or None
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=fused)
-    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, fused=fused)
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in recipe.optimizer_options.items()}
+    try:
+        return _create(recipe, groups, options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        chosen = f"recipe.optimizer={recipe.optimizer} with recipe.optimizer_options={options}"
+        raise UserError(f"{chosen}: {first_line(error)}") from None
+
+
+def _create(recipe: Recipe, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+    name, rate = recipe.optimizer, recipe.learning_rate
+    if timm := timm_name(name):
+        from timm.optim import create_optimizer_v2  # slow import, of an extra
+
+        optimizer = create_optimizer_v2(groups, timm, lr=rate, momentum=recipe.momentum, **options)
+        return cast(torch.optim.Optimizer, optimizer)
+    if name in ("sgd", "adamw"):
+        # One fused kernel on GPUs. None rather than False: a checkpoint stores the value, and a run resumed
+        # on a GPU would keep False and loop over the tensors.
+        options = {"fused": all(p.is_cuda for group in groups for p in group["params"]) or None, **options}
+    if name == "sgd":
+        options = {"momentum": recipe.momentum, **options}
+    kinds = {each.lower(): kind for each, kind in vars(torch.optim).items() if each[0].isupper()}
+    return cast(torch.optim.Optimizer, kinds[name](groups, lr=rate, **options))
 
 
 def lr_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:

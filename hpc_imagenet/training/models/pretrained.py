@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from hpc_imagenet.config.recipe import is_weights_name
+from hpc_imagenet.config.backbones import is_weights_name
 from hpc_imagenet.errors import UserError
 
 State = Mapping[str, Tensor]
@@ -32,7 +32,7 @@ _DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 
 def constructor_options(name: str, weights: str | None) -> dict[str, Any]:
     """Return the constructor arguments of a backbone that its initial `weights` require."""
-    return _OPTIONS.get(name, {}) if weights and is_weights_name(weights) else {}
+    return _OPTIONS.get(name, {}) if weights and is_weights_name(name, weights) else {}
 
 
 def load_weights(model: nn.Module, name: str, weights: str) -> bool:
@@ -50,10 +50,10 @@ def load_weights(model: nn.Module, name: str, weights: str) -> bool:
         UserError: the weights do not exist or belong to another network.
     """
     setting = f"model.weights={weights}"
-    path = cached_weights(name, weights, setting)[1] if is_weights_name(weights) else Path(weights)
+    path = cached_weights(name, weights, setting)[1] if is_weights_name(name, weights) else Path(weights)
     state, mismatches = match_names(model, read_weights(path, setting))
-    expected, classifier = model.state_dict(), classifier_name(model)
-    other = [key for key in mismatches if not key.startswith(f"{classifier}.")]
+    expected, classifiers = model.state_dict(), tuple(f"{layer}." for layer in classifier_names(model))
+    other = [key for key in mismatches if not key.startswith(classifiers)]
     if other or (mismatches and any(_shape(state, key) is None for key in mismatches)):
         raise UserError(
             f"{setting}: {shape_difference((other or mismatches)[0], state, expected)} of this {name}: "
@@ -102,18 +102,27 @@ def read_weights(path: Path, setting: str) -> State:
         UserError: no such file, or the file contains no weights.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read(path)
     except FileNotFoundError:
         raise UserError(f"{setting}: no such file") from None
     except Exception as error:  # torch raises many types of errors for invalid files
         raise UserError(f"{setting}: not a file of weights ({_first_line(error)})") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         inner = state["state_dict"]
-        prefix = "ema_model." if any(key.startswith("ema_model.") for key in inner) else "model."
+        prefixes = [p for p in ("ema_model.", "model.") if any(key.startswith(p) for key in inner)]
+        prefix = prefixes[0] if prefixes else ""  # none: of another program
         state = {key.removeprefix(prefix): v for key, v in inner.items() if key.startswith(prefix)}
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{setting}: not a file of weights (not a mapping from names to tensors)")
     return state
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # of the extras timm and export
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def cached_weights(name: str, version: str, setting: str) -> tuple[Any, Path]:
@@ -145,18 +154,22 @@ def cached_weights(name: str, version: str, setting: str) -> tuple[Any, Path]:
     )
 
 
-def classifier_name(model: nn.Module) -> str:
-    """Return the name of the classifier: the last linear or convolution layer."""
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the classifier's layers: timm's, or the last linear or convolution layer."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if isinstance(cfg, dict) and (known := cfg.get("classifier")):
+        return (known,) if isinstance(known, str) else tuple(known)
     layers: list[str] = [
         name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
-    return layers[-1]
+    return tuple(layers[-1:])
 
 
 def freeze_backbone(model: nn.Module) -> None:
     """Freeze all weights except the classifier's."""
     model.requires_grad_(False)
-    model.get_submodule(classifier_name(model)).requires_grad_(True)
+    for name in classifier_names(model):
+        model.get_submodule(name).requires_grad_(True)
 
 
 def _first_line(error: Exception) -> str:

@@ -36,8 +36,10 @@ class PatchedSplit(SplitReader):
         return (self.data, 9) if i == self.image else super().read(i)
 
 
-def load_batch(split: SplitReader, on_gpu: bool, skip: bool = False, **more: float) -> Batch:
-    batches = BatchBuilder(split, RandomResizedCrop(24, 0.3, 0.5), 0, skip, on_gpu, **more)
+def load_batch(
+    split: SplitReader, on_gpu: bool, skip: bool = False, interpolation: str = "bilinear", **more: float
+) -> Batch:
+    batches = BatchBuilder(split, RandomResizedCrop(24, 0.3, 0.5, interpolation), 0, skip, on_gpu, **more)
     return next(iter(BatchLoader(batches, TrainSampler(40, 0, BatchShare(40)), 2)))
 
 
@@ -58,6 +60,16 @@ def test_gpu_decode_gives_the_same_batch(tiny: DatasetReader) -> None:
     assert off.max() <= 3
     assert off.float().mean() < 0.25
     assert pixels.float().std() > 10
+
+
+def test_gpu_decode_with_the_bicubic_filter(tiny: DatasetReader) -> None:
+    split = tiny.open_split("train")
+    linear, cubic, gpu_cubic = (
+        load_batch(split, on_gpu, interpolation=name)[0].int()
+        for on_gpu, name in ((False, "bilinear"), (False, "bicubic"), (True, "bicubic"))
+    )
+    assert (cubic - gpu_cubic).abs().max() <= 4
+    assert (cubic - linear).abs().float().mean() > 1
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -1,0 +1,73 @@
+"""Build the network of a config: torchvision's NAME, timm's timm/NAME, or a user's my.package:factory."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hpc_imagenet.config.backbones import is_own, is_weights_name, timm_name
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.training.models import build, pretrained
+from hpc_imagenet.training.models.blurpool import blur_before_halving
+from hpc_imagenet.training.models.frozen_source import build_own
+from hpc_imagenet.training.models.optim import set_norm_momentum
+
+
+def build_network(config: Config, classes: int, fresh: bool) -> nn.Module:
+    """Return the network of a training, with initial weights from the seed or from `model.weights`.
+
+    Args:
+        config: model, recipe and seed.
+        classes: number of outputs of the last layer.
+        fresh: whether to load `model.weights`; a checkpoint, if there is one, replaces them anyway.
+
+    Returns:
+        A module from [batch, 3, side, side] to [batch, classes].
+
+    Raises:
+        UserError: an unknown option, weights that do not fit, or a size that the network does not take.
+    """
+    torch.manual_seed(config.seed)
+    model, recipe = config.model, config.recipe
+    weights = model.weights if fresh else None
+    network, same_classes = _build(config, classes, weights)
+    if recipe.blurpool and not blur_before_halving(network):
+        raise UserError(f"recipe.blurpool=true: {model.name} has no convolution that it would change")
+    set_norm_momentum(network, recipe.norm_momentum)
+    if weights and same_classes is None:
+        same_classes = pretrained.load_weights(network, model.name, weights)
+    if same_classes is False:
+        print(
+            f"model.weights={weights}: the weights are for other classes, so the classifier"
+            " is initialized at random",
+            flush=True,
+        )
+    if recipe.freeze:
+        pretrained.freeze_backbone(network)
+    return network
+
+
+def _build(config: Config, classes: int, weights: str | None) -> tuple[nn.Module, bool | None]:
+    """Return the network; and, if that has loaded `weights`, whether they are for this number of classes."""
+    model, recipe = config.model, config.recipe
+    if is_own(model.name):
+        return build_own(model, recipe, classes), None
+    if timm_name(model.name):
+        from hpc_imagenet.training.models import timm_networks  # slow import, of an extra
+
+        network = timm_networks.build_timm(model, recipe, classes, fresh=weights is not None)
+        if weights and is_weights_name(model.name, weights):
+            return network, timm_networks.published(model).num_classes == classes
+        return network, None
+    options = {**pretrained.constructor_options(model.name, model.weights), **model.options}
+    network = build.build_model(
+        model.name,
+        classes,
+        stem=model.stem,
+        size=recipe.size,
+        val_size=recipe.val_size,
+        start_size=recipe.start_size,
+        options=options,
+    )
+    return network, None
