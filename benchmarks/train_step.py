@@ -51,7 +51,7 @@ from hpc_imagenet.training import fit as training
 from hpc_imagenet.training.callbacks.progress import ProgressReporter
 from hpc_imagenet.training.models import build
 from hpc_imagenet.training.models.optim import build_optimizer, lr_factor
-from hpc_imagenet.training.module import MEAN, STD
+from hpc_imagenet.training.models.preprocessing import MEAN, STD
 
 CLASSES = 1000
 BACKBONES = ("resnet18", "resnet50", "convnext_tiny", "vit_b_16")

@@ -1,17 +1,39 @@
 """Train backbones on ImageNet, from the archives to a leaderboard, on a Slurm cluster or one machine.
 
-Python API: `submit`, `jobs`, `command`, `Handle` and `UserError`; see `hpc_imagenet.api`.
+Python API: `submit`, `jobs`, `open_datastore`, `evaluate`, `predict`, `export` …; see `hpc_imagenet.api`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpc_imagenet.api import Handle, UserError, command, jobs, submit
+    from hpc_imagenet.api import (
+        Handle,
+        UserError,
+        command,
+        evaluate,
+        export,
+        jobs,
+        open_datastore,
+        predict,
+        prototype,
+        submit,
+    )
 
     __version__: str
 
-__all__ = ["Handle", "UserError", "command", "jobs", "submit"]
+__all__ = [
+    "Handle",
+    "UserError",
+    "command",
+    "evaluate",
+    "export",
+    "jobs",
+    "open_datastore",
+    "predict",
+    "prototype",
+    "submit",
+]
 
 
 def __getattr__(name: str) -> Any:

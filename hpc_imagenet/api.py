@@ -12,17 +12,34 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpc_imagenet.config.stored_settings import stored_value
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import Run, RunStore
 
-__all__ = ["Handle", "UserError", "command", "jobs", "submit"]
+if TYPE_CHECKING:
+    from hpc_imagenet.cli.submit import PreparedPlan
+    from hpc_imagenet.training.loading.image_store import ImageStore
+    from hpc_imagenet.training.prototype import Prototype
+
+__all__ = [
+    "Handle",
+    "UserError",
+    "command",
+    "evaluate",
+    "export",
+    "jobs",
+    "open_datastore",
+    "predict",
+    "prototype",
+    "submit",
+]
 
 _POLL_INTERVAL = 0.5  # s
 
@@ -135,27 +152,11 @@ def submit(overrides: str | Sequence[str], config_dir: str | None = None) -> lis
     Raises:
         UserError: invalid input; nothing was submitted.
     """
-    from hpc_imagenet.cli.connect import wait_until_running
     from hpc_imagenet.cli.submit import prepare
     from hpc_imagenet.config.compose import compose
 
     overrides = shlex.split(overrides) if isinstance(overrides, str) else overrides
-    prepared = prepare(compose(overrides, multirun=True, config_dir=config_dir))
-    if prepared.first.dry_run:
-        from hpc_imagenet.report.dry_run import print_dry_run
-
-        print_dry_run(prepared.jobs, prepared.store, prepared.executor, prepared.state_of)
-        return []
-    runs = [entry.run for entry in prepared.submit()]
-    handles = [Handle(run.folder) for run in runs]
-    if prepared.first.wait:
-        for run, handle in zip(runs, handles, strict=True):
-            with contextlib.suppress(UserError):  # a failure is visible in the state
-                if run.info.get("stage") == "session" and prepared.in_background:
-                    wait_until_running(run)
-                else:
-                    handle.result()
-    return handles
+    return _submit(prepare(compose(overrides, multirun=True, config_dir=config_dir)))
 
 
 def jobs(name: str | None = None, workspace: str | Path | None = None) -> list[Handle]:
@@ -168,8 +169,7 @@ def jobs(name: str | None = None, workspace: str | Path | None = None) -> list[H
     Raises:
         UserError: no run, or more than one, has that name.
     """
-    folder = Path(workspace or stored_value("workspace") or "workspace").expanduser().absolute()
-    store = RunStore(folder)
+    store = _run_store(workspace)
     runs = store.all() if name is None else [store.find(name)]
     return [Handle(run.folder) for run in runs]
 
@@ -209,3 +209,176 @@ def command(name: str, *arguments: str) -> Any:
         failure.printed = printed
         raise failure
     return printed
+
+
+def evaluate(
+    source: Handle | str | Path, settings: str | Sequence[str] = (), workspace: str | Path | None = None
+) -> Handle:
+    """Submit a job that evaluates a training on a split, and return at once.
+
+    Args:
+        source: a training: its handle, id or label; or a checkpoint file.
+        settings: such as `"split=test checkpoint=last"`; see `python -m hpc_imagenet evaluate --help`.
+        workspace: folder of the workspace; None: that of the handle, else as for `jobs`.
+
+    Returns:
+        The job; its `result()` has top1 and top5 (0 to 1).
+
+    Raises:
+        UserError: invalid input; nothing was submitted.
+    """
+    from hpc_imagenet.cli.evaluate_command import prepare_evaluation
+
+    store = _run_store(workspace, source)
+    name = str(source.folder) if isinstance(source, Handle) else str(source)
+    settings = shlex.split(settings) if isinstance(settings, str) else settings
+    handles = _submit(prepare_evaluation(store, name, settings))
+    if not handles:
+        raise UserError("dry_run=true submits no evaluation: remove it")
+    return handles[0]
+
+
+def export(
+    source: Handle | str | Path,
+    out: str | Path,
+    format: str = "state_dict",
+    checkpoint: str | None = None,
+    workspace: str | Path | None = None,
+) -> Path:
+    """Write a trained network to a folder that needs nothing of this package, with a model card.
+
+    Args:
+        source: as for `evaluate`.
+        out: a new folder.
+        format: state_dict, safetensors, onnx, torch_export or hf.
+        checkpoint: best, last or epoch-N of a run; None: best if there is one, else last.
+        workspace: as for `evaluate`.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        UserError: there is no such training or checkpoint, the folder exists, or the format cannot be used.
+    """
+    from hpc_imagenet.report.evaluations import evaluations
+    from hpc_imagenet.training.export.exporter import export_network
+    from hpc_imagenet.training.trained import load_trained
+
+    store = _run_store(workspace, source)
+    trained = load_trained(_find(store, source), checkpoint)
+    return export_network(trained, Path(out), format, evaluations(store, trained.path))
+
+
+def predict(
+    source: Handle | str | Path,
+    images: Any,
+    top: int = 5,
+    checkpoint: str | None = None,
+    workspace: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Classify images with a trained network, on this machine's CPUs.
+
+    Args:
+        source: as for `evaluate`.
+        images: an image file, a folder, an array (uint8 [height, width, 3], RGB), or a sequence of them.
+        top: number of classes per image.
+        checkpoint: as for `export`.
+        workspace: as for `evaluate`.
+
+    Returns:
+        A dict per image: image (file or position), classes (label, id, name and probability, 0 to 1, the
+        best first), and problem: why the image cannot be read, or an empty string.
+
+    Raises:
+        UserError: there is no such training, checkpoint or file.
+    """
+    from hpc_imagenet.training.predictor import find_image_files, predict_images, prediction_row
+    from hpc_imagenet.training.trained import load_trained
+
+    found: list[Any] = []
+    for image in [images] if isinstance(images, (str, Path)) or getattr(images, "ndim", 0) == 3 else images:
+        found += find_image_files([image]) if isinstance(image, (str, Path)) else [image]
+    trained = load_trained(_find(_run_store(workspace, source), source), checkpoint)
+    return [prediction_row(prediction) for prediction in predict_images(trained, found, top)]
+
+
+def open_datastore(name: str | None = None, url: str | None = None, scratch: str | None = None) -> ImageStore:
+    """Open a datastore: its classes, splits, images as arrays, and batches.
+
+    Args:
+        name: NAME or NAME@vN; None: the datastore of this session.
+        url: folder, user@host:/path or s3://bucket/prefix; None: that of the workspace.
+        scratch: folder on this machine's disk for copies, which a datastore behind ssh needs.
+
+    Raises:
+        UserError: there is no such datastore, or it cannot be read from this machine.
+    """
+    from hpc_imagenet.config.schema import Datastore
+    from hpc_imagenet.datastore.versions import open_version
+    from hpc_imagenet.training.loading.image_store import ImageStore
+
+    if name is None:
+        if "HPC_IMAGENET_DATASTORE" not in os.environ:
+            raise UserError("no datastore: type its name, or resume RUN session.datastore=NAME in a session")
+        folder = Path(os.environ["HPC_IMAGENET_DATASTORE"]).resolve()  # …/NAME/vN, perhaps a copy
+        local = open_version(Datastore(f"{folder.parent.name}@{folder.name}", str(folder.parents[1])))
+        return ImageStore(local, scratch, os.environ.get("HPC_IMAGENET_DATASTORE_URL"))
+    url = url or stored_value("datastore.url") or str(_run_store(None).folder.parent / "datastores")
+    return ImageStore(open_version(Datastore(name, url)), scratch)
+
+
+def prototype(
+    overrides: str | Sequence[str], store: ImageStore | None = None, config_dir: str | None = None
+) -> Prototype:
+    """Return a training in this process, for a look at batches, speed and the first minutes.
+
+    Args:
+        overrides: settings of one training, as for `submit`.
+        store: its datastore, if it is open; None: open it.
+        config_dir: as for `submit`.
+
+    Raises:
+        UserError: invalid input.
+    """
+    from hpc_imagenet.config.compose import compose
+    from hpc_imagenet.training.prototype import Prototype
+
+    overrides = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    (config,) = compose(overrides, config_dir=config_dir)
+    store = store or open_datastore(config.datastore.name, config.datastore.url)
+    return Prototype(config, store.reader)
+
+
+def _submit(prepared: PreparedPlan) -> list[Handle]:
+    """Submit a plan and, with `wait=true`, wait for its jobs; see `submit`."""
+    from hpc_imagenet.cli.connect import wait_until_running
+
+    if prepared.first.dry_run:
+        from hpc_imagenet.report.dry_run import print_dry_run
+
+        print_dry_run(prepared.jobs, prepared.store, prepared.executor, prepared.state_of)
+        return []
+    runs = [entry.run for entry in prepared.submit()]
+    handles = [Handle(run.folder) for run in runs]
+    if prepared.first.wait:
+        for run, handle in zip(runs, handles, strict=True):
+            with contextlib.suppress(UserError):  # a failure is visible in the state
+                if run.info.get("stage") == "session" and prepared.in_background:
+                    wait_until_running(run)
+                else:
+                    handle.result()
+    return handles
+
+
+def _run_store(workspace: str | Path | None, source: object = None) -> RunStore:
+    """Return the runs of a workspace; None: that of `source`, if it is a handle, else of the environment."""
+    if workspace is None and isinstance(source, Handle):
+        return RunStore(source.folder.parents[1])
+    workspace = workspace or stored_value("workspace") or "workspace"
+    return RunStore(Path(workspace).expanduser().absolute())
+
+
+def _find(store: RunStore, source: Handle | str | Path) -> Path | Run:
+    from hpc_imagenet.cli.export_command import find_source
+
+    return source.folder if isinstance(source, Handle) else find_source(store, str(source))

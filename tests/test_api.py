@@ -47,7 +47,7 @@ def test_import_does_not_load_other_modules() -> None:
 def test_public_names_are_not_shadowed_by_modules() -> None:
     import hpc_imagenet.cli.main  # loads the submodules
 
-    assert len(hpc_imagenet.__all__) == 5
+    assert len(hpc_imagenet.__all__) == 10
     assert all(callable(getattr(hpc_imagenet, name)) for name in hpc_imagenet.__all__)
     with pytest.raises(AttributeError):
         _ = hpc_imagenet.nothing
@@ -116,6 +116,10 @@ ARGUMENTS = {
     "pause": ["download-digits"],
     "resume": ["download-digits session.time=5"],
     "report": ["", "--json"],
+    "show": ["download-digits", "process-digits --json", "nothing"],
+    "evaluate": ["nothing", "download-digits"],
+    "export": ["nothing out", "--format onnx"],
+    "predict": ["nothing image.jpg", ""],
     "verify": ["digits --quick", "broken --quick", "nothing"],
     "datastores": ["", "--json", "list", "show nothing", "prune", "fetch"],
     "doctor": ["cluster=nowhere", "strange"],

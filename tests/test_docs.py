@@ -1,9 +1,9 @@
 """Run every command of README.md and docs/.
 
 Each line of a block fenced as ```sh is a command. It is run here, in order, page by page, in a copy of the
-checkout and one workspace. A block fenced as ```yaml whose first line is `# PATH` is first written to that
-path. RULES maps each kind of command to a function, and `shortened` replaces settings that would fetch
-ImageNet or train for hours. A command without a rule fails.
+checkout and one workspace. A block fenced as ```yaml or ```python whose first line is `# PATH` is first
+written to that path. RULES maps each kind of command to a function, and `shortened` replaces settings that
+would fetch ImageNet or train for hours. A command without a rule fails.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from pathlib import Path
 import pytest
 from command_line import Cli
 from fake_slurm import SRUN, queue_row, write_command
+from PIL import Image
+
+from hpc_imagenet.config.overrides import with_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,7 +108,8 @@ def shortened(words: list[str], reader: Reader) -> list[str]:
     given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2] for word in words if "=" in word}
     sweep = "-m" in words
     replaced = {"recipe.epochs": "1", "cluster": "local", "wait": "true"}
-    if given.get("dataset", "imagenet") == "imagenet" and "dataset.source" not in given:
+    elsewhere = {"dataset.source", "datastore.name"}.intersection(given)
+    if given.get("dataset", "imagenet") == "imagenet" and not elsewhere:
         replaced["dataset"] = "digits"
     if source := given.get("dataset.source"):
         replaced |= {"dataset": "ilsvrc", "dataset.source": str(reader.digits), "recipe": "demo"}
@@ -132,7 +136,7 @@ def run_submission(command: str, reader: Reader) -> None:
     elif any(word in ("cluster=slurm", "cluster=mine") for word in settings):
         # Unchanged, on a cluster of stubs and with a datastore that exists.
         before = len(reader.submitted())
-        reader.run_shell(shlex.join([*cli, *settings, "dataset=digits"]))
+        reader.run_shell(shlex.join([*cli, *with_defaults(settings, ["dataset=digits"])]))
         assert len(reader.submitted()) > before
     else:
         output = reader.run_shell(shlex.join([*cli, *shortened(settings, reader)]))
@@ -140,8 +144,13 @@ def run_submission(command: str, reader: Reader) -> None:
 
 
 def run_command(command: str, reader: Reader) -> None:
-    name = re.search(r"\b(jobs|logs|cancel|retry|report)\b", command)
+    name = re.search(r"\b(jobs|logs|cancel|retry|report|show|evaluate)\b", command)
     assert name
+    if name[1] in ("show", "evaluate"):
+        run = next(r["run"] for r in reader.cli.jobs() if r["stage"] == "train" and r["state"] == "finished")
+        settings = " cluster=local wait=true" if name[1] == "evaluate" else ""
+        assert "checkpoints/best.ckpt" in reader.run_shell(command.replace("RUN", run) + settings)
+        return
     if name[1] in ("jobs", "report"):
         output = reader.run_shell(command)
         assert json.loads(output) if "--json" in command else SMALL in output
@@ -156,6 +165,16 @@ def run_command(command: str, reader: Reader) -> None:
         run = next(row["run"] for row in reader.cli.jobs() if row["state"] == "cancelled")
         assert "submitted" in reader.run_shell(command.replace("RUN", run))
         reader.cli("cancel", run)
+
+
+def use_network(command: str, reader: Reader) -> None:
+    run = next(r["run"] for r in reader.cli.jobs() if r["stage"] == "train" and r["state"] == "finished")
+    photographs = reader.folder / "photographs"
+    if not photographs.exists():
+        photographs.mkdir()
+        Image.new("RGB", (20, 30), "red").save(photographs / "red.jpg")
+    output = reader.run_shell(command.replace("RUN", run))
+    assert ("README.md" if " export " in command else "red.jpg") in output
 
 
 def run_session(command: str, reader: Reader) -> None:
@@ -251,6 +270,8 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
     (rf"{PROGRAM} (jobs|report)( --json)?", run_command),
     (rf"{PROGRAM} logs RUN( -f)?", run_command),
     (rf"{PROGRAM} (cancel|retry) RUN", run_command),
+    (rf"{PROGRAM} (show|evaluate) RUN( [\w.]+=\S+)*", run_command),
+    (rf"{PROGRAM} (export|predict) RUN [\w-]+( --[\w-]+( \w+)?)*", use_network),
     (r"pip install -c constraints\.txt -e '\.\[\w+\]'", check_extra),
     (rf"{PROGRAM} \+stage=session( \S+=\S+)*", run_session),
     (rf"{PROGRAM} (connect|pause|resume) RUN( \S+=\S+)*", run_session_command),
@@ -260,7 +281,7 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
         rf"{PROGRAM} doctor( --config-dir [\w/-]+| --write \w+| --timeout=\d+| --json| \+?[\w.]+=\S+)*",
         run_doctor,
     ),
-    (rf"{PROGRAM}( -m| --config-dir [\w/-]+| \+?[\w.]+=\S+)+", run_submission),
+    (rf"{PROGRAM}( -m| --config-dir [\w/-]+| '?\+?[\w.]+=\S+)+", run_submission),
 )
 
 
@@ -277,8 +298,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_a_page_run(page: Path, reader: Reader) -> None:
-    for text in blocks(page, "yaml"):
-        if match := re.match(r"# (\S+/\S+\.yaml)\n", text):
+    for text in [*blocks(page, "yaml"), *blocks(page, "python")]:
+        if match := re.match(r"# (\S+/\S+\.yaml|\w+\.py)\n", text):
             path = reader.folder / match[1]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)

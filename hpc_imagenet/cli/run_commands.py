@@ -67,8 +67,13 @@ def _cancel(store: RunStore, options: argparse.Namespace) -> int:
 
 
 def _retry(store: RunStore, options: argparse.Namespace) -> int:
+    from hpc_imagenet.launch.longer import refuse_settings
     from hpc_imagenet.launch.submission import retry_run
 
+    settings = [word for word in options.runs if "=" in word]
+    options.runs = [word for word in options.runs if word not in settings]
+    if settings:
+        refuse_settings(_find_all(store, options.runs), settings)
     for run in _find_all(store, options.runs):
         for entry in retry_run(store, run):
             print(f"{entry.label}  {entry.run.id}")
@@ -91,5 +96,7 @@ COMMANDS = {
     "retry": Command(
         "Continue failed or cancelled runs from where they stopped.", _retry, add_runs, epilog=RUN_NAMES
     ),
-    "report": Command("Print the leaderboard of all trainings.", _report, add_json, needs_runs=False),
+    "report": Command(
+        "Print the leaderboard of all trainings and evaluations.", _report, add_json, needs_runs=False
+    ),
 }

@@ -9,6 +9,7 @@ there the download stage makes the archives itself.
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from hpc_imagenet.cli import main as cli
 from hpc_imagenet.cli.main import print_error
+from hpc_imagenet.config.overrides import with_defaults
 from hpc_imagenet.demo import digits
 from hpc_imagenet.demo.http_server import serving
 from hpc_imagenet.errors import UserError
@@ -67,12 +69,12 @@ def _pipeline(settings: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="hpc-imagenet-demo-") as folder:
         digits.write_digits(Path(folder) / "digits")
         with serving(Path(folder) / "digits") as url:
-            return _sweep("cluster=local", f"dataset.source={url}", *settings)
+            return _sweep(*with_defaults(["cluster=local", f"dataset.source={url}"], settings))
 
 
 def _sweep(*settings: str) -> int:
-    command = ["-m", *SWEEP, *dict.fromkeys(settings)]
-    print(f"$ python -m hpc_imagenet {' '.join(command)}", flush=True)
+    command = ["-m", *with_defaults(SWEEP, settings)]
+    print(f"$ python -m hpc_imagenet {shlex.join(command)}", flush=True)
     return cli.run(command)
 
 

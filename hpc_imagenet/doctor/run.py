@@ -184,7 +184,7 @@ def _prepare(config: Config, target: StageCluster, folder: Path, with_source: bo
         "scratch": target.cluster.scratch if train else None,
         "packages": packages,
         "url": source if scheme in ("http", "https") else "",
-        "source": urlsplit(source).path if scheme in ("", "file") else "",
+        "source": source if not scheme else urlsplit(source).path if scheme == "file" else "",
     }
     write_json(folder / "request.json", request)
     names = [pair.partition("=")[2] for pair in packages]

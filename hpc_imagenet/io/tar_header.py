@@ -20,6 +20,7 @@ END = bytes(2 * BLOCK)  # the end marker
 # Fields of a header, and the bytes of types and formats.
 NAME, SIZE, CHECKSUM, PREFIX = slice(0, 100), slice(124, 136), slice(148, 156), slice(345, 500)
 TYPE = 156
+_LONG_NAME = b"L"[0]  # type of a GNU header whose data is the name of the next member
 _MAGIC = slice(257, 263)
 _POSIX = b"ustar\0"  # only this format has a name prefix
 _OCTAL = 8 ** np.arange(5, -1, -1)  # weights of the six digits of a checksum
@@ -45,6 +46,21 @@ def member_name(header: bytes) -> bytes:
     name = header[NAME].split(b"\0", 1)[0]
     if header[_MAGIC] == _POSIX and header[PREFIX.start]:
         return header[PREFIX].split(b"\0", 1)[0] + b"/" + name
+    return name
+
+
+def name_before(blocks: bytes) -> bytes:
+    """Return the name of a member from the blocks before its data.
+
+    Args:
+        blocks: the last three blocks before the data, or fewer at the start of a tar. A GNU long-name header
+            and its text are the first two; a name of more than 511 bytes is cut.
+    """
+    name = member_name(blocks[-BLOCK:])
+    if len(blocks) == 3 * BLOCK and blocks[TYPE] == _LONG_NAME and has_valid_checksum(blocks[:BLOCK]):
+        long_name = blocks[BLOCK : 2 * BLOCK].split(b"\0", 1)[0]
+        if len(name) == NAME.stop and long_name.startswith(name):
+            return long_name
     return name
 
 

@@ -26,5 +26,6 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     from hpc_imagenet.training.fit import fit
 
     version = open_version(config.datastore)
-    with open_dataset(version, cluster_for(config, "train"), stages=dist_env.local_rank == 0) as store:
+    cluster, stages = cluster_for(config, "train"), dist_env.local_rank == 0
+    with open_dataset(version, cluster, stages, splits=("train", "val")) as store:
         return fit(config, store, run, dist_env)

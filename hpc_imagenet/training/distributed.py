@@ -95,7 +95,7 @@ def device(config: Config, dist_env: DistEnv, devices: Path = DEVICES) -> torch.
         UserError: torch sees no GPU although GPUs are requested, allocated or installed; or fewer GPUs than
             tasks; or loader.decode=gpu on a CPU.
     """
-    requested, found = cluster_for(config, "train").gpus_per_node, torch.cuda.device_count()
+    requested, found = cluster_for(config, config.stage.name).gpus_per_node, torch.cuda.device_count()
     if requested is None and not found and (evidence := _gpu_evidence(devices)):
         raise UserError(
             f"{evidence}, but torch {torch.__version__} sees no GPU: install a torch build for this driver"

@@ -20,6 +20,7 @@ from torchvision import models
 from torchvision.transforms._presets import ImageClassification
 
 from hpc_imagenet.config.backbones import BACKBONES
+from hpc_imagenet.data.images import pillow
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
 from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.training.models import pretrained
@@ -85,7 +86,7 @@ class _ValImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         data, label = self.split.read(i)
-        return self.transform(Image.open(io.BytesIO(data)).convert("RGB")), label
+        return self.transform(pillow.to_rgb(Image.open(io.BytesIO(data)))), label
 
 
 def _load(weights: str, classes: int) -> tuple[str, nn.Module, Any, tuple[float, float] | None]:

@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +15,6 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
-from torch import nn
 
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config
@@ -24,10 +24,10 @@ from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.runs.store import Progress, Run
 from hpc_imagenet.training import distributed
 from hpc_imagenet.training.callbacks.bottleneck import BottleneckMonitor
-from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
+from hpc_imagenet.training.callbacks.checkpoint import AtomicCheckpointIO, CheckpointCallback
 from hpc_imagenet.training.callbacks.checkpoint_file import (
-    AtomicCheckpointIO,
     Checkpoint,
+    KeptCheckpoints,
     identity_differences,
     newest_checkpoint,
 )
@@ -35,10 +35,9 @@ from hpc_imagenet.training.callbacks.progress import ProgressReporter
 from hpc_imagenet.training.loading.datamodule import ImageDataModule
 from hpc_imagenet.training.loading.sampler import BatchShare
 from hpc_imagenet.training.metrics import CsvLogger, write_class_accuracies
-from hpc_imagenet.training.models import build, pretrained
-from hpc_imagenet.training.models.blurpool import blur_before_halving
 from hpc_imagenet.training.models.ema import EMACallback
-from hpc_imagenet.training.models.optim import set_norm_momentum
+from hpc_imagenet.training.models.networks import build_network
+from hpc_imagenet.training.models.preprocessing import preprocessing
 from hpc_imagenet.training.module import Classifier
 
 LOG_EVERY = 50  # steps
@@ -49,7 +48,8 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
 
     Returns:
         top1 and top5 (0 to 1) and loss (mean cross-entropy) on val; images_per_second of training over all
-        ranks; skipped (number of unreadable images); epochs; seconds of this attempt; parameters (number).
+        ranks; skipped (number of unreadable images); epochs; best_top1 and best_epoch of best.ckpt; seconds
+        of this attempt; parameters (number).
 
     Raises:
         UserError: bad input.
@@ -83,9 +83,22 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
             " move its folder away to train from the start, or restore the settings"
         )
 
-    network = backbone(config, classes, fresh=checkpoint is None)
+    network = build_network(config, classes, fresh=checkpoint is None)
     log_every = min(LOG_EVERY, steps)
-    module = Classifier(network, classes, recipe, config.seed, steps * recipe.epochs, share, log_every)
+    images = preprocessing(config)
+    if dist_env.is_rank_zero:
+        print(f"images: {images}", flush=True)
+    module = Classifier(
+        network,
+        classes,
+        recipe,
+        config.seed,
+        steps * recipe.epochs,
+        share,
+        log_every,
+        images.mean,
+        images.std,
+    )
     if config.model.compile:
         module.compile_networks(available_cpus(dist_env))
     datamodule = ImageDataModule(config, train, val, share, dist_env, device)
@@ -102,13 +115,21 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
     if recipe.ema is not None:
         callbacks.append(EMACallback(recipe.ema, recipe.ema_every, steps * recipe.warmup_epochs))
 
+    check_lease = run.lease.check if run.lease else lambda: None
+    kept = KeptCheckpoints(checkpoints, identity, config.train.keep_checkpoints or 0, check_lease)
     if checkpoint and dist_env.is_rank_zero:
         print(f"resuming from step {checkpoint.step}", flush=True)
+        kept.keep(checkpoint.path, checkpoint.metrics)  # the process may have been killed just before that
 
     with quiet_lightning(), StopSignal() as stop_signal:
         interval = 60 * config.train.checkpoint_every_minutes
+        content = {
+            "identity": identity,
+            "config": asdict(config),
+            "classes": [(each.wnid, list(each.names)) for each in store.manifest.classes],
+        }
         saver = CheckpointCallback(
-            checkpoints, stop_signal, interval, identity, datamodule.names, dist_env.is_rank_zero
+            checkpoints, stop_signal, interval, content, kept, datamodule.names, dist_env.is_rank_zero
         )
         callbacks.append(saver)
         callbacks.append(bottleneck)  # last, so that time spent in other callbacks is not measured as waiting
@@ -141,39 +162,11 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
         "images_per_second": reporter.images_per_second,
         "skipped": skipped,
         "epochs": recipe.epochs,
+        "best_top1": kept.best.get("top1"),
+        "best_epoch": kept.best.get("epoch"),
         "seconds": time.monotonic() - began,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
-
-
-def backbone(config: Config, classes: int, fresh: bool) -> nn.Module:
-    """Build the backbone of the recipe; `fresh`: no checkpoint will be loaded, so load `model.weights`."""
-    torch.manual_seed(config.seed)
-    options, recipe = config.model, config.recipe
-    network = build.build_model(
-        options.name,
-        classes,
-        stem=options.stem,
-        size=recipe.size,
-        val_size=recipe.val_size,
-        start_size=recipe.start_size,
-        options={**pretrained.constructor_options(options.name, options.weights), **options.options},
-    )
-    if recipe.blurpool and not blur_before_halving(network):
-        raise UserError(f"recipe.blurpool=true: {options.name} has no convolution that it would change")
-    set_norm_momentum(network, recipe.norm_momentum)
-    same_classes = (
-        pretrained.load_weights(network, options.name, options.weights) if options.weights and fresh else True
-    )
-    if not same_classes:
-        print(
-            f"model.weights={options.weights}: the weights are for other classes, so the classifier"
-            " is initialized at random",
-            flush=True,
-        )
-    if recipe.freeze:
-        pretrained.freeze_backbone(network)
-    return network
 
 
 def _out_of_memory_message(share: BatchShare, step: int, device: torch.device) -> str:

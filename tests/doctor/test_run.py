@@ -15,6 +15,7 @@ from command_line import Cli
 from fake_slurm import SRUN, queue_row, write_command
 
 from hpc_imagenet.cluster import slurm
+from hpc_imagenet.config.overrides import with_defaults
 from hpc_imagenet.doctor import probe_job, run
 from hpc_imagenet.doctor.check_result import FAIL, OK, WARN
 
@@ -65,7 +66,7 @@ class StubSlurm:
     def doctor(self, *settings: str, code: int = 0) -> dict[tuple[str, str], dict[str, str]]:
         """Return the doctor's results by (where, check)."""
         usual = ("cluster=slurm", "dataset=digits", "cluster.gpus_per_node=0", "cluster.time=30")
-        done = self.cli("doctor", *usual, *settings, "--json", code=code)
+        done = self.cli("doctor", *with_defaults(usual, settings), "--json", code=code)
         return {(line["where"], line["check"]): line for line in json.loads(done.stdout)}
 
     @property

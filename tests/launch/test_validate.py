@@ -11,6 +11,7 @@ from sample_dataset import make_dataset
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.overrides import with_defaults
 from hpc_imagenet.config.schema import Config, Dataset, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
@@ -68,7 +69,7 @@ def test_sweep_queries_a_datastore_once(
 
 
 def pipeline(tmp_path: Path, *overrides: str) -> list[Job]:
-    words = ["+stage=pipeline", *DIGITS, f"workspace={tmp_path}", *overrides]
+    words = with_defaults(["+stage=pipeline", *DIGITS, f"workspace={tmp_path}"], overrides)
     return make_plan(compose(words, multirun=True), lambda store: None)
 
 

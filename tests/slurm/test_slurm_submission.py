@@ -17,6 +17,7 @@ import pytest
 from command_line import eventually
 from lab import LAB, Lab, LabDoor
 
+from hpc_imagenet.config.overrides import with_defaults
 from hpc_imagenet.io.atomic_files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,15 @@ def test_training_on_two_nodes_of_two_tasks(cluster: LabDoor, store: str) -> Non
     progress = row["progress"]
     assert progress["done"] == progress["total"] == 22 * 64
     assert {path.name for path in Path(row["dir"]).glob("*.csv")} == {"metrics.csv", "val_classes.csv"}
+    # Its evaluation is a job with the same cluster settings, on one node unless more are set.
+    cluster("evaluate", row["run"], "checkpoint=last", "cluster.nodes=2")
+    (_, evaluated) = wait_for(cluster, "finished", "finished")
+    started = read_json(Path(evaluated["dir"]) / "attempts/1/started.json")
+    assert started is not None
+    assert started["world_size"] == 4
+    for name in ("top1", "top5", "loss"):
+        assert evaluated["result"][name] == pytest.approx(row["result"][name], rel=1e-5)
+    assert evaluated["result"]["images"] == 360
 
 
 def test_two_trainings_run_on_one_node(cluster: LabDoor, store: str) -> None:
@@ -216,7 +226,8 @@ def test_job_of_a_killed_submission_records_its_own_job_id(cluster: LabDoor, lab
 
 
 def test_requeue_beyond_max_requeues_fails(cluster: LabDoor, lab: Lab, store: str) -> None:
-    cluster("model=squeezenet1_1", *SMALL, store, "cluster.max_requeues=0", "recipe.epochs=50")
+    words = with_defaults(SMALL, ["recipe.epochs=50", "cluster.max_requeues=0"])
+    cluster("model=squeezenet1_1", store, *words)
     (row,) = cluster.jobs()
     eventually(lambda: bool(cluster.jobs()[0]["progress"].get("done")), 240)
     lab.scontrol("requeue", job_id(row))

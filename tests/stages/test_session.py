@@ -24,6 +24,7 @@ from servers import credentials, rclone, sshd
 
 import hpc_imagenet
 from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.overrides import with_defaults
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import Progress, Run, RunStore
@@ -216,7 +217,7 @@ def test_session_commands_refuse_other_runs(cli: Cli) -> None:
 
 def test_session_signature_depends_only_on_its_name(cli: Cli) -> None:
     def planned_run(*words: str) -> str:
-        output = cli(*SESSION, *words, "dry_run=true").stdout
+        output = cli(*with_defaults(SESSION, words), "dry_run=true").stdout
         return output.split("\n\n")[1].split()[0]
 
     assert planned_run() == planned_run("session.time=10", "session.gpus=2", "seed=3", "model=vgg11")

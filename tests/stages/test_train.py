@@ -16,6 +16,7 @@ from sample_dataset import file_of, write_tar
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.overrides import with_defaults
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.index import ENTRY, write_index
 from hpc_imagenet.datastore.manifest import ClassNames, Manifest, Split
@@ -35,7 +36,7 @@ def run(tmp_path: Path) -> Run:
 def config_of(workspace: Path, *overrides: str) -> Config:
     small = ["recipe.global_batch=4", "recipe.epochs=1", "loader.workers=0", "cluster.gpus_per_node=0"]
     fixed = ["dataset=digits", "model=squeezenet1_1", f"workspace={workspace}"]
-    return compose([*fixed, *small, *overrides])[0]
+    return compose(with_defaults([*fixed, *small], overrides))[0]
 
 
 def write_version(folder: Path, images: int = 8) -> None:
@@ -61,9 +62,10 @@ def test_training_from_datastore_to_result(tmp_path: Path, run: Run) -> None:
     write_version(tmp_path / "datastores" / "digits" / "v1")
     result = train.run(config_of(tmp_path), run, DistEnv())
     assert json.loads(json.dumps(result)) == result
-    assert {"top1", "top5", "loss", "images_per_second", "skipped", "epochs", "seconds", "parameters"} == set(
-        result
-    )
+    assert set(result) == {
+        *("top1", "top5", "loss", "images_per_second", "skipped", "epochs", "seconds", "parameters"),
+        *("best_top1", "best_epoch"),
+    }
     assert result["top5"] == 1  # there are two classes only
     assert (run.folder / "checkpoints" / "last.ckpt").exists()
 

@@ -14,12 +14,14 @@ from pytorch_lightning.strategies import DDPStrategy
 from tiny_training import tiny_config
 
 from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.schema import Evaluate
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import PeerLost, Preempted
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.callbacks import checkpoint
 from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
 from hpc_imagenet.training.fit import fit
+from hpc_imagenet.training.score import score
 
 
 def run_rank(store: Path, run: Run, dist_env: DistEnv, setting: dict[str, Any], logs: list[Path]) -> None:
@@ -61,7 +63,11 @@ def run_rank(store: Path, run: Run, dist_env: DistEnv, setting: dict[str, Any], 
         checkpoint.EXIT_TIMEOUT = 0.5
         DDPStrategy.teardown = lambda self: time.sleep(600)  # type: ignore[method-assign]
     try:
-        result = fit(config, DatasetReader(store), run, dist_env)
+        if scored := setting.get("score"):
+            config.evaluate = Evaluate(scored, split="val")
+            result = score(config, DatasetReader(store), run, dist_env)
+        else:
+            result = fit(config, DatasetReader(store), run, dist_env)
     except Preempted as error:
         result = {"interrupted": int(str(error).split("step ")[1].split(",")[0])}
     except PeerLost as error:

@@ -34,9 +34,9 @@ from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training import distributed
 from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
 from hpc_imagenet.training.callbacks.progress import ProgressReporter
-from hpc_imagenet.training.fit import backbone
 from hpc_imagenet.training.loading.sampler import BatchShare
 from hpc_imagenet.training.models.build import build_model
+from hpc_imagenet.training.models.networks import build_network
 from hpc_imagenet.training.module import Classifier
 
 
@@ -248,7 +248,7 @@ def distance(one: Run, other: Run, config: Config) -> float:
     learning rates here are low.
     """
     a, b = (saved(run)["state_dict"] for run in (one, other))
-    initial = backbone(config, 10, fresh=True)
+    initial = build_network(config, 10, fresh=True)
     squares = torch.zeros(2, dtype=torch.double)
     for name, value in initial.named_parameters():
         x, y = (state[f"model.{name}"].cpu().double() for state in (a, b))

@@ -160,7 +160,8 @@ def test_out_of_memory_is_recognised_by_messages_of_cuda_libraries(message: str)
 
 def test_out_of_memory_is_detected_before_lightnings_teardown(tmp_path: Path, monkeypatch) -> None:
     """The teardown moves the network to the CPU, which frees GPU memory."""
-    callback = CheckpointCallback(tmp_path, StopSignal(), 60, {}, lambda step: [], True)
+    kept: Any = None  # nothing is saved
+    callback = CheckpointCallback(tmp_path, StopSignal(), 60, {}, kept, lambda step: [], True)
     free = [2**30]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)

@@ -17,18 +17,37 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
 from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.errors import EXIT_REQUEUE, Preempted, UserError, first_line
 from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.io.signals import StopSignal
-from hpc_imagenet.training.callbacks.checkpoint_file import LAST
+from hpc_imagenet.runs.checkpoints import LAST
+from hpc_imagenet.training.callbacks.checkpoint_file import KeptCheckpoints, write_checkpoint
 from hpc_imagenet.training.distributed import COLLECTIVE_TIMEOUT, out_of_memory
 
 LOSS_CHECK_INTERVAL = 50  # steps between two checks of the loss on a GPU: each synchronizes with it
 NEVER = 2**31 - 1  # step number meaning that all losses were finite
 EXIT_TIMEOUT = 60.0  # s that a failed task may take to exit if there are other tasks
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning plugin that writes checkpoints with `write_checkpoint`.
+
+    Args:
+        check_lease: called just before the file is renamed; raises `Superseded` if this job has lost the
+            run's lease.
+    """
+
+    def __init__(self, check_lease: Callable[[], object] | None = None) -> None:
+        super().__init__()
+        self._check_lease = check_lease
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path` atomically, and keep the old file as `previous.ckpt`."""
+        write_checkpoint(checkpoint, Path(path), self._check_lease)
 
 
 class CheckpointCallback(pl.Callback):
@@ -38,7 +57,9 @@ class CheckpointCallback(pl.Callback):
         folder: folder of the checkpoints.
         stop_signal: stop signal of this rank.
         interval: time between two checkpoints within an epoch, s.
-        identity: settings that a later attempt must share; see `checkpoint_file.identity_differences`.
+        content: further keys of the files: `identity` (settings that a later attempt must share; see
+            `checkpoint_file.identity_differences`), config and classes.
+        kept: checkpoints that are kept beside the last one.
         image_names: returns the names of the images of a step, over all ranks.
         is_rank_zero: whether this rank writes into the run folder.
 
@@ -51,16 +72,19 @@ class CheckpointCallback(pl.Callback):
         folder: Path,
         stop_signal: StopSignal,
         interval: float,
-        identity: dict[str, Any],
+        content: dict[str, Any],
+        kept: KeptCheckpoints,
         image_names: Callable[[int], list[str]],
         is_rank_zero: bool,
     ) -> None:
         self._path, self._stop_signal, self._interval = folder / LAST, stop_signal, interval
-        self._identity, self._image_names, self._is_rank_zero = identity, image_names, is_rank_zero
+        self._content, self._kept = content, kept
+        self._image_names, self._is_rank_zero = image_names, is_rank_zero
         self._group: Any = None
         self._bad_step: Tensor | None = None  # first step with a non-finite loss, on the device
         self._last_save = time.monotonic()
         self._validating = False
+        self._metrics: dict[str, float] = {}  # of the epoch that has just been validated
         self.out_of_memory = False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -129,17 +153,22 @@ class CheckpointCallback(pl.Callback):
             timer.start()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save; stop on a signal, unless this was the last epoch."""
+        """Save; keep the checkpoint if it is the best; stop on a signal, unless this was the last epoch."""
         (stop,) = self._all_reduce_max(self._stop_signal)
         more = trainer.current_epoch + 1 < (trainer.max_epochs or 0)
-        self._save_or_stop(trainer, bool(stop) and more, True)
+        values = {name: float(trainer.callback_metrics[f"val_{name}"]) for name in ("top1", "top5", "loss")}
+        self._metrics = {**values, "epoch": trainer.current_epoch + 1}
+        try:
+            self._save_or_stop(trainer, bool(stop) and more, True)
+        finally:
+            self._metrics = {}
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add `accumulate` and the identity, and mark an unfinished validation as not begun."""
-        checkpoint["accumulate"] = trainer.accumulate_grad_batches
-        checkpoint["identity"] = self._identity
+        """Add `accumulate`, content and metrics, and mark an unfinished validation as not begun."""
+        checkpoint |= {"accumulate": trainer.accumulate_grad_batches, **self._content}
+        checkpoint["metrics"] = self._metrics
         if self._validating:
             # Recorded as interrupted in its first batch, so that Lightning repeats the whole validation.
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
@@ -207,6 +236,8 @@ class CheckpointCallback(pl.Callback):
     def _save_or_stop(self, trainer: pl.Trainer, stop: bool, due: bool) -> None:
         if stop or due:
             trainer.save_checkpoint(self._path)
+            if self._is_rank_zero:
+                self._kept.keep(self._path, self._metrics)
             self._last_save = time.monotonic()
         if stop:
             own = self._stop_signal.signal

@@ -2,6 +2,11 @@
 
 checkpoints/last.ckpt      weights (with EMA weights, if any), optimizer, schedule, and position in the epoch
 checkpoints/previous.ckpt  the checkpoint before it, in case the last one is damaged
+checkpoints/best.ckpt      that after the epoch with the highest val top-1
+checkpoints/epoch-12.ckpt  that after 12 epochs; of the newest `train.keep_checkpoints` epochs
+
+All but the last are hard links to files that were the last checkpoint once, so keeping them writes nothing.
+Every file also has the config and the classes of its training and, after an epoch, its val metrics.
 """
 
 from __future__ import annotations
@@ -14,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.io.atomic_files import atomic_write
-
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+from hpc_imagenet.runs.checkpoints import BEST, LAST, PREVIOUS, epoch_checkpoints
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,18 @@ class Checkpoint:
         path: path of the file.
         step: number of completed steps.
         identity: recipe, model, data and seed of its training, and the state of the code.
+        metrics: top1 and top5 (0 to 1), loss and the number of completed epochs (`epoch`), if it was saved
+            after the validation of an epoch; else empty.
+        config: the resolved config of the training; None in checkpoints of old versions.
+        classes: id and names of each class, in label order; None in checkpoints of old versions.
     """
 
     path: Path
     step: int
     identity: dict[str, Any]
+    metrics: dict[str, float]
+    config: dict[str, Any] | None
+    classes: list[tuple[str, list[str]]] | None
 
 
 def identity_differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
@@ -53,29 +63,40 @@ def identity_differences(saved: dict[str, Any], current: dict[str, Any], prefix:
     return differences
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning plugin that writes a checkpoint atomically and keeps the previous one.
+def write_checkpoint(
+    content: dict[str, Any], path: Path, check_lease: Callable[[], object] | None = None
+) -> None:
+    """Write `content` to `path` atomically, and keep the old file as `previous.ckpt`.
 
     Args:
+        content: the checkpoint.
+        path: path of the file.
         check_lease: called when the file is written, just before it is renamed; raises `Superseded` if this
             job has lost the run's lease.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, check_lease) as file:
+        torch.save(content, file)
+        if path.exists():
+            _link(path, path.with_name(PREVIOUS))
 
-    def __init__(self, check_lease: Callable[[], object] | None = None) -> None:
-        super().__init__()
-        self._check_lease = check_lease
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write `checkpoint` to `path` atomically, and keep the old file as `previous.ckpt`."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, self._check_lease) as file:
-            torch.save(checkpoint, file)
-            if path.exists():
-                link = path.with_name(f".{PREVIOUS}.tmp")
-                link.unlink(missing_ok=True)
-                os.link(path, link)
-                link.replace(path.with_name(PREVIOUS))
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint without its weights.
+
+    Raises:
+        Exception: the file is damaged, or no checkpoint of a training; of any type, from unpickling it.
+    """
+    # Memory-mapped: this checks that the archive is complete, without reading the weights.
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return Checkpoint(
+        path,
+        int(content["global_step"]),
+        dict(content["identity"]),
+        dict(content.get("metrics", {})),
+        content.get("config"),
+        content.get("classes"),
+    )
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -89,12 +110,77 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         if not path.exists():
             continue
         try:
-            # Memory-mapped: this checks that the archive is complete, without reading the weights.
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return Checkpoint(path, int(content["global_step"]), dict(content["identity"]))
-        except Exception as error:  # unpickling a damaged file may raise anything
-            broken.append(f"{path} cannot be read ({(str(error).splitlines() or [''])[0][:80]})")
+            return read_checkpoint(path)
+        except Exception as error:
+            broken.append(_unreadable(path, error))
             print(f"warning: {broken[-1]}: trying the previous checkpoint", file=sys.stderr, flush=True)
     if broken:
         raise UserError(f"{broken[0]}, nor can any other checkpoint: remove {folder} to train from the start")
     return None
+
+
+class KeptCheckpoints:
+    """The checkpoints that are kept beside the last one: the best, and those of the newest epochs.
+
+    What is the best so far is read from best.ckpt itself, so that it remains true after a kill at any moment.
+
+    Args:
+        folder: folder of the checkpoints.
+        identity: identity of this training: a best.ckpt of another one is replaced.
+        epochs: number of epochs whose checkpoints are kept; 0: none, and existing ones are not removed.
+        check_lease: called before files are linked; raises `Superseded` if this job has lost the run's lease.
+
+    Attributes:
+        best: metrics of best.ckpt; empty if there is none yet.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        epochs: int,
+        check_lease: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._folder, self._epochs, self._check_lease = folder, epochs, check_lease
+        self.best: dict[str, float] = {}
+        path = folder / BEST
+        if path.exists():
+            try:
+                found = read_checkpoint(path)
+            except Exception as error:
+                print(
+                    f"warning: {_unreadable(path, error)}: it will be replaced", file=sys.stderr, flush=True
+                )
+            else:
+                self.best = {} if identity_differences(found.identity, identity) else found.metrics
+
+    def keep(self, path: Path, metrics: dict[str, float]) -> None:
+        """Keep the checkpoint `path` as the best or as that of its epoch; may be repeated.
+
+        Args:
+            path: path of the file.
+            metrics: its metrics; see `Checkpoint`. Empty: it was saved within an epoch and is not kept.
+        """
+        if not metrics:
+            return
+        self._check_lease()
+        if metrics["top1"] > self.best.get("top1", -1.0):
+            _link(path, self._folder / BEST)
+            self.best = metrics
+        if self._epochs:
+            _link(path, self._folder / f"epoch-{metrics['epoch']}.ckpt")
+            for old in epoch_checkpoints(self._folder)[: -self._epochs]:
+                old.unlink(missing_ok=True)
+
+
+def _link(path: Path, link: Path) -> None:
+    """Make `link` another name of the file `path`, atomically."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(path, temporary)
+    temporary.replace(link)
+    temporary.unlink(missing_ok=True)  # rename(2) does nothing if both are names of one file
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"{path} cannot be read ({first_line(error)[:80]})"

@@ -1,0 +1,35 @@
+"""The show command: everything about one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from hpc_imagenet.cli.command import RUN_NAMES, Command, add_json, add_run
+from hpc_imagenet.runs.store import RunStore
+
+
+def _show(store: RunStore, options: argparse.Namespace) -> int:
+    from hpc_imagenet.report import details, jobs_table
+
+    found = details.run_details(store.find(options.run))
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        jobs_table.terminal().print(details.render_details(found))
+    return 0
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_json(parser)
+
+
+COMMANDS = {
+    "show": Command(
+        "Print a run's state, settings, result, checkpoints with their sizes, and files.",
+        _show,
+        _add_arguments,
+        epilog=RUN_NAMES,
+    )
+}

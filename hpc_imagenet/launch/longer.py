@@ -1,0 +1,62 @@
+"""Training for more epochs than before: why a run cannot be continued, and which runs that concerns.
+
+Both schedules, cosine and linear, fall to zero at the last epoch. With more epochs the rate of every step
+after the warm-up is another one, so a longer training is another training, with another signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs.checkpoints import find_checkpoint
+from hpc_imagenet.runs.job import Job, signature
+from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.stages.train_stage import TRAIN
+
+
+def shorter_runs(jobs: Iterable[Job], store: RunStore) -> list[str]:
+    """Return a line for each new training that the workspace has with fewer epochs; reads no run."""
+    existing = {path.name for path in store.folder.glob("*")}
+    lines = []
+    for job in jobs:
+        if job.stage != TRAIN.name or job.run_id in existing:
+            continue
+        (content, identity), recipe = TRAIN.identity(job.config), job.config.recipe
+        for epochs in reversed(range(1, recipe.epochs)):
+            shorter = {**identity, "recipe": {**identity["recipe"], "epochs": epochs}}
+            run_id = f"{signature(TRAIN.name, content, shorter)}-{job.label}"
+            if run_id in existing:
+                why = _reason(recipe.schedule, epochs, recipe.epochs)
+                lines.append(f"{job.run_id} begins at the start and does not continue {run_id}: {why}")
+                break
+    return lines
+
+
+def refuse_settings(runs: Sequence[Run], settings: Sequence[str]) -> NoReturn:
+    """Raise for settings given to a run that would be continued.
+
+    Raises:
+        UserError: always; with the reason for a longer training.
+    """
+    name, _, value = settings[0].partition("=")
+    if name != "recipe.epochs" or not runs or not value.isdigit():
+        raise UserError(
+            f"{settings[0]}: retry keeps the settings of a run: give the command that submitted it again, "
+            f"with {name}"
+        )
+    run = runs[0]
+    recipe = run.frozen()["recipe"]
+    why = _reason(recipe["schedule"], recipe["epochs"], int(value))
+    raise UserError(
+        f"{settings[0]} cannot continue {run.id}: {why}; submit it as a new training, or begin one with its "
+        f"weights: model.weights={find_checkpoint(run)}"
+    )
+
+
+def _reason(schedule: str, before: int, after: int) -> str:
+    return (
+        f"its {schedule} schedule reaches a learning rate of zero at epoch {before}, and with {after} epochs "
+        "all rates would have been others"
+    )

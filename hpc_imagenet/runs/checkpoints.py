@@ -1,0 +1,47 @@
+"""Names of the checkpoints of a run, and which one a command means; reads no file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs.store import Run
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+
+
+def find_checkpoint(source: Path | Run, checkpoint: str | None = None) -> Path:
+    """Return the path of a checkpoint.
+
+    Args:
+        source: a run, its folder, or a file.
+        checkpoint: of a run: best, last, previous or epoch-N; None: best if there is one, else last.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    folder = source.folder if isinstance(source, Run) else source
+    if folder.is_file():
+        return folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such file or run: list the runs with python -m hpc_imagenet jobs")
+    found = {path.stem: path for path in list_checkpoints(folder)}
+    for name in [checkpoint.removesuffix(".ckpt")] if checkpoint else ["best", "last"]:
+        if name in found:
+            return found[name]
+    if checkpoint and found:
+        raise UserError(f"{folder.name} has no checkpoint {checkpoint}; it has {', '.join(found)}")
+    raise UserError(f"{folder.name} has no checkpoint: only a training has, after its first epoch")
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Return the checkpoints of a run: best, last, previous, then those of single epochs."""
+    folder = run_folder / "checkpoints"
+    named = [folder / name for name in (BEST, LAST, PREVIOUS)]
+    return [*(path for path in named if path.exists()), *epoch_checkpoints(folder)]
+
+
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of single epochs in `folder`, oldest epoch first."""
+    numbered = [(path.stem.removeprefix("epoch-"), path) for path in folder.glob("epoch-*.ckpt")]
+    return [path for _, path in sorted((int(n), path) for n, path in numbered if n.isdigit())]
