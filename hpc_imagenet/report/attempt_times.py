@@ -1,0 +1,81 @@
+"""When the attempts of a run were queued, running and requeued, and the GPU-hours of that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpc_imagenet.config.schema import cluster_from
+from hpc_imagenet.report.durations import instant
+from hpc_imagenet.runs.store import QUEUED, RUNNING, Attempt, Run, read_record
+
+REQUEUED = "requeued"  # in the queue again, after it has run
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A part of an attempt: `kind` is queued, running or requeued; begin and end in s since 1970."""
+
+    kind: str
+    begin: float
+    end: float
+
+
+def intervals(attempt: Attempt, active: bool) -> list[Interval]:
+    """Return the intervals of an attempt, in order.
+
+    The end of a start that was requeued is the time of its last progress. Where a clock has jumped back, an
+    interval is empty rather than negative.
+
+    Args:
+        attempt: the attempt.
+        active: whether it is queued or running, so that its last interval ends now.
+    """
+    submitted, started, outcome = attempt.submitted, attempt.started, attempt.outcome
+    ended = seconds_since_1970(outcome.time if outcome else None)
+    if ended is None and active:
+        ended = time.time()
+    starts = [*started.get("earlier", []), started] if started else []
+    begin = seconds_since_1970(submitted.get("time"))
+    found: list[Interval] = []
+    for number, start in enumerate(starts):
+        at = seconds_since_1970(start.get("time"))
+        if at is None:
+            continue
+        if begin is not None:
+            found.append(_interval(REQUEUED if found else QUEUED, begin, at))
+        if number + 1 < len(starts):
+            begin = max(at, seconds_since_1970(start.get("stopped")) or at)
+            found.append(_interval(RUNNING, at, begin))
+        elif ended is not None:
+            found.append(_interval(RUNNING, at, ended))
+    if not starts and begin is not None and ended is not None:
+        found.append(_interval(QUEUED, begin, ended))
+    return found
+
+
+def running_hours(parts: Sequence[Interval]) -> float:
+    """Return the hours in which a job was running."""
+    return sum(part.end - part.begin for part in parts if part.kind == RUNNING) / 3600
+
+
+def gpus_of(run: Run, frozen: dict[str, Any]) -> int:
+    """Return the number of GPUs of a training: those of its settings, or those of its local process."""
+    cluster = cluster_from(frozen, frozen["stage"]["name"])
+    if cluster.gpus_per_node is not None:
+        return cluster.nodes * int(cluster.gpus_per_node)
+    attempt = run.attempt
+    process = read_record(attempt.folder / "process.json") if attempt else {}
+    return len(process.get("gpus") or ())
+
+
+def seconds_since_1970(text: Any) -> float | None:
+    """Return an ISO 8601 time as s since 1970; None if there is none or it is damaged."""
+    moment = instant(text)
+    return moment.timestamp() if moment else None
+
+
+def _interval(kind: str, begin: float, end: float) -> Interval:
+    return Interval(kind, begin, max(begin, end))

@@ -1,0 +1,100 @@
+"""The datastores that trainings used: certificate, class names, and thumbnails of the worst classes."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from hpc_imagenet.config.schema import Datastore
+from hpc_imagenet.datastore.versions import Version, open_version, parse_json_object
+from hpc_imagenet.errors import UserError, first_line
+
+_CERTIFICATE = "certificate.json"
+_MAX_SKIPPED = 20  # corrupt images that are named
+
+
+def datastore_key(frozen: dict[str, Any]) -> str:
+    """Return the name of a run's datastore with its version, or with its content if that is still unknown."""
+    chosen = frozen["datastore"]
+    name = str(chosen["name"]).partition("@")[0]
+    if chosen.get("version"):
+        return f"{name}@v{chosen['version']}"
+    return f"{name} ({chosen['content']})" if chosen.get("content") else name
+
+
+def summarise_datastore(chosen: dict[str, Any], labels: Sequence[int] | None) -> dict[str, Any]:
+    """Return what the page shows of a datastore.
+
+    Args:
+        chosen: the group `datastore` of a frozen config.
+        labels: classes to show images of; None: no images.
+
+    Returns:
+        url, and of a datastore that can be read: version, created, images, classes (number), certificate
+        and thumbnails (data URIs by label); `note` where something is missing, and why.
+    """
+    summary: dict[str, Any] = {"url": chosen.get("url", ""), "note": "", "thumbnails": {}}
+    key = _Key(*(chosen.get(name) for name in ("name", "url", "version", "content")))
+    try:
+        summary |= _describe(key)
+        if labels:
+            summary["thumbnails"] = _thumbnails(key, tuple(labels))
+    except (UserError, OSError, ValueError, TypeError) as error:
+        summary["note"] = first_line(error)
+    return summary
+
+
+class _Key(NamedTuple):
+    """What selects a version. It never changes, so what was read of it is kept for the next live page."""
+
+    name: Any
+    url: Any
+    version: Any
+    content: Any
+
+    def open(self) -> Version:
+        return open_version(Datastore(**self._asdict()))
+
+
+@functools.lru_cache(maxsize=8)
+def _thumbnails(key: _Key, labels: tuple[int, ...]) -> dict[int, list[str]]:
+    from hpc_imagenet.report.html.sample_images import thumbnails  # numpy and Pillow
+
+    return thumbnails(key.open(), labels)
+
+
+@functools.lru_cache(maxsize=8)
+def _describe(key: _Key) -> dict[str, Any]:
+    version = key.open()
+    manifest, path = version.manifest, f"{version.path}/{_CERTIFICATE}"
+    certificate = parse_json_object(version.backend.read([path]).get(path))
+    return {
+        "version": version.number,
+        "created": manifest.created,
+        "images": {split: info.images for split, info in manifest.splits.items()},
+        "classes": len(manifest.classes),
+        "certificate": _shorten(certificate) if certificate else None,
+    }
+
+
+def _shorten(certificate: dict[str, Any]) -> dict[str, Any]:
+    """Return a certificate without its long lists: of files, classes and images."""
+    short = {key: value for key, value in certificate.items() if key not in ("files", "counts", "oddities")}
+    short["files"] = len(certificate.get("files", ()))
+    short["skipped_images"] = len(certificate.get("skipped", ()))
+    short["skipped"] = list(certificate.get("skipped", ()))[:_MAX_SKIPPED]
+    short["oddities"] = {
+        split: {flag: found.get("images", 0) for flag, found in flags.items()}
+        for split, flags in certificate.get("oddities", {}).items()
+    }
+    per_class: dict[str, list[int]] = {}
+    for splits in certificate.get("counts", {}).values():
+        for split, images in splits.items():
+            per_class.setdefault(split, []).append(images)
+    short["per_class"] = {
+        split: [min(images), round(statistics.median(images)), max(images)]
+        for split, images in per_class.items()
+    }
+    return short

@@ -1,0 +1,96 @@
+"""The report page as one HTML file: template, styles, scripts and data in one, so that it loads nothing.
+
+All text from runs reaches the page as JSON, in which `<` and `>` are escaped, and the script inserts it
+as text, never as HTML. A Content-Security-Policy allows only the scripts of this package, by their hashes,
+and no request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import atomic_write
+from hpc_imagenet.report.html.page_data import collect
+from hpc_imagenet.runs.store import RunStore
+
+_FOLDER = Path(__file__).parent
+_STYLES = ("vendor/uPlot.min.css", "page.css")
+_SCRIPTS = ("vendor/uPlot.iife.min.js", "elements.js", "charts.js", "details.js", "page.js")
+_ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+
+
+def write_page(store: RunStore, path: Path, with_images: bool = True) -> tuple[int, int]:
+    """Write the page of a workspace.
+
+    Args:
+        store: the runs of the workspace.
+        path: the file to create or replace.
+        with_images: whether thumbnails of val images are part of it.
+
+    Returns:
+        Number of trainings, and size of the page in bytes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: type a file, such as {path / 'report.html'}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} does not exist: create it, or type another file")
+    data = collect(store, with_images)
+    page = render_page(data)
+    with atomic_write(path) as file:
+        file.write(page)
+    return len(data["runs"]), len(page)
+
+
+def render_page(data: dict[str, Any], live: str | None = None) -> bytes:
+    """Return the HTML of a page.
+
+    Args:
+        data: value of `page_data.collect`.
+        live: URL from which the page fetches its data again, every few seconds; None: it makes no request.
+    """
+    scripts = [_read(name) for name in _SCRIPTS]
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:"
+    policy += "; base-uri 'none'; form-action 'none'" + ("; connect-src 'self'" if live else "")
+    parts = {
+        "POLICY": policy,
+        "LIVE": live or "",
+        "STYLES": "\n".join(_read(name) for name in _STYLES),
+        "SCRIPTS": "\n".join(f"<script>{script}</script>" for script in scripts),
+        "DATA": encode_data(data),
+        "LICENSE": _read("vendor/LICENSE-uPlot"),
+    }
+    before, *rest = _read("page.html").split("@@")
+    text = before + "".join(parts[part] if number % 2 == 0 else part for number, part in enumerate(rest))
+    return text.encode()
+
+
+def encode_data(data: dict[str, Any]) -> str:
+    """Return data as JSON that is safe within <script>."""
+    # JSON has no NaN: a loss of a training that diverged.
+    text = json.dumps(_finite(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.translate(_ESCAPED).encode(errors="replace").decode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,205 @@
+"""Collect everything that the report page shows, from the workspace alone, as one JSON value."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet import __version__
+from hpc_imagenet.report.attempt_times import intervals
+from hpc_imagenet.report.html.class_results import WORST, ClassResults, read_class_results
+from hpc_imagenet.report.html.config_differences import flatten, split_shared
+from hpc_imagenet.report.html.data_summary import datastore_key, summarise_datastore
+from hpc_imagenet.report.html.learning_curves import read_curves
+from hpc_imagenet.report.jobs_table import job_rows
+from hpc_imagenet.report.leaderboard import Training, trainings
+from hpc_imagenet.runs.store import Run, RunStore, now, read_record
+
+# What keeps a page of 1,000 runs below 10 MB.
+_CURVE_POINTS = 40_000  # of each kind of curve, over all runs
+_MIN_POINTS, _MAX_POINTS = 40, 400  # of one curve
+_CLASS_VALUES = 500_000  # accuracies per class, over all runs; the best runs get theirs first
+_DATASTORES = 6  # whose certificate and images are shown
+_OTHER_JOBS = 200  # newest runs of other stages in the timeline
+
+_ROW_KEYS = (
+    *("run", "model", "state", "reason", "datastore", "seed", "top1", "top5", "loss", "epochs", "parameters"),
+    *(
+        "gpu_hours",
+        "hours",
+        "images_per_second",
+        "dir",
+        "attempt",
+        "requeued",
+        "created",
+        "learned",
+        "advice",
+    ),
+    *("published_top1", "published_protocol", "published_same_protocol"),
+)
+
+
+def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
+    """Return the data of the page.
+
+    Args:
+        store: all runs of a workspace; damaged ones are shown with what can be read of them.
+        with_images: whether thumbnails of val images are part of it.
+    """
+    runs = store.all()
+    found = trainings(runs)
+    points = max(_MIN_POINTS, min(_MAX_POINTS, _CURVE_POINTS // max(1, len(found))))
+    classes = [read_class_results(entry.run.folder) for entry in found]
+    shared, differences = split_shared([flatten(entry.frozen) for entry in found])
+    keys = [_datastore_key(entry) for entry in found]
+    names = _class_names(keys, classes)
+    rows, values_left = [], _CLASS_VALUES
+    for entry, key, results, different in zip(found, keys, classes, differences, strict=True):
+        row: dict[str, Any] = {name: entry.row.get(name) for name in _ROW_KEYS}
+        row["datastore"], row["config"] = key, different
+        row["sweeps"] = [str(name) for name in entry.run.info.get("sweeps") or ()]
+        row["citation"] = entry.published.citation if entry.published else None
+        row["attempts"] = _attempts(entry.run, row["state"])
+        row["curves"] = read_curves(entry.run.folder / "metrics.csv", points)
+        row["bottleneck"] = _bottleneck(entry.run.folder)
+        if results is not None and _same_classes(results, names.get(key)):
+            row["classes"] = _describe_classes(results, values_left >= len(results.top1))
+            values_left -= len(results.top1)
+        rows.append(row)
+    datastores = _datastores(found, keys, classes, with_images)
+    for key, summary in datastores.items():
+        summary["names"] = names.get(key, [])
+    datastores = _with_version_names(datastores, rows)
+    others = [run for run in runs if run.info.get("stage") != "train"][-_OTHER_JOBS:]
+    return {
+        "version": __version__,
+        "workspace": str(store.folder.parent),
+        "generated": now(),
+        "runs": rows,
+        "shared": shared,
+        "datastores": datastores,
+        "other_jobs": _other_jobs(others),
+    }
+
+
+def _datastore_key(entry: Training) -> str:
+    try:
+        return datastore_key(entry.frozen)
+    except (KeyError, TypeError, AttributeError):
+        return "unknown"
+
+
+def _attempts(run: Run, state: str) -> list[dict[str, Any]]:
+    """Return number, state, reason, hosts and parts of each attempt: [kind, begin, end] in s since 1970."""
+    attempts, found = run.attempts(), []
+    active = state in ("queued", "running")
+    for attempt in attempts:
+        is_last = attempt is attempts[-1]
+        outcome, started, submitted = attempt.outcome, attempt.started, attempt.submitted
+        starts = [*started.get("earlier", ()), *([started] if started else ())]
+        found.append(
+            {
+                "number": attempt.number,
+                "state": outcome.state if outcome else (state if is_last else "failed"),
+                "reason": outcome.reason if outcome else "",
+                "executor": submitted.get("executor"),
+                "job": submitted.get("job_id"),
+                "hosts": list(
+                    dict.fromkeys(str(start.get("nodes") or start.get("host")) for start in starts)
+                ),
+                "code": (submitted.get("code") or {}).get("commit")
+                or (submitted.get("code") or {}).get("version"),
+                "parts": [
+                    [part.kind, round(part.begin), round(part.end)]
+                    for part in intervals(attempt, active and is_last)
+                ],
+            }
+        )
+    return found
+
+
+def _bottleneck(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    with contextlib.suppress(OSError):  # such as no permission: another user's run
+        record = read_record(folder / "bottleneck.json")
+    keys = ("bottleneck", "waiting", "cores", "workers", "loader_images_per_second",
+            "device_images_per_second", "suggestion")  # fmt: skip
+    return {key: record[key] for key in keys if key in record}
+
+
+def _class_names(
+    keys: Sequence[str], classes: Sequence[ClassResults | None]
+) -> dict[str, list[tuple[str, str]]]:
+    """Return ids and names of the classes of each datastore, once for all its runs."""
+    names: dict[str, list[tuple[str, str]]] = {}
+    for key, results in zip(keys, classes, strict=True):
+        if results is not None:
+            names.setdefault(key, list(results.names))
+    return names
+
+
+def _same_classes(results: ClassResults, names: list[tuple[str, str]] | None) -> bool:
+    return names is not None and list(results.names) == names
+
+
+def _describe_classes(results: ClassResults, with_all: bool) -> dict[str, Any]:
+    """Return the histogram and, for the worst classes, [label, top-1, images, [[predicted, images], …]]."""
+    worst = [
+        [label, results.top1[label], results.images[label], results.confused.get(label, [])]
+        for label in results.worst()
+    ]
+    described: dict[str, Any] = {"histogram": results.histogram(), "worst": worst}
+    if with_all:  # in tenths of a percent, the shortest form in JSON
+        described["top1"] = [None if top1 is None else round(1000 * top1) for top1 in results.top1]
+    return described
+
+
+def _datastores(
+    found: Sequence[Training], keys: Sequence[str], classes: Sequence[ClassResults | None], with_images: bool
+) -> dict[str, dict[str, Any]]:
+    chosen: dict[str, dict[str, Any]] = {}
+    labels: dict[str, dict[int, None]] = {}
+    for entry, key, results in zip(found, keys, classes, strict=True):
+        if key not in chosen:
+            if len(chosen) == _DATASTORES or not isinstance(entry.frozen.get("datastore"), dict):
+                continue
+            chosen[key] = entry.frozen["datastore"]
+        needed = labels.setdefault(key, {})
+        if results is not None and len(needed) < 4 * WORST:
+            for label in results.worst():
+                needed[label] = None
+                needed |= dict.fromkeys(other for other, _ in results.confused.get(label, [])[:1])
+    return {
+        key: summarise_datastore(datastore, list(labels[key]) if with_images else None)
+        for key, datastore in chosen.items()
+    }
+
+
+def _with_version_names(
+    datastores: dict[str, dict[str, Any]], rows: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Name datastores by their version, also those that the runs of a pipeline know by content only."""
+    renamed = {
+        key: f"{key.partition(' (')[0]}@v{summary['version']}"
+        if " (" in key and "version" in summary
+        else key
+        for key, summary in datastores.items()
+    }
+    for row in rows:
+        row["datastore"] = renamed.get(row["datastore"], row["datastore"])
+    return {renamed[key]: summary for key, summary in datastores.items()}
+
+
+def _other_jobs(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": run.id,
+            "stage": row["stage"],
+            "state": row["state"],
+            "reason": row["reason"],
+            "attempts": _attempts(run, row["state"]),
+        }
+        for run, row in zip(runs, job_rows(runs), strict=True)
+    ]

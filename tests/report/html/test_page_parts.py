@@ -1,0 +1,101 @@
+"""What the page is made of, without a browser."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_imagenet.report.html import page
+from hpc_imagenet.report.html.class_results import read_class_results
+from hpc_imagenet.report.html.config_differences import flatten, split_shared
+from hpc_imagenet.report.html.learning_curves import read_curves, thin_out
+from hpc_imagenet.report.html.page import encode_data, render_page
+
+HEADER = "step,epoch,train_loss,learning_rate,images_per_second,val_top1,val_top5,val_loss,data_wait\r\n"
+
+
+def test_curves_are_read_by_epoch(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    assert read_curves(path, 10) == {}
+    path.write_text(f"{HEADER}5,0,2.5,0.1,,,,,\r\n10,0,2.0,0.05,300.0,,,,0.25\r\n10,0,,,,0.5,0.9,1.5,\r\n")
+    assert read_curves(path, 10) == {
+        "steps": {"x": [0.5, 1], "train_loss": [2.5, 2], "lr": [0.1, 0.05]},
+        "val": {"x": [1], "val_loss": [1.5], "top1": [0.5], "top5": [0.9]},
+        "speed": {"x": [1], "rate": [300], "wait": [0.25]},
+    }
+
+
+def test_curves_of_damaged_and_older_files(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,epoch,train_loss\n1,0,1.5\n2,0,nan\n3,0,inf\n4,0\n5,0,0.5,7\nx,y,z")
+    assert read_curves(path, 10)["steps"]["train_loss"] == [1.5, None, None, None]
+    path.write_bytes(b"\x00\xff\n\xfe")
+    assert read_curves(path, 10) == {}
+    path.write_text("")
+    assert read_curves(path, 10) == {}
+
+
+def test_curves_are_thinned_out_to_evenly_spaced_points() -> None:
+    assert thin_out(range(100), 4) == [0, 33, 66, 99]
+    assert thin_out([1, 2], 4) == [1, 2]
+
+
+def test_class_results_and_damaged_files(tmp_path: Path) -> None:
+    assert read_class_results(tmp_path) is None
+    classes = 'label,id,names,images,top1,top5\n0,n0,cat,10,0.5,1\n1,n1,"dog, hound",10,1.0,1\n2,n2,x,0,,\n'
+    (tmp_path / "val_classes.csv").write_text(classes)
+    results = read_class_results(tmp_path)
+    assert results is not None
+    assert results.names[1] == ("n1", "dog, hound")
+    assert results.worst() == [0]
+    assert results.confused == {}
+    assert sum(results.histogram()) == 2
+    assert (results.histogram()[10], results.histogram()[-1]) == (1, 1)
+    (tmp_path / "val_confusion.csv").write_text("label,predicted,images\n0,1,4\n0,77,1\n")
+    results = read_class_results(tmp_path)
+    assert results is not None
+    assert results.confused == {0: [(1, 4)]}  # there is no class 77
+    (tmp_path / "val_confusion.csv").write_text("label,predicted,images\n0,1")
+    assert read_class_results(tmp_path) is None
+
+
+def test_settings_are_compared_with_the_most_frequent_value() -> None:
+    configs: list[dict[str, Any]] = [{"a": {"b": rate, "c": None}, "workspace": "/x"} for rate in (1, 1, 2)]
+    configs[2]["a"]["new"] = "text"
+    shared, differences = split_shared([flatten(config) for config in configs])
+    assert shared == {"a.b": "1", "a.c": "null", "a.new": "not set"}
+    assert differences == [{}, {}, {"a.b": "2", "a.new": "text"}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["</script><script>alert(1)", "<!--", "\u2028", "\ud800 half of a pair", "a & b", "@@DATA@@", "\\"],
+)
+def test_any_text_is_safe_within_a_script(text: str) -> None:
+    encoded = encode_data({"text": text, "numbers": [float("nan"), float("inf"), 1.5]})
+    assert not set("<>&\u2028\u2029") & set(encoded)
+    decoded = json.loads(encoded)
+    assert decoded == {"text": text.replace("\ud800", "?"), "numbers": [None, None, 1.5]}
+    html = render_page({"text": text}).decode()
+    assert html.count("<script") == html.count("</script>") == 6
+    assert "alert(1)" not in html or "\\u003cscript\\u003ealert(1)" in html
+
+
+def test_vendored_files_are_unchanged() -> None:
+    vendor = Path(page.__file__).with_name("vendor")
+    hashes = re.findall(r"^([0-9a-f]{64})  (\S+)$", (vendor / "README.md").read_text(), re.MULTILINE)
+    assert len(hashes) == 2
+    for expected, name in hashes:
+        assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == expected
+    assert "Leon Sorokin" in render_page({}).decode()
+
+
+def test_only_a_live_page_may_send_requests() -> None:
+    assert b"connect-src" not in render_page({})
+    assert b"connect-src 'self'" in render_page({}, live="data.json")
+    assert b"http://" not in render_page({}).replace(b"http://www.w3.org", b"")
