@@ -126,15 +126,20 @@ class Handle:
 
         cancel_run(self._run)
 
-    def retry(self) -> None:
+    def retry(self, *settings: str, again: bool = False) -> None:
         """Continue the run from where it stopped, and the failed or cancelled runs that it needs.
 
-        Raises:
-            UserError: the run was not submitted to a queue, or Slurm refused it.
-        """
-        from hpc_imagenet.launch.submission import retry_run
+        Args:
+            settings: `SETTING=VALUE` outside the signature, instead of the remedy of the run's diagnosis.
+            again: whether to submit it although it would fail, or has failed twice, the same way.
 
-        retry_run(RunStore(self.folder.parents[1]), self._run)
+        Raises:
+            UserError: it would fail again, it was not submitted to a queue, or Slurm refused it.
+        """
+        from hpc_imagenet.launch.retry_plan import plan_retry, send_retry
+
+        store = RunStore(self.folder.parents[1])
+        send_retry(store, plan_retry(store, [self._run], settings, again))
 
 
 def submit(overrides: str | Sequence[str], config_dir: str | None = None) -> list[Handle]:

@@ -22,6 +22,7 @@ echo Submitted batch job $((n + 1))
 SQUEUE = """
 test ! -f $here/queue || awk -F'|' '{printf "%-48s%-24s%-12s%-12s%-160s\\n", $1, $2, $3, $4, $5}' $here/queue
 """
+SCONTROL = "echo 'Slurmctld(primary) at head is UP'"
 SCANCEL = 'echo "$@" >> $here/cancelled'
 # srun drops its own options and runs the command as the only task, with its output where srun would write it.
 SRUN = """
@@ -46,6 +47,14 @@ def write_command(folder: Path, name: str, text: str) -> None:
     path = folder / name
     path.write_text(f"#!/bin/bash\nhere={folder}\n{text}\n")
     path.chmod(0o755)
+
+
+def write_slurm(folder: Path) -> None:
+    """Write all commands of submission into `folder`; srun does nothing."""
+    slurm._reply_cache.clear()
+    commands = {"sbatch": SBATCH, "squeue": SQUEUE, "scancel": SCANCEL, "scontrol": SCONTROL, "srun": "true"}
+    for name, text in commands.items():
+        write_command(folder, name, text)
 
 
 def queue_row(job: object, state: str, reason: str = "None") -> str:

@@ -13,8 +13,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -151,9 +153,14 @@ def run_command(command: str, reader: Reader) -> None:
         settings = " cluster=local wait=true" if name[1] == "evaluate" else ""
         assert "checkpoints/best.ckpt" in reader.run_shell(command.replace("RUN", run) + settings)
         return
-    if name[1] in ("jobs", "report"):
+    if "--watch" in command:
+        assert "needs a terminal" in reader.run_shell(command, code=2)
+    elif name[1] in ("jobs", "report"):
         output = reader.run_shell(command)
-        assert json.loads(output) if "--json" in command else SMALL in output
+        if re.search("--(failed|running)", command):
+            assert "no runs in" in output or SMALL in output
+        else:
+            assert json.loads(output) if "--json" in command else SMALL in output
     elif name[1] == "logs":
         run = next(row["run"] for row in reader.cli.jobs() if row["model"] == SMALL)
         assert "epoch 1/1" in reader.run_shell(command.replace("RUN", run))
@@ -175,6 +182,27 @@ def use_network(command: str, reader: Reader) -> None:
         Image.new("RGB", (20, 30), "red").save(photographs / "red.jpg")
     output = reader.run_shell(command.replace("RUN", run))
     assert ("README.md" if " export " in command else "red.jpg") in output
+
+
+def run_report(command: str, reader: Reader) -> None:
+    if "--serve" not in command:
+        option = re.search(r"--(html|csv|markdown)", command)
+        assert option
+        expected = {"html": "wrote ", "csv": "run,model,", "markdown": "| run | model |"}
+        assert reader.run_shell(command).startswith(expected[option[1]])
+        return
+    words = shlex.split(re.sub(r" --port \d+", "", command))
+    with subprocess.Popen(
+        words, cwd=reader.folder, env=reader.cli.env, stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stdout
+            url = next(line.split()[-1] for line in server.stdout if line.startswith("browser"))
+            with urllib.request.urlopen(url) as reply:
+                assert b"<title>Trainings</title>" in reply.read()
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0
 
 
 def run_session(command: str, reader: Reader) -> None:
@@ -268,8 +296,10 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
     (r'eval "\$\(hpc-imagenet -sc install=bash\)"', run_completion),
     (rf"{PROGRAM} --cfg job( \S+=\S+)*", run_unchanged),
     (rf"{PROGRAM} (jobs|report)( --json)?", run_command),
-    (rf"{PROGRAM} logs RUN( -f)?", run_command),
-    (rf"{PROGRAM} (cancel|retry) RUN", run_command),
+    (rf"{PROGRAM} report --(html report\.html|csv|markdown|serve( --port \d+)?)", run_report),
+    (rf"{PROGRAM} jobs( --(failed|running|watch)| --(stage|sweep|since) \w+)+", run_command),
+    (rf"{PROGRAM} logs RUN( -f| -n \d+| --(rank|attempt) \d+)*", run_command),
+    (rf"{PROGRAM} (cancel|retry) RUN( --dry-run| cluster\.\w+=\w+)*", run_command),
     (rf"{PROGRAM} (show|evaluate) RUN( [\w.]+=\S+)*", run_command),
     (rf"{PROGRAM} (export|predict) RUN [\w-]+( --[\w-]+( \w+)?)*", use_network),
     (r"pip install -c constraints\.txt -e '\.\[\w+\]'", check_extra),

@@ -19,7 +19,7 @@ COMMANDS = {
     "logs": "run_commands",
     "cancel": "run_commands",
     "retry": "run_commands",
-    "report": "run_commands",
+    "report": "report_command",
     "show": "show_command",
     "evaluate": "evaluate_command",
     "export": "export_command",

@@ -29,7 +29,7 @@ Submit jobs (returns at once; jobs run in the background):
   dataset=   imagenet, digits, images or ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
   model=     any classification model of torchvision.models
   recipe=    standard90, fast16 … fast88, modern, finetune, linear_probe, demo
-  seed=0     workspace=FOLDER
+  seed=0     workspace=FOLDER                  sweep=NAME   for jobs, cancel and retry --sweep NAME
   +stage=session [session.datastore=NAME] [session.gpus=N] [session.time=MINUTES]: Jupyter Lab on a node
   datastore.name=NAME[@vN]    trains on that datastore; with a model and a recipe it needs no dataset
   datastore.url=FOLDER, user@host:/path, s3://bucket/prefix
@@ -37,13 +37,14 @@ Submit jobs (returns at once; jobs run in the background):
   dry_run=true   print the jobs without submitting them
 
 Commands:
-  python -m hpc_imagenet jobs [--json]         list all runs: state, progress
-  python -m hpc_imagenet logs RUN [-f]         print a run's output
-  python -m hpc_imagenet cancel RUN …          stop runs
-  python -m hpc_imagenet retry RUN …           continue runs from where they stopped
+  python -m hpc_imagenet jobs [--watch] [--running] [--failed] [--stage S] [--sweep S] [--since 2d] [--json]
+  python -m hpc_imagenet logs RUN [-f] [-n LINES] [--rank N] [--attempt N]   print a run's output
+  python -m hpc_imagenet cancel RUN … | --sweep S            stop runs
+  python -m hpc_imagenet retry RUN … | --sweep S | --failed [SETTING=VALUE …] [--dry-run] [--again]
+                                               continue runs, with the remedy of their failure
   python -m hpc_imagenet connect RUN           wait for a session and print how to connect to it
   python -m hpc_imagenet pause RUN · resume RUN [SETTING=VALUE …]   stop a session; restart it in its folder
-  python -m hpc_imagenet report [--json]       print the leaderboard
+  python -m hpc_imagenet report [--html FILE | --serve | --csv | --markdown | --json]   the leaderboard
   python -m hpc_imagenet show RUN [--json]     print a run's settings, result, checkpoints and files
   python -m hpc_imagenet evaluate RUN|FILE [split=test] [datastore.name=NAME]   score a checkpoint, as a job
   python -m hpc_imagenet export RUN|FILE OUT [--format onnx]   write a network for torchvision, timm, ONNX …
@@ -86,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def print_error(error: UserError) -> int:
     """Print a user error in one line and return its exit code."""
-    # A file name may hold line breaks and control characters, which a terminal would obey.
-    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(error))
-    print(f"error: {line}", file=sys.stderr)
+    from hpc_imagenet.io.printable import one_line  # it may quote a label, a reason or a file name
+
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
 
 
@@ -171,7 +172,8 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
     overrides, reason = resolve_cluster(add_stored_settings(overrides))
     prepared = prepare(compose(overrides, multirun, config_dir))
     why = f" ({reason})" if reason else ""
-    print(f"cluster: {prepared.executor}{why} · workspace: {prepared.first.workspace}")
+    sweep = f" · sweep: {prepared.first.sweep}" if prepared.first.sweep else ""
+    print(f"cluster: {prepared.executor}{why} · workspace: {prepared.first.workspace}{sweep}")
     for line in shorter_runs(prepared.jobs, prepared.store):
         print(line)
     if prepared.first.dry_run:
@@ -192,7 +194,8 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
 
         return 0 if watch([entry.run for entry in submitted], terminal()) else 1
     commands = "connect RUN · pause RUN" if only_sessions else "logs RUN -f · cancel RUN · report"
-    print(f"python -m hpc_imagenet jobs · {commands}")
+    jobs = f"jobs --sweep {prepared.first.sweep}" if prepared.first.sweep else "jobs"
+    print(f"python -m hpc_imagenet {jobs} · {commands}")
     return 0
 
 

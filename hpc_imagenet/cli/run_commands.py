@@ -1,102 +1,147 @@
-"""Commands on runs: jobs, logs, cancel, retry and report."""
+"""Commands on runs: jobs, logs, cancel and retry."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+import sys
 
-from hpc_imagenet.cli.command import RUN_NAMES, Command, add_json, add_run, add_runs
-from hpc_imagenet.runs.store import Run, RunStore
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from hpc_imagenet.cli.command import RUN_NAMES, Command, add_json, add_run
+from hpc_imagenet.cli.run_selection import (
+    add_runs_or_selection,
+    add_selection,
+    has_selection,
+    named_or_selected,
+    selected_rows,
+)
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.printable import one_line
+from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RunStore
 
 
 def _jobs(store: RunStore, options: argparse.Namespace) -> int:
-    from hpc_imagenet.report import jobs_table
+    from hpc_imagenet.report.jobs_table import print_jobs, terminal
+    from hpc_imagenet.runs.run_records import RecordCache
 
-    rows = jobs_table.job_rows(store.all())
-    return _print_rows(rows, jobs_table.render_jobs, f"no runs in {store.folder}", options)
+    cache = RecordCache(store)
+    if options.watch:
+        from hpc_imagenet.report.jobs_screen import watch_jobs
 
-
-def _report(store: RunStore, options: argparse.Namespace) -> int:
-    from hpc_imagenet.report import leaderboard
-
-    rows = leaderboard.leaderboard_rows(store.all())
-    return _print_rows(rows, leaderboard.render_leaderboard, f"no trainings in {store.folder}", options)
-
-
-def _print_rows(
-    rows: list[dict[str, Any]],
-    render: Callable[[list[dict[str, Any]]], Table],
-    if_empty: str,
-    options: argparse.Namespace,
-) -> int:
-    from hpc_imagenet.report.jobs_table import terminal
-
+        watch_jobs(lambda began: selected_rows(store, cache, options, began))
+        return 0
+    rows = selected_rows(store, cache, options)
     if options.json:
         print(json.dumps(rows, indent=2))
-    elif not rows:
-        print(if_empty)
+    elif rows:
+        print_jobs(rows, terminal())
     else:
-        terminal().print(render(rows))
+        print(f"no runs in {store.folder}" + (" match" if has_selection(options) else ""))
     return 0
+
+
+def _add_jobs_arguments(parser: argparse.ArgumentParser) -> None:
+    add_selection(parser)
+    parser.add_argument("--watch", action="store_true", help="update the table until q is pressed")
+    add_json(parser)
 
 
 def _logs(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.report import logs
 
-    logs.show_logs(store.find(options.run), options.follow)
+    run = store.find(options.run)
+    logs.show_logs(run, options.follow, options.rank, options.attempt, options.lines)
     return 0
 
 
 def _add_logs_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
+    parser.add_argument("--rank", type=int, metavar="N", help="only the output of this rank; else of all")
+    parser.add_argument("--attempt", type=int, metavar="N", help="an earlier attempt; else the newest")
+    parser.add_argument("-n", "--lines", type=int, help="only the last LINES lines of each log file")
     parser.add_argument("-f", "--follow", action="store_true", help="follow until the run has ended")
 
 
 def _cancel(store: RunStore, options: argparse.Namespace) -> int:
+    from hpc_imagenet.launch.states import states
     from hpc_imagenet.launch.submission import cancel_run
 
-    for run in _find_all(store, options.runs):
-        previous = cancel_run(run)
-        print(f"{'cancelled' if previous.active else f'already {previous.name}'}  {run.id}")
+    runs, by_options = named_or_selected(store, options, "cancel")
+    state_of = states(runs)
+    errors = []
+    # Queued runs first: at the end of a running one the local queue would start the next.
+    for run in sorted(runs, key=lambda run: state_of[run.id].name != QUEUED):
+        status = state_of[run.id]
+        try:
+            cancel_run(run, status=status)
+        except UserError as error:  # the others are cancelled all the same
+            errors.append(error)
+        else:
+            if status.active or not by_options:
+                print(f"{'cancelled' if status.active else f'already {status.name}'}  {one_line(run.id)}")
+    if by_options and not any(status.active for status in state_of.values()):
+        print("no run that matches is queued or running")
+    for other in errors[1:]:
+        print(f"error: {one_line(other)}", file=sys.stderr)
+    if errors:
+        raise errors[0]
     return 0
 
 
 def _retry(store: RunStore, options: argparse.Namespace) -> int:
-    from hpc_imagenet.launch.longer import refuse_settings
-    from hpc_imagenet.launch.submission import retry_run
+    from hpc_imagenet.launch.longer import refuse_longer
+    from hpc_imagenet.launch.retry_plan import plan_retry, send_retry
+    from hpc_imagenet.launch.states import states
 
     settings = [word for word in options.runs if "=" in word]
-    options.runs = [word for word in options.runs if word not in settings]
-    if settings:
-        refuse_settings(_find_all(store, options.runs), settings)
-    for run in _find_all(store, options.runs):
-        for entry in retry_run(store, run):
-            print(f"{entry.label}  {entry.run.id}")
+    options.runs = [word for word in options.runs if "=" not in word]
+    runs, by_options = named_or_selected(store, options, "retry")
+    if longer := [line for line in settings if line.startswith("recipe.epochs=") and runs]:
+        refuse_longer(runs[0], longer[0])
+    if by_options:
+        state_of = states(runs)
+        runs = [run for run in runs if state_of[run.id].name in (FAILED, CANCELLED)]
+        if not runs:
+            print("no run that matches has failed or was cancelled")
+    # One that cannot be continued must not keep the others of a selection from it.
+    plan = plan_retry(store, runs, settings, options.again, leave_out=by_options)
+    for error in plan.refused:
+        print(f"left out  {one_line(error)}", file=sys.stderr)
+    for planned in plan.planned:
+        print(f"{one_line(planned.run.id)}  {one_line(planned)}")
+    if options.dry_run:
+        print("nothing was submitted (--dry-run)")
+        return 0
+    for entry in send_retry(store, plan):
+        print(f"{entry.label}  {one_line(entry.run.id)}")
     return 0
 
 
-def _find_all(store: RunStore, names: Sequence[str]) -> list[Run]:
-    # All names are looked up before the first run is changed: one misspelt name stops the whole command.
-    return [store.find(name) for name in names]
+def _add_retry_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN|SETTING=VALUE", nargs="*")
+    add_selection(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what would change, and submit nothing")
+    parser.add_argument(
+        "--again", action="store_true", help="submit also what would fail, or failed twice, the same way"
+    )
 
 
 COMMANDS = {
-    "jobs": Command("List all runs with their state and progress.", _jobs, add_json, needs_runs=False),
+    "jobs": Command(
+        "List all runs with their state and progress.", _jobs, _add_jobs_arguments, needs_runs=False
+    ),
     "logs": Command(
-        "Print the output of a run's newest attempt.", _logs, _add_logs_arguments, epilog=RUN_NAMES
+        "Print the output of a run: stdout, then stderr, of its newest attempt.",
+        _logs,
+        _add_logs_arguments,
+        epilog=RUN_NAMES,
     ),
     "cancel": Command(
-        "Stop queued or running runs; retry continues them.", _cancel, add_runs, epilog=RUN_NAMES
+        "Stop queued or running runs; retry continues them.", _cancel, add_runs_or_selection, epilog=RUN_NAMES
     ),
     "retry": Command(
-        "Continue failed or cancelled runs from where they stopped.", _retry, add_runs, epilog=RUN_NAMES
-    ),
-    "report": Command(
-        "Print the leaderboard of all trainings and evaluations.", _report, add_json, needs_runs=False
+        "Continue failed or cancelled runs from where they stopped, each with the remedy of its failure.",
+        _retry,
+        _add_retry_arguments,
+        epilog=f"{RUN_NAMES} SETTING=VALUE: a setting outside the signature, such as cluster.time=600.",
     ),
 }

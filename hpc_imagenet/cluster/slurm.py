@@ -75,6 +75,11 @@ def this_step() -> str | None:
     return os.environ.get("SLURM_STEP_ID")
 
 
+def this_node_list() -> str | None:
+    """Return the nodes of this step, else of this job, as Slurm writes them: `n1` or `n[1-4,7]`; or None."""
+    return os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+
+
 def query_jobs(job_ids: Iterable[str], since: float | None = None) -> dict[str, JobStatus]:
     """Return the status of jobs by id, from squeue and, for jobs that have left the queue, from sacct.
 

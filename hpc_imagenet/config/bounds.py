@@ -30,6 +30,8 @@ def check_values(config: Config) -> None:
         "datastore.url", config.datastore.url, "boto3 and ssh read credentials from their own files"
     )
     _check_folder_name("dataset.name", config.dataset.name)
+    if config.sweep is not None:
+        _check_folder_name("sweep", config.sweep)
     if config.stage.name == "session":
         _check_folder_name("session.name", config.session.name)
     for split in ("train", "val", "devkit"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -42,12 +43,13 @@ from hpc_imagenet.config.overrides import (
     quoted_form,
     takes_quotes,
 )
-from hpc_imagenet.config.schema import DATA_STAGES, Config
+from hpc_imagenet.config.schema import DATA_STAGES, OPEN_MAPPINGS, Config
 from hpc_imagenet.config.slurm_values import check_quoted_times
 from hpc_imagenet.config.stored_settings import add_stored_settings, config_folders
 from hpc_imagenet.errors import UserError
 
 VERSION_BASE = "1.3"  # version of Hydra's behaviour
+_SWEEP_NAME_LENGTH = 24  # characters of a sweep's name before its hash
 _HERE = Path(__file__).resolve().parents[1]  # the package
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # in a wheel, in a checkout
 
@@ -116,12 +118,15 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
         loader = GlobalHydra.instance().config_loader()
         try:
-            composed = list(_combinations(_parse(overrides, loader), multirun, loader))
+            parsed = _parse(overrides, loader)
+            composed = list(_combinations(parsed, multirun, loader))
         except HydraException as error:
             raise UserError(explain(error)) from None
         except OmegaConfBaseException as error:
             raise UserError(explain_value(error)) from None
+    sweep = _sweep_name(parsed)
     for config in composed:
+        config.sweep = sweep if config.sweep is None else config.sweep
         check_values(config)
     return composed
 
@@ -139,7 +144,8 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         try:
             (override,) = OverridesParser.create().parse_overrides([line])
             key = override.key_or_group
-            if override.is_sweep_override() or override.is_delete() or key not in setting_names(node):
+            known = key in setting_names(node) or key.startswith(tuple(f"{name}." for name in OPEN_MAPPINGS))
+            if override.is_sweep_override() or override.is_delete() or not known:
                 raise UserError(
                     f"{line}: only single values can be set, such as session.gpus=4 or cluster.partition=gpu"
                 )
@@ -147,7 +153,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
                 raise UserError(
                     f"{line} selects a file of conf/: possible only when a run is first submitted"
                 )
-            OmegaConf.update(node, key, override.value(), merge=True)
+            OmegaConf.update(node, key, override.value(), merge=True, force_add=True)
         except OverrideParseException as error:
             raise UserError(explain(error)) from None
         except OmegaConfBaseException as error:
@@ -240,6 +246,20 @@ def _missing_name(composed: DictConfig) -> str:
     source = "" if OmegaConf.is_missing(composed.dataset, "source") else composed.dataset.source
     other = "" if composed.stage.name in DATA_STAGES else ", or datastore.name=NAME of one to train on"
     return f"dataset.name is not set: add dataset.name={name_for(source)}{other}"
+
+
+def _sweep_name(parsed: Sequence[Override]) -> str | None:
+    """Return the swept settings and a hash of all that do not only say where or how to run; None: no sweep.
+
+    The same sweep given again, perhaps with more memory, has the same name.
+    """
+    swept = [str(each.key_or_group).rpartition(".")[2] for each in parsed if each.is_sweep_override()]
+    if not swept:
+        return None
+    aside = ("cluster", "workspace", "wait", "dry_run", "hydra")
+    lines = [str(each.input_line) for each in parsed if each.key_or_group.partition(".")[0] not in aside]
+    digest = hashlib.sha256(repr(sorted(lines)).encode()).hexdigest()
+    return f"{'-'.join(swept)[:_SWEEP_NAME_LENGTH]}-{digest[:6]}"
 
 
 def _typed(composed: DictConfig) -> Config:

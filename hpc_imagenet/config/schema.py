@@ -333,6 +333,9 @@ class Config:
     seed: int = setting(MISSING, "seed of weights, order and augmentation", minimum=0, maximum=2**32 - 1)
     wait: bool = setting(MISSING, "wait for the jobs with a live table")
     dry_run: bool = setting(MISSING, "print what would be submitted, and submit nothing")
+    sweep: str | None = setting(
+        None, "name of the sweep that the runs belong to; null: made from a sweep's settings"
+    )
     stage: StageSelection = field(default_factory=StageSelection)
     cluster: Cluster = field(default_factory=Cluster)
     dataset: Dataset = field(default_factory=Dataset)

@@ -9,6 +9,7 @@ there the download stage makes the archives itself.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import tempfile
@@ -36,7 +37,9 @@ Where to look next:
   python -m hpc_imagenet jobs                all runs and their states
   python -m hpc_imagenet +stage=pipeline dry_run=true
                                              the same plan for ImageNet (155 GB)
-  README.md                                  clusters, recipes, settings"""
+  README.md                                  clusters, recipes, settings
+
+The report with curves, classes and data; open it in a browser: {page}"""
 
 
 def main() -> None:
@@ -54,12 +57,17 @@ def main() -> None:
         )
         code = 130
     if code == 0:
-        arguments = ["report", *(setting for setting in settings if setting.startswith("workspace="))]
-        print(f"\n$ python -m hpc_imagenet {' '.join(arguments)}")
-        cli.run(arguments)
+        chosen = [setting for setting in settings if setting.startswith("workspace=")]
+        default = os.environ.get("HPC_IMAGENET_WORKSPACE", "workspace")
+        page = (
+            Path((chosen or [default])[-1].removeprefix("workspace=")).expanduser().absolute() / "report.html"
+        )
+        for arguments in (["report", *chosen], ["report", "--html", str(page), *chosen]):
+            print(f"\n$ python -m hpc_imagenet {' '.join(arguments)}")
+            cli.run(arguments)
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
-        print(f"total time {minutes}:{seconds:02} (min:s)")
-        print(NEXT)
+        print(f"\ntotal time {minutes}:{seconds:02} (min:s)")
+        print(NEXT.format(page=page))
     sys.exit(code)
 
 

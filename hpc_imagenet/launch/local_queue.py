@@ -26,9 +26,9 @@ from typing import Any
 import psutil
 
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
+from hpc_imagenet.io.atomic_files import write_json, write_json_once
 from hpc_imagenet.launch.executor import State
-from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RUNNING, Attempt, Run, RunStore
+from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RUNNING, Attempt, Run, RunStore, read_record
 
 NO_OUTCOME = "ended without an outcome (killed, out of memory, or the machine restarted): retry resumes it"
 GRACE = 10.0  # s between SIGTERM and SIGKILL
@@ -86,8 +86,8 @@ def is_worker_alive(store: RunStore) -> bool:
 
 def is_worker_expected(store: RunStore) -> bool:
     """Whether a worker is running or starting; to report a state, not to decide whether to start one."""
-    identity = read_json(queue_folder(store) / "worker.json")
-    return is_worker_alive(store) or (identity is not None and _find_process(identity) is not None)
+    identity = read_record(queue_folder(store) / "worker.json")
+    return is_worker_alive(store) or _find_process(identity) is not None
 
 
 def job_environment() -> dict[str, str]:
@@ -101,9 +101,23 @@ def job_environment() -> dict[str, str]:
 
 
 def process_identity(pid: int | None = None) -> dict[str, Any]:
-    """Return pid and start time of a process (default: this one); pids are reused, the pair is unique."""
+    """Return pid and start of a process (default: this one); pids are reused, the pair is unique."""
     process = psutil.Process(pid)
-    return {"pid": process.pid, "born": process.create_time()}
+    return {"pid": process.pid, "born": process.create_time(), **_start_since_boot(process.pid)}
+
+
+def _start_since_boot(pid: int) -> dict[str, Any]:
+    """Return which boot of the machine it is and when the process started, in ticks after the boot.
+
+    The start time in s changes when the clock is set, since it is computed from the ticks: proc_pid_stat(5).
+    Empty where there is no /proc.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return {"boot": boot, "ticks": int(fields[19])}
+    except (OSError, ValueError, IndexError):
+        return {}
 
 
 def record_process(attempt: Attempt, pid: int | None = None, **details: Any) -> None:
@@ -113,7 +127,7 @@ def record_process(attempt: Attempt, pid: int | None = None, **details: Any) -> 
 
 def process_record(attempt: Attempt) -> dict[str, Any]:
     """Return the content of process.json; empty while the attempt is queued."""
-    return read_json(attempt.folder / "process.json") or {}
+    return read_record(attempt.folder / "process.json")
 
 
 def processes(attempt: Attempt) -> list[psutil.Process]:
@@ -124,9 +138,13 @@ def processes(attempt: Attempt) -> list[psutil.Process]:
 
 def _find_process(identity: dict[str, Any]) -> psutil.Process | None:
     """Return the process with this `process_identity`, if it is running."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess, KeyError, TypeError):  # a record may be damaged
         process = psutil.Process(identity["pid"])
-        same = abs(process.create_time() - identity["born"]) < _CLOCK
+        start = _start_since_boot(process.pid)
+        if start and "ticks" in identity:
+            same = all(identity.get(key) == value for key, value in start.items())
+        else:
+            same = abs(process.create_time() - identity["born"]) < _CLOCK
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     return None
 

@@ -21,6 +21,7 @@ from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.launch import local_queue
+from hpc_imagenet.launch.error_logs import error_logs
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.task import Task
 from hpc_imagenet.runs.store import CANCELLED, FAILED, Attempt, Run, RunStore
@@ -81,7 +82,7 @@ class Worker:
             elif attempt.outcome or not attempt.folder.exists():
                 path.unlink()
             elif local_queue.process_record(attempt):
-                attempt.end(FAILED, attempt.last_error_line() or local_queue.NO_OUTCOME)
+                attempt.end(FAILED, error_logs(attempt).last_error() or local_queue.NO_OUTCOME)
                 path.unlink()
             elif (newest := run.attempt) and newest.number > attempt.number:
                 # Its submission was interrupted and repeated: two attempts must never write one run.

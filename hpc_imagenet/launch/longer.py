@@ -6,7 +6,7 @@ after the warm-up is another one, so a longer training is another training, with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NoReturn
 
 from hpc_imagenet.errors import UserError
@@ -34,23 +34,18 @@ def shorter_runs(jobs: Iterable[Job], store: RunStore) -> list[str]:
     return lines
 
 
-def refuse_settings(runs: Sequence[Run], settings: Sequence[str]) -> NoReturn:
-    """Raise for settings given to a run that would be continued.
+def refuse_longer(run: Run, line: str) -> NoReturn:
+    """Raise for a number of epochs, `recipe.epochs=N`, given to a run that would be continued.
 
     Raises:
-        UserError: always; with the reason for a longer training.
+        UserError: always; with the reason and what to submit instead.
     """
-    name, _, value = settings[0].partition("=")
-    if name != "recipe.epochs" or not runs or not value.isdigit():
-        raise UserError(
-            f"{settings[0]}: retry keeps the settings of a run: give the command that submitted it again, "
-            f"with {name}"
-        )
-    run = runs[0]
-    recipe = run.frozen()["recipe"]
+    value, recipe = line.partition("=")[2], run.frozen()["recipe"]
+    if not value.isdigit():
+        raise UserError(f"{line}: not a number of epochs")
     why = _reason(recipe["schedule"], recipe["epochs"], int(value))
     raise UserError(
-        f"{settings[0]} cannot continue {run.id}: {why}; submit it as a new training, or begin one with its "
+        f"{line} cannot continue {run.id}: {why}; submit it as a new training, or begin one with its "
         f"weights: model.weights={find_checkpoint(run)}"
     )
 

@@ -52,7 +52,7 @@ def requeue_or_fail(run: Run, attempt: Attempt, code: int) -> int:
     tail = next(attempt.error_tails(), [])[-_LINES:]  # rank 0's log, where srun and Slurm write their errors
     if any(_OUT_OF_MEMORY.search(line) for line in tail):
         fix = "raise cluster.memory_gb, or lower loader.workers, then run the command again"
-        attempt.end(FAILED, f"out of memory on the node: {fix}")
+        attempt.end(FAILED, f"out of host memory: {fix}")
         return 1
     reason = _transient_reason(code, tail)
     if not reason:

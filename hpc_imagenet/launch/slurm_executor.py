@@ -64,8 +64,8 @@ class SlurmExecutor(Executor):
 
     def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:
         """Return the states of attempts with one query to Slurm."""
-        job_ids = {key: str(attempt.submitted["job_id"]) for key, attempt in attempts.items()}
-        status = slurm.query_jobs(job_ids.values(), since)
+        job_ids = {key: str(attempt.submitted.get("job_id", "")) for key, attempt in attempts.items()}
+        status = slurm.query_jobs(filter(None, job_ids.values()), since)
         return {key: _state(attempt, status.get(job_ids[key])) for key, attempt in attempts.items()}
 
     def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
@@ -75,8 +75,7 @@ class SlurmExecutor(Executor):
                 f"{run.id} is a Slurm job, and scancel is not on the PATH: cancel it on a login node"
             )
         job_id, started = str(attempt.submitted["job_id"]), attempt.started
-        # Not from the typed config: another version of the package may have written it.
-        in_allocation = run.frozen()["cluster"]["executor"] != self.name
+        in_allocation = run.executor() != self.name
         if not in_allocation:  # a job cancelled by Slurm writes no outcome of its own
             slurm.cancel_job(job_id)
         attempt.end(CANCELLED, reason)  # before the process ends: the first outcome is kept

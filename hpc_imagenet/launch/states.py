@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from hpc_imagenet.launch import local_queue
 from hpc_imagenet.launch.executor import Executor, State
@@ -15,6 +16,7 @@ from hpc_imagenet.launch.executors import executor_of
 from hpc_imagenet.runs.store import FAILED, QUEUED, RUNNING, Attempt, Outcome, Run
 
 _SUBMITTING = 60.0  # s that a submission may take
+_CLOCK_AHEAD = 3600.0  # s by which the clock of another machine or of a file server may be ahead
 _BEING_SUBMITTED = State(QUEUED, "is being submitted")
 
 
@@ -61,7 +63,7 @@ def states(runs: Iterable[Run], since: float | None = None) -> dict[str, State]:
 
 def _state_without_attempt(run: Run) -> State:
     with contextlib.suppress(OSError):  # the run folder does not exist
-        if time.time() - run.folder.stat().st_mtime < _SUBMITTING:
+        if _is_new(run.folder):
             return _BEING_SUBMITTED
     return State(FAILED, "was never submitted: submit it again")
 
@@ -74,6 +76,12 @@ def _state_of_submission(attempt: Attempt) -> State:
     """Return the state of an attempt without a submitted.json."""
     if local_queue.is_alive(attempt):
         return State(RUNNING)
-    if time.time() - attempt.folder.stat().st_mtime < _SUBMITTING:
-        return _BEING_SUBMITTED
+    with contextlib.suppress(OSError):  # it has just been deleted
+        if _is_new(attempt.folder):
+            return _BEING_SUBMITTED
     return State(FAILED, "its submission was interrupted: submit it again")
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether a submission may still be writing a folder; not one of the far future: a clock was set back."""
+    return -_CLOCK_AHEAD < time.time() - folder.stat().st_mtime < _SUBMITTING

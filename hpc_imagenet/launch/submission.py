@@ -1,4 +1,4 @@
-"""Submit planned jobs to an executor, retry and cancel runs.
+"""Submit planned jobs to an executor, and cancel runs; retry_plan.py submits failed ones again.
 
 The run folder is always written first: the frozen config, then a claimed attempt, then submitted.json with
 the executor. The states of runs are queried once per command, before the decisions that depend on them.
@@ -6,6 +6,7 @@ the executor. The states of runs are queried once per command, before the decisi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import validate
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS, executor_of
-from hpc_imagenet.launch.states import state, states
+from hpc_imagenet.launch.states import state
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import FINISHED, Run, RunStore
 
@@ -88,9 +89,12 @@ def submit_plan(
             if job.config.stage.part is not None:
                 info["part"] = job.config.stage.part
             store.create(job.run_id, job.frozen(), info)
+        if job.config.sweep is not None:
+            with contextlib.suppress(OSError):  # a finished run of another user is used as it is
+                run.join_sweep(job.config.sweep)
         entries.append(Submitted(run, action))
     submitted = [entry.run for entry in entries if entry.action == "submitted"]
-    _start_attempts(store, submitted, executor, state_of)
+    start_attempts(store, submitted, executor, state_of)
     if any(entry.action == "active" for entry in entries):
         EXECUTORS[executor].start_queued(store)
     return entries
@@ -102,69 +106,20 @@ def _is_this_job(run: Run) -> bool:
     return job_id is not None and attempt is not None and attempt.submitted.get("job_id") == job_id
 
 
-def _start_attempts(
+def start_attempts(
     store: RunStore, runs: Sequence[Run], executor: str, state_of: Mapping[str, State]
 ) -> None:
     """Create a new attempt of each run and submit it to `executor`; runs come after those they need."""
     EXECUTORS[executor].submit(store, [(run, run.new_attempt()) for run in runs], state_of)
 
 
-def retry_run(store: RunStore, run: Run) -> list[Submitted]:
-    """Submit a failed or cancelled run again, with those it needs that did not finish.
-
-    Raises:
-        UserError: it was run in the foreground, another version of this package made it, or an active run
-            processes the same dataset with other settings.
-    """
-    run.check_format()
-    related: dict[str, Run] = {}
-    _add_needs(store, run, related)
-    processing = (
-        validate.processing_runs(store) if any("processing_run" in r.info for r in related.values()) else []
-    )
-    state_of = states([*related.values(), *processing])
-    unfinished = _unfinished(store, run, state_of)
-    if not unfinished:
-        if attempt := run.attempt:
-            executor_of(attempt).start_queued(store)
-        return [Submitted(run, FINISHED if state_of[run.id].finished else "active")]
-    executor = run.config().cluster.executor
-    EXECUTORS[executor].check_available()
-    if not EXECUTORS[executor].in_background:
-        raise UserError(f"{run.id} was run by cluster={executor}: run the same command again to resume it")
-    validate.check_no_conflict(
-        list(unfinished.values()), [each for each in processing if state_of[each.id].active]
-    )
-    _start_attempts(store, list(unfinished.values()), executor, state_of)
-    return [Submitted(entry, "submitted") for entry in unfinished.values()]
-
-
-def _add_needs(store: RunStore, run: Run, found: dict[str, Run]) -> None:
-    """Add to `found` all runs that `run` needs, and `run` itself."""
-    if run.id not in found:
-        found[run.id] = run
-        for need in map(store.run, run.info.get("needs", ())):
-            _add_needs(store, need, found)
-
-
-def _unfinished(store: RunStore, run: Run, state_of: Mapping[str, State]) -> dict[str, Run]:
-    """Return all runs that `run` needs and that failed or were cancelled, then `run` itself, by id."""
-    found: dict[str, Run] = {}
-    if state_of[run.id].active or state_of[run.id].finished:
-        return found
-    for need in map(store.run, run.info.get("needs", ())):
-        if need.attempt:
-            found |= _unfinished(store, need, state_of)
-    run.check_format()
-    return {**found, run.id: run}
-
-
-def cancel_run(run: Run, reason: str = "by the cancel command") -> State:
+def cancel_run(run: Run, reason: str = "by the cancel command", status: State | None = None) -> State:
     """Cancel a run on its executor.
 
     Args:
         run: the run to cancel.
         reason: written into the attempt's outcome.
+        status: its state, if the caller has just queried it.
 
     Returns:
         The run's state before it was cancelled.
@@ -172,7 +127,7 @@ def cancel_run(run: Run, reason: str = "by the cancel command") -> State:
     Raises:
         UserError: it cannot be cancelled from this machine, or not yet.
     """
-    status, attempt = state(run), run.attempt
+    status, attempt = status or state(run), run.attempt
     if not status.active:
         return status
     if attempt is None:

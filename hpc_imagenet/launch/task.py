@@ -10,6 +10,7 @@ outcome; requeue.py then decides once per job, after srun.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -59,6 +60,7 @@ def run_task(run_folder: Path, number: int) -> dict[str, Any]:
     # and training sets its own handlers.
     for stop_signal in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(stop_signal, signal.SIG_DFL)
+    faulthandler.enable()  # a crash in a library writes its signal and the last frames to the log
     run, dist_env = Run(run_folder), from_environment()
     attempt = Attempt(run_folder / "attempts" / str(number))
     if outcome := attempt.outcome:  # cancelled before it started, or finished by another copy of this job
@@ -129,6 +131,8 @@ def _start_attempt(run: Run, attempt: Attempt, **details: Any) -> None:
         raise SystemExit(EXIT_REQUEUE) from None
     if step := slurm.this_step():
         details["step"] = step
+    if nodes := slurm.this_node_list():
+        details["nodes"] = nodes
     attempt.start(**local_queue.process_identity(), **details)
     limit = run.cluster().max_requeues
     if _on_slurm() and lease.restart_count() > limit:

@@ -1,1 +1,1 @@
-"""Reports on runs: job table, leaderboard, logs, dry run."""
+"""Reports on runs: job table, leaderboard, report page, logs, dry run."""

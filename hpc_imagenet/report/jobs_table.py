@@ -1,22 +1,35 @@
-"""Job table: one row per run, as data or for a terminal, optionally updated until all runs have ended."""
+"""Job table: one row per run, as data or as lines for a terminal, optionally until all runs have ended."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
+from hpc_imagenet.launch.diagnosis import failure_class
+from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.states import states
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Run
+from hpc_imagenet.report.durations import clock, instant, seconds_between, span
+from hpc_imagenet.report.run_summary import best_top1, describe, seconds_left
+from hpc_imagenet.report.terminal_text import columns, fit, one_line
+from hpc_imagenet.runs.run_records import RecordCache, RunRecord, read_run
+from hpc_imagenet.runs.store import CANCELLED, ENDED, FAILED, FINISHED, QUEUED, RUNNING, Run, RunStore
 
-_COLOURS = {QUEUED: "yellow", RUNNING: "cyan", FINISHED: "green", FAILED: "red", CANCELLED: "magenta"}
+__all__ = ["clock", "job_rows", "print_jobs", "table_lines", "terminal", "watch", "workspace_rows"]
+
+COLOURS = {QUEUED: "yellow", RUNNING: "cyan", FINISHED: "green", FAILED: "red", CANCELLED: "magenta"}
+_HEADER = ("id", "label", "state", "progress, result or reason", "top-1", "nodes", "age")
+_DETAILS = 24  # columns that progress, result or reason get at least
+_LABEL, _NODES = 24, 10  # columns of label and nodes at most
+_SHRINK = ((1, 18), (5, 5), (1, 12))  # columns that become so narrow, one after the other, to make space
+
+Line = list[tuple[str, str]]
+"""A line of a table: its parts with their styles, which rich understands."""
 
 
 def job_rows(runs: Iterable[Run], since: float | None = None) -> list[dict[str, Any]]:
@@ -27,57 +40,137 @@ def job_rows(runs: Iterable[Run], since: float | None = None) -> list[dict[str, 
         since: when polling began, as in `states.states`; None: no polling.
 
     Returns:
-        Rows with run, stage, model, state, reason, top1 (0 to 1, None before the end), result, dir, attempt,
-        requeued (times Slurm restarted the attempt), created, seconds (duration so far, or in total) and
-        progress (see `runs.store.Progress`).
+        Rows with run, id, label, stage, model, sweeps, state, failure (its class, see
+        `launch.diagnosis`), reason, top1 (0 to 1, None before the end),
+        best_top1 (of all validations so far), result, dir, attempt, requeued (times Slurm restarted the
+        attempt), executor, job_id, nodes, created, changed (when it was submitted, started or ended last),
+        age (s since created), seconds (duration so far, or in total), progress (see `runs.store.Progress`)
+        and seconds_left.
     """
     runs = list(runs)
-    state_of = states(runs, since)
+    return _rows(runs, {run.id: read_run(run) for run in runs}, since)
+
+
+def workspace_rows(store: RunStore, cache: RecordCache, since: float | None = None) -> list[dict[str, Any]]:
+    """Return the rows of all runs of a workspace, oldest first; records of ended runs come from `cache`."""
+    runs = store.unsorted()
+    records = cache.read(runs)
+    cache.save(runs)
+    # A folder that was deleted meanwhile has no records any more.
+    runs = [run for run in runs if records[run.id].info or records[run.id].attempt or run.folder.is_dir()]
+    runs.sort(key=lambda run: (str(records[run.id].info.get("created", "")), run.id))
+    return _rows(runs, records, since)
+
+
+def _rows(runs: Sequence[Run], records: dict[str, RunRecord], since: float | None) -> list[dict[str, Any]]:
+    state_of = states([run for run in runs if records[run.id].outcome is None], since)
     table = []
     for run in runs:
-        info, attempt = run.info, run.attempt
-        outcome = attempt.outcome if attempt else None
-        result = (outcome.result if outcome else None) or {}
-        began = attempt.started.get("time") if attempt else None
-        table.append(
-            {
-                "run": run.id,
-                "stage": info.get("stage"),
-                "model": info.get("model"),
-                "state": state_of[run.id].name,
-                "reason": state_of[run.id].reason,
-                "top1": result.get("top1"),
-                "result": result,
-                "dir": str(run.folder),
-                "attempt": attempt.number if attempt else 0,
-                "requeued": state_of[run.id].restarts,
-                "created": info.get("created"),
-                "seconds": _seconds(began, outcome.time if outcome else None),
-                "progress": run.progress,
-            }
-        )
+        record = records[run.id]
+        if record.outcome is None and not state_of[run.id].active:
+            record = read_run(run)  # it has ended since it was read
+        if outcome := record.outcome:
+            status = State(outcome.state, outcome.reason, record.started.get("restarts", 0))
+        else:
+            status = state_of[run.id]
+        table.append(_row(run, record, status))
     return table
 
 
-def render_jobs(table: Sequence[dict[str, Any]]) -> Table:
-    """Return the rows of `job_rows` as a table for a terminal."""
-    rendered = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "stage", "state", "time"):
-        rendered.add_column(name, no_wrap=True)
-    rendered.add_column("progress", overflow="fold")
-    for row in table:
-        colour = _COLOURS[row["state"]]
-        suffix = f" (attempt {row['attempt']})" if row["attempt"] > 1 else ""
-        if times := row["requeued"]:
-            suffix += f" (requeued {times} {'time' if times == 1 else 'times'})"
-        rendered.add_row(
-            escape(row["run"]),
-            row["stage"],
-            f"[{colour}]{row['state']}[/]{suffix}",
-            clock(row["seconds"]),
-            escape(_describe(row)),
+def _row(run: Run, record: RunRecord, status: State) -> dict[str, Any]:
+    info, outcome, started = record.info, record.outcome, record.started
+    run_id, _, label = run.id.partition("-")
+    result = (outcome.result if outcome else None) or {}
+    times = [instant(each.get("time")) for each in (record.submitted, started)]
+    times = [instant(info.get("created")), *times, instant(outcome.time) if outcome else None]
+    created, _, began, ended = times
+    row = {
+        "run": run.id,
+        "id": run_id,
+        "label": info.get("label") or label,
+        "stage": info.get("stage"),
+        "model": info.get("model"),
+        "sweeps": info["sweeps"] if isinstance(info.get("sweeps"), list) else [],
+        "state": status.name,
+        "failure": failure_class(status.name, status.reason),
+        "reason": status.reason or ("" if info else "run.json is missing or damaged"),
+        "top1": result.get("top1"),
+        "best_top1": best_top1(result, record.progress),
+        "result": result,
+        "dir": str(run.folder),
+        "attempt": record.attempt,
+        "requeued": status.restarts,
+        "executor": record.submitted.get("executor"),
+        "job_id": record.submitted.get("job_id"),
+        "nodes": str(started.get("nodes") or started.get("host") or "").partition(".")[0],
+        "created": info.get("created"),
+        "changed": max(filter(None, times)).isoformat() if any(times) else None,
+        "age": seconds_between(created, None),
+        "seconds": seconds_between(began, ended) if began and (ended or not outcome) else None,
+        "progress": record.progress,
+    }
+    row["seconds_left"] = seconds_left(row)
+    return row
+
+
+def table_lines(table: Sequence[dict[str, Any]], width: int | None) -> list[Line]:
+    """Return a header and one line per row of `job_rows`.
+
+    Args:
+        table: the rows.
+        width: columns of the terminal, which no line exceeds; None: nothing is cut.
+    """
+    cells = [_cells(row) for row in table]
+    widths = [max(map(columns, column)) for column in zip(_HEADER, *cells, strict=True)]
+    if width is not None:
+        widths[1], widths[5] = min(widths[1], _LABEL), min(widths[5], _NODES)
+        free = width - len(widths) + 1 - sum(widths) + widths[3]
+        for index, least in _SHRINK:
+            short = min(max(0, _DETAILS - free), max(0, widths[index] - least))
+            widths[index], free = widths[index] - short, free + short
+        widths[3] = max(1, min(widths[3], free))
+    lines = [[(_joined(_HEADER, widths), "bold")]]
+    for row, line in zip(table, cells, strict=True):
+        before, after = _joined(line[:2], widths), _joined(line[3:], widths[3:])
+        lines.append(
+            [(f"{before} ", ""), (fit(line[2], widths[2]), COLOURS[row["state"]]), (f" {after}", "")]
         )
-    return rendered
+    return lines
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    top1 = row["best_top1"]
+    cells = (
+        row["id"],
+        row["label"],
+        row["state"],
+        describe(row),
+        "" if top1 is None else f"{100 * top1:.2f}",
+    )
+    return (*map(one_line, cells), one_line(row["nodes"]), span(row["age"]))
+
+
+def _joined(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return " ".join(fit(cell, width) for cell, width in zip(cells, widths, strict=False))
+
+
+def print_jobs(table: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print the rows of `job_rows`: on a terminal in its width, else whole.
+
+    Not through rich, which takes seconds for 10,000 rows; it only gives the colours.
+    """
+    paint = {style: _escape_codes(console, style) for style in {"", "bold", *COLOURS.values()}}
+    for line in table_lines(table, console.width if console.is_terminal else None):
+        text = "".join(paint[style][0] + part + paint[style][1] for part, style in line)
+        console.file.write(f"{text.rstrip()}\n")
+
+
+def _escape_codes(console: Console, style: str) -> tuple[str, str]:
+    """Return what the terminal needs before and after text of a style; empty without colours."""
+    with console.capture() as captured:
+        console.print(Text("|", style), end="")
+    before, _, after = captured.get().partition("|")
+    return before, after
 
 
 def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
@@ -96,7 +189,8 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 table = job_rows(runs, began)
-                live.update(render_jobs(table), refresh=True)
+                lines = table_lines(table, console.width)
+                live.update(Text("\n").join(Text.assemble(*line) for line in lines), refresh=True)
                 if _all_ended(table):
                     break
                 time.sleep(every)
@@ -107,21 +201,12 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
             for row in table:
                 if shown.get(row["run"]) != row["state"]:
                     shown[row["run"]] = row["state"]
-                    text = _describe(row) if row["state"] != RUNNING else ""
-                    print(f"{row['state']:9}  {row['run']}  {text}".rstrip(), flush=True)
+                    text = one_line(describe(row)) if row["state"] != RUNNING else ""
+                    print(f"{row['state']:9}  {one_line(row['run'])}  {text}".rstrip(), flush=True)
             if _all_ended(table):
                 break
             time.sleep(every)
     return all(row["state"] == FINISHED for row in table)
-
-
-def clock(seconds: float | None) -> str:
-    """Return a duration in s as 0:07, 12:05 or 3:04:09; empty for None."""
-    if seconds is None:
-        return ""
-    whole = int(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def terminal() -> Console:
@@ -130,54 +215,4 @@ def terminal() -> Console:
 
 
 def _all_ended(table: Sequence[dict[str, Any]]) -> bool:
-    return all(row["state"] in (FINISHED, FAILED, CANCELLED) for row in table)
-
-
-def _describe(row: dict[str, Any]) -> str:
-    if row["reason"]:
-        return str(row["reason"])
-    if row["state"] == FINISHED:
-        return summary(row["result"])
-    if row["state"] != RUNNING:
-        return ""
-    done, total, unit = (row["progress"].get(key) for key in ("done", "total", "unit"))
-    if done is None:
-        return "starting"
-    percent = f"{done / total:4.0%} " if total else ""
-    note = row["progress"].get("note") or f"{_number(done)} {unit}"
-    if unit == "B" and total:
-        note += f" · {_amount(done, unit)} of {_amount(total, unit)}"
-    rate = row["progress"].get("rate")
-    if not rate:
-        return f"{percent}{note}"
-    left = f" · {clock((total - done) / rate)} left" if total else ""
-    return f"{percent}{note} · {_amount(rate, unit)}/s{left}"
-
-
-def summary(result: dict[str, Any]) -> str:
-    """Return a one-line summary of a stage's result."""
-    if "top1" in result:
-        speed = result.get("images_per_second")
-        return f"top-1 {result['top1']:.2%}" + (f" · {_number(speed)} images/s" if speed else "")
-    return " · ".join(
-        f"{key} {_number(v) if isinstance(v, (int, float)) else v}" for key, v in result.items()
-    )
-
-
-def _number(value: float) -> str:
-    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= limit:
-            return f"{value / limit:.1f} {letter}"
-    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
-
-
-def _amount(value: float, unit: str) -> str:
-    number = _number(value)
-    return f"{number}{unit}" if unit == "B" and number[-1].isalpha() else f"{number} {unit}"
-
-
-def _seconds(began: str | None, ended: str | None) -> float | None:
-    if began is None:
-        return None
-    end = datetime.fromisoformat(ended) if ended else datetime.now(timezone.utc)
-    return (end - datetime.fromisoformat(began)).total_seconds()
+    return all(row["state"] in ENDED for row in table)

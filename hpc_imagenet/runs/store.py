@@ -14,11 +14,12 @@ writer wins. For an attempt without an outcome, launch/states.py queries Slurm o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ class Outcome:
     time: str = ""  # ISO 8601, UTC
 
 
+_OUTCOME_KEYS = tuple(field.name for field in fields(Outcome))
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One attempt of a run, in `attempts/<number>/`."""
@@ -61,13 +65,12 @@ class Attempt:
     @property
     def submitted(self) -> dict[str, Any]:
         """The content of submitted.json: executor, job_id, logs, host, code. Empty until it is submitted."""
-        return read_json(self.folder / "submitted.json") or {}
+        return read_record(self.folder / "submitted.json")
 
     @property
     def outcome(self) -> Outcome | None:
         """The outcome, or None while it has not ended."""
-        raw = read_json(self.folder / "outcome.json")
-        return None if raw is None else Outcome(**raw)
+        return outcome_from(self.folder / "outcome.json")
 
     def submit(self, executor: str, **details: Any) -> None:
         """Record the executor of this attempt in submitted.json, with `details`."""
@@ -75,15 +78,19 @@ class Attempt:
 
     def start(self, **details: Any) -> None:
         """Record the start of the job on a node in started.json; a requeued job records it again."""
-        write_json(
-            self.folder / "started.json",
-            {"time": now(), "host": socket.gethostname(), "restarts": restart_count(), **details},
-        )
+        previous = self.started
+        earlier = previous.get("earlier", [])
+        if previous:  # requeued: the last progress is the best record of when the previous start stopped
+            stopped = read_record(self.folder.parents[1] / "progress.json").get("time")
+            start = {key: previous.get(key) for key in ("time", "host")}
+            earlier = [*earlier, {**start, "stopped": stopped}]
+        start = {"time": now(), "host": socket.gethostname(), "restarts": restart_count(), **details}
+        write_json(self.folder / "started.json", start | ({"earlier": earlier} if earlier else {}))
 
     @property
     def started(self) -> dict[str, Any]:
-        """The content of started.json: time, host, restarts. Empty until the job starts."""
-        return read_json(self.folder / "started.json") or {}
+        """The content of started.json: time, host, nodes, restarts, earlier (starts). Empty at first."""
+        return read_record(self.folder / "started.json")
 
     def end(self, state: str, reason: str = "", result: dict[str, Any] | None = None) -> bool:
         """Write the outcome; False if the attempt already has one, which is kept."""
@@ -94,8 +101,9 @@ class Attempt:
         """Return the existing log files: stdout and stderr of every task, rank 0 first."""
         submitted = self.submitted
         folder = Path(submitted.get("logs", self.folder))
-        job = submitted.get("job_id") or (read_json(self.folder / "process.json") or {}).get("job_id", "*")
-        return sorted(path for end in ("out", "err") for path in folder.glob(f"{job}_*log.{end}"))
+        job = submitted.get("job_id") or read_record(self.folder / "process.json").get("job_id", "*")
+        found = [path for end in ("out", "err") for path in folder.glob(f"{job}_*log.{end}")]
+        return sorted(found, key=lambda path: (log_rank(path), path.suffix == ".err", path.name))
 
     def error_tails(self) -> Iterator[list[str]]:
         """Yield the last lines of each task's stderr, rank 0 first."""
@@ -116,6 +124,39 @@ class Attempt:
         return ""
 
 
+def log_rank(path: Path) -> int:
+    """Return the rank whose output a log file holds, `<job>_<rank>_log.out` or `.err`."""
+    rank = path.name.rpartition("_log.")[0].rpartition("_")[2]
+    return int(rank) if rank.isdigit() else 0
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; empty if there is none, or if it is damaged.
+
+    Records are written whole, but a copy of a workspace, or a power failure, can leave half of one.
+    """
+    with contextlib.suppress(ValueError, NotADirectoryError):
+        value = read_json(path)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def outcome_from(path: Path) -> Outcome | None:
+    """Return the outcome in `path`, or None if there is none. A damaged one is a failure, never a success."""
+    try:
+        raw = read_json(path)
+    except ValueError:
+        raw = {}
+    if raw is None:
+        return None
+    known = {key: raw[key] for key in _OUTCOME_KEYS if key in raw} if isinstance(raw, dict) else {}
+    if known.get("state") not in ENDED:
+        return Outcome(FAILED, f"{path.name} of this attempt is damaged: retry resumes it")
+    if not isinstance(known.get("result"), dict):
+        known["result"] = None
+    return Outcome(**{**known, "reason": str(known.get("reason") or "")})
+
+
 class Run:
     """One run and its folder."""
 
@@ -126,8 +167,8 @@ class Run:
 
     @property
     def info(self) -> dict[str, Any]:
-        """The content of run.json: format, stage, model, label, needs (run ids), processing_run, created."""
-        return read_json(self.folder / "run.json") or {}
+        """The content of run.json: format, stage, model, label, needs, created, sweeps, processing_run."""
+        return read_record(self.folder / "run.json")
 
     def check_format(self) -> None:
         """Raise if another version of this package created the run, which must not be continued then.
@@ -141,6 +182,12 @@ class Run:
                 f"delete the folder {self.folder}, or use another workspace="
             )
 
+    def join_sweep(self, name: str) -> None:
+        """Add the run to a sweep; it stays in those that it belongs to already."""
+        info = self.info
+        if name not in info.get("sweeps", ()):
+            write_json(self.folder / "run.json", {**info, "sweeps": [*info.get("sweeps", ()), name]})
+
     def config(self) -> Config:
         """Return the frozen config."""
         return from_dict(self.frozen())
@@ -149,6 +196,20 @@ class Run:
         """Return the cluster settings of the run's stage; much faster than `config`."""
         frozen = self.frozen()
         return cluster_from(frozen, frozen["stage"]["name"])
+
+    def executor(self) -> str:
+        """Return cluster.executor of the frozen config, which another version may have written.
+
+        Raises:
+            UserError: the config is missing or damaged.
+        """
+        try:
+            return str(self.frozen()["cluster"]["executor"])
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
+            raise UserError(
+                f"{self.id}: {self.folder / 'config.yaml'} is missing or damaged: submit the run again, "
+                "which writes it anew"
+            ) from None
 
     def frozen(self) -> dict[str, Any]:
         """Return the frozen config as plain values; another version of the package may have written it."""
@@ -186,8 +247,8 @@ class Run:
 
     @property
     def progress(self) -> dict[str, Any]:
-        """The content of progress.json: done, total, unit, rate (per second), note, time. Empty at first."""
-        return read_json(self.folder / "progress.json") or {}
+        """The content of progress.json: done, total, unit, rate (per s), note, time, top1. Empty at first."""
+        return read_record(self.folder / "progress.json")
 
 
 class Progress:
@@ -205,8 +266,18 @@ class Progress:
         self._begin = time.monotonic()
         self._first: float | None = None
 
-    def __call__(self, done: float, total: float | None = None, unit: str = "", note: str = "") -> None:
-        """Record that `done` of `total` `unit` are done. The rate is the mean since the first call."""
+    def __call__(
+        self,
+        done: float,
+        total: float | None = None,
+        unit: str = "",
+        note: str = "",
+        top1: float | None = None,
+    ) -> None:
+        """Record that `done` of `total` `unit` are done. The rate is the mean since the first call.
+
+        `top1` is the best validation accuracy of a training so far, 0 to 1.
+        """
         moment = time.monotonic()
         if self._first is None:
             self._first, self._begin = done, moment
@@ -217,10 +288,8 @@ class Progress:
             self._lease.check()
         elapsed = moment - self._begin
         rate = (done - self._first) / elapsed if elapsed > 0 else None
-        write_json(
-            self._path,
-            {"done": done, "total": total, "unit": unit, "rate": rate, "note": note, "time": now()},
-        )
+        state = {"done": done, "total": total, "unit": unit, "rate": rate, "note": note, "time": now()}
+        write_json(self._path, state | ({} if top1 is None else {"top1": top1}))
 
 
 class RunStore:
@@ -235,11 +304,14 @@ class RunStore:
 
     def all(self) -> list[Run]:
         """Return all runs, oldest first."""
+        return sorted(self.unsorted(), key=lambda run: (str(run.info.get("created", "")), run.id))
+
+    def unsorted(self) -> list[Run]:
+        """Return all runs in any order, which reads none of their records."""
         if not self.folder.is_dir():
             return []
         names = [e.name for e in os.scandir(self.folder) if e.is_dir() and not e.name.startswith(".")]
-        runs = [Run(self.folder / name) for name in names]
-        return sorted(runs, key=lambda run: (run.info.get("created", ""), run.id))
+        return [Run(self.folder / name) for name in names]
 
     def find(self, prefix: str) -> Run:
         """Return the one run whose id or label begins with `prefix`.
@@ -247,9 +319,9 @@ class RunStore:
         Raises:
             UserError: no run or several runs match.
         """
-        runs = self.all()
-        found = [r for r in runs if prefix in (r.id, r.info.get("label"))] or [
-            r for r in runs if r.id.startswith(prefix) or r.info.get("label", "").startswith(prefix)
+        labels = {run: str(run.info.get("label", "")) for run in self.all()}
+        found = [run for run, label in labels.items() if prefix in (run.id, label)] or [
+            run for run, label in labels.items() if run.id.startswith(prefix) or label.startswith(prefix)
         ]
         if len(found) == 1:
             return found[0]
@@ -263,8 +335,8 @@ class RunStore:
         run.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(run.folder / "config.yaml") as file:
             file.write(yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode())
-        created = run.info.get("created", now())
-        write_json(run.folder / "run.json", {"format": FORMAT, **info, "created": created})
+        kept = {key: value for key, value in run.info.items() if key in ("created", "sweeps")}
+        write_json(run.folder / "run.json", {"format": FORMAT, **info, "created": now(), **kept})
         return run
 
 

@@ -31,7 +31,9 @@ from hpc_imagenet.training.callbacks.checkpoint_file import (
     identity_differences,
     newest_checkpoint,
 )
+from hpc_imagenet.training.callbacks.learning_check import LearningCheck
 from hpc_imagenet.training.callbacks.progress import ProgressReporter
+from hpc_imagenet.training.confusion import write_confused_classes
 from hpc_imagenet.training.loading.datamodule import ImageDataModule
 from hpc_imagenet.training.loading.sampler import BatchShare
 from hpc_imagenet.training.metrics import CsvLogger, write_class_accuracies
@@ -49,7 +51,7 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
     Returns:
         top1 and top5 (0 to 1) and loss (mean cross-entropy) on val; images_per_second of training over all
         ranks; skipped (number of unreadable images); epochs; best_top1 and best_epoch of best.ckpt; seconds
-        of this attempt; parameters (number).
+        of this attempt; parameters (number); learned (whether top1 is above chance), with advice if not.
 
     Raises:
         UserError: bad input.
@@ -110,8 +112,10 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
         datamodule.train,
         dist_env,
     )
-    reporter = ProgressReporter(share.batch, Progress(run) if dist_env.is_rank_zero else None, bottleneck)
-    callbacks: list[pl.Callback] = [reporter]
+    learning = LearningCheck(recipe)
+    progress = Progress(run) if dist_env.is_rank_zero else None
+    reporter = ProgressReporter(share.batch, progress, bottleneck, learning)
+    callbacks: list[pl.Callback] = [learning, reporter]
     if recipe.ema is not None:
         callbacks.append(EMACallback(recipe.ema, recipe.ema_every, steps * recipe.warmup_epochs))
 
@@ -149,9 +153,11 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
             if dist_env.size > 1 and (message := distributed.peer_failure(error)):
                 raise PeerLost(message) from error
             raise
-    counts = module.val_metrics.compute()["counts"]
+    counts, confusion = module.val_metrics.compute()["counts"], module.confusion.total()
     if dist_env.is_rank_zero:
         write_class_accuracies(run.folder / "val_classes.csv", store.manifest.classes, counts)
+        if confusion is not None:
+            write_confused_classes(run.folder / "val_confusion.csv", confusion)
     if dist.is_initialized():
         dist.destroy_process_group()
     metrics = trainer.callback_metrics
@@ -166,6 +172,7 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
         "best_epoch": kept.best.get("epoch"),
         "seconds": time.monotonic() - began,
         "parameters": sum(p.numel() for p in network.parameters()),
+        **learning.result(metrics, counts),
     }
 
 

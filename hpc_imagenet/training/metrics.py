@@ -27,6 +27,7 @@ COLUMNS = (
     *("step", "epoch"),  # number of completed steps; epoch from 0
     *("train_loss", "learning_rate", "images_per_second"),  # loss of rank 0's last device batch of that step
     *("val_top1", "val_top5", "val_loss"),  # accuracies, 0 to 1; mean cross-entropy
+    "data_wait",  # share of the epoch, 0 to 1, in which the training loop of rank 0 waited for a batch
 )
 
 
@@ -133,12 +134,12 @@ class CsvLogger(Logger):
                 lines = [line for line in csv.DictReader(file) if _is_valid(line, self._step)]
         self._validated = max((int(line["step"]) for line in lines if line["val_loss"]), default=-1)
         with atomic_write(self.path) as raw:
-            text = [",".join(COLUMNS), *(",".join(line[name] for name in COLUMNS) for line in lines)]
+            text = [",".join(COLUMNS), *(",".join(line.get(name, "") for name in COLUMNS) for line in lines)]
             raw.write(("\r\n".join(text) + "\r\n").encode())
         self._ready = True
 
 
 def _is_valid(line: dict[str, Any], step: int) -> bool:
-    # A killed process may leave an incomplete line.
-    values = [line.get(name) for name in COLUMNS]
-    return None not in values and str(line["step"]).isdigit() and int(line["step"]) <= step
+    # A killed process may leave an incomplete line, whose last values are None. A file of an older version of
+    # this package has fewer columns.
+    return None not in line.values() and str(line["step"]).isdigit() and int(line["step"]) <= step

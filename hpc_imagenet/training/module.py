@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.training.augment.batch_augment import BatchAugment
+from hpc_imagenet.training.confusion import ConfusionCounts
 from hpc_imagenet.training.loading.batch_loader import Batch
 from hpc_imagenet.training.loading.sampler import PADDING, BatchShare
 from hpc_imagenet.training.metrics import ClassificationMetrics
@@ -41,6 +42,7 @@ class Classifier(pl.LightningModule):
     Attributes:
         average: copy of the network with EMA weights, which validation then uses; None without EMA.
         val_metrics: metrics of the current or last validation.
+        confusion: its pairs of label and predicted class.
     """
 
     mean: Tensor
@@ -67,6 +69,7 @@ class Classifier(pl.LightningModule):
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
         self.val_metrics = ClassificationMetrics(classes)
+        self.confusion = ConfusionCounts(classes)
         self.train()
 
     def compile_networks(self, threads: int) -> None:
@@ -153,6 +156,7 @@ class Classifier(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics, and copy the batch norm statistics of rank 0 to all ranks."""
         self.val_metrics.reset()
+        self.confusion.reset()
         if self.trainer.world_size > 1:
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)
@@ -167,6 +171,7 @@ class Classifier(pl.LightningModule):
             logits = (logits + network(images.flip(-1)).float()) / 2
         losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=PADDING)
         self.val_metrics.update(logits, labels, losses)
+        self.confusion.update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all ranks."""

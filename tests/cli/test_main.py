@@ -285,7 +285,6 @@ def test_wheel_contains_conf_and_runs_from_any_folder(tmp_path: Path) -> None:
     assert done.stdout.count("would be submitted") == 4
 
 
-def test_errors_stay_one_line_and_show_control_characters_escaped(cli: Cli) -> None:
+def test_errors_stay_one_line_without_control_characters(cli: Cli) -> None:
     error = cli.refused("+stage=download", "--config-dir", "/a\x1b[31mb\nc")
-    assert r"/a\x1b[31mb\nc" in error
-    assert error.count("\n") <= 1
+    assert "--config-dir /ab c: no such folder" in error

@@ -214,8 +214,25 @@ def test_reused_pid_is_not_taken_for_the_job(tmp_path: Path) -> None:
     local_queue.record_process(attempt)
     assert local_queue.is_alive(attempt)
     process = json.loads((attempt.folder / "process.json").read_text())
-    (attempt.folder / "process.json").write_text(json.dumps({**process, "born": process["born"] - 60}))
+    path = attempt.folder / "process.json"
+    path.write_text(json.dumps({**process, "born": process["born"] - 60, "ticks": process["ticks"] - 6000}))
     assert not local_queue.is_alive(attempt)
+    path.write_text(json.dumps({**process, "boot": "another"}))
+    assert not local_queue.is_alive(attempt)
+    path.write_text(
+        json.dumps({"pid": process["pid"], "born": process["born"] - 60})
+    )  # where there is no /proc
+    assert not local_queue.is_alive(attempt)
+
+
+def test_job_is_still_the_same_process_after_the_clock_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = RunStore(tmp_path).run("0-x").new_attempt()
+    local_queue.record_process(attempt)
+    born = psutil.Process().create_time()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: born + 3600)
+    assert local_queue.is_alive(attempt)
 
 
 def test_relative_pythonpath_is_made_absolute_for_jobs(

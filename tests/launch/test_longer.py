@@ -42,4 +42,3 @@ def test_retry_with_settings_is_refused(cli: Cli) -> None:
     line = cli.refused("retry", run.id, "recipe.epochs=5")
     assert f"recipe.epochs=5 cannot continue {run.id}: its cosine schedule reaches" in line
     assert line.endswith(f"model.weights={checkpoint}")
-    assert "retry keeps the settings of a run" in cli.refused("retry", run.id, "cluster.time=5")

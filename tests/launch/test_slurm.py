@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
-from fake_slurm import SBATCH, SCANCEL, SQUEUE, write_command
+from fake_slurm import write_command, write_slurm
 
 from hpc_imagenet.api import Handle
 from hpc_imagenet.cli import connect
@@ -28,12 +28,7 @@ from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
 def commands(tmp_path: Path) -> Path:
     folder = tmp_path / "slurm-bin"
     folder.mkdir()
-    slurm._reply_cache.clear()
-    write_command(folder, "sbatch", SBATCH)
-    write_command(folder, "srun", "true")
-    write_command(folder, "scontrol", "echo 'Slurmctld(primary) at head is UP'")
-    write_command(folder, "squeue", SQUEUE)
-    write_command(folder, "scancel", SCANCEL)
+    write_slurm(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
-from test_run_store import create_run
+from recorded_runs import create_run
 
 from hpc_imagenet.io import atomic_files
 from hpc_imagenet.launch import local_queue, task
@@ -38,7 +38,7 @@ def test_run_of_another_version_is_refused_by_submission_and_retry(cli: Cli, out
     assert cli.refused("retry", run.id) == f"error: {line}"
     assert len(run.attempts()) == 1
     assert cli.states() == [outcome]
-    assert run.id in cli("jobs").stdout
+    assert run.id[:8] in cli("jobs").stdout
     assert "before" in cli("logs", run.id).stderr
     assert f"already {outcome}" in cli("cancel", run.id).stdout
     cli("report")

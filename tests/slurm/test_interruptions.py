@@ -14,6 +14,9 @@ from command_line import eventually
 from interruptions import Training, assert_equal
 from lab import Lab, LabDoor
 
+from hpc_imagenet.report.attempt_times import intervals
+from hpc_imagenet.runs.store import Run
+
 KINDS = ("crash", "freeze", "kill", "requeue", "warning", "preemption")
 
 pytestmark = pytest.mark.timeout(1800)  # s; the fixture's time counts for the first test
@@ -80,6 +83,10 @@ def test_interrupted_training_resumes_to_equal_weights(trainings: dict[str, Trai
     assert_equal(training, trainings["calm"])
     row = training.row
     assert (row["attempt"], row["requeued"]) == (1, 1)
+    attempt = Run(training.folder).attempt
+    assert attempt
+    kinds = [part.kind for part in intervals(attempt, active=False)]
+    assert kinds == ["queued", "running", "requeued", "running"]
     (step,) = training.resumed_steps()
     assert step > 0
     assert training.log().count("epoch 4/4") == 1  # printed once, by rank 0

@@ -80,7 +80,8 @@ def test_training_on_two_nodes_of_two_tasks(cluster: LabDoor, store: str) -> Non
     assert [re.search(r"_(\d)_log", name)[1] for name in printed_by] == ["0"]  # type: ignore[index]
     progress = row["progress"]
     assert progress["done"] == progress["total"] == 22 * 64
-    assert {path.name for path in Path(row["dir"]).glob("*.csv")} == {"metrics.csv", "val_classes.csv"}
+    csvs = {"metrics.csv", "val_classes.csv", "val_confusion.csv"}
+    assert {path.name for path in Path(row["dir"]).glob("*.csv")} == csvs
     # Its evaluation is a job with the same cluster settings, on one node unless more are set.
     cluster("evaluate", row["run"], "checkpoint=last", "cluster.nodes=2")
     (_, evaluated) = wait_for(cluster, "finished", "finished")
@@ -291,7 +292,7 @@ def test_out_of_memory_fails_with_the_setting_and_no_requeue(tmp_path: Path, sit
         greedy = f"exec {sys.executable} -c 'bytearray(400_000_000)'"
         job, step = lab.sbatch(greedy, "--mem=100M"), lab.sbatch(f"srun {greedy[5:]}", "--mem=100M")
         (row,) = wait_for(cli, "failed")
-        assert row["reason"].startswith("out of memory on the node: raise cluster.memory_gb")
+        assert row["reason"].startswith("out of host memory: raise cluster.memory_gb")
         assert row["requeued"] == 0
         eventually(lambda: lab.final_state(job) == "OUT_OF_MEMORY")
         eventually(lambda: lab.final_state(step) not in ("", "PENDING", "RUNNING"))

@@ -43,7 +43,7 @@ def test_all_stages_keep_the_test_split(cli: Cli, folder: Path) -> None:
     assert "run +stage=process first" in done.stderr
     for stage in ("download", "process", "upload"):
         done = cli(f"+stage={stage}", *settings(folder), "wait=true")
-    assert "images 36" in done.stdout
+    assert "36 images" in done.stdout
     shown = json.loads(cli("datastores", "show", "photos", "--json").stdout)
     assert shown[0]["splits"] == {"train": 16, "val": 8, "test": 12}
     assert "intact: 36 images" in cli("verify", "photos").stdout

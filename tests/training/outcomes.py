@@ -57,7 +57,8 @@ def assert_same_training(one: Run, other: Run) -> None:
 
 def lines(run: Run) -> list[dict[str, str]]:
     with (run.folder / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in line.items() if k != "images_per_second"} for line in csv.DictReader(file)]
+        timed = ("images_per_second", "data_wait")
+        return [{k: v for k, v in line.items() if k not in timed} for line in csv.DictReader(file)]
 
 
 def results(result: dict[str, Any]) -> tuple[float, float, float]:

@@ -33,6 +33,10 @@ def test_result_progress_and_metrics_of_a_training(
     validations = [line for line in lines(run) if line["val_top1"]]
     assert [(line["step"], line["epoch"]) for line in validations] == [("5", "0"), ("10", "1")]
     assert float(validations[-1]["val_top1"]) == pytest.approx(result["top1"])
+    with (run.folder / "metrics.csv").open(newline="") as file:
+        waits = [float(line["data_wait"]) for line in csv.DictReader(file) if line["data_wait"]]
+    assert len(waits) == 2
+    assert all(0 <= wait <= 1 for wait in waits)
     assert list((run.folder / "tensorboard").glob("events.*"))
 
 

@@ -20,7 +20,7 @@ from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import EXIT_REQUEUE, Preempted, UserError
 from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.training.metrics import CsvLogger
+from hpc_imagenet.training.metrics import COLUMNS, CsvLogger
 from hpc_imagenet.training.module import Classifier
 
 pytestmark = pytest.mark.slow
@@ -166,6 +166,19 @@ def test_metrics_csv_resumes_at_the_checkpoint_step(tmp_path: Path) -> None:
     third = CsvLogger(tmp_path, step=2)  # the work after step 2 was lost
     third.log_metrics({"train_loss": 1.0}, 2)
     assert rows(third) == [("1", ""), ("2", ""), ("3", "")]
+
+
+def test_metrics_csv_of_an_older_version_gets_the_new_columns(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text(
+        "step,epoch,train_loss,val_loss\r\n1,0,1.0,\r\n1,0,,2.0\r\n2,1,\r\n"
+    )  # the last is incomplete
+    CsvLogger(tmp_path, step=1).log_metrics({"train_loss": 0.5, "data_wait": 0.25}, 1)
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0]) == COLUMNS
+    values = [(line["train_loss"], line["val_loss"], line["data_wait"]) for line in lines]
+    assert values == [("1.0", "", ""), ("", "2.0", ""), ("0.5", "", "0.25")]
 
 
 def test_checkpoint_of_another_training_is_refused(

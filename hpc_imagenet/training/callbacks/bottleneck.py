@@ -55,6 +55,11 @@ class BottleneckMonitor(pl.Callback):
         self._work_before, self._waited = batches.work, batches.waited
         self.summary = ""
 
+    @property
+    def waited(self) -> float:
+        """Seconds that the training loop of this rank has waited for batches so far."""
+        return self._batches.waited
+
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Exclude the time between two epochs."""
         self._previous_end = None

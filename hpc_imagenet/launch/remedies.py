@@ -1,0 +1,150 @@
+"""The settings that a retry changes after a failure: none of them is part of the signature."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from hpc_imagenet.runs.store import Attempt, Run, read_record
+
+PLACEHOLDER = "RUN"
+_MORE_MEMORY = 1.5  # factor
+_MORE_TIME = 2  # factor
+_MORE_REQUEUES = 2  # factor
+# Slurm's own lines that name a node.
+_NODE = re.compile(
+    r"^(?:srun|slurmstepd): .*(?:Node failure on|DUE TO NODE|failed on node) ([\w.-]*\w)", re.IGNORECASE
+)
+_BEFORE_LIMIT = 100.0  # s before the time limit, in which the warning signal may end a job
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed attempt and the evidence of its cause.
+
+    Attributes:
+        frozen: the frozen config, which another version may have written; empty if it is damaged.
+        evidence: the line that shows the cause.
+        lines: the last lines of its error logs.
+    """
+
+    run: Run
+    attempt: Attempt | None
+    frozen: dict[str, Any]
+    evidence: str
+    lines: tuple[str, ...] = ()
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage."""
+        return str(self.run.info.get("stage", ""))
+
+    def cluster(self, name: str) -> tuple[str, Any]:
+        """Return the full name of a cluster setting where the stage has it, and its value."""
+        return cluster_setting(self.frozen, self.stage, name)
+
+    def reached_time_limit(self) -> bool:
+        """Whether the attempt ran about as long as cluster.time allows."""
+        limit = self.cluster("time")[1]
+        outcome = self.attempt.outcome if self.attempt else None
+        if not isinstance(limit, (int, float)) or outcome is None or self.attempt is None:
+            return False
+        try:
+            begin = datetime.fromisoformat(self.attempt.started["time"])
+            seconds = (datetime.fromisoformat(outcome.time) - begin).total_seconds()
+        except (KeyError, TypeError, ValueError):
+            return False
+        return bool(seconds >= 60 * limit - _BEFORE_LIMIT and seconds > 24 * limit)
+
+
+def cluster_setting(frozen: dict[str, Any], stage: str, name: str) -> tuple[str, Any]:
+    """Return the full name of a cluster setting and its value: of `cluster.stage.<stage>` if it has it."""
+    cluster = frozen.get("cluster")
+    cluster = cluster if isinstance(cluster, dict) else {}
+    own = (cluster.get("stage") or {}).get(stage) or {}
+    if name in own:
+        return f"cluster.stage.{stage}.{name}", own[name]
+    return f"cluster.{name}", cluster.get(name)
+
+
+def remedy_for(kind: str, failure: Failure) -> dict[str, Any]:
+    """Return the settings to change for a kind of failure of `diagnosis.CLASSES`; empty if there are none."""
+    make = _REMEDIES.get(kind)
+    return make(failure) if make else {}
+
+
+def _more_memory(failure: Failure) -> dict[str, Any]:
+    if _on_slurm(failure):
+        name, memory = failure.cluster("memory_gb")  # 0: all memory of the node
+        return {name: math.ceil(_MORE_MEMORY * memory)} if memory else {}
+    return _accumulate(failure) if failure.stage == "train" else {}
+
+
+def _accumulate(failure: Failure) -> dict[str, Any]:
+    """Return the next train.accumulate: the one that the training named, else computed in the same way."""
+    if named := re.search(r"train\.accumulate=(\d+)", failure.evidence):
+        return {"train.accumulate": int(named[1])}
+    try:
+        batch = int(failure.frozen["recipe"]["global_batch"])
+        present = int(failure.frozen["train"]["accumulate"])
+    except (KeyError, TypeError, ValueError):
+        return {}
+    share = batch // _tasks(failure)
+    larger = [parts for parts in range(2 * present, share + 1) if share % parts == 0]
+    return {"train.accumulate": larger[0]} if larger else {}
+
+
+def _tasks(failure: Failure) -> int:
+    """Return the number of tasks of a training."""
+    nodes, tasks, gpus = (failure.cluster(name)[1] for name in ("nodes", "tasks_per_node", "gpus_per_node"))
+    if gpus is None and failure.attempt:  # the local queue gave it the GPUs that were free
+        gpus = len(read_record(failure.attempt.folder / "process.json").get("gpus") or ())
+    return int(nodes or 1) * int(tasks or gpus or 1)
+
+
+def _more_time(failure: Failure) -> dict[str, Any]:
+    name, minutes = failure.cluster("time")
+    return {name: _MORE_TIME * minutes} if minutes else {}
+
+
+def _exclude_node(failure: Failure) -> dict[str, Any]:
+    if not _on_slurm(failure) or not (node := _failed_node(failure)):
+        return {}
+    name, options = failure.cluster("sbatch")
+    excluded = str((options or {}).get("exclude") or "")
+    if node in excluded.split(","):
+        return {}
+    return {f"{name}.exclude": f"{excluded},{node}" if excluded else node}
+
+
+def _failed_node(failure: Failure) -> str:
+    """Return the node that Slurm names, else the only node of the job; empty if that is unknown."""
+    for line in (failure.evidence, *reversed(failure.lines)):
+        if found := _NODE.match(line):
+            return found[1]
+    started = failure.attempt.started if failure.attempt else {}
+    nodes = str(started.get("nodes") or "")
+    return nodes if re.fullmatch(r"[\w.-]+", nodes) else ""
+
+
+def _more_requeues(failure: Failure) -> dict[str, Any]:
+    name, most = failure.cluster("max_requeues")
+    used_up = "max_requeues" in failure.evidence and isinstance(most, int)
+    return {name: max(10, _MORE_REQUEUES * most)} if used_up else {}
+
+
+def _on_slurm(failure: Failure) -> bool:
+    return bool(failure.cluster("executor")[1] == "slurm")
+
+
+_REMEDIES: dict[str, Callable[[Failure], dict[str, Any]]] = {
+    "host_memory": _more_memory,
+    "device_memory": _accumulate,
+    "time_limit": _more_time,
+    "node_failure": _exclude_node,
+    "requeued_too_often": _more_requeues,
+}

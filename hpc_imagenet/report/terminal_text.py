@@ -1,0 +1,23 @@
+"""Text from records and logs for a table in a terminal: printable, and cut to a number of columns."""
+
+from __future__ import annotations
+
+from rich.cells import cell_len, set_cell_size
+
+from hpc_imagenet.io.printable import one_line, printable
+
+__all__ = ["columns", "fit", "one_line", "printable"]
+
+
+def fit(text: str, width: int) -> str:
+    """Return text as exactly `width` columns of a terminal: filled with spaces, or cut with an ellipsis."""
+    if text.isascii() and len(text) <= width:
+        return text.ljust(width)
+    if cell_len(text) <= width:
+        return set_cell_size(text, width)
+    return set_cell_size(text, width - 1) + "…" if width else ""
+
+
+def columns(text: str) -> int:
+    """Return the number of terminal columns that a text takes."""
+    return len(text) if text.isascii() else cell_len(text)

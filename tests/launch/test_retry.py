@@ -1,0 +1,196 @@
+"""Retry with the remedy of a diagnosis, with a fake Slurm: what is shown, submitted and refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from command_line import Cli
+from fake_slurm import write_slurm
+
+from hpc_imagenet import Handle, UserError
+from hpc_imagenet.cluster import slurm
+from hpc_imagenet.runs.store import FAILED, Run, RunStore
+
+SUBMIT = ("dataset=digits", "cluster=slurm", "cluster.time=60", "cluster.memory_gb=4")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cli:
+    """The command line with a fake Slurm in `<folder>/slurm`."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    slurm._reply_cache.clear()
+    write_slurm(folder)
+    return Cli(tmp_path / "workspace", path=f"{folder}:{os.environ['PATH']}")
+
+
+def queue(cluster: Cli, *rows: str) -> None:
+    (cluster.cwd / "slurm/queue").write_text("".join(f"{row}\n" for row in rows))
+
+
+def script(cluster: Cli, number: int) -> str:
+    return (cluster.cwd / f"slurm/script.{number}").read_text()
+
+
+def only_run(cluster: Cli) -> Run:
+    (run,) = RunStore(cluster.workspace).all()
+    return run
+
+
+def fail(run: Run, reason: str) -> None:
+    assert run.attempt
+    assert run.attempt.end(FAILED, reason)
+
+
+def test_more_memory_after_too_little(cluster: Cli) -> None:
+    cluster("+stage=download", *SUBMIT)
+    run = only_run(cluster)
+    queue(cluster, "1|OUT_OF_MEMORY|0|125|None")
+    shown = f"{run.id}  out of host memory · cluster.memory_gb: 4 → 6\n"
+    dry = cluster("retry", "--failed", "--dry-run").stdout
+    assert dry == f"{shown}nothing was submitted (--dry-run)\n"
+    assert len(run.attempts()) == 1
+    assert run.frozen()["cluster"]["memory_gb"] == 4
+    assert cluster("retry", run.id).stdout == f"{shown}submitted  {run.id}\n"
+    assert "#SBATCH --mem=6144M\n" in script(cluster, 2)
+    first = run.attempts()[0].outcome
+    assert first  # Slurm forgets its jobs
+    assert first.reason == "Slurm: out of memory (exit code 0:125)"
+    queue(cluster, "2|OUT_OF_MEMORY|0|125|None")
+    assert "cluster.memory_gb: 6 → 9" in cluster("retry", run.id).stdout  # a change each time
+    assert run.id == only_run(cluster).id
+
+
+def test_stage_with_a_value_of_its_own(cluster: Cli) -> None:
+    cluster("+stage=download", *SUBMIT, "+cluster.stage.download.time=10")
+    run = only_run(cluster)
+    queue(cluster, "1|TIMEOUT|0|0|None")
+    assert "time limit · cluster.stage.download.time: 10 → 20" in cluster("retry", run.id).stdout
+    assert "#SBATCH --time=20\n" in script(cluster, 2)
+    queue(cluster, "2|FAILED|0|0|None")
+    cluster("retry", run.id, "cluster.time=33")
+    assert "#SBATCH --time=33\n" in script(cluster, 3)
+
+
+def test_failed_node_is_excluded_beside_those_before(cluster: Cli) -> None:
+    cluster("+stage=download", *SUBMIT, "+cluster.sbatch.exclude=n1")
+    run = only_run(cluster)
+    assert run.attempt
+    (run.attempt.folder / "1_0_log.err").write_text("srun: error: Node failure on n3\n")
+    queue(cluster, "1|NODE_FAIL|0|0|None")
+    assert "node failure · cluster.sbatch.exclude: n1 → n1,n3" in cluster("retry", run.id).stdout
+    assert "#SBATCH --exclude=n1,n3\n" in script(cluster, 2)
+
+
+def test_accumulate_after_too_little_device_memory(cluster: Cli) -> None:
+    cluster("+stage=pipeline", *SUBMIT, "model=resnet18")
+    queue(cluster)
+    *_, train = RunStore(cluster.workspace).all()
+    for need in RunStore(cluster.workspace).all()[:-1]:
+        assert need.attempt
+        need.attempt.end("finished", result={})
+    fail(train, "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "out of device memory · train.accumulate: 1 → 2" in cluster("retry", train.id).stdout
+    assert train.config().train.accumulate == 2
+    fail(
+        train,
+        "out of memory at step 3: 32 images at a time are too many for A100: train.accumulate=8 takes …",
+    )
+    assert "train.accumulate: 2 → 8" in cluster("retry", train.id).stdout
+    fail(train, "out of memory at step 3: 1 images at a time are too many for A100: take a smaller model")
+    done = cluster("retry", train.id)  # computed: 64 = 16 x 4
+    assert "train.accumulate: 8 → 16" in done.stdout
+
+
+def test_needs_have_remedies_of_their_own(cluster: Cli) -> None:
+    cluster("+stage=pipeline", *SUBMIT)
+    download, process, upload, train = RunStore(cluster.workspace).all()
+    dependency = "CANCELLED|0|0|DependencyNeverSatisfied"
+    queue(cluster, "1|TIMEOUT|0|0|None", *(f"{number}|{dependency}" for number in (2, 3, 4)))
+    lines = cluster("retry", train.id).stdout.splitlines()
+    assert lines[:4] == [
+        f"{download.id}  time limit · cluster.time: 60 → 120",
+        *(f"{run.id}  cancelled · unchanged" for run in (process, upload, train)),
+    ]
+    assert [line.split()[0] for line in lines[4:]] == ["submitted"] * 4
+
+
+def test_same_failure_is_not_submitted_a_third_time(cluster: Cli) -> None:
+    cluster("+stage=download", *SUBMIT)
+    run = only_run(cluster)
+    queue(cluster)
+    fail(run, "ValueError: 17 is not a number")
+    assert "bug · unchanged" in cluster("retry", run.id).stdout
+    fail(run, "ValueError: 18 is not a number")
+    line = cluster.refused("retry", run.id)
+    assert line.startswith(
+        f"error: {run.id} failed twice the same way (bug: ValueError: 18 is not a number): "
+    )
+    assert line.endswith("retry it with SETTING=VALUE, or unchanged with --again")
+    done = cluster("retry", "--failed")
+    assert "left out" in done.stderr
+    assert len(run.attempts()) == 2
+    assert "cluster.time: 60 → 90" in cluster("retry", run.id, "cluster.time=90").stdout
+    fail(run, "ValueError: 19 is not a number")
+    assert "bug · unchanged" in cluster("retry", "--failed", "--again").stdout
+    fail(run, "TypeError: another failure")
+    cluster("retry", run.id)
+    assert len(run.attempts()) == 5
+
+
+def test_failure_that_is_certain_to_recur_is_refused_at_once(cluster: Cli) -> None:
+    cluster(
+        "+stage=download", "dataset=digits", "cluster=slurm"
+    )  # cluster.memory_gb is the cluster's default
+    run = only_run(cluster)
+    queue(cluster, "1|OUT_OF_MEMORY|0|125|None")
+    line = cluster.refused("retry", run.id)
+    assert "would fail again, since nothing has changed" in line
+    assert "cluster.memory_gb" in line
+    assert "cluster.memory_gb: default → 8" in cluster("retry", run.id, "cluster.memory_gb=8").stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ("dataset.name=other", "another run"),
+        ("dataset.source=/elsewhere", "another run"),
+        ("cluster.executor=local", "another run"),
+        ("cluster.time=0", "cluster.time=0"),
+        ("cluster.times=5", "unknown setting|only single values"),
+        ("cluster=local", "selects a file of conf/"),
+        ("cluster.time=null", "cluster.time is not set"),
+    ],
+)
+def test_setting_that_a_retry_cannot_change(cluster: Cli, setting: str, error: str) -> None:
+    cluster("+stage=download", *SUBMIT)
+    queue(cluster, "1|TIMEOUT|0|0|None")
+    line = cluster.refused("retry", "download-digits", setting)
+    assert any(part in line for part in error.split("|"))
+    assert len(only_run(cluster).attempts()) == 1
+
+
+def test_option_of_sbatch_is_added(cluster: Cli) -> None:
+    cluster("+stage=download", *SUBMIT)
+    queue(cluster, "1|FAILED|0|256|None")
+    cluster("retry", "download-digits", "cluster.sbatch.reservation=spring")
+    assert "#SBATCH --reservation=spring\n" in script(cluster, 2)
+
+
+def test_retry_of_a_handle(cluster: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster("+stage=download", *SUBMIT)
+    queue(cluster)
+    monkeypatch.setenv("PATH", cluster.env["PATH"])
+    run = only_run(cluster)
+    handle = Handle(run.folder)
+    fail(run, "ValueError: no")
+    handle.retry()
+    fail(run, "ValueError: no")
+    with pytest.raises(UserError, match="failed twice the same way"):
+        handle.retry()
+    handle.retry("cluster.time=70")
+    fail(run, "ValueError: no")
+    handle.retry(again=True)
+    assert len(run.attempts()) == 4
