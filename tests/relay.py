@@ -17,6 +17,7 @@ class Relay:
         bytes_up: number of bytes sent to the server.
         cut_at: values of `bytes_up` at which all connections are cut and an outage begins.
         outage: duration of an outage in s, in which no connection is accepted.
+        delay: s that data takes, in each direction.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class Relay:
         self.bytes_up = 0
         self.cut_at: list[int] = []
         self.outage = 0.0
+        self.delay = 0.0
         self._outage_until = 0.0
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -69,6 +71,7 @@ class Relay:
     def _pump(self, source: socket.socket, target: socket.socket, up: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                time.sleep(self.delay)
                 target.sendall(data)
                 if up:
                     self._count_up(len(data))
@@ -82,7 +85,15 @@ class Relay:
             if not self.cut_at or self.bytes_up < self.cut_at[0]:
                 return
             self.cut_at.pop(0)
-            self._outage_until = time.monotonic() + self.outage
-            for end in self._open:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
+            self._cut()
+
+    def cut(self) -> None:
+        """Cut all connections; an outage begins."""
+        with self._lock:
+            self._cut()
+
+    def _cut(self) -> None:
+        self._outage_until = time.monotonic() + self.outage
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)

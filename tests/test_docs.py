@@ -222,6 +222,11 @@ def run_session_command(command: str, reader: Reader) -> None:
         reader.run_shell(f"python -m hpc_imagenet connect {run}")
 
 
+def run_pull(command: str, reader: Reader) -> None:
+    """Check only that it is refused without a host; tests/remote pulls from one."""
+    assert "cluster.host" in reader.run_shell(command, code=2)
+
+
 def check_extra(command: str, reader: Reader) -> None:
     """Check only that the extra exists."""
     extra = re.search(r"\[(\w+)\]", command)
@@ -302,6 +307,7 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
     (rf"{PROGRAM} (cancel|retry) RUN( --dry-run| cluster\.\w+=\w+)*", run_command),
     (rf"{PROGRAM} (show|evaluate) RUN( [\w.]+=\S+)*", run_command),
     (rf"{PROGRAM} (export|predict) RUN [\w-]+( --[\w-]+( \w+)?)*", use_network),
+    (rf"{PROGRAM} pull RUN", run_pull),
     (r"pip install -c constraints\.txt -e '\.\[\w+\]'", check_extra),
     (rf"{PROGRAM} \+stage=session( \S+=\S+)*", run_session),
     (rf"{PROGRAM} (connect|pause|resume) RUN( \S+=\S+)*", run_session_command),

@@ -75,7 +75,7 @@ PACKAGE = ROOT / "hpc_imagenet"
 # Each package may import those before it, and nothing that comes after it.
 LAYERS = [
     *("errors", "io", "config", "runs", "cluster", "datastore", "data", "training", "session", "stages"),
-    *("launch", "report", "doctor", "cli", "api", "demo"),
+    *("launch", "report", "doctor", "remote", "cli", "api", "demo"),
 ]
 # Heavy or special packages, and the only place that may import each.
 HOMES = {

@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "evaluate_command",
     "export": "export_command",
     "predict": "predict_command",
+    "pull": "pull_command",
     "connect": "session_commands",
     "pause": "session_commands",
     "resume": "session_commands",

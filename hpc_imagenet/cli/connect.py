@@ -48,10 +48,11 @@ def access_instructions(run: Run, attempt: Attempt, info: ConnectionInfo) -> dic
     """
     token, user, local_host = read_token(run.folder), getpass.getuser(), socket.gethostname()
     over_ssh = "SSH_CONNECTION" in os.environ  # the browser runs on another machine
-    login = f"{user}@{run.cluster().login or local_host}"
+    cluster = run.cluster()
+    login = cluster.host or f"{user}@{cluster.login or local_host}"
     job = attempt.submitted.get("job_id") if attempt.submitted.get("executor") == "slurm" else None
     elsewhere = bool(job) or info.host != local_host  # on a node, or a workstation with a shared file system
-    jump = f"-J {login} " if job or run.cluster().login or over_ssh else ""
+    jump = f"-J {login} " if job or cluster.login or over_ssh else ""
     host = f"{jump}{user}@{info.host}" if elsewhere else login
     base = "https://localhost" if info.fingerprint else "http://127.0.0.1"
     lines: dict[str, str] = {}

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from hpc_imagenet import __version__
 from hpc_imagenet.cli.commands import COMMANDS, run_command_line
+from hpc_imagenet.config.host import Host, find_host, store_host, without_host
 from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.io.access import explain_permission_error
 
@@ -49,6 +50,7 @@ Commands:
   python -m hpc_imagenet evaluate RUN|FILE [split=test] [datastore.name=NAME]   score a checkpoint, as a job
   python -m hpc_imagenet export RUN|FILE OUT [--format onnx]   write a network for torchvision, timm, ONNX …
   python -m hpc_imagenet predict RUN|FILE IMAGE|FOLDER … [--top 5] [--json]   classify images, on CPUs
+  python -m hpc_imagenet pull RUN …            bring runs from cluster.host to this machine
   python -m hpc_imagenet verify [NAME …] [--quick] [--weights MODEL]   find missing or changed data
   python -m hpc_imagenet datastores [list | show NAME | verify NAME | fetch NAME DIR | delete NAME@vN | prune]
   python -m hpc_imagenet doctor [cluster=mine] check the cluster's setup with a probe job on its nodes
@@ -58,6 +60,8 @@ More: --cfg job (print the composed config)   --config-dir FOLDER (your own conf
       --hydra-help   eval "$(hpc-imagenet -sc install=bash)" (tab completion of the command hpc-imagenet)
 """
 
+# Carried out on this machine, even if cluster.host is set.
+_LOCAL = ("-h", "--help", "--version", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
 _HYDRA_OPTIONS = ("--cfg", "-c", "--hydra-help", "--info", "-i", "--shell-completion", "-sc")
 
 
@@ -100,6 +104,12 @@ def run(arguments: Sequence[str]) -> int:
         UserError: invalid input; nothing was submitted.
     """
     arguments = list(arguments)
+    is_local = any(argument.split("=")[0] in _LOCAL for argument in arguments)
+    if not is_local and arguments[:1] not in (["pull"], ["help"]):
+        if (host := find_host(arguments)) is not None:
+            return _run_on_host(host, arguments)
+        if arguments and arguments[0] in COMMANDS and arguments[0] != "doctor":
+            arguments = without_host(arguments)
     if arguments and arguments[0] in COMMANDS:
         return run_command_line(arguments[0], arguments[1:])
     if arguments and arguments[0] in ("-h", "--help", "help"):
@@ -199,20 +209,45 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
     return 0
 
 
+def _run_on_host(host: Host, arguments: list[str]) -> int:
+    """Carry out a command line on cluster.host."""
+    from hpc_imagenet.remote.host_command import run_on_host
+
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    if command not in (None, "doctor"):
+        return run_on_host(host, without_host(arguments), submits=False)
+    written = _option(arguments, "--write") if command else None
+    code = run_on_host(host, arguments, submits=True)
+    if written and code == 0:
+        print(f"cluster.host: {host.address} is stored in {store_host(host, written)}")
+    return code
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
 def _run_hydra(arguments: list[str]) -> int:
     """Run one of Hydra's own options, such as --cfg or tab completion."""
     import hydra
 
     from hpc_imagenet.config.auto_cluster import resolve_cluster
-    from hpc_imagenet.config.compose import CONF, VERSION_BASE, register, register_networks
+    from hpc_imagenet.config.compose import CONF, VERSION_BASE, register, register_networks, search_path
     from hpc_imagenet.config.overrides import check_given_once, quote_paths
-    from hpc_imagenet.config.stored_settings import add_stored_settings
+    from hpc_imagenet.config.stored_settings import add_stored_settings, config_folders
 
     register()
     register_networks(arguments)
     check_given_once(arguments)
     if "--hydra-help" not in arguments:
         arguments = quote_paths(resolve_cluster(add_stored_settings(arguments))[0])
+        at = next((i for i, word in enumerate(arguments) if "=" in word and word[0] != "-"), len(arguments))
+        arguments[at:at] = search_path(config_folders())
     sys.argv[1:] = arguments
     hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")(lambda _: None)()
     return 0

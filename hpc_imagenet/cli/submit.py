@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_imagenet.config.schema import Config
+from hpc_imagenet.config.stored_settings import SENT
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.launch import submission, validate
@@ -72,6 +74,11 @@ def prepare(configs: Sequence[Config]) -> PreparedPlan:
             raise UserError(f"{setting} cannot be swept: set one value for the whole command")
     if len({config.cluster.executor for config in configs}) > 1:
         raise UserError("cluster cannot be swept over executors: use one command per executor")
+    if first.cluster.host and SENT not in os.environ:  # the command line has its own way there
+        raise UserError(
+            f"cluster.host={first.cluster.host} is for the command line: python -m hpc_imagenet …; from "
+            "Python set cluster.host=null to submit on this machine"
+        )
     EXECUTORS[first.cluster.executor].check_available()
     store = RunStore(Path(first.workspace))
     jobs = make_plan(configs, validate.version_finder())

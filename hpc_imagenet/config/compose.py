@@ -108,9 +108,7 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
                 raise UserError(
                     f"{path} has the same name as a file of conf/, which takes precedence: rename it"
                 )
-    if folders:
-        urls = (QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in folders)
-        overrides = [f"hydra.searchpath=[{','.join(urls)}]", *overrides]
+    overrides = [*search_path(folders), *overrides]
     for folder in (CONF, *folders):
         for name in (item.partition("=")[2] for item in overrides if item.startswith("cluster=")):
             if (path := folder / "cluster" / f"{name}.yaml").is_file():
@@ -129,6 +127,12 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
         config.sweep = sweep if config.sweep is None else config.sweep
         check_values(config)
     return composed
+
+
+def search_path(folders: Sequence[Path]) -> list[str]:
+    """Return the override that makes Hydra search further folders of config files; none for no folder."""
+    urls = [QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in folders]
+    return [f"hydra.searchpath=[{','.join(urls)}]"] if urls else []
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:

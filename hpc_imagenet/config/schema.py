@@ -317,6 +317,13 @@ class Cluster:
     container: str | None = setting(None, "Slurm: image that the tasks run in; see docs/cluster.md")
     container_runtime: str = setting("auto", "what runs the image", choices=CONTAINER_RUNTIMES)
     container_args: list[str] = setting(factory=list, meaning="more arguments of the container runtime")
+    host: str | None = setting(
+        None, "login node user@host that carries out every command, by ssh; see docs/remote.md"
+    )
+    host_folder: str = setting(
+        "hpc_imagenet", "folder on cluster.host with code and environment; relative paths start there"
+    )
+    host_python: str = setting("python3", "Python 3.10 to 3.13 on cluster.host, for the environment")
     login: str | None = setting(
         None, "login node's host name from your own machine, for tunnels; null: its own"
     )

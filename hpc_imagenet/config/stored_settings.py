@@ -27,6 +27,7 @@ from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 
 FILE = "hpc_imagenet.yaml"
+SENT = "HPC_IMAGENET_SENT"  # set on cluster.host: the folder with the settings of the machine that sent them
 VARIABLES = {"workspace": "HPC_IMAGENET_WORKSPACE", "cluster": "HPC_IMAGENET_CLUSTER"}
 
 
@@ -44,6 +45,13 @@ def user_folder() -> Path:
     return (Path(base) if base else Path.home() / ".config") / "hpc_imagenet"
 
 
+def _folders() -> list[Path]:
+    """Return the folders of stored settings, highest precedence first: the project's, the user's."""
+    if sent := os.environ.get(SENT):
+        return [Path(sent) / "project", Path(sent) / "user", user_folder()]
+    return [Path(), user_folder()]
+
+
 def config_folders(config_dir: str | None = None) -> list[Path]:
     """Return the folders of config files in addition to the package's, highest precedence first.
 
@@ -53,12 +61,12 @@ def config_folders(config_dir: str | None = None) -> list[Path]:
     folders = [] if config_dir is None else [Path(config_dir).resolve()]
     if folders and not folders[0].is_dir():
         raise UserError(f"--config-dir {config_dir}: no such folder")
-    project = Path("conf").resolve()
+    stored = _folders()
+    project = (stored[0] / "conf").resolve()
     # A conf/ with a config.yaml belongs to another Hydra application, or is the package's own.
     if not (project / "config.yaml").exists() and any((project / group).is_dir() for group in _groups()):
         folders.append(project)
-    if user_folder().is_dir():
-        folders.append(user_folder().resolve())
+    folders += [folder.resolve() for folder in stored[1:] if folder.is_dir()]
     return list(dict.fromkeys(folders))
 
 
@@ -73,7 +81,7 @@ def stored_settings() -> list[Stored]:
         for key, variable in VARIABLES.items()
         if (value := os.environ.get(variable))
     ]
-    for path in (Path(FILE), user_folder() / FILE):
+    for path in (folder / FILE for folder in _folders()):
         higher = {stored.key for stored in found}
         found += [stored for stored in _read(path) if not _is_hidden(stored.key, higher)]
     return found
@@ -98,9 +106,9 @@ def describe() -> str:
 
 def stored_value(key: str) -> str | None:
     """Return the stored value of a text setting, such as workspace, or None."""
-    for path in (Path(FILE), user_folder() / FILE):
+    for path in (folder / FILE for folder in _folders()):
         value = os.environ.get(VARIABLES.get(key, "")) or next(
-            (text for name, text in _flatten(_load(path)) if name == key), None
+            (text for name, text in _flatten(load_yaml(path)) if name == key), None
         )
         if value is not None:
             return str(value)
@@ -114,7 +122,7 @@ def _is_hidden(key: str, given: Any) -> bool:
 
 def _read(path: Path) -> Iterator[Stored]:
     groups = _groups()
-    for key, value in _flatten(_load(path)):
+    for key, value in _flatten(load_yaml(path)):
         if key in groups:
             if not isinstance(value, str):
                 raise UserError(f"{path}: {key}: {value!r} is not the name of a file, such as {key}: NAME")
@@ -123,7 +131,12 @@ def _read(path: Path) -> Iterator[Stored]:
             yield Stored(key, f"++{key}={_literal(value)}", str(path))
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; empty if there is no such file.
+
+    Raises:
+        UserError: it cannot be read as settings.
+    """
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -143,7 +143,7 @@ def _names(column: str) -> list[str]:
 
 
 def _is_cluster_value(word: str) -> bool:
-    return re.match(r"cluster\.[a-z_]+=", word) is not None
+    return re.match(r"cluster\.(?!host)[a-z_]+=", word) is not None  # the host is stored apart
 
 
 def propose(

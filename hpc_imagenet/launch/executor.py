@@ -16,6 +16,7 @@ from typing import Protocol
 
 from hpc_imagenet import __version__
 from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import ENDED, FINISHED, Attempt, Run, RunStore
 
@@ -100,10 +101,17 @@ class Executor(Protocol):
 
 @functools.cache
 def code_version() -> dict[str, str]:
-    """Return the version of the package and, in a git checkout, the commit; for submitted.json."""
+    """Return the version of the package and, of a git checkout, the commit; for submitted.json.
+
+    On cluster.host also the folder of the code, which is never changed, and its difference to the commit.
+    """
     code = {"version": __version__}
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
         code["commit"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    elif sent := read_json(root / "code.json"):  # sent from another machine (remote/parcels.py)
+        code |= {**sent, "folder": str(root)}
+        if (root / "difference.patch").exists():
+            code["difference"] = str(root / "difference.patch")
     return code

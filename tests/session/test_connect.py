@@ -72,6 +72,14 @@ def test_tunnel_to_a_node_goes_through_the_login_node(run: Run, way: str, tunnel
     assert ("~/.ssh/config" in lines) == (way != "address")
 
 
+def test_tunnel_goes_through_the_host_as_the_laptop_names_it(run: Run) -> None:
+    config = run.frozen()
+    config["cluster"]["host"] = "me@login.centre.org"
+    run = RunStore(run.folder.parents[1]).create(run.id, config, run.info)
+    lines = access_instructions(run, attempt(run, "slurm", job_id="77"), connection_info("socket"))
+    assert lines["tunnel"] == f"ssh -N -L 12345:/tmp/s/jupyter -J me@login.centre.org {ME}@n1"
+
+
 def test_tunnel_to_this_machine_only_for_a_socket_or_over_ssh(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

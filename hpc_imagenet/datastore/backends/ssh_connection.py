@@ -39,6 +39,8 @@ class SshConnection:
 
     Args:
         url: user@host:/path or host:path.
+        setting: the setting that names the host, for messages.
+        shell: ssh with its options; None: RSYNC_RSH, or ssh without prompts.
 
     Attributes:
         root: the root folder, as the remote shell takes it.
@@ -47,28 +49,29 @@ class SshConnection:
         UserError: the URL has another form, or ssh or rsync is missing on this machine.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, setting: str = "datastore.url", shell: str | None = None) -> None:
         match = _URL.fullmatch(url)
         if match is None or match[1].startswith("-") or "\n" in url:
-            raise UserError("datastore.url must be user@host:/path, without a password, a port or ::")
+            raise UserError(f"{setting} must be user@host:/path, without a password, a port or ::")
         self.url = url.rstrip("/")
+        self._named = f"{setting}={self.url}"
         self._host = match[1]
         self.root = match[2].removeprefix("~/").rstrip("/") or ("/" if match[2].startswith("/") else ".")
         self._reached = False
         import sh
 
         self._errors: Any = sh.ErrorReturnCode
-        shell = os.environ.get("RSYNC_RSH") or _SSH
+        shell = shell or os.environ.get("RSYNC_RSH") or _SSH
         command, *options = shlex.split(shell)
         try:
             self._ssh: Any = sh.Command(command).bake(*options, self._host)
             # -s: file names are not interpreted by the remote shell.
             self._rsync: Any = sh.Command("rsync").bake(
-                "-rtLs", "--no-h", f"--timeout={TIMEOUT}", "--info=progress2", "-e", shell
+                "-rts", "--no-h", f"--timeout={TIMEOUT}", "--info=progress2", "-e", shell
             )
         except sh.CommandNotFound as error:
             raise UserError(
-                f"datastore.url={url}: {error} is missing on this machine: install openssh-client and rsync"
+                f"{self._named}: {error} is missing on this machine: install openssh-client and rsync"
             ) from None
 
     def remote_path(self, path: str) -> str:
@@ -94,7 +97,11 @@ class SshConnection:
         return bytes(done.stdout)
 
     def rsync(
-        self, step: str, arguments: list[str], progress: Callable[[int], None] = lambda done: None
+        self,
+        step: str,
+        arguments: list[str],
+        progress: Callable[[int], None] = lambda done: None,
+        links: bool = True,
     ) -> None:
         """Run rsync.
 
@@ -102,7 +109,10 @@ class SshConnection:
             step: name of the transfer for messages, such as "sending".
             arguments: of rsync.
             progress: called with the number of bytes done.
+            links: whether to send what symbolic links lead to; else they are left out.
         """
+        if links:
+            arguments = ["-L", *arguments]
         env = {**os.environ, "LC_ALL": "C"}
         self._retry(step, lambda out: self._rsync(*arguments, _out=out, _out_bufsize=0, _env=env), progress)
 
@@ -133,11 +143,11 @@ class SshConnection:
             except self._errors as error:
                 reason = _reason(error.stderr) or f"exit code {error.exit_code}"
                 if error.exit_code not in _CONNECTION_ERRORS or any(text in reason for text in _PERMANENT):
-                    raise UserError(f"datastore.url={self.url}: {step}: {reason}") from None
+                    raise UserError(f"{self._named}: {step}: {reason}") from None
                 wait = retry.failed(self._reached)
                 if wait is None:
                     raise UserError(
-                        f"datastore.url={self.url}: {step} failed {retry.failures} times in a row: {reason}; "
+                        f"{self._named}: {step} failed {retry.failures} times in a row: {reason}; "
                         "transferred data is kept: run it again to resume"
                     ) from None
                 log.warning("%s: %s: %s; retry in %.1f s", self.url, step, reason, wait)

@@ -1,0 +1,127 @@
+"""The host that carries out commands, by ssh: which settings name it, without composing them.
+
+Every command needs it first, so only YAML is read here: the stored settings, and the chosen cluster file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.config.stored_settings import (
+    FILE,
+    SENT,
+    config_folders,
+    load_yaml,
+    stored_settings,
+    user_folder,
+)
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import atomic_write
+
+_KEYS = ("cluster.host", "cluster.host_folder", "cluster.host_python")
+_CONFIG_DIR = ("-cd", "--config-dir")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host behind ssh, and what to use there.
+
+    Attributes:
+        address: user@host, or a name of ~/.ssh/config.
+        folder: folder of code, environment and relative paths; relative to the home.
+        python: the Python that makes the environment.
+    """
+
+    address: str
+    folder: str = Cluster.host_folder
+    python: str = Cluster.host_python
+
+
+def find_host(arguments: Sequence[str]) -> Host | None:
+    """Return the host of a command line, or None if it is carried out on this machine.
+
+    Raises:
+        UserError: cluster.host is not user@host, a file of settings cannot be read, or a command on runs
+            names a cluster that does not exist.
+    """
+    if SENT in os.environ:  # this is the host
+        return None
+    typed = {key.lstrip("+"): value for key, equals, value in (w.partition("=") for w in arguments) if equals}
+    stored = {item.key: item.override.partition("=")[2].strip("'") for item in stored_settings()}
+    name = typed.get("cluster") or stored.get("cluster")
+    file = _read_cluster(name, config_folders(config_dir(arguments))) if name else None
+    if "cluster" in typed and file is not None:  # a chosen file also replaces what is stored for its group
+        stored = {}
+    values = {f"cluster.{key}": value for key, value in (file or {}).items()}
+    for level in (stored, typed):
+        values |= {key: value for key, value in level.items() if key in _KEYS}
+    address, *others = (str(values.get(key) or "") for key in _KEYS)
+    if address in ("", "null"):
+        if "cluster" in typed and file is None and not re.search("^-|=", arguments[0]):
+            raise UserError(
+                f"cluster={name} is unknown: there is no cluster/{name}.yaml in conf/ or {user_folder()}"
+            )
+        return None
+    if not re.fullmatch(r"(?!-)[^\s:/]+", address):
+        raise UserError(
+            f"cluster.host={address} must be user@host or a name of ~/.ssh/config, without a port or folder: "
+            "a port is set in ~/.ssh/config, the folder by cluster.host_folder"
+        )
+    return Host(address, others[0] or Cluster.host_folder, others[1] or Cluster.host_python)
+
+
+def config_dir(arguments: Iterable[str]) -> str | None:
+    """Return the folder of --config-dir, or None."""
+    remaining = iter(arguments)
+    for word in remaining:
+        if word in _CONFIG_DIR:
+            return next(remaining, None)
+        if word.startswith("--config-dir="):
+            return word.partition("=")[2]
+    return None
+
+
+def without_host(arguments: Iterable[str]) -> list[str]:
+    """Return the arguments of a command on runs without those that only choose the host."""
+    remaining, kept = iter(arguments), []
+    for word in remaining:
+        if word in _CONFIG_DIR:
+            next(remaining, None)
+        elif not word.startswith("--config-dir=") and word.partition("=")[0] not in ("cluster", *_KEYS):
+            kept.append(word)
+    return kept
+
+
+def store_host(host: Host, cluster: str) -> Path:
+    """Store the host, and the name of a cluster file on it, as the user's default; return the file."""
+    path = user_folder() / FILE
+    values = dict(zip(("cluster", *_KEYS), (cluster, host.address, host.folder, host.python), strict=True))
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    kept = [line for line in before.splitlines() if line.partition(":")[0].strip() not in values]
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write("\n".join([*lines, *kept, ""]).encode())
+    return path
+
+
+def _read_cluster(name: str, folders: Sequence[Path]) -> dict[str, Any] | None:
+    """Return the values of a cluster file and of the files in its defaults; None if there is no such file."""
+    path = next((p for folder in folders if (p := folder / "cluster" / f"{name}.yaml").is_file()), None)
+    if path is None:
+        package = Path(__file__).resolve().parents[1]  # its conf/ is within it in a wheel, else beside it
+        ours = any((root / "conf/cluster" / f"{name}.yaml").exists() for root in (package, package.parent))
+        return {} if ours else None
+    own = load_yaml(path)
+    values: dict[str, Any] = {}
+    for default in own.pop("defaults", None) or []:
+        if isinstance(default, str) and default not in ("_self_", name):
+            values |= _read_cluster(default, folders) or {}
+    return values | own
