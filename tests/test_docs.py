@@ -227,6 +227,11 @@ def run_pull(command: str, reader: Reader) -> None:
     assert "cluster.host" in reader.run_shell(command, code=2)
 
 
+def check_tensorboard(command: str, reader: Reader) -> None:
+    """Check only its arguments; `test_tensorboard_command.py` runs it."""
+    assert "usage: " in reader.run_shell(f"{command} --help")
+
+
 def check_extra(command: str, reader: Reader) -> None:
     """Check only that the extra exists."""
     extra = re.search(r"\[(\w+)\]", command)
@@ -308,6 +313,7 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
     (rf"{PROGRAM} (show|evaluate) RUN( [\w.]+=\S+)*", run_command),
     (rf"{PROGRAM} (export|predict) RUN [\w-]+( --[\w-]+( \w+)?)*", use_network),
     (rf"{PROGRAM} pull RUN", run_pull),
+    (rf"{PROGRAM} tensorboard( RUN)?", check_tensorboard),
     (r"pip install -c constraints\.txt -e '\.\[\w+\]'", check_extra),
     (rf"{PROGRAM} \+stage=session( \S+=\S+)*", run_session),
     (rf"{PROGRAM} (connect|pause|resume) RUN( \S+=\S+)*", run_session_command),

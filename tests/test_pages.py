@@ -90,6 +90,10 @@ HOMES = {
     "boto3": "datastore/backends/",
     "sh": "datastore/backends/ssh_connection.py",
     "submitit": "launch/",
+    "apprise": "launch/notification.py",
+    "wandb": "training/trackers.py",
+    "mlflow": "training/trackers.py",
+    "trackio": "training/trackers.py",
     "pyarrow": "data/sources/parquet_source.py",
     "cryptography": "session/connection.py",
 }

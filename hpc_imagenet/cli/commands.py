@@ -21,6 +21,7 @@ COMMANDS = {
     "retry": "run_commands",
     "report": "report_command",
     "show": "show_command",
+    "tensorboard": "tensorboard_command",
     "evaluate": "evaluate_command",
     "export": "export_command",
     "predict": "predict_command",

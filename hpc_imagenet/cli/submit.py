@@ -69,7 +69,7 @@ def prepare(configs: Sequence[Config]) -> PreparedPlan:
         UserError: an invalid job, or a setting that cannot differ between the configs.
     """
     first = configs[0]
-    for setting in ("workspace", "wait", "dry_run", "sweep"):
+    for setting in ("workspace", "wait", "dry_run", "sweep", "tracker", "notify"):
         if any(getattr(config, setting) != getattr(first, setting) for config in configs):
             raise UserError(f"{setting} cannot be swept: set one value for the whole command")
     if len({config.cluster.executor for config in configs}) > 1:

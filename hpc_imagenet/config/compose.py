@@ -44,6 +44,7 @@ from hpc_imagenet.config.overrides import (
     takes_quotes,
 )
 from hpc_imagenet.config.schema import DATA_STAGES, OPEN_MAPPINGS, Config
+from hpc_imagenet.config.setting import is_variable
 from hpc_imagenet.config.slurm_values import check_quoted_times
 from hpc_imagenet.config.stored_settings import add_stored_settings, config_folders
 from hpc_imagenet.errors import UserError
@@ -277,6 +278,8 @@ def _typed(composed: DictConfig) -> Config:
         config.datastore.url = _absolute("datastore.url", config.datastore.url)
     if config.download.login is not None:
         config.download.login = _absolute("download.login", config.download.login)
+    if config.notify is not None and "://" not in config.notify and not is_variable(config.notify):
+        config.notify = _absolute("notify", config.notify)
     model = config.model
     if model.weights is not None and not is_weights_name(model.name, model.weights):
         model.weights = _absolute("model.weights", model.weights)

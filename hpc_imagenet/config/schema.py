@@ -17,6 +17,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.setting import parse_value, setting
 from hpc_imagenet.config.slurm_values import gpu_type, parse_gib, parse_gpus, parse_minutes
+from hpc_imagenet.config.tracker_names import parse_trackers
 from hpc_imagenet.errors import UserError
 
 STAGES = ("download", "process", "upload", "train", "evaluate", "pipeline", "session")
@@ -31,7 +32,7 @@ OPEN_MAPPINGS = (  # any key
 )
 PATH_SETTINGS = (  # paths and URLs: taken as typed, without Hydra's grammar
     *("workspace", "dataset.source", "dataset.labels", "datastore.url", "download.login", "model.weights"),
-    "cluster.scratch",
+    *("cluster.scratch", "notify"),
 )
 DATA_STAGES = ("download", "process", "upload", "pipeline")  # need dataset.source; the others a datastore
 
@@ -342,6 +343,14 @@ class Config:
     dry_run: bool = setting(MISSING, "print what would be submitted, and submit nothing")
     sweep: str | None = setting(
         None, "name of the sweep that the runs belong to; null: made from a sweep's settings"
+    )
+    tracker: Any = setting(
+        "tensorboard",
+        "trackers of trainings, one or a list: tensorboard, wandb, mlflow, trackio; null: none",
+        parse=parse_trackers,
+    )
+    notify: str | None = setting(
+        None, "environment variable, or file of mode 600, with the URLs that get a message at the end"
     )
     stage: StageSelection = field(default_factory=StageSelection)
     cluster: Cluster = field(default_factory=Cluster)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import Field, field, fields, is_dataclass
 from typing import Any
@@ -46,6 +47,11 @@ def setting(
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def is_variable(name: str) -> bool:
+    """Whether a value names an environment variable, rather than a path: NOTIFY_URL."""
+    return re.fullmatch(r"[A-Z][A-Z0-9_]*", name) is not None
 
 
 def settings_of(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:

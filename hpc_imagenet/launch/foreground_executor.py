@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from hpc_imagenet.cluster import slurm
-from hpc_imagenet.launch import local_queue, requeue
+from hpc_imagenet.launch import local_queue, notification, requeue
 from hpc_imagenet.launch.executor import Executor, State, code_version
 from hpc_imagenet.launch.slurm_executor import SlurmExecutor
 from hpc_imagenet.runs.store import CANCELLED, FINISHED, Attempt, Run, RunStore
@@ -54,6 +54,7 @@ class ForegroundExecutor(Executor):
             done = subprocess.run(command, env=environment, check=False)
             if allocation:
                 requeue.requeue_or_fail(run, attempt, done.returncode)
+            notification.run_ended(run, attempt)
             outcome = attempt.outcome
             if outcome is None or outcome.state != FINISHED:
                 failed = run.id

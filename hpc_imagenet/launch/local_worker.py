@@ -20,7 +20,7 @@ from hpc_imagenet.cluster import dist_env, gpus
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import read_json
-from hpc_imagenet.launch import local_queue
+from hpc_imagenet.launch import local_queue, notification
 from hpc_imagenet.launch.error_logs import error_logs
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.task import Task
@@ -80,9 +80,11 @@ class Worker:
             if local_queue.is_alive(attempt):
                 (sessions if _is_session(run) else running).append(attempt)
             elif attempt.outcome or not attempt.folder.exists():
+                notification.run_ended(run, attempt)
                 path.unlink()
             elif local_queue.process_record(attempt):
                 attempt.end(FAILED, error_logs(attempt).last_error() or local_queue.NO_OUTCOME)
+                notification.run_ended(run, attempt)
                 path.unlink()
             elif (newest := run.attempt) and newest.number > attempt.number:
                 # Its submission was interrupted and repeated: two attempts must never write one run.

@@ -19,6 +19,7 @@ from typing import Any
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import EXIT_REQUEUE
+from hpc_imagenet.launch import notification
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.store import FAILED, FINISHED, Attempt, Run
 
@@ -98,4 +99,7 @@ def _task(folder: Path) -> tuple[Run, Attempt]:
 
 if __name__ == "__main__":
     # Slurm may kill this process at any point; it then handles the job by itself.
-    sys.exit(requeue_or_fail(*_task(Path(sys.argv[1])), int(sys.argv[2])))
+    ended_run, ended_attempt = _task(Path(sys.argv[1]))
+    exit_code = requeue_or_fail(ended_run, ended_attempt, int(sys.argv[2]))
+    notification.run_ended(ended_run, ended_attempt)
+    sys.exit(exit_code)

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch import validate
+from hpc_imagenet.launch import notification, validate
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.states import state
@@ -110,7 +110,9 @@ def start_attempts(
     store: RunStore, runs: Sequence[Run], executor: str, state_of: Mapping[str, State]
 ) -> None:
     """Create a new attempt of each run and submit it to `executor`; runs come after those they need."""
-    EXECUTORS[executor].submit(store, [(run, run.new_attempt()) for run in runs], state_of)
+    attempts = [(run, run.new_attempt()) for run in runs]
+    notification.record_submission(store, attempts)
+    EXECUTORS[executor].submit(store, attempts, state_of)
 
 
 def cancel_run(run: Run, reason: str = "by the cancel command", status: State | None = None) -> State:
@@ -133,4 +135,5 @@ def cancel_run(run: Run, reason: str = "by the cancel command", status: State | 
     if attempt is None:
         raise UserError(f"{run.id} {status.reason}: try again in a moment")
     executor_of(attempt).cancel(run, attempt, reason)
+    notification.run_ended(run, attempt)
     return status

@@ -13,6 +13,7 @@ from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
+from hpc_imagenet.launch import notification
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
 from hpc_imagenet.launch.states import states
@@ -77,6 +78,8 @@ def validate_jobs(plan: Sequence[Job], store: RunStore) -> dict[str, State]:
         state = state_of[job.run_id]
         return state.active or (state.finished and output_exists(job))
 
+    for job in plan[:1]:  # notify is the same for the whole command
+        notification.check(job.config.notify, elsewhere=bool(job.cluster.container))
     _check_single_processing_run(plan)
     checked = set()  # inputs that several jobs share
     for job in plan:

@@ -9,6 +9,7 @@ from typing import Any
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config import backbones
 from hpc_imagenet.config.schema import Cluster, Config, Datastore
+from hpc_imagenet.config.tracker_names import check_installed
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import Manifest
 from hpc_imagenet.errors import UserError
@@ -49,6 +50,8 @@ class TrainStage(Stage):
         """Raise for an unknown model or weights, and for GPUs, tasks and a batch that do not fit together."""
         _check_model(config)
         _check_resources(config, cluster)
+        if not cluster.container:  # an image has its own packages
+            check_installed(config.tracker)
 
     def check_input(self, config: Config, cluster: Cluster, planned: bool) -> None:
         """Raise unless the datastore can be read and has enough images for a batch."""

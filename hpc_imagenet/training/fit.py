@@ -13,7 +13,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
@@ -41,6 +40,7 @@ from hpc_imagenet.training.models.ema import EMACallback
 from hpc_imagenet.training.models.networks import build_network
 from hpc_imagenet.training.models.preprocessing import preprocessing
 from hpc_imagenet.training.module import Classifier
+from hpc_imagenet.training.trackers import training_loggers
 
 LOG_EVERY = 50  # steps
 
@@ -236,7 +236,7 @@ def _trainer(
         accumulate_grad_batches=config.train.accumulate,
         logger=[
             CsvLogger(run.folder, step, check_lease),
-            TensorBoardLogger(run.folder, name="", version="tensorboard", purge_step=step),
+            *training_loggers(config, run, step, check_lease),
         ],
         callbacks=callbacks,
         log_every_n_steps=log_every,
