@@ -300,11 +300,26 @@ def predict(
     from hpc_imagenet.training.predictor import find_image_files, predict_images, prediction_row
     from hpc_imagenet.training.trained import load_trained
 
+    one = isinstance(images, (str, Path)) or getattr(images, "ndim", 0) in (2, 3) or not _is_series(images)
     found: list[Any] = []
-    for image in [images] if isinstance(images, (str, Path)) or getattr(images, "ndim", 0) == 3 else images:
-        found += find_image_files([image]) if isinstance(image, (str, Path)) else [image]
+    for image in [images] if one else images:
+        if isinstance(image, (str, Path)):
+            found += find_image_files([image])
+            continue
+        shape: tuple[int, ...] = getattr(image, "shape", ())
+        if len(shape) != 3 or shape[2] != 3 or not shape[0] or not shape[1] or str(image.dtype) != "uint8":
+            kind = f"{image.dtype} {list(shape)}" if hasattr(image, "dtype") else type(image).__name__
+            raise UserError(
+                f"image {len(found)} is {kind}, and neither a file nor uint8 [height, width, 3], as "
+                "numpy.asarray(image.convert('RGB')) gives of a Pillow image"
+            )
+        found.append(image)
     trained = load_trained(_find(_run_store(workspace, source), source), checkpoint)
     return [prediction_row(prediction) for prediction in predict_images(trained, found, top)]
+
+
+def _is_series(images: Any) -> bool:
+    return hasattr(images, "__iter__") and not hasattr(images, "convert")  # an image of Pillow
 
 
 def open_datastore(name: str | None = None, url: str | None = None, scratch: str | None = None) -> ImageStore:

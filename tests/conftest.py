@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ settings.load_profile("no deadline")
 os.environ["LC_ALL"] = "C.UTF-8"
 
 # Settings that the user of this machine has stored do not apply to tests.
-os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
+_NO_SETTINGS = tempfile.TemporaryDirectory(prefix="config-")
+Path(_NO_SETTINGS.name).chmod(0o755)  # tests that give up root's rights look into it too
+os.environ["XDG_CONFIG_HOME"] = _NO_SETTINGS.name
 os.environ.pop("HPC_IMAGENET_CLUSTER", None)
 
 # Spinning threads make a training many times slower on a busy machine. Read when torch is imported.

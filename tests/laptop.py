@@ -59,6 +59,12 @@ class Laptop(Cli):
         )
         self.store(f"cluster: local\n{self.host}")
 
+    def write_log(self, label: str, line: str) -> None:
+        """Append a line to the output of a run on the host."""
+        (log,) = self.there.glob(f"workspace/runs/*-{label}/attempts/1/*_0_log.out")
+        with log.open("a") as file:
+            file.write(f"{line}\n")
+
     def make_python(self, pip: str = "") -> None:
         path = self.home / "python"
         path.write_text(PYTHON.replace("INTERPRETER", sys.executable).replace("PIP", pip))

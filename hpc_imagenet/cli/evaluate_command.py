@@ -66,8 +66,10 @@ def _find_source(store: RunStore, source: str, name: str | None) -> tuple[Run | 
     if path.is_file():
         if name:
             raise UserError(f"checkpoint={name}: {path} is a checkpoint already: drop one of them")
-        run = Run(path.parents[1])
+        run = Run(path.parent.parent)
         return (run if run.info else None), path
+    if not path.exists() and "=" in source:
+        raise UserError(f"evaluate: {source} is where the training belongs: evaluate RUN {source}")
     if not path.exists() and ("/" in source or source.endswith(".ckpt")):
         raise UserError(f"{path}: no such file")
     run = Run(path) if Run(path).info else store.find(source)

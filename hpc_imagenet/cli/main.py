@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from hpc_imagenet import __version__
 from hpc_imagenet.cli.commands import COMMANDS, run_command_line
-from hpc_imagenet.config.host import Host, find_host, store_host, without_host
+from hpc_imagenet.config.host import TAKE_CLUSTER, Host, find_host, store_host, without_host
 from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.io.access import explain_permission_error
 
@@ -28,7 +28,7 @@ Submit jobs (returns at once; jobs run in the background):
   stages     download → process → upload → train, or pipeline: all four in this order
   cluster=   auto (slurm if Slurm replies, else local), local, slurm, foreground
   dataset=   imagenet, digits, images or ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
-  model=     any classification model of torchvision.models
+  model=     any classification model of torchvision, timm/NAME, or my_package:factory
   recipe=    standard90, fast16 … fast88, modern, finetune, linear_probe, demo
   seed=0     workspace=FOLDER                  sweep=NAME   for jobs, cancel and retry --sweep NAME
   +stage=session [session.datastore=NAME] [session.gpus=N] [session.time=MINUTES]: Jupyter Lab on a node
@@ -54,7 +54,7 @@ Commands:
   python -m hpc_imagenet pull RUN …            bring runs from cluster.host to this machine
   python -m hpc_imagenet verify [NAME …] [--quick] [--weights MODEL]   find missing or changed data
   python -m hpc_imagenet datastores [list | show NAME | verify NAME | fetch NAME DIR | delete NAME@vN | prune]
-  python -m hpc_imagenet doctor [cluster=mine] check the cluster's setup with a probe job on its nodes
+  python -m hpc_imagenet doctor [--write mine] check a cluster file, or propose one, with a probe job
 
 More: --cfg job (print the composed config)   --config-dir FOLDER (your own conf/ in addition)
       --info (stored settings, and the order of precedence)
@@ -109,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
     if not is_local and arguments[:1] not in (["pull"], ["help"]):
         if (host := find_host(arguments)) is not None:
             return _run_on_host(host, arguments)
-        if arguments and arguments[0] in COMMANDS and arguments[0] != "doctor":
+        if arguments and arguments[0] in COMMANDS and arguments[0] not in TAKE_CLUSTER:
             arguments = without_host(arguments)
     if arguments and arguments[0] in COMMANDS:
         return run_command_line(arguments[0], arguments[1:])
@@ -215,7 +215,7 @@ def _run_on_host(host: Host, arguments: list[str]) -> int:
     from hpc_imagenet.remote.host_command import run_on_host
 
     command = arguments[0] if arguments and arguments[0] in COMMANDS else None
-    if command not in (None, "doctor"):
+    if command not in (None, "doctor", "evaluate"):
         return run_on_host(host, without_host(arguments), submits=False)
     written = _option(arguments, "--write") if command else None
     code = run_on_host(host, arguments, submits=True)

@@ -247,7 +247,19 @@ def suggest(name: str, choices: tuple[str, ...] = BACKBONES) -> str:
         return f"; write {TIMM}NAME, such as {TIMM}resnet50"
     if name in timm_names().networks:
         return f"; timm has it: {TIMM}{name}"
+    if own := _own_form(name):
+        return f"; for a network of your own write {own}"
     return did_you_mean(name, (*choices, *(f"{TIMM}{network}" for network in timm_names().networks)))
+
+
+def _own_form(name: str) -> str:
+    """Return the form that a path of a Python file, or the name of one in this folder, should have."""
+    path, _, factory = name.partition(":")
+    file = Path(path).expanduser()
+    if file.suffix != ".py":
+        return f"{name}:FACTORY" if name.isidentifier() and Path(f"{name}.py").is_file() else ""
+    where = "" if file.absolute().parent == Path.cwd() else f", in the folder {file.absolute().parent}"
+    return f"{file.stem}:{factory or 'FACTORY'}{where}"
 
 
 def _is_known_to_timm(name: str) -> bool:

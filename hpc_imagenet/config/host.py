@@ -28,6 +28,9 @@ from hpc_imagenet.io.atomic_files import atomic_write
 _KEYS = ("cluster.host", "cluster.host_folder", "cluster.host_python")
 _CONFIG_DIR = ("-cd", "--config-dir")
 
+# Commands for which cluster= is a setting of their jobs, and not only a choice of the host.
+TAKE_CLUSTER = ("doctor", "evaluate", "retry", "resume")
+
 
 @dataclass(frozen=True)
 class Host:
@@ -64,7 +67,9 @@ def find_host(arguments: Sequence[str]) -> Host | None:
         values |= {key: value for key, value in level.items() if key in _KEYS}
     address, *others = (str(values.get(key) or "") for key in _KEYS)
     if address in ("", "null"):
-        if "cluster" in typed and file is None and not re.search("^-|=", arguments[0]):
+        first = arguments[0] if arguments else ""
+        composes = re.search("^-|=", first) or first in TAKE_CLUSTER
+        if "cluster" in typed and file is None and not composes:
             raise UserError(
                 f"cluster={name} is unknown: there is no cluster/{name}.yaml in conf/ or {user_folder()}"
             )

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.config.backbones import is_own
+from hpc_imagenet.config.backbones import TIMM, is_own
 from hpc_imagenet.config.recipe import Model
 from hpc_imagenet.errors import UserError, did_you_mean
 
@@ -53,7 +53,9 @@ def split_name(name: str) -> tuple[str, str]:
     module, _, factory = name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), factory)) or module.endswith(".py"):
         meant = f"{module.removesuffix('.py').strip('./').replace('/', '.')}:{factory}"
-        fix = f": write {meant}" if "/" in module or module.endswith(".py") else ""
+        if "hub" in module:  # hf-hub:timm/NAME of timm, whose published weights are tags here
+            meant = f"{TIMM}{factory.rpartition('/')[2]}"
+        fix = f": write {meant}" if "/" in name or module.endswith(".py") else ""
         raise UserError(f"model.name={name} is not of the form my.package:factory{fix}")
     return module, factory
 
@@ -84,8 +86,8 @@ def check_factory(text: str, factory: str, file: str, options: Mapping[str, Any]
     body = _parse(text, file, setting).body
     found = next((node for node in _definitions(body) if node.name == factory), None)
     if found is None:
-        if factory in _other_names(body):
-            return
+        if {factory, "*", "__getattr__"} & {*_other_names(body), *(node.name for node in _definitions(body))}:
+            return  # only running the module shows it
         names = [node.name for node in _definitions(body) if not node.name.startswith("_")]
         raise UserError(f"{setting}: {file} has no {factory}{did_you_mean(factory, names)}")
     if isinstance(found, ast.ClassDef):

@@ -48,9 +48,17 @@ _MEANINGS = {
     "workspace": "logdir out outdir output outputdir rundir savedir workdir",
 }
 
+# What is no setting, and how it is done; names as above.
+_NO_SETTINGS = {
+    "autoresume resume resumefrom resumefromcheckpoint": "python -m hpc_imagenet retry RUN resumes a run",
+    "classes nbclasses nclass nclasses numclass numclasses": "the dataset decides it",
+}
+
 
 def similar_settings(name: str, settings: Collection[str], new_keys: Iterable[str] = ()) -> str:
     """Return `; did you mean: …` for the name of an unknown setting, first by its meaning, then by letters.
+
+    What is no setting has how it is done instead.
 
     Args:
         name: such as `lr`, `trainer.max_epochs` or `recipe.epoch`; groups in front need not exist.
@@ -59,6 +67,9 @@ def similar_settings(name: str, settings: Collection[str], new_keys: Iterable[st
     """
     last = name.removesuffix(".name").rpartition(".")[2]  # optimizer.name is the optimizer
     plain = last.lower().replace("_", "").replace("-", "")
+    for names, instead in _NO_SETTINGS.items():
+        if plain in names.split():
+            return f"; {instead}"
     meant = [setting for setting, names in _MEANINGS.items() if plain in names.split()]
     meant = [
         f"+{setting}" if setting.rpartition(".")[0] in new_keys else setting

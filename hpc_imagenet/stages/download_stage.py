@@ -55,7 +55,8 @@ class DownloadStage(Stage):
             return
         if not folder.is_dir():
             if dataset.make is None:
-                raise UserError(f"dataset.source={dataset.source}: no such folder; set the images' folder")
+                problem = "is a file, not a folder" if folder.exists() else "no such folder"
+                raise UserError(f"dataset.source={dataset.source}: {problem}; set the images' folder")
         elif not has_archives(folder, dataset) and has_at_most(folder, _LISTED):
             from hpc_imagenet.data.layouts.image_finder import find_images
 

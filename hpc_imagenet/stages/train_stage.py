@@ -118,7 +118,10 @@ def _check_resources(config: Config, cluster: Cluster) -> None:
 def _check_global_batch(manifest: Manifest, config: Config) -> None:
     train, batch = manifest.splits.get("train"), config.recipe.global_batch
     if train and train.images < batch:
-        raise UserError(f"recipe.global_batch={batch} is more than the {train.images} images of train")
+        raise UserError(
+            f"recipe.global_batch={batch} is more than the {train.images} images of train: "
+            f"set at most {train.images}"
+        )
 
 
 TRAIN = TrainStage()

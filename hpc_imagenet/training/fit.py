@@ -70,7 +70,10 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
     train, val = _split(store, "train", classes), _split(store, "val", classes)
     steps = len(train) // share.batch
     if not steps:
-        raise UserError(f"recipe.global_batch={share.batch} is more than the {len(train)} images of train")
+        raise UserError(
+            f"recipe.global_batch={share.batch} is more than the {len(train)} images of train: "
+            f"set at most {len(train)}"
+        )
 
     checkpoint = newest_checkpoint(checkpoints)
     identity = {

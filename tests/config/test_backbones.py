@@ -55,6 +55,23 @@ def test_unknown_networks_suggest_near_ones(given: str, message: str) -> None:
         composed(f"model={given}")
 
 
+def test_a_file_of_this_folder_suggests_the_form_of_an_own_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("")
+    hint = "is unknown; for a network of your own write"
+    for given, meant in {
+        "mine": "mine:FACTORY",
+        "mine.py": "mine:FACTORY",
+        f"{tmp_path}/mine.py:small": "mine:small",
+        "/nets/mine.py:small": "mine:small, in the folder /nets",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            composed(f"model={given}")
+        assert str(caught.value) == f"model={given} {hint} {meant}"
+
+
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [

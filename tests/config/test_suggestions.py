@@ -68,6 +68,15 @@ def test_misspelt_names_suggest_similar_ones(key: str, suggested: str) -> None:
     assert suggested in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [("num_classes", "the dataset decides it"), ("train.resume", "retry RUN resumes a run")],
+)
+def test_what_is_no_setting_has_how_it_is_done(key: str, instead: str) -> None:
+    with pytest.raises(UserError, match=f"^{key} is an unknown setting; .*{instead}$"):
+        compose([f"{key}=1"])
+
+
 def test_every_suggested_setting_exists_and_no_name_is_one_already() -> None:
     groups = ("model", "cluster")
     for setting, names in suggestions._MEANINGS.items():

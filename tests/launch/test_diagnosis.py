@@ -73,7 +73,7 @@ def test_trainings_that_fail_in_the_local_queue(cli: Cli) -> None:
     *_, diverging, shared = store.all()
     eventually(lambda: "epoch" in str(shared.progress.get("note")))
     _kill_rank(shared, 1)
-    eventually(lambda: shared.attempt is not None and shared.attempt.outcome is not None)
+    eventually(lambda: shared.attempt is not None and shared.attempt.outcome is not None, 240)
     shard = cli.workspace / "datastores/digits/v1/shards/ILSVRC2012_img_train.tar"
     _damage_images(shard)
     cli(*model, "seed=2")

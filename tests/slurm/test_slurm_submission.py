@@ -137,8 +137,9 @@ def test_submission_inside_an_allocation_does_not_inherit_it(cluster: LabDoor, l
 
 
 def test_cancelled_foreground_run_keeps_its_allocation(cluster: LabDoor, lab: Lab, store: str) -> None:
-    words = [sys.executable, "-m", "hpc_imagenet", "model=squeezenet1_1", *SMALL, store, "cluster=foreground"]
-    inner = f"cd / && export HPC_IMAGENET_WORKSPACE={cluster.workspace}; {shlex.join(words)} recipe.epochs=50"
+    words = [sys.executable, "-m", "hpc_imagenet", "model=squeezenet1_1", store, "cluster=foreground"]
+    words += with_defaults(SMALL, ["recipe.epochs=50"])
+    inner = f"cd / && export HPC_IMAGENET_WORKSPACE={cluster.workspace}; {shlex.join(words)}"
     after = cluster.cwd / "after"
     job = lab.sbatch(f"{inner}; echo $? > {after}; sleep 600", "--cpus-per-task=2")
     eventually(lambda: bool(cluster.runs()) and bool(cluster.jobs()[0]["progress"].get("done")), 60)

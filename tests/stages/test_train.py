@@ -77,7 +77,9 @@ def test_global_batch_larger_than_train_split_is_refused_before_submitting(tmp_p
         if batch == 8:
             validate.validate_jobs(plan, RunStore(tmp_path))
             continue
-        with pytest.raises(UserError, match=r"^recipe.global_batch=12 is more than the 8 images of train$"):
+        with pytest.raises(
+            UserError, match=r"global_batch=12 is more than the 8 images of train: set at most 8$"
+        ):
             validate.validate_jobs(plan, RunStore(tmp_path))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
 from hpc_imagenet.config.schema import Dataset
+from hpc_imagenet.data.ilsvrc.labels_file import MAX_ID_BYTES, class_id
 from hpc_imagenet.data.layouts.labelled_images import Labels
 from hpc_imagenet.data.layouts.split_names import class_keys, natural_key, same_class
 from hpc_imagenet.errors import UserError
@@ -61,6 +63,10 @@ def match_classes(
     for name in sorted(trained):
         if any("\ud800" <= char <= "\udfff" for char in name):
             raise UserError(f"{source}: the class {name!a} is not UTF-8; rename it")
+        if len(class_id(name).encode()) > MAX_ID_BYTES:
+            raise UserError(
+                f"{source}: the class name {name[:40]!r} … has more than {MAX_ID_BYTES} bytes; shorten it"
+            )
         other = keys[unicodedata.normalize("NFC", name)]
         if other != name:
             raise UserError(
@@ -72,6 +78,10 @@ def match_classes(
     if absent := sorted(used - trained, key=natural_key):
         shown = _shown(absent)
         if dataset.empty_classes == "fail":
+            alike = {_letters(name): name for name in trained}
+            for name in absent:
+                if similar := alike.get(_letters(name)):
+                    raise UserError(f"{source}: {similar} of train is {name} elsewhere; rename one of them")
             raise UserError(
                 f"{source} has no training images of {shown}; add images, or set dataset.empty_classes=skip "
                 "to leave these classes out of all splits"
@@ -146,6 +156,10 @@ def stratified_choice(labels: Labels, fraction: float, seed: int) -> set[str]:
 def _draw(seed: int, name: str, path: str) -> bytes:
     text = f"{seed}\0{name}\0{path.rpartition('/')[2]}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).casefold()
 
 
 def _shown(names: list[str]) -> str:

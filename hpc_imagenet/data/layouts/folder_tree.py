@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -124,8 +124,10 @@ def scan_folder(root: Path, threads: int, skipped: Counter[str]) -> Folder:
     if not tree.total:
         seen = Counter(splitext(name)[1].lower() for folder in tree.walk() for name in folder.others)
         found = ", ".join(f"{n} {ending or 'files without ending'}" for ending, n in seen.most_common(4))
+        if not found:
+            raise UserError(f"{root} contains no files; set dataset.source to the folder with the images")
         hint = "set dataset=ilsvrc for parquet" if ".parquet" in seen else "unpack archives first"
-        raise UserError(f"{root} contains no images, but {found or 'nothing'}; {hint}")
+        raise UserError(f"{root} contains no images, but {found}; {hint}")
     return tree
 
 
@@ -138,15 +140,15 @@ def _list(root: Path, folder: Folder) -> Counter[str]:
         raise UserError(f"{root / folder.path}: {error.strerror}; make it readable or remove it") from None
     for entry in entries:
         name, lower = entry.name, entry.name.lower()
-        if entry.is_dir():
-            if name.startswith(".") or lower in _SYSTEM_FOLDERS or _is_loop(entry):
+        if _is(entry.is_dir):
+            if name.startswith(".") or lower in _SYSTEM_FOLDERS or _is_loop(root, entry):
                 skipped["folder of the system"] += 1
             else:
                 folder.folders.append(Folder(f"{folder.path}/{name}".lstrip("/")))
         elif name.startswith(".") or lower in _SYSTEM_FILES:
             skipped["file of the system"] += 1
         elif lower.endswith(IMAGE_ENDINGS):
-            if not entry.is_file():
+            if not _is(entry.is_file):
                 raise UserError(
                     f"{entry.path} is a link to a missing file; restore the file or remove the link"
                 )
@@ -157,9 +159,24 @@ def _list(root: Path, folder: Folder) -> Counter[str]:
     return skipped
 
 
-def _is_loop(entry: os.DirEntry[str]) -> bool:
-    # A link to one of the folders that contain it.
-    return entry.is_symlink() and Path(entry.path).resolve() in Path(entry.path).parent.resolve().parents
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link to itself, or into a folder that may not be read
+        return False
+
+
+def _is_loop(root: Path, entry: os.DirEntry[str]) -> bool:
+    """Whether a link leads to a folder that contains it, also by way of other links."""
+    if not entry.is_symlink():
+        return False
+    target = Path(entry.path).resolve()
+    outer = Path(entry.path).parent
+    while target not in (real := outer.resolve(), *real.parents):
+        if outer == root:
+            return False
+        outer = outer.parent
+    return True
 
 
 def _drop_masks(folder: Folder, skipped: Counter[str]) -> None:

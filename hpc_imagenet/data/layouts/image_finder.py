@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def _stat(
             chunks = [ordered[at : at + _CHUNK] for at in range(0, len(ordered), _CHUNK)]
             found = pool.map(lambda chunk: [_file(root, path, label) for label, path in chunk], chunks)
             files[split] = [file for part in found for file in part]
+    if empty := [file.path for split in SPLITS for file in files[split] if not file.size]:
+        if len(empty) == 1:
+            raise UserError(f"{root / empty[0]} is empty; replace or remove it")
+        raise UserError(
+            f"{root}: {len(empty)} images are empty files, such as {empty[0]}; replace or remove them: "
+            f"find {shlex.quote(str(root))} -type f -empty"
+        )
     return files
 
 
@@ -72,6 +80,4 @@ def _file(root: Path, path: str, label: int) -> ImageFile:
         stat = (root / path).stat()
     except OSError as error:
         raise UserError(f"{root / path}: {error.strerror}; make it readable or remove it") from None
-    if not stat.st_size:
-        raise UserError(f"{root / path} is empty; replace or remove it")
     return ImageFile(path, label, stat.st_size, stat.st_mtime_ns)

@@ -134,7 +134,7 @@ class LayoutSearch:
                 return self._assign_splits_in_classes(base)
             lists = self._tables.lists([base], self._columns, not self._has_level(base))
         pool: Labels = {}  # the images outside of folders of splits
-        if not {"train"} & {*folders, *lists}:
+        if not {"train"} & {*folders, *lists} and base.total:
             pool = self._label_folders("train", [base], True, pool=True)
         for split in SPLITS:
             if split in folders:
@@ -278,7 +278,7 @@ class LayoutSearch:
         found = [descend(folder, self._train_names) for folder in folders]
         known = any(inner.name in self._train_names for folder in found for inner in folder.filled)
         if self._level is None and not known and all(map(is_flat, found)):
-            alone = found[0].name if found[0] is not folders[0] and len(found) == 1 else ""
+            alone = found[0].name if len(found) == 1 and (pool or found[0] is not folders[0]) else ""
             return self._label_by_table(split, found, explicit, pool, alone)
         labels: Labels = {}
         for folder in found:
@@ -293,8 +293,32 @@ class LayoutSearch:
         if not labels:
             where = f"{self.source}/{folders[0].path}".rstrip("/")
             raise UserError(f"dataset.labels={self._dataset.labels}: {where} has fewer levels of folders")
+        if split == "train" and self._dataset.labels is None:
+            self._compare_with_tables(labels, folders, level)
         self.how = self.how or "class folders"
         return labels
+
+    def _compare_with_tables(self, labels: Labels, folders: list[Folder], level: Level) -> None:
+        """Refuse folders that divide the images in another way than a table's column of classes."""
+        table = self._tables.second_labels(folders, self._tree)
+        if table is None:
+            return
+        pairs = [(name, other) for path, name in labels.items() if (other := table.labels.get(path))]
+        ours, theirs = ({pair[place] for pair in pairs} for place in (0, 1))
+        if len(pairs) * 2 <= len(labels) or not 1 < len(theirs) <= len(pairs) / 2:
+            return  # a table of few images, or a column that describes single images
+        if len(set(pairs)) > max(len(ours), len(theirs)):  # neither divides the groups of the other
+            first, second = pairs[0]
+            raise UserError(
+                f"{self.source}: the class may be the folder, such as {first}, or that of {table.where}, "
+                f"such as {second}; set dataset.labels=folder:{level.depth or 'path'}, or "
+                f"dataset.labels='{table.table.path}:{table.column}'"
+            )
+        if ours != theirs and not all(name.isdecimal() for name in theirs):
+            self.warnings.append(
+                f"{table.where} is not used, as the folders are the classes; "
+                f"dataset.labels='{table.table.path}:{table.column}' takes it"
+            )
 
     def _label_by_rule(self, split: str, folders: list[Folder], explicit: bool) -> Labels:
         labels: Labels = {}
@@ -333,7 +357,11 @@ class LayoutSearch:
                 return {}
             if alone and alone.lower() not in IMAGE_FOLDERS and not split_of(alone):
                 where = f"{self.source}/{folders[0].path}".removesuffix(alone).rstrip("/")
-                raise UserError(f"{where} has one class folder only, {alone}; a class needs others beside it")
+                raise UserError(
+                    f"{where} has one class folder only, {alone}; a class needs others beside it, unless "
+                    "dataset.labels=TABLE or, for names such as cat_1.jpg, dataset.labels=filename gives the "
+                    "classes"
+                )
             path = next(folders[0].paths(), folders[0].path)
             if parts := [folder.name for folder in folders[0].filled]:
                 raise UserError(

@@ -24,6 +24,7 @@ _LABEL_HEADERS = (
     *("breed", "species", "dx", "diagnosis", "level", "findinglabels", "classid", "labelid", "categoryid"),
     *("classidx", "labelidx", "classindex", "targetid", "y"),
 )
+_NUMBER = re.compile(r"[+-]?[0-9]*[.,]?[0-9]*")
 _SPLIT_HEADERS = ("split", "set", "subset", "partition", "phase", "dataset", "usage")
 
 
@@ -183,6 +184,13 @@ def is_bijection(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether two columns divide the rows into the same groups."""
     pairs = set(zip(first, second, strict=True))
     return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+def has_classes(labels: TableLabels) -> bool:
+    """Whether a column has classes by its header, or by its values: words, not measurements."""
+    if labels.column and _plain(labels.column) in _LABEL_HEADERS:
+        return True
+    return not all(_NUMBER.fullmatch(value) for value in labels.labels.values() if value)
 
 
 def _plain(name: str) -> str:

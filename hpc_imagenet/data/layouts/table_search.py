@@ -10,11 +10,12 @@ from hpc_imagenet.data.layouts.folder_tree import Folder
 from hpc_imagenet.data.layouts.image_index import ImageIndex
 from hpc_imagenet.data.layouts.label_table import TABLE_ENDINGS, Table, read_table
 from hpc_imagenet.data.layouts.split_names import is_trainval, split_of, words_of
-from hpc_imagenet.data.layouts.table_labels import TableLabels, is_bijection, read_labels
+from hpc_imagenet.data.layouts.table_labels import TableLabels, has_classes, is_bijection, read_labels
 from hpc_imagenet.errors import UserError
 
 _OTHER_FILES = {"submission", "sample", "readme", "license", "licence", "requirements", "citation"}
 _MAT_FILES = {"list", "annos"}  # of Stanford Dogs and Cars; others are features or masks, and large
+_TABLES = (".csv", ".tsv", ".tab", ".jsonl")
 _MAX_FILES, _MAX_FOLDERS, _MAX_DEPTH = 60, 30, 4  # more are one file or folder per image or class
 
 
@@ -52,20 +53,43 @@ class TableSearch:
             raise UserError(f"{setting}={path}: no line of it names an image of {self._source}")
         return table, index
 
-    def labels_for(self, split: str | None, folders: Sequence[Folder], tree: Folder) -> TableLabels | None:
+    def second_labels(self, folders: Sequence[Folder], tree: Folder) -> TableLabels | None:
+        """Return a table with classes of training images that are in class folders; None if there is none.
+
+        It has a column with a usual header of classes, or one of words beside that of the images. Lists, and
+        annotations in JSON or MATLAB files, are not read.
+
+        Args:
+            folders: where the images are.
+            tree: the whole tree.
+        """
+        try:
+            found = self.labels_for("train", folders, tree, _TABLES)
+        except UserError:  # several tables or columns, so none has the classes
+            return None
+        return found if found and has_classes(found) else None
+
+    def labels_for(
+        self,
+        split: str | None,
+        folders: Sequence[Folder],
+        tree: Folder,
+        endings: tuple[str, ...] = TABLE_ENDINGS,
+    ) -> TableLabels | None:
         """Return the table that labels the images of a split; None if there is none.
 
         Args:
             split: train, val or test; None for all images.
             folders: where its images are.
             tree: the whole tree.
+            endings: of the files that are read.
 
         Raises:
             UserError: two tables differ, or it is ambiguous which column has the labels.
         """
         found, problem = [], None
         for path in self._files:
-            if _file_split(path) not in (None, split):
+            if _file_split(path) not in (None, split) or not path.lower().endswith(endings):
                 continue
             # A table of all splits names images of each, and a bare `1.png` is not one of train and of test.
             shared = split is not None and _file_split(path) is None

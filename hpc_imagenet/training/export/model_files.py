@@ -84,8 +84,11 @@ def _write_weights(trained: TrainedModel, plain: PlainNetwork, path: Path) -> st
         return loader_script.torch_script(*arguments, load, ())
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode  # save_file writes a file that only its owner may read
     # The format has no two names of one tensor.
     save_file({key: value.clone().contiguous() for key, value in state.items()}, path, {"format": "pt"})
+    path.chmod(mode)
     read, imports = f"load_file(FOLDER / {path.name!r})", ["from safetensors.torch import load_file"]
     load = [f"state = {read}"]
     if isinstance(trained.network, MNASNet):  # requires the metadata of a state dict, which the file lacks

@@ -136,8 +136,11 @@ class ImageSplit(Sequence[tuple[Pixels, int]]):
             shuffle_seed: seed of the order; None: the order of the datastore.
 
         Raises:
-            UserError: an image is unreadable.
+            UserError: an image is unreadable, or there is no batch of this size.
         """
+        for name, value in (("size", size), ("batch", batch), ("resize", resize or size)):
+            if value < 1:
+                raise UserError(f"batches: {name}={value} is less than 1")
         order = np.arange(len(self))
         if shuffle_seed is not None:
             order = np.random.default_rng(shuffle_seed).permutation(order)

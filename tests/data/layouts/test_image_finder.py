@@ -296,7 +296,37 @@ SPECIES = "image,species,family,order\n1,a,x,p\n2,b,x,p\n3,a,x,q\n4,b,y,q\n"
             {},
             "SOURCE contains no images, but 1 .parquet; set dataset=ilsvrc for parquet",
         ),
-        ([], {}, {}, "SOURCE contains no images, but nothing; unpack archives first"),
+        ([], {}, {}, "SOURCE contains no files; set dataset.source to the folder with the images"),
+        (
+            ["{a,b}/{1..4}.jpg"],
+            {"a/5.jpg": "", "b/6.jpg": ""},
+            {"val_fraction": 0.1},
+            "SOURCE: 2 images are empty files, such as a/5.jpg; replace or remove them: find SOURCE -type f",
+        ),
+        (
+            ["summer/{1..4}.jpg"],
+            {},
+            {"val_fraction": 0.5},
+            "SOURCE has one class folder only, summer; a class needs others beside it, unless ",
+        ),
+        (
+            [f"train/{AB}"],
+            {},
+            {"splits": {"test": "train"}},
+            "SOURCE has no training images; set dataset.splits.train=FOLDER",
+        ),
+        (
+            ["train/{Cat_1,b}/{1..2}.jpg", "val/{cat 1,b}/1.jpg"],
+            {},
+            {},
+            "SOURCE: Cat_1 of train is cat 1 elsewhere; rename one of them",
+        ),
+        (
+            [f"{{a,{'é' * 101}}}/{{1..2}}.jpg"],
+            {},
+            {"val_fraction": 0.5},
+            f"SOURCE: the class name '{'é' * 40}' … has more than 200 bytes; shorten it",
+        ),
         ([AB], {"a/5.jpg": ""}, {"val_fraction": 0.1}, "SOURCE/a/5.jpg is empty; replace or remove it"),
         (
             ["train/{café,cafe\u0301}/1.jpg", "val/café/2.jpg"],
@@ -331,6 +361,55 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     found = find(tmp_path / "data", [], val_fraction=0.25)
     assert found.classes == ("a", "b")
     assert [len(files) for files in found.splits.values()] == [6, 2, 0]
+
+
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample([AB], "", (0, 0, 0)))
+    (tmp_path / "a/here").symlink_to(".")
+    (tmp_path / "a/other").symlink_to("../b")
+    (tmp_path / "b/other").symlink_to("../a")
+    (tmp_path / "itself").symlink_to("itself")
+    found = find(tmp_path, [], val_fraction=0.25)
+    assert found.classes == ("a", "b")
+    assert found.skipped["folder of the system"] >= 2
+
+
+CAMERAS = "{camera1,camera2}/{fox,owl}_{1..4}.jpg"
+
+
+def species() -> Text:
+    rows = [f"{name}_{number}.jpg,{name}" for name in ("fox", "owl") for number in range(1, 5)]
+    return "\n".join(["file,animal", *(f"camera{n}/{row}" for n in (1, 2) for row in rows)])
+
+
+@pytest.mark.parametrize("name", ["animals.csv", "train.csv"])
+def test_a_table_that_contradicts_class_folders_is_refused(tmp_path: Path, name: str) -> None:
+    assert error(tmp_path, [CAMERAS], {name: species()}, val_fraction=0.25) == (
+        f"SOURCE: the class may be the folder, such as camera1, or that of {name}, column animal, such as "
+        f"fox; set dataset.labels=folder:1, or dataset.labels='{name}:animal'"
+    )
+    assert find(tmp_path, [], val_fraction=0.25, labels=f"{name}:animal").classes == ("fox", "owl")
+    assert find(tmp_path, [], val_fraction=0.25, labels="folder:1").classes == ("camera1", "camera2")
+
+
+@pytest.mark.parametrize(
+    ("table", "warned"),
+    [
+        (lines("file,animal", *(f"{name}/{n}.jpg,{name}s" for name in "ab" for n in range(1, 5))), True),
+        (lines("file,label", *(f"{name}/{n}.jpg,{name}" for name in "ab" for n in range(1, 5))), False),
+        (
+            lines("file,classid", *(f"{name}/{n}.jpg,{name == 'b':d}" for name in "ab" for n in range(1, 5))),
+            False,
+        ),
+        (lines("file,score", *(f"{name}/{n}.jpg,0.{n % 2}" for name in "ab" for n in range(1, 5))), False),
+        (lines("file,md5", *(f"{name}/{n}.jpg,f{n}{name}" for name in "ab" for n in range(1, 5))), False),
+    ],
+)
+def test_other_tables_beside_class_folders_change_nothing(tmp_path: Path, table: str, warned: bool) -> None:
+    found = find(tmp_path, ["{a,b}/{1..4}.jpg"], {"table.csv": table}, val_fraction=0.25)
+    assert found.classes == ("a", "b")
+    expected = "table.csv, column animal is not used, as the folders are the classes; "
+    assert [text.startswith(expected) for text in found.warnings] == [True] * warned
 
 
 def test_a_class_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:

@@ -157,6 +157,10 @@ def test_python_does_the_same(cli: Cli, run: str, images: Path) -> None:
             hpc_imagenet.export(handle, out)
         with pytest.raises(hpc_imagenet.UserError, match="no run nothing"):
             hpc_imagenet.predict("nothing", images)
+        pillow = Image.fromarray(arrays[1])
+        for wrong in (arrays[1] / 255, arrays[1][:, :, 0], pillow, [pillow], [arrays[1][None]], [3]):
+            with pytest.raises(hpc_imagenet.UserError, match=r"^image 0 is .* uint8 \[height, width, 3\]"):
+                hpc_imagenet.predict(run, wrong)
 
 
 @pytest.mark.slow

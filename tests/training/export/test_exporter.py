@@ -160,6 +160,7 @@ def test_code_builds_networks_whose_layers_were_changed(
 ) -> None:
     trained = trained_of(tmp_path, network, size, **recipe)
     out = exported(trained, "safetensors", tmp_path)  # compares the outputs
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     script = (out / "load.py").read_text()
     assert "hpc_imagenet" not in script
     architecture = json.loads((out / "config.json").read_text())["architecture"]

@@ -70,6 +70,9 @@ def test_batches_have_every_image_once(store: ImageStore, seed: int | None) -> N
 def test_batches_are_cropped(store: ImageStore) -> None:
     pixels, _ = next(iter(store["val"].batches(20, 4, resize=32)))
     assert np.array_equal(pixels[0], store["val"][0][0][6:26, 6:26])
+    for wrong in ({"size": 0}, {"size": 20, "batch": 0}, {"size": 20, "resize": -1}):
+        with pytest.raises(UserError, match=r"^batches: .* is less than 1$"):
+            next(iter(store["val"].batches(**wrong)))
 
 
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:
