@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpc_imagenet.api import (
         Handle,
-        UserError,
         command,
         evaluate,
         export,
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
         prototype,
         submit,
     )
+    from hpc_imagenet.errors import UserError
 
     __version__: str
 

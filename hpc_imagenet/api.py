@@ -4,7 +4,7 @@
     (run,) = hpc_imagenet.submit("dataset=digits model=resnet18")
     run.state(), run.result()["top1"]
 
-The names in `__all__` can be imported from `hpc_imagenet`, which loads this module on first use.
+The public names can be imported from `hpc_imagenet`, which loads this module on first use.
 """
 
 from __future__ import annotations
@@ -27,19 +27,6 @@ if TYPE_CHECKING:
     from hpc_imagenet.cli.submit import PreparedPlan
     from hpc_imagenet.training.loading.image_store import ImageStore
     from hpc_imagenet.training.prototype import Prototype
-
-__all__ = [
-    "Handle",
-    "UserError",
-    "command",
-    "evaluate",
-    "export",
-    "jobs",
-    "open_datastore",
-    "predict",
-    "prototype",
-    "submit",
-]
 
 _POLL_INTERVAL = 0.5  # s
 

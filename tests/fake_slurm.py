@@ -57,6 +57,11 @@ def write_slurm(folder: Path) -> None:
         write_command(folder, name, text)
 
 
+def scripts(folder: Path) -> list[str]:
+    """Return the scripts that sbatch was given, in order."""
+    return [p.read_text() for p in sorted(folder.glob("script.*"), key=lambda p: int(p.suffix[1:]))]
+
+
 def queue_row(job: object, state: str, reason: str = "None") -> str:
     """Return a line of squeue in the format that slurm.py requests."""
     cells = {"jobarrayid": str(job), "state": state, "reason": reason}

@@ -9,7 +9,8 @@ from sample_dataset import make_dataset
 
 from hpc_imagenet.cli import commands
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.config.schema import Config, Dataset, Datastore, StageSelection, Upload
+from hpc_imagenet.config.dataset import Dataset
+from hpc_imagenet.config.schema import Config, Datastore, StageSelection, Upload
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.runs.store import Run

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_docs import BLOCK, PAGES, ROOT, commands
 
-from hpc_imagenet.config import schema, settings_page
+from hpc_imagenet.config import dataset, schema, settings_page
 
 
 def test_notebooks_are_those_of_their_scripts() -> None:
@@ -52,7 +52,7 @@ FILES = (".py", ".yaml", ".json", ".npy", ".bin", ".csv", ".ckpt", ".sbatch", ".
 def exists(name: str) -> bool:
     if name.startswith("dataset.archives."):
         split, _, rest = name.removeprefix("dataset.archives.").partition(".")
-        fields = {field.name for field in dataclasses.fields(schema.Archive)}
+        fields = {field.name for field in dataclasses.fields(dataset.Archive)}
         return split in ("train", "val", "devkit") and (not rest or rest in fields)
     if name.startswith("cluster.stage."):
         stage, _, rest = name.removeprefix("cluster.stage.").partition(".")

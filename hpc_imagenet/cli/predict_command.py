@@ -8,8 +8,8 @@ from typing import Any
 
 from hpc_imagenet.cli.command import Command, add_json
 from hpc_imagenet.cli.export_command import CHECKPOINT, add_source, find_source
-from hpc_imagenet.data.ilsvrc.labels_file import printable
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.printable import escape_name
 from hpc_imagenet.runs.checkpoints import find_checkpoint
 from hpc_imagenet.runs.store import RunStore
 
@@ -36,7 +36,7 @@ def _predict(store: RunStore, options: argparse.Namespace) -> int:
 def _line(row: dict[str, Any]) -> str:
     """Return the classes of an image as one line that a terminal shows as written."""
     classes = ", ".join(f"{entry['name']} {entry['probability']:.1%}" for entry in row["classes"])
-    return printable(f"{row['image']}  {classes or 'unreadable: ' + row['problem']}")
+    return escape_name(f"{row['image']}  {classes or 'unreadable: ' + row['problem']}")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,6 +36,7 @@ from hpc_imagenet.config.auto_cluster import resolve_cluster
 from hpc_imagenet.config.backbones import BACKBONES, TIMM, check_name, is_own, is_weights_name
 from hpc_imagenet.config.bounds import check_values
 from hpc_imagenet.config.explain import explain, explain_value, name_for, setting_names, unknown_setting
+from hpc_imagenet.config.normalise import normalise
 from hpc_imagenet.config.overrides import (
     check_given_once,
     instead_of_several,
@@ -105,15 +106,13 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
     folders = [folder for folder in config_folders(config_dir) if folder != CONF]
     for folder in folders:
         for path in sorted(folder.rglob("*.yaml")):
+            if path.parent.name == "cluster":
+                check_quoted_times(path.read_text(encoding="utf-8", errors="replace"), path)
             if (CONF / path.relative_to(folder)).exists():  # Hydra would silently use the one in conf/
                 raise UserError(
                     f"{path} has the same name as a file of conf/, which takes precedence: rename it"
                 )
     overrides = [*search_path(folders), *overrides]
-    for folder in (CONF, *folders):
-        for name in (item.partition("=")[2] for item in overrides if item.startswith("cluster=")):
-            if (path := folder / "cluster" / f"{name}.yaml").is_file():
-                check_quoted_times(path)
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
         loader = GlobalHydra.instance().config_loader()
         try:
@@ -284,6 +283,7 @@ def _typed(composed: DictConfig) -> Config:
     if model.weights is not None and not is_weights_name(model.name, model.weights):
         model.weights = _absolute("model.weights", model.weights)
     own_network.freeze(model)
+    normalise(config)
     return config
 
 

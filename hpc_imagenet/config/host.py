@@ -57,7 +57,7 @@ def find_host(arguments: Sequence[str]) -> Host | None:
     if SENT in os.environ:  # this is the host
         return None
     typed = {key.lstrip("+"): value for key, equals, value in (w.partition("=") for w in arguments) if equals}
-    stored = {item.key: item.override.partition("=")[2].strip("'") for item in stored_settings()}
+    stored = {item.key: str(item.value) for item in stored_settings()}
     name = typed.get("cluster") or stored.get("cluster")
     file = _read_cluster(name, config_folders(config_dir(arguments))) if name else None
     if "cluster" in typed and file is not None:  # a chosen file also replaces what is stored for its group

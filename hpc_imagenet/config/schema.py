@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.config.recipe import Model, Recipe
-from hpc_imagenet.config.setting import parse_value, setting
-from hpc_imagenet.config.slurm_values import gpu_type, parse_gib, parse_gpus, parse_minutes
+from hpc_imagenet.config.setting import setting
+from hpc_imagenet.config.slurm_values import parse_gib, parse_gpus, parse_minutes
 from hpc_imagenet.config.tracker_names import parse_trackers
 from hpc_imagenet.errors import UserError
 
@@ -48,75 +49,6 @@ class StageSelection:
     name: str = setting("train", "stage to run", choices=STAGES)
     part: int | None = setting(None, "number of this part, 0 … parts - 1; set by the plan")
     parts: int = setting(1, "number of parts; set by the plan")
-
-
-@dataclass
-class Archive:
-    """One file to download. `md5` and `bytes` are checked if set."""
-
-    file: str = setting(MISSING, "file name")
-    md5: str | None = setting(None, "expected MD5 in hex; null: not checked")
-    bytes: int | None = setting(None, "expected size in bytes; null: not checked")
-
-
-@dataclass
-class Dataset:
-    """A dataset and its source: archives in ILSVRC format, or, with `dataset.format=images`, labelled images.
-
-    `source` is a folder or a URL prefix. `revision` identifies the data in signatures if no MD5 does.
-    `make` is an importable `module:function` that writes the archives into the source folder if that
-    folder does not exist yet. `hint` is appended to the error of a failed download. The fields from
-    `splits` on are for `dataset.format=images`.
-    """
-
-    name: str = setting(MISSING, "name of the dataset, also of its folders")
-    source: str = setting(
-        MISSING, "folder, URL prefix or s3://bucket/prefix of the archives; see docs/data.md"
-    )
-    revision: str = setting("", "identifies the data in signatures if no MD5 does")
-    archives: dict[str, Archive] = setting(
-        factory=dict, meaning="keys: train, val, devkit; test as well with dataset.format=images"
-    )
-    make: str | None = setting(
-        None, "module:function that writes the archives into a source folder that does not exist"
-    )
-    hint: str = setting("", "appended to the error of a failed download")
-    format: str = setting(
-        "ilsvrc",
-        "ilsvrc: archives, or a folder of wnids; images: labelled images in any layout of docs/data.md",
-        choices=("ilsvrc", "images"),
-    )
-    splits: dict[str, str | None] = setting(
-        factory=dict,
-        meaning="keys: train, val, test; folder, pattern of folders or list of images, within the source",
-    )
-    labels: str | None = setting(
-        None,
-        "FILE or FILE:COLUMN, a table in the source; folder:N, the N-th folder of a path; folder:path; "
-        "filename or filename:REGEX; null: detected",
-    )
-    val_fraction: float | None = setting(
-        None,
-        "share of the training images for a validation split, stratified by class",
-        minimum=0.001,
-        maximum=0.999,
-    )
-    split_seed: int = setting(0, "seed of that split", minimum=0, maximum=2**32 - 1)
-    empty_classes: str = setting(
-        "fail",
-        "what to do about a class without training images; skip: left out of all splits",
-        choices=("fail", "skip"),
-    )
-    orient: bool = setting(False, "whether to apply EXIF orientations when archives are made of images")
-
-    def identity(self) -> dict[str, Any]:
-        """Return the settings that decide which labelled images are taken, for the signature."""
-        if self.format != "images":
-            return {}
-        names = ("format", "labels", "empty_classes", "orient", "val_fraction")
-        identity: dict[str, Any] = {name: getattr(self, name) for name in names}
-        identity["splits"] = {split: path for split, path in self.splits.items() if path}
-        return identity | ({} if self.val_fraction is None else {"split_seed": self.split_seed})
 
 
 @dataclass
@@ -278,7 +210,7 @@ class Session:
 class Cluster:
     """Where jobs run and the resources they get. Null leaves a value to the cluster's default.
 
-    `time`, `memory_gb` and `gpus_per_node` also take Slurm's notation; `cluster_for` converts them.
+    `time`, `memory_gb` and `gpus_per_node` also take Slurm's notation; composition converts them.
     """
 
     executor: str = setting(MISSING, "what executes the jobs", choices=EXECUTORS)
@@ -417,7 +349,7 @@ def cluster_from(frozen: dict[str, Any], stage: str) -> Cluster:
     size = {}
     if stage == "session":
         session = frozen["session"]
-        size = {"time": parse_minutes(session["time"]) + SESSION_SHUTDOWN_MINUTES}
+        size = {"time": session["time"] + SESSION_SHUTDOWN_MINUTES}
         size |= {} if session["gpus"] is None else {"gpus_per_node": session["gpus"]}
     return _cluster(json.dumps(frozen["cluster"], sort_keys=True), stage, json.dumps(size))
 
@@ -428,12 +360,6 @@ def _cluster(values: str, stage: str, size: str) -> Cluster:
     try:
         general = OmegaConf.merge(OmegaConf.structured(Cluster), json.loads(values))
         overrides = general.stage.get(stage, {})
-        merged = cast(Cluster, OmegaConf.to_object(OmegaConf.merge(general, overrides, json.loads(size))))
+        return cast(Cluster, OmegaConf.to_object(OmegaConf.merge(general, overrides, json.loads(size))))
     except OmegaConfBaseException as error:
         raise UserError(f"cluster.stage.{stage}.{explain_omegaconf_error(error)}") from None
-    # A stage that sets only a number of GPUs keeps the general type.
-    merged.gpu_type = gpu_type(merged.gpus_per_node) or merged.gpu_type or gpu_type(general.gpus_per_node)
-    for entry in fields(merged):
-        value = parse_value(f"cluster.{entry.name}", entry, getattr(merged, entry.name))
-        setattr(merged, entry.name, value)
-    return merged

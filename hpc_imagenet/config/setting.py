@@ -34,7 +34,7 @@ def setting(
         maximum: highest valid value.
         above: exclusive lower bound.
         parse: converts another notation of the value, such as Slurm's; raises ValueError with what is wrong.
-            The field is of type Any, and `parse_value` is applied before it is used.
+            The field is of type Any, and composition converts it (`normalise.py`).
     """
     metadata = {
         "meaning": meaning,
@@ -88,7 +88,6 @@ def check_bounds(name: str, entry: Field[Any], value: Any) -> None:
     limits = entry.metadata
     if value is None or not limits:
         return
-    value = parse_value(name, entry, value)
     choices, minimum, maximum, above = (limits[key] for key in ("choices", "minimum", "maximum", "above"))
     if choices and value not in choices:
         raise UserError(f"{name}={value} is unknown{did_you_mean(value, choices)}")

@@ -12,7 +12,8 @@ import yaml
 from omegaconf import MISSING
 
 from hpc_imagenet.config.compose import CONF
-from hpc_imagenet.config.schema import Archive, Config
+from hpc_imagenet.config.dataset import Archive
+from hpc_imagenet.config.schema import Config
 
 HEAD = """\
 # Settings

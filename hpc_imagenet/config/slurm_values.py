@@ -42,13 +42,16 @@ def parse_minutes(value: Any) -> int:
     return minutes + math.ceil((part["dseconds"] + part["seconds"]) / 60)
 
 
-def check_quoted_times(path: Path) -> None:
-    """Check that a file of conf/cluster quotes times such as 24:00:00, which YAML 1.1 reads as 86400.
+def check_quoted_times(text: str, path: Path) -> None:
+    """Check that a file of settings quotes times such as 24:00:00, which YAML 1.1 reads as 86400.
+
+    Args:
+        text: content of the file.
+        path: its path, for the error.
 
     Raises:
         UserError: names the line to change.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(), 1):
         found = re.search(r"\btime:\s*([1-9]\d*(?::[0-5]?\d)+)\s*(?:[,}#]|$)", line.partition(" #")[0])
         if found and isinstance(value := yaml.safe_load(found[1]), int):

@@ -1,13 +1,5 @@
 """Stored settings: `hpc_imagenet.yaml` and config folders of the project and the user.
 
-Precedence, highest first:
-
-1. the command line
-2. the environment: HPC_IMAGENET_WORKSPACE, HPC_IMAGENET_CLUSTER
-3. the project: ./hpc_imagenet.yaml, and config files in ./conf
-4. the user: ~/.config/hpc_imagenet/hpc_imagenet.yaml, and config files in that folder
-5. the package's conf/
-
 A stored `cluster: mine` chooses a file of a group, and `cluster.time: 60` or a mapping sets values.
 """
 
@@ -24,17 +16,27 @@ from typing import Any, NamedTuple
 import yaml
 
 from hpc_imagenet.config.schema import Config
+from hpc_imagenet.config.slurm_values import check_quoted_times
 from hpc_imagenet.errors import UserError
 
+PRECEDENCE = """\
+Precedence, highest first:
+1. the command line
+2. the environment: HPC_IMAGENET_WORKSPACE, HPC_IMAGENET_CLUSTER
+3. the project: ./hpc_imagenet.yaml, and config files in ./conf
+4. the user: ~/.config/hpc_imagenet/hpc_imagenet.yaml, and config files in that folder
+5. the package's conf/
+"""
 FILE = "hpc_imagenet.yaml"
 SENT = "HPC_IMAGENET_SENT"  # set on cluster.host: the folder with the settings of the machine that sent them
 VARIABLES = {"workspace": "HPC_IMAGENET_WORKSPACE", "cluster": "HPC_IMAGENET_CLUSTER"}
 
 
 class Stored(NamedTuple):
-    """One stored setting as an override of Hydra's grammar, and where it is stored."""
+    """One stored setting: its name, value, form as an override of Hydra's grammar, and where it is stored."""
 
     key: str
+    value: Any
     override: str
     source: str
 
@@ -77,7 +79,7 @@ def stored_settings() -> list[Stored]:
         UserError: a file cannot be read as settings.
     """
     found = [
-        Stored(key, f"{key}={_text(value)}", variable)
+        Stored(key, value, f"{key}={_text(value)}", variable)
         for key, variable in VARIABLES.items()
         if (value := os.environ.get(variable))
     ]
@@ -98,7 +100,7 @@ def add_stored_settings(overrides: Sequence[str]) -> list[str]:
 
 def describe() -> str:
     """Return the order of precedence and the stored settings that are in effect, for --info."""
-    lines = [*(__doc__ or "").strip().splitlines()[2:], ""]
+    lines = [PRECEDENCE]
     lines += [f"config folder: {folder}" for folder in config_folders()]
     lines += [f"{item.override}   ({item.source})" for item in stored_settings()] or ["no stored settings"]
     return "\n".join(lines)
@@ -106,13 +108,7 @@ def describe() -> str:
 
 def stored_value(key: str) -> str | None:
     """Return the stored value of a text setting, such as workspace, or None."""
-    for path in (folder / FILE for folder in _folders()):
-        value = os.environ.get(VARIABLES.get(key, "")) or next(
-            (text for name, text in _flatten(load_yaml(path)) if name == key), None
-        )
-        if value is not None:
-            return str(value)
-    return None
+    return next((str(item.value) for item in stored_settings() if item.key == key), None)
 
 
 def _is_hidden(key: str, given: Any) -> bool:
@@ -126,9 +122,9 @@ def _read(path: Path) -> Iterator[Stored]:
         if key in groups:
             if not isinstance(value, str):
                 raise UserError(f"{path}: {key}: {value!r} is not the name of a file, such as {key}: NAME")
-            yield Stored(key, f"{'+' * (key == 'stage')}{key}={_text(value)}", str(path))
+            yield Stored(key, value, f"{'+' * (key == 'stage')}{key}={_text(value)}", str(path))
         else:
-            yield Stored(key, f"++{key}={_literal(value)}", str(path))
+            yield Stored(key, value, f"++{key}={_literal(value)}", str(path))
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -138,7 +134,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         UserError: it cannot be read as settings.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_quoted_times(text, path)
+        loaded = yaml.safe_load(text)
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

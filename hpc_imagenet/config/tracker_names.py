@@ -29,7 +29,7 @@ def parse_trackers(value: Any) -> list[str]:
 
 
 def check_installed(tracker: Any) -> None:
-    """Check that the packages of the trackers in `tracker` are installed here.
+    """Check that the packages of trackers are installed here.
 
     Raises:
         UserError: names the extra to install.

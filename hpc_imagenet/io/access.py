@@ -1,4 +1,4 @@
-"""Explain a denied access to a file: which path, who owns it, and what can be done."""
+"""Access to files: explain a denied one, and refuse a secret that other users can read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,31 @@ import os
 import pwd
 from pathlib import Path
 
+from hpc_imagenet.errors import UserError
+
 _CHOOSE = "choose another workspace=FOLDER"
+
+
+def read_private(path: Path, setting: str) -> str:
+    """Return the text of a file with a secret.
+
+    Args:
+        path: the file.
+        setting: the setting that names it, for errors.
+
+    Raises:
+        UserError: it cannot be read, or other users may read it too.
+    """
+    try:
+        mode = path.stat().st_mode & 0o777
+        if mode & 0o077:
+            raise UserError(
+                f"{setting}={path} holds a secret and other users may read it (mode {mode:o}): "
+                f"chmod 600 {path}"
+            )
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{setting}={path} cannot be read ({error.strerror})") from None
 
 
 def explain_permission_error(error: PermissionError, workspace: Path | None = None) -> str:

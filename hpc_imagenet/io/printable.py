@@ -17,6 +17,26 @@ _ESCAPES = re.compile(
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
+# Of a name that people wrote: also line ends, tabs, and bytes that are not UTF-8 (surrogates).
+UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_UNPRINTABLE = re.compile(f"[{UNPRINTABLE}]")
+
+
+def escape_name(name: str) -> str:
+    """Return a name as people wrote it, with unprintable characters percent-encoded."""
+    return _UNPRINTABLE.sub(percent_encoded, name)
+
+
+def percent_encoded(match: re.Match[str]) -> str:
+    """Return the matched characters as percent-encoded UTF-8."""
+    # "surrogateescape" gives back the bytes of a file name that is not UTF-8.
+    try:
+        data = match[0].encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        data = match[0].encode("utf-8", "surrogatepass")
+    return "".join(f"%{byte:02X}" for byte in data)
+
+
 def printable(value: object) -> str:
     """Return a value as text without escape sequences and control characters but tabs and line ends."""
     text = str(value)

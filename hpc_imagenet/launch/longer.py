@@ -19,9 +19,11 @@ from hpc_imagenet.stages.train_stage import TRAIN
 def shorter_runs(jobs: Iterable[Job], store: RunStore) -> list[str]:
     """Return a line for each new training that the workspace has with fewer epochs; reads no run."""
     existing = {path.name for path in store.folder.glob("*")}
+    labels = {name.partition("-")[2] for name in existing}
     lines = []
     for job in jobs:
-        if job.stage != TRAIN.name or job.run_id in existing:
+        # Each number of epochs costs a signature, so only if the workspace has a run of this model.
+        if job.stage != TRAIN.name or job.run_id in existing or job.label not in labels:
             continue
         (content, identity), recipe = TRAIN.identity(job.config), job.config.recipe
         for epochs in reversed(range(1, recipe.epochs)):

@@ -24,6 +24,7 @@ from typing import Any
 
 from hpc_imagenet.config.setting import is_variable
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import read_private
 from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
 from hpc_imagenet.runs.job import signature
 from hpc_imagenet.runs.store import FAILED, FINISHED, Attempt, Run, RunStore
@@ -74,24 +75,12 @@ def read_urls(notify: str) -> list[str]:
                 "notify=FILE, a path with a / or a ."
             )
     else:
-        text = _read_private(Path(notify).expanduser())
+        text = read_private(Path(notify).expanduser(), "notify")
     lines = [line.strip() for line in text.splitlines()]
     urls = [line for line in lines if line and not line.startswith("#")]
     if not urls:
         raise UserError(f"notify={notify} holds no URL: write one a line")
     return urls
-
-
-def _read_private(path: Path) -> str:
-    try:
-        mode = path.stat().st_mode & 0o777
-        if mode & 0o077:
-            raise UserError(
-                f"notify={path} holds a secret and other users may read it (mode {mode:o}): chmod 600 {path}"
-            )
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"notify={path} cannot be read ({error.strerror})") from None
 
 
 def _service(urls: Sequence[str], notify: str) -> Any:

@@ -45,16 +45,13 @@ class ArrayTask:
 def extra_sbatch_options(cluster: Cluster) -> dict[str, Any]:
     """Return the options of cluster.sbatch plus `requeue`, or `no-requeue` if they disable it.
 
-    Lists are joined by commas, `true` is an option without a value, and `false` or null leave an option out.
+    `true` is an option without a value; `false` or null leave an option out.
     """
     options = dict(cluster.sbatch)
     disabled = [options.pop(name, False) for name in ("no-requeue", "no_requeue")]
     requeue = options.pop("requeue", True) and not any(disabled)
     given = {name: value for name, value in options.items() if value is not None and value is not False}
-    joined = {
-        name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()
-    }
-    return {"requeue" if requeue else "no-requeue": True, **joined}
+    return {"requeue" if requeue else "no-requeue": True, **given}
 
 
 def check_sbatch_options(cluster: Cluster) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from hpc_imagenet.config import recipe, schema
-from hpc_imagenet.report.jobs_table import clock, job_rows
+from hpc_imagenet.config import dataset, recipe, schema
+from hpc_imagenet.report.durations import clock
+from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.runs.checkpoints import list_checkpoints
 from hpc_imagenet.runs.store import Run
 
@@ -27,7 +28,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "session": ("session",),
 }
 _CLASSES: dict[str, type] = {
-    "dataset": schema.Dataset,
+    "dataset": dataset.Dataset,
     "datastore": schema.Datastore,
     "download": schema.Download,
     "process": schema.Process,

@@ -11,16 +11,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.launch.diagnosis import failure_class
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.states import states
-from hpc_imagenet.report.durations import clock, instant, seconds_between, span
+from hpc_imagenet.report.durations import instant, seconds_between, span
 from hpc_imagenet.report.run_summary import best_top1, describe, seconds_left
-from hpc_imagenet.report.terminal_text import columns, fit, one_line
+from hpc_imagenet.report.terminal_text import columns, fit
 from hpc_imagenet.runs.run_records import RecordCache, RunRecord, read_run
 from hpc_imagenet.runs.store import CANCELLED, ENDED, FAILED, FINISHED, QUEUED, RUNNING, Run, RunStore
-
-__all__ = ["clock", "job_rows", "print_jobs", "table_lines", "terminal", "watch", "workspace_rows"]
 
 COLOURS = {QUEUED: "yellow", RUNNING: "cyan", FINISHED: "green", FAILED: "red", CANCELLED: "magenta"}
 _HEADER = ("id", "label", "state", "progress, result or reason", "top-1", "nodes", "age")

@@ -1,12 +1,8 @@
-"""Text from records and logs for a table in a terminal: printable, and cut to a number of columns."""
+"""Text for a table in a terminal: filled or cut to a number of columns."""
 
 from __future__ import annotations
 
 from rich.cells import cell_len, set_cell_size
-
-from hpc_imagenet.io.printable import one_line, printable
-
-__all__ = ["columns", "fit", "one_line", "printable"]
 
 
 def fit(text: str, width: int) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpc_imagenet.config.schema import Cluster, Config, Dataset, Datastore, Process
+from hpc_imagenet.config.dataset import Dataset
+from hpc_imagenet.config.schema import Cluster, Config, Datastore, Process
 
 FindVersion = Callable[[Datastore], Datastore | None]
 """Lookup of a datastore: returns it with version and content set, or None if it has no version yet."""

@@ -21,7 +21,6 @@ from hpc_imagenet.data.download.expected import (
 )
 from hpc_imagenet.data.download.origin import check_same_origin, has_archives, origin_of, source_folder
 from hpc_imagenet.data.download.partial_file import allocated_bytes
-from hpc_imagenet.data.ilsvrc.labels_file import printable
 from hpc_imagenet.data.layouts.image_finder import find_images
 from hpc_imagenet.data.layouts.labelled_images import LabelledImages
 from hpc_imagenet.data.sources import class_folder_source, labelled_images_source, parquet_source
@@ -32,6 +31,7 @@ from hpc_imagenet.data.sources.range_source import RangeSource
 from hpc_imagenet.data.sources.s3_source import S3Source
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk
+from hpc_imagenet.io.printable import escape_name
 from hpc_imagenet.runs.store import Progress, Run
 
 
@@ -168,11 +168,11 @@ def _announce_images(config: Config, found: LabelledImages) -> None:
     Raises:
         UserError: as `_announce_packing`.
     """
-    _announce_packing(config, printable(found.layout))
+    _announce_packing(config, escape_name(found.layout))
     for reason, count in found.skipped.items():
-        print(f"left out, {printable(reason)}: {count}", flush=True)
+        print(f"left out, {escape_name(reason)}: {count}", flush=True)
     for line in found.warnings:
-        print(f"warning: {printable(line)}", flush=True)
+        print(f"warning: {escape_name(line)}", flush=True)
 
 
 def _fetch_missing(

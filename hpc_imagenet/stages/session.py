@@ -19,7 +19,6 @@ from typing import Any
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config, cluster_for
-from hpc_imagenet.config.slurm_values import parse_gpus, parse_minutes
 from hpc_imagenet.datastore import catalog, versions
 from hpc_imagenet.datastore.node_cache.cache import NodeCache
 from hpc_imagenet.errors import Preempted, UserError
@@ -54,7 +53,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
             "pip install -c constraints.txt -e '.[session]' in the checkout"
         )
     if settings.gpus is not None:
-        _check_gpus(parse_gpus(settings.gpus))
+        _check_gpus(settings.gpus)
     folder = run.folder / "notebooks"  # kept between the starts of a session
     folder.mkdir(exist_ok=True)
     _copy_notebooks(folder)
@@ -64,7 +63,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     }
     environment |= _link_datastore(config, folder / "datastore", Progress(run))
     progress = Progress(run, every=5)
-    ends = min(begin + 60 * parse_minutes(settings.time), (slurm.end_time() or float("inf")) - _SHUTDOWN_TIME)
+    ends = min(begin + 60 * settings.time, (slurm.end_time() or float("inf")) - _SHUTDOWN_TIME)
     listen = _resolve_listen(settings.listen)
     with StopSignal() as stop:
         server = JupyterServer(run.folder, folder, listen, settings.port, (ends - begin) / 3600)

@@ -14,7 +14,8 @@ from sample_dataset import make_dataset
 
 from hpc_imagenet.cli import datastores
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.config.schema import Config, Dataset, Datastore
+from hpc_imagenet.config.dataset import Dataset
+from hpc_imagenet.config.schema import Config, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import upload

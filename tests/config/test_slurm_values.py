@@ -60,14 +60,14 @@ def test_gpus_take_a_type() -> None:
         ("cluster.memory_gb=64X", "cluster.memory_gb=64X is not an amount of memory"),
         ("cluster.gpus_per_node=a100:x", "cluster.gpus_per_node=a100:x is not a number of GPUs"),
         ("cluster.gpus_per_node=-1", "cluster.gpus_per_node=-1 is not a number of GPUs"),
-        ("+cluster.stage.train={time: soon}", "cluster.time=soon is not a time"),
+        ("+cluster.stage.train={time: soon}", "cluster.stage.train.time=soon is not a time"),
         ("session.time=soon", "session.time=soon is not a time"),
     ],
 )
 def test_a_value_that_slurm_would_not_take_is_refused(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         compose(["cluster=slurm", override])
-    assert str(caught.value).startswith(message) or message in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_cluster_takes_slurms_notation_and_jobs_get_numbers() -> None:

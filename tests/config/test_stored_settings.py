@@ -76,13 +76,14 @@ def test_stored_values_are_any_of_conf(places: Places) -> None:
     )
     config = composed("process.layout=shards")
     assert config.cluster.setup == ["module load x", "a, b"]
-    assert config.cluster.sbatch == {"exclude": ["n1", "n2"], "comment": "it's"}
+    assert config.cluster.sbatch == {"exclude": "n1,n2", "comment": "it's"}
     assert (config.recipe.learning_rate, config.process.resize) == (0.001, "short:256")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("cluster.time: 24:00:00", "line 1: YAML reads time: 24:00:00 as 86400: put it in quotes"),
         ("- a", "must contain settings"),
         ("a: [", "cannot be read as YAML"),
         ("cluster: 3", "cluster: 3 is not the name of a file"),

@@ -12,7 +12,8 @@ from faulty_s3 import Faults, proxy
 from sample_dataset import make_dataset
 
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.config.schema import Cluster, Config, Dataset, Datastore, StageSelection, Upload
+from hpc_imagenet.config.dataset import Dataset
+from hpc_imagenet.config.schema import Cluster, Config, Datastore, StageSelection, Upload
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import s3_client
 from hpc_imagenet.datastore.backends.storage_backend import SupportsRangeReads

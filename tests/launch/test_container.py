@@ -19,13 +19,13 @@ CLUSTER = Cluster(executor="slurm", container="/images/my image.sif", gpus_per_n
 
 def command(runtime: str, **changes: object) -> str:
     cluster = replace(CLUSTER, container_runtime=runtime, **changes)  # type: ignore[arg-type]
-    return container_command(cluster, ["/work/runs"]).python
+    return container_command(cluster, ["/shared/runs"]).python
 
 
 def test_apptainer_binds_folders_and_gpus() -> None:
     text = command("apptainer", container_args=["--cleanenv"])
     assert text.startswith(f"apptainer exec --nv --bind {PACKAGE_ROOT} --bind ")
-    assert text.endswith("--bind /work/runs --bind \"$TMPDIR/x\" --cleanenv '/images/my image.sif' python3")
+    assert text.endswith("--bind /shared/runs --bind \"$TMPDIR/x\" --cleanenv '/images/my image.sif' python3")
     assert "--nv" not in command("singularity", gpus_per_node=0)
     assert "--nv" in command("singularity", gpus_per_node=None, sbatch={"gres": "gpu:2"})
 
@@ -33,7 +33,7 @@ def test_apptainer_binds_folders_and_gpus() -> None:
 def test_podman_keeps_the_user_and_the_environment() -> None:
     text = command("podman")
     assert "--userns=keep-id --env-host" in text
-    assert "--volume=/work/runs:/work/runs" in text
+    assert "--volume=/shared/runs:/shared/runs" in text
     assert "--device=nvidia.com/gpu=all" in text
 
 
@@ -42,10 +42,10 @@ def test_charliecloud_separates_the_command() -> None:
 
 
 def test_pyxis_uses_options_of_srun() -> None:
-    found = container_command(replace(CLUSTER, container_runtime="pyxis"), ["/work/runs"])
+    found = container_command(replace(CLUSTER, container_runtime="pyxis"), ["/shared/runs"])
     assert found.python == "python3"
     assert found.srun_args[0] == "--container-image=/images/my image.sif"
-    assert ",/work/runs:/work/runs" in found.srun_args[2]
+    assert ",/shared/runs:/shared/runs" in found.srun_args[2]
 
 
 def test_auto_takes_what_this_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

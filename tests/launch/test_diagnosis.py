@@ -12,9 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from command_line import Cli, eventually
-from fake_slurm import write_slurm
 
-from hpc_imagenet.cluster import slurm
 from hpc_imagenet.launch.diagnosis import Diagnosis, diagnose, failure_class, failure_words
 from hpc_imagenet.launch.error_logs import ErrorLogs
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, Run, RunStore
@@ -117,16 +115,6 @@ def _damage_images(shard: Path) -> None:
         content[begin : begin + 200] = bytes(200)
     shard.write_bytes(content)
     os.utime(shard, ns=(modified, modified))
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Cli:
-    """The command line with a fake Slurm in `<folder>/slurm`."""
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    slurm._reply_cache.clear()
-    write_slurm(folder)
-    return Cli(tmp_path / "workspace", path=f"{folder}:{os.environ['PATH']}")
 
 
 def end_job(cluster: Cli, row: str, errors: str = "", rank: int = 0) -> None:

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 from command_line import Cli
-from fake_slurm import write_slurm
 
 from hpc_imagenet import Handle, UserError
-from hpc_imagenet.cluster import slurm
 from hpc_imagenet.runs.store import FAILED, Run, RunStore
 
-SUBMIT = ("dataset=digits", "cluster=slurm", "cluster.time=60", "cluster.memory_gb=4")
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Cli:
-    """The command line with a fake Slurm in `<folder>/slurm`."""
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    slurm._reply_cache.clear()
-    write_slurm(folder)
-    return Cli(tmp_path / "workspace", path=f"{folder}:{os.environ['PATH']}")
+SUBMIT = ("dataset=digits", "cluster=slurm", "cluster.time=1:00:00", "cluster.memory_gb=4G")
 
 
 def queue(cluster: Cli, *rows: str) -> None:
@@ -75,13 +60,13 @@ def test_stage_with_a_value_of_its_own(cluster: Cli) -> None:
 
 
 def test_failed_node_is_excluded_beside_those_before(cluster: Cli) -> None:
-    cluster("+stage=download", *SUBMIT, "+cluster.sbatch.exclude=n1")
+    cluster("+stage=download", *SUBMIT, "+cluster.sbatch.exclude=[n1,n2]")
     run = only_run(cluster)
     assert run.attempt
     (run.attempt.folder / "1_0_log.err").write_text("srun: error: Node failure on n3\n")
     queue(cluster, "1|NODE_FAIL|0|0|None")
-    assert "node failure · cluster.sbatch.exclude: n1 → n1,n3" in cluster("retry", run.id).stdout
-    assert "#SBATCH --exclude=n1,n3\n" in script(cluster, 2)
+    assert "node failure · cluster.sbatch.exclude: n1,n2 → n1,n2,n3" in cluster("retry", run.id).stdout
+    assert "#SBATCH --exclude=n1,n2,n3\n" in script(cluster, 2)
 
 
 def test_accumulate_after_too_little_device_memory(cluster: Cli) -> None:

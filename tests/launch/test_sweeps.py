@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 from command_line import Cli, Gate
-from fake_slurm import write_slurm
 
 from hpc_imagenet.api import submit
-from hpc_imagenet.cluster import slurm
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RunStore
 
 DOWNLOAD = ("+stage=download", "dataset=digits", "cluster.time=60")
 SWEPT = ("-m", "dataset.revision=a,b,c", *DOWNLOAD)
-
-
-@pytest.fixture
-def commands(tmp_path: Path) -> Path:
-    folder = tmp_path / "slurm-bin"
-    folder.mkdir()
-    slurm._reply_cache.clear()
-    write_slurm(folder)
-    return folder
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, commands: Path) -> Cli:
-    return Cli(tmp_path / "workspace", path=f"{commands}:{os.environ['PATH']}")
 
 
 def pending(commands: Path, *jobs: str) -> None:

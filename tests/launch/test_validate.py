@@ -11,8 +11,9 @@ from sample_dataset import make_dataset
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.config.overrides import with_defaults
-from hpc_imagenet.config.schema import Config, Dataset, Datastore
+from hpc_imagenet.config.schema import Config, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import validate

@@ -13,11 +13,12 @@ from command_line import Cli
 from recorded_runs import record_run, set_times
 from rich.console import Console
 
+from hpc_imagenet.io.printable import one_line, printable
 from hpc_imagenet.report import jobs_table
 from hpc_imagenet.report.durations import clock, parse_span, span
 from hpc_imagenet.report.jobs_table import job_rows, table_lines
 from hpc_imagenet.report.run_summary import describe, summary
-from hpc_imagenet.report.terminal_text import columns, fit, one_line, printable
+from hpc_imagenet.report.terminal_text import columns, fit
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, RUNNING, RunStore
 
 HOSTILE = "\x1b[31m[bold]a\x1b]0;title\x07b\x9b2J\r\nc\u202ed\ud800[/] \x1b[2J日本"

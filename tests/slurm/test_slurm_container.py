@@ -26,7 +26,6 @@ EMPTY = (
     "tmp",
     "var",
     "opt",
-    "work",
     "srv",
     "scratch",
 )

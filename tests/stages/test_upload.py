@@ -14,7 +14,8 @@ import pytest
 from sample_dataset import file_of, make_dataset
 
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.config.schema import Config, Dataset, Datastore
+from hpc_imagenet.config.dataset import Dataset
+from hpc_imagenet.config.schema import Config, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import folder_backend, storage_backend
 from hpc_imagenet.datastore.manifest import load_manifest

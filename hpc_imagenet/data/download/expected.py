@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_imagenet.config.schema import Dataset
+from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.download.file_type import describe_content, is_html
 from hpc_imagenet.data.ilsvrc.labels_file import parse_labels
 from hpc_imagenet.data.tar import tar_reader

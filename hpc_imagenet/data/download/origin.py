@@ -10,7 +10,7 @@ import urllib.request
 from dataclasses import fields
 from pathlib import Path
 
-from hpc_imagenet.config.schema import Dataset
+from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.download import receipt
 from hpc_imagenet.errors import UserError
 

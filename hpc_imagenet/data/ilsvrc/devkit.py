@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.data.download.file_type import describe_content
-from hpc_imagenet.data.ilsvrc.labels_file import LabelsFile, class_id, parse_labels, printable
+from hpc_imagenet.data.ilsvrc.labels_file import LabelsFile, class_id, parse_labels
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.printable import escape_name
 
 META = "data/meta.mat"
 TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
@@ -73,7 +74,7 @@ def read_devkit(path: Path) -> Devkit:
 def _from_labels(labels: LabelsFile) -> Devkit:
     wnids = [class_id(name) for name in labels.classes]
     return Devkit(
-        {wnid: (printable(name),) for wnid, name in zip(wnids, labels.classes, strict=True)},
+        {wnid: (escape_name(name),) for wnid, name in zip(wnids, labels.classes, strict=True)},
         dict(enumerate(wnids, 1)),
         [wnids[label] for label in labels.val],
         [wnids[label] for label in labels.test],

@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.printable import UNPRINTABLE, escape_name, percent_encoded
 
 FORMAT = 1
 MAX_ID_BYTES = 200  # of a class id: the name of a folder has at most 255 bytes
 
-# Control characters, line separators, controls of the writing direction, and bytes that are not UTF-8: they
-# could change what a terminal shows.
-_UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
-_CONTROLS = re.compile(f"[{_UNPRINTABLE}]")
-_NOT_IN_IDS = re.compile(f"[/{_UNPRINTABLE}]|%(?=[0-9A-Fa-f]{{2}})|^\\.+$")
+_NOT_IN_IDS = re.compile(f"[/{UNPRINTABLE}]|%(?=[0-9A-Fa-f]{{2}})|^\\.+$")
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,10 @@ class LabelsFile:
     def describe(self) -> dict[str, Any]:
         """Return what the certificate reports about the folder."""
         return {
-            "layout": printable(self.layout),
-            "skipped": {printable(reason): count for reason, count in self.skipped.items()},
+            "layout": escape_name(self.layout),
+            "skipped": {escape_name(reason): count for reason, count in self.skipped.items()},
             "oriented": self.oriented,
-            "reencoded": [printable(path) for path in self.reencoded],
+            "reencoded": [escape_name(path) for path in self.reencoded],
         }
 
 
@@ -92,18 +89,4 @@ def parse_labels(data: bytes, path: Path) -> LabelsFile:
 
 def class_id(name: str) -> str:
     """Return the id of a class: its name, percent-encoded where it cannot name a folder."""
-    return _NOT_IN_IDS.sub(_percent_encoded, name)
-
-
-def printable(text: str) -> str:
-    """Return a name as people wrote it, with unprintable characters percent-encoded."""
-    return _CONTROLS.sub(_percent_encoded, text)
-
-
-def _percent_encoded(match: re.Match[str]) -> str:
-    # "surrogateescape" gives back the bytes of a file name that is not UTF-8.
-    try:
-        data = match[0].encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        data = match[0].encode("utf-8", "surrogatepass")
-    return "".join(f"%{byte:02X}" for byte in data)
+    return _NOT_IN_IDS.sub(percent_encoded, name)

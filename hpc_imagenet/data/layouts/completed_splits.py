@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
-from hpc_imagenet.config.schema import Dataset
+from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.ilsvrc.labels_file import MAX_ID_BYTES, class_id
 from hpc_imagenet.data.layouts.labelled_images import Labels
 from hpc_imagenet.data.layouts.split_names import class_keys, natural_key, same_class

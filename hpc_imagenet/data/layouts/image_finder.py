@@ -6,13 +6,13 @@ import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hpc_imagenet.config.schema import Dataset
-from hpc_imagenet.data.ilsvrc.labels_file import printable
+from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.layouts.completed_splits import complete_splits, match_classes, require_disjoint
 from hpc_imagenet.data.layouts.folder_tree import foreign_images
 from hpc_imagenet.data.layouts.labelled_images import SPLITS, ImageFile, LabelledImages, Labels
 from hpc_imagenet.data.layouts.layout_search import LayoutSearch
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.printable import escape_name
 
 _CHUNK = 2000  # files whose sizes a thread reads at a time
 
@@ -31,7 +31,7 @@ def find_images(folder: Path, dataset: Dataset, threads: int) -> LabelledImages:
     try:
         return _find(folder, dataset, threads)
     except UserError as error:  # names of files and classes may contain control characters
-        raise UserError(printable(str(error))) from None
+        raise UserError(escape_name(str(error))) from None
 
 
 def _find(folder: Path, dataset: Dataset, threads: int) -> LabelledImages:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections import Counter
 from pathlib import Path
 from posixpath import splitext
 
-from hpc_imagenet.config.schema import Dataset
+from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.layouts import class_folders
 from hpc_imagenet.data.layouts.class_folders import WHOLE_PATH, Level, class_of, descend, is_flat
 from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, scan_folder
 from hpc_imagenet.data.layouts.joined_tables import read_joined
 from hpc_imagenet.data.layouts.labelled_images import SPLITS, Labels
-from hpc_imagenet.data.layouts.split_folders import find_base, find_splits
+from hpc_imagenet.data.layouts.split_folders import find_base, find_splits, folders_beside, folders_named
 from hpc_imagenet.data.layouts.split_names import split_of
 from hpc_imagenet.data.layouts.table_labels import TableLabels, names_for_numbers, read_labels
 from hpc_imagenet.data.layouts.table_search import TableSearch, read_list
@@ -113,7 +112,7 @@ class LayoutSearch:
         folders: dict[str, list[Folder]] = {}
         lists: dict[str, TableLabels] = {}
         for split, value in explicit.items():
-            if found := self._folders_named(value):
+            if found := folders_named(value, self._folders):
                 folders[split] = found
             else:
                 lists[split] = self._list_named(split, value)
@@ -150,17 +149,6 @@ class LayoutSearch:
         self.how += ", splits by folders" if folders else ", splits by lists" if lists else ""
         return None
 
-    def _folders_named(self, value: str) -> list[Folder]:
-        path = value.removeprefix("./").strip("/")
-        if path in self._folders:
-            return [self._folders[path]]
-        depth = path.count("/")
-        return [
-            folder
-            for name, folder in self._folders.items()
-            if name and name.count("/") == depth and fnmatch.fnmatchcase(name, path)
-        ]
-
     def _list_named(self, split: str, value: str) -> TableLabels:
         setting = f"dataset.splits.{split}"
         if not (self._root / value).is_file():
@@ -187,25 +175,12 @@ class LayoutSearch:
         found = {split: folders for split, folders in found.items() if split not in known}
         used = [folder for folders in (*found.values(), *known.values()) for folder in folders]
         if found and "train" in {*found, *known}:
-            others = [folder for folder in self._beside(used) if folder.total]
+            others = [folder for folder in folders_beside(used, self._tree) if folder.total]
             if others:
                 names = ", ".join(folder.path for folder in others[:4])
                 splits = ", ".join(folder.path for folder in used)
                 self.warnings.append(f"not used: {names}; the splits are {splits}")
         return found
-
-    def _beside(self, used: list[Folder]) -> list[Folder]:
-        """Return the topmost folders that neither are nor contain the used ones."""
-        paths = [folder.path for folder in used]
-
-        def search(folder: Folder) -> list[Folder]:
-            if folder.path in paths:
-                return []
-            if any(path.startswith(f"{folder.path}/" if folder.path else "") for path in paths):
-                return [each for inner in folder.folders for each in search(inner)]
-            return [folder]
-
-        return search(self._tree)
 
     def _assign_table(self, table: TableLabels) -> None:
         level = None

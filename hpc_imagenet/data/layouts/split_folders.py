@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 
 from hpc_imagenet.data.layouts.class_folders import descend, is_flat
@@ -87,3 +88,31 @@ def _with_splits(folder: Folder, depth: int) -> list[Folder]:
     if depth == _MAX_DEPTH or len(folder.filled) > 20:
         return []
     return [each for inner in folder.filled for each in _with_splits(inner, depth + 1)]
+
+
+def folders_named(value: str, folders: Mapping[str, Folder]) -> list[Folder]:
+    """Return the folder of a path in the dataset, or those that a pattern such as `train_*` names.
+
+    Args:
+        value: path or pattern.
+        folders: all folders of the dataset by path.
+    """
+    path = value.removeprefix("./").strip("/")
+    if path in folders:
+        return [folders[path]]
+    depth = path.count("/")
+    return [
+        folder
+        for name, folder in folders.items()
+        if name and name.count("/") == depth and fnmatch.fnmatchcase(name, path)
+    ]
+
+
+def folders_beside(used: list[Folder], tree: Folder) -> list[Folder]:
+    """Return the topmost folders of a tree that neither are nor contain the used ones."""
+    paths = [folder.path for folder in used]
+    if tree.path in paths:
+        return []
+    if any(path.startswith(f"{tree.path}/" if tree.path else "") for path in paths):
+        return [each for inner in tree.folders for each in folders_beside(used, inner)]
+    return [tree]

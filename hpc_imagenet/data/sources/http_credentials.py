@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import read_private
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class HttpCredentials:
         return {"Cookie": cookie} if cookie else {}
 
     def _load_file(self, path: Path, host: str) -> None:
-        text = _read_private(path)
+        text = read_private(path, "download.login")
         if text.startswith(("# Netscape HTTP Cookie File", "# HTTP Cookie File")):
             self._jar = _load_cookies(path)
         elif _NETRC.match(_without_comments(text)):
@@ -91,18 +92,6 @@ class HttpCredentials:
                     self._headers |= _parse_header(line.strip(), f"download.login={path}")
             if not self._headers:
                 raise UserError(f"download.login={path} is empty; write headers, a netrc or cookies to it")
-
-
-def _read_private(path: Path) -> str:
-    try:
-        mode = path.stat().st_mode & 0o777
-        if mode & 0o077:
-            raise UserError(
-                f"{path} contains a login and other users may read it (mode {mode:o}): chmod 600 {path}"
-            )
-        return path.read_text(errors="replace")
-    except OSError as error:
-        raise UserError(f"download.login={path} cannot be read ({error.strerror})") from None
 
 
 def _load_cookies(path: Path) -> http.cookiejar.MozillaCookieJar:

@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_imagenet.config.schema import Dataset
+from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.download.origin import origin_of
-from hpc_imagenet.data.ilsvrc.labels_file import MAX_ID_BYTES, LabelsFile, class_id, printable
+from hpc_imagenet.data.ilsvrc.labels_file import MAX_ID_BYTES, LabelsFile, class_id
 from hpc_imagenet.data.images import orientation
 from hpc_imagenet.data.layouts.labelled_images import ImageFile, LabelledImages
 from hpc_imagenet.data.sources.virtual_archives import VirtualArchives
@@ -28,6 +28,7 @@ from hpc_imagenet.data.sources.virtual_tar import InMemoryFile, VirtualFile, Vir
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk
 from hpc_imagenet.io.atomic_files import atomic_write
+from hpc_imagenet.io.printable import escape_name
 
 UPRIGHT_FOLDER = ".upright"  # beside the archives, until they are complete
 _FLAT = ("val", "test")
@@ -156,7 +157,7 @@ def member_names(paths: Sequence[str]) -> list[str]:
     It is the path's own file name. Where two are equal it includes the folders, and the extension where two
     files differ in nothing else; where that is not enough or too long, it is a hash of the path.
     """
-    names = [printable(posixpath.basename(path)) for path in paths]
+    names = [escape_name(posixpath.basename(path)) for path in paths]
     for rename in (_flattened, _with_extension, _hashed):
         stems = Counter(posixpath.splitext(name)[0] for name in names)
         names = [
@@ -169,7 +170,7 @@ def member_names(paths: Sequence[str]) -> list[str]:
 
 
 def _flattened(path: str) -> str:
-    return printable(re.sub("/+", "_", path))
+    return escape_name(re.sub("/+", "_", path))
 
 
 def _with_extension(path: str) -> str:
@@ -179,7 +180,7 @@ def _with_extension(path: str) -> str:
 
 def _hashed(path: str) -> str:
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()
-    return digest[:32] + printable(posixpath.splitext(path)[1])
+    return digest[:32] + escape_name(posixpath.splitext(path)[1])
 
 
 def _name_bytes(named: tuple[str, ImageFile]) -> bytes:
@@ -190,5 +191,5 @@ def _checked_id(name: str, root: Path) -> str:
     wnid = class_id(name)
     if not wnid or len(wnid.encode()) > MAX_ID_BYTES:
         problem = f"has more than {MAX_ID_BYTES} bytes; shorten it" if wnid else "is empty; give it a name"
-        raise UserError(f"{root}: the class name {printable(name)[:40]!r} {problem}")
+        raise UserError(f"{root}: the class name {escape_name(name)[:40]!r} {problem}")
     return wnid

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from hpc_imagenet import __version__
-from hpc_imagenet.data.ilsvrc.labels_file import printable
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import Manifest
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.printable import escape_name
 from hpc_imagenet.training.export.export_formats import FORMATS
 from hpc_imagenet.training.export.loader_script import NAME as SCRIPT
 from hpc_imagenet.training.export.plain_network import PlainNetwork
@@ -134,5 +134,5 @@ def _manifest(trained: TrainedModel) -> Manifest | None:
 
 def _text(text: str) -> str:
     """Return text that Markdown shows as written, on one line."""
-    shown = html.escape(printable(text), quote=False)
+    shown = html.escape(escape_name(text), quote=False)
     return "".join(f"\\{letter}" if letter in "\\`*_[]|#~" else letter for letter in shown)

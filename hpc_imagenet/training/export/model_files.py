@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchvision.models import MNASNet
 
 from hpc_imagenet.config.backbones import timm_name
-from hpc_imagenet.data.ilsvrc.labels_file import printable
 from hpc_imagenet.errors import UserError, first_line
+from hpc_imagenet.io.printable import escape_name
 from hpc_imagenet.training.export import loader_script
 from hpc_imagenet.training.export.export_formats import FORMATS
 from hpc_imagenet.training.export.plain_network import SOURCE, PlainNetwork, plain_network
@@ -145,7 +145,7 @@ def _config(trained: TrainedModel, plain: PlainNetwork | None) -> dict[str, Any]
     return {
         "architecture": name,
         "num_classes": classes,
-        "label_names": [printable(", ".join(entry.names)) for entry in trained.classes],
+        "label_names": [escape_name(", ".join(entry.names)) for entry in trained.classes],
         "label_ids": [entry.wnid for entry in trained.classes],
         "model_args": plain.options if plain else trained.config.model.options,
         "pretrained_cfg": {

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_imagenet.data.ilsvrc.devkit import read_devkit
-from hpc_imagenet.data.ilsvrc.labels_file import LabelsFile, class_id, parse_labels, printable
+from hpc_imagenet.data.ilsvrc.labels_file import LabelsFile, class_id, parse_labels
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.printable import escape_name
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ from hpc_imagenet.errors import UserError
 )
 def test_ids_name_folders_and_names_stay_readable(name: str, id_: str, shown: str) -> None:
     assert class_id(name) == id_
-    assert printable(name) == shown
+    assert escape_name(name) == shown
 
 
 @given(one=st.text(max_size=5), other=st.text(max_size=5))
