@@ -77,9 +77,9 @@ LAYERS = [
     *("errors", "io", "config", "runs", "cluster", "datastore", "data", "training", "session", "stages"),
     *("launch", "report", "doctor", "remote", "cli", "api", "demo"),
 ]
-# Heavy or special packages, and the only place that may import each.
-HOMES = {
-    "torch": "training/",
+# Heavy or special packages, and the only places that may import each.
+HOMES: dict[str, str | tuple[str, ...]] = {
+    "torch": ("training/", "data/images/resize.py"),
     "torchvision": "training/",
     "torchmetrics": "training/",
     "pytorch_lightning": "training/",

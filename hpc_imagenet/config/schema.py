@@ -23,6 +23,7 @@ from hpc_imagenet.errors import UserError
 
 STAGES = ("download", "process", "upload", "train", "evaluate", "pipeline", "session")
 EXECUTORS = ("local", "slurm", "foreground")
+RESIZE_VERSION = 2  # version of process.resize (1: by Pillow), part of the signature
 PIXEL_VERSION = 2  # version of decoding and resizing (1: Pillow), part of the signature
 SESSION_SHUTDOWN_MINUTES = 2  # added to session.time in the Slurm time limit, for a clean shutdown
 CONTAINER_RUNTIMES = ("auto", "apptainer", "singularity", "charliecloud", "podman", "pyxis")
@@ -146,7 +147,7 @@ class Process:
         """
         identity: dict[str, Any] = {}
         if self.resize:
-            identity |= {"resize": self.resize, "quality": self.quality}
+            identity |= {"resize": self.resize, "quality": self.quality, "resizer": RESIZE_VERSION}
         if self.normalise:
             identity |= {"normalise": True}
         if self.on_corrupt == "skip":

@@ -1,6 +1,7 @@
 """Image transform applied while shards are written: resize, normalise to baseline RGB JPEG, restart markers.
 
-Resizing decodes and encodes with Pillow; so does normalising a PNG or a CMYK JPEG. A progressive JPEG is
+Resizing decodes and encodes with Pillow, and reduces with torch; normalising a PNG or a CMYK JPEG decodes
+and encodes. A progressive JPEG is
 normalised without loss by jpegtran of libjpeg-turbo, which writes the same coefficients into a new file.
 Tiling runs jpegtran on every JPEG, with optimised Huffman tables and a restart marker after every block of 8
 or 16 px, so that a part of the image can be decoded without the rest.
@@ -13,6 +14,7 @@ import io
 import shutil
 import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import PIL
@@ -21,6 +23,7 @@ from PIL import Image, features
 from hpc_imagenet.config.schema import Process
 from hpc_imagenet.data.images import image_header, pillow
 from hpc_imagenet.data.images.image_header import CMYK, OTHER, PNG, PROGRESSIVE, ROTATED, TILED, ImageInfo
+from hpc_imagenet.data.images.resize import resize_bicubic
 from hpc_imagenet.errors import UserError
 
 _JPEGTRAN = ("jpegtran", "-copy", "all", "-optimize")
@@ -53,6 +56,8 @@ class ShardTransform:
         if self.side or self.normalise:
             codec = "libjpeg_turbo" if features.check("libjpeg_turbo") else "jpg"
             tools["pillow"] = f"{PIL.__version__} with {codec} {features.version(codec)}"
+        if self.side:
+            tools["torch"] = metadata.version("torch").partition("+")[0]  # without the build, such as +cu128
         if self.normalise or self.tile:
             tools["jpegtran"] = _jpegtran_version()
         return tools
@@ -99,7 +104,7 @@ class ShardTransform:
                     return _save(_to_rgb_or_grey(image), {**_NEAR_LOSSLESS, **options})
                 # Decode a JPEG at reduced scale if that is still at least twice the target size.
                 image.draft(None, (2 * size[0], 2 * size[1]))
-                small = _to_rgb_or_grey(image).resize(size, Image.Resampling.BICUBIC)
+                small = resize_bicubic(_to_rgb_or_grey(image), size)
                 return _save(small, {"quality": self.quality, **options})
         except pillow.ERRORS as error:
             raise ValueError(pillow.reason(error)) from None
