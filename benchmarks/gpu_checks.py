@@ -138,7 +138,7 @@ def _watch(options: Options, home: Workspace) -> None:
     end = time.monotonic() + patience
     while True:
         if time.monotonic() > end:
-            logs = [path.read_text()[-500:] for path in home.folder.glob("runs/.queue/*/worker.log")]
+            logs = [path.read_text()[-500:] for path in home.folder.glob("runs/.user-*/queue/*/worker.log")]
             report(f"after {patience} s: {home('jobs')!r}; worker: {logs!r}", ok=False)
             return
         table = home.trainings()

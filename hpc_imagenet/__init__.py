@@ -3,8 +3,30 @@
 Python API: `submit`, `jobs`, `open_datastore`, `evaluate`, `predict`, `export` …; see `hpc_imagenet.api`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import os
+import sys
+
+
+def _forget_current_folder() -> None:
+    """Import nothing from the current folder if another user can write it; `python -m` searches it first.
+
+    Only modules that Python has loaded before may be used here.
+    """
+    try:
+        first, package = sys.path[:1], os.path.dirname(__path__[0])  # noqa: PTH120
+        if sys.argv[:1] != ["-m"] or first != [os.getcwd()] or first == [package]:  # noqa: PTH109
+            return
+        status = os.stat(first[0])  # noqa: PTH116
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+            del sys.path[0]
+    except OSError:  # the folder was removed
+        return
+
+
+_forget_current_folder()
+
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from hpc_imagenet.api import (

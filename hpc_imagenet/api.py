@@ -162,7 +162,7 @@ def jobs(name: str | None = None, workspace: str | Path | None = None) -> list[H
         UserError: no run, or more than one, has that name.
     """
     store = _run_store(workspace)
-    runs = store.all() if name is None else [store.find(name)]
+    runs = store.readable() if name is None else [store.find(name)]
     return [Handle(run.folder) for run in runs]
 
 

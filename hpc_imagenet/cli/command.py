@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,6 +36,20 @@ class Command:
     needs_runs: bool = True
     composes: bool = False
     epilog: str = ""
+
+
+def say_left_out(store: RunStore) -> None:
+    """Print one line to stderr about runs that a table leaves out, since this user may not read them."""
+    if not store.left_out:
+        return
+    owners: dict[str, list[str]] = {}
+    for run_id, owner in sorted(store.left_out.items()):
+        owners.setdefault(owner, []).append(run_id)
+    parts = [
+        f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} of {owner}" for owner, runs in owners.items()
+    ]
+    fix = f"their owner can run chmod -R g+rX {store.folder}/RUN"
+    print(f"left out, since you may not read them: {', '.join(parts)} ({fix})", file=sys.stderr)
 
 
 RUN_NAMES = "RUN: a run's id or label, or a prefix of one."

@@ -17,6 +17,7 @@ from hpc_imagenet.datastore import catalog, versions
 from hpc_imagenet.datastore.backends.storage_backend import StorageBackend
 from hpc_imagenet.datastore.catalog import CatalogEntry
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import is_own, owner_name
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.runs.store import RunStore
 
@@ -77,7 +78,10 @@ def used_by(store: RunStore, backend: StorageBackend) -> dict[str, list[str]]:
     for run in trainings:
         if not state_of[run.id].active:
             continue
-        datastore = run.config().datastore
+        try:
+            datastore = run.config().datastore
+        except PermissionError:
+            continue
         if _same_url(datastore.url, backend):
             name, number = versions.pinned(datastore)
             found.setdefault(f"{name}@v{number}" if number else name, []).append(run.id)
@@ -189,6 +193,8 @@ def _delete(backend: StorageBackend, store: RunStore, options: argparse.Namespac
     entry = next((e for e in catalog.list_versions(backend, datastore) if e.number == number), None)
     if entry is None:
         raise UserError(f"no {name} in {backend.url}: list the versions with datastores list")
+    if owner := _other_owner(backend, entry):
+        raise UserError(f"{name} belongs to {owner}, and only {owner} can delete it: have {owner} delete it")
     if entry.state == versions.PARTIAL:
         raise UserError(f"{name} is a partial upload: remove it with datastores prune")
     used = used_by(store, backend)
@@ -213,6 +219,10 @@ def _prune(backend: StorageBackend, store: RunStore, options: argparse.Namespace
         for entry in catalog.list_versions(backend)
         if entry.state != versions.COMPLETE and catalog.is_stale(backend, entry, seconds)
     ]
+    others = [f"{entry.reference} of {owner}" for entry in stale if (owner := _other_owner(backend, entry))]
+    if others:
+        print(f"left out, since only their owners can prune them: {', '.join(others)}", file=sys.stderr)
+    stale = [entry for entry in stale if not _other_owner(backend, entry)]
     if not stale and not options.json:
         print(f"nothing to prune in {backend.url}: no partial upload unchanged for {options.days:g} days")
         return 0
@@ -224,6 +234,13 @@ def _prune(backend: StorageBackend, store: RunStore, options: argparse.Namespace
             catalog.delete_version(backend, entry)
     _print_removed("removed", stale, options)
     return 0
+
+
+def _other_owner(backend: StorageBackend, entry: CatalogEntry) -> str:
+    """Return the name of another user who made a version in a folder; empty if this user did, or remote."""
+    if backend.folder is None or is_own(backend.folder / entry.path):
+        return ""
+    return owner_name(backend.folder / entry.path)
 
 
 def _print_removed(state: str, entries: Sequence[CatalogEntry], options: argparse.Namespace) -> None:

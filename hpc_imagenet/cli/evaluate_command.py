@@ -12,7 +12,8 @@ from hpc_imagenet.cli.submit import PreparedPlan, prepare
 from hpc_imagenet.config.schema import Config, Evaluate, StageSelection, cluster_for
 from hpc_imagenet.datastore.versions import Version, open_version
 from hpc_imagenet.errors import UserError, did_you_mean
-from hpc_imagenet.runs.checkpoints import find_checkpoint
+from hpc_imagenet.io.ownership import foreign_writer
+from hpc_imagenet.runs.checkpoints import check_source, find_checkpoint
 from hpc_imagenet.runs.store import FINISHED, Run, RunStore
 from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS, fingerprint
 
@@ -46,7 +47,9 @@ def prepare_evaluation(
         _check_setting(item)
     run, checkpoint = _find_source(store, source, given.get("checkpoint"))
     frozen = _training_config(run, checkpoint)
-    config = _with_settings(frozen, store, rest, config_dir)
+    trusted = not foreign_writer(checkpoint, checkpoint.parent) and (run is None or run.is_mine)
+    config = _with_settings(frozen, store, rest, config_dir, trusted)
+    check_source(checkpoint, frozen.model.name, trusted)
     version = open_version(config.datastore)
     splits = version.manifest.splits
     split = given.get("split") or ("test" if "test" in splits else "val")
@@ -98,15 +101,22 @@ def _training_config(run: Run | None, checkpoint: Path) -> Config:
 
 
 def _with_settings(
-    frozen: Config, store: RunStore, settings: Sequence[str], config_dir: str | None
+    frozen: Config, store: RunStore, settings: Sequence[str], config_dir: str | None, trusted: bool
 ) -> Config:
-    """Return the config of a training on the resources of one of its nodes, with the given settings."""
+    """Return the config of a training on the resources of one of its nodes, with the given settings.
+
+    Of a training that another user could have written (not `trusted`) only what is data: cluster settings
+    can name commands.
+    """
     from hpc_imagenet.config.compose import compose, with_overrides
 
     chosen = [item for item in settings if item.startswith("cluster=")]
-    if chosen or Path(frozen.workspace).resolve() != store.folder.parent.resolve():
-        # cluster=NAME, or a training of another workspace, maybe on another machine.
-        frozen = replace(frozen, cluster=compose(chosen, config_dir=config_dir)[0].cluster)
+    if chosen or not trusted or Path(frozen.workspace).resolve() != store.folder.parent.resolve():
+        # cluster=NAME, or a training of another user or workspace, maybe on another machine.
+        composed = compose(chosen, config_dir=config_dir)[0]
+        frozen = replace(frozen, cluster=composed.cluster)
+        if not trusted:
+            frozen = replace(frozen, notify=composed.notify, tracker=composed.tracker)
     stages = {name: values for name, values in frozen.cluster.stage.items() if name == "evaluate"}
     other_data = any(item.startswith("datastore.") for item in settings)
     config = replace(

@@ -9,7 +9,7 @@ import json
 import socket
 from pathlib import Path
 
-from hpc_imagenet.cli.command import Command
+from hpc_imagenet.cli.command import Command, say_left_out
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import RunStore
 
@@ -26,7 +26,7 @@ def _report(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.report import leaderboard
     from hpc_imagenet.report.jobs_table import terminal
 
-    rows = leaderboard.leaderboard_rows(store.all())
+    rows = leaderboard.leaderboard_rows(store.readable())
     if options.json:
         print(json.dumps(rows, indent=2))
     elif options.csv:
@@ -37,6 +37,7 @@ def _report(store: RunStore, options: argparse.Namespace) -> int:
         print(f"no trainings in {store.folder}")
     else:
         terminal().print(leaderboard.render_leaderboard(rows))
+    say_left_out(store)
     return 0
 
 
@@ -47,6 +48,7 @@ def _write_page(store: RunStore, options: argparse.Namespace) -> int:
     trainings, size = write_page(store, path, not options.no_images)
     plural = "" if trainings == 1 else "s"
     print(f"wrote {path}: {trainings:,} training{plural}, {size / 1e6:.1f} MB; open it in a browser")
+    say_left_out(store)
     return 0
 
 
@@ -69,7 +71,7 @@ def _login(store: RunStore) -> str:
     """Return user@host of this machine, by the name that `cluster.login` of the newest run gives it."""
     host = None
     with contextlib.suppress(OSError, UserError, LookupError, TypeError, ValueError):
-        host = store.all()[-1].cluster().login
+        host = [run for run in store.all() if run.is_mine][-1].cluster().login
     return f"{getpass.getuser()}@{host or socket.gethostname()}"
 
 

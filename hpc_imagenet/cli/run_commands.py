@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from hpc_imagenet.cli.command import RUN_NAMES, Command, add_json, add_run
+from hpc_imagenet.cli.command import RUN_NAMES, Command, add_json, add_run, say_left_out
 from hpc_imagenet.cli.run_selection import (
     add_runs_or_selection,
     add_selection,
@@ -36,6 +36,7 @@ def _jobs(store: RunStore, options: argparse.Namespace) -> int:
         print_jobs(rows, terminal())
     else:
         print(f"no runs in {store.folder}" + (" match" if has_selection(options) else ""))
+    say_left_out(store)
     return 0
 
 
@@ -79,7 +80,7 @@ def _cancel(store: RunStore, options: argparse.Namespace) -> int:
             if status.active or not by_options:
                 print(f"{'cancelled' if status.active else f'already {status.name}'}  {one_line(run.id)}")
     if by_options and not any(status.active for status in state_of.values()):
-        print("no run that matches is queued or running")
+        print("no run of yours that matches is queued or running")
     for other in errors[1:]:
         print(f"error: {one_line(other)}", file=sys.stderr)
     if errors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -72,7 +73,7 @@ def selected_rows(
 
 
 def named_or_selected(store: RunStore, options: argparse.Namespace, command: str) -> tuple[list[Run], bool]:
-    """Return the runs that are named, else those that the options select, and whether it is these.
+    """Return the runs that are named, else this user's that the options select, and whether it is these.
 
     Raises:
         UserError: neither or both are given, a name does not match, or nothing is selected.
@@ -86,8 +87,12 @@ def named_or_selected(store: RunStore, options: argparse.Namespace, command: str
     if options.runs:
         # All names are looked up before the first run is changed: one misspelt name stops the whole command.
         return [store.find(name) for name in options.runs], False
-    runs = [store.run(row["run"]) for row in selected_rows(store, RecordCache(store), options)]
-    if not runs:
+    found = [store.run(row["run"]) for row in selected_rows(store, RecordCache(store), options)]
+    runs = [run for run in found if run.is_mine]
+    if len(found) > len(runs):
+        others = sorted({run.owner for run in found if not run.is_mine})
+        print(f"left out: {len(found) - len(runs)} that belong to {', '.join(others)}", file=sys.stderr)
+    if not found:
         raise UserError(f"{command}: no run in {store.folder} matches: python -m hpc_imagenet jobs lists all")
     return runs, True
 

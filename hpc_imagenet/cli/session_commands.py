@@ -19,6 +19,7 @@ def _pause(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.launch.submission import cancel_run
 
     for run in [_check_session(_find(store, name)) for name in options.runs]:
+        run.check_mine("pause it", "start your own with another session.name")
         previous = cancel_run(run, "paused: resume restarts it")
         print(f"{'paused' if previous.active else f'already {previous.name}'}  {run.id}")
     return 0
@@ -30,6 +31,7 @@ def _resume(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.launch.states import state
 
     run = _check_session(_find(store, options.run))
+    run.check_mine("resume it", "start your own with another session.name")
     run.check_format()
     wait = [setting for setting in options.settings if setting in ("wait=true", "wait=false")]
     settings = [setting for setting in options.settings if setting not in wait]

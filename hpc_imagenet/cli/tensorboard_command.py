@@ -55,7 +55,7 @@ def _tensorboard(store: RunStore, options: argparse.Namespace) -> int:
 
 
 def _selected(store: RunStore, options: argparse.Namespace) -> list[Run]:
-    runs: Sequence[Run] = [store.find(name) for name in options.runs] if options.runs else store.all()
+    runs: Sequence[Run] = [store.find(name) for name in options.runs] if options.runs else store.readable()
     if options.sweep is None:
         return list(runs)
     found = [run for run in runs if options.sweep in run.info.get("sweeps", ())]
@@ -67,7 +67,8 @@ def _selected(store: RunStore, options: argparse.Namespace) -> list[Run]:
 def _tunnel(port: int, run: Run) -> str:
     """Return the ssh command that reaches the port from the user's own machine; empty on that machine."""
     user, host = getpass.getuser(), socket.gethostname()
-    login = run.frozen().get("cluster", {}).get("login")
+    # The line is for the user's shell, so no value of another user's run belongs into it.
+    login = run.frozen().get("cluster", {}).get("login") if run.is_mine else None
     forward = f"ssh -N -L {port}:127.0.0.1:{port}"
     if slurm.this_job():  # on a node, which is reached through the login node
         return f"{forward} -J {user}@{login or 'LOGIN-NODE'} {user}@{host}"

@@ -19,6 +19,7 @@ from typing import Any
 from hpc_imagenet.config.backbones import TIMM, is_own
 from hpc_imagenet.config.recipe import Model
 from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.io.ownership import read_own
 
 MAX_BYTES = 1 << 20  # of frozen source
 _PACKAGE = __name__.partition(".")[0]
@@ -262,7 +263,9 @@ def _file(root: Path, module: str) -> Path | None:
 
 def _text(file: Path, setting: str) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        if is_installed(file):
+            return file.read_text(encoding="utf-8")
+        return read_own(file, file.parent, f"{setting} is not executed").decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{setting}: {file} cannot be read ({error})") from None
 

@@ -18,6 +18,7 @@ import yaml
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.config.slurm_values import check_quoted_times
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import check_own, read_own
 
 PRECEDENCE = """\
 Precedence, highest first:
@@ -69,7 +70,13 @@ def config_folders(config_dir: str | None = None) -> list[Path]:
     if not (project / "config.yaml").exists() and any((project / group).is_dir() for group in _groups()):
         folders.append(project)
     folders += [folder.resolve() for folder in stored[1:] if folder.is_dir()]
-    return list(dict.fromkeys(folders))
+    folders = list(dict.fromkeys(folders))
+    for folder in folders:
+        # Who names a folder with --config-dir trusts its owner; what is found by itself must be their own.
+        named = config_dir is not None and folder == folders[0]
+        for path in (folder, *sorted(folder.rglob("*.yaml"))):
+            check_own(path, path, "its settings are not used", named=named)
+    return folders
 
 
 def stored_settings() -> list[Stored]:
@@ -134,7 +141,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         UserError: it cannot be read as settings.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_own(path, None, "its settings are not used").decode()
         check_quoted_times(text, path)
         loaded = yaml.safe_load(text)
     except FileNotFoundError:

@@ -225,5 +225,6 @@ def _start(probe: ProbeReport, folder: Path) -> str | subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             env=local_queue.job_environment(),
+            cwd="/",
             start_new_session=True,  # Ctrl-C reaches the doctor alone, which then ends the probe
         )

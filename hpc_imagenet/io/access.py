@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import pwd
 from pathlib import Path
 
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import user_name
 
 _CHOOSE = "choose another workspace=FOLDER"
 
@@ -58,10 +58,7 @@ def explain_permission_error(error: PermissionError, workspace: Path | None = No
     if uid == os.geteuid():
         owner, fixes = "you", ["change its permissions with chmod u+rwX", *[_CHOOSE] * choose]
     else:
-        try:
-            owner = pwd.getpwuid(uid).pw_name
-        except KeyError:  # a user of another host or container
-            owner = f"uid {uid}"
+        owner = user_name(uid)
         fixes = [*[_CHOOSE] * choose, f"have {owner} grant you access"]
     owned = "it" if denied == path else str(denied)
     return f"{path}: permission denied; {owned} is owned by {owner}: {', or '.join(fixes)}"

@@ -139,8 +139,10 @@ def sync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def _temporary(path: Path, secret: bool = False) -> Iterator[tuple[IO[bytes], Path]]:
     # mkstemp would create mode 0600; these files get the mode that the umask allows, so others can read them.
+    # Only those may write a file who may write its folder: in the folder of a run, its owner alone.
+    mode = 0o600 if secret else 0o644 | (path.parent.stat().st_mode & 0o022)
     name = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
-    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666)
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file, name

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.config.schema import Cluster, Config
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import check_own
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _PYTHON = "python3"
@@ -118,8 +120,17 @@ def check_container(cluster: Cluster) -> None:
     if not cluster.container:
         return
     find_runtime(cluster)
-    if cluster.container.startswith(("/", "~", ".")) and not Path(cluster.container).exists():
-        raise UserError(f"cluster.container={cluster.container}: no such file or folder; see docs/cluster.md")
+    if cluster.container.startswith(("/", "~", ".")):
+        image = Path(cluster.container).expanduser()
+        if not image.exists():
+            raise UserError(
+                f"cluster.container={cluster.container}: no such file or folder; see docs/cluster.md"
+            )
+        # In a folder such as /tmp any user can have made it; elsewhere its owner is whom the user trusts.
+        public = image.resolve().parent.stat().st_mode & (stat.S_ISVTX | stat.S_IWOTH) > stat.S_ISVTX
+        if not public:
+            check_own(image.parent, None, f"cluster.container={cluster.container}", named=True)
+        check_own(image, None, f"cluster.container={cluster.container}", named=not public)
 
 
 def bound_folders(config: Config) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ class ForegroundExecutor(Executor):
             else:
                 attempt.submit(self.name, host=socket.gethostname(), code=code_version())
                 local_queue.record_process(attempt)
-            done = subprocess.run(command, env=environment, check=False)
+            done = subprocess.run(command, env=environment, cwd="/", check=False)
             if allocation:
                 requeue.requeue_or_fail(run, attempt, done.returncode)
             notification.run_ended(run, attempt)

@@ -43,10 +43,13 @@ class LocalExecutor(Executor):
         started = local_queue.process_record(attempt) or local_queue.is_alive(attempt)
         if started or local_queue.is_elsewhere(attempt):
             return local_queue.state_of_process(attempt)
+        run = Run(attempt.folder.parents[1])
+        if not run.is_mine:  # only its owner can read that queue
+            return State(QUEUED, f"waits in the queue of {run.owner}")
         store = RunStore(attempt.folder.parents[3])
         if not local_queue.is_worker_expected(store):
             return State(QUEUED, "no worker is running: retry, or submit again, to start one")
-        needs = [store.run(need) for need in Run(attempt.folder.parents[1]).info.get("needs", ())]
+        needs = [store.run(need) for need in run.info.get("needs", ())]
         unmet = [need.id for need in needs if not _has_finished(need)]
         return State(QUEUED, f"waits for {' '.join(unmet)}" if unmet else "waits for its turn")
 

@@ -1,6 +1,6 @@
 """The job queue of this machine: its entries in the workspace, its worker, and the processes of its jobs.
 
-    runs/.queue/<host>/
+    runs/.user-<uid>/queue/<host>/      of one user, who alone can read and write it
         worker.lock     locked by the one worker of this host while it runs
         worker.json     process identity of the last worker
         worker.log
@@ -36,14 +36,22 @@ _CLOCK = 2.0  # s: tolerance between two readings of a process's start time
 
 
 def queue_folder(store: RunStore) -> Path:
-    """Return this host's queue folder; each host that shares the workspace has its own."""
-    return store.folder / ".queue" / socket.gethostname()
+    """Return this user's queue folder on this host; each host that shares the workspace has its own."""
+    return store.own_folder / "queue" / socket.gethostname()
+
+
+def make_queue_folder(store: RunStore) -> Path:
+    """Make the queue folder, which no other user may read: who can open a lock's file can hold it.
+
+    Raises:
+        UserError: another user could write it.
+    """
+    return store.make_own_folder("queue", socket.gethostname(), private=True)
 
 
 def enqueue(store: RunStore, attempts: Iterable[tuple[Run, Attempt]]) -> None:
     """Append attempts to the queue, in order. Call `ensure_worker` after recording them as submitted."""
-    folder = queue_folder(store)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_queue_folder(store)
     moment = time.time_ns()
     for index, (run, attempt) in enumerate(attempts):
         write_json_once(
@@ -55,8 +63,7 @@ def ensure_worker(store: RunStore) -> None:
     """Start a worker unless one is running, in a session of its own so that it outlives the terminal."""
     if is_worker_alive(store):
         return
-    folder = queue_folder(store)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_queue_folder(store)
     with (folder / "worker.log").open("ab") as log:
         worker = subprocess.Popen(
             [sys.executable, "-m", "hpc_imagenet.launch.local_worker", str(store.folder.parent)],

@@ -22,6 +22,7 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.launch import local_queue, notification
 from hpc_imagenet.launch.error_logs import error_logs
+from hpc_imagenet.launch.start_task import start_command
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.task import Task
 from hpc_imagenet.runs.store import CANCELLED, FAILED, Attempt, Run, RunStore
@@ -45,8 +46,7 @@ class Worker:
 
     def work(self) -> None:
         """Run jobs until the queue is empty; return at once if another worker is running."""
-        queue = local_queue.queue_folder(self.store)
-        queue.mkdir(parents=True, exist_ok=True)
+        queue = local_queue.make_queue_folder(self.store)
         lock = FileLock(queue / "worker.lock")
         while True:
             try:
@@ -134,7 +134,11 @@ class Worker:
 
     def _start(self, run: Run, attempt: Attempt, running: list[Attempt]) -> bool:
         """Start the attempt's process; False if it must wait for GPUs."""
-        cluster = run.cluster()
+        try:
+            cluster = run.own_cluster()
+        except UserError as error:
+            attempt.end(FAILED, str(error))
+            return True
         taken = {str(gpu) for other in running for gpu in local_queue.process_record(other).get("gpus", ())}
         all_gpus = gpus.available_gpus()
         requested = gpus_for(cluster, run.info["stage"], len(all_gpus))
@@ -145,7 +149,7 @@ class Worker:
         shared = _is_session(run) and cluster.gpus_per_node is None  # it sees all GPUs and reserves none
         tasks = 1 if _is_session(run) else cluster.tasks_per_node or max(1, requested)
         os.environ[dist_env.CPUS_VARIABLE] = str(_cpus_per_task(run, cluster, tasks))
-        executor = submitit.LocalExecutor(folder=attempt.folder)
+        executor = _LocalJobs(folder=attempt.folder)
         executor.update_parameters(
             timeout_min=cluster.time or _NO_LIMIT,
             tasks_per_node=tasks,
@@ -160,6 +164,10 @@ class Worker:
         if attempt.outcome:  # cancelled before the launch, when there was no process to kill yet
             local_queue.kill(attempt)
         return True
+
+
+class _LocalJobs(submitit.LocalExecutor):
+    _submitit_command_str = property(lambda self: start_command(self.python, self.folder))
 
 
 def _is_session(run: Run) -> bool:

@@ -5,8 +5,8 @@ no config, record, log or error. The process that sees the end of a run sends it
 line of the job's script (requeue.py), else the local worker or the foreground command. A message that cannot
 be sent is one warning, and never fails a run.
 
-    runs/.submissions/<id>.json           runs of one command that were submitted together
-    runs/.submissions/<id>-<hash>.sent    written by the process that sends the message of its end
+    runs/.user-<uid>/submissions/<id>.json           runs of one command that were submitted together
+    runs/.user-<uid>/submissions/<id>-<hash>.sent    written by the process that sends the message of its end
     attempts/<n>/submission               id of the submission
     attempts/<n>/notified.json            written by the process that sends the message of this attempt
 """
@@ -29,7 +29,7 @@ from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
 from hpc_imagenet.runs.job import signature
 from hpc_imagenet.runs.store import FAILED, FINISHED, Attempt, Run, RunStore
 
-_FOLDER = ".submissions"
+_FOLDER = "submissions"
 _MOST_LINES = 20  # of runs in one message
 
 
@@ -102,8 +102,7 @@ def record_submission(store: RunStore, attempts: Sequence[tuple[Run, Attempt]]) 
     if not any(run.frozen().get("notify") for run, _ in attempts[:1]):
         return
     name = f"{time.time_ns():020d}"
-    folder = store.folder / _FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = store.make_own_folder(_FOLDER)
     write_json(folder / f"{name}.json", [run.id for run, _ in attempts])
     for _, attempt in attempts:
         (attempt.folder / "submission").write_text(name)
@@ -140,7 +139,9 @@ def _submission(run: Run, attempt: Attempt) -> list[Run]:
     except FileNotFoundError:
         return [run]
     store = RunStore(run.folder.parents[1])
-    return [store.run(run_id) for run_id in read_json(store.folder / _FOLDER / f"{name}.json") or [run.id]]
+    return [
+        store.run(run_id) for run_id in read_json(store.own_folder / _FOLDER / f"{name}.json") or [run.id]
+    ]
 
 
 def _submission_ended(run: Run, attempt: Attempt, runs: Sequence[Run], notify: str) -> None:
@@ -159,7 +160,7 @@ def _submission_ended(run: Run, attempt: Attempt, runs: Sequence[Run], notify: s
         ended.append(f"{each.id}/{newest.number if newest else 0}")
     name = (attempt.folder / "submission").read_text()
     # After a retry of some runs the end is announced again.
-    sent = run.folder.parent / _FOLDER / f"{name}-{signature(sorted(ended))}.sent"
+    sent = RunStore(run.folder.parents[1]).own_folder / _FOLDER / f"{name}-{signature(sorted(ended))}.sent"
     if not write_json_once(sent, {}):
         return
     finished = sum(name == FINISHED for name in results.values())

@@ -15,11 +15,11 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import EXIT_REQUEUE
 from hpc_imagenet.launch import notification
+from hpc_imagenet.launch.start_task import read_task
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.store import FAILED, FINISHED, Attempt, Run
 
@@ -90,9 +90,7 @@ def _transient_reason(code: int, tail: list[str]) -> str:
 
 def _task(folder: Path) -> tuple[Run, Attempt]:
     """Return run and attempt of this job from submitit's pickle in `folder`."""
-    from submitit.core.utils import DelayedSubmission
-
-    task: Any = DelayedSubmission.load(folder / f"{slurm.this_job()}_submitted.pkl").function
+    task = read_task(folder)
     run = Run(Path(task.run_folder))
     return run, Attempt(run.folder / "attempts" / str(task.attempt))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from hpc_imagenet.config.schema import Config, cluster_for, from_dict
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.launch import validate
 from hpc_imagenet.launch.diagnosis import HOST_MEMORY, Diagnosis, class_of, diagnose
 from hpc_imagenet.launch.error_logs import quoted
@@ -108,6 +109,7 @@ def plan_retry(
             skipped.append(Submitted(run, FINISHED if state_of[run.id].finished else "active"))
             continue
         try:
+            _check_mine(run)
             executor = check_retry(run)
             new = {
                 key: _plan_one(each, state_of[key], settings if key in named else (), again)
@@ -138,6 +140,11 @@ def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
     Raises:
         UserError: Slurm refused a job.
     """
+    with owner_writes():
+        return _send_retry(store, plan)
+
+
+def _send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
     for entry in plan.skipped:
         if attempt := entry.run.attempt:
             executor_of(attempt).start_queued(store)
@@ -169,7 +176,12 @@ def check_retry(run: Run) -> str:
     return executor
 
 
+def _check_mine(run: Run) -> None:
+    run.check_mine("retry it", f"have {run.owner} retry it, or submit it in another workspace=FOLDER")
+
+
 def _plan_one(run: Run, status: State, settings: Sequence[str], again: bool) -> PlannedRetry:
+    _check_mine(run)
     run.executor()  # raises if the config is damaged
     diagnosis, frozen = diagnose(run, status=status), run.frozen()
     if settings:

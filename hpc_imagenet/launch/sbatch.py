@@ -18,6 +18,7 @@ from typing import Any
 from hpc_imagenet.cluster import dist_env, slurm
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import UMASK
 from hpc_imagenet.launch import local_queue
 from hpc_imagenet.launch.container import (
     PACKAGE_ROOT,
@@ -25,6 +26,7 @@ from hpc_imagenet.launch.container import (
     bound_folders,
     container_command,
 )
+from hpc_imagenet.launch.start_task import start_command
 from hpc_imagenet.launch.task import Task
 from hpc_imagenet.runs.store import FAILED, Attempt, Run, RunStore
 from hpc_imagenet.stages import STAGES
@@ -147,7 +149,7 @@ def submit_attempts(
     for array in group_into_arrays([_array_task(run) for run, _ in attempts]):
         folder = by_run[array[0].run_id].folder
         if len(array) > 1:
-            folder = store.folder / ".slurm" / str(time.time_ns())
+            folder = store.make_own_folder("slurm", str(time.time_ns()))
         try:
             after = _merge_arrays(
                 [_job_id(store.run(need), job_ids, active) for need in array[0].needs], sizes
@@ -178,7 +180,7 @@ def _merge_arrays(job_ids: Iterable[str | None], sizes: Mapping[str, int]) -> li
 
 def _array_task(run: Run) -> ArrayTask:
     info = run.info
-    cluster = run.cluster()
+    cluster = run.own_cluster()
     folders = bound_folders(run.config()) if cluster.container else ()
     return ArrayTask(run.id, info["stage"], info["label"], cluster, tuple(info.get("needs", ())), folders)
 
@@ -249,9 +251,11 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
     if cluster.container:  # the image has its own packages, apart from this one
         command = container_command(cluster, (str(folder), *array[0].folders))
         path = shlex.quote(str(PACKAGE_ROOT))
-    executor = submitit.SlurmExecutor(
-        folder=folder, max_num_timeout=cluster.max_requeues, python=command.python
-    )
+
+    class SlurmJobs(submitit.SlurmExecutor):
+        _submitit_command_str = property(lambda self: start_command(self.python, self.folder))
+
+    executor = SlurmJobs(folder=folder, max_num_timeout=cluster.max_requeues, python=command.python)
     distributed = STAGES[stage].distributed
     options = extra_sbatch_options(cluster)
     if dependency := ":".join(after):
@@ -275,7 +279,9 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
         setup=[
             *cluster.setup,
             f"export PYTHONPATH={path}",
+            *([f"export {UMASK}={umask}"] if (umask := os.environ.get(UMASK)) else []),
             "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+            "cd /  # Python imports from the current folder first, which other users may be able to write",
             "trap : TERM  # srun forwards a preemption's signal; wait until the tasks have saved",
         ],
         srun_args=["--kill-on-bad-exit=1", *command.srun_args, *cluster.srun],

@@ -108,11 +108,17 @@ class SlurmExecutor(Executor):
 
 def _state(attempt: Attempt, status: slurm.JobStatus | None) -> State:
     started = attempt.started
-    if status is None and slurm.is_available():  # neither squeue nor sacct knows the job any more
+    run = Run(attempt.folder.parents[1])
+    if status is None and slurm.is_available() and run.is_mine:  # neither squeue nor sacct knows it any more
         return State(FAILED, attempt.last_error_line() or NO_OUTCOME, started.get("restarts", 0))
     if status is None or not status.state:
         name = RUNNING if started else QUEUED
-        reason = status.reason if status else "no Slurm commands here"
+        unknown = (
+            "no Slurm commands here"
+            if run.is_mine
+            else f"Slurm shows the jobs of {run.owner} to no other user"
+        )
+        reason = status.reason if status else unknown
         return State(name, f"as last recorded: {reason}", started.get("restarts", 0))
     error = attempt.last_error_line() if status.state == FAILED else ""
     return State(status.state, status.reason + (f": {error}" if error else ""), status.restarts)

@@ -7,12 +7,14 @@ the executor. The states of runs are queried once per command, before the decisi
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.launch import notification, validate
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS, executor_of
@@ -30,8 +32,9 @@ class Submitted:
 
     @property
     def label(self) -> str:
-        """The action as printed."""
-        return {FINISHED: "already finished", "active": "already running"}.get(self.action, self.action)
+        """The action as printed, with the owner of another user's run that is used."""
+        label = {FINISHED: "already finished", "active": "already running"}.get(self.action, self.action)
+        return label if self.run.is_mine else f"{label}, of {self.run.owner}"
 
 
 def plan_actions(
@@ -74,6 +77,13 @@ def submit_plan(
     Raises:
         UserError: Slurm refused a job.
     """
+    with owner_writes():
+        return _submit_plan(plan, store, executor, state_of)
+
+
+def _submit_plan(
+    plan: Sequence[Job], store: RunStore, executor: str, state_of: Mapping[str, State]
+) -> list[Submitted]:
     entries: list[Submitted] = []
     for job, action, needs in plan_actions(plan, store, state_of):
         run = store.run(job.run_id)
@@ -110,9 +120,10 @@ def start_attempts(
     store: RunStore, runs: Sequence[Run], executor: str, state_of: Mapping[str, State]
 ) -> None:
     """Create a new attempt of each run and submit it to `executor`; runs come after those they need."""
-    attempts = [(run, run.new_attempt()) for run in runs]
-    notification.record_submission(store, attempts)
-    EXECUTORS[executor].submit(store, attempts, state_of)
+    with owner_writes():
+        attempts = [(run, run.new_attempt()) for run in runs]
+        notification.record_submission(store, attempts)
+        EXECUTORS[executor].submit(store, attempts, state_of)
 
 
 def cancel_run(run: Run, reason: str = "by the cancel command", status: State | None = None) -> State:
@@ -132,6 +143,8 @@ def cancel_run(run: Run, reason: str = "by the cancel command", status: State | 
     status, attempt = status or state(run), run.attempt
     if not status.active:
         return status
+    if os.geteuid() != 0:
+        run.check_mine("cancel it", f"have {run.owner} cancel it")
     if attempt is None:
         raise UserError(f"{run.id} {status.reason}: try again in a moment")
     executor_of(attempt).cancel(run, attempt, reason)

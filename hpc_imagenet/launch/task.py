@@ -24,6 +24,7 @@ from hpc_imagenet.cluster.dist_env import from_environment
 from hpc_imagenet.errors import EXIT_REQUEUE, PeerLost, Preempted, Superseded, UserError
 from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
+from hpc_imagenet.io.ownership import set_job_umask
 from hpc_imagenet.launch import local_queue
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, Attempt, Run
@@ -69,13 +70,18 @@ def run_task(run_folder: Path, number: int) -> dict[str, Any]:
         )
         raise SystemExit(0 if outcome.state == FINISHED else 1)
     try:
+        run.check_mine("run its jobs", "submit the same settings in another workspace=FOLDER")
+    except UserError as error:  # nothing is written into the folder of another user
+        raise SystemExit(f"error: {error}") from None
+    try:
         run.check_format()
     except UserError as error:
         _fail(attempt, error)
     if dist_env.is_rank_zero:
         _start_attempt(run, attempt, world_size=dist_env.size)
     try:
-        config = run.config()
+        config = run.own_config()
+        set_job_umask(STAGES[config.stage.name].shares_output)
         result = STAGES[config.stage.name].run(config, run, dist_env)
         if dist_env.is_rank_zero:
             if run.lease:

@@ -13,12 +13,13 @@ from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
+from hpc_imagenet.io.ownership import keep_names
 from hpc_imagenet.launch import notification
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.runs.job import Job
-from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.runs.store import CANCELLED, FAILED, Run, RunStore
 from hpc_imagenet.stages import STAGES
 
 
@@ -31,6 +32,7 @@ def prepare_workspace(path: Path) -> None:
     runs = path / "runs"
     try:
         runs.mkdir(parents=True, exist_ok=True)
+        keep_names(runs)
         with tempfile.TemporaryFile(dir=runs) as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
@@ -70,6 +72,8 @@ def validate_jobs(plan: Sequence[Job], store: RunStore) -> dict[str, State]:
         UserError: the first invalid job, with the setting or stage that fixes it.
     """
     planned = {job.run_id for job in plan}
+    for run_id in planned.union(*(job.needs for job in plan)):
+        _check_readable(store.run(run_id))
     processing = processing_runs(store) if any(job.processing_run for job in plan) else []
     state_of = states([*map(store.run, planned.union(*(job.needs for job in plan))), *processing])
     active_runs = [run for run in processing if state_of[run.id].active]
@@ -84,6 +88,8 @@ def validate_jobs(plan: Sequence[Job], store: RunStore) -> dict[str, State]:
     checked = set()  # inputs that several jobs share
     for job in plan:
         store.run(job.run_id).check_format()
+        if not is_skipped(job):
+            _check_mine(store.run(job.run_id), state_of[job.run_id])
         stage, config = STAGES[job.stage], job.config
         stage.check_settings(config, job.cluster)
         EXECUTORS[job.cluster.executor].check_settings(job.stage, job.cluster)
@@ -103,6 +109,24 @@ def validate_jobs(plan: Sequence[Job], store: RunStore) -> dict[str, State]:
         planned_input = any(need in planned or state_of[need].active for need in job.needs)
         stage.check_input(config, job.cluster, planned_input)
     return state_of
+
+
+def _check_readable(run: Run) -> None:
+    """Raise if the same job was submitted by another user of the workspace, and only they may read it."""
+    if run.folder.exists() and not os.access(run.folder, os.R_OK | os.X_OK, effective_ids=True):
+        raise UserError(
+            f"{run.id} belongs to {run.owner}, and you may not read it: set another workspace=FOLDER, or "
+            f"have {run.owner} run chmod -R g+rX {run.folder}"
+        )
+
+
+def _check_mine(run: Run, state: State) -> None:
+    """Raise if another user's run of the same job has ended without output: only they can continue it."""
+    ended = {FAILED: "failed", CANCELLED: "was cancelled"}.get(state.name, "finished without its output")
+    run.check_mine(
+        f"continue it after it {ended}",
+        f"have {run.owner} retry it, or submit with another workspace=FOLDER" if not run.is_mine else "",
+    )
 
 
 def check_no_conflict(runs: Sequence[Run], active_runs: Sequence[Run]) -> None:

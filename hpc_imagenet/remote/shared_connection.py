@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hpc_imagenet.config.host import Host
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import foreign_writer, make_own_folder
 
 CONNECTION_LOST = 255  # exit code of ssh(1) for its own errors
 _ALIVE = "-o ConnectTimeout=60 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
@@ -60,7 +61,7 @@ def _is_shared(shell: str, host: Host) -> bool:
 def _control_path() -> str:
     # Private to the user, and short: the path of a Unix socket has at most 108 bytes.
     folder = os.environ.get("XDG_RUNTIME_DIR")
-    if not folder or not Path(folder).is_dir():
+    if not folder or not Path(folder).is_dir() or foreign_writer(Path(folder)):
         folder = str(Path.home() / ".ssh")
-        Path(folder).mkdir(mode=0o700, exist_ok=True)
+        make_own_folder(Path(folder), private=True)
     return f"{folder}/hpc-%C"

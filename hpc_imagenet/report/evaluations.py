@@ -19,7 +19,7 @@ def evaluations(store: RunStore, checkpoint: Path) -> list[dict[str, Any]]:
     """
     with contextlib.suppress(UserError):
         expected = fingerprint(checkpoint)
-        found = [run for run in store.all() if run.info.get("stage") == "evaluate"]
+        found = [run for run in store.readable() if run.info.get("stage") == "evaluate"]
         rows = []
         for run in found:
             settings, outcome = run.frozen().get("evaluate", {}), run.attempt and run.attempt.outcome

@@ -56,6 +56,7 @@ def workspace_rows(store: RunStore, cache: RecordCache, since: float | None = No
     records = cache.read(runs)
     cache.save(runs)
     # A folder that was deleted meanwhile has no records any more.
+    runs = [run for run in runs if run.id in records]
     runs = [run for run in runs if records[run.id].info or records[run.id].attempt or run.folder.is_dir()]
     runs.sort(key=lambda run: (str(records[run.id].info.get("created", "")), run.id))
     return _rows(runs, records, since)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hpc_imagenet.config.backbones import is_own
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import foreign_writer
 from hpc_imagenet.runs.store import Run
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -32,6 +34,28 @@ def find_checkpoint(source: Path | Run, checkpoint: str | None = None) -> Path:
     if checkpoint and found:
         raise UserError(f"{folder.name} has no checkpoint {checkpoint}; it has {', '.join(found)}")
     raise UserError(f"{folder.name} has no checkpoint: only a training has, after its first epoch")
+
+
+def check_source(path: Path, model: str, own: bool | None = None) -> None:
+    """Raise if a checkpoint names a network whose source or function would be executed, and others wrote it.
+
+    Weights are only data; the source of a user's own network, `my.package:factory`, is not.
+
+    Args:
+        path: the checkpoint.
+        model: its model.name.
+        own: whether no other user could have written it and its config, if that is known.
+
+    Raises:
+        UserError: names the file and what to do.
+    """
+    if not is_own(model) or own:
+        return
+    if why := foreign_writer(path, path.parent) or (own is False and f"the run of {path} is not yours"):
+        raise UserError(
+            f"{path} holds the source of {model}, which would run as you: {why}; read the source, then use a "
+            "copy of the file in a folder of your own"
+        )
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:

@@ -2,8 +2,8 @@
 
 The records of 10,000 runs are 50,000 small files: seconds on a disk, minutes on a network file system. A run
 that has ended changes only when it is submitted again, which changes the modification time of its folder or
-of `attempts/`. The cache file `runs/.ended.cache` holds both times beside what was read. It may be deleted at
-any time.
+of `attempts/`. The cache file `runs/.user-<uid>/ended.cache` holds both times beside what was read. It may be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.runs.store import Outcome, Run, RunStore
 
-CACHE_FILE = ".ended.cache"
+CACHE_FILE = "ended.cache"
 _VERSION = 1  # raised when `RunRecord` or the keys that it keeps change
 _SETTLED = 2.0  # s since the last change of a run: some file systems round their times to a second
 _THREADS = 16  # concurrent reads, since each is a round trip on a network file system
@@ -64,14 +65,14 @@ class RecordCache:
     """
 
     def __init__(self, store: RunStore) -> None:
-        self._path = store.folder / CACHE_FILE
+        self._store, self._path = store, store.own_folder / CACHE_FILE
         self._entries: dict[str, tuple[_Times, RunRecord]] = {}
         self._unsaved = 0
         with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
             self._entries = _decode(self._path.read_bytes())
 
     def read(self, runs: Sequence[Run]) -> dict[str, RunRecord]:
-        """Return the record of each run by its id."""
+        """Return the record of each run by its id, without those that this user may not read."""
         share = -(-len(runs) // _THREADS) or 1
         with ThreadPoolExecutor(_THREADS) as pool:
             shares = pool.map(self._read, (runs[at : at + share] for at in range(0, len(runs), share)))
@@ -86,7 +87,11 @@ class RecordCache:
             if entry and entry[0] == times:
                 record = entry[1]
             else:
-                record = read_run(run)
+                try:
+                    record = read_run(run)
+                except PermissionError:
+                    self._store.leave_out(run)
+                    continue
                 if record.outcome and times and abs(time.time() - max(times) / 1e9) > _SETTLED:
                     self._entries[run.id] = times, record
                     self._unsaved += 1
@@ -99,8 +104,10 @@ class RecordCache:
             return  # so few are read faster than the file is written
         self._unsaved = 0
         kept = {run.id: self._entries[run.id] for run in runs if run.id in self._entries}
-        with contextlib.suppress(OSError), atomic_write(self._path) as file:
-            file.write(_encode(kept))
+        with contextlib.suppress(OSError, UserError):
+            self._store.make_own_folder()
+            with atomic_write(self._path) as file:
+                file.write(_encode(kept))
 
 
 def _modification_times(run: Run) -> _Times | None:

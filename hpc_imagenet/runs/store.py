@@ -8,6 +8,10 @@
         progress.json      progress of the stage; replaced at most once a second
         …                  metrics and checkpoints of a training
 
+The folder of a run can be written by its owner alone, whatever the umask allows: a job executes its frozen
+config. In a group's workspace the others read it. `.user-<uid>/` holds what belongs to one user: the local
+queue, folders of job arrays, submissions, a cache.
+
 An attempt is claimed by creating its folder and ends with its outcome, which is written once: the first
 writer wins. For an attempt without an outcome, launch/states.py queries Slurm or the local worker.
 """
@@ -29,6 +33,7 @@ import yaml
 from hpc_imagenet.config.schema import Cluster, Config, cluster_from, from_dict
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write, read_json, write_json, write_json_once
+from hpc_imagenet.io.ownership import is_own, make_own_folder, owner_name, read_own
 from hpc_imagenet.runs.lease import Lease, restart_count
 
 QUEUED, RUNNING, FINISHED, FAILED, CANCELLED = "queued", "running", "finished", "failed", "cancelled"
@@ -170,6 +175,41 @@ class Run:
         """The content of run.json: format, stage, model, label, needs, created, sweeps, processing_run."""
         return read_record(self.folder / "run.json")
 
+    @property
+    def is_mine(self) -> bool:
+        """Whether this user made the run, or it does not exist yet."""
+        return is_own(self.folder)
+
+    @property
+    def owner(self) -> str:
+        """The name of the user who made the run."""
+        return owner_name(self.folder)
+
+    def is_readable(self) -> bool:
+        """Whether this user may read its config and the records of its newest attempt."""
+        try:
+            attempt = self.attempt
+            paths = [self.folder / "config.yaml", self.folder / "progress.json"]
+            paths += [attempt.folder / f"{name}.json" for name in ("submitted", "outcome")] if attempt else []
+            return all(os.access(path, os.R_OK, effective_ids=True) or not path.exists() for path in paths)
+        except PermissionError:
+            return False
+
+    def check_mine(self, action: str, instead: str) -> None:
+        """Raise if another user made the run, whose folder only that user can write.
+
+        Args:
+            action: such as `cancel it`, for the error.
+            instead: what to do or type, for the error.
+
+        Raises:
+            UserError: names the owner.
+        """
+        if not self.is_mine:
+            raise UserError(
+                f"{self.id} belongs to {self.owner}, and only {self.owner} can {action}: {instead}"
+            )
+
     def check_format(self) -> None:
         """Raise if another version of this package created the run, which must not be continued then.
 
@@ -191,6 +231,24 @@ class Run:
     def config(self) -> Config:
         """Return the frozen config."""
         return from_dict(self.frozen())
+
+    def own_config(self) -> Config:
+        """Return the frozen config, which is about to be executed.
+
+        Raises:
+            UserError: another user could have written it.
+        """
+        return from_dict(self._own())
+
+    def own_cluster(self) -> Cluster:
+        """Return the cluster settings of the run's stage, which are about to be executed; as `own_config`."""
+        frozen = self._own()
+        return cluster_from(frozen, frozen["stage"]["name"])
+
+    def _own(self) -> dict[str, Any]:
+        content = read_own(self.folder / "config.yaml", self.folder, f"{self.id} is not executed")
+        values: dict[str, Any] = yaml.load(content, Loader=_Loader)
+        return values
 
     def cluster(self) -> Cluster:
         """Return the cluster settings of the run's stage; much faster than `config`."""
@@ -236,10 +294,13 @@ class Run:
         """Create the next attempt; concurrent callers get different numbers."""
         last = self.attempt
         number = last.number + 1 if last else 1
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        make_own_folder(self.folder)
+        make_own_folder(self.folder / "attempts")
         while True:
             folder = self.folder / "attempts" / str(number)
             try:
-                folder.mkdir(parents=True)
+                make_own_folder(folder, exist_ok=False)
             except FileExistsError:
                 number += 1
             else:
@@ -297,21 +358,71 @@ class RunStore:
 
     def __init__(self, workspace: Path) -> None:
         self.folder = workspace / "runs"
+        self.left_out: dict[
+            str, str
+        ] = {}  # runs that this user may not read, as far as met, and their owners
+
+    @property
+    def own_folder(self) -> Path:
+        """The folder of what belongs to this user alone: queue, job arrays, submissions, cache."""
+        return self.folder / f".user-{os.geteuid()}"
+
+    def make_own_folder(self, *parts: str, private: bool = False) -> Path:
+        """Make `own_folder` and a folder below it, and return that.
+
+        Raises:
+            UserError: another user could write it.
+        """
+        folder = self.own_folder
+        make_own_folder(folder)
+        for part in parts:
+            folder /= part
+            make_own_folder(folder, private)
+        return folder
+
+    def leave_out(self, run: Run) -> None:
+        """Note that this user may not read a run."""
+        try:
+            self.left_out[run.id] = run.owner
+        except OSError:
+            self.left_out[run.id] = "another user"
 
     def run(self, run_id: str) -> Run:
         """Return the run of this id; its folder may not exist."""
         return Run(self.folder / run_id)
 
     def all(self) -> list[Run]:
-        """Return all runs, oldest first."""
-        return sorted(self.unsorted(), key=lambda run: (str(run.info.get("created", "")), run.id))
+        """Return all runs, oldest first, without those that this user may not read."""
+        created = {}
+        for run in self.unsorted():
+            try:
+                created[run] = str(run.info.get("created", ""))
+            except PermissionError:
+                self.leave_out(run)
+        return sorted(created, key=lambda run: (created[run], run.id))
+
+    def readable(self) -> list[Run]:
+        """Return the runs of `all` whose config and newest records this user may read."""
+        found = []
+        for run in self.all():
+            if run.is_readable():
+                found.append(run)
+            else:
+                self.leave_out(run)
+        return found
 
     def unsorted(self) -> list[Run]:
-        """Return all runs in any order, which reads none of their records."""
+        """Return all runs in any order, without those that this user may not enter; reads no records."""
         if not self.folder.is_dir():
             return []
         names = [e.name for e in os.scandir(self.folder) if e.is_dir() and not e.name.startswith(".")]
-        return [Run(self.folder / name) for name in names]
+        found = []
+        for run in (Run(self.folder / name) for name in names):
+            if os.access(run.folder, os.R_OK | os.X_OK, effective_ids=True) or not run.folder.exists():
+                found.append(run)
+            else:
+                self.leave_out(run)
+        return found
 
     def find(self, prefix: str) -> Run:
         """Return the one run whose id or label begins with `prefix`.
@@ -330,9 +441,14 @@ class RunStore:
         raise UserError(f"{prefix} matches {' and '.join(run.id for run in found)}: type more of the id")
 
     def create(self, run_id: str, config: dict[str, Any], info: dict[str, Any]) -> Run:
-        """Create the run's folder, or replace the frozen config of an unfinished run."""
+        """Create the run's folder, or replace the frozen config of an unfinished run.
+
+        Raises:
+            UserError: another user made it.
+        """
         run = self.run(run_id)
-        run.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        make_own_folder(run.folder)
         with atomic_write(run.folder / "config.yaml") as file:
             file.write(yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode())
         kept = {key: value for key, value in run.info.items() if key in ("created", "sweeps")}

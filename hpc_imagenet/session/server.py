@@ -27,6 +27,7 @@ import psutil
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import write_json
+from hpc_imagenet.io.ownership import check_own
 from hpc_imagenet.io.tempdir import NodeTempDir
 from hpc_imagenet.session.connection import TOKEN, new_certificate, new_token
 
@@ -113,6 +114,9 @@ class JupyterServer:
             UserError: the server ended or did not respond in time; its output is in the log.
         """
         persistent = self.run_folder / "jupyter"
+        if persistent.exists():  # Jupyter executes the files in it that end with .py
+            for path in (persistent, *persistent.rglob("*")):
+                check_own(path, self.run_folder, "the session is not started")
         env = {k: v for k, v in os.environ.items() if not k.startswith(_JOB_VARIABLES) or k == "SLURM_CONF"}
         page_config = persistent / "config" / "labconfig" / "page_config.json"
         if not page_config.exists():

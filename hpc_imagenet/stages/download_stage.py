@@ -22,6 +22,7 @@ class DownloadStage(Stage):
     """Fetch and verify the archives of a dataset."""
 
     name = "download"
+    shares_output = True
 
     def identity(self, config: Config) -> tuple[Any, ...]:
         """Return the identity of the archives."""

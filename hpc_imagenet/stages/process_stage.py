@@ -19,6 +19,7 @@ class ProcessStage(Stage):
     """Make a dataset of verified archives."""
 
     name = "process"
+    shares_output = True
     writes_dataset = True
 
     def identity(self, config: Config) -> tuple[Any, ...]:

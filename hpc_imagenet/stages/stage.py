@@ -27,6 +27,8 @@ class Stage(abc.ABC):
             others are one task on one node, without a GPU unless one is requested.
         interactive: whether a user works in its job: the local queue starts it without waiting for others.
         writes_dataset: whether it writes the dataset's folder, which no other job may then read or write.
+        shares_output: whether it writes data for all users of the workspace, with the permissions that their
+            umask allows; the others write only the folder of their run, for this user alone.
     """
 
     name: ClassVar[str]
@@ -34,6 +36,7 @@ class Stage(abc.ABC):
     distributed: ClassVar[bool] = False
     interactive: ClassVar[bool] = False
     writes_dataset: ClassVar[bool] = False
+    shares_output: ClassVar[bool] = False
 
     # Planning: pure functions of the config, which read and write nothing.
 

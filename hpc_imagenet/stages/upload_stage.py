@@ -19,6 +19,7 @@ class UploadStage(Stage):
     """Store a processed dataset as the next version of a datastore."""
 
     name = "upload"
+    shares_output = True
 
     def identity(self, config: Config) -> tuple[Any, ...]:
         """Return the identity of the images and their datastore."""

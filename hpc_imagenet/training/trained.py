@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hpc_imagenet.config.schema import Config, from_dict
 from hpc_imagenet.datastore.manifest import ClassNames
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.errors import UserError, first_line
-from hpc_imagenet.runs.checkpoints import find_checkpoint
+from hpc_imagenet.runs.checkpoints import check_source, find_checkpoint
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.callbacks.checkpoint_file import Checkpoint, read_checkpoint
 from hpc_imagenet.training.models import pretrained
@@ -62,11 +61,7 @@ def load_trained(
     path = find_checkpoint(source, checkpoint)
     found = open_checkpoint(path)
     config, classes = config or training_config(found), _classes(found)
-    if config.model.source and (owner := path.stat().st_uid) != os.getuid():
-        raise UserError(
-            f"{path} holds the source of {config.model.name}, which would run as you, and belongs to "
-            f"user {owner}: read the source, then use a copy of the file"
-        )
+    check_source(path, config.model.name)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced
         network = build_network(config, len(classes), fresh=False)
     state, mismatched = pretrained.match_names(network, pretrained.read_weights(path, str(path)))

@@ -72,7 +72,7 @@ def test_the_script_runs_tasks_inside_and_decides_outside(tmp_path: Path) -> Non
     text = (tmp_path / "script.4").read_text()
     task, decision = (line for line in text.splitlines() if "python" in line and "export" not in line)
     assert f"apptainer exec --nv --bind {PACKAGE_ROOT}" in task
-    assert f"--bind {tmp_path} {image} python3 -u -m submitit" in task
+    assert f"--bind {tmp_path} {image} python3 -u -m hpc_imagenet" in task
     assert "hpc_imagenet.launch.requeue" in decision
     assert "apptainer" not in decision
     assert f"export PYTHONPATH={PACKAGE_ROOT}\n" in text

@@ -71,7 +71,9 @@ def test_pipeline_is_a_dependency_chain_that_ends_in_one_array(cluster: Cli, com
         assert "#SBATCH --account=me\n" in script
         assert "wckey" not in script
         assert "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}" in script
-        assert re.search(r"^srun .*--kill-on-bad-exit=1 .*-m submitit\.core\._submit", script, re.MULTILINE)
+        assert re.search(
+            r"^srun .*--kill-on-bad-exit=1 .*-m hpc_imagenet\.launch\.start_task", script, re.MULTILINE
+        )
         assert sys.executable in script
 
 

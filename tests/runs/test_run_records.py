@@ -48,7 +48,7 @@ def reads(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_ended_runs_are_read_once(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     first = rows(store)
     assert [row["state"] for row in first] == [FINISHED, FAILED, CANCELLED, QUEUED]
-    assert (store.folder / CACHE_FILE).exists()
+    assert (store.own_folder / CACHE_FILE).exists()
     assert reads(store, monkeypatch) == {"4"}
     assert rows(store) == first
     assert [row["run"] for row in job_rows(store.all())] == [row["run"] for row in first]
@@ -67,7 +67,7 @@ def test_changed_runs_are_read_again(store: RunStore, monkeypatch: pytest.Monkey
         *((one.id, QUEUED), (two.id, FAILED), (four.id, FINISHED))
     ]
     assert rows(store)[1]["sweeps"] == ["later"]
-    assert CANCELLED not in (store.folder / CACHE_FILE).read_text()
+    assert CANCELLED not in (store.own_folder / CACHE_FILE).read_text()
 
 
 def test_run_that_has_just_changed_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_run_that_has_just_changed_is_not_cached(tmp_path: Path, monkeypatch: py
 
 
 def test_lost_or_damaged_cache_is_made_anew(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, path = rows(store), store.folder / CACHE_FILE
+    expected, path = rows(store), store.own_folder / CACHE_FILE
     whole = path.read_bytes()
     rng = random.Random(0)
     damages = [whole[:size] for size in (0, 1, 8, 9, 10, len(whole) // 2, len(whole) - 1)]
@@ -99,7 +99,7 @@ def test_cache_of_another_version_is_made_anew(store: RunStore, monkeypatch: pyt
     monkeypatch.setattr(run_records, "_VERSION", run_records._VERSION + 1)
     assert reads(store, monkeypatch) == {"1", "2", "3", "4"}
     assert rows(store) == expected
-    path = store.folder / CACHE_FILE
+    path = store.own_folder / CACHE_FILE
     content = json.dumps({"version": run_records._VERSION, "runs": {store.all()[0].id: [1, 2, 3]}}).encode()
     path.write_bytes(b"%08x\n" % run_records.zlib.crc32(content) + content)  # of another form
     assert rows(store) == expected
@@ -107,8 +107,8 @@ def test_cache_of_another_version_is_made_anew(store: RunStore, monkeypatch: pyt
 
 def test_cache_that_cannot_be_written_is_no_error(store: RunStore) -> None:
     expected = rows(store)
-    (store.folder / CACHE_FILE).unlink()
-    (store.folder / CACHE_FILE).mkdir()
+    (store.own_folder / CACHE_FILE).unlink()
+    (store.own_folder / CACHE_FILE).mkdir()
     assert rows(store) == expected
 
 
@@ -135,7 +135,7 @@ def test_few_new_runs_do_not_rewrite_a_large_cache(tmp_path: Path, monkeypatch: 
     for number in range(220):
         settle(record_run(store, number, FINISHED))
     rows(store)
-    path = store.folder / CACHE_FILE
+    path = store.own_folder / CACHE_FILE
     before = path.stat().st_ino
     settle(record_run(store, 999, FINISHED))
     change(store.all()[0].folder / "run.json", sweeps=["x"])

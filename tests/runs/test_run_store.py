@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -24,7 +25,7 @@ from hpc_imagenet.cluster import gpus
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.demo import digits
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io import atomic_files
+from hpc_imagenet.io import access, atomic_files
 from hpc_imagenet.launch import local_queue, task
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.states import state, states
@@ -182,11 +183,10 @@ def test_stage_that_meets_a_file_of_another_user_ends_with_its_owner(
     file.touch()
     error = PermissionError(errno.EACCES, "Permission denied", str(file))
     monkeypatch.setattr(download, "run", mock.Mock(side_effect=error))
-    with (
-        mock.patch.object(os, "access", return_value=False),
-        mock.patch.object(os, "geteuid", return_value=file.stat().st_uid + 1),
-        pytest.raises(PermissionError),
-    ):
+    uid = file.stat().st_uid + 1
+    other = {**vars(os), "access": lambda *_, **__: False, "geteuid": lambda: uid}
+    monkeypatch.setattr(access, "os", SimpleNamespace(**other))
+    with pytest.raises(PermissionError):
         task.run_task(run.folder, attempt.number)
     assert attempt.outcome is not None
     assert attempt.outcome.reason == (

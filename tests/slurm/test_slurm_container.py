@@ -68,4 +68,4 @@ def test_a_pipeline_runs_in_a_container(cluster: LabDoor, image: Path) -> None:
     assert set(cluster.states()) == {"finished"}
     scripts = [path.read_text() for path in cluster.workspace.rglob("*_submission.sh")]
     assert len(scripts) == 4
-    assert all(f"{image} -- python3 -u -m submitit" in text for text in scripts)
+    assert all(f"{image} -- python3 -u -m hpc_imagenet" in text for text in scripts)

@@ -115,7 +115,8 @@ class NodeCache:
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if self._is_verified(path, file, os.fstat(descriptor)):
+            status = os.fstat(descriptor)
+            if status.st_uid == os.getuid() and self._is_verified(path, file, status):
                 os.utime(_note(path))  # time of the last use, for eviction
                 return descriptor
         except OSError:  # the file is being evicted

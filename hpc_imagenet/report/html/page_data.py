@@ -48,7 +48,7 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
         store: all runs of a workspace; damaged ones are shown with what can be read of them.
         with_images: whether thumbnails of val images are part of it.
     """
-    runs = store.all()
+    runs = store.readable()
     found = trainings(runs)
     points = max(_MIN_POINTS, min(_MAX_POINTS, _CURVE_POINTS // max(1, len(found))))
     classes = [read_class_results(entry.run.folder) for entry in found]

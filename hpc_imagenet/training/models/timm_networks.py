@@ -51,6 +51,8 @@ def build_timm(model: Model, recipe: Recipe, classes: int, fresh: bool) -> nn.Mo
             f"model.stem=small does not fit {model.name}, a network of patches:"
             " set model.stem=auto and +model.options.patch_size=PX"
         )
+    if reads := sorted({"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & {*model.options}):
+        raise UserError(f"model.options.{reads[0]} reads a file by itself: set model.weights=FILE")
     arguments = {**({"img_size": recipe.size} if fixed else {}), **model.options}
     weights = model.weights if fresh else None
     if weights and is_weights_name(model.name, weights):
