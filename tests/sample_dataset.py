@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import random
 import tarfile
@@ -11,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from hpc_imagenet.datastore.file_hash import format_digest, new_digest
 from hpc_imagenet.datastore.index import ENTRY, write_index
 from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
 
 
 def file_of(path: Path, relative: str, algorithm: str = "md5") -> File:
     data = path.read_bytes()
-    return File(relative, len(data), f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
+    digest = new_digest(algorithm)
+    digest.update(data)
+    return File(relative, len(data), format_digest(digest))
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> list[tuple[int, int]]:
@@ -59,7 +61,7 @@ def make_dataset(
             entries += [(offset, size, i % 3, len(shards)) for i, (offset, size) in enumerate(addresses)]
             shards.append(file_of(path, f"../../archives/{name}/{path.name}"))
         write_index(folder / f"{split}.npy", np.array(entries, ENTRY))
-        splits[split] = Split(file_of(folder / f"{split}.npy", f"{split}.npy", "sha256"), len(entries))
+        splits[split] = Split(file_of(folder / f"{split}.npy", f"{split}.npy", "blake3"), len(entries))
     (folder / "meta.bin").write_bytes(bits.randbytes(99))
     manifest = Manifest(
         name=name,
@@ -68,7 +70,7 @@ def make_dataset(
         classes=tuple(ClassNames(f"n{i:08d}", (f"class {i}", "synonym")) for i in range(3)),
         shards=tuple(shards),
         splits=splits,
-        files=(file_of(folder / "meta.bin", "meta.bin", "sha256"),),
+        files=(file_of(folder / "meta.bin", "meta.bin", "blake3"),),
         provenance={"process": {"package": "0"}},
     )
     manifest.save(folder)

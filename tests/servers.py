@@ -89,7 +89,9 @@ def moto() -> Iterator[str]:
 @contextlib.contextmanager
 def storage_server(kind: str, folder: Path) -> Iterator[str]:
     """Serve storage of one kind, with a bucket `bucket` or a host `there`; yield endpoint or RSYNC_RSH."""
-    if kind == "ssh":
+    if kind in ("ssh", "ssh, b3sum"):
+        if kind != "ssh":
+            write_b3sum(folder / "bin")
         with sshd(folder) as shell:
             yield shell
     elif kind == "rclone":
@@ -147,13 +149,26 @@ def keys_for_ssh(folder: Path, server: str, client: str) -> None:
     (folder / "sshd_config").write_text(
         f"{server}HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
         "PidFile none\nPasswordAuthentication no\nMaxStartups 100\nMaxSessions 100\n"
-        f"SetEnv HOME={folder}\n"  # no shell start-up files: they are slow and may print
+        # No shell start-up files: they are slow and may print.
+        f"SetEnv HOME={folder} PATH={folder}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
     )
     (folder / "ssh_config").write_text(
         f"Host there\n{client} User {getpass.getuser()}\n"
         f" IdentityFile {folder}/user\n IdentitiesOnly yes\n UserKnownHostsFile {folder}/known\n"
         " StrictHostKeyChecking no\n LogLevel ERROR\n BatchMode yes\n"
     )
+
+
+def write_b3sum(folder: Path) -> None:
+    """Write a program with the output of b3sum(1), for hosts that have one."""
+    folder.mkdir()
+    program = folder / "b3sum"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom blake3 import blake3\n"
+        "for name in sys.argv[1:]:\n"
+        "    print(f'{blake3(open(name, \"rb\").read()).hexdigest()}  {name}')\n"
+    )
+    program.chmod(0o755)
 
 
 @contextlib.contextmanager

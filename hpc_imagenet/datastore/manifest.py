@@ -26,7 +26,7 @@ class File:
 
     path: str
     bytes: int
-    hash: str  # algorithm:hexdigest, such as md5:… or sha256:…
+    hash: str  # algorithm:hexdigest, such as blake3:…; see file_hash.py
 
     def damage(self, place: str | Path, found: str | None) -> str | None:
         """Return one line if the copy at `place` has another hash, or none because it is missing."""

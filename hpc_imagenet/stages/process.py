@@ -30,6 +30,7 @@ from hpc_imagenet.data.ilsvrc.scanned_archives import (
 )
 from hpc_imagenet.data.prepare import certificate, class_folder_writer, shard_writer
 from hpc_imagenet.data.tar.tar_scan import Array
+from hpc_imagenet.datastore.file_hash import hash_bytes
 from hpc_imagenet.datastore.index import Index, write_index
 from hpc_imagenet.datastore.manifest import FILE, ClassNames, File, Manifest, Split
 from hpc_imagenet.io import disk
@@ -234,7 +235,7 @@ def _image_settings(config: Config) -> list[str]:
 
 
 def _file(path: Path, data: bytes) -> File:
-    return File(path.name, len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
+    return File(path.name, len(data), hash_bytes(data))
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -107,6 +107,27 @@ def test_shards_contain_the_images_in_archive_order(tmp_path: Path, source: Path
     assert in_order == (order == "archive")
 
 
+def test_shards_have_the_bytes_that_tarfile_writes(tmp_path: Path, source: Path) -> None:
+    config = config_with_archives(tmp_path, source)
+    run_stage(process, config)
+    folder = dataset(config)
+    labels = {c.wnid: label for label, c in enumerate(load_manifest(folder).classes)}
+    for shard in load_manifest(folder).shards:
+        written = (folder / shard.path).read_bytes()
+        with tarfile.open(fileobj=io.BytesIO(written)) as archive:
+            images = [(m.name, archive.extractfile(m).read()) for m in archive][::2]  # type: ignore[union-attr]
+        expected = io.BytesIO()
+        with tarfile.open(fileobj=expected, mode="w", format=tarfile.GNU_FORMAT) as archive:
+            for name, data in images:
+                label = str(labels[name.split("/")[0]]).encode()
+                for member, content in ((name, data), (f"{os.path.splitext(name)[0]}.cls", label)):
+                    info = tarfile.TarInfo(member)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+        assert written == expected.getvalue()[: len(written)]
+        assert len(written) <= len(expected.getvalue()) < len(written) + 10_240 + 1024
+
+
 def names_of(path: Path) -> list[str]:
     with tarfile.open(path) as archive:
         return archive.getnames()

@@ -15,7 +15,7 @@ from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.download.file_type import describe_content, is_html
 from hpc_imagenet.data.ilsvrc.labels_file import parse_labels
 from hpc_imagenet.data.tar import tar_reader
-from hpc_imagenet.datastore.backends.storage_backend import hash_file
+from hpc_imagenet.datastore.file_hash import hash_file
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.tar_header import BLOCK

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -333,13 +334,14 @@ def _estimate_sizes(scanned: ScannedArchives, split: str, transform: ShardTransf
 def _require_distinct(scanned: ScannedArchives) -> None:
     """Raise if two images of a class have the same name without extension: they would be one sample."""
     for split, entries in scanned.scan.splits.items():
-        labels = entries["label"].tolist()
-        seen: set[tuple[int, bytes]] = set()
-        for label, name in zip(labels, scanned.scan.names[split].tolist(), strict=True):
-            stem = (label, name.rpartition(b".")[0])
-            if stem in seen:
+        labels, names = entries["label"], scanned.scan.names[split]
+        order = np.argsort(labels, kind="stable")  # class by class, so that few names are in memory
+        for rows in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+            stems = [name.rpartition(b".")[0] for name in names[rows].tolist()]
+            if len(set(stems)) < len(stems):
+                ((stem, _),) = Counter(stems).most_common(1)
                 raise UserError(
-                    f"{scanned.archives[split]}: two images of class {list(scanned.devkit.names)[label]} are "
-                    f"named {os.fsdecode(stem[1])}; in shards, names must be unique within a class"
+                    f"{scanned.archives[split]}: two images of class "
+                    f"{list(scanned.devkit.names)[labels[rows[0]]]} are named {os.fsdecode(stem)}; in shards, "
+                    "names must be unique within a class"
                 )
-            seen.add(stem)

@@ -19,7 +19,8 @@ import numpy as np
 from hpc_imagenet.data.prepare import certificate
 from hpc_imagenet.data.tar.tar_scan import Array
 from hpc_imagenet.datastore import versions
-from hpc_imagenet.datastore.backends.storage_backend import ProgressCounter, hash_file
+from hpc_imagenet.datastore.backends.storage_backend import ProgressCounter
+from hpc_imagenet.datastore.file_hash import hash_file
 from hpc_imagenet.datastore.index import Index, open_index
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, load_manifest
 from hpc_imagenet.errors import UserError

@@ -29,10 +29,9 @@ from hpc_imagenet.datastore.backends.storage_backend import (
     UploadFile,
     UploadStats,
     check_size,
-    hash_file,
-    read_and_hash,
     source_changed_error,
 )
+from hpc_imagenet.datastore.file_hash import hash_file, read_and_hash
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import StreamingWriter, atomic_write, make_read_only, sync_folder

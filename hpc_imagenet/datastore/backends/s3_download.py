@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from hpc_imagenet.datastore.backends.s3_client import Corrupted, NotFound, S3Client, read_into
-from hpc_imagenet.datastore.backends.storage_backend import ThreadedHash, hash_blocks
+from hpc_imagenet.datastore.file_hash import ThreadedHash, hash_blocks
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import StreamingWriter, sync_folder

@@ -30,10 +30,9 @@ from hpc_imagenet.datastore.backends.s3_client import (
 from hpc_imagenet.datastore.backends.storage_backend import (
     ProgressCounter,
     UploadFile,
-    format_digest,
-    new_digest,
     source_changed_error,
 )
+from hpc_imagenet.datastore.file_hash import digest_of, format_digest
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
@@ -148,7 +147,7 @@ class S3Upload:
         """
         with item.source.open("rb", buffering=0) as reader:
             before = os.fstat(reader.fileno())
-            digest = new_digest(item.file)
+            digest = digest_of(item.file)
 
             def verify() -> None:
                 after = os.fstat(reader.fileno())

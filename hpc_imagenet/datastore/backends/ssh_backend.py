@@ -4,7 +4,9 @@
 tar.
 
 Files are transferred by rsync, which verifies that the received bytes are those it read; the hash is computed
-on this machine meanwhile. Files that are stored already are hashed on the host.
+on this machine meanwhile. Files that are stored already are hashed on the host, with b3sum where BLAKE3 is
+needed. On a host without b3sum, an upload compares the SHA-256 of both sides, and verifying reads the bytes
+over the connection.
 Source: rsync(1), "--partial-dir", "--ignore-times".
 """
 
@@ -24,7 +26,6 @@ from pathlib import Path
 
 from hpc_imagenet.datastore.backends.ssh_connection import SshConnection
 from hpc_imagenet.datastore.backends.storage_backend import (
-    BLOCK,
     ProgressCallback,
     ProgressCounter,
     Reusable,
@@ -32,11 +33,9 @@ from hpc_imagenet.datastore.backends.storage_backend import (
     UploadFile,
     UploadStats,
     check_size,
-    format_digest,
-    hash_file,
-    new_digest,
     source_changed_error,
 )
+from hpc_imagenet.datastore.file_hash import BLOCK, digest_of, format_digest, hash_file, new_digest
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import BackgroundWriteback, sync_folder
@@ -49,6 +48,17 @@ POLL = 0.02  # s between two checks whether a file has grown
 _VERSION = re.compile(r"[^/.][^/]*/v[1-9][0-9]{0,8}")
 # Write "$3" bytes of standard input to the file "$1"; fails if a broken connection truncated them.
 _WRITE = 'cat > "$1" && test "$(wc -c < "$1")" -eq "$3" && sync "$1"'
+# Print the first of the programs $2 and $3 that the host has, and its hashes of files in the folder $1.
+_HASH = """for sum in "$2" "$3"; do command -v "$sum" >/dev/null && break; done ||
+    { echo "$2 is missing on the host" >&2; exit 1; }
+echo "$sum"; cd "$1" 2>/dev/null || exit 0
+tr "\\n" "\\0" | xargs -0 -n 1 -P 4 "$sum" 2>/dev/null; true"""
+_PROGRAMS = {
+    "blake3": ("b3sum", "sha256sum"),
+    "sha256": ("sha256sum", "sha256sum"),
+    "md5": ("md5sum", "md5sum"),
+}
+_ALGORITHM_OF = {"b3sum": "blake3", "sha256sum": "sha256", "md5sum": "md5"}
 
 
 class SshBackend:
@@ -171,9 +181,11 @@ class SshBackend:
         missing = []
         for item in items:
             file = item.file
-            if item in same_size and (file.path in reusable.verified or hashes.get(file.path) == file.hash):
+            if item in same_size and (
+                file.path in reusable.verified or _is_same(item, hashes.get(file.path))
+            ):
                 stats.kept += file.bytes
-            elif not self._link_older(file, path, reusable):
+            elif not self._link_older(item, path, reusable):
                 missing.append(item)
             else:
                 stats.reused += file.bytes
@@ -235,34 +247,40 @@ class SshBackend:
         shutil.rmtree(part)
 
     def hash(self, path: str, file: File, progress: Callable[[int], None]) -> str | None:
-        """Return the file's hash, computed on the host."""
+        """Return the file's hash, computed on the host if that has a program for it."""
         folder, _, name = path.rpartition("/")
         value = self._hashes(folder, [File(name, file.bytes, file.hash)]).get(name)
+        if value is not None and digest_of(file).name != value.partition(":")[0]:
+            with contextlib.closing(NodeTempDir("verify")) as temporary:
+                copy = temporary.folder / name
+                self._ssh.rsync(f"reading {path}", [self._ssh.rsync_path(path), str(copy)], progress)
+                value = hash_file(copy, file, lambda done: None)
         progress(file.bytes)
         return value
 
     def _hashes(self, path: str, files: Sequence[File]) -> dict[str, str]:
-        """Return the hashes of the files that exist, by path, computed on the host."""
+        """Return the hashes of the files that exist, by path, computed on the host.
+
+        They are by the algorithm of `file.hash`, or SHA-256 if the host has no program for BLAKE3.
+        """
         hashes = {}
-        for algorithm in sorted({new_digest(file).name for file in files}):
+        for algorithm in sorted({digest_of(file).name for file in files}):
             paths = [file.path for file in files if file.hash.startswith(f"{algorithm}:")]
             output = self._ssh.run(
-                'command -v "$2" >/dev/null || { echo "$2 is missing on the host" >&2; exit 1; }; '
-                'cd "$1" 2>/dev/null || exit 0; '
-                'tr "\\n" "\\0" | xargs -0 -n 1 -P 4 "$2" -b 2>/dev/null; true',
-                *(self._ssh.remote_path(path), f"{algorithm}sum"),
-                data=_lines(paths),
+                _HASH, *(self._ssh.remote_path(path), *_PROGRAMS[algorithm]), data=_lines(paths)
             )
-            for line in output.decode().splitlines():
-                value, _, name = line.partition(" *")
-                hashes[name] = f"{algorithm}:{value}"
+            used, *lines = output.decode().splitlines()
+            for line in lines:
+                value, name = line.split(" ", 1)
+                hashes[name[1:]] = f"{_ALGORITHM_OF[used]}:{value}"
         return hashes
 
-    def _link_older(self, file: File, path: str, reusable: Reusable) -> bool:
+    def _link_older(self, item: UploadFile, path: str, reusable: Reusable) -> bool:
         """Hard-link the file to the same file of an older version, if that still has its hash."""
+        file = item.file
         for older in reusable.older.get(File("", file.bytes, file.hash), ()):
             folder, _, name = older.rpartition("/")
-            if self._hashes(folder, [File(name, file.bytes, file.hash)]).get(name) != file.hash:
+            if not _is_same(item, self._hashes(folder, [File(name, file.bytes, file.hash)]).get(name)):
                 continue
             target = self._ssh.remote_path(f"{path}/{file.path}")
             output = self._ssh.run(
@@ -301,6 +319,24 @@ class SshBackend:
                     raise source_changed_error(item, change)
 
 
+def _is_same(item: UploadFile, found: str | None) -> bool:
+    """Whether a stored file with the hash `found`, None if there is none, is the same as the source.
+
+    Raises:
+        UserError: the source had to be read, and differs from its manifest.
+    """
+    if found is None or found.partition(":")[0] == item.file.hash.partition(":")[0]:
+        return found == item.file.hash
+    known, other = digest_of(item.file), new_digest(found.partition(":")[0])
+    with item.source.open("rb", buffering=0) as reader:
+        while block := reader.read(BLOCK):
+            known.update(block)
+            other.update(block)
+    if format_digest(known) != item.file.hash:
+        raise source_changed_error(item, "different content")
+    return format_digest(other) == found
+
+
 def _hash_arriving(
     top: Path, files: Sequence[File], ended: threading.Event, counter: ProgressCounter
 ) -> dict[str, str]:
@@ -317,7 +353,7 @@ def _hash_arriving(
     """
     hashes, block = {}, memoryview(bytearray(BLOCK))
     for file in files:
-        path, digest, done, progress = top / file.path, new_digest(file), 0, counter.for_file(file.path)
+        path, digest, done, progress = top / file.path, digest_of(file), 0, counter.for_file(file.path)
         while not path.exists() and not ended.wait(POLL):
             pass
         with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as reader:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
@@ -25,8 +24,6 @@ from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
 
 if TYPE_CHECKING:  # imports packages that listing versions does not need
     from hpc_imagenet.datastore.reader.shard_reader import ShardReader
-
-BLOCK = 2 << 20  # bytes read at a time
 
 VERSION = re.compile(r"v[1-9][0-9]{0,8}")  # folder name of a version
 ProgressCallback = Callable[[int, str], None]  # (bytes done so far, current step)
@@ -234,98 +231,6 @@ def fetch_files(
     with counter.threads(threads) as pool:
         for _ in pool.map(fetch, files):
             pass
-
-
-def new_digest(file: File) -> Any:
-    """Return a new hashlib object for the algorithm of `file.hash`.
-
-    Raises:
-        UserError: the algorithm is neither md5 nor sha256.
-    """
-    algorithm = file.hash.partition(":")[0]
-    if algorithm not in ("md5", "sha256"):
-        raise UserError(f"{file.path}: unknown hash {file.hash!r} in the manifest, not md5:… or sha256:…")
-    return hashlib.new(algorithm, usedforsecurity=False)
-
-
-def format_digest(digest: Any) -> str:
-    """Return a hash in the manifest's format, `algorithm:hexdigest`."""
-    return f"{digest.name}:{digest.hexdigest()}"
-
-
-class ThreadedHash:
-    """The hash of a file, computed in its own thread in parallel to I/O. Use as a context manager.
-
-    Raises:
-        UserError: `file.hash` is neither md5 nor sha256.
-    """
-
-    def __init__(self, file: File) -> None:
-        self._digest = new_digest(file)
-        self._thread = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
-
-    def __enter__(self) -> ThreadedHash:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()
-
-    def add(self, block: memoryview) -> None:
-        """Hash the next bytes; `block` must not change until `wait` returns."""
-        self._last = self._thread.submit(self._digest.update, block)
-
-    def wait(self) -> None:
-        """Wait until all added blocks are hashed."""
-        if self._last is not None:
-            self._last.result()
-
-    def digest(self) -> str:
-        """Return the hash in the manifest's format."""
-        self.wait()
-        return format_digest(self._digest)
-
-
-def hash_blocks(
-    reader: IO[bytes],
-    hashing: ThreadedHash,
-    progress: Callable[[int], None],
-    write: Callable[[memoryview], object] = lambda block: None,
-) -> int:
-    """Read an unbuffered file to its end; each block is hashed and passed to `write` in parallel.
-
-    Returns:
-        The number of bytes read.
-    """
-    done, number = 0, 0
-    blocks = [memoryview(bytearray(BLOCK)) for _ in range(2)]
-    while got := reader.readinto(blocks[number % 2]):  # type: ignore[attr-defined]
-        block = blocks[number % 2][:got]
-        hashing.wait()  # so that the other block is free for the next iteration
-        hashing.add(block)
-        write(block)
-        done, number = done + got, number + 1
-        progress(done)
-    hashing.wait()
-    return done
-
-
-def read_and_hash(
-    reader: IO[bytes],
-    file: File,
-    progress: Callable[[int], None],
-    write: Callable[[memoryview], object] = lambda block: None,
-) -> str:
-    """Read an unbuffered file to its end and return its hash in the manifest's format."""
-    with ThreadedHash(file) as hashing:
-        hash_blocks(reader, hashing, progress, write)
-        return hashing.digest()
-
-
-def hash_file(path: Path, file: File, progress: Callable[[int], None]) -> str:
-    """Return the hash of a local file, by the algorithm of `file.hash`."""
-    with path.open("rb", buffering=0) as reader:
-        return read_and_hash(reader, file, progress)
 
 
 def check_size(item: UploadFile) -> None:

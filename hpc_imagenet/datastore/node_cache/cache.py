@@ -1,10 +1,10 @@
 """A cache of shards on a node's own disk, shared by all jobs of one user on that node.
 
     <scratch>/hpc_imagenet-<uid>/
-        sha256-<hex>             a file, named by its hash, so that versions share identical files
-        sha256-<hex>.json        time of its last verification, and its size, times and inode at that moment
-        .sha256-<hex>.lock       held by the process that fetches the file
-        .sha256-<hex>.part       the part fetched so far
+        blake3-<hex>             a file, named by its hash, so that versions share identical files
+        blake3-<hex>.json        time of its last verification, and its size, times and inode at that moment
+        .blake3-<hex>.lock       held by the process that fetches the file
+        .blake3-<hex>.part       the part fetched so far
 
 Locks are kernel locks (flock), which end with the process that holds them. A reader holds a shared lock on
 the file, so that a file in use is not evicted. If it is evicted nevertheless, processes that have it open can

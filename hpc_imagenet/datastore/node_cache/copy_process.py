@@ -18,7 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpc_imagenet.datastore import versions
-from hpc_imagenet.datastore.backends.storage_backend import explain_os_errors, hash_file
+from hpc_imagenet.datastore.backends.storage_backend import explain_os_errors
+from hpc_imagenet.datastore.file_hash import hash_file
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 

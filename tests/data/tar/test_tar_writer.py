@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import subprocess
@@ -8,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +50,7 @@ def test_written_tar_is_readable_by_tarfile(files: list[tuple[str, bytes, bool]]
         os.close(descriptor)
     tar_bytes = target.getvalue()
     assert tar.size == len(tar_bytes)
-    assert tar.hash == f"sha256:{hashlib.sha256(tar_bytes).hexdigest()}"
+    assert tar.hash == f"blake3:{blake3(tar_bytes).hexdigest()}"
     target.seek(0)
     with tarfile.open(fileobj=target) as archive:
         members = archive.getmembers()
@@ -58,6 +58,18 @@ def test_written_tar_is_readable_by_tarfile(files: list[tuple[str, bytes, bool]]
         assert [m.offset_data for m in members] == offsets
     for (_, data, _), offset in zip(files, offsets, strict=True):
         assert tar_bytes[offset : offset + len(data)] == data
+    assert tar_bytes == written_by_tarfile([(name, data) for name, data, _ in files])
+
+
+def written_by_tarfile(files: list[tuple[str, bytes]]) -> bytes:
+    expected = io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, data in files:
+            info = tarfile.TarInfo(name.rstrip("/") or "x")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        end = archive.offset + 1024  # tarfile adds zeros up to a multiple of 10,240 bytes
+    return expected.getvalue()[:end]
 
 
 def test_written_tar_is_readable_by_gnu_tar(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -15,10 +14,11 @@ import servers
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import s3_backend, s3_upload
 from hpc_imagenet.datastore.backends.storage_backend import Reusable, StorageBackend, UploadFile, UploadStats
+from hpc_imagenet.datastore.file_hash import ALGORITHMS, new_digest
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
-KINDS = ["folder", "rclone", "moto", "ssh"]
+KINDS = ["folder", "rclone", "moto", "ssh", "ssh, b3sum"]
 LATE = Reusable(manifest_time=4e9)  # later than any file, so that sources are not hashed
 
 pytestmark = pytest.mark.slow
@@ -29,14 +29,14 @@ def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
     """Kind of backend, and its endpoint or RSYNC_RSH."""
-    with servers.storage_server(request.param, tmp_path_factory.mktemp(request.param)) as access:
+    with servers.storage_server(request.param, tmp_path_factory.mktemp(request.param.replace(", ", "-"))) as access:
         yield request.param, access
 
 
 @pytest.fixture
 def backend(server: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StorageBackend:
     kind, access = server
-    if kind == "ssh":
+    if kind.startswith("ssh"):
         monkeypatch.setenv("RSYNC_RSH", access)
         return versions.open_backend(f"there:{tmp_path}/stores with 'odd names")
     if kind == "folder":
@@ -47,9 +47,11 @@ def backend(server: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyP
     return versions.open_backend(f"s3://bucket/{tmp_path.name}/stores")
 
 
-def make_item(source: Path, data: bytes, path: str = "", algorithm: str = "sha256") -> UploadFile:
+def make_item(source: Path, data: bytes, path: str = "", algorithm: str = "blake3") -> UploadFile:
     source.write_bytes(data)
-    value = hashlib.new(algorithm, data).hexdigest()
+    digest = new_digest(algorithm)
+    digest.update(data)
+    value = digest.hexdigest()
     return UploadFile(source, File(path or f"shards/{source.name}", len(data), f"{algorithm}:{value}"))
 
 
@@ -83,7 +85,7 @@ def test_versions_and_small_files(backend: StorageBackend) -> None:
     assert set(backend.files("a/v1")) == {"manifest.json"}
 
 
-@pytest.mark.parametrize("algorithm", ["md5", "sha256"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_upload_keep_and_fetch_files(backend: StorageBackend, tmp_path: Path, algorithm: str) -> None:
     backend.claim("a/v1", "upload.json", b"{}")
     sizes = {"0.tar": 12_345_678, "1.tar": 1 << 20, "2.tar": 1, "ä ö.tar": 4_000_000}
@@ -154,7 +156,7 @@ def test_fetch_resumes_and_replaces_damaged_partial_files(backend: StorageBacken
         assert target.read_bytes() == data
         assert not part.exists()
     target.unlink()
-    wrong = replace(item.file, hash="sha256:" + "0" * 64)
+    wrong = replace(item.file, hash="blake3:" + "0" * 64)
     with pytest.raises(UserError, match="is damaged: its hash is"):
         backend.fetch(f"a/v1/{item.file.path}", wrong, target, lambda done: None)
     assert not target.exists()

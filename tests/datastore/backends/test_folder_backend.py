@@ -1,5 +1,4 @@
 import errno
-import hashlib
 import os
 import stat
 import subprocess
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_imagenet.datastore.backends import folder_backend, storage_backend
+from hpc_imagenet.datastore import file_hash
+from hpc_imagenet.datastore.backends import folder_backend
 from hpc_imagenet.datastore.backends.folder_backend import FolderBackend
 from hpc_imagenet.datastore.backends.storage_backend import (
     ProgressCallback,
@@ -19,6 +19,7 @@ from hpc_imagenet.datastore.backends.storage_backend import (
     UploadStats,
     explain_os_errors,
 )
+from hpc_imagenet.datastore.file_hash import ALGORITHMS, new_digest
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
@@ -54,9 +55,11 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", refuse)
 
 
-def make_item(source: Path, data: bytes, algorithm: str = "sha256", link: bool = True) -> UploadFile:
+def make_item(source: Path, data: bytes, algorithm: str = "blake3", link: bool = True) -> UploadFile:
     source.write_bytes(data)
-    value = hashlib.new(algorithm, data).hexdigest()
+    digest = new_digest(algorithm)
+    digest.update(data)
+    value = digest.hexdigest()
     return UploadFile(source, File(f"shards/{source.name}", len(data), f"{algorithm}:{value}"), link)
 
 
@@ -78,7 +81,7 @@ def test_symbolic_link_source_is_followed(item: UploadFile, target: Path, tmp_pa
     assert stored.samefile(item.source)
 
 
-@pytest.mark.parametrize("algorithm", ["md5", "sha256"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.usefixtures("no_links")
 def test_copy_is_a_separate_read_only_file(tmp_path: Path, target: Path, algorithm: str) -> None:
     item = make_item(tmp_path / "a.tar", os.urandom(10_000), algorithm)
@@ -144,7 +147,7 @@ def test_missing_source_is_reported(target: Path, item: UploadFile) -> None:
 def test_source_modified_while_read_is_refused(
     target: Path, item: UploadFile, change: str, no_links: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_backend, "BLOCK", 1_000)
+    monkeypatch.setattr(file_hash, "BLOCK", 1_000)
 
     def modify(done: int, step: str) -> None:
         if done == 5_000:  # "rewrite" leaves the bytes unchanged: only the modification time differs
@@ -159,14 +162,14 @@ def test_source_modified_while_read_is_refused(
 
 def test_unknown_hash_algorithm_is_refused(target: Path, item: UploadFile) -> None:
     other = UploadFile(item.source, File("a.tar", 10_000, "crc:1"))
-    with pytest.raises(UserError, match=r"unknown hash 'crc:1' in the manifest, not md5:… or sha256:…"):
+    with pytest.raises(UserError, match=r"unknown hash 'crc:1' in the manifest: this version has blake3:…, sha256:…, md5:…"):
         send([other], target, FUTURE, ignore)
 
 
 def test_progress_counts_every_byte_once(
     tmp_path: Path, target: Path, no_links: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_backend, "BLOCK", 100)
+    monkeypatch.setattr(file_hash, "BLOCK", 100)
     items = [make_item(tmp_path / f"{i}.tar", bytes([i]) * 1_000) for i in range(3)]
     send(items[:1], target, FUTURE, ignore)
     reported: list[int] = []

@@ -17,7 +17,7 @@ from sample_dataset import make_dataset
 from hpc_imagenet.config.schema import Cluster, Datastore
 from hpc_imagenet.datastore import open_dataset as open_dataset_module
 from hpc_imagenet.datastore import versions
-from hpc_imagenet.datastore.backends.storage_backend import hash_file
+from hpc_imagenet.datastore.file_hash import hash_file
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.node_cache.cache import NodeCache
 from hpc_imagenet.datastore.node_cache.staging import StagedShards, StagingIntervals
