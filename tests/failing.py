@@ -39,3 +39,12 @@ def crash(folder: Path) -> None:
 
 def wait(folder: Path) -> None:
     time.sleep(3600)
+
+
+def one_of_two(folder: Path) -> None:
+    """Write the digits, unless the folder is named `broken`."""
+    from hpc_imagenet.demo.digits import write_digits
+
+    if folder.name == "broken":
+        raise RuntimeError("as intended")
+    write_digits(folder)

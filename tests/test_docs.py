@@ -145,6 +145,12 @@ def run_submission(command: str, reader: Reader) -> None:
         assert "submitted" in output or "already finished" in output
 
 
+def compare_runs(command: str, reader: Reader) -> None:
+    first, *_, last = (row["run"] for row in reader.cli.jobs())
+    shown = reader.run_shell(command.replace("RUN", first).replace("OTHER", last))
+    assert "stage.name" in shown
+
+
 def run_command(command: str, reader: Reader) -> None:
     name = re.search(r"\b(jobs|logs|cancel|retry|report|show|evaluate)\b", command)
     assert name
@@ -310,6 +316,7 @@ RULES: tuple[tuple[str, Callable[[str, Reader], None]], ...] = (
     (rf"{PROGRAM} jobs( --(failed|running|watch)| --(stage|sweep|since) \w+)+", run_command),
     (rf"{PROGRAM} logs RUN( -f| -n \d+| --(rank|attempt) \d+)*", run_command),
     (rf"{PROGRAM} (cancel|retry) RUN( --dry-run| cluster\.\w+=\w+)*", run_command),
+    (rf"{PROGRAM} show RUN --diff OTHER", compare_runs),
     (rf"{PROGRAM} (show|evaluate) RUN( [\w.]+=\S+)*", run_command),
     (rf"{PROGRAM} (export|predict) RUN [\w-]+( --[\w-]+( \w+)?)*", use_network),
     (rf"{PROGRAM} pull RUN", run_pull),

@@ -46,7 +46,7 @@ Commands:
   python -m hpc_imagenet connect RUN           wait for a session and print how to connect to it
   python -m hpc_imagenet pause RUN · resume RUN [SETTING=VALUE …]   stop a session; restart it in its folder
   python -m hpc_imagenet report [--html FILE | --serve | --csv | --markdown | --json]   the leaderboard
-  python -m hpc_imagenet show RUN [--json]     print a run's settings, result, checkpoints and files
+  python -m hpc_imagenet show RUN [--diff OTHER] [--json]   print a run, or compare two runs
   python -m hpc_imagenet tensorboard [RUN …] [--sweep S]   serve learning curves, and print the tunnel to them
   python -m hpc_imagenet evaluate RUN|FILE [split=test] [datastore.name=NAME]   score a checkpoint, as a job
   python -m hpc_imagenet export RUN|FILE OUT [--format onnx]   write a network for torchvision, timm, ONNX …

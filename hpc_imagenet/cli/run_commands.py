@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import sys
+from collections.abc import Iterator
 
 from hpc_imagenet.cli.command import RUN_NAMES, Command, add_json, add_run, say_left_out
 from hpc_imagenet.cli.run_selection import (
@@ -23,21 +26,34 @@ def _jobs(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.report.jobs_table import print_jobs, terminal
     from hpc_imagenet.runs.run_records import RecordCache
 
-    cache = RecordCache(store)
     if options.watch:
         from hpc_imagenet.report.jobs_screen import watch_jobs
 
+        cache = RecordCache(store)
         watch_jobs(lambda began: selected_rows(store, cache, options, began))
         return 0
-    rows = selected_rows(store, cache, options)
-    if options.json:
-        print(json.dumps(rows, indent=2))
-    elif rows:
-        print_jobs(rows, terminal())
-    else:
+    with _without_garbage_collection():
+        rows = selected_rows(store, RecordCache(store), options)
+        if options.json:
+            print(json.dumps(rows, indent=2))
+        elif rows:
+            print_jobs(rows, terminal())
+    if not rows and not options.json:
         print(f"no runs in {store.folder}" + (" match" if has_selection(options) else ""))
     say_left_out(store)
     return 0
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Search for no cycles of references: a fifth of the time of a table of thousands of rows."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _add_jobs_arguments(parser: argparse.ArgumentParser) -> None:

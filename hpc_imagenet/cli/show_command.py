@@ -10,11 +10,17 @@ from hpc_imagenet.runs.store import RunStore
 
 
 def _show(store: RunStore, options: argparse.Namespace) -> int:
-    from hpc_imagenet.report import details, jobs_table
+    from hpc_imagenet.report import details, jobs_table, run_differences
 
-    found = details.run_details(store.find(options.run))
+    run = store.find(options.run)
+    if options.diff:
+        found = run_differences.compare_runs(run, store.find(options.diff))
+    else:
+        found = details.run_details(run)
     if options.json:
         print(json.dumps(found, indent=2))
+    elif options.diff:
+        jobs_table.terminal().print(run_differences.render_comparison(found))
     else:
         jobs_table.terminal().print(details.render_details(found))
     return 0
@@ -22,6 +28,9 @@ def _show(store: RunStore, options: argparse.Namespace) -> int:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
+    parser.add_argument(
+        "--diff", metavar="OTHER", help="compare with another run: settings that differ, code, results"
+    )
     add_json(parser)
 
 

@@ -177,7 +177,7 @@ def _literal(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./@-]*", text) and text.lower() not in (
+    if re.fullmatch(r"/?[A-Za-z_][A-Za-z0-9_./@-]*", text) and text.lower() not in (
         "null",
         "true",
         "false",

@@ -47,5 +47,8 @@ def printable(value: object) -> str:
 
 def one_line(value: object) -> str:
     """Return a value as one printable line."""
-    text = printable(value)
+    text = str(value)
+    if text.isascii() and text.isprintable():
+        return text
+    text = printable(text)
     return text if text.isprintable() else " ".join(text.split())

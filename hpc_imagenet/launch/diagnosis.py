@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.launch.error_logs import ErrorLogs, error_logs
 from hpc_imagenet.launch.executor import State
@@ -233,7 +231,7 @@ def diagnose(run: Run, attempt: Attempt | None = None, status: State | None = No
     if not kind:
         return None
     logs = error_logs(attempt) if attempt and kind != STOPPED else ErrorLogs({})
-    frozen = _frozen(run)
+    frozen = run.readable_config()
     evidence = reason
     if kind in _VAGUE:
         kind, evidence = _from_logs(kind, reason, logs)
@@ -286,14 +284,6 @@ def _command(kind: str, run: Run, remedy: Mapping[str, Any]) -> str:
         settings = " ".join(f"{key}={value}" for key, value in remedy.items())
         return f"retry {name} sets {settings}"
     return class_of(kind).advice.replace(PLACEHOLDER, name)
-
-
-def _frozen(run: Run) -> dict[str, Any]:
-    try:
-        frozen = run.frozen()
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return {}
-    return frozen if isinstance(frozen, dict) else {}
 
 
 def _contains(text: str, words: str) -> bool:

@@ -26,6 +26,7 @@ from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
 from hpc_imagenet.io.ownership import set_job_umask
 from hpc_imagenet.launch import local_queue
+from hpc_imagenet.launch.usage_recorder import UsageRecorder
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, Attempt, Run
 from hpc_imagenet.stages import STAGES
@@ -82,7 +83,8 @@ def run_task(run_folder: Path, number: int) -> dict[str, Any]:
     try:
         config = run.own_config()
         set_job_umask(STAGES[config.stage.name].shares_output)
-        result = STAGES[config.stage.name].run(config, run, dist_env)
+        with UsageRecorder(attempt, dist_env):
+            result = STAGES[config.stage.name].run(config, run, dist_env)
         if dist_env.is_rank_zero:
             if run.lease:
                 run.lease.check()

@@ -33,11 +33,10 @@ def intervals(attempt: Attempt, active: bool) -> list[Interval]:
         attempt: the attempt.
         active: whether it is queued or running, so that its last interval ends now.
     """
-    submitted, started, outcome = attempt.submitted, attempt.started, attempt.outcome
+    submitted, outcome, starts = attempt.submitted, attempt.outcome, starts_of(attempt)
     ended = seconds_since_1970(outcome.time if outcome else None)
     if ended is None and active:
         ended = time.time()
-    starts = [*started.get("earlier", []), started] if started else []
     begin = seconds_since_1970(submitted.get("time"))
     found: list[Interval] = []
     for number, start in enumerate(starts):
@@ -54,6 +53,20 @@ def intervals(attempt: Attempt, active: bool) -> list[Interval]:
     if not starts and begin is not None and ended is not None:
         found.append(_interval(QUEUED, begin, ended))
     return found
+
+
+def starts_of(attempt: Attempt) -> list[dict[str, Any]]:
+    """Return the starts of an attempt, oldest first: time, host, nodes; of requeued ones also stopped."""
+    started = attempt.started
+    earlier = started.get("earlier")
+    starts = [*(earlier if isinstance(earlier, list) else ()), *([started] if started else ())]
+    return [start for start in starts if isinstance(start, dict)]
+
+
+def nodes_of(attempt: Attempt) -> list[str]:
+    """Return where an attempt has run, each place once, as Slurm writes nodes: `n1`, `n[1-4]`."""
+    named = [start.get("nodes") or start.get("host") for start in starts_of(attempt)]
+    return list(dict.fromkeys(str(name) for name in named if name))
 
 
 def running_hours(parts: Sequence[Interval]) -> float:

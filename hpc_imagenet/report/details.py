@@ -13,8 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from hpc_imagenet.config import dataset, recipe, schema
+from hpc_imagenet.io.printable import one_line
+from hpc_imagenet.report.attempt_details import attempt_details, attempt_lines
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.jobs_table import job_rows
+from hpc_imagenet.report.resources import total_energy
 from hpc_imagenet.runs.checkpoints import list_checkpoints
 from hpc_imagenet.runs.store import Run
 
@@ -49,15 +52,19 @@ def run_details(run: Run) -> dict[str, Any]:
     Returns:
         The row of `jobs_table.job_rows`, and settings (those that are not at their defaults, by section),
         validations (of a training: the last and the best, with epoch, top1, top5 and loss), checkpoints and
-        files (each with path and bytes), and the bytes of the whole folder on disk.
+        files (each with path and bytes), the bytes of the whole folder on disk, attempts (each with number,
+        state, reason, executor, job, nodes, requeued, code, submitted, started and ended (ISO 8601),
+        queued_seconds, resources (see `resources.resources_of`) and diagnosis (class, text, remedy,
+        command; None unless it failed)), gpu_hours and kwh (of all attempts; kwh is None if unknown).
     """
-    frozen, (row,) = run.frozen(), job_rows([run])
+    frozen, (row,) = run.readable_config(), job_rows([run])
+    attempts = attempt_details(run, row)
     sections = (*_SECTIONS.get(row["stage"], ()), "cluster")
     settings = {name: _changed(_CLASSES[name], frozen.get(name) or {}) for name in sections}
     if row["stage"] == "evaluate":
         settings["recipe"] = {k: v for k, v in settings["recipe"].items() if k.startswith("val_")}
     if row["stage"] == "train":
-        settings[""] = {"seed": frozen.get("seed")}
+        settings[""] = {"seed": frozen.get("seed")} if "seed" in frozen else {}
     checkpoints = list_checkpoints(run.folder)
     return {
         **row,
@@ -66,6 +73,9 @@ def run_details(run: Run) -> dict[str, Any]:
         "checkpoints": [_file(path) for path in checkpoints],
         "files": [_file(path) for path in _files(run) if path not in checkpoints],
         "bytes": _bytes_on_disk(run.folder),
+        "attempts": attempts,
+        "gpu_hours": sum(each["resources"]["gpu_hours"] for each in attempts),
+        "kwh": total_energy([_energy(each["resources"]) for each in attempts])[0],
     }
 
 
@@ -77,12 +87,16 @@ def render_details(details: dict[str, Any]) -> Table:
 
     def add(name: str, *parts: str) -> None:
         if text := " · ".join(part for part in parts if part):
-            table.add_row(name, escape(text))
+            table.add_row(name, escape(one_line(text)))
 
     add("run", details["run"])
     again = f"attempt {details['attempt']}" if details["attempt"] > 1 else ""
     add("state", details["state"], details["reason"], again, clock(details["seconds"]))
     add("folder", details["dir"], f"{size(details['bytes'])} on disk")
+    newest = details["attempts"][-1:]
+    if newest and (diagnosis := newest[0]["diagnosis"]):
+        add("diagnosis", diagnosis["text"])
+        add("remedy", diagnosis["command"])
     settings = [
         " ".join(f"{section}{'.' if section else ''}{name}={_typed(value)}" for name, value in values.items())
         for section, values in details["settings"].items()
@@ -93,12 +107,19 @@ def render_details(details: dict[str, Any]) -> Table:
     for name, metrics in details["validations"].items():
         accuracy = f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4g}"
         add(name, f"{accuracy} on val after epoch {metrics['epoch']}")
+    for each in details["attempts"]:
+        for number, line in enumerate(attempt_lines(each, len(details["attempts"]) > 1)):
+            add("" if number else f"attempt {each['number']}", line)
     for title in ("checkpoints", "files"):
         for number, file in enumerate(details[title]):
             path = Path(file["path"])
             inside = path.relative_to(details["dir"]) if path.is_relative_to(details["dir"]) else path
             add("" if number else title, f"{size(file['bytes']):>8}  {inside}")
     return table
+
+
+def _energy(resources: dict[str, Any]) -> tuple[tuple[float | None, str], float]:
+    return (resources["kwh"], resources["energy_of"]), resources["hours"]
 
 
 def size(count: int) -> str:

@@ -11,10 +11,11 @@ _UNITS = (("w", 604_800), ("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
 
 def instant(text: Any) -> datetime | None:
     """Return the time of an ISO 8601 text, in UTC if it names no zone; None if it is not one."""
-    with contextlib.suppress(TypeError, ValueError):
+    try:  # four times for each row of a table of thousands, where contextlib.suppress is slow
         time = datetime.fromisoformat(text)
-        return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
-    return None
+    except (TypeError, ValueError):
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
 def seconds_between(begin: datetime | None, end: datetime | None) -> float | None:

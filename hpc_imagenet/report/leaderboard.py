@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from hpc_imagenet.report.attempt_times import gpus_of, intervals, running_hours
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.report.published import PublishedAccuracy, published_for
+from hpc_imagenet.report.resources import energies_of
 from hpc_imagenet.runs.store import Run
 
 # Columns of --csv and --markdown: key of a row, heading of the Markdown table.
@@ -38,53 +38,73 @@ _COLUMNS = {
     "epochs": "epochs",
     "parameters": "parameters",
     "gpu_hours": "GPU-hours",
+    "gpu_hours_per_point": "GPU-hours per point",
+    "kwh": "kWh",
+    "kwh_per_point": "kWh per point",
+    "energy_of": "energy of",
     "hours": "hours",
     "images_per_second": "images/s",
     "dir": "run folder",
 }
 _ACCURACIES = ("top1", "published_top1", "top5")
-_IN_CSV_ONLY = ("loss", "dir")
+_IN_CSV_ONLY = ("loss", "dir", "gpu_hours_per_point", "energy_of")
 _MEASURED = ("top5", "loss", "images_per_second", "epochs", "parameters")
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training, its frozen config (empty if that cannot be read), and its row in the leaderboard."""
+    """A training, its frozen config (empty if that cannot be read), its row, and its evaluations."""
 
     run: Run
     frozen: dict[str, Any]
     row: dict[str, Any]
     published: PublishedAccuracy | None
+    evaluations: tuple[Training, ...] = ()  # newest last
 
 
 def trainings(runs: Iterable[Run]) -> list[Training]:
     """Return all trainings among `runs`, highest top-1 first; runs without one are last."""
-    return _entries(runs, ("train",))
+    return [entry for entry in _entries(runs) if entry.row["stage"] == "train"]
 
 
-def _entries(runs: Iterable[Run], stages: tuple[str, ...]) -> list[Training]:
-    found = [run for run in runs if run.info.get("stage") in stages]
-    entries = [_training(run, row) for run, row in zip(found, job_rows(found), strict=True)]
-    return sorted(entries, key=lambda entry: (entry.row["top1"] is None, -(entry.row["top1"] or 0)))
+def _entries(runs: Iterable[Run]) -> list[Training]:
+    """Return trainings with their evaluations, and the evaluations of other checkpoints, best first."""
+    found = [run for run in runs if run.info.get("stage") in ("train", "evaluate")]
+    rows, energies = job_rows(found), energies_of(found)
+    entries = [_training(run, row, *energies[run.id]) for run, row in zip(found, rows, strict=True)]
+    known = {entry.run.id for entry in entries}
+    evaluations: dict[str, list[Training]] = {}
+    for entry in entries:
+        if entry.row["training"] in known:
+            evaluations.setdefault(entry.row["training"], []).append(entry)
+    first = [
+        replace(entry, evaluations=tuple(evaluations.get(entry.run.id, ())))
+        for entry in entries
+        if entry.row["training"] not in known
+    ]
+    return sorted(first, key=lambda entry: (entry.row["top1"] is None, -(entry.row["top1"] or 0)))
 
 
 def leaderboard_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """Return one row per training or evaluation, in the order of `trainings`.
+    """Return one row per training or evaluation: trainings as in `trainings`, each before its evaluations.
 
     A training is judged on `split` val after its last epoch. An evaluation has a checkpoint of the run
     `training` judged on any split.
 
     A row is that of `jobs_table.job_rows` with datastore, seed, top5, loss, images_per_second, epochs,
-    parameters, hours (of all attempts), gpu_hours (0 without GPUs) and published_top1, published_protocol and
-    published_same_protocol (None where nothing is published).
+    parameters, hours (of all attempts), gpu_hours (0 without GPUs), kwh (None if unknown), energy_of (`GPUs`
+    or `nodes`), gpu_hours_per_point and kwh_per_point (of top-1, in percent) and published_top1,
+    published_protocol and published_same_protocol (None where nothing is published).
     """
-    return [entry.row for entry in _entries(runs, ("train", "evaluate"))]
+    return [each.row for entry in _entries(runs) for each in (entry, *entry.evaluations)]
 
 
 def render_leaderboard(table: Iterable[dict[str, Any]]) -> Table:
     """Return the leaderboard as a table for a terminal."""
     rows = list(table)
     with_published = any(row["published_top1"] is not None for row in rows)
+    with_gpus, with_energy = any(row["gpu_hours"] for row in rows), any(row["kwh"] for row in rows)
+    runs = {row["run"] for row in rows}
     rendered = Table(box=None, pad_edge=False, header_style="bold")
     rendered.add_column("model", no_wrap=True)
     rendered.add_column("datastore", no_wrap=True)
@@ -95,15 +115,15 @@ def render_leaderboard(table: Iterable[dict[str, Any]]) -> Table:
         "top-5 %",
         "images/s",
         "time",
+        *(("GPU-hours",) if with_gpus else ()),
+        *(("kWh",) if with_energy else ()),
     ):
         rendered.add_column(name, justify="right", no_wrap=True)
     rendered.add_column("state", no_wrap=True)
     rendered.add_column("run folder", overflow="fold")
     for row in rows:
-        is_evaluation = row["stage"] == "evaluate"
-        evaluation = escape(f" (evaluation on {one_line(row['split'])})") if is_evaluation else ""
         rendered.add_row(
-            escape(one_line(row["model"])) + evaluation,
+            escape(_name(row, runs)),
             escape(one_line(row["datastore"] or "")),
             "" if row["seed"] is None else escape(one_line(row["seed"])),
             _percent(row["top1"]),
@@ -111,6 +131,8 @@ def render_leaderboard(table: Iterable[dict[str, Any]]) -> Table:
             _percent(row["top5"]),
             "" if row["images_per_second"] is None else f"{row['images_per_second']:,.0f}",
             clock(row["training_seconds"]),
+            *((_amount(row["gpu_hours"] or None),) if with_gpus else ()),
+            *((_amount(row["kwh"]),) if with_energy else ()),
             row["state"] if row["learned"] in (True, None) else f"{row['state']}, at chance",
             escape(one_line(row["dir"])),
         )
@@ -134,12 +156,16 @@ def format_markdown(table: Sequence[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _training(run: Run, row: dict[str, Any]) -> Training:
-    try:
-        frozen = run.frozen()  # config() takes 50 ms and may fail for old runs
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        frozen = {}
-    frozen = frozen if isinstance(frozen, dict) else {}
+def _name(row: dict[str, Any], runs: Collection[str]) -> str:
+    model = one_line(row["model"])
+    if row["stage"] != "evaluate":
+        return model
+    evaluation = f"evaluation on {one_line(row['split'])}"
+    return f"  {evaluation}" if row["training"] in runs else f"{model} ({evaluation})"
+
+
+def _training(run: Run, row: dict[str, Any], kwh: float | None, energy_of: str) -> Training:
+    frozen = run.readable_config()  # config() takes 50 ms and may fail for old runs
     result = row.pop("result")
     row |= {key: _number(result.get(key)) for key in _MEASURED}
     row |= {key: result.get(key) for key in ("learned", "advice")}
@@ -159,6 +185,9 @@ def _training(run: Run, row: dict[str, Any]) -> Training:
     except (KeyError, TypeError, ValueError, AttributeError, UserError):  # a config of another version
         pass
     row["gpu_hours"] = round(gpus * row["hours"], 4)
+    row["kwh"], row["energy_of"] = kwh, energy_of
+    for name in ("gpu_hours", "kwh"):
+        row[f"{name}_per_point"] = row[name] / (100 * row["top1"]) if row[name] and row["top1"] else None
     row["published_top1"] = published.top1 if published else None
     row["published_protocol"] = _protocol(published) if published else None
     row["published_same_protocol"] = same
@@ -187,6 +216,10 @@ def _protocol(published: PublishedAccuracy) -> str:
     return f"{published.protocol}, {epochs}, {published.val_size} px"
 
 
+def _amount(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _percent(accuracy: float | None) -> str:
     return "" if accuracy is None else f"{100 * accuracy:.2f}"
 
@@ -205,7 +238,7 @@ def _markdown_cell(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+        return f"{value:.2f}" if 0.1 <= abs(value) < 100 else _amount(value)
     if isinstance(value, int) and key == "parameters":
         return f"{value:,}"
     text = one_line(value)

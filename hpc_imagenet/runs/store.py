@@ -275,6 +275,13 @@ class Run:
             values: dict[str, Any] = yaml.load(file, Loader=_Loader)
         return values
 
+    def readable_config(self) -> dict[str, Any]:
+        """Return the frozen config as plain values; empty if it is missing or damaged."""
+        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
+            values = self.frozen()
+            return values if isinstance(values, dict) else {}
+        return {}
+
     def attempts(self) -> list[Attempt]:
         """Return all attempts, oldest first."""
         try:

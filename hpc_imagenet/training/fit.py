@@ -136,7 +136,7 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
             "classes": [(each.wnid, list(each.names)) for each in store.manifest.classes],
         }
         saver = CheckpointCallback(
-            checkpoints, stop_signal, interval, content, kept, datamodule.names, dist_env.is_rank_zero
+            checkpoints, stop_signal, interval, content, kept, datamodule.images, dist_env.is_rank_zero
         )
         callbacks.append(saver)
         callbacks.append(bottleneck)  # last, so that time spent in other callbacks is not measured as waiting

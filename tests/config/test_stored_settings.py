@@ -119,6 +119,6 @@ def test_commands_find_the_stored_workspace_and_info_shows_where_it_is_stored(
     assert (tmp_path / "mine" / "runs").is_dir()
     shown = cli("--info").stdout
     assert "1. the command line" in shown
-    assert f"workspace='{tmp_path / 'mine'}'   ({FILE})" in shown
+    assert f"workspace={tmp_path / 'mine'}   ({FILE})" in shown
     assert "cluster: local" in cli("dry_run=true", "+stage=download", "dataset=digits").stdout.splitlines()[0]
     cli.close()

@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import Cli, eventually
 from servers import free_port
+from webhook import TOKEN, Webhook
 
 from hpc_imagenet.launch import notification
 from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, Attempt, Run, RunStore
 
 pytest.importorskip("apprise", reason="apprise is not installed")
-TOKEN = "s3cr3t-token"  # in the path of the URL
-
-
-@dataclass
-class Webhook:
-    url: str = ""
-    messages: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def titles(self) -> list[str]:
-        return [message["title"] for message in self.messages]
-
-    @contextlib.contextmanager
-    def serve(self) -> Iterator[Webhook]:
-        webhook = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                webhook.messages.append(json.loads(body))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"json://127.0.0.1:{server.server_port}/{TOKEN}"
-        try:
-            yield self
-        finally:
-            server.shutdown()
-            server.server_close()
 
 
 @pytest.fixture

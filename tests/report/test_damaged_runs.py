@@ -52,6 +52,7 @@ def test_every_command_survives_a_damaged_record(cli: Cli, record: str, content:
     assert row["state"] == (FAILED if "outcome" in record else FINISHED)
     assert run.id[:8] in cli("jobs").stdout
     cli("logs", run.id)
+    cli("show", run.id)
     cli("cancel", run.id)
     if "run.json" in record:
         assert "run.json is missing or damaged" in row["reason"]
@@ -94,11 +95,14 @@ def test_outcome_of_another_version_is_listed(cli: Cli, outcome: dict[str, Any])
 def test_values_of_unexpected_types_are_listed(cli: Cli) -> None:
     run = complete_run(cli)
     change(run.folder / "run.json", created=5, label=["x"], sweeps="s", stage=None, model={})
-    change(run.folder / "attempts/1/started.json", time="yesterday", host=None, nodes=7, restarts=0)
+    change(
+        run.folder / "attempts/1/started.json", time="yesterday", host=None, nodes=7, restarts=0, earlier=7
+    )
     change(run.folder / "attempts/1/outcome.json", time=None, result={"top1": "high", "bytes": "many"})
     (row,) = cli.jobs()
     assert (row["sweeps"], row["age"], row["seconds"], row["nodes"]) == ([], None, None, "7")
     cli("jobs")
+    cli("show", run.id)
 
 
 def test_deleted_and_moved_folders(cli: Cli) -> None:

@@ -86,7 +86,8 @@ def test_non_finite_loss_aborts_with_step_and_images(
         train(config(), tiny, run)
     order = permutation(40, 3, 1)[8:16]
     names = [tiny.open_split("train").name(i) for i in order.tolist()]
-    assert (run.folder / "bad_batch.txt").read_text().split() == names
+    lines = [line.split("\t") for line in (run.folder / "bad_batch.txt").read_text().splitlines()]
+    assert lines == [[name, str(i)] for name, i in zip(names, order.tolist(), strict=True)]
     assert saved(run)["global_step"] == STEPS
     assert all(torch.isfinite(value).all() for value in saved(run)["state_dict"].values())
 

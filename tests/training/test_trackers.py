@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -169,6 +172,25 @@ def test_metrics_are_sent_to_mlflow_later(
     client: Any = MlflowClient(mlflow_server)
     (found,) = client.search_runs([client.get_experiment_by_name("hpc-imagenet").experiment_id])
     assert [each.step for each in client.get_metric_history(found.info.run_id, "val_top1")] == [4, 9]
+
+
+@pytest.mark.slow
+def test_trackio_has_one_run_over_a_requeue_without_a_network(
+    config: Any, tiny: DatasetReader, tmp_path: Path, signal_at: Any, capfd: Any
+) -> None:
+    if importlib.util.find_spec("trackio") is None:  # not imported here: it reads TRACKIO_DIR at its import
+        pytest.skip("trackio is not installed: docs/trackers.md says how")
+    run = stored_run(tmp_path / "a workspace", config())
+    interrupt_and_resume(config, tiny, run, "trackio", signal_at)
+    out, err = capfd.readouterr()
+    assert "warning: trackio" not in err
+    folder = tmp_path / "a workspace" / "trackio"
+    assert out.count(f"TRACKIO_DIR='{folder}' trackio sync --project hpc-imagenet --space-id") == 2
+    database = sqlite3.connect(next(folder.glob("hpc-imagenet*.db")))
+    lines = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
+    assert {name for name, *_ in lines} == {read_json(run.folder / "trackers.json")["trackio"]["id"]}
+    steps = [step for _, step, metrics in lines if "val_top1" in json.loads(metrics)]
+    assert steps == [STEPS - 1, 2 * STEPS - 1]  # of both attempts, each once
 
 
 @pytest.mark.slow

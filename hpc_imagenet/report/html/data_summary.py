@@ -46,6 +46,20 @@ def summarise_datastore(chosen: dict[str, Any], labels: Sequence[int] | None) ->
     return summary
 
 
+def bad_images(chosen: dict[str, Any], images: Sequence[tuple[str, int]]) -> tuple[list[str], str]:
+    """Return data URIs of train images by name and position, and a note why there are none.
+
+    Args:
+        chosen: the group `datastore` of a frozen config.
+        images: names and positions.
+    """
+    key = _Key(*(chosen.get(name) for name in ("name", "url", "version", "content")))
+    try:
+        return _bad_images(key, tuple(images)), ""
+    except (UserError, OSError, ValueError, TypeError, KeyError) as error:
+        return [], first_line(error)
+
+
 class _Key(NamedTuple):
     """What selects a version. It never changes, so what was read of it is kept for the next live page."""
 
@@ -63,6 +77,13 @@ def _thumbnails(key: _Key, labels: tuple[int, ...]) -> dict[int, list[str]]:
     from hpc_imagenet.report.html.sample_images import thumbnails  # numpy and Pillow
 
     return thumbnails(key.open(), labels)
+
+
+@functools.lru_cache(maxsize=16)
+def _bad_images(key: _Key, images: tuple[tuple[str, int], ...]) -> list[str]:
+    from hpc_imagenet.report.html.sample_images import named_thumbnails
+
+    return named_thumbnails(key.open(), images)
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,6 +19,8 @@ function runDetails(run, data) {
         ["top-1", best], ["published", published], ["top-5", isNumber(run.top5) ? `${percent(run.top5)} %` : ""],
         ["val loss", short(run.loss)], ["datastore", run.datastore], ["seed", run.seed], ["epochs", run.epochs],
         ["parameters", number(run.parameters)], ["GPU-hours", run.gpu_hours ? number(run.gpu_hours, 2) : ""],
+        ["GPU-hours per point of top-1", short(run.gpu_hours_per_point)],
+        ["energy", isNumber(run.kwh) ? `${short(run.kwh)} kWh of its ${run.energy_of}` : ""], ["kWh per point of top-1", short(run.kwh_per_point)],
         ["running for", duration(3600 * run.hours)], ["images/s", number(run.images_per_second)], ["bottleneck", bottleneck],
         ["sweep", run.sweeps.join(", ")], ["created", run.created], ["folder", run.dir],
       ])),
@@ -31,6 +33,8 @@ function runDetails(run, data) {
           : el("p", { class: "muted" }, "None."))),
     el("h3", {}, "Attempts"),
     attemptTable(run.attempts),
+    ...evaluationDetails(run),
+    ...badBatch(run),
     ...classDetails(run, data),
   ];
 }
@@ -48,6 +52,25 @@ function attemptTable(attempts) {
   const heads = ["attempt", "state", "job", "nodes", "queued", "running", "requeues", "code"];
   return el("div", { class: "scroll" }, el("table", {},
     el("thead", {}, el("tr", {}, heads.map((head) => el("th", {}, head)))), el("tbody", {}, rows)));
+}
+
+function badBatch(run) {
+  if (!run.bad_batch?.images.length) return [];
+  const { images, total, note } = run.bad_batch;
+  return [el("h3", {}, `Images of the step whose loss was not finite: ${images.length < total ? `${images.length} of ${total}` : total}`),
+    note ? el("p", { class: "muted" }, note) : null,
+    el("div", { class: "named-images" }, images.map(([name, uri]) => el("figure", {},
+      uri ? el("img", { src: uri, alt: name, loading: "lazy" }) : null, el("figcaption", {}, name))))].filter(Boolean);
+}
+
+function evaluationDetails(run) {
+  if (!run.evaluations.length) return [];
+  const rows = run.evaluations.map((each) => el("tr", {}, el("td", {}, each.split), el("td", {}, each.datastore), el("td", {}, each.checkpoint),
+    el("td", {}, el("span", { class: `state-${each.state}` }, each.state), each.reason ? el("span", { class: "sub" }, each.reason) : null),
+    el("td", { class: "n" }, percent(each.top1)), el("td", { class: "n" }, percent(each.top5)), el("td", { class: "n" }, short(each.loss)), el("td", {}, each.run)));
+  const heads = ["split", "datastore", "checkpoint", "state", "top-1 %", "top-5 %", "loss", "run"];
+  return [el("h3", {}, "Evaluations"), el("div", { class: "scroll" }, el("table", {},
+    el("thead", {}, el("tr", {}, heads.map((head) => el("th", { class: /%|loss/.test(head) && "n" }, head)))), el("tbody", {}, rows)))];
 }
 
 function classDetails(run, data) {

@@ -5,6 +5,8 @@ const FIRST_ROWS = 100, FIRST_LANES = 40, DEFAULT_CURVES = 5, MAX_CURVES = 20, P
 const state = { data: null, rows: [], shown: [], sort: { key: "top1", down: true }, allRows: false, allLanes: false, chosen: null, open: null };
 
 const difference = (run) => (isNumber(run.top1) && isNumber(run.published_top1) && run.published_same_protocol ? run.top1 - run.published_top1 : null);
+// Evaluations are listed oldest first.
+const lastEvaluation = (run) => run.evaluations.filter((each) => isNumber(each.top1)).at(-1);
 // A training whose accuracy is that of chance has finished, but is no success.
 const stateText = (run) => (run.learned === false
   ? el("span", { class: "state-failed", title: run.advice }, `${run.state}, at chance`)
@@ -20,9 +22,13 @@ const COLUMNS = [
   { key: "top1", head: "top-1 %", class: "n", value: (run) => run.top1, cell: (run) => percent(run.top1) },
   { key: "published", head: "published %", class: "n", value: (run) => run.published_top1, cell: publishedCell, optional: true },
   { key: "difference", head: "difference", class: "n", value: difference, cell: differenceCell, optional: true },
+  { key: "evaluated", head: "evaluated %", class: "n", value: (run) => lastEvaluation(run)?.top1 ?? null, cell: evaluatedCell, optional: true },
   { key: "top5", head: "top-5 %", class: "n wide", value: (run) => run.top5, cell: (run) => percent(run.top5) },
   { key: "parameters", head: "parameters, M", class: "n wide", value: (run) => run.parameters, cell: (run) => (isNumber(run.parameters) ? (run.parameters / 1e6).toFixed(2) : "") },
   { key: "gpu_hours", head: "GPU-hours", class: "n", value: (run) => run.gpu_hours || null, cell: (run) => (run.gpu_hours ? short(run.gpu_hours) : ""), optional: true },
+  { key: "gpu_hours_per_point", head: "GPU-h / point", class: "n wide", value: (run) => run.gpu_hours_per_point, cell: (run) => short(run.gpu_hours_per_point), optional: true },
+  { key: "kwh", head: "kWh", class: "n", value: (run) => run.kwh, cell: (run) => short(run.kwh), optional: true },
+  { key: "kwh_per_point", head: "kWh / point", class: "n wide", value: (run) => run.kwh_per_point, cell: (run) => short(run.kwh_per_point), optional: true },
   { key: "hours", head: "time", class: "n wide", value: (run) => run.hours || null, cell: (run) => (run.hours ? duration(3600 * run.hours) : "") },
   { key: "images_per_second", head: "images/s", class: "n wide", value: (run) => run.images_per_second, cell: (run) => number(run.images_per_second) },
   { key: "epochs", head: "epochs", class: "n wide", value: (run) => run.epochs, cell: (run) => number(run.epochs), ifDifferent: true },
@@ -55,6 +61,13 @@ function differenceCell(run) {
   const value = difference(run);
   if (value === null) return "";
   return el("span", { class: value >= 0 ? "up" : "down" }, `${value >= 0 ? "+" : "−"}${percent(Math.abs(value))}`);
+}
+
+function evaluatedCell(run) {
+  const last = lastEvaluation(run);
+  if (!last) return "";
+  const others = run.evaluations.length - 1;
+  return [percent(last.top1), el("span", { class: "sub", title: `${last.checkpoint} on ${last.split} of ${last.datastore}` }, `${last.split}${others ? ` +${others}` : ""}`)];
 }
 
 // The runs whose curves are drawn: those chosen by hand, else the best of the filter.
@@ -107,11 +120,13 @@ function drawTiles() {
   const count = (name) => state.rows.filter((run) => run.state === name).length;
   const best = state.rows.filter((run) => isNumber(run.top1)).sort((a, b) => b.top1 - a.top1)[0];
   const gpuHours = state.rows.reduce((sum, run) => sum + (run.gpu_hours || 0), 0), hours = state.rows.reduce((sum, run) => sum + run.hours, 0);
+  const kwh = state.rows.reduce((sum, run) => sum + (run.kwh || 0), 0);
   const tile = (value, text) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, text));
   $("tiles").replaceChildren(
     tile(number(state.rows.length), "trainings"), tile(number(count("finished")), "finished"),
     tile(number(count("running") + count("queued")), "running or queued"), tile(number(count("failed") + count("cancelled")), "failed or cancelled"),
     tile(best ? `${percent(best.top1)} %` : "–", best ? `best top-1: ${best.model}` : "best top-1"),
+    ...(kwh ? [tile(short(kwh), "kWh, where it was measured")] : []),
     gpuHours ? tile(short(gpuHours), "GPU-hours") : tile(duration(3600 * hours) || "–", "of training, without GPUs"));
 }
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet import __version__
-from hpc_imagenet.report.attempt_times import intervals
+from hpc_imagenet.launch.diagnosis import NOT_FINITE
+from hpc_imagenet.report.attempt_times import intervals, nodes_of
 from hpc_imagenet.report.html.class_results import WORST, ClassResults, read_class_results
 from hpc_imagenet.report.html.config_differences import flatten, split_shared
-from hpc_imagenet.report.html.data_summary import datastore_key, summarise_datastore
+from hpc_imagenet.report.html.data_summary import bad_images, datastore_key, summarise_datastore
 from hpc_imagenet.report.html.learning_curves import read_curves
 from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.report.leaderboard import Training, trainings
+from hpc_imagenet.runs.bad_batch import read_bad_batch
 from hpc_imagenet.runs.store import Run, RunStore, now, read_record
 
 # What keeps a page of 1,000 runs below 10 MB.
@@ -22,12 +24,14 @@ _CURVE_POINTS = 40_000  # of each kind of curve, over all runs
 _MIN_POINTS, _MAX_POINTS = 40, 400  # of one curve
 _CLASS_VALUES = 500_000  # accuracies per class, over all runs; the best runs get theirs first
 _DATASTORES = 6  # whose certificate and images are shown
+_BAD_BATCHES = 12  # trainings with a non-finite loss whose images are shown
+_BAD_IMAGES = 24  # of one step
 _OTHER_JOBS = 200  # newest runs of other stages in the timeline
 
 _ROW_KEYS = (
     *("run", "model", "state", "reason", "datastore", "seed", "top1", "top5", "loss", "epochs", "parameters"),
     *(
-        "gpu_hours",
+        *("gpu_hours", "gpu_hours_per_point", "kwh", "kwh_per_point", "energy_of"),
         "hours",
         "images_per_second",
         "dir",
@@ -55,13 +59,17 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
     shared, differences = split_shared([flatten(entry.frozen) for entry in found])
     keys = [_datastore_key(entry) for entry in found]
     names = _class_names(keys, classes)
-    rows, values_left = [], _CLASS_VALUES
+    rows, values_left, batches_left = [], _CLASS_VALUES, _BAD_BATCHES
     for entry, key, results, different in zip(found, keys, classes, differences, strict=True):
         row: dict[str, Any] = {name: entry.row.get(name) for name in _ROW_KEYS}
         row["datastore"], row["config"] = key, different
         row["sweeps"] = [str(name) for name in entry.run.info.get("sweeps") or ()]
         row["citation"] = entry.published.citation if entry.published else None
         row["attempts"] = _attempts(entry.run, row["state"])
+        row["evaluations"] = [_evaluation(each) for each in entry.evaluations]
+        if entry.row["failure"] == NOT_FINITE and batches_left:
+            row["bad_batch"] = _bad_batch(entry, with_images)
+            batches_left -= 1
         row["curves"] = read_curves(entry.run.folder / "metrics.csv", points)
         row["bottleneck"] = _bottleneck(entry.run.folder)
         if results is not None and _same_classes(results, names.get(key)):
@@ -84,6 +92,28 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
     }
 
 
+def _evaluation(entry: Training) -> dict[str, Any]:
+    """Return what the page shows of an evaluation of a training."""
+    keys = ("run", "state", "reason", "split", "top1", "top5", "loss", "gpu_hours", "kwh")
+    evaluate = entry.frozen.get("evaluate")
+    checkpoint = str(evaluate.get("checkpoint") or "") if isinstance(evaluate, dict) else ""
+    return {
+        **{key: entry.row.get(key) for key in keys},
+        "datastore": _datastore_key(entry),
+        "checkpoint": checkpoint.rpartition("/")[2],
+    }
+
+
+def _bad_batch(entry: Training, with_images: bool) -> dict[str, Any]:
+    """Return images of the step whose loss was not finite: [name, data URI] each, their number, a note."""
+    images = read_bad_batch(entry.run.folder)
+    shown, chosen = images[:_BAD_IMAGES], entry.frozen.get("datastore")
+    uris, note = bad_images(chosen, shown) if with_images and isinstance(chosen, dict) else ([], "")
+    uris = uris or [""] * len(shown)
+    named = [[name, uri] for (name, _), uri in zip(shown, uris, strict=True)]
+    return {"images": named, "total": len(images), "note": note}
+
+
 def _datastore_key(entry: Training) -> str:
     try:
         return datastore_key(entry.frozen)
@@ -97,8 +127,7 @@ def _attempts(run: Run, state: str) -> list[dict[str, Any]]:
     active = state in ("queued", "running")
     for attempt in attempts:
         is_last = attempt is attempts[-1]
-        outcome, started, submitted = attempt.outcome, attempt.started, attempt.submitted
-        starts = [*started.get("earlier", ()), *([started] if started else ())]
+        outcome, submitted = attempt.outcome, attempt.submitted
         found.append(
             {
                 "number": attempt.number,
@@ -106,9 +135,7 @@ def _attempts(run: Run, state: str) -> list[dict[str, Any]]:
                 "reason": outcome.reason if outcome else "",
                 "executor": submitted.get("executor"),
                 "job": submitted.get("job_id"),
-                "hosts": list(
-                    dict.fromkeys(str(start.get("nodes") or start.get("host")) for start in starts)
-                ),
+                "hosts": nodes_of(attempt),
                 "code": (submitted.get("code") or {}).get("commit")
                 or (submitted.get("code") or {}).get("version"),
                 "parts": [
@@ -188,7 +215,8 @@ def _with_version_names(
         for key, summary in datastores.items()
     }
     for row in rows:
-        row["datastore"] = renamed.get(row["datastore"], row["datastore"])
+        for each in (row, *row["evaluations"]):
+            each["datastore"] = renamed.get(each["datastore"], each["datastore"])
     return {renamed[key]: summary for key, summary in datastores.items()}
 
 

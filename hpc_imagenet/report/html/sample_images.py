@@ -42,6 +42,26 @@ def thumbnails(version: Version, labels: Sequence[int], split: str = "val") -> d
     return {label: [uri for uri in found if uri] for label, found in uris.items()}
 
 
+def named_thumbnails(version: Version, images: Sequence[tuple[str, int]], split: str = "train") -> list[str]:
+    """Return a data URI of each image, given by name and position; empty if it is another image by now.
+
+    Args:
+        version: the datastore, as in `thumbnails`.
+        images: names and positions in the split.
+        split: the split.
+
+    Raises:
+        UserError: the datastore cannot be read from this machine.
+        OSError: the same, of a folder.
+    """
+    with open_dataset(version, Cluster(executor="local"), stages=False) as store:
+        reader = store.open_split(split)
+        return [
+            _thumbnail(reader, position) if position < len(reader) and reader.name(position) == name else ""
+            for name, position in images
+        ]
+
+
 def _thumbnail(reader: SplitReader, position: int) -> str:
     """Return one image, or an empty string if it cannot be decoded."""
     try:

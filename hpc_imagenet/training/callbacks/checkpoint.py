@@ -22,8 +22,8 @@ from torch import Tensor
 
 from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.errors import EXIT_REQUEUE, Preempted, UserError, first_line
-from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.io.signals import StopSignal
+from hpc_imagenet.runs.bad_batch import BAD_BATCH_FILE, write_bad_batch
 from hpc_imagenet.runs.checkpoints import LAST
 from hpc_imagenet.training.callbacks.checkpoint_file import KeptCheckpoints, write_checkpoint
 from hpc_imagenet.training.distributed import COLLECTIVE_TIMEOUT, out_of_memory
@@ -60,7 +60,7 @@ class CheckpointCallback(pl.Callback):
         content: further keys of the files: `identity` (settings that a later attempt must share; see
             `checkpoint_file.identity_differences`), config and classes.
         kept: checkpoints that are kept beside the last one.
-        image_names: returns the names of the images of a step, over all ranks.
+        images: returns name and position in the train split of each image of a step, over all ranks.
         is_rank_zero: whether this rank writes into the run folder.
 
     Attributes:
@@ -74,12 +74,12 @@ class CheckpointCallback(pl.Callback):
         interval: float,
         content: dict[str, Any],
         kept: KeptCheckpoints,
-        image_names: Callable[[int], list[str]],
+        images: Callable[[int], list[tuple[str, int]]],
         is_rank_zero: bool,
     ) -> None:
         self._path, self._stop_signal, self._interval = folder / LAST, stop_signal, interval
         self._content, self._kept = content, kept
-        self._image_names, self._is_rank_zero = image_names, is_rank_zero
+        self._images, self._is_rank_zero = images, is_rank_zero
         self._group: Any = None
         self._bad_step: Tensor | None = None  # first step with a non-finite loss, on the device
         self._last_save = time.monotonic()
@@ -221,12 +221,13 @@ class CheckpointCallback(pl.Callback):
 
     def _abort(self, recipe: Recipe, step: int, epoch: int) -> None:
         """Write `bad_batch.txt` and raise `UserError`."""
-        names = self._image_names(step - 1)
-        path = self._path.parents[1] / "bad_batch.txt"
+        images, folder = self._images(step - 1), self._path.parents[1]
+        names = [name for name, _ in images]
         if self._is_rank_zero:
-            with atomic_write(path) as file:
-                file.write(("\n".join(names) + "\n").encode())
-        some = ", ".join(names[:2]) + (f" and {len(names) - 2} more in {path}" if len(names) > 2 else "")
+            write_bad_batch(folder, images)
+        some = ", ".join(names[:2]) + (
+            f" and {len(names) - 2} more in {folder / BAD_BATCH_FILE}" if len(names) > 2 else ""
+        )
         kept = "the last checkpoint is kept; " if self._path.exists() else ""
         raise UserError(
             f"recipe.learning_rate={recipe.learning_rate:g}: the loss at step {step} (epoch {epoch + 1}) is "

@@ -79,12 +79,12 @@ class ImageDataModule(pl.LightningDataModule):
     def _loader(self, batches: BatchBuilder, sampler: Any) -> BatchLoader:
         return BatchLoader(batches, sampler, self.workers, self.device, pinned_cpus(self.dist_env))
 
-    def names(self, step: int) -> list[str]:
-        """Return the names of the images of a step (counted from 0), over all ranks."""
+    def images(self, step: int) -> list[tuple[str, int]]:
+        """Return name and position of each image of a step (counted from 0), over all ranks."""
         split, batch = self.train.split, self.share.batch
         epoch, position = divmod(step, len(split) // batch)
         indices = permutation(len(split), self.seed, epoch)[position * batch : (position + 1) * batch]
-        return [split.name(i) for i in indices.tolist()]
+        return [(split.name(i), i) for i in indices.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint keeps."""

@@ -1,0 +1,88 @@
+"""What the tasks of an attempt used, recorded by themselves: `attempts/<n>/usage/<restarts>-<rank>.json`.
+
+Every task of every start writes one file, several times while it runs, so that a task that is killed leaves
+its last one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.runs.store import Attempt, read_record
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an attempt used, over all its starts, nodes and tasks; None where nothing was recorded.
+
+    Attributes:
+        cpu_seconds: CPU time, of user and system.
+        available_cpu_seconds: CPUs that the tasks could use, times their s.
+        memory_bytes: highest memory of a node: the sum of the peaks of its tasks.
+        gpu_use: share of the time in which a GPU computed, 0 to 1, mean over GPUs.
+        joules: energy of the GPUs; one that several tasks see counts once.
+        gpus: number of different GPUs.
+    """
+
+    cpu_seconds: float | None = None
+    available_cpu_seconds: float | None = None
+    memory_bytes: float | None = None
+    gpu_use: float | None = None
+    joules: float | None = None
+    gpus: int = 0
+
+
+def usage_path(attempt: Attempt, restarts: int, rank: int) -> Path:
+    """Return the file in which a task records its usage."""
+    return attempt.folder / "usage" / f"{restarts}-{rank}.json"
+
+
+def read_usage(attempt: Attempt) -> Usage:
+    """Return what an attempt used as far as its tasks have recorded it."""
+    records = [_numbers(read_record(path)) for path in sorted(attempt.folder.glob("usage/*-*.json"))]
+    records = [record for record in records if record]
+    memory: dict[tuple[Any, Any], float] = defaultdict(float)
+    gpus: dict[tuple[Any, ...], dict[str, float]] = {}
+    for record in records:
+        node = record["restarts"], record["host"]
+        memory[node] += record["memory_bytes"]
+        for uuid, measured in record["gpus"].items():
+            known = gpus.get((*node, uuid))
+            if known is None or measured["seconds"] > known["seconds"]:
+                gpus[(*node, uuid)] = measured
+    observed = [gpu for gpu in gpus.values() if "use" in gpu]
+    seconds = sum(gpu["seconds"] for gpu in observed)
+    joules = [gpu["joules"] for gpu in gpus.values() if "joules" in gpu]
+    return Usage(
+        cpu_seconds=sum(record["cpu_seconds"] for record in records) if records else None,
+        available_cpu_seconds=sum(r["cpus"] * r["seconds"] for r in records) if records else None,
+        memory_bytes=max(memory.values(), default=None),
+        gpu_use=sum(gpu["use"] * gpu["seconds"] for gpu in observed) / seconds if seconds else None,
+        joules=sum(joules) if joules else None,
+        gpus=len({key[1:] for key in gpus}),
+    )
+
+
+_NUMBERS = ("restarts", "seconds", "cpus", "cpu_seconds", "memory_bytes")
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without what is no finite number; empty if one that must exist is missing."""
+    if not all(_is_number(record.get(name)) for name in _NUMBERS):
+        return {}
+    found, gpus = {name: record[name] for name in _NUMBERS}, record.get("gpus")
+    found["host"] = str(record.get("host"))
+    found["gpus"] = {
+        str(uuid): {name: value for name, value in gpu.items() if _is_number(value)}
+        for uuid, gpu in (gpus.items() if isinstance(gpus, dict) else ())
+        if isinstance(gpu, dict) and _is_number(gpu.get("seconds"))
+    }
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
