@@ -73,7 +73,9 @@ def test_every_place_that_loads_or_executes_is_listed() -> None:
     assert len(found) > 30
     missing = {name: kinds for name, kinds in found.items() if listed().get(name) != kinds}
     assert not missing, f"add to the table of docs/security.md, with who could have written it: {missing}"
-    assert listed().keys() == found.keys(), "the table of docs/security.md lists a module that does none of it"
+    assert listed().keys() == found.keys(), (
+        "the table of docs/security.md lists a module that does none of it"
+    )
 
 
 def test_all_kinds_are_found(tmp_path: Path) -> None:

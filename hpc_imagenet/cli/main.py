@@ -92,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def print_error(error: UserError) -> int:
     """Print a user error in one line and return its exit code."""
-    from hpc_imagenet.io.printable import one_line  # it may quote a label, a reason or a file name
+    from hpc_imagenet.io.printable import error_line  # it may quote a label, a reason or a file name
 
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    print(f"error: {error_line(error)}", file=sys.stderr)
     return 2
 
 

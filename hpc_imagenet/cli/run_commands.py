@@ -18,7 +18,7 @@ from hpc_imagenet.cli.run_selection import (
     selected_rows,
 )
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.printable import one_line
+from hpc_imagenet.io.printable import error_line, one_line
 from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RunStore
 
 
@@ -98,7 +98,7 @@ def _cancel(store: RunStore, options: argparse.Namespace) -> int:
     if by_options and not any(status.active for status in state_of.values()):
         print("no run of yours that matches is queued or running")
     for other in errors[1:]:
-        print(f"error: {one_line(other)}", file=sys.stderr)
+        print(f"error: {error_line(other)}", file=sys.stderr)
     if errors:
         raise errors[0]
     return 0
@@ -122,7 +122,7 @@ def _retry(store: RunStore, options: argparse.Namespace) -> int:
     # One that cannot be continued must not keep the others of a selection from it.
     plan = plan_retry(store, runs, settings, options.again, leave_out=by_options)
     for error in plan.refused:
-        print(f"left out  {one_line(error)}", file=sys.stderr)
+        print(f"left out  {error_line(error)}", file=sys.stderr)
     for planned in plan.planned:
         print(f"{one_line(planned.run.id)}  {one_line(planned)}")
     if options.dry_run:

@@ -12,7 +12,7 @@ from hpc_imagenet.config.schema import STAGES, Config, Process, cluster_for
 from hpc_imagenet.config.setting import check_bounds, settings_of
 from hpc_imagenet.errors import UserError, did_you_mean
 
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # a folder name
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"  # a folder name: names of runs add to it
 
 
 def check_values(config: Config) -> None:
@@ -109,4 +109,4 @@ def _check_stage(config: Config, stage: str) -> None:
 
 def _check_folder_name(setting: str, value: str) -> None:
     if not re.fullmatch(_NAME, value):
-        raise UserError(f"{setting}={value} is not a folder name: use letters, digits, . _ and -")
+        raise UserError(f"{setting}={value} is not a folder name: use at most 100 letters, digits, . _ and -")

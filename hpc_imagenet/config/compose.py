@@ -16,6 +16,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -122,6 +123,8 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
             raise UserError(explain(error)) from None
         except OmegaConfBaseException as error:
             raise UserError(explain_value(error)) from None
+        except (ValueError, RecursionError, yaml.YAMLError) as error:  # such as a file that is not YAML
+            raise UserError(f"the settings cannot be read: {' '.join(str(error).split())}") from None
     sweep = _sweep_name(parsed)
     for config in composed:
         config.sweep = sweep if config.sweep is None else config.sweep

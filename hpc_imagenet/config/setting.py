@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import Field, field, fields, is_dataclass
@@ -85,6 +86,8 @@ def check_bounds(name: str, entry: Field[Any], value: Any) -> None:
     Raises:
         UserError: names the setting and its valid values.
     """
+    if isinstance(value, float) and not math.isfinite(value):  # it would pass every comparison below
+        raise UserError(f"{name}={value} is not a finite number")
     limits = entry.metadata
     if value is None or not limits:
         return

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.io.atomic_files import atomic_write
+from hpc_imagenet.io.printable import error_line
 
 ENTRY = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<u2"), ("shard", "<u2")])
 
@@ -37,12 +38,16 @@ def open_index(path: Path) -> Index:
         UserError: the file does not exist or is not an index.
     """
     try:
-        entries: Index = np.load(path, mmap_mode="r", allow_pickle=False)
+        entries: Index = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path}: no such index; create it with +stage=process") from None
-    except (ValueError, EOFError) as error:
-        # An index of zero images cannot be mapped, but an empty split is not a dataset either.
-        raise UserError(f"{path}: not an index ({error}); recreate it with +stage=process") from None
+    except OSError:
+        raise
+    except Exception as error:
+        # NumPy evaluates the header as Python, which raises many kinds of errors for a damaged one. An index
+        # of zero images cannot be mapped, but an empty split is not a dataset either.
+        reason = error_line(first_line(error))
+        raise UserError(f"{path}: not an index ({reason}); recreate it with +stage=process") from None
     if entries.dtype != ENTRY or entries.ndim != 1:
         raise UserError(
             f"{path}: not an index (dtype {entries.dtype}, {entries.ndim} dimensions); "

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.atomic_files import write_json
+from hpc_imagenet.io.atomic_files import decode_json, write_json
 
 FORMAT = 1
 FILE = "manifest.json"
+_HASH = re.compile(r"[a-z0-9]+:[0-9a-f]*")
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -105,32 +109,72 @@ def load_manifest(folder: Path) -> Manifest:
         UserError: the file is not a valid manifest.
     """
     path = folder / FILE
-    return parse_manifest(path.read_bytes(), path)
+    return parse_manifest(path.read_bytes(), path, outside=True)
 
 
-def parse_manifest(data: bytes, path: Path | str) -> Manifest:
+def parse_manifest(data: bytes, path: Path | str, outside: bool = False) -> Manifest:
     """Parse a manifest file.
 
     Args:
         data: contents of the file.
         path: its path or URL, for error messages.
+        outside: whether its files may lie outside its folder, as the archives of a dataset do. A datastore
+            may be written by others, and a fetch would write such a file anywhere.
 
     Raises:
         UserError: the contents are not a valid manifest.
     """
     try:
-        raw = json.loads(data)
+        raw = decode_json(data)
         if raw["format"] != FORMAT:
-            raise UserError(f"{path}: format {raw['format']}, but this version reads format {FORMAT}")
-        return Manifest(
-            name=raw["name"],
-            content=raw["content"],
-            created=raw["created"],
-            classes=tuple(ClassNames(c["wnid"], tuple(c["names"])) for c in raw["classes"]),
-            shards=tuple(File(**file) for file in raw["shards"]),
-            splits={k: Split(File(**s["index"]), s["images"]) for k, s in raw["splits"].items()},
-            files=tuple(File(**file) for file in raw["files"]),
-            provenance=raw["provenance"],
+            raise UserError(f"{path}: format {raw['format']!r}, but this version reads format {FORMAT}")
+        manifest = Manifest(
+            name=_checked(raw["name"], str),
+            content=_checked(raw["content"], str),
+            created=_checked(raw["created"], str),
+            classes=tuple(_class_names(c) for c in raw["classes"]),
+            shards=tuple(_file(file) for file in raw["shards"]),
+            splits={k: Split(_file(s["index"]), _count(s["images"])) for k, s in raw["splits"].items()},
+            files=tuple(_file(file) for file in raw["files"]),
+            provenance=_checked(raw["provenance"], dict),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a manifest ({error!r})") from None
+    paths = [file.path for file in manifest.all_files()]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"{path}: not a manifest (a file occurs twice)")
+    for name in paths:
+        if not outside and (name.startswith("/") or ".." in name.split("/")):
+            raise UserError(
+                f"{path}: its file {name!r} would be outside its folder; do not use this datastore"
+            )
+    return manifest
+
+
+def _checked(value: Any, kind: type[Value]) -> Value:
+    """Return a value of a manifest.
+
+    Raises:
+        TypeError: it has another type.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.60} instead of {kind.__name__}")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError(f"{value!r:.60} instead of a count")
+    return value
+
+
+def _file(raw: Any) -> File:
+    file = File(**raw)
+    _count(file.bytes)
+    if not _checked(file.path, str) or "\0" in file.path or not _HASH.fullmatch(_checked(file.hash, str)):
+        raise ValueError(f"{file.path!r:.60} is not a file with a hash")
+    return file
+
+
+def _class_names(raw: Any) -> ClassNames:
+    return ClassNames(_checked(raw["wnid"], str), tuple(_checked(name, str) for name in raw["names"]))

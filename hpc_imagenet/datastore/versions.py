@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_imagenet.datastore.backends.storage_backend import StorageBackend, StoredFile, SupportsRangeReads
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
 from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.io.atomic_files import decode_json
 
 if TYPE_CHECKING:  # imports packages that a transfer does not need
     from hpc_imagenet.config.schema import Datastore
@@ -343,7 +344,7 @@ def _read_file(backend: StorageBackend, path: str) -> tuple[bytes, str]:
 def parse_json_object(data: bytes | None) -> dict[str, Any]:
     """Parse a small JSON file of an upload; an empty dict if it is missing, damaged or not an object."""
     with contextlib.suppress(ValueError):
-        value = json.loads(data or b"{}")
+        value = decode_json(data or b"{}")
         if isinstance(value, dict):
             return value
     return {}

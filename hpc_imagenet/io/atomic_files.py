@@ -79,11 +79,27 @@ def write_json_once(path: Path, value: Any) -> bool:
 
 
 def read_json(path: Path) -> Any | None:
-    """Return the JSON value in `path`, or None if the file does not exist."""
+    """Return the JSON value in `path`, or None if the file does not exist.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
-        return json.loads(path.read_bytes())
+        return decode_json(path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+def decode_json(data: bytes | str) -> Any:
+    """Return the value of a JSON document.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or nested so deeply that Python cannot read it.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 class BackgroundWriteback:

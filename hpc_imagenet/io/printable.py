@@ -52,3 +52,23 @@ def one_line(value: object) -> str:
         return text
     text = printable(text)
     return text if text.isprintable() else " ".join(text.split())
+
+
+MAX_WORD, MAX_LINE = 300, 1500  # characters of an error line; a file name has at most 255 bytes
+_LONG_WORD = re.compile(rf"\S{{{MAX_WORD + 1},}}")
+
+
+def error_line(error: object) -> str:
+    """Return an error as one printable line, with long names and long lines cut in their middle.
+
+    A name may come from an archive or a server and have thousands of characters, which would hide what to
+    type instead.
+    """
+    line = _LONG_WORD.sub(lambda word: _cut(word[0], MAX_WORD), one_line(error))
+    return _cut(line, MAX_LINE) if len(line) > MAX_LINE else line
+
+
+def _cut(text: str, limit: int) -> str:
+    """Return the first and last third of `limit` characters, with the number of those left out between."""
+    kept = limit // 3
+    return f"{text[:kept]}[…{len(text) - 2 * kept:,} characters…]{text[-kept:]}"

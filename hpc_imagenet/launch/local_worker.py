@@ -19,13 +19,12 @@ from filelock import FileLock, Timeout
 from hpc_imagenet.cluster import dist_env, gpus
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.launch import local_queue, notification
 from hpc_imagenet.launch.error_logs import error_logs
 from hpc_imagenet.launch.start_task import start_command
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.task import Task
-from hpc_imagenet.runs.store import CANCELLED, FAILED, Attempt, Run, RunStore
+from hpc_imagenet.runs.store import CANCELLED, FAILED, Attempt, Run, RunStore, read_record
 from hpc_imagenet.stages import STAGES
 
 TICK = 0.2  # s
@@ -72,8 +71,13 @@ class Worker:
         # Sessions do not count as running: jobs submitted from a session would wait for its end.
         sessions: list[Attempt] = []
         for path in sorted(local_queue.queue_folder(self.store).glob("*.entry")):
-            entry = read_json(path)
-            if entry is None:
+            entry = read_record(path)
+            if not (isinstance(entry.get("run"), str) and isinstance(entry.get("attempt"), int)):
+                if path.exists():
+                    print(
+                        f"the entry {path.name} of the queue is damaged: removed", file=sys.stderr, flush=True
+                    )
+                    path.unlink(missing_ok=True)  # its run counts as never started, and can be retried
                 continue
             run = self.store.run(entry["run"])
             attempt = Attempt(run.folder / "attempts" / str(entry["attempt"]))
@@ -93,6 +97,7 @@ class Worker:
             else:
                 try:
                     run.check_format()
+                    run.frozen()  # a damaged config must not end the worker of all others
                 except UserError as error:
                     attempt.end(FAILED, str(error))
                     path.unlink()

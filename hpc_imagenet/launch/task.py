@@ -25,6 +25,7 @@ from hpc_imagenet.errors import EXIT_REQUEUE, PeerLost, Preempted, Superseded, U
 from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
 from hpc_imagenet.io.ownership import set_job_umask
+from hpc_imagenet.io.printable import error_line
 from hpc_imagenet.launch import local_queue
 from hpc_imagenet.launch.usage_recorder import UsageRecorder
 from hpc_imagenet.runs import lease
@@ -110,8 +111,9 @@ def run_task(run_folder: Path, number: int) -> dict[str, Any]:
 
 
 def _fail(attempt: Attempt, error: UserError) -> NoReturn:
-    attempt.end(FAILED, str(error))
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    line = error_line(error)
+    attempt.end(FAILED, line)
+    print(f"error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(1) from None
 
 

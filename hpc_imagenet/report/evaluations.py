@@ -22,7 +22,11 @@ def evaluations(store: RunStore, checkpoint: Path) -> list[dict[str, Any]]:
         found = [run for run in store.readable() if run.info.get("stage") == "evaluate"]
         rows = []
         for run in found:
-            settings, outcome = run.frozen().get("evaluate", {}), run.attempt and run.attempt.outcome
+            outcome = run.attempt and run.attempt.outcome
+            try:
+                settings = run.frozen().get("evaluate") or {}
+            except UserError:
+                continue
             if outcome and outcome.state == FINISHED and settings.get("fingerprint") == expected:
                 rows.append({"split": settings["split"], **(outcome.result or {})})
         return rows

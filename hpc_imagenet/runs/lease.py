@@ -13,6 +13,7 @@ import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpc_imagenet.errors import Superseded
 from hpc_imagenet.io.atomic_files import read_json, write_json
@@ -38,8 +39,8 @@ class Lease:
         Raises:
             Superseded: another start holds the lease.
         """
-        holder = read_json(self.path)
-        if holder is not None and holder["token"] != self.token:
+        holder = _holder(self.path)
+        if holder and holder["token"] != self.token:
             raise Superseded(
                 f"attempt {holder['attempt']}, started {holder['restarts'] + 1} times, has taken over on "
                 f"{holder['host']}"
@@ -57,8 +58,8 @@ def acquire(run_folder: Path, attempt: int) -> Lease:
         Superseded: the holder is newer: a later attempt, or a later restart of this one.
     """
     path, order = run_folder / LEASE_FILE, (attempt, restart_count())
-    holder = read_json(path)
-    if holder is not None and (holder["attempt"], holder["restarts"]) > order:
+    holder = _holder(path)
+    if holder and (holder["attempt"], holder["restarts"]) > order:
         raise Superseded(f"attempt {holder['attempt']} has taken over on {holder['host']}")
     token = uuid.uuid4().hex
     write_json(path, {"attempt": attempt, "restarts": order[1], "host": socket.gethostname(), "token": token})
@@ -67,5 +68,16 @@ def acquire(run_folder: Path, attempt: int) -> Lease:
 
 def is_holder(run_folder: Path, attempt: int) -> bool:
     """Whether the lease is held by this attempt and this restart of its job."""
-    holder = read_json(run_folder / LEASE_FILE)
-    return holder is not None and (holder["attempt"], holder["restarts"]) == (attempt, restart_count())
+    holder = _holder(run_folder / LEASE_FILE)
+    return bool(holder) and (holder["attempt"], holder["restarts"]) == (attempt, restart_count())
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """Return the content of a lease file; empty if there is none, or if a power failure left half of it."""
+    try:
+        holder = read_json(path)
+    except ValueError:
+        return {}
+    types = {"attempt": int, "restarts": int, "host": str, "token": str}
+    valid = isinstance(holder, dict) and all(isinstance(holder.get(key), types[key]) for key in types)
+    return holder if valid else {}

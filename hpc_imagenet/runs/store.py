@@ -247,8 +247,7 @@ class Run:
 
     def _own(self) -> dict[str, Any]:
         content = read_own(self.folder / "config.yaml", self.folder, f"{self.id} is not executed")
-        values: dict[str, Any] = yaml.load(content, Loader=_Loader)
-        return values
+        return self._parse(content)
 
     def cluster(self) -> Cluster:
         """Return the cluster settings of the run's stage; much faster than `config`."""
@@ -263,24 +262,42 @@ class Run:
         """
         try:
             return str(self.frozen()["cluster"]["executor"])
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
-            raise UserError(
-                f"{self.id}: {self.folder / 'config.yaml'} is missing or damaged: submit the run again, "
-                "which writes it anew"
-            ) from None
+        except (TypeError, KeyError):
+            raise self._damaged_config() from None
 
     def frozen(self) -> dict[str, Any]:
-        """Return the frozen config as plain values; another version of the package may have written it."""
-        with (self.folder / "config.yaml").open("rb") as file:
-            values: dict[str, Any] = yaml.load(file, Loader=_Loader)
-        return values
+        """Return the frozen config as plain values; another version of the package may have written it.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        try:
+            return self._parse((self.folder / "config.yaml").read_bytes())
+        except PermissionError:
+            raise
+        except OSError:
+            raise self._damaged_config() from None
 
     def readable_config(self) -> dict[str, Any]:
         """Return the frozen config as plain values; empty if it is missing or damaged."""
-        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
-            values = self.frozen()
-            return values if isinstance(values, dict) else {}
+        with contextlib.suppress(OSError, UserError):
+            return self.frozen()
         return {}
+
+    def _parse(self, content: bytes) -> dict[str, Any]:
+        try:
+            values = yaml.load(content, Loader=_Loader)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise self._damaged_config() from None
+        if not isinstance(values, dict):
+            raise self._damaged_config()
+        return values
+
+    def _damaged_config(self) -> UserError:
+        return UserError(
+            f"{self.id}: {self.folder / 'config.yaml'} is missing or damaged: submit the run again, which "
+            "writes it anew"
+        )
 
     def attempts(self) -> list[Attempt]:
         """Return all attempts, oldest first."""

@@ -78,7 +78,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     if not all(_is_up_to_date(folder, expected, config) for expected in archives):
         source = open_source(config)
         if any(expected.md5 is None for expected in archives):
-            sums = parse_sums(source.text(MD5SUMS_FILE) or "")
+            sums = parse_sums(source.text(MD5SUMS_FILE) or "", origin_of(config.dataset))
             archives = expected_archives(config.dataset, sums)
         downloaded = _fetch_missing(archives, folder, source, config, progress)
     labelled_images_source.remove_upright_copies(folder)

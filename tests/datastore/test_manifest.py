@@ -1,14 +1,25 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_imagenet.datastore.manifest import FILE, ClassNames, File, Manifest, Split, load_manifest
+from hpc_imagenet.datastore.manifest import (
+    FILE,
+    ClassNames,
+    File,
+    Manifest,
+    Split,
+    load_manifest,
+    parse_manifest,
+)
 from hpc_imagenet.errors import UserError
 
-files = st.builds(File, path=st.text(), bytes=st.integers(0, 2**50), hash=st.text())
+paths = st.text(min_size=1).filter(lambda path: "\0" not in path)
+hashes = st.from_regex(r"[a-z0-9]+:[0-9a-f]*", fullmatch=True)
+files = st.builds(File, path=paths, bytes=st.integers(0, 2**50), hash=hashes)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -24,7 +35,7 @@ manifests = st.builds(
     splits=st.dictionaries(st.text(), st.builds(Split, files, st.integers(0, 2**32)), max_size=3),
     files=st.lists(files, max_size=3).map(tuple),
     provenance=st.dictionaries(st.text(), values, max_size=3),
-)
+).filter(lambda manifest: len({file.path for file in manifest.all_files()}) == len(manifest.all_files()))
 
 
 @given(manifest=manifests)
@@ -61,3 +72,47 @@ def test_newer_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps({"format": 2}))
     with pytest.raises(UserError, match="format 2, but this version reads format 1"):
         load_manifest(tmp_path)
+
+
+def sound() -> dict[str, Any]:
+    file = {"path": "train.npy", "bytes": 1, "hash": "sha256:00"}
+    rest: dict[str, Any] = {"classes": [], "shards": [], "files": [], "provenance": {}}
+    splits = {"train": {"index": file, "images": 1}}
+    return {"format": 1, "name": "x", "content": "c", "created": "2020", "splits": splits, **rest}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": 1},
+        {"content": None},
+        {"provenance": []},
+        {"classes": [{"wnid": 1, "names": []}]},
+        {"classes": [{"wnid": "x", "names": [1]}]},
+        {"shards": [{"path": "a", "bytes": -1, "hash": "md5:00"}]},
+        {"shards": [{"path": "a", "bytes": "1", "hash": "md5:00"}]},
+        {"shards": [{"path": "a", "bytes": 1, "hash": "md5:../../x"}]},
+        {"shards": [{"path": "", "bytes": 1, "hash": "md5:00"}]},
+        {"shards": [{"path": "train.npy", "bytes": 1, "hash": "md5:00"}]},
+        {"splits": {"train": {"index": {"path": "a", "bytes": 1, "hash": "md5:00"}, "images": -1}}},
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(changes: dict[str, Any]) -> None:
+    parse_manifest(json.dumps(sound()).encode(), "x")
+    with pytest.raises(UserError, match="not a manifest"):
+        parse_manifest(json.dumps({**sound(), **changes}).encode(), "x")
+
+
+def test_deeply_nested_manifest_is_refused() -> None:
+    with pytest.raises(UserError, match="nested too deeply"):
+        parse_manifest(b"[" * 100_000, "x")
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x"])
+def test_only_a_dataset_may_have_files_outside_its_folder(tmp_path: Path, path: str) -> None:
+    """`datastores fetch` would write a datastore's file there."""
+    changed = {**sound(), "shards": [{"path": path, "bytes": 1, "hash": "md5:00"}]}
+    with pytest.raises(UserError, match="would be outside its folder"):
+        parse_manifest(json.dumps(changed).encode(), "x")
+    (tmp_path / FILE).write_text(json.dumps(changed))
+    assert load_manifest(tmp_path).shards[0].path == path

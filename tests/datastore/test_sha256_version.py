@@ -98,7 +98,9 @@ def test_it_is_fetched_and_staged(workspace: Path) -> None:
         assert images(reader) == expected
     (cache,) = (workspace / "scratch").iterdir()
     assert sorted(path.name for path in cache.glob("sha256-*")) == sorted(
-        name for shard in entry.manifest.shards for name in _cached(shard.hash)  # type: ignore[union-attr]
+        name
+        for shard in entry.manifest.shards
+        for name in _cached(shard.hash)  # type: ignore[union-attr]
     )
 
 

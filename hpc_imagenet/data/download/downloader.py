@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpc_imagenet.data.download.download_retry import MAX_RETRY_AFTER, DownloadRetry
-from hpc_imagenet.data.download.expected import ExpectedArchive, check_first_bytes
+from hpc_imagenet.data.download.expected import TEXT_LIMIT, ExpectedArchive, check_first_bytes
 from hpc_imagenet.data.download.file_type import is_html
 from hpc_imagenet.data.download.partial_file import PartialFile, allocated_bytes
 from hpc_imagenet.data.download.range_scheduler import SIZES, RangeClaim, RangeScheduler, TransferSizes
@@ -30,6 +30,7 @@ from hpc_imagenet.data.sources.range_source import (
 )
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk
+from hpc_imagenet.io.printable import error_line
 from hpc_imagenet.io.tar_header import BLOCK
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ FIRST_REQUEST = 1 << 16  # bytes of the first request
 LATENCY_FACTOR = 20  # a range is sized so that it takes this many times the latency of its request
 MIN_RATE = 1000  # bytes per second
 MAX_CONNECTION_FAILURES = 3  # in a row, while other connections progress, before a connection is retired
-TEXT_LIMIT = 1 << 20  # bytes of a small text file
 
 
 class Downloader:
@@ -97,10 +97,18 @@ class Downloader:
                         content += data
             except TransientError as error:
                 retry.wait_or_raise(error)
-            except (NotAvailable, ContentChanged):
+            except ContentChanged:
+                return None
+            except NotAvailable as error:
+                # S3 also answers 403 for a file that does not exist, so this cannot be an error.
+                if error.status not in (404, 410):
+                    _warn_unread(self.source.url(file), str(error))
                 return None
             else:
-                return None if is_html(content) else content.decode("utf-8", "replace")
+                if is_html(content):
+                    _warn_unread(self.source.url(file), "an HTML page")
+                    return None
+                return content.decode("utf-8", "replace")
 
     def size(self, expected: ExpectedArchive) -> int | None:
         """Return the size of an archive in bytes; None if the source does not report it."""
@@ -211,6 +219,8 @@ class Transfer:
         except ContentChanged:
             pass  # an empty file has no ranges
         with self._source.open(self._expected.file) as response:
+            if response.ranged:
+                raise TransientError("the server sent a range although the whole file was requested")
             self._start(response)
 
     def _start(self, response: Response) -> None:
@@ -228,6 +238,7 @@ class Transfer:
             first += data
         if origin.total is not None and len(first) < min(BLOCK, origin.total):
             raise TransientError("the connection ended early")
+        _check_total(len(first), origin)
         check_first_bytes(first, expected, self._url, self._downloader.hint)
         disk.require_free_space(
             part.target.parent,
@@ -239,6 +250,7 @@ class Transfer:
         rate_limiter = self._downloader.rate_limiter
         while data := response.read(rate_limiter.chunk_size(self._sizes.read)):
             rate_limiter.consume(len(data))
+            _check_total(at + len(data), origin)
             at = self._write(at, data)
             self._progress(at)
             part.save_state(if_due=True)
@@ -387,3 +399,19 @@ def _no_resume_reason(origin: Origin | None) -> str:
     if origin is not None and origin.validator is None:
         return "the server sends no ETag or date, which resuming needs"
     return "the server cannot resume"
+
+
+def _check_total(size: int, origin: Origin) -> None:
+    """Raise if a server has sent more bytes than it announced: such a download would never be complete.
+
+    Raises:
+        TransientError: another server behind the same address may announce it correctly.
+    """
+    if origin.total is not None and size > origin.total:
+        raise TransientError(f"the server sent more than the {origin.total} bytes that it announced")
+
+
+def _warn_unread(url: str, reason: str) -> None:
+    print(
+        f"warning: {error_line(url)} cannot be read ({reason}): archives are not compared with it", flush=True
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.download.file_type import describe_content, is_html
+from hpc_imagenet.data.ilsvrc.devkit import MAX_UNPACKED
 from hpc_imagenet.data.ilsvrc.labels_file import parse_labels
 from hpc_imagenet.data.tar import tar_reader
 from hpc_imagenet.datastore.file_hash import hash_file
@@ -22,6 +23,7 @@ from hpc_imagenet.io.tar_header import BLOCK
 
 MD5SUMS_FILE = "md5sums"  # beside the archives, in the output format of the command md5sum
 CHUNK = 1 << 20  # bytes
+TEXT_LIMIT = 1 << 20  # bytes that are read of a small text file
 
 # `<32 hex digits>  <name>`; ` *` instead of the two spaces for a file that was read in binary mode.
 _MD5SUM_LINE = re.compile(r"([0-9a-fA-F]{32}) [ *](.+)")
@@ -82,10 +84,43 @@ def expected_archives(dataset: Dataset, sums: dict[str, str]) -> list[ExpectedAr
     return result
 
 
-def parse_sums(text: str) -> dict[str, str]:
-    """Parse the output of `md5sum` into file name → MD5 in hex; other lines are ignored."""
-    matches = (_MD5SUM_LINE.fullmatch(line.strip()) for line in text.splitlines())
-    return {match[2].rsplit("/", 1)[-1]: match[1].lower() for match in matches if match}
+def parse_sums(text: str, source: str) -> dict[str, str]:
+    """Parse the output of `md5sum` into file name → MD5 in hex; empty lines and comments (#) are ignored.
+
+    Args:
+        text: contents of the file md5sums.
+        source: dataset.source, for errors.
+
+    Raises:
+        UserError: a line is not of this format, or gives a file a second MD5: archives that the file is
+            meant to pin would pass unchecked.
+    """
+    if len(text) >= TEXT_LIMIT:
+        raise UserError(
+            f"dataset.source={source}: its {MD5SUMS_FILE} has more than {TEXT_LIMIT} characters; keep the "
+            "lines of its archives only"
+        )
+    sums: dict[str, str] = {}
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = _MD5SUM_LINE.fullmatch(line)
+        name = match[2].rsplit("/", 1)[-1] if match else ""
+        if not match or sums.get(name, match[1].lower()) != match[1].lower():
+            problem = f"has another MD5 of {name} than before" if match else "is not a line of md5sum"
+            where = f"dataset.source={source}: line {number} of its {MD5SUMS_FILE}"
+            raise UserError(
+                f"{where}, {_start_of(line)}, {problem}; "
+                f"write the file anew with md5sum *.tar *.tar.gz > {MD5SUMS_FILE}, or set the MD5 of every "
+                "archive, such as dataset.archives.train.md5"
+            )
+        sums[name] = match[1].lower()
+    return sums
+
+
+def _start_of(line: str) -> str:
+    return repr(line if len(line) <= 40 else line[:40] + "…")
 
 
 def new_md5() -> hashlib._Hash:
@@ -149,8 +184,11 @@ def check_complete(path: Path, expected: ExpectedArchive, md5: str, name: str) -
         elif expected.md5 is None and expected.gzip:
             try:
                 with gzip.open(file.name) as plain:
-                    while plain.read(CHUNK):
-                        pass
+                    unpacked = 0
+                    while data := plain.read(CHUNK):
+                        unpacked += len(data)
+                        if unpacked > MAX_UNPACKED:
+                            raise OSError(f"more than {MAX_UNPACKED >> 20} MiB when it is unpacked")
             except (EOFError, zlib.error, OSError) as error:
                 raise UserError(f"{name}: damaged or truncated ({error})") from None
         elif expected.md5 is None:

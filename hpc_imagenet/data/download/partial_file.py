@@ -10,13 +10,14 @@ from __future__ import annotations
 import bisect
 import contextlib
 import fcntl
-import json
 import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 from hpc_imagenet.data.sources.range_source import Origin
 from hpc_imagenet.errors import UserError
@@ -193,15 +194,9 @@ class PartialFile:
 
     def _load_state(self) -> None:
         size = os.fstat(self.file).st_size
-        state = None
-        with contextlib.suppress(json.JSONDecodeError):
-            state = read_json(self._state_path)
         try:
-            spans = [[int(begin), int(end)] for begin, end in state.pop("spans")] if state else []
-            self.origin = Origin(**state) if state else None
-        except (TypeError, ValueError, KeyError, AttributeError):
-            spans, self.origin = [], None
-        if not spans or self.origin is None or spans[-1][1] > min(size, self.origin.total or size):
+            self.origin, spans = _read_state(read_json(self._state_path), size)
+        except ValueError:
             os.ftruncate(self.file, 0)  # without a valid state file the bytes cannot be trusted
             spans, self.origin = [], None
         self._spans, self._saved_spans = spans, [list(span) for span in spans]
@@ -230,6 +225,37 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _read_state(state: Any, size: int) -> tuple[Origin, list[list[int]]]:
+    """Return origin and spans from the contents of a state file.
+
+    Args:
+        state: JSON value, as `_state` returns it; None: there is no state file.
+        size: bytes of the partial file.
+
+    Raises:
+        ValueError: it is damaged, or does not fit the partial file.
+    """
+    if not isinstance(state, dict):
+        raise ValueError("no state")
+    found = state.pop("spans", None)
+    types = {"url": str, "etag": (str, NoneType), "modified": (str, NoneType), "total": (int, NoneType)}
+    valid = state.keys() == {*types, "ranges"} and all(isinstance(state[key], types[key]) for key in types)
+    if not valid or type(state["ranges"]) is not bool or not isinstance(found, list) or not found:
+        raise ValueError("a wrong type")
+    end, total = -1, state["total"]
+    for span in found:
+        if (
+            not isinstance(span, list)
+            or [type(at) for at in span] != [int, int]
+            or not end < span[0] < span[1]
+        ):
+            raise ValueError("spans are not sorted, or adjacent")
+        end = span[1]
+    if end > (size if total is None else min(size, total)):
+        raise ValueError("more bytes than the file has")
+    return Origin(**state), found
 
 
 def _state(origin: Origin, spans: list[list[int]]) -> dict[str, object]:

@@ -6,7 +6,6 @@ imports only the standard library, because the login node reads receipts before 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -33,7 +32,9 @@ def load_receipt(path: Path) -> Receipt | None:
     try:
         receipt = Receipt(**(read_json(_receipt_path(path)) or {}))
         stat = path.stat()
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    if not all(isinstance(value, str) for value in (receipt.md5, receipt.source, receipt.verified)):
         return None
     return receipt if (stat.st_size, stat.st_mtime_ns) == (receipt.bytes, receipt.mtime_ns) else None
 

@@ -8,23 +8,30 @@ indices of the wnids in alphabetical order. Source: the kit's readme.txt, and to
 
 from __future__ import annotations
 
+import gzip
 import io
 import re
 import tarfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hpc_imagenet.data.download.file_type import describe_content
 from hpc_imagenet.data.ilsvrc.labels_file import LabelsFile, class_id, parse_labels
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.mat_file import read_mat
 from hpc_imagenet.io.printable import escape_name
 
 META = "data/meta.mat"
 TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 # A wnid is also used as a folder name.
 WNID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_ID = re.compile(r"[0-9]{1,9}")
+
+# bytes of an unpacked kit, and of one of its files: ILSVRC2012's have 10 MB and 0.3 MB. A gzip file can hold
+# a thousand times its size in zeros.
+MAX_UNPACKED, _MAX_FILE = 256 << 20, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,13 @@ def read_devkit(path: Path) -> Devkit:
     names, wnid_of = _classes(meta, path)
     val_wnids = []
     for number, line in enumerate(truth.decode("ascii", "replace").split("\n"), 1):
-        if not line.strip():
+        line = line.strip()
+        if not line:
             continue
-        if not line.strip().isdigit() or int(line) not in wnid_of:
+        if not _ID.fullmatch(line) or int(line) not in wnid_of:
+            text = f"{line!r:.60}"
             raise UserError(
-                f"{path}: {TRUTH} line {number} is {line.strip()!r}, which is not the id of a class in {META}"
+                f"{path}: {TRUTH} line {number} is {text}, which is not the id of a class in {META}"
             )
         val_wnids.append(wnid_of[int(line)])
     return Devkit(names, wnid_of, val_wnids)
@@ -85,15 +94,20 @@ def _from_labels(labels: LabelsFile) -> Devkit:
 def _unpack(path: Path) -> tuple[bytes, bytes]:
     found: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with gzip.open(path) as unpacked, tarfile.open(fileobj=_Limited(unpacked), mode="r|") as archive:
             for member in archive:
                 for name in (META, TRUTH):
                     if member.isreg() and f"/{member.name}".endswith(f"/{name}"):
+                        if member.size > _MAX_FILE:
+                            raise tarfile.TarError(f"{name} has {member.size} bytes")
                         file = archive.extractfile(member)
                         found[name] = file.read() if file else b""
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; submit +stage=download to fetch it") from None
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except PermissionError:
+        raise
+    # tarfile raises ValueError and its subclasses for some damaged headers.
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
         with path.open("rb") as raw:
             content = describe_content(raw.read(512))
         problem = f"damaged ({error})" if content == "a gzip file" else content
@@ -106,16 +120,33 @@ def _unpack(path: Path) -> tuple[bytes, bytes]:
     return found[META], found[TRUTH]
 
 
-def _classes(meta: bytes, path: Path) -> tuple[dict[str, tuple[str, ...]], dict[int, str]]:
-    # Imported here: importing scipy.io takes 0.2 s, and the tar scan does not need it.
-    import numpy as np
-    from scipy.io import loadmat
+class _Limited(io.RawIOBase):
+    """The start of an unpacked kit.
 
+    Raises:
+        tarfile.TarError: from a read beyond `MAX_UNPACKED` bytes.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._left = file, MAX_UNPACKED
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes."""
+        data = self._file.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
+        self._left -= len(data)
+        if self._left < 0:
+            raise tarfile.TarError(f"more than {MAX_UNPACKED >> 20} MiB when it is unpacked")
+        return data
+
+
+def _classes(meta: bytes, path: Path) -> tuple[dict[str, tuple[str, ...]], dict[int, str]]:
     try:
-        rows: Any = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         # By position, as torchvision reads them: ILSVRC2012_ID, WNID, words, gloss, num_children.
+        rows: Any = [list(row.values()) for row in read_mat(meta, META)["synsets"]]
         leaves = [(int(row[0]), str(row[1]), str(row[2])) for row in rows if int(row[4]) == 0]
-    except Exception as error:  # scipy raises many kinds of errors for invalid files
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: {META} has no readable table `synsets` ({error!r})") from None
     if not leaves:
         raise UserError(f"{path}: {META} has no class: every synset has children")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import decode_json
 from hpc_imagenet.io.printable import UNPRINTABLE, escape_name, percent_encoded
 
 FORMAT = 1
@@ -71,20 +72,36 @@ def parse_labels(data: bytes, path: Path) -> LabelsFile:
         UserError: not a labels.json, or inconsistent.
     """
     try:
-        raw: Any = json.loads(data)
+        raw: Any = decode_json(data)
         if raw.pop("format") != FORMAT:
             raise ValueError("unknown format")
-        lists: Any = {key: tuple(raw.pop(key)) for key in ("classes", "val", "test", "reencoded")}
+        lists: Any = {
+            key: tuple(_list_of(kind, raw.pop(key)))
+            for key, kind in (("classes", str), ("val", int), ("test", int), ("reencoded", str))
+        }
         found = LabelsFile(**lists, **raw)
         labels = range(len(found.classes))
         if not all(label in labels for label in (*found.val, *found.test)):
             raise ValueError("a label without a class")
+        _list_of(int, [found.oriented, *found.skipped.values()])
+        _list_of(str, [found.layout, *found.skipped])
         ids = [class_id(name) for name in found.classes]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a labels.json of this package ({error!r})") from None
     if not ids or len(set(ids)) < len(ids):
         raise UserError(f"{path}: {'a class occurs twice' if ids else 'it has no class'}")
     return found
+
+
+def _list_of(kind: type, values: Any) -> list[Any]:
+    """Return a list of a labels.json.
+
+    Raises:
+        TypeError: it is not a list of this type.
+    """
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise TypeError(f"a value that is not of type {kind.__name__}")
+    return values
 
 
 def class_id(name: str) -> str:

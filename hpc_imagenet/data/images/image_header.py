@@ -20,6 +20,10 @@ from hpc_imagenet.data.images import jpeg_header
 
 HEAD = 1024  # bytes parsed first: holds the header unless there is a long Exif segment
 
+# px of an image: a header that claims more is corrupt. From here on Pillow refuses to decode, so that a
+# header check and a decode check agree, and no training allocates 13 GB for a header of 65,500 x 65,500 px.
+MAX_PIXELS = 178_956_970
+
 # One entry per image. `marks` holds the flag bits below; stored scans and receipts use that name.
 FACTS = np.dtype([("width", "<u2"), ("height", "<u2"), ("marks", "u1")])
 PNG, OTHER, GREY, CMYK, PROGRESSIVE, ROTATED, CORRUPT, TILED = (1 << bit for bit in range(8))
@@ -58,12 +62,19 @@ def peek(head: bytes, tail: bytes) -> ImageInfo | None:
         head: the first `HEAD` bytes of the file, or all bytes of a shorter file.
         tail: the last bytes of the file.
     """
+    info = _peek(head, tail)
+    if info and info.width * info.height > MAX_PIXELS:
+        return ImageInfo(0, 0, CORRUPT)
+    return info and _clipped_info(*info)
+
+
+def _peek(head: bytes, tail: bytes) -> ImageInfo | None:
     if head.startswith(jpeg_header.SOI):
         return _peek_jpeg(head) if jpeg_header.has_end_marker(tail) else None
-    if head[:8] == _PNG and tail[-8:] == _PNG_END and head[12:16] == b"IHDR":
+    if len(head) > 25 and head[:8] == _PNG and tail[-8:] == _PNG_END and head[12:16] == b"IHDR":
         grey = GREY if head[25] in _PNG_GREY else 0
         width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-        return _clipped_info(width, height, PNG | grey)
+        return ImageInfo(width, height, PNG | grey)
     return None
 
 
@@ -101,7 +112,8 @@ def peek_many(
     flags = np.where(components == 1, GREY, np.where(components == 3, 0, CMYK))
     flags |= np.where(data[frames + 1] & 3 == 2, PROGRESSIVE, 0)  # C2, C6, CA and CE
     facts["height"][rows], facts["width"][rows], facts["marks"][rows] = height, width, flags
-    facts[rows[(height == 0) | (width == 0)]] = 0
+    pixels = height.astype(np.int64) * width
+    facts[rows[(pixels == 0) | (pixels > MAX_PIXELS)]] = 0  # left to `peek`
     return facts
 
 

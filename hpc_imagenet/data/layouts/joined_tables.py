@@ -7,6 +7,7 @@ from pathlib import Path
 from hpc_imagenet.data.layouts.folder_tree import Folder
 from hpc_imagenet.data.layouts.label_table import Table, load_mat, read_text
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.mat_file import flat
 
 _CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
 _FLOWERS = ("imagelabels.mat", "setid.mat")
@@ -49,14 +50,14 @@ def _read_cub(root: Path, folder: str) -> Table:
 
 def _read_flowers(root: Path, folder: str) -> Table:
     try:
-        labels = load_mat(root / folder / "imagelabels.mat")["labels"].ravel()
+        labels = flat(load_mat(root / folder / "imagelabels.mat")["labels"])
         sets = load_mat(root / folder / "setid.mat")
         rows = [
             [f"image_{number:05d}", str(labels[number - 1]), split]
             for split, key in (("train", "trnid"), ("val", "valid"), ("test", "tstid"))
-            for number in sets[key].ravel()
+            for number in map(int, flat(sets[key]))
         ]
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, TypeError, OverflowError):
         raise UserError(
             f"{root / folder}: imagelabels.mat and setid.mat do not match; fetch them again"
         ) from None

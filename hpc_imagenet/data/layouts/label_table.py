@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from posixpath import splitext
 from typing import Any
 
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import decode_json
+from hpc_imagenet.io.mat_file import flat, read_mat
 
 TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".txt", ".lst", ".jsonl", ".json", ".mat")
 _SAMPLE = 100  # lines that decide how a list is read
@@ -81,17 +82,17 @@ def read_table(root: Path, path: str, is_image: IsImage) -> Table | None:
     if ending == ".mat":
         try:
             return _table(path, _read_mat(file))
-        except (UserError, ValueError, KeyError, TypeError):  # damaged, or of another form
+        except (UserError, ValueError, KeyError, TypeError, OverflowError):  # damaged, or of another form
             return None
     if ending == ".json":
         try:
-            return _table(path, _json_rows(json.loads(read_text(file))))
+            return _table(path, _json_rows(decode_json(read_text(file))))
         except (ValueError, KeyError, TypeError):  # not JSON, or of another form
             return None
     if ending == ".jsonl":
         try:
             return _table(
-                path, _objects([json.loads(line) for line in read_text(file).splitlines() if line.strip()])
+                path, _objects([decode_json(line) for line in read_text(file).splitlines() if line.strip()])
             )
         except ValueError:
             return None
@@ -220,12 +221,10 @@ def _coco(data: dict[str, Any]) -> Rows:
 def _read_mat(file: Path) -> Rows | None:
     data = load_mat(file)
     if "file_list" in data and "labels" in data:  # Stanford Dogs
-        return _pairs(data["file_list"], data["labels"])
-    annotations = data.get("annotations")
-    fields: Iterable[str] = getattr(getattr(annotations, "dtype", None), "names", None) or ()
-    if annotations is not None and "fname" in fields:  # Stanford Cars
-        rows = annotations.ravel()
-        if "class" not in fields:
+        return _pairs(flat(data["file_list"]), flat(data["labels"]))
+    rows = data.get("annotations")
+    if isinstance(rows, list) and rows and isinstance(rows[0], dict) and "fname" in rows[0]:  # Stanford Cars
+        if "class" not in rows[0]:
             return [["file"], *([str(row["fname"])] for row in rows)]
         names = _cars_names(file)
         labels = [int(row["class"]) for row in rows]
@@ -236,7 +235,7 @@ def _read_mat(file: Path) -> Rows | None:
 def _cars_names(file: Path) -> dict[int, str]:
     for meta in (file.parent / "cars_meta.mat", file.parent / "devkit" / "cars_meta.mat"):
         if meta.is_file():
-            return {number: str(name) for number, name in enumerate(load_mat(meta)["class_names"].ravel(), 1)}
+            return {number: str(name) for number, name in enumerate(flat(load_mat(meta)["class_names"]), 1)}
     return {}
 
 
@@ -246,14 +245,9 @@ def _pairs(files: Iterable[Any], labels: Iterable[Any]) -> Rows:
 
 
 def load_mat(file: Path) -> dict[str, Any]:
-    """Return the variables of a MATLAB file.
+    """Return the variables of a MATLAB file, see `mat_file.read_mat`.
 
     Raises:
         UserError: it is not one that scipy reads.
     """
-    from scipy.io import loadmat  # importing it takes 0.2 s
-
-    try:
-        return dict(loadmat(file, squeeze_me=True))
-    except Exception as error:  # scipy raises many kinds of errors for invalid files
-        raise UserError(f"{file} is not a readable MATLAB file ({error})") from None
+    return read_mat(file.read_bytes(), str(file))

@@ -142,6 +142,9 @@ def _verify_indexes(folder: Path, manifest: Manifest, report: VerifyReport) -> d
             continue
         if len(entries) != split_info.images:
             report.problems.append(f"{path} has {len(entries)} images instead of {split_info.images}")
+        if not len(entries) or not manifest.shards:
+            report.problems.append(f"{path}: without images, or without shards")
+            continue
         sizes = np.array([shard.bytes for shard in manifest.shards], np.uint64)
         known = entries["shard"] < len(sizes)
         ends = entries["offset"] + entries["length"]

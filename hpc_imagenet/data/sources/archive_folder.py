@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpc_imagenet.data.download import receipt
-from hpc_imagenet.data.download.expected import ExpectedArchive, check_complete, md5_of_file, quarantine
+from hpc_imagenet.data.download.expected import (
+    TEXT_LIMIT,
+    ExpectedArchive,
+    check_complete,
+    md5_of_file,
+    quarantine,
+)
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import sync_folder
 
@@ -27,11 +33,23 @@ class ArchiveFolder:
         self._source = source
 
     def text(self, file: str) -> str | None:
-        """Return the content of a small text file; None if it does not exist."""
+        """Return the first 1 MiB of a small text file; None if it does not exist.
+
+        Raises:
+            UserError: it is not a readable file.
+        """
+        path = self._folder / file
         try:
-            return (self._folder / file).read_text(errors="replace")
+            if not path.is_file() and path.exists():
+                raise UserError(f"{path} is not a file: remove or rename it")
+            with path.open(errors="replace") as text:
+                return text.read(TEXT_LIMIT)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except PermissionError:
+            raise
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
     def size(self, expected: ExpectedArchive) -> int | None:
         """Return the size of an archive in bytes; None if it does not exist."""

@@ -110,9 +110,10 @@ class HttpSource:
                     remove_headers_on_redirect=["Authorization", "Cookie", *login],
                 ),
             )
-        except LocationValueError as error:
+        except (LocationValueError, ValueError) as error:  # ValueError: of urllib.parse, for a redirect
             raise UserError(
-                f"dataset.source={self.prefix}: not a valid URL ({error}); write https://HOST/FOLDER"
+                f"dataset.source={self.prefix}: not a valid URL, or a redirect to none ({error}); write "
+                "https://HOST/FOLDER"
             ) from None
         except HTTPError as error:
             reason = error.reason if isinstance(error, MaxRetryError) and error.reason else error
@@ -139,7 +140,8 @@ class _HttpResponse:
     def __init__(self, response: BaseHTTPResponse, url: str) -> None:
         self._response = response
         content_range = re.fullmatch(
-            r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip()
+            r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)",
+            response.headers.get("Content-Range", "").strip(),
         )
         self.ranged = response.status == 206
         self.content_type = response.headers.get("Content-Type", "")
@@ -193,17 +195,21 @@ def _is_loopback(host: str) -> bool:
 
 
 def _content_length(response: BaseHTTPResponse) -> int | None:
-    value = response.headers.get("Content-Length", "")
-    return int(value) if value.isdigit() else None
+    return _number(response.headers.get("Content-Length", ""))
+
+
+def _number(text: str) -> int | None:
+    """Return a number of ASCII digits below 10**18; None for anything else, such as `²` or 5,000 digits."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def _retry_after(response: BaseHTTPResponse) -> float | None:
     value = response.headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
+    if (seconds := _number(value)) is not None:
+        return float(seconds)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return None
 
 

@@ -59,6 +59,8 @@ class S3Source:
             reply = _require_length(self._client.get_object(**request))
         with contextlib.closing(reply["Body"]):
             response = _S3Response(reply, self.url(file))
+            if response.begin not in (begin, None):
+                raise TransientError("the S3 server sent another range than requested")
             if origin and not origin.matches(response.origin):
                 raise ContentChanged("the object has changed in the bucket")
             yield response
@@ -83,7 +85,8 @@ class S3Source:
             if status in (408, 429) or status >= 500:
                 wait = str(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
                 raise TransientError(
-                    f"the S3 server responded with status {status}", float(wait) if wait.isdigit() else None
+                    f"the S3 server responded with status {status}",
+                    float(wait) if re.fullmatch("[0-9]{1,18}", wait) else None,
                 ) from None
             raise NotAvailable(status) from None
         except (HTTPClientError, ConnectFailed) as error:
@@ -105,8 +108,11 @@ class _S3Response:
 
     def __init__(self, reply: dict[str, Any], url: str) -> None:
         self._body = reply["Body"]
-        content_range = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", reply.get("ContentRange", ""))
+        content_range = re.fullmatch(
+            r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", reply.get("ContentRange", "")
+        )
         self.ranged = content_range is not None
+        self.begin = int(content_range[1]) if content_range else None
         self.content_type = ""  # the type is chosen by the uploader, so it proves nothing
         self.end: int | None = int(content_range[2]) + 1 if content_range else reply["ContentLength"]
         total = int(content_range[3]) if content_range else reply["ContentLength"]

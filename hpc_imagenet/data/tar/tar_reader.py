@@ -150,6 +150,8 @@ def _checked_name(name: str, kind: int, records: dict[bytes, bytes], position: i
         raise UserError(f"{where}: {name} at byte {position} has the unknown type {chr(kind)!r}")
     if not name or name[0] == "/":
         raise UserError(f"{where}: the member at byte {position} has an absolute path ({name or 'no name'})")
+    if "\0" in name:  # only a pax path can have one; no file system does
+        raise UserError(f"{where}: the name of the member at byte {position} has a zero byte ({name})")
     if ".." in name and ".." in name.split("/"):
         raise UserError(f"{where}: the member at byte {position} would leave its folder ({name})")
     return posixpath.normpath(name) if "./" in name or "//" in name else name
@@ -170,7 +172,7 @@ def _parse_pax(text: bytes, position: int, where: str) -> dict[bytes, bytes]:
     records: dict[bytes, bytes] = {}
     while text and text[0]:
         size, _, _ = text.partition(b" ")
-        if not size.isdigit() or not 0 < int(size) <= len(text) or text[int(size) - 1] != 10:
+        if not _is_number(size) or not 0 < int(size) <= len(text) or text[int(size) - 1] != 10:
             raise UserError(f"{where}: damaged at byte {position}: unreadable pax records")
         key, _, value = text[len(size) + 1 : int(size) - 1].partition(b"=")
         records[key] = value
@@ -182,9 +184,14 @@ def _pax_size(records: dict[bytes, bytes], length: int, position: int, where: st
     size = records.get(b"size")
     if size is None:
         return length
-    if not size.isdigit():
+    if not _is_number(size):
         raise UserError(f"{where}: damaged at byte {position}: the pax size is not a number")
     return int(size)
+
+
+def _is_number(digits: bytes) -> bool:
+    """Whether these are decimal digits of a number below 10**18; Python refuses to read thousands of them."""
+    return digits.isdigit() and len(digits) <= 18
 
 
 def _check_end(descriptor: int, position: int, end: int, where: str) -> None:

@@ -23,6 +23,7 @@ import simplejpeg
 from PIL import Image
 
 from hpc_imagenet.data.images import pillow
+from hpc_imagenet.data.images.image_header import MAX_PIXELS
 from hpc_imagenet.data.images.jpeg_header import EOI, RST0, JpegHeader, has_end_marker, read_header
 from hpc_imagenet.training.loading.crop import Box
 
@@ -57,6 +58,8 @@ class EncodedImage:
         self.plain = self._frame is not None and not self._frame.rgb and has_end_marker(data)
         if self._frame:
             self.width, self.height = self._frame.width, self._frame.height
+            if self.width * self.height > MAX_PIXELS:  # the buffer of its pixels would take 13 GB
+                raise ValueError(f"{self.width} x {self.height} px, more than {MAX_PIXELS} in all")
         else:
             self._decoded = _pillow(data)
             self.width, self.height = self._decoded.size

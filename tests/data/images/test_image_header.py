@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,3 +101,35 @@ def test_inspect_accepts_arbitrary_bytes(noise: bytes, data: bytes, offset: int)
     assert isinstance(image_header.decode_error(damaged), str)
     if not info.flags & CORRUPT:
         assert info.width > 0
+
+
+def header_of(width: int, height: int) -> bytes:
+    """Return a JPEG that is whole but for its size, which is only in the header."""
+    data = bytearray(encoded(size=(64, 64)))
+    frame = data.find(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(data)
+
+
+def test_limit_of_pixels_is_that_of_pillow() -> None:
+    assert image_header.MAX_PIXELS == 2 * (Image.MAX_IMAGE_PIXELS or 0)
+
+
+@pytest.mark.parametrize("size", [(65_500, 65_500), (13_378, 13_378), (65_535, 2_731)])
+def test_header_of_too_many_pixels_is_corrupt(size: tuple[int, int]) -> None:
+    data = header_of(*size)
+    assert image_header.inspect(data) == ImageInfo(0, 0, CORRUPT)
+    assert "exceeds limit" in image_header.decode_error(data)
+    bytes_of = np.frombuffer(data, np.uint8)
+    facts = image_header.peek_many(bytes_of, np.array([0]), np.array([len(data)]))
+    assert facts["width"].tolist() == [0]  # left to `inspect`
+
+
+def test_largest_header_that_pillow_decodes_is_not_corrupt() -> None:
+    assert image_header.inspect(header_of(13_377, 13_377)) == ImageInfo(13_377, 13_377, 0)
+
+
+def test_png_header_of_too_many_pixels_is_corrupt() -> None:
+    data = bytearray(encoded("PNG"))
+    data[16:24] = (1 << 30).to_bytes(4, "big") * 2
+    assert image_header.inspect(bytes(data)) == ImageInfo(0, 0, CORRUPT)

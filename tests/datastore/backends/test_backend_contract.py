@@ -29,7 +29,9 @@ def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
     """Kind of backend, and its endpoint or RSYNC_RSH."""
-    with servers.storage_server(request.param, tmp_path_factory.mktemp(request.param.replace(", ", "-"))) as access:
+    with servers.storage_server(
+        request.param, tmp_path_factory.mktemp(request.param.replace(", ", "-"))
+    ) as access:
         yield request.param, access
 
 

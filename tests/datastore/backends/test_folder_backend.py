@@ -162,7 +162,9 @@ def test_source_modified_while_read_is_refused(
 
 def test_unknown_hash_algorithm_is_refused(target: Path, item: UploadFile) -> None:
     other = UploadFile(item.source, File("a.tar", 10_000, "crc:1"))
-    with pytest.raises(UserError, match=r"unknown hash 'crc:1' in the manifest: this version has blake3:…, sha256:…, md5:…"):
+    with pytest.raises(
+        UserError, match=r"unknown hash 'crc:1' in the manifest: this version has blake3:…, sha256:…, md5:…"
+    ):
         send([other], target, FUTURE, ignore)
 
 
