@@ -85,10 +85,12 @@ class Handle:
             TimeoutError: the run has not ended in time; it keeps running.
         """
         from hpc_imagenet.launch.states import state
+        from hpc_imagenet.launch.waiting import WaitingRuns
 
-        began = time.monotonic()
+        began, waiting = time.monotonic(), WaitingRuns()
         end = None if seconds is None else began + seconds
-        while (current := state(self._run, began)).active:
+        while not (current := state(self._run, began)).ended:
+            waiting.submit([self._run])
             if end is not None and time.monotonic() >= end:
                 raise TimeoutError(f"{self.id} is {current.name} after {seconds:g} s")
             time.sleep(_POLL_INTERVAL)

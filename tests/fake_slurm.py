@@ -20,7 +20,7 @@ echo Submitted batch job $((n + 1))
 """
 # squeue prints the rows in the file `queue`: job|state|restarts|exit code|reason.
 SQUEUE = """
-test ! -f $here/queue || awk -F'|' '{printf "%-48s%-24s%-12s%-12s%-160s\\n", $1, $2, $3, $4, $5}' $here/queue
+test ! -f $here/queue || awk -F'|' '{printf "%-48s%-24s%-12s%-160s%-12s\\n", $1, $2, $3, $5, $4}' $here/queue
 """
 SCONTROL = "echo 'Slurmctld(primary) at head is UP'"
 SCANCEL = 'echo "$@" >> $here/cancelled'

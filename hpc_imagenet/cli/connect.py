@@ -92,7 +92,12 @@ def wait_until_running(run: Run) -> tuple[Attempt, ConnectionInfo]:
     printed, begin = "", time.monotonic()
     while True:
         current, attempt = state(run, begin), run.attempt
-        if not current.active:
+        if current.waiting:
+            raise UserError(
+                f"{run.id} is not submitted yet ({current.reason}): when another job has ended, "
+                f"python -m hpc_imagenet resume {run.id}"
+            )
+        if current.ended:
             reason = f": {current.reason}" if current.reason else ""
             raise UserError(
                 f"{run.id} has ended ({current.name}{reason}): "

@@ -68,7 +68,7 @@ def _datastores(store: RunStore, options: argparse.Namespace) -> int:
 
 
 def used_by(store: RunStore, backend: StorageBackend) -> dict[str, list[str]]:
-    """Return the ids of the workspace's queued and running jobs that read images from a backend.
+    """Return the ids of the workspace's jobs that have not ended and read images from a backend.
 
     Keys are `name@vN`, or `name` for trainings whose version is not uploaded yet.
     """
@@ -76,7 +76,7 @@ def used_by(store: RunStore, backend: StorageBackend) -> dict[str, list[str]]:
     trainings = [run for run in store.all() if run.info.get("stage") in ("train", "evaluate")]
     state_of = states(trainings)
     for run in trainings:
-        if not state_of[run.id].active:
+        if state_of[run.id].ended:
             continue
         try:
             datastore = run.config().datastore

@@ -178,13 +178,15 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
     from hpc_imagenet.config.compose import compose
     from hpc_imagenet.config.stored_settings import add_stored_settings
     from hpc_imagenet.launch.longer import shorter_runs
+    from hpc_imagenet.launch.waiting import describe_waiting
     from hpc_imagenet.stages import STAGES
 
     overrides, reason = resolve_cluster(add_stored_settings(overrides))
     prepared = prepare(compose(overrides, multirun, config_dir))
     why = f" ({reason})" if reason else ""
-    sweep = f" · sweep: {prepared.first.sweep}" if prepared.first.sweep else ""
-    print(f"cluster: {prepared.executor}{why} · workspace: {prepared.first.workspace}{sweep}")
+    sweep = prepared.first.sweep
+    of_sweep = f" · sweep: {sweep}" if sweep else ""
+    print(f"cluster: {prepared.executor}{why} · workspace: {prepared.first.workspace}{of_sweep}")
     for line in shorter_runs(prepared.jobs, prepared.store):
         print(line)
     if prepared.first.dry_run:
@@ -195,6 +197,8 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
     submitted = prepared.submit()
     for entry in submitted:
         print(f"{entry.label:9}  {entry.run.id}  {entry.run.folder}", flush=True)
+    if line := describe_waiting(submitted, f"--sweep {sweep}" if sweep else ""):
+        print(line, flush=True)
     only_sessions = all(STAGES[job.stage].interactive for job in prepared.jobs)
     if prepared.in_background and only_sessions and prepared.first.wait:
         from hpc_imagenet.cli.connect import connect
@@ -205,7 +209,7 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
 
         return 0 if watch([entry.run for entry in submitted], terminal()) else 1
     commands = "connect RUN · pause RUN" if only_sessions else "logs RUN -f · cancel RUN · report"
-    jobs = f"jobs --sweep {prepared.first.sweep}" if prepared.first.sweep else "jobs"
+    jobs = f"jobs --sweep {sweep}" if sweep else "jobs"
     print(f"python -m hpc_imagenet {jobs} · {commands}")
     return 0
 

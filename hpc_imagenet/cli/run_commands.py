@@ -93,9 +93,9 @@ def _cancel(store: RunStore, options: argparse.Namespace) -> int:
         except UserError as error:  # the others are cancelled all the same
             errors.append(error)
         else:
-            if status.active or not by_options:
-                print(f"{'cancelled' if status.active else f'already {status.name}'}  {one_line(run.id)}")
-    if by_options and not any(status.active for status in state_of.values()):
+            if not status.ended or not by_options:
+                print(f"{f'already {status.name}' if status.ended else 'cancelled'}  {one_line(run.id)}")
+    if by_options and all(status.ended for status in state_of.values()):
         print("no run of yours that matches is queued or running")
     for other in errors[1:]:
         print(f"error: {error_line(other)}", file=sys.stderr)
@@ -108,6 +108,7 @@ def _retry(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.launch.longer import refuse_longer
     from hpc_imagenet.launch.retry_plan import plan_retry, send_retry
     from hpc_imagenet.launch.states import states
+    from hpc_imagenet.launch.waiting import describe_waiting
 
     settings = [word for word in options.runs if "=" in word]
     options.runs = [word for word in options.runs if "=" not in word]
@@ -116,9 +117,10 @@ def _retry(store: RunStore, options: argparse.Namespace) -> int:
         refuse_longer(runs[0], longer[0])
     if by_options:
         state_of = states(runs)
-        runs = [run for run in runs if state_of[run.id].name in (FAILED, CANCELLED)]
+        again = {key for key, each in state_of.items() if each.waiting or each.name in (FAILED, CANCELLED)}
+        runs = [run for run in runs if run.id in again]
         if not runs:
-            print("no run that matches has failed or was cancelled")
+            print("no run that matches has failed, was cancelled or waits")
     # One that cannot be continued must not keep the others of a selection from it.
     plan = plan_retry(store, runs, settings, options.again, leave_out=by_options)
     for error in plan.refused:
@@ -128,8 +130,12 @@ def _retry(store: RunStore, options: argparse.Namespace) -> int:
     if options.dry_run:
         print("nothing was submitted (--dry-run)")
         return 0
-    for entry in send_retry(store, plan):
+    entries = send_retry(store, plan)
+    for entry in entries:
         print(f"{entry.label}  {one_line(entry.run.id)}")
+    command = f"--sweep {options.sweep}" if options.sweep else ""
+    if line := describe_waiting(entries, command):
+        print(line)
     return 0
 
 

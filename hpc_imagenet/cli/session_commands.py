@@ -21,7 +21,7 @@ def _pause(store: RunStore, options: argparse.Namespace) -> int:
     for run in [_check_session(_find(store, name)) for name in options.runs]:
         run.check_mine("pause it", "start your own with another session.name")
         previous = cancel_run(run, "paused: resume restarts it")
-        print(f"{'paused' if previous.active else f'already {previous.name}'}  {run.id}")
+        print(f"{'paused' if not previous.ended else f'already {previous.name}'}  {run.id}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ class DistEnv:
     local_rank: int = 0  # on this node
     local_size: int = 1  # tasks on this node
     node: int = 0  # index of this node in the job
-    master: str = "127.0.0.1"  # the host of rank 0
+    master: str = "127.0.0.1"  # the host of rank 0; loopback on one node, whose name may not resolve
     port: int = 29500  # of the rendezvous
 
     @property
@@ -47,8 +48,7 @@ def from_environment(env: Mapping[str, str] = os.environ) -> DistEnv:
             local_rank=int(env["SLURM_LOCALID"]),
             local_size=size // nodes,
             node=int(env.get("SLURM_NODEID", 0)),
-            # Use loopback on one node: the node's name may not resolve.
-            master=_first_host(env["SLURM_JOB_NODELIST"]) if nodes > 1 else "127.0.0.1",
+            master=_first_address(env) if nodes > 1 else "127.0.0.1",
             port=_port(
                 int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]), int(env.get("SLURM_RESTART_COUNT", 0))
             ),
@@ -84,6 +84,17 @@ def _port(job: int, step: int = 0, restart: int = 0) -> int:
     # Jobs that share a node need different ports, below the ephemeral range: 20,000 consecutive job ids
     # get distinct ports. A restart uses another port, in case another process holds the first.
     return 10_000 + (job + 7_919 * step + 104_729 * restart) % 20_000
+
+
+def _first_address(env: Mapping[str, str]) -> str:
+    """Return the name of the first node; its address if the name does not resolve here."""
+    host, address = _first_host(env["SLURM_JOB_NODELIST"]), env.get("SLURM_LAUNCH_NODE_IPADDR")
+    if address:  # of the node where srun runs: for a batch script the first one
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError:
+            return address
+    return host
 
 
 def _first_host(nodelist: str) -> str:

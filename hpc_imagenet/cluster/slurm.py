@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import os
 import re
 import shutil
@@ -21,7 +22,9 @@ _STATES = {
     "REQUEUED": QUEUED,
     "REQUEUE_HOLD": QUEUED,
     "REQUEUE_FED": QUEUED,
+    "RESV_DEL_HOLD": QUEUED,
     "SPECIAL_EXIT": QUEUED,
+    "EXPEDITING": QUEUED,  # since 25.11
     "RESIZING": RUNNING,
     "RUNNING": RUNNING,
     "COMPLETING": RUNNING,
@@ -41,7 +44,9 @@ _STATES = {
     "COMPLETED": FINISHED,
 }
 # Fields of squeue with their widths; wide, since an array's id can be long and a reason can name nodes.
-_COLUMNS = (("jobarrayid", 48), ("state", 24), ("restartcnt", 12), ("exit_code", 12), ("reason", 160))
+# exit_code is the last: since 23.02 squeue may print nothing for it, which moves the columns after it.
+_COLUMNS = (("jobarrayid", 48), ("state", 24), ("restartcnt", 12), ("reason", 160), ("exit_code", 12))
+CLUSTERS_VARIABLE = "SLURM_CLUSTERS"  # the cluster, of several behind one login node, as of --clusters
 _TIMEOUT = 60.0  # s for one command; Slurm's own time-outs are shorter
 _MAX_CACHE_AGE = 15.0  # s
 _CACHE_FRACTION = 0.1  # of the time since polling began, for which a reply is reused
@@ -96,23 +101,29 @@ def query_jobs(job_ids: Iterable[str], since: float | None = None) -> dict[str, 
         return {}
     arrays = ",".join(sorted({job.partition("_")[0] for job in ids}))
     columns = ",".join(f"{name}:{width}" for name, width in _COLUMNS)
-    query = ("squeue", "--noheader", "--array", "--states=all", f"--Format={columns}", f"--jobs={arrays}")
+    query = ["squeue", "--noheader", "--array", "--states=all", f"--Format={columns}", f"--jobs={arrays}"]
     done = run_command(*query, since=since)
+    if "REVOKED" in done.stdout:  # another cluster of the federation has started a job
+        done = run_command(*query, "--federation", since=since)
     # squeue fails with "Invalid job id" if the only queried job is unknown to it.
     if done.returncode and "Invalid job id" not in done.stderr:
         error = (done.stderr.strip().splitlines() or ["squeue failed"])[-1].removeprefix("slurm_load_jobs ")
         return {job: JobStatus("", f"Slurm does not answer ({error})") for job in ids}
     found = {}
-    for job, name, restarts, status, reason in map(_split_columns, done.stdout.splitlines()):
+    for job, name, restarts, reason, status in map(_split_columns, done.stdout.splitlines()):
+        job = job.removesuffix("+0")  # of a heterogeneous job, whose first part has the id of the job
         if job in ids:
             if re.search(r"JobHeld|\bheld\b", reason):  # it stays queued until it is released
                 reason = f"{reason}: scontrol release {job}"
-            code = f"{int(status) >> 8}:{int(status) & 0x7F}" if status.isdigit() else ""
+            # Since 23.02 CODE:SIGNAL, before that the status of wait().
+            code = f"{int(status) >> 8}:{int(status) & 0x7F}" if status.isdigit() else status
             found[job] = _status_from(name, reason, code, int(restarts) if restarts.isdigit() else 0)
     missing = sorted(ids - found.keys())
     if missing and shutil.which("sacct"):
         fields = "--format=JobID,State,ExitCode"
-        query = ("sacct", "--noheader", "--parsable2", "--allocations", fields, f"--jobs={','.join(missing)}")
+        query = ["sacct", "--noheader", "--parsable2", "--allocations", fields, f"--jobs={','.join(missing)}"]
+        if clusters := os.environ.get(CLUSTERS_VARIABLE):  # which sacct alone does not read
+            query.append(f"--clusters={clusters}")
         for line in run_command(*query, since=since).stdout.splitlines():
             job, name, code, *_ = (*line.split("|"), "", "")
             job_status = _status_from(name, "", code)
@@ -126,7 +137,7 @@ def own_job_state() -> str:
     job = this_job()
     if job is None or not is_available():
         return ""
-    return run_command("squeue", "--noheader", "--format=%T", f"--jobs={job}").stdout.strip()
+    return _first_line(run_command("squeue", "--noheader", "--format=%T", f"--jobs={job}").stdout)
 
 
 def end_time() -> float | None:
@@ -148,9 +159,22 @@ def expected_start(job_id: str, since: float | None = None) -> float | None:
 
 def _time(text: str) -> float | None:
     try:
-        return datetime.fromisoformat(text.strip()).timestamp()  # Slurm prints local time
+        return datetime.fromisoformat(_first_line(text)).timestamp()  # Slurm prints local time
     except ValueError:  # N/A, or empty
         return None
+
+
+def _first_line(text: str) -> str:
+    """Return the first line of squeue's output: of a heterogeneous job it prints one for each part."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("CLUSTER: ")]
+    return lines[0] if lines else ""
+
+
+def user_associations(column: str) -> list[str]:
+    """Return the accounts or QOS (`column`) in the user's associations; empty without accounting."""
+    command = ("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", f"format={column}")
+    text = run_command(*command).stdout
+    return list(dict.fromkeys(name for line in text.splitlines() for name in line.split(",") if name))
 
 
 def requeue_this_job() -> str:

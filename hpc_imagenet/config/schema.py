@@ -27,6 +27,7 @@ RESIZE_VERSION = 2  # version of process.resize (1: by Pillow), part of the sign
 PIXEL_VERSION = 2  # version of decoding and resizing (1: Pillow), part of the signature
 SESSION_SHUTDOWN_MINUTES = 2  # added to session.time in the Slurm time limit, for a clean shutdown
 CONTAINER_RUNTIMES = ("auto", "apptainer", "singularity", "charliecloud", "podman", "pyxis")
+GPU_REQUESTS = ("gpus-per-node", "gres", "gpus-per-task")
 LISTEN_MODES = ("auto", "loopback", "socket", "address")
 OPEN_MAPPINGS = (  # any key
     *("cluster.stage", "cluster.sbatch", "dataset.archives", "dataset.splits", "model.options"),
@@ -225,6 +226,7 @@ class Cluster:
         minimum=0,
         parse=parse_gpus,
     )
+    gpu_request: str = setting("gpus-per-node", "Slurm: option that requests the GPUs", choices=GPU_REQUESTS)
     gpu_type: str | None = setting(None, "Slurm's name of the GPUs; null: that of gpus_per_node, or any")
     tasks_per_node: int | None = setting(
         None, "processes of each node; null: one per GPU, or one without GPUs", minimum=1

@@ -119,7 +119,7 @@ def check_preemption(cluster: Cluster, settings: Mapping[str, str], known: Parti
     kind, mode = settings.get("PreemptType", ""), settings.get("PreemptMode", "")
     if kind.endswith("none") or mode == "OFF":
         return ok("jobs are not preempted")
-    usable = _usable_partitions(cluster, known)
+    usable = usable_partitions(cluster, known)
     if kind.endswith("partition_prio"):
         mode = next((each["PreemptMode"] for each in usable.values() if "PreemptMode" in each), mode)
     if mode == "OFF":
@@ -147,7 +147,7 @@ def check_accepted(target: StageCluster, known: Partitions, folder: Path) -> Fin
         fix = " or ".join(f"{target.setting(name)}={_value_text(getattr(cluster, name))}" for name in names)
         choice = f" (partitions: {', '.join(known)})" if known and "partition" in names else ""
         return fail(f"Slurm refuses the job ({message})", f"change {fix}{choice}")
-    usable = _usable_partitions(cluster, known)
+    usable = usable_partitions(cluster, known)
     limits = [_minutes(each.get("MaxTime", "")) for each in usable.values()]
     finite = [limit for limit in limits if limit is not None]
     # Without EnforcePartLimits Slurm accepts such a job and never starts it.
@@ -191,7 +191,7 @@ def archive_bytes(config: Config) -> int:
     return sum(archive.bytes or 0 for archive in config.dataset.archives.values())
 
 
-def _usable_partitions(cluster: Cluster, known: Partitions) -> Partitions:
+def usable_partitions(cluster: Cluster, known: Partitions) -> Partitions:
     """Return the partitions that jobs of this cluster may use: those set, else the default one."""
     if cluster.partition:
         return {name: known[name] for name in cluster.partition.split(",") if name in known}

@@ -70,7 +70,7 @@ def write_cluster_file(name: str, overrides: Sequence[str], run_checks: RunCheck
         if finding.status == FAIL:
             raise UserError(f"--write {name}: {finding.found}: {finding.fix}")
     given = dict(word.removeprefix("cluster.").split("=", 1) for word in overrides if _is_cluster_value(word))
-    text = propose(name, find_partitions(), _accounts(), _names("qos"), given)
+    text = propose(name, find_partitions(), _accounts(), slurm.user_associations("qos"), given)
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "cluster" / path.name
         trial.parent.mkdir()
@@ -129,17 +129,10 @@ def _number(text: str) -> int:
 
 def _accounts() -> list[str]:
     """Return the accounts of the user, the default one first; empty without accounting."""
-    found = _names("account")
+    found = slurm.user_associations("account")
     command = ("sacctmgr", "-nP", "show", "user", getpass.getuser(), "format=defaultaccount")
     default = slurm.run_command(*command).stdout.strip()
     return [default, *(name for name in found if name != default)] if default in found else found
-
-
-def _names(column: str) -> list[str]:
-    """Return the accounts or QOS in the user's associations."""
-    command = ("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", f"format={column}")
-    text = slurm.run_command(*command).stdout
-    return list(dict.fromkeys(name for line in text.splitlines() for name in line.split(",") if name))
 
 
 def _is_cluster_value(word: str) -> bool:

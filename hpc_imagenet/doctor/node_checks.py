@@ -244,8 +244,10 @@ def _check_network(probe: ProbeReport) -> Finding | None:
     if len(peers) < 2:
         return warn("not checked: fewer than two nodes reported", "see the check of the workspace")
     (host, port), *_ = [(peer["host"], peer["port"]) for peer in peers.values()]
-    others = node_names([node for node in peers if node != host])
-    return ok(f"{others} connected to {host} by name on port {port}, as a training would")
+    first = host if host in peers else probe.nodes[0]
+    others = node_names([node for node in peers if node != first])
+    by = "by name" if host in peers else f"by its address {host}, since the name does not resolve,"
+    return ok(f"{others} connected to {first} {by} on port {port}, as a training would")
 
 
 _CHECKS: tuple[tuple[str, Callable[[ProbeReport], Finding | None]], ...] = (

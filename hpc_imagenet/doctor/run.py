@@ -29,6 +29,7 @@ from hpc_imagenet.doctor import cluster_checks
 from hpc_imagenet.doctor.check_result import FAIL, OK, WARN, Finding, ProbeReport, StageCluster, fail
 from hpc_imagenet.doctor.probe import installation, package_version, run_probe
 from hpc_imagenet.doctor.probe_job import ProbeJob, finished_probes
+from hpc_imagenet.doctor.whole_nodes import check_whole_nodes
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch import local_queue, sbatch
@@ -131,6 +132,8 @@ def _check_slurm(config: Config, targets: dict[str, StageCluster], report: _Repo
     report.add("login", "arrays", cluster_checks.check_arrays(settings))
     report.add("login", "requeue", cluster_checks.check_requeue(train, settings))
     report.add("login", "preemption", cluster_checks.check_preemption(train, settings, partitions))
+    if finding := check_whole_nodes(targets["train"], partitions):
+        report.add("login", "whole nodes", finding)
     accepts, folder = cluster_checks.check_accepted, Path(config.workspace, "runs/.doctor/test-only")
     return {
         name for name, each in targets.items() if report.add("login", name, accepts(each, partitions, folder))

@@ -28,11 +28,17 @@ class State:
     name: str
     reason: str = ""
     restarts: int = 0  # number of requeues of the attempt by Slurm
+    waiting: bool = False  # recorded as queued, but Slurm has not taken the job: a limit was reached
 
     @property
     def active(self) -> bool:
-        """Whether it is queued or running."""
-        return self.name not in ENDED
+        """Whether the executor has it: queued or running."""
+        return not self.ended and not self.waiting
+
+    @property
+    def ended(self) -> bool:
+        """Whether it finished, failed or was cancelled."""
+        return self.name in ENDED
 
     @property
     def finished(self) -> bool:
@@ -73,6 +79,7 @@ class Executor(Protocol):
 
         Raises:
             UserError: an attempt was refused; it and all that are not submitted yet are marked as failed.
+                Beyond a limit of submitted jobs they are marked as waiting (`Attempt.wait`) instead.
         """
 
     def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:

@@ -132,7 +132,7 @@ class Worker:
         state_of = states(needs, self.since)
         for need in needs:
             state = state_of[need.id]
-            if not state.active and not state.finished:
+            if state.ended and not state.finished:
                 ended = "failed" if state.name == FAILED else "was cancelled"
                 return f"needs {need.id}, which {ended}: fix that, then retry"
         return None if all(state.finished for state in state_of.values()) else ""

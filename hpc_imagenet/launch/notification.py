@@ -154,7 +154,7 @@ def _submission_ended(run: Run, attempt: Attempt, runs: Sequence[Run], notify: s
         newest = each.attempt
         outcome = newest.outcome if newest else None
         name = outcome.state if outcome else (current := state(each)).name
-        if outcome is None and current.active:
+        if outcome is None and not current.ended:
             return
         results[each.id] = name
         ended.append(f"{each.id}/{newest.number if newest else 0}")

@@ -80,8 +80,18 @@ def remedy_for(kind: str, failure: Failure) -> dict[str, Any]:
 def _more_memory(failure: Failure) -> dict[str, Any]:
     if _on_slurm(failure):
         name, memory = failure.cluster("memory_gb")  # 0: all memory of the node
-        return {name: math.ceil(_MORE_MEMORY * memory)} if memory else {}
+        return {name: math.ceil(_MORE_MEMORY * memory)} if memory else _more_memory_of_sbatch(failure)
     return _accumulate(failure) if failure.stage == "train" else {}
+
+
+def _more_memory_of_sbatch(failure: Failure) -> dict[str, Any]:
+    """Return a larger mem-per-cpu or mem-per-gpu of cluster.sbatch, if it has one."""
+    name, options = failure.cluster("sbatch")
+    for option, value in (options or {}).items():
+        found = re.fullmatch(r"(\d+)([KMGT]?)", str(value), re.IGNORECASE)
+        if found and option.replace("_", "-") in ("mem-per-cpu", "mem-per-gpu"):
+            return {f"{name}.{option}": f"{math.ceil(_MORE_MEMORY * int(found[1]))}{found[2]}"}
+    return {}
 
 
 def _accumulate(failure: Failure) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Submit failed or cancelled runs again, each with the one remedy of its diagnosis.
+"""Submit failed or cancelled runs again, each with the one remedy of its diagnosis, and runs that wait.
 
 A plan is made first, so that it can be shown before anything is written. Only settings outside the signature
 change. A failure that would happen again is not submitted a second time without a change.
@@ -77,7 +77,7 @@ def plan_retry(
     again: bool = False,
     leave_out: bool = False,
 ) -> RetryPlan:
-    """Plan to submit failed or cancelled runs again, with those they need that did not finish.
+    """Plan to submit failed, cancelled or waiting runs, with those they need that did not finish.
 
     Args:
         store: the workspace's runs.
@@ -158,8 +158,8 @@ def _send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
             if planned.changes:
                 store.create(run.id, planned.frozen, run.info)
         runs = [planned.run for planned in group]
-        start_attempts(store, runs, executor, plan.state_of)
-        entries += [Submitted(run, "submitted") for run in runs]
+        actions = start_attempts(store, runs, executor, plan.state_of)
+        entries += [Submitted(run, actions[run.id]) for run in runs]
     return entries
 
 
@@ -287,7 +287,7 @@ def _add_needs(store: RunStore, run: Run, found: dict[str, Run]) -> None:
 
 
 def _unfinished(store: RunStore, run: Run, state_of: Mapping[str, State]) -> dict[str, Run]:
-    """Return all runs that `run` needs and that failed or were cancelled, then `run` itself, by id."""
+    """Return all runs that `run` needs and that failed, were cancelled or wait, then `run` itself, by id."""
     found: dict[str, Run] = {}
     if state_of[run.id].active or state_of[run.id].finished:
         return found

@@ -27,6 +27,13 @@ from hpc_imagenet.launch.container import (
     container_command,
 )
 from hpc_imagenet.launch.start_task import start_command
+from hpc_imagenet.launch.resources import gpu_options, tasks_per_node
+from hpc_imagenet.launch.submit_limit import (
+    SubmitLimitReached,
+    describe_limit,
+    largest_accepted,
+    limit_in,
+)
 from hpc_imagenet.launch.task import Task
 from hpc_imagenet.runs.store import FAILED, Attempt, Run, RunStore
 from hpc_imagenet.stages import STAGES
@@ -60,9 +67,15 @@ def check_sbatch_options(cluster: Cluster) -> None:
     """Check cluster.sbatch with sbatch's own parser, which submits nothing and does not query the controller.
 
     Raises:
-        UserError: an option that sbatch does not know, or a value that it cannot parse.
+        UserError: an option that sbatch does not know, a value that it cannot parse, or another cluster,
+            which squeue and scancel would not know.
     """
     options = extra_sbatch_options(cluster)
+    if clusters := options.get("clusters"):
+        raise UserError(
+            f"cluster.sbatch.clusters={clusters} is for sbatch alone: type export "
+            f"{slurm.CLUSTERS_VARIABLE}={clusters} instead, which squeue and scancel read as well"
+        )
     for name, value in options.items():
         if isinstance(value, dict) or "\n" in str(value):
             raise UserError(
@@ -133,6 +146,9 @@ def submit_attempts(
 ) -> None:
     """Submit attempts to Slurm and record their job ids.
 
+    Beyond a limit of submitted jobs, as many as it allows are submitted; the others, and all that need
+    them, are marked as waiting.
+
     Args:
         store: the workspace's runs.
         attempts: attempts with their runs; a run comes after those it needs.
@@ -146,24 +162,80 @@ def submit_attempts(
     job_ids: dict[str, str] = {}
     sizes: dict[str, int] = {}  # number of tasks of each array submitted here
     by_run = {run.id: attempt for run, attempt in attempts}
+    waiting: dict[str, str] = {}  # reasons by run
+    full: dict[tuple[str | None, ...], str] = {}  # reasons by account, QOS and partition
     for array in group_into_arrays([_array_task(run) for run, _ in attempts]):
-        folder = by_run[array[0].run_id].folder
-        if len(array) > 1:
-            folder = store.make_own_folder("slurm", str(time.time_ns()))
+        first = array[0]
+        place = first.cluster.account, first.cluster.qos, first.cluster.partition
+        unmet = [f"waiting: needs {need}, which waits" for need in first.needs if need in waiting]
+        rest = [] if unmet or place in full else list(array)
         try:
-            after = _merge_arrays(
-                [_job_id(store.run(need), job_ids, active) for need in array[0].needs], sizes
-            )
-            jobs = _submit_array(array, folder, after, store, by_run)
+            after = [] if unmet else [_job_id(store.run(need), job_ids, active) for need in first.needs]
+            while rest:
+                sent = _submit_some(rest, _merge_arrays(after, sizes), store, by_run)
+                for task, job_id in zip(rest, sent.job_ids, strict=False):
+                    by_run[task.run_id].submit("slurm", job_id=job_id, logs=str(sent.folder), code=dict(code))
+                    job_ids[task.run_id] = job_id
+                if sent.job_ids:
+                    sizes[sent.job_ids[0].partition("_")[0]] = len(sent.job_ids)
+                rest = rest[len(sent.job_ids) :]
+                if sent.limit:
+                    full[place] = describe_limit(sent.limit, first.cluster)
+                    break
         except UserError as error:
-            for run in by_run.keys() - job_ids.keys():
+            for run in by_run.keys() - job_ids.keys() - waiting.keys():
                 by_run[run].end(FAILED, str(error))
             earlier = f" (jobs submitted before it, which are kept: {len(job_ids)})" if job_ids else ""
             raise UserError(f"{error}{earlier}") from None
-        for task, job_id in zip(array, jobs, strict=True):
-            by_run[task.run_id].submit("slurm", job_id=job_id, logs=str(folder), code=dict(code))
-            job_ids[task.run_id] = job_id
-        sizes[jobs[0].partition("_")[0]] = len(jobs)
+        for task in array:
+            if task.run_id not in job_ids:
+                waiting[task.run_id] = unmet[0] if unmet else full[place]
+                by_run[task.run_id].wait(waiting[task.run_id])
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Job ids of the first tasks of an array, submitit's folder, and the limit that was reached, if any."""
+
+    job_ids: list[str]
+    folder: Path
+    limit: str = ""
+
+
+def _submit_some(
+    array: Sequence[ArrayTask], after: list[str], store: RunStore, attempts: Mapping[str, Attempt]
+) -> _Sent:
+    """Submit an array, or as many of its first tasks as a limit of submitted jobs allows.
+
+    Raises:
+        UserError: sbatch refused it for another reason.
+    """
+    size, limit = len(array), ""
+    while size:
+        part = array[:size]
+        folder = attempts[part[0].run_id].folder
+        if size > 1:
+            folder = store.make_own_folder("slurm", str(time.time_ns()))
+        try:
+            return _Sent(_submit_array(part, folder, after, store, attempts), folder, limit)
+        except SubmitLimitReached as error:
+            limit = error.name
+            _remove_submission(folder)
+
+        def is_accepted(count: int, folder: Path = folder) -> bool:
+            return not limit_in(test_only(sbatch_script(array[:count], folder)))
+
+        size = largest_accepted(size, is_accepted)
+    return _Sent([], attempts[array[0].run_id].folder, limit)
+
+
+def _remove_submission(folder: Path) -> None:
+    """Remove what submitit wrote for a job that sbatch refused."""
+    for pattern in ("*.pkl", ".submission_file_*.sh"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    if folder.parent.name == "slurm":  # not an attempt's folder
+        folder.rmdir()
 
 
 def _merge_arrays(job_ids: Iterable[str | None], sizes: Mapping[str, int]) -> list[str]:
@@ -223,9 +295,21 @@ def _submit(executor: Any, tasks: Sequence[Callable[[], object]], label: str) ->
         with _without_slurm_variables(), contextlib.redirect_stderr(stderr), executor.batch():
             jobs = [executor.submit(task) for task in tasks]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"sbatch refused {label}: {_single_line(str(error)) or 'no reason given'}") from None
+        message = f"sbatch refused {label}: {_single_line(str(error)) or 'no reason given'}"
+        message += _choices(message)
+        if name := limit_in(str(error)):
+            raise SubmitLimitReached(name, message) from None
+        raise UserError(message) from None
     sys.stderr.write(stderr.getvalue())
     return [str(job.job_id) for job in jobs]
+
+
+def _choices(message: str) -> str:
+    """Return the accounts or QOS of the user, if sbatch refused those of a job."""
+    for name, column in (("account", "account"), ("qos", "qos")):
+        if f"Invalid {name}" in message and (found := slurm.user_associations(column)):
+            return f"; yours are {', '.join(found)}: set cluster.{name}="
+    return ""
 
 
 def _job_id(run: Run, submitted: dict[str, str], active: Collection[str]) -> str | None:
@@ -257,7 +341,8 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
 
     executor = SlurmJobs(folder=folder, max_num_timeout=cluster.max_requeues, python=command.python)
     distributed = STAGES[stage].distributed
-    options = extra_sbatch_options(cluster)
+    tasks, options = tasks_per_node(cluster, distributed), extra_sbatch_options(cluster)
+    options |= gpu_options(cluster, tasks, options)
     if dependency := ":".join(after):
         # Without kill-on-invalid-dep a job whose dependency failed stays pending for ever.
         options |= {"dependency": f"afterok:{dependency}", "kill-on-invalid-dep": "yes"}
@@ -269,8 +354,7 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
         constraint=cluster.constraint,
         time=cluster.time,
         nodes=cluster.nodes if distributed else 1,
-        ntasks_per_node=(cluster.tasks_per_node or cluster.gpus_per_node or 1) if distributed else 1,
-        gpus_per_node=_gpus(cluster),
+        ntasks_per_node=tasks,
         cpus_per_task=cluster.cpus_per_task,
         mem=None if cluster.memory_gb is None else f"{int(cluster.memory_gb * 1024)}M",
         array_parallelism=cluster.array_parallelism,
@@ -292,12 +376,6 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
     return executor
 
 
-def _gpus(cluster: Cluster) -> str | int | None:
-    if not cluster.gpus_per_node or cluster.gpu_type is None:
-        return cluster.gpus_per_node or None
-    return f"{cluster.gpu_type}:{cluster.gpus_per_node}"
-
-
 def _warning_seconds(cluster: Cluster) -> int:
     """Return the seconds between the warning signal and the time limit: time to save, even in a short job."""
     return min(90, 15 * (cluster.time or 6))
@@ -307,7 +385,7 @@ def _warning_seconds(cluster: Cluster) -> int:
 def _without_slurm_variables() -> Iterator[None]:
     """Unset the variables of an outer job (SLURM_* and its CPUs), which a submitted job would inherit."""
     outer = (k for k in os.environ if k.startswith("SLURM_") or k == dist_env.CPUS_VARIABLE)
-    saved = {k: os.environ[k] for k in outer if k != "SLURM_CONF"}
+    saved = {k: os.environ[k] for k in outer if k not in ("SLURM_CONF", slurm.CLUSTERS_VARIABLE)}
     for name in saved:
         del os.environ[name]
     try:

@@ -35,11 +35,15 @@ class SlurmExecutor(Executor):
 
     def check_settings(self, stage: str, cluster: Cluster) -> None:
         """Raise a UserError for a missing time limit, or options that sbatch does not accept."""
+        from hpc_imagenet.launch.resources import check_resources, tasks_per_node
+        from hpc_imagenet.stages import STAGES
+
         if cluster.time is None:
             raise UserError(
                 f"cluster.time is not set for {stage}: set it in minutes, such as cluster.time=1440"
             )
         check_container(cluster)
+        check_resources(stage, cluster, tasks_per_node(cluster, STAGES[stage].distributed))
         if cluster.sbatch:
             from hpc_imagenet.launch import sbatch
 

@@ -46,6 +46,8 @@ def states(runs: Iterable[Run], since: float | None = None) -> dict[str, State]:
             unfinished[run.id] = attempt
             if attempt.submitted:
                 by_executor.setdefault(executor_of(attempt), {})[run.id] = attempt
+            elif reason := attempt.waiting:
+                result[run.id] = State(QUEUED, reason, waiting=True)
             else:
                 result[run.id] = _state_of_submission(attempt)
     for executor, attempts in by_executor.items():

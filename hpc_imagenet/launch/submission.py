@@ -20,7 +20,7 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.runs.job import Job
-from hpc_imagenet.runs.store import FINISHED, Run, RunStore
+from hpc_imagenet.runs.store import CANCELLED, FINISHED, Run, RunStore
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Submitted:
     """One job of a plan and the action taken."""
 
     run: Run
-    action: str  # submitted, finished (skipped) or active (already queued or running; skipped)
+    action: str  # submitted, waiting (for a limit), finished or active (queued or running): both skipped
 
     @property
     def label(self) -> str:
@@ -104,10 +104,10 @@ def _submit_plan(
                 run.join_sweep(job.config.sweep)
         entries.append(Submitted(run, action))
     submitted = [entry.run for entry in entries if entry.action == "submitted"]
-    start_attempts(store, submitted, executor, state_of)
+    actions = start_attempts(store, submitted, executor, state_of)
     if any(entry.action == "active" for entry in entries):
         EXECUTORS[executor].start_queued(store)
-    return entries
+    return [Submitted(entry.run, actions.get(entry.run.id, entry.action)) for entry in entries]
 
 
 def _is_this_job(run: Run) -> bool:
@@ -118,12 +118,29 @@ def _is_this_job(run: Run) -> bool:
 
 def start_attempts(
     store: RunStore, runs: Sequence[Run], executor: str, state_of: Mapping[str, State]
-) -> None:
-    """Create a new attempt of each run and submit it to `executor`; runs come after those they need."""
+) -> dict[str, str]:
+    """Create a new attempt of each run and submit it to `executor`; runs come after those they need.
+
+    An attempt that waits for a limit of submitted jobs is submitted itself, by the process that claims it.
+
+    Returns:
+        The action of each run, as in `Submitted`, by its id.
+    """
+    attempts, new, actions = [], [], {}
     with owner_writes():
-        attempts = [(run, run.new_attempt()) for run in runs]
-        notification.record_submission(store, attempts)
+        for run in runs:
+            status, attempt = state_of.get(run.id), run.attempt
+            if status and status.waiting and attempt:
+                if attempt.end_waiting():
+                    attempts.append((run, attempt))
+                else:  # another command submits it at this moment
+                    actions[run.id] = "active"
+            else:
+                attempts.append((run, run.new_attempt()))
+                new.append(attempts[-1])
+        notification.record_submission(store, new)
         EXECUTORS[executor].submit(store, attempts, state_of)
+    return actions | {run.id: "waiting" if each.waiting else "submitted" for run, each in attempts}
 
 
 def cancel_run(run: Run, reason: str = "by the cancel command", status: State | None = None) -> State:
@@ -141,12 +158,17 @@ def cancel_run(run: Run, reason: str = "by the cancel command", status: State | 
         UserError: it cannot be cancelled from this machine, or not yet.
     """
     status, attempt = status or state(run), run.attempt
-    if not status.active:
+    if status.ended:
         return status
     if os.geteuid() != 0:
         run.check_mine("cancel it", f"have {run.owner} cancel it")
     if attempt is None:
         raise UserError(f"{run.id} {status.reason}: try again in a moment")
-    executor_of(attempt).cancel(run, attempt, reason)
+    if status.waiting:
+        if not attempt.end_waiting():
+            raise UserError(f"{run.id} is being submitted: try again in a moment")
+        attempt.end(CANCELLED, reason)
+    else:
+        executor_of(attempt).cancel(run, attempt, reason)
     notification.run_ended(run, attempt)
     return status

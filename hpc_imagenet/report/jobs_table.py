@@ -15,6 +15,7 @@ from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.launch.diagnosis import failure_class
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.states import states
+from hpc_imagenet.launch.waiting import WaitingRuns
 from hpc_imagenet.report.durations import instant, seconds_between, span
 from hpc_imagenet.report.run_summary import best_top1, describe, seconds_left
 from hpc_imagenet.report.terminal_text import columns, fit
@@ -176,6 +177,8 @@ def _escape_codes(console: Console, style: str) -> tuple[str, str]:
 def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
     """Show the runs until all have ended: a live table on a terminal, else a line per change of state.
 
+    Runs that wait because of a limit of submitted jobs are submitted when others have ended.
+
     Args:
         runs: the runs.
         console: where the table is printed.
@@ -184,10 +187,11 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
     Returns:
         Whether all runs finished.
     """
-    began = time.monotonic()
+    began, waiting = time.monotonic(), WaitingRuns()
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             while True:
+                waiting.submit(runs)
                 table = job_rows(runs, began)
                 lines = table_lines(table, console.width)
                 live.update(Text("\n").join(Text.assemble(*line) for line in lines), refresh=True)
@@ -197,6 +201,7 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
     else:
         shown: dict[str, str] = {}
         while True:
+            waiting.submit(runs)
             table = job_rows(runs, began)
             for row in table:
                 if shown.get(row["run"]) != row["state"]:

@@ -3,7 +3,8 @@
     runs/<signature>-<label>/
         config.yaml        frozen at submission
         run.json           format, stage, model, label, needs, processing_run (see plan.Job), created
-        attempts/<n>/      submitted.json, process.json (local), started.json, outcome.json, logs
+        attempts/<n>/      submitted.json, process.json (local), started.json, outcome.json, logs;
+                           waiting.json while Slurm takes no more jobs of this user
         lease.json         which start of the job may write here (lease.py)
         progress.json      progress of the stage; replaced at most once a second
         …                  metrics and checkpoints of a training
@@ -71,6 +72,23 @@ class Attempt:
     def submitted(self) -> dict[str, Any]:
         """The content of submitted.json: executor, job_id, logs, host, code. Empty until it is submitted."""
         return read_record(self.folder / "submitted.json")
+
+    @property
+    def waiting(self) -> str:
+        """Why it is not submitted yet: a limit of submitted jobs; empty if it does not wait for one."""
+        return str(read_record(self.folder / "waiting.json").get("reason", ""))
+
+    def wait(self, reason: str) -> None:
+        """Record that the executor takes no more jobs for now."""
+        write_json(self.folder / "waiting.json", {"reason": reason, "time": now()})
+
+    def end_waiting(self) -> bool:
+        """Claim a waiting attempt, to submit or to cancel it; False if another process has claimed it."""
+        try:
+            (self.folder / "waiting.json").unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     @property
     def outcome(self) -> Outcome | None:

@@ -6,12 +6,14 @@ not used.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy
@@ -146,7 +148,7 @@ def trainer_arguments(
             nodes; links within a node are fast enough for float32.
     """
     on_gpu, index = device.type == "cuda", device.index or 0
-    _set_gloo_interface(dist_env.nodes)
+    _set_gloo_interface(dist_env)
     if dist_env.size == 1:
         devices: int | list[int] = [index] if on_gpu else 1
     else:
@@ -172,13 +174,26 @@ def trainer_arguments(
     }
 
 
-def _set_gloo_interface(nodes: int) -> None:
+def _set_gloo_interface(dist_env: DistEnv) -> None:
     """Set GLOO_SOCKET_IFNAME: by default gloo resolves the host name, which may not be reachable."""
     # NCCL_SOCKET_IFNAME may be a prefix or a list; gloo needs one full interface name.
     site = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
-    name = "lo" if nodes == 1 else site
+    name = "lo" if dist_env.nodes == 1 else site or _interface_to(dist_env.master)
     if name in {interface for _, interface in socket.if_nameindex()}:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _interface_to(address: str) -> str:
+    """Return the network interface on the way to an IPv4 address; empty for a name, which gloo resolves."""
+    try:
+        ipaddress.IPv4Address(address)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing
+            own = probe.getsockname()[0]
+    except (OSError, ValueError):
+        return ""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if own in {each.address for each in found}), "")
 
 
 def precision(setting: str, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
-from fake_slurm import scripts, write_command
+from fake_slurm import queue_row, scripts, write_command
 
 from hpc_imagenet.api import Handle
 from hpc_imagenet.cli import connect
@@ -304,11 +304,7 @@ def test_long_polling_queries_slurm_rarely_and_reads_outcomes_at_every_tick(
 ) -> None:
     monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
     write_command(commands, "squeue", f"echo query >> {commands}/queries; cat {commands}/answer")
-    row = ("12", "PENDING", "0", "0", "Priority")
-    widths = [width for _, width in slurm._COLUMNS]
-    (commands / "answer").write_text(
-        "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
-    )
+    (commands / "answer").write_text(queue_row(12, "PENDING", "Priority"))
     run = RunStore(tmp_path).create("0-x", {}, {"stage": "session"})
     attempt = run.new_attempt()
     attempt.submit("slurm", job_id="12")

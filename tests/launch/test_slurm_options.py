@@ -73,3 +73,76 @@ def test_sbatch_options_take_lists_flags_and_nothing_that_sbatch_refuses(
     assert "#SBATCH --exclude=n1,n2\n#SBATCH --exclusive\n" in text
     assert "#SBATCH --gpus-per-node=a100:4\n" in text
     assert "nice" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        (("cluster.gpus_per_node=a100:4",), ["--gpus-per-node=a100:4", "--ntasks-per-node=4"]),
+        (
+            ("cluster.gpus_per_node=a100:4", "cluster.gpu_request=gres", "+cluster.sbatch.gres=tmp:1"),
+            ["--gres=gpu:a100:4,tmp:1", "--ntasks-per-node=4"],
+        ),
+        (
+            ("cluster.gpus_per_node=4", "cluster.gpu_request=gpus-per-task"),
+            ["--gpus-per-task=1", "--ntasks-per-node=4"],
+        ),
+    ],
+)
+def test_gpu_request_keeps_one_task_per_gpu_and_no_gpu_for_data_stages(
+    cluster: Cli, commands: Path, settings: tuple[str, ...], lines: list[str]
+) -> None:
+    cluster("+stage=pipeline", "dataset=digits", "cluster=slurm", *settings)
+    download, *_, train = scripts(commands)
+    for line in lines:
+        assert f"#SBATCH {line}\n" in train
+    assert "=gpu" not in download
+    assert "--gpu" not in download
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (
+            ("+cluster.sbatch.gres=gpu:a100:4",),
+            "cluster.sbatch.gres=gpu:a100:4 and cluster.gpus_per_node=1 both say how many GPUs train gets",
+        ),
+        (("+cluster.sbatch.gpus=8",), "cluster.sbatch.gpus=8 and cluster.gpus_per_node=1 both say"),
+        (
+            ("+cluster.sbatch.mem-per-cpu=4G", "cluster.memory_gb=16"),
+            "cluster.sbatch.mem-per-cpu=4G and cluster.memory_gb=16 both request memory for train",
+        ),
+        (("+cluster.sbatch.mem_per_gpu=4G", "cluster.memory_gb=0"), "and cluster.memory_gb=0 both request"),
+        (("+cluster.sbatch.cpus-per-gpu=8",), "cluster.cpus_per_task=8 both request CPUs for train"),
+        (
+            ("cluster.gpu_request=gpus-per-task", "cluster.gpus_per_node=2", "cluster.tasks_per_node=4"),
+            "cluster.tasks_per_node=4",
+        ),
+    ],
+)
+def test_contradicting_requests_are_refused(
+    cluster: Cli, commands: Path, settings: tuple[str, ...], problem: str
+) -> None:
+    """Slurm would accept some: of --gpus-per-node=1 --gres=gpu:4 it grants four GPUs and uses one."""
+    words = ("datastore.name=digits", "model=resnet18", "recipe=demo", "cluster=slurm")
+    assert problem in cluster.refused(*words, *settings)
+
+
+def test_gpus_by_options_of_sbatch_alone(cluster: Cli, commands: Path) -> None:
+    """The number of tasks is then set as well; other stages request none."""
+    train = '+cluster.stage.train={gpus_per_node: null, tasks_per_node: 4, sbatch: {gpus: "8"}}'
+    cluster("+stage=pipeline", "dataset=digits", "cluster=slurm", "cluster.nodes=2", train)
+    text = scripts(commands)[3]
+    assert "#SBATCH --gpus=8\n" in text
+    assert "#SBATCH --ntasks-per-node=4\n" in text
+    assert "--gpus" not in scripts(commands)[0]
+
+
+def test_retry_after_too_little_memory_raises_memory_per_cpu(cluster: Cli, commands: Path) -> None:
+    words = ("+stage=download", "dataset=digits", "cluster=slurm", "+cluster.sbatch.mem-per-cpu=3G")
+    cluster(*words)
+    write_command(commands, "sacct", "echo '1|OUT_OF_MEMORY|0:125'")
+    (row,) = cluster.jobs()
+    assert "out of memory" in row["reason"]
+    assert "cluster.sbatch.mem-per-cpu: 3G → 5G" in cluster("retry", row["run"]).stdout
+    assert "#SBATCH --mem-per-cpu=5G\n" in scripts(commands)[1]
