@@ -141,7 +141,7 @@ def submit(overrides: str | Sequence[str], config_dir: str | None = None) -> lis
     Returns:
         A handle per job, each before those that need it, including runs that were finished or running
         already. With `cluster=foreground` or `wait=true` the runs have ended (sessions are running). With
-        `dry_run=true` the list is empty and the jobs are printed.
+        `dry_run=true` or `price=true` the list is empty, and the jobs or their prices are printed.
 
     Raises:
         UserError: invalid input; nothing was submitted.
@@ -366,6 +366,11 @@ def _submit(prepared: PreparedPlan) -> list[Handle]:
         from hpc_imagenet.report.dry_run import print_dry_run
 
         print_dry_run(prepared.jobs, prepared.store, prepared.executor, prepared.state_of)
+        return []
+    if prepared.first.price:
+        from hpc_imagenet.cli.price_plan import print_plan_prices
+
+        print_plan_prices(prepared)
         return []
     runs = [entry.run for entry in prepared.submit()]
     handles = [Handle(run.folder) for run in runs]

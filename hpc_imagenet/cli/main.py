@@ -36,6 +36,7 @@ Submit jobs (returns at once; jobs run in the background):
   datastore.url=FOLDER, user@host:/path, s3://bucket/prefix
   wait=true      wait for the jobs, with a live table; exit code 1 if a job failed
   dry_run=true   print the jobs without submitting them
+  price=true     print time, GPU-hours and cost of the trainings without submitting them
 
 Commands:
   python -m hpc_imagenet jobs [--watch] [--running] [--failed] [--stage S] [--sweep S] [--since 2d] [--json]
@@ -193,6 +194,11 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
         from hpc_imagenet.report.dry_run import print_dry_run
 
         print_dry_run(prepared.jobs, prepared.store, prepared.executor, prepared.state_of)
+        return 0
+    if prepared.first.price:
+        from hpc_imagenet.cli.price_plan import print_plan_prices
+
+        print_plan_prices(prepared)
         return 0
     submitted = prepared.submit()
     for entry in submitted:

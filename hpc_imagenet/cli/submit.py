@@ -15,7 +15,9 @@ from hpc_imagenet.launch import submission, validate
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
 from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.launch.price import check_time_limits
 from hpc_imagenet.launch.submission import Submitted
+from hpc_imagenet.launch.warm_start import find_weights
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import RunStore
 
@@ -69,7 +71,7 @@ def prepare(configs: Sequence[Config]) -> PreparedPlan:
         UserError: an invalid job, or a setting that cannot differ between the configs.
     """
     first = configs[0]
-    for setting in ("workspace", "wait", "dry_run", "sweep", "tracker", "notify"):
+    for setting in ("workspace", "wait", "dry_run", "price", "sweep", "tracker", "notify"):
         if any(getattr(config, setting) != getattr(first, setting) for config in configs):
             raise UserError(f"{setting} cannot be swept: set one value for the whole command")
     if len({config.cluster.executor for config in configs}) > 1:
@@ -81,6 +83,9 @@ def prepare(configs: Sequence[Config]) -> PreparedPlan:
         )
     EXECUTORS[first.cluster.executor].check_available()
     store = RunStore(Path(first.workspace))
+    configs = [find_weights(config, store) for config in configs]
     jobs = make_plan(configs, validate.version_finder())
     state_of = validate.validate_jobs(jobs, store)
+    if not first.price:  # which shows the limit that would be long enough
+        check_time_limits(jobs, store, state_of)
     return PreparedPlan(jobs, store, first.cluster.executor, state_of, first)

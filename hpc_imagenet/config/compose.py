@@ -263,7 +263,7 @@ def _sweep_name(parsed: Sequence[Override]) -> str | None:
     swept = [str(each.key_or_group).rpartition(".")[2] for each in parsed if each.is_sweep_override()]
     if not swept:
         return None
-    aside = ("cluster", "workspace", "wait", "dry_run", "hydra")
+    aside = ("cluster", "workspace", "wait", "dry_run", "price", "hydra")
     lines = [str(each.input_line) for each in parsed if each.key_or_group.partition(".")[0] not in aside]
     digest = hashlib.sha256(repr(sorted(lines)).encode()).hexdigest()
     return f"{'-'.join(swept)[:_SWEEP_NAME_LENGTH]}-{digest[:6]}"
@@ -284,7 +284,9 @@ def _typed(composed: DictConfig) -> Config:
         config.notify = _absolute("notify", config.notify)
     model = config.model
     if model.weights is not None and not is_weights_name(model.name, model.weights):
-        model.weights = _absolute("model.weights", model.weights)
+        path = _absolute("model.weights", model.weights)
+        # A word that is no file may be a run, which is found at submission (launch/warm_start.py).
+        model.weights = path if "/" in model.weights or Path(path).is_file() else model.weights
     own_network.freeze(model)
     normalise(config)
     return config

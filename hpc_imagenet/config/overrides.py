@@ -25,6 +25,7 @@ _NOT_SWEPT = (
     "workspace",
     "wait",
     "dry_run",
+    "price",
     "cluster",
     "tracker",
     "notify",

@@ -20,8 +20,8 @@ class Model:
 
     `stem` is standard, small (stride 1 and no max-pool, for images up to 64 px) or auto (small if
     recipe.size ≤ 64). `options` are passed to the constructor unchanged. `weights` are the initial weights: a
-    name, such as IMAGENET1K_V2 of torchvision or a1_in1k of timm, or a file. `compile` changes the speed, and
-    the result by rounding only.
+    name, such as IMAGENET1K_V2 of torchvision or a1_in1k of timm, a file, or a run. `compile` changes the
+    speed, and the result by rounding only.
     """
 
     name: str = setting(MISSING, "torchvision's NAME, timm/NAME, or my.package:factory")
@@ -32,8 +32,10 @@ class Model:
     )
     options: dict[str, Any] = setting(factory=dict, meaning="arguments of the network's constructor")
     weights: str | None = setting(
-        None, "initial weights: a name of torchvision or timm, or a file; null: random, from the seed"
+        None, "initial weights: a name of torchvision or timm, a file, or a run; null: random, from the seed"
     )
+    weights_run: str | None = setting(None, "id of the run whose weights they are; set at submission")
+    weights_hash: str | None = setting(None, "hash of its checkpoint; set at submission")
     compile: bool = setting(False, "whether to use torch.compile")
     preprocessing: dict[str, Any] = setting(
         factory=dict,
@@ -47,7 +49,8 @@ class Model:
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the result, for the signature."""
         optional = {
-            "weights": self.weights,
+            "weights": self.weights_run or self.weights,
+            "weights_hash": self.weights_hash,
             "preprocessing": self.preprocessing,
             "source": self.source_hash,
         }
@@ -109,6 +112,9 @@ class Recipe:
     ema_every: int = setting(1, "steps between two updates of the average", minimum=1)
     val_flip: bool = setting(False, "evaluate the mean of the logits of an image and its mirror image")
     freeze: bool = setting(False, "train the classifier only")
+    keep_optimizer: bool = setting(
+        False, "begin with the optimizer's state of the run in model.weights, such as its momentum"
+    )
     optimizer_options: dict[str, Any] = setting(factory=dict, meaning="more arguments of the optimizer")
 
     def identity(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hpc_imagenet.config.slurm_values import parse_gib, parse_gpus, parse_minute
 from hpc_imagenet.config.tracker_names import parse_trackers
 from hpc_imagenet.errors import UserError
 
-STAGES = ("download", "process", "upload", "train", "evaluate", "pipeline", "session")
+STAGES = ("download", "process", "upload", "train", "evaluate", "price", "pipeline", "session")
 EXECUTORS = ("local", "slurm", "foreground")
 RESIZE_VERSION = 2  # version of process.resize (1: by Pillow), part of the signature
 PIXEL_VERSION = 2  # version of decoding and resizing (1: Pillow), part of the signature
@@ -263,6 +263,12 @@ class Cluster:
     login: str | None = setting(
         None, "login node's host name from your own machine, for tunnels; null: its own"
     )
+    gpu_hour_price: float | None = setting(
+        None, "money for an hour of one GPU, in any currency, for price=true", minimum=0
+    )
+    gpu_watts: float | None = setting(
+        None, "W of one GPU in a training, with its share of node and cooling, for price=true", minimum=0
+    )
     scratch: str | None = setting(None, "folder on each node's own disk; variables are expanded on the node")
     scratch_gb: float | None = setting(None, "GB for copies of shards; null: all free space", minimum=0)
     stage: dict[str, dict[str, Any]] = setting(factory=dict, meaning="any of the fields above, for one stage")
@@ -276,6 +282,7 @@ class Config:
     seed: int = setting(MISSING, "seed of weights, order and augmentation", minimum=0, maximum=2**32 - 1)
     wait: bool = setting(MISSING, "wait for the jobs with a live table")
     dry_run: bool = setting(MISSING, "print what would be submitted, and submit nothing")
+    price: bool = setting(False, "print what the trainings would cost, and submit none; see docs/price.md")
     sweep: str | None = setting(
         None, "name of the sweep that the runs belong to; null: made from a sweep's settings"
     )

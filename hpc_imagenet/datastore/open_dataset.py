@@ -71,13 +71,13 @@ def open_dataset(
         cache = NodeCache(cluster.scratch, limit)
         if stages:
             copier = copier or CopyProcess(backend.url, version.path, cache.folder)
-        selected = None if splits is None else _shards_of(folder, manifest, splits)
+        selected = None if splits is None else shards_of(folder, manifest, splits)
         staged = StagedShards(source, cache, manifest.shards, copier if stages else None, intervals, selected)
         stack.callback(staged.close)
         yield DatasetReader(folder, staged)
 
 
-def _shards_of(folder: Path, manifest: Manifest, splits: Sequence[str]) -> list[int]:
+def shards_of(folder: Path, manifest: Manifest, splits: Sequence[str]) -> list[int]:
     """Return the numbers of the shards with images of these splits, as far as the dataset has them."""
     numbers: set[int] = set()
     for split in manifest.splits.keys() & set(splits):

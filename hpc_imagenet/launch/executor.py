@@ -105,6 +105,10 @@ class Executor(Protocol):
         """Yield lines for a dry run about jobs that would be submitted, given with the runs they wait for."""
         yield from ()
 
+    def expected_starts(self, store: RunStore, jobs: Sequence[tuple[Job, Sequence[str]]]) -> dict[str, str]:
+        """Return the reply, by run id, about when jobs would start; empty where nothing is known."""
+        return {}
+
 
 @functools.cache
 def code_version() -> dict[str, str]:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.checkpoints import find_checkpoint
 from hpc_imagenet.runs.job import Job, signature
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages.train_stage import TRAIN
@@ -48,7 +47,7 @@ def refuse_longer(run: Run, line: str) -> NoReturn:
     why = _reason(recipe["schedule"], recipe["epochs"], int(value))
     raise UserError(
         f"{line} cannot continue {run.id}: {why}; submit it as a new training, or begin one with its "
-        f"weights: model.weights={find_checkpoint(run)}"
+        f"weights: model.weights={run.id}"
     )
 
 

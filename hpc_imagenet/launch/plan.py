@@ -31,7 +31,7 @@ def _make_job(stage: Stage, config: Config, find_version: FindVersion) -> Job:
     """Return the job of one stage of a config."""
     named = replace(config.stage, name=stage.name)
     datastore = stage.datastore(config, find_version)
-    config = replace(config, stage=named, datastore=datastore, wait=False, dry_run=False)
+    config = replace(config, stage=named, datastore=datastore, wait=False, dry_run=False, price=False)
     return Job(
         stage=stage.name,
         label=stage.label(config),

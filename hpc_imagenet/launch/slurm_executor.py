@@ -90,24 +90,41 @@ class SlurmExecutor(Executor):
         """Yield the sbatch script of each job or job array and the reply of `sbatch --test-only` to it."""
         from hpc_imagenet.launch import sbatch
 
-        tasks = [
-            sbatch.ArrayTask(
-                job.run_id,
-                job.stage,
-                job.label,
-                job.cluster,
-                tuple(needs),
-                bound_folders(job.config) if job.cluster.container else (),
-            )
-            for job, needs in jobs
-        ]
-        for array in sbatch.group_into_arrays(tasks):
-            yield f"\nsbatch script of {' '.join(task.run_id for task in array)}:"
-            run = store.run(array[0].run_id)
-            number = run.attempt.number + 1 if run.attempt else 1
-            script = sbatch.sbatch_script(array, run.folder / "attempts" / str(number))
+        for array, script in _scripts(store, jobs):
+            yield f"\nsbatch script of {' '.join(array)}:"
             yield "  " + script.strip().replace("\n", "\n  ")
             yield f"sbatch --test-only: {sbatch.test_only(script)}"
+
+    def expected_starts(self, store: RunStore, jobs: Sequence[tuple[Job, Sequence[str]]]) -> dict[str, str]:
+        """Return the reply of `sbatch --test-only` to the array of each job, by run id."""
+        from hpc_imagenet.launch import sbatch
+
+        replies: dict[str, str] = {}
+        for array, script in _scripts(store, jobs):
+            replies |= dict.fromkeys(array, sbatch.test_only(script))
+        return replies
+
+
+def _scripts(store: RunStore, jobs: Sequence[tuple[Job, Sequence[str]]]) -> Iterator[tuple[list[str], str]]:
+    """Yield the run ids and the sbatch script of each job or job array."""
+    from hpc_imagenet.launch import sbatch
+
+    tasks = [
+        sbatch.ArrayTask(
+            job.run_id,
+            job.stage,
+            job.label,
+            job.cluster,
+            tuple(needs),
+            bound_folders(job.config) if job.cluster.container else (),
+        )
+        for job, needs in jobs
+    ]
+    for array in sbatch.group_into_arrays(tasks):
+        run = store.run(array[0].run_id)
+        number = run.attempt.number + 1 if run.attempt else 1
+        script = sbatch.sbatch_script(array, run.folder / "attempts" / str(number))
+        yield [task.run_id for task in array], script
 
 
 def _state(attempt: Attempt, status: slurm.JobStatus | None) -> State:

@@ -19,6 +19,7 @@ from hpc_imagenet.launch import notification, validate
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.states import state
+from hpc_imagenet.launch.warm_start import keep_weights
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import CANCELLED, FINISHED, Run, RunStore
 
@@ -98,6 +99,7 @@ def _submit_plan(
                 info["processing_run"] = job.processing_run
             if job.config.stage.part is not None:
                 info["part"] = job.config.stage.part
+            keep_weights(job, run)
             store.create(job.run_id, job.frozen(), info)
         if job.config.sweep is not None:
             with contextlib.suppress(OSError):  # a finished run of another user is used as it is

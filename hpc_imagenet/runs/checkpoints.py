@@ -10,6 +10,7 @@ from hpc_imagenet.io.ownership import foreign_writer
 from hpc_imagenet.runs.store import Run
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+INITIAL = "initial.ckpt"  # in the folder of a run: the checkpoint of another one that it began with
 
 
 def find_checkpoint(source: Path | Run, checkpoint: str | None = None) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.versions import open_version
+from hpc_imagenet.runs.checkpoints import INITIAL
 from hpc_imagenet.runs.store import Run
 
 
@@ -28,4 +30,12 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     version = open_version(config.datastore)
     cluster, stages = cluster_for(config, "train"), dist_env.local_rank == 0
     with open_dataset(version, cluster, stages, splits=("train", "val")) as store:
-        return fit(config, store, run, dist_env)
+        return fit(_with_initial_weights(config, run), store, run, dist_env)
+
+
+def _with_initial_weights(config: Config, run: Run) -> Config:
+    """Return the config with the run's own link to the checkpoint of a warm start."""
+    kept = run.folder / INITIAL
+    if config.model.weights_run is None or not kept.exists():
+        return config
+    return replace(config, model=replace(config.model, weights=str(kept)))

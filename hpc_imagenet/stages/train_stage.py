@@ -90,6 +90,8 @@ def _check_model(config: Config) -> None:
         raise UserError(
             f"recipe.freeze=true trains the classifier alone: set model.weights={backbones.example(name)}"
         )
+    if config.recipe.keep_optimizer and not config.model.weights_run:
+        raise UserError("recipe.keep_optimizer=true continues with the state of a run: set model.weights=RUN")
     if weights:
         backbones.check_weights(name, weights)
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,6 +31,7 @@ from hpc_imagenet.training.callbacks.checkpoint_file import (
     identity_differences,
     newest_checkpoint,
 )
+from hpc_imagenet.training.callbacks.epoch_times import PassLimit, epoch_times
 from hpc_imagenet.training.callbacks.learning_check import LearningCheck
 from hpc_imagenet.training.callbacks.progress import ProgressReporter
 from hpc_imagenet.training.confusion import write_confused_classes
@@ -45,8 +47,17 @@ from hpc_imagenet.training.trackers import training_loggers
 LOG_EVERY = 50  # steps
 
 
-def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> dict[str, Any]:
+def fit(
+    config: Config, store: DatasetReader, run: Run, dist_env: DistEnv, limit: PassLimit | None = None
+) -> dict[str, Any]:
     """Train the config's backbone on `store`, from the last checkpoint if one exists; every task calls this.
+
+    Args:
+        config: config of the run.
+        store: its dataset.
+        run: the run, whose folder is written.
+        dist_env: rank and size of this task.
+        limit: how much of each epoch is trained, to time it; None: all.
 
     Returns:
         top1 and top5 (0 to 1) and loss (mean cross-entropy) on val; images_per_second of training over all
@@ -104,6 +115,8 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
         images.mean,
         images.std,
     )
+    if recipe.keep_optimizer and checkpoint is None and config.model.weights:
+        module.optimizer_state = Path(config.model.weights)
     if config.model.compile:
         module.compile_networks(available_cpus(dist_env))
     datamodule = ImageDataModule(config, train, val, share, dist_env, device)
@@ -140,6 +153,8 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
         )
         callbacks.append(saver)
         callbacks.append(bottleneck)  # last, so that time spent in other callbacks is not measured as waiting
+        times = epoch_times(config, store.manifest, run, dist_env, device, limit)
+        callbacks.append(times)
         trainer = _trainer(config, run, dist_env, device, checkpoint, log_every, callbacks)
         path = checkpoint.path if checkpoint else None
         try:
@@ -161,6 +176,7 @@ def fit(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> di
         write_class_accuracies(run.folder / "val_classes.csv", store.manifest.classes, counts)
         if confusion is not None:
             write_confused_classes(run.folder / "val_confusion.csv", confusion)
+    times.finish()
     if dist.is_initialized():
         dist.destroy_process_group()
     metrics = trainer.callback_metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -19,7 +20,7 @@ from hpc_imagenet.training.loading.batch_loader import Batch
 from hpc_imagenet.training.loading.sampler import PADDING, BatchShare
 from hpc_imagenet.training.metrics import ClassificationMetrics
 from hpc_imagenet.training.models.ema import ema_copy
-from hpc_imagenet.training.models.optim import build_optimizer, lr_factor
+from hpc_imagenet.training.models.optim import build_optimizer, load_optimizer_state, lr_factor
 from hpc_imagenet.training.models.preprocessing import MEAN, STD
 
 AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head, Szegedy et al. 2014
@@ -43,6 +44,7 @@ class Classifier(pl.LightningModule):
         average: copy of the network with EMA weights, which validation then uses; None without EMA.
         val_metrics: metrics of the current or last validation.
         confusion: its pairs of label and predicted class.
+        optimizer_state: checkpoint whose optimizer's state this training begins with; None: an empty state.
     """
 
     mean: Tensor
@@ -65,6 +67,7 @@ class Classifier(pl.LightningModule):
         self.ema_model = ema_copy(self.model) if recipe.ema is not None else None
         self.recipe, self.seed, self.steps, self.log_every = recipe, seed, steps, log_every
         self.accumulate = share.accumulate
+        self.optimizer_state: Path | None = None
         self.batch_augment = BatchAugment(recipe, classes, seed, share)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -182,6 +185,8 @@ class Classifier(pl.LightningModule):
         """Return the optimizer of the recipe and its learning rate schedule, which changes at every step."""
         recipe, steps = self.recipe, self.steps
         optimizer = build_optimizer(self.model, recipe)
+        if self.optimizer_state is not None:
+            load_optimizer_state(optimizer, self.optimizer_state)
         warmup = recipe.warmup_epochs * steps / recipe.epochs
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(step, steps, warmup, recipe.schedule)

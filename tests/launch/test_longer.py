@@ -41,4 +41,4 @@ def test_retry_with_settings_is_refused(cli: Cli) -> None:
     checkpoint.touch()
     line = cli.refused("retry", run.id, "recipe.epochs=5")
     assert f"recipe.epochs=5 cannot continue {run.id}: its cosine schedule reaches" in line
-    assert line.endswith(f"model.weights={checkpoint}")
+    assert line.endswith(f"model.weights={run.id}")

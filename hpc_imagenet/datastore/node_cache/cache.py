@@ -22,6 +22,7 @@ import platform
 import pwd
 import stat
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -79,7 +80,7 @@ class NodeCache:
                 f"cluster.scratch={scratch}: this variable is not set on {platform.node()}; "
                 "use another folder, or cluster.scratch=null"
             )
-        self.folder = expanded / f"hpc_imagenet-{os.getuid()}"
+        self.folder = _cache_folder(expanded)
         self.limit, self.max_verified_age = limit, max_verified_age
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -207,6 +208,19 @@ class NodeCache:
 
         files = [path for path in self.folder.iterdir() if path.name[0] != "." and path.suffix != ".json"]
         return sorted(files, key=lambda path: (last_use(path), path.name))
+
+
+def cached_bytes(scratch: str, files: Iterable[File]) -> int:
+    """Return how many bytes of `files` are in the cache below a scratch folder of this node.
+
+    Nothing is created or verified.
+    """
+    folder = _cache_folder(Path(os.path.expandvars(scratch)).expanduser())
+    return sum(file.bytes for file in files if (folder / file.hash.replace(":", "-")).is_file())
+
+
+def _cache_folder(scratch: Path) -> Path:
+    return scratch / f"hpc_imagenet-{os.getuid()}"
 
 
 def _lock_unused(path: Path) -> int | None:

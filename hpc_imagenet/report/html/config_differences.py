@@ -9,7 +9,18 @@ from typing import Any
 
 # Settings of other stages, and settings that decide nothing about a training.
 _LEFT_OUT = (
-    *("workspace", "wait", "dry_run", "sweep", "stage.", "download.", "process.", "upload.", "session."),
+    *(
+        "workspace",
+        "wait",
+        "dry_run",
+        "price",
+        "sweep",
+        "stage.",
+        "download.",
+        "process.",
+        "upload.",
+        "session.",
+    ),
     *("dataset.archives", "dataset.make", "dataset.hint", "datastore.version", "datastore.content"),
 )
 

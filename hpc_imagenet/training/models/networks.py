@@ -36,7 +36,9 @@ def build_network(config: Config, classes: int, fresh: bool) -> nn.Module:
         raise UserError(f"recipe.blurpool=true: {model.name} has no convolution that it would change")
     set_norm_momentum(network, recipe.norm_momentum)
     if weights and same_classes is None:
-        same_classes = pretrained.load_weights(network, model.name, weights)
+        same_classes = pretrained.load_weights(
+            network, model.name, weights, averaged=not recipe.keep_optimizer
+        )
     if same_classes is False:
         print(
             f"model.weights={weights}: the weights are for other classes, so the classifier"

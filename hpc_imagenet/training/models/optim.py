@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from hpc_imagenet.config.backbones import timm_name
 from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.errors import UserError, first_line
+
+_SHAPED = ("momentum_buffer", "exp_avg", "exp_avg_sq")  # states that have the shape of their weight
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -51,6 +54,33 @@ def _create(recipe: Recipe, groups: list[dict[str, Any]], options: dict[str, Any
         options = {"momentum": recipe.momentum, **options}
     kinds = {each.lower(): kind for each, kind in vars(torch.optim).items() if each[0].isupper()}
     return cast(torch.optim.Optimizer, kinds[name](groups, lr=rate, **options))
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Load the optimizer's state in a checkpoint, such as its momentum; rates and decay are not changed.
+
+    Raises:
+        UserError: the checkpoint is of another optimizer or network.
+    """
+    saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["optimizer_states"][0]
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    problem = ""
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
+        problem = "other weights are trained"
+    for number, state in saved["state"].items():
+        for name, value in state.items():
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) and value.ndim else None
+            if not problem and name in _SHAPED and shape != tuple(parameters[number].shape):
+                problem = (
+                    f"{name} of weight {number} is {shape}, and the weight {tuple(parameters[number].shape)}"
+                )
+    if problem:
+        raise UserError(
+            f"recipe.keep_optimizer=true: the optimizer's state in {path} does not fit this training "
+            f"({problem}): set recipe.keep_optimizer=false"
+        )
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def lr_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:

@@ -35,13 +35,14 @@ def constructor_options(name: str, weights: str | None) -> dict[str, Any]:
     return _OPTIONS.get(name, {}) if weights and is_weights_name(name, weights) else {}
 
 
-def load_weights(model: nn.Module, name: str, weights: str) -> bool:
+def load_weights(model: nn.Module, name: str, weights: str, averaged: bool = True) -> bool:
     """Load initial weights into `model`; a classifier for another number of classes is not changed.
 
     Args:
         model: the network as built, on the CPU.
         name: name of the backbone.
         weights: a torchvision name, such as IMAGENET1K_V2, or a file.
+        averaged: whether to take the EMA weights of a checkpoint, if it has any.
 
     Returns:
         Whether the classifier's weights were loaded too.
@@ -51,7 +52,7 @@ def load_weights(model: nn.Module, name: str, weights: str) -> bool:
     """
     setting = f"model.weights={weights}"
     path = cached_weights(name, weights, setting)[1] if is_weights_name(name, weights) else Path(weights)
-    state, mismatches = match_names(model, read_weights(path, setting))
+    state, mismatches = match_names(model, read_weights(path, setting, averaged))
     expected, classifiers = model.state_dict(), tuple(f"{layer}." for layer in classifier_names(model))
     other = [key for key in mismatches if not key.startswith(classifiers)]
     if other or (mismatches and any(_shape(state, key) is None for key in mismatches)):
@@ -91,12 +92,13 @@ def shape_difference(key: str, weights: State, expected: State) -> str:
     return f"{key} is {_shape_text(weights, key)} in the file and {_shape_text(expected, key)} in the network"
 
 
-def read_weights(path: Path, setting: str) -> State:
-    """Return the weights in a file: a state dict, or a checkpoint of a run (its EMA weights, if any).
+def read_weights(path: Path, setting: str, averaged: bool = True) -> State:
+    """Return the weights in a file: a state dict, or a checkpoint of a run.
 
     Args:
         path: path of the file.
         setting: the user's input, such as `model.weights=FILE`, for the error.
+        averaged: whether to take the EMA weights of a checkpoint, if it has any.
 
     Raises:
         UserError: no such file, or the file contains no weights.
@@ -109,7 +111,8 @@ def read_weights(path: Path, setting: str) -> State:
         raise UserError(f"{setting}: not a file of weights ({_first_line(error)})") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         inner = state["state_dict"]
-        prefixes = [p for p in ("ema_model.", "model.") if any(key.startswith(p) for key in inner)]
+        order = ("ema_model.", "model.") if averaged else ("model.",)
+        prefixes = [p for p in order if any(key.startswith(p) for key in inner)]
         prefix = prefixes[0] if prefixes else ""  # none: of another program
         state = {key.removeprefix(prefix): v for key, v in inner.items() if key.startswith(prefix)}
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

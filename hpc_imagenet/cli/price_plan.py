@@ -1,0 +1,90 @@
+"""`price=true`: the prices of a plan's trainings, from records or from short jobs that time them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console
+
+from hpc_imagenet.cli.submit import PreparedPlan, prepare
+from hpc_imagenet.config.schema import Datastore
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.executors import EXECUTORS
+from hpc_imagenet.launch.price import KnownTimes, Price, images_of, known_times, price
+from hpc_imagenet.launch.states import states
+from hpc_imagenet.launch.validate import version_finder
+from hpc_imagenet.report.jobs_table import watch
+from hpc_imagenet.report.price_table import WIDTH, print_prices
+from hpc_imagenet.runs.job import Job
+from hpc_imagenet.stages.price_stage import PRICE, price_config
+from hpc_imagenet.stages.train_stage import TRAIN
+
+
+def print_plan_prices(prepared: PreparedPlan) -> None:
+    """Print the prices of a plan; nothing of it is submitted.
+
+    Raises:
+        UserError: it has no training, a dataset does not exist yet, or a price job failed.
+    """
+    console = Console(file=sys.stdout, width=WIDTH, highlight=False)
+    prices = plan_prices(prepared, console)
+    new = [(each.job, ()) for each in prices if not each.free]
+    starts = EXECUTORS[prepared.executor].expected_starts(prepared.store, new)
+    print_prices(prices, starts, console)
+    print("nothing was submitted (price=true)")
+
+
+def plan_prices(prepared: PreparedPlan, console: Console) -> list[Price]:
+    """Return the price of each training of a plan, and show the price jobs that are needed for it.
+
+    Raises:
+        UserError: see `print_plan_prices`.
+    """
+    find_version = version_finder()
+    trainings = [_with_data(job, find_version(job.config.datastore)) for job in prepared.jobs
+                 if job.stage == TRAIN.name]  # fmt: skip
+    if not trainings:
+        stages = ", ".join(dict.fromkeys(job.stage for job in prepared.jobs))
+        raise UserError(f"price=true is for trainings, and this submission has only {stages}: remove it")
+    state_of = states(map(prepared.store.run, {job.run_id for job in trainings}))
+    known: dict[str, KnownTimes | None] = {}
+    for job in trainings:
+        state = state_of[job.run_id]
+        if not (state.finished or state.active):
+            known[job.run_id] = known_times(job, prepared.store)
+    if missing := [job for job in trainings if known.get(job.run_id, job) is None]:
+        _time(missing, console)
+    found = []
+    for job in trainings:
+        times = known.get(job.run_id) or (known_times(job, prepared.store) if job.run_id in known else None)
+        run = prepared.store.run(job.run_id)
+        found.append(price(job, run, state_of[job.run_id], times, images_of(job)))
+    return found
+
+
+def _with_data(job: Job, datastore: Datastore | None) -> Job:
+    """Return the job with its datastore pinned; of a pipeline, to the version that exists already."""
+    if datastore is None or datastore.content != job.config.datastore.content:
+        raise UserError(
+            f"price=true times trainings on their images, and datastore {job.config.datastore.name} does not "
+            "have them yet: submit download, process and upload first, as stages of their own"
+        )
+    return replace(job, config=replace(job.config, datastore=datastore))
+
+
+def _time(jobs: Sequence[Job], console: Console) -> None:
+    """Run the price jobs of trainings, one for each shape, and wait for them.
+
+    Raises:
+        UserError: one of them failed.
+    """
+    configs = {PRICE.run_id(config): config for config in (price_config(job.config) for job in jobs)}
+    prepared = prepare(list(configs.values()))
+    runs = [entry.run for entry in prepared.submit()]
+    if prepared.in_background:
+        watch(runs, console)
+    for run_id, state in states(runs).items():
+        if not state.finished:
+            raise UserError(f"{run_id} {state.name}: {state.reason}")

@@ -1,0 +1,110 @@
+"""Warm starts: `model.weights=RUN` begins a training with the weights of a run, finished or running.
+
+The checkpoint is found at submission, and the run's id and the checkpoint's content become part of the
+signature. The new run's folder gets a hard link to it, so that it begins with these weights even if the
+source trains on or is deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.config.backbones import is_weights_name
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs.checkpoints import INITIAL, find_checkpoint
+from hpc_imagenet.runs.job import Job
+from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.stages.evaluate_stage import fingerprint
+from hpc_imagenet.stages.train_stage import TRAIN
+
+_MODEL = ("name", "stem", "options", "source_hash")  # what decides the names and shapes of the weights
+_OPTIMIZER = ("optimizer", "norm_decay", "freeze")  # what decides the optimizer's state and its groups
+
+
+def find_weights(config: Config, store: RunStore) -> Config:
+    """Return the config with the checkpoint of the run that `model.weights` names; others are unchanged.
+
+    Raises:
+        UserError: no such run, or it has no checkpoint or another network, or, with recipe.keep_optimizer,
+            another optimizer.
+    """
+    name = config.model.weights
+    if config.stage.name not in (TRAIN.name, "pipeline") or not name or Path(name).is_file():
+        return config
+    if is_weights_name(config.model.name, name):
+        return config
+    if Run(Path(name)).info:
+        run = Run(Path(name).resolve())
+    elif "/" in name:
+        return config  # refused as a missing file
+    else:
+        try:
+            run = store.find(name)
+        except UserError as error:
+            raise UserError(f"model.weights={name}: no such file, and {error}") from None
+    run.check_format()
+    if run.info.get("stage") != TRAIN.name:
+        raise UserError(f"model.weights={name}: {run.id} is no training, so it has no weights")
+    _check_same(config, run)
+    checkpoint = find_checkpoint(run)
+    model = replace(
+        config.model, weights=str(checkpoint), weights_run=run.id, weights_hash=fingerprint(checkpoint)
+    )
+    return replace(config, model=model)
+
+
+def keep_weights(job: Job, run: Run) -> None:
+    """Link the checkpoint of a warm start into the new run's folder.
+
+    Raises:
+        UserError: the source has replaced or removed it since it was found.
+    """
+    model, kept = job.config.model, run.folder / INITIAL
+    if job.stage != TRAIN.name or not model.weights_run or not model.weights:
+        return
+    if kept.exists() and fingerprint(kept) == model.weights_hash:
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    temporary = kept.with_name(f".{INITIAL}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(model.weights, temporary)
+        except FileNotFoundError:
+            raise
+        except OSError:  # another file system
+            shutil.copyfile(model.weights, temporary)
+        if fingerprint(temporary) != model.weights_hash:
+            raise FileNotFoundError
+        temporary.replace(kept)
+    except FileNotFoundError:
+        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # an earlier attempt has written to it
+            run.folder.rmdir()
+        raise UserError(
+            f"model.weights={model.weights_run}: it has just written another checkpoint: submit again"
+        ) from None
+
+
+def _check_same(config: Config, run: Run) -> None:
+    """Raise unless the run has the network of `config`, and its optimizer if that is kept."""
+    frozen = run.frozen()
+    pairs: list[tuple[str, Any, Any]] = [
+        (f"model.{key}", frozen["model"].get(key), getattr(config.model, key)) for key in _MODEL
+    ]
+    if config.recipe.keep_optimizer:
+        recipe = frozen["recipe"]
+        pairs += [(f"recipe.{key}", recipe.get(key), getattr(config.recipe, key)) for key in _OPTIMIZER]
+    for name, old, new in pairs:
+        if (old or None) != (new or None):
+            why = ", with recipe.keep_optimizer=true" if name.startswith("recipe.") else ""
+            raise UserError(
+                f"model.weights={run.id}: its {name} is {old}, and that of this training {new}{why}: "
+                f"set {name}={old}, or leave the weights out"
+            )

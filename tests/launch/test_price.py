@@ -1,0 +1,255 @@
+"""Prices from records: time, starts within a time limit, refusals before submission, the whole sweep."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Cli
+from fake_slurm import write_command
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
+from hpc_imagenet.io.atomic_files import write_json
+from hpc_imagenet.launch.executor import State
+from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.launch.price import Images, KnownTimes, Price, known_times, price, sweep_seconds
+from hpc_imagenet.launch.validate import version_finder
+from hpc_imagenet.runs.job import Job
+from hpc_imagenet.runs.store import RunStore
+from hpc_imagenet.runs.time_record import PassTime, Time, TimeRecord, training_shape, write_record
+
+NEW, IMAGES = State("failed", "was never submitted"), Images(1000, 130)
+FIXED = ("datastore.name=digits", "model=resnet18", "recipe=demo", "recipe.global_batch=100")
+
+
+@functools.cache  # composing takes a while
+def job(*overrides: str, workspace: Path = Path("ws")) -> Job:
+    words = with_defaults(["cluster=slurm", *FIXED, f"workspace={workspace}"], overrides)
+    (planned,) = make_plan(compose(words), version_finder())
+    return planned
+
+
+def record(planned: Job, **values: Any) -> TimeRecord:
+    """10 s of startup, 2 s a batch, 1 s a validation batch, 3 s after an epoch."""
+    fixed = {"run": "c0ffee00-price-resnet18", "host": "n1", "device": "CPU", "cpus": 2, "short": True}
+    parts = {
+        "train": {16: PassTime(Time(2, 2))},
+        "validation": PassTime(Time(1, 1)),
+        "after": Time(3, 3),
+        "startup": Time(10, 10),
+        "end": Time(),
+        "shape": training_shape(planned.config, planned.cluster),
+    }
+    return TimeRecord(**{**fixed, **parts, **values})
+
+
+def priced(*overrides: str, times: dict[str, Any] | None = None, state: State = NEW) -> Price:
+    planned = job("cluster.gpus_per_node=0", *overrides)
+    known = KnownTimes(record(planned, **(times or {})), None)
+    return price(planned, RunStore(Path("none")).run(planned.run_id), state, known, IMAGES)
+
+
+def test_the_time_is_that_of_all_parts() -> None:
+    found = priced("recipe.epochs=5")
+    # 10 batches, 2 validation batches and a checkpoint an epoch
+    assert found.total.wall == 10 + 5 * (10 * 2 + 2 * 1 + 3)
+    once = {"train": {16: PassTime(Time(2, 2), Time(0.5, 0), Time(40, 40))}}
+    assert priced("recipe.epochs=5", times=once).total.wall == found.total.wall + 40 + 5 * 0.5
+    assert found.device_hours == pytest.approx(8 * found.total.wall / 3600 * 2 / 8)  # two CPUs
+
+
+def test_every_image_size_of_a_schedule_has_its_own_time() -> None:
+    grow = ("recipe.epochs=6", "recipe.start_size=8", "recipe.grow_from=2", "recipe.grow_to=3")
+    times = {"train": {8: PassTime(Time(1, 1)), 16: PassTime(Time(4, 4))}}
+    assert priced(*grow, times=times).total.wall == 10 + 6 * (2 + 3) + 3 * 10 * 1 + 3 * 10 * 4
+
+
+def test_checkpoints_within_long_epochs_are_counted() -> None:
+    often = priced("recipe.epochs=10", "train.checkpoint_every_minutes=1")
+    assert often.total.wall == priced("recipe.epochs=10").total.wall + 3 * (10 * 25 // 60)
+
+
+@pytest.mark.parametrize("state", ["finished", "running", "queued"])
+def test_what_need_not_be_computed_is_free(state: str) -> None:
+    found = priced(state=State(state))
+    assert found.free
+    assert (found.known, found.device_hours, found.total) == (None, 0, Time())
+
+
+def test_an_interrupted_run_costs_its_rest(tmp_path: Path) -> None:
+    planned = job("cluster.gpus_per_node=0", "recipe.epochs=4")
+    run, known = RunStore(tmp_path).run(planned.run_id), KnownTimes(record(planned), None)
+    run.folder.mkdir(parents=True)
+    for done, rest in ((2000, 2 * 25), (2500, 1.5 * 20 + 2 * 5), (0, 4 * 25), ("x", 4 * 25)):
+        write_json(run.folder / "progress.json", {"done": done, "total": 4000})
+        assert price(planned, run, NEW, known, IMAGES).work.wall == pytest.approx(rest)
+    write_json(run.folder / "progress.json", {"done": 2000, "total": 99})  # of other settings
+    assert price(planned, run, NEW, known, IMAGES).work.wall == 4 * 25
+
+
+def test_starts_within_the_time_limit() -> None:
+    # 1 h 40 min of work. A start of 20 min has 10 s of startup, and 90 s are left for the checkpoint.
+    words = ("recipe.epochs=240", "cluster.time=20")
+    found = priced(*words)
+    assert found.work.wall == 6030  # with a checkpoint every 10 minutes
+    assert (found.starts, found.allowed) == (math.ceil(6030 / (1200 - 100)), 11)
+    assert found.total.wall == 6030 + 6 * 10
+    assert not found.too_long
+    assert priced(*words, "cluster.max_requeues=3").too_long
+    assert priced(*words, "+cluster.sbatch.no-requeue=true").allowed == 1
+    assert priced("recipe.epochs=240", "cluster.time=1").starts == math.ceil(6030 / (60 - 10 - 15))
+    assert priced("recipe.epochs=240", "cluster.time=1", times={"startup": Time(60, 1)}).starts == math.inf
+
+
+@given(st.integers(1, 4000), st.integers(0, 20), st.floats(0, 400))
+def test_the_limit_that_is_proposed_is_long_enough(epochs: int, requeues: int, startup: float) -> None:
+    planned = job("cluster.gpus_per_node=0")
+    config = replace(planned.config, recipe=replace(planned.config.recipe, epochs=epochs))
+    known = KnownTimes(record(planned, startup=Time(startup, startup)), None)
+
+    def limited(minutes: int) -> Price:
+        cluster = replace(planned.cluster, time=minutes, max_requeues=requeues)
+        changed = replace(planned, config=config, cluster=cluster)
+        return price(changed, RunStore(Path("none")).run("x"), NEW, known, IMAGES)
+
+    longer = limited(limited(1).minutes_needed)
+    assert longer.starts <= longer.allowed
+    assert not longer.too_long
+
+
+def test_gpus_cost_money_and_energy() -> None:
+    sizes = ("cluster.gpus_per_node=4", "cluster.nodes=2", "recipe.global_batch=200", "recipe.epochs=28")
+    planned = job(*sizes, "cluster.gpu_hour_price=2.5", "cluster.gpu_watts=500")
+    one = record(job("cluster.gpus_per_node=1", "recipe.global_batch=25"), device="A100")
+    found = price(planned, RunStore(Path("none")).run("x"), NEW, KnownTimes(one, one), IMAGES)
+    # 5 batches; of validation a batch of 17 images on each of 8 GPUs, which costs 17/25 of one of 25
+    assert found.work.wall == pytest.approx(28 * (5 * 2 + 17 / 25 + 3))
+    assert found.gpus == 8
+    assert found.device_hours == pytest.approx(8 * found.total.wall / 3600)
+    assert (found.money, found.energy) == (2.5 * found.device_hours, 0.5 * found.device_hours)
+    assert (priced().money, priced().energy) == (None, None)
+
+
+def test_what_bounds_a_training() -> None:
+    planned = job("cluster.gpus_per_node=2")
+    fast, slow = record(planned), record(planned, train={16: PassTime(Time(2.5, 2))})
+    assert KnownTimes(fast, None).bound == "device"
+    assert KnownTimes(record(planned, waiting=0.3), None).bound == "data"
+    assert KnownTimes(slow, fast).bound == "network"
+    assert KnownTimes(fast, fast).bound == KnownTimes(fast, slow).bound == "device"
+
+
+def test_runs_of_a_sweep_share_the_slots() -> None:
+    runs = [priced(f"seed={seed}", "cluster.array_parallelism=2") for seed in range(5)]
+    assert sweep_seconds(runs) == 3 * runs[0].total.wall
+    assert sweep_seconds([]) == 0
+
+
+def datastore(workspace: Path) -> None:
+    """Write the manifest of a datastore, which is all that a submission reads."""
+    file = File("train.npy", 1, "sha256:0")
+    splits = {"train": Split(file, IMAGES.train), "val": Split(file, IMAGES.val)}
+    folder = workspace / "datastores" / "digits" / "v1"
+    folder.mkdir(parents=True)
+    Manifest("digits", "c0ffee00", "", (ClassNames("n0", ("0",)), ClassNames("n1", ("1",))), (), splits).save(
+        folder
+    )
+
+
+@pytest.fixture
+def timed(cluster: Cli, commands: Path) -> Cli:
+    """The command line on a fake Slurm, with a record of one hour of work for 144 epochs."""
+    datastore(cluster.workspace)
+    planned = job("cluster.gpus_per_node=0", workspace=cluster.workspace)
+    (cluster.workspace / "runs").mkdir()
+    write_record(cluster.workspace / "runs", record(planned))
+    write_command(
+        commands,
+        "sbatch",
+        'case $1 in --test-only) echo "sbatch: Job 7 to start at 2026-11-30T08:10:00 using 8 CPUs" >&2 ;;'
+        ' *) echo "Submitted batch job 1" ;; esac',
+    )
+    return cluster
+
+
+TRAINING = (*FIXED, "cluster=slurm", "cluster.gpus_per_node=0", "recipe.epochs=144")
+
+
+def test_a_time_limit_that_is_too_short_is_refused_with_one_that_is_not(timed: Cli) -> None:
+    words = (*TRAINING, "cluster.max_requeues=2")
+    line = timed.refused(*words, "cluster.time=10")
+    assert "cluster.time=10 is too short" in line
+    assert "takes 60 minutes (as c0ffee00-price-resnet18 has shown)" in line
+    assert "would not end with 2 requeues: set cluster.time=" in line
+    enough = line.rpartition("cluster.time=")[2]
+    assert 20 < int(enough) < 30
+    assert "too short" in timed.refused("-m", *words, "cluster.time=10", "seed=0,1")
+    assert "submitted" in timed(*words, f"cluster.time={enough}").stdout
+
+
+def test_an_unknown_price_refuses_nothing(timed: Cli) -> None:
+    words = (*TRAINING, "cluster.max_requeues=0", "cluster.time=10")
+    assert "submitted" in timed(*words, "recipe.size=32").stdout
+    for path in (timed.workspace / "runs" / ".times").iterdir():
+        path.write_text("{}")
+    assert "submitted" in timed(*words).stdout
+
+
+def test_prices_of_a_sweep_as_they_are_printed(timed: Cli) -> None:
+    words = ("-m", *TRAINING, "cluster.time=10", "cluster.max_requeues=2", "price=true")
+    done = timed(*words, "recipe.learning_rate=0.1,0.2,0.3", "cluster.array_parallelism=2").stdout
+    lines = done.splitlines()
+    assert lines[1].split() == ["run", "time", "CPU-h", "starts", "bound", "by", "start", "timed", "by"]
+    for line in lines[2:5]:
+        cells = line.split()
+        assert cells[1:] == ["1:01:38", "2.05", "8", "device", "11-30", "08:10", "c0ffee00"]
+        assert len(line) <= 80
+    assert lines[5] == "3 trainings · done after 2:03:16 without queues · 6.16 CPU-h"
+    assert lines[6].startswith("resnet18: cluster.time=10 and 2 requeues are too short; cluster.time=")
+    assert lines[-1] == "nothing was submitted (price=true)"
+    assert timed.runs() == []
+
+
+def test_a_refusal_by_slurm_is_printed(timed: Cli, commands: Path) -> None:
+    write_command(commands, "sbatch", 'echo "sbatch: error: allocation failure: Invalid account" >&2; exit 1')
+    done = timed(*TRAINING, "price=true").stdout
+    assert "resnet18: sbatch --test-only: allocation failure: Invalid account" in done
+
+
+def test_only_trainings_on_existing_data_have_a_price(cluster: Cli) -> None:
+    words = ("cluster=slurm", "price=true")
+    assert "no datastore digits" in cluster.refused(*FIXED, *words)
+    line = cluster.refused("+stage=pipeline", "dataset=digits", *words)
+    assert "datastore digits does not have them yet" in line
+    assert "is for trainings, and this submission has only download" in cluster.refused(
+        "+stage=download", "dataset=digits", *words
+    )
+    datastore(cluster.workspace)
+    assert "resnet19 is unknown" in cluster.refused(*FIXED, *words, "model.name=resnet19")
+    assert "price cannot be swept" in cluster.refused("-m", *FIXED, "cluster=slurm", "price=true,false")
+
+
+def test_without_slurm_there_is_nothing_to_price_on(cli: Cli) -> None:
+    cli.env["PATH"] = "/nowhere"
+    assert "no sbatch is on the PATH" in cli.refused(*FIXED, "cluster=slurm", "price=true")
+
+
+def test_one_task_stands_for_all_until_all_were_timed(tmp_path: Path) -> None:
+    planned = job("cluster.gpus_per_node=4", "cluster.nodes=2", "recipe.global_batch=200")
+    store = RunStore(tmp_path)
+    store.folder.mkdir()
+    assert known_times(planned, store) is None
+    one = record(job("cluster.gpus_per_node=1", "recipe.global_batch=25"))
+    write_record(store.folder, one)
+    assert known_times(planned, store) == KnownTimes(one, one)
+    together = record(planned)
+    write_record(store.folder, together)
+    assert known_times(planned, store) == KnownTimes(together, one)

@@ -1,0 +1,176 @@
+"""Trainings that begin with the weights of a run: which ones, under which id, and what is refused."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import Cli
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+from tiny_training import tiny_config, write_store
+
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.launch.validate import version_finder
+from hpc_imagenet.launch.warm_start import find_weights, keep_weights
+from hpc_imagenet.runs.checkpoints import INITIAL
+from hpc_imagenet.runs.job import Job
+from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.stages.evaluate_stage import fingerprint
+from hpc_imagenet.training.models.networks import build_network
+from hpc_imagenet.training.models.optim import build_optimizer, load_optimizer_state
+
+pytestmark = pytest.mark.slow
+
+FIXED = ("datastore.name=digits", "model=squeezenet1_1", "recipe=demo", "recipe.global_batch=8")
+SOURCE = (*FIXED, "cluster=foreground", "recipe.epochs=2", "recipe.ema=0.9")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cli, Run]:
+    """A workspace with a finished training."""
+    cli = Cli(tmp_path_factory.mktemp("warm") / "workspace")
+    write_store(cli.workspace / "datastores" / "digits" / "v1", {"train": 40, "val": 13})
+    cli.process(*SOURCE)
+    (run,) = RunStore(cli.workspace).all()
+    return cli, run
+
+
+def planned(cli: Cli, *words: str) -> list[str]:
+    """Return the ids of the runs that a dry run prints."""
+    printed = cli(*FIXED, "cluster=local", *words, "dry_run=true").stdout
+    return re.findall(r"^(\S+) would be submitted", printed, re.MULTILINE)
+
+
+def weights(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def test_a_training_begins_with_the_weights_of_a_run(trained: tuple[Cli, Run]) -> None:
+    cli, source = trained
+    still = ("recipe.learning_rate=0", "recipe.epochs=1", "seed=1", "cluster=foreground")
+    best = source.folder / "checkpoints" / "best.ckpt"
+    for words, prefix in (((), "ema_model."), (("recipe.keep_optimizer=true",), "model.")):
+        printed = cli.process(*FIXED, *still, f"model.weights={source.id}", *words).stdout
+        (name,) = re.findall(r"^submitted +(\S+)", printed, re.MULTILINE)
+        run = RunStore(cli.workspace).run(name)
+        assert (run.folder / INITIAL).samefile(best)
+        began, ended = weights(best, prefix), weights(run.folder / "checkpoints" / "last.ckpt", "model.")
+        assert began.keys() == ended.keys()
+        assert all(torch.equal(began[key], ended[key]) for key in began)
+        model = run.config().model
+        assert (model.weights_run, model.weights_hash) == (source.id, fingerprint(best))
+
+
+def test_the_source_and_its_content_are_in_the_signature(trained: tuple[Cli, Run]) -> None:
+    cli, source = trained
+    (without,) = planned(cli, "seed=2")
+    (first,) = planned(cli, "seed=2", f"model.weights={source.id}")
+    assert first != without
+    assert planned(cli, "seed=2", f"model.weights={source.folder}") == [first]
+    assert planned(cli, "seed=2", f"model.weights={source.id.partition('-')[0]}") == [first]
+    assert planned(cli, "seed=2", f"model.weights={source.folder}/checkpoints/best.ckpt") != [first]
+    best = source.folder / "checkpoints" / "best.ckpt"
+    before = best.read_bytes()
+    try:
+        content = torch.load(best, weights_only=True)
+        next(iter(content["state_dict"].values())).add_(1)
+        best.unlink()  # it is a hard link
+        torch.save(content, best)
+        assert planned(cli, "seed=2", f"model.weights={source.id}") != [first]
+    finally:
+        best.unlink()
+        best.write_bytes(before)
+    assert planned(cli, "seed=2", f"model.weights={source.id}") == [first]
+
+
+def test_a_sweep_of_recipes_begins_with_one_run(trained: tuple[Cli, Run]) -> None:
+    cli, source = trained
+    words = ("-m", f"model.weights={source.id}", "recipe.epochs=3,4", "recipe.learning_rate=0.1,0.2")
+    assert len(set(planned(cli, *words))) == 4
+
+
+def test_files_keep_their_signature() -> None:
+    (config,) = compose(["dataset=digits", "cluster=local", "model.weights=/some/file.pth"])
+    assert config.model.identity()["weights"] == "/some/file.pth"
+    assert "weights_hash" not in config.model.identity()
+
+
+def job(cli: Cli, source: Run, *words: str) -> Job:
+    (config,) = compose(
+        [*FIXED, "cluster=local", f"workspace={cli.workspace}", f"model.weights={source.id}", *words]
+    )
+    (made,) = make_plan([find_weights(config, RunStore(cli.workspace))], version_finder())
+    return made
+
+
+def test_a_source_that_trains_on_changes_nothing(trained: tuple[Cli, Run], tmp_path: Path) -> None:
+    cli, source = trained
+    copied = RunStore(tmp_path).run(source.id)
+    shutil.copytree(source.folder, copied.folder)
+    made, run = job(cli, source, "seed=3"), RunStore(tmp_path).run("new")
+    own = replace(made.config.model, weights=str(copied.folder / "checkpoints" / "best.ckpt"))
+    made = replace(made, config=replace(made.config, model=own))
+    keep_weights(made, run)
+    shutil.copy(copied.folder / "checkpoints" / "last.ckpt", tmp_path / "other.ckpt")
+    (tmp_path / "other.ckpt").replace(copied.folder / "checkpoints" / "best.ckpt")  # as training does
+    keep_weights(made, run)  # a second attempt
+    assert fingerprint(run.folder / INITIAL) == made.config.model.weights_hash
+    late = RunStore(tmp_path).run("late")
+    with pytest.raises(
+        UserError, match=rf"model.weights={source.id}: it has just written another checkpoint"
+    ):
+        keep_weights(made, late)
+    assert not late.folder.exists()
+
+
+def test_sources_that_do_not_fit_are_refused(trained: tuple[Cli, Run]) -> None:
+    cli, source = trained
+    weights = f"model.weights={source.id}"
+    local = (*FIXED, "cluster=local")
+    line = cli.refused(*local[:1], "model=resnet18", *local[2:], weights)
+    assert f"{weights}: its model.name is squeezenet1_1, and that of this training resnet18" in line
+    keep = "recipe.keep_optimizer=true"
+    line = cli.refused(*local, weights, keep, "recipe.optimizer=adamw")
+    assert "its recipe.optimizer is sgd, and that of this training adamw, with recipe.keep_optimizer" in line
+    assert "set model.weights=RUN" in cli.refused(*local, keep)
+    assert "no such file, and no run nothing" in cli.refused(*local, "model.weights=nothing")
+    assert "no such file" in cli.refused(*local, "model.weights=no/such/file")
+    (checkpoints := source.folder / "checkpoints").rename(source.folder / "away")
+    try:
+        assert f"{source.id} has no checkpoint" in cli.refused(*local, weights)
+    finally:
+        (source.folder / "away").rename(checkpoints)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_state_of_the_optimizer_is_kept_and_its_rates_are_not(tmp_path: Path, optimizer: str) -> None:
+    path = tmp_path / "last.ckpt"
+    config = tiny_config(optimizer=optimizer)
+    network = build_network(config, 10, fresh=True)
+    source = build_optimizer(network, config.recipe)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    source.step()
+    torch.save({"optimizer_states": [source.state_dict()]}, path)
+    config.recipe.learning_rate *= 3
+    warm = build_optimizer(network, config.recipe)
+    load_optimizer_state(warm, path)
+    name = "momentum_buffer" if optimizer == "sgd" else "exp_avg"
+    for parameter in network.parameters():
+        assert torch.equal(warm.state[parameter][name], source.state[parameter][name])
+    assert [g["lr"] for g in warm.param_groups] == [3 * g["lr"] for g in source.param_groups]
+    for other, message in (
+        (build_network(config, 7, fresh=True), r"is \(10, 512, 1, 1\), and the weight \(7, 512, 1, 1\)"),
+        (torch.nn.Linear(2, 3), "other weights are trained"),
+    ):
+        with pytest.raises(UserError, match=rf"keep_optimizer=true: .*{message}.*keep_optimizer=false"):
+            load_optimizer_state(build_optimizer(other, config.recipe), path)
