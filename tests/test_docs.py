@@ -123,6 +123,8 @@ def shortened(words: list[str], reader: Reader) -> list[str]:
         replaced["model"] = f"{SMALL},shufflenet_v2_x0_5"
     if "," in given.get("seed", ""):
         replaced["seed"] = "0,1"
+    if "search" in given:
+        replaced["search.trials"] = "1"
     kept = [word for word in words if word.partition("=")[0].lstrip("+") not in replaced]
     return kept + [f"{key}={value}" for key, value in replaced.items()]
 

@@ -74,7 +74,19 @@ def test_every_setting_in_backticks_exists(page: Path) -> None:
 PACKAGE = ROOT / "hpc_imagenet"
 # Each package may import those before it, and nothing that comes after it.
 LAYERS = [
-    *("errors", "io", "config", "runs", "cluster", "datastore", "data", "training", "session", "stages"),
+    *(
+        "errors",
+        "io",
+        "config",
+        "runs",
+        "cluster",
+        "datastore",
+        "data",
+        "training",
+        "session",
+        "search",
+        "stages",
+    ),
     *("launch", "report", "doctor", "remote", "cli", "api", "demo"),
 ]
 # Heavy or special packages, and the only places that may import each.
@@ -97,6 +109,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "trackio": "training/trackers.py",
     "pyarrow": "data/sources/parquet_source.py",
     "cryptography": "session/connection.py",
+    "optuna": "search/study.py",
 }
 
 

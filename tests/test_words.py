@@ -28,8 +28,8 @@ INSTEAD = {
     r"last words|word of": "last error line, report",
 }
 PRIVATE = re.compile(rf"(?<![A-Za-z])(?:{'|'.join(INSTEAD)})(?![A-Za-z])", re.IGNORECASE)
-# Legitimate uses: a method of Python's files, the Unix user `nobody`, two compounds.
-ALLOWED = re.compile(r"\.tell\(|[`\"]nobody[`\"]|stand-?alone|stands for", re.IGNORECASE)
+# Legitimate uses: methods of Python's files and Optuna's studies, the Unix user `nobody`, two compounds.
+ALLOWED = re.compile(r"\.(tell|ask)\(|[`\"]nobody[`\"]|stand-?alone|stands for", re.IGNORECASE)
 SELF = Path(__file__).name
 
 

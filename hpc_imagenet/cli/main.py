@@ -30,6 +30,7 @@ Submit jobs (returns at once; jobs run in the background):
   dataset=   imagenet, digits, images or ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
   model=     any classification model of torchvision, timm/NAME, or my_package:factory
   recipe=    standard90, fast16 … fast88, modern, finetune, linear_probe, demo
+  +search=asha|median|tpe|halving search.trials=64 search.parallel=16 recipe.learning_rate='interval(0.1,1)'
   seed=0     workspace=FOLDER                  sweep=NAME   for jobs, cancel and retry --sweep NAME
   +stage=session [session.datastore=NAME] [session.gpus=N] [session.time=MINUTES]: Jupyter Lab on a node
   datastore.name=NAME[@vN]    trains on that datastore; with a model and a recipe it needs no dataset
@@ -159,6 +160,8 @@ def _meant(argument: str, before: Sequence[str]) -> str:
     from hpc_imagenet.config.schema import STAGES
 
     name = argument.lstrip("-").partition("=")[0]
+    if argument == "search":
+        return "; did you mean: +search=asha"
     if argument in STAGES:
         return f"; did you mean: +stage={argument}"
     if argument.startswith("--"):

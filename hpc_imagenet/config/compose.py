@@ -24,7 +24,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, Quote, QuotedString
 from hydra.errors import (
     HydraException,
     OverrideParseException,
@@ -46,12 +46,14 @@ from hpc_imagenet.config.overrides import (
     takes_quotes,
 )
 from hpc_imagenet.config.schema import DATA_STAGES, OPEN_MAPPINGS, Config
+from hpc_imagenet.config.search_space import algorithm_of, search_configs
 from hpc_imagenet.config.setting import is_variable
 from hpc_imagenet.config.slurm_values import check_quoted_times
 from hpc_imagenet.config.stored_settings import add_stored_settings, config_folders
 from hpc_imagenet.errors import UserError
 
 VERSION_BASE = "1.3"  # version of Hydra's behaviour
+_ADDED = ("stage", "search")  # groups of which the defaults have no file
 _SWEEP_NAME_LENGTH = 24  # characters of a sweep's name before its hash
 _HERE = Path(__file__).resolve().parents[1]  # the package
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # in a wheel, in a checkout
@@ -118,7 +120,10 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
         loader = GlobalHydra.instance().config_loader()
         try:
             parsed = _parse(overrides, loader)
-            composed = list(_combinations(parsed, multirun, loader))
+            if algorithm := algorithm_of(parsed):
+                composed = search_configs(algorithm, parsed, lambda lines: _one(lines, loader))
+            else:
+                composed = list(_combinations(parsed, multirun, loader))
         except HydraException as error:
             raise UserError(explain(error)) from None
         except OmegaConfBaseException as error:
@@ -126,7 +131,7 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
         except (ValueError, RecursionError, yaml.YAMLError) as error:  # such as a file that is not YAML
             raise UserError(f"the settings cannot be read: {' '.join(str(error).split())}") from None
     sweep = _sweep_name(parsed)
-    for config in composed:
+    for config in composed:  # those of a search have its name
         config.sweep = sweep if config.sweep is None else config.sweep
         check_values(config)
     return composed
@@ -173,12 +178,12 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-    groups = {"stage", *loader.list_groups("")}
+    groups = {*_ADDED, *loader.list_groups("")}
     for override in parsed:
         if override.key_or_group in groups:
             _check_choice(override)
         # The defaults have no stage, so Hydra requires `+stage=`; `stage=` is accepted too.
-        if override.key_or_group == "stage" and override.type is OverrideType.CHANGE:
+        if override.key_or_group in _ADDED and override.type is OverrideType.CHANGE:
             override.type = OverrideType.ADD
             override.input_line = f"+{override.input_line}"
     return parsed
@@ -187,10 +192,14 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
 def _check_choice(override: Override) -> None:
     # Of a list Hydra uses each file in turn, so that the last one wins; of a mapping it uses nothing.
     group, line = override.key_or_group, str(override.input_line)
-    plus = "+" if group == "stage" else ""  # the defaults have one file of every other group
+    plus = "+" if group in _ADDED else ""  # the defaults have one file of every other group
     if line.startswith("+") and (CONF / group).is_dir() and not line.startswith(f"{plus}{group}"):
         raise UserError(f"{line} adds a second {group}: write {plus}{line.lstrip('+')}")
+    if isinstance(override.value(), IntervalSweep):
+        return  # search_space.py names what to write
     values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    if group == "search" and len(values) > 1:
+        raise UserError(f"{line} selects several searches: write one of them, as +search=asha")
     for value in values:
         if isinstance(value, list):
             choices = [str(choice) for choice in value]
@@ -233,6 +242,12 @@ def _combinations(parsed: list[Override], multirun: bool, loader: ConfigLoader) 
                 OmegaConf.update(config, key, values[line], merge=True)
         _fill_unused_dataset(config)
         yield _typed(config)
+
+
+def _one(overrides: list[Override], loader: ConfigLoader) -> Config:
+    (config,) = _combinations(overrides, False, loader)
+    check_values(config)
+    return config
 
 
 def _fill_unused_dataset(composed: DictConfig) -> None:

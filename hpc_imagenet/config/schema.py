@@ -16,12 +16,13 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.config.recipe import Model, Recipe
+from hpc_imagenet.config.search import Search
 from hpc_imagenet.config.setting import setting
 from hpc_imagenet.config.slurm_values import parse_gib, parse_gpus, parse_minutes
 from hpc_imagenet.config.tracker_names import parse_trackers
 from hpc_imagenet.errors import UserError
 
-STAGES = ("download", "process", "upload", "train", "evaluate", "price", "pipeline", "session")
+STAGES = ("download", "process", "upload", "train", "evaluate", "price", "search", "pipeline", "session")
 EXECUTORS = ("local", "slurm", "foreground")
 RESIZE_VERSION = 2  # version of process.resize (1: by Pillow), part of the signature
 PIXEL_VERSION = 2  # version of decoding and resizing (1: Pillow), part of the signature
@@ -307,6 +308,7 @@ class Config:
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)
     session: Session = field(default_factory=Session)
+    search: Search = field(default_factory=Search)
 
     def training_identity(self) -> dict[str, Any]:
         """Return the settings that decide a training's result, apart from its data, for the signature."""

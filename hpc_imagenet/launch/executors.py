@@ -6,12 +6,14 @@ from hpc_imagenet.launch.executor import Executor
 from hpc_imagenet.launch.foreground_executor import ForegroundExecutor
 from hpc_imagenet.launch.local_executor import LocalExecutor
 from hpc_imagenet.launch.slurm_executor import SlurmExecutor
+from hpc_imagenet.launch.trial_executor import TrialExecutor
 from hpc_imagenet.runs.store import Attempt
 
 EXECUTORS: dict[str, Executor] = {
     LocalExecutor.name: LocalExecutor(),
     SlurmExecutor.name: SlurmExecutor(),
     ForegroundExecutor.name: ForegroundExecutor(),
+    TrialExecutor.name: TrialExecutor(),  # not for `cluster.executor`: a search starts trials by itself
 }
 
 

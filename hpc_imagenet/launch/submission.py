@@ -22,6 +22,7 @@ from hpc_imagenet.launch.states import state
 from hpc_imagenet.launch.warm_start import keep_weights
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import CANCELLED, FINISHED, Run, RunStore
+from hpc_imagenet.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def _submit_plan(
     entries: list[Submitted] = []
     for job, action, needs in plan_actions(plan, store, state_of):
         run = store.run(job.run_id)
+        STAGES[job.stage].prepare(job.config, store)
         if action == "submitted":
             info: dict[str, Any] = {
                 "stage": job.stage,

@@ -14,12 +14,12 @@ from typing import Any
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.report.jobs_table import COLOURS, Line, table_lines
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
+from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, PRUNED, QUEUED, RUNNING
 
 _INTERVAL = 2.0  # s between two readings of the runs
 _SHARE = 0.1  # of the time that reading may take: 10,000 runs are read less often
 _REDRAW = 12  # Ctrl-L: draw everything again
-_ORDER = (RUNNING, QUEUED, FAILED, CANCELLED, FINISHED)
+_ORDER = (RUNNING, QUEUED, FAILED, CANCELLED, PRUNED, FINISHED)
 
 
 def watch_jobs(rows: Callable[[float], list[dict[str, Any]]]) -> None:

@@ -20,9 +20,10 @@ from hpc_imagenet.report.durations import instant, seconds_between, span
 from hpc_imagenet.report.run_summary import best_top1, describe, seconds_left
 from hpc_imagenet.report.terminal_text import columns, fit
 from hpc_imagenet.runs.run_records import RecordCache, RunRecord, read_run
-from hpc_imagenet.runs.store import CANCELLED, ENDED, FAILED, FINISHED, QUEUED, RUNNING, Run, RunStore
+from hpc_imagenet.runs.store import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, QUEUED, RUNNING, Run, RunStore
 
 COLOURS = {QUEUED: "yellow", RUNNING: "cyan", FINISHED: "green", FAILED: "red", CANCELLED: "magenta"}
+COLOURS[PRUNED] = "blue"
 _HEADER = ("id", "label", "state", "progress, result or reason", "top-1", "nodes", "age")
 _DETAILS = 24  # columns that progress, result or reason get at least
 _LABEL, _NODES = 24, 10  # columns of label and nodes at most

@@ -85,6 +85,8 @@ def summary(stage: str | None, result: dict[str, Any]) -> str:
             f"{speed}/s" if (speed := count("images_per_second", "img")) else "",
         ]
         parts = [*(["at chance"] if result.get("learned") is False else []), *parts, *skipped]
+    elif stage == "search":
+        parts = [count("trials", "trials"), f"best {result['trial']}" if result.get("trial") else ""]
     elif stage == "session":
         parts = [str(result.get("ended") or ""), count("minutes", "minutes")]
     else:

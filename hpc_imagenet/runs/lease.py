@@ -19,6 +19,7 @@ from hpc_imagenet.errors import Superseded
 from hpc_imagenet.io.atomic_files import read_json, write_json
 
 LEASE_FILE = "lease.json"
+_REVOKED = 10**9  # restarts: no restart of the same attempt can take the lease back
 
 
 def restart_count() -> int:
@@ -64,6 +65,20 @@ def acquire(run_folder: Path, attempt: int) -> Lease:
     token = uuid.uuid4().hex
     write_json(path, {"attempt": attempt, "restarts": order[1], "host": socket.gethostname(), "token": token})
     return Lease(path, token)
+
+
+def revoke(run_folder: Path, attempt: int) -> None:
+    """Take the lease from the process that holds it for an attempt; a later attempt can acquire it.
+
+    The process stops at its next check, within about a second.
+    """
+    holder = {
+        "attempt": attempt,
+        "restarts": _REVOKED,
+        "host": socket.gethostname(),
+        "token": uuid.uuid4().hex,
+    }
+    write_json(run_folder / LEASE_FILE, holder)
 
 
 def is_holder(run_folder: Path, attempt: int) -> bool:

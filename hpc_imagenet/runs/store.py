@@ -23,7 +23,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,7 +38,8 @@ from hpc_imagenet.io.ownership import is_own, make_own_folder, owner_name, read_
 from hpc_imagenet.runs.lease import Lease, restart_count
 
 QUEUED, RUNNING, FINISHED, FAILED, CANCELLED = "queued", "running", "finished", "failed", "cancelled"
-ENDED = (FINISHED, FAILED, CANCELLED)
+PRUNED = "pruned"  # stopped by a search with its work saved; submitted again, it is trained to its end
+ENDED = (FINISHED, FAILED, CANCELLED, PRUNED)
 FORMAT = 2  # of a run folder; raised when names of its files, of their keys or of pickled classes change
 _TAIL_BYTES = 1 << 16
 _SLURM_PREFIXES = ("srun: ", "slurmstepd: ", "submitit ERROR")
@@ -180,6 +181,10 @@ def outcome_from(path: Path) -> Outcome | None:
     return Outcome(**{**known, "reason": str(known.get("reason") or "")})
 
 
+Judge = Callable[[int, float], bool]
+"""Takes the epochs trained and the top-1 accuracy (0 to 1); returns whether the training is to stop there."""
+
+
 class Run:
     """One run and its folder."""
 
@@ -187,6 +192,7 @@ class Run:
         self.folder = folder
         self.id = folder.name
         self.lease: Lease | None = None  # held if this process runs the job
+        self.judge: Judge | None = None  # of a trial of a search, if this process runs it
 
     @property
     def info(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Cluster, Config, Datastore
 from hpc_imagenet.runs.job import FindVersion, content_hash, signature
-from hpc_imagenet.runs.store import Run
+from hpc_imagenet.runs.store import Run, RunStore
 
 
 class Stage(abc.ABC):
@@ -99,6 +99,10 @@ class Stage(abc.ABC):
     @abc.abstractmethod
     def check_output(self, config: Config) -> None:
         """Check that the output of a finished job still exists, so that the job can be skipped."""
+
+    def prepare(self, config: Config, store: RunStore) -> None:
+        """Write what the jobs of one command share, before they are submitted."""
+        return
 
     # On a node.
 

@@ -34,6 +34,7 @@ from hpc_imagenet.training.callbacks.checkpoint_file import (
 from hpc_imagenet.training.callbacks.epoch_times import PassLimit, epoch_times
 from hpc_imagenet.training.callbacks.learning_check import LearningCheck
 from hpc_imagenet.training.callbacks.progress import ProgressReporter
+from hpc_imagenet.training.callbacks.trial_pruning import TrialPruning
 from hpc_imagenet.training.confusion import write_confused_classes
 from hpc_imagenet.training.loading.datamodule import ImageDataModule
 from hpc_imagenet.training.loading.sampler import BatchShare
@@ -61,8 +62,9 @@ def fit(
 
     Returns:
         top1 and top5 (0 to 1) and loss (mean cross-entropy) on val; images_per_second of training over all
-        ranks; skipped (number of unreadable images); epochs; best_top1 and best_epoch of best.ckpt; seconds
-        of this attempt; parameters (number); learned (whether top1 is above chance), with advice if not.
+        ranks; skipped (number of unreadable images); epochs that were trained; best_top1 and best_epoch of
+        best.ckpt; seconds of this attempt; parameters (number); learned (whether top1 is above chance), with
+        advice if not.
 
     Raises:
         UserError: bad input.
@@ -151,7 +153,9 @@ def fit(
         saver = CheckpointCallback(
             checkpoints, stop_signal, interval, content, kept, datamodule.images, dist_env.is_rank_zero
         )
-        callbacks.append(saver)
+        pruning = TrialPruning(run.judge) if run.judge else None
+        # A report before the checkpoint: after a kill in between, the epoch is trained and reported again.
+        callbacks += [pruning, saver] if pruning else [saver]
         callbacks.append(bottleneck)  # last, so that time spent in other callbacks is not measured as waiting
         times = epoch_times(config, store.manifest, run, dist_env, device, limit)
         callbacks.append(times)
@@ -186,7 +190,7 @@ def fit(
         "loss": float(metrics["val_loss"]),
         "images_per_second": reporter.images_per_second,
         "skipped": skipped,
-        "epochs": recipe.epochs,
+        "epochs": pruning.stopped if pruning and pruning.stopped else recipe.epochs,
         "best_top1": kept.best.get("top1"),
         "best_epoch": kept.best.get("epoch"),
         "seconds": time.monotonic() - began,

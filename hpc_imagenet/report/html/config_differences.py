@@ -20,6 +20,7 @@ _LEFT_OUT = (
         "process.",
         "upload.",
         "session.",
+        "search.",
     ),
     *("dataset.archives", "dataset.make", "dataset.hint", "datastore.version", "datastore.content"),
 )

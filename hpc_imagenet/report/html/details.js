@@ -115,7 +115,7 @@ function allClasses(run, names) {
 }
 
 const PART_NAMES = [["queued", "queued"], ["running", "running"], ["requeued", "in the queue again"],
-  ["finished", "ran and finished"], ["failed", "ran and failed"], ["cancelled", "ran and was cancelled"]];
+  ["finished", "ran and finished"], ["failed", "ran and failed"], ["cancelled", "ran and was cancelled"], ["pruned", "ran and was pruned"]];
 
 // Rows of {name, attempts}; the last running part has the colour of the attempt's end.
 function timeline(rows, onOpen) {
@@ -127,7 +127,7 @@ function timeline(rows, onOpen) {
     for (const attempt of row.attempts) {
       attempt.parts.forEach((part, index) => {
         const last = part[0] === "running" && index === attempt.parts.length - 1;
-        const kind = last && ["finished", "failed", "cancelled"].includes(attempt.state) ? attempt.state : part[0];
+        const kind = last && ["finished", "failed", "cancelled", "pruned"].includes(attempt.state) ? attempt.state : part[0];
         const bar = el("div", { class: `part-${kind}` });
         bar.style.left = `${(100 * (part[1] - from)) / (to - from)}%`;
         bar.style.width = `${(100 * (part[2] - part[1])) / (to - from)}%`;

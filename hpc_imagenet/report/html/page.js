@@ -107,6 +107,7 @@ function load(data) {
     $("settings-body").replaceChildren(el("details", {}, summary, facts(Object.entries(data.shared))));
   }
   $("sources-body").replaceChildren(sources(state.rows));
+  if (!unchanged("searches", data.searches)) drawSearches(data.searches || []);
 }
 
 function fillSelect(id, values) {
@@ -125,6 +126,7 @@ function drawTiles() {
   $("tiles").replaceChildren(
     tile(number(state.rows.length), "trainings"), tile(number(count("finished")), "finished"),
     tile(number(count("running") + count("queued")), "running or queued"), tile(number(count("failed") + count("cancelled")), "failed or cancelled"),
+    ...(count("pruned") ? [tile(number(count("pruned")), "pruned by a search")] : []),
     tile(best ? `${percent(best.top1)} %` : "–", best ? `best top-1: ${best.model}` : "best top-1"),
     ...(kwh ? [tile(short(kwh), "kWh, where it was measured")] : []),
     gpuHours ? tile(short(gpuHours), "GPU-hours") : tile(duration(3600 * hours) || "–", "of training, without GPUs"));

@@ -20,7 +20,7 @@ from hpc_imagenet.runs.store import RunStore
 
 _FOLDER = Path(__file__).parent
 _STYLES = ("vendor/uPlot.min.css", "page.css")
-_SCRIPTS = ("vendor/uPlot.iife.min.js", "elements.js", "charts.js", "details.js", "page.js")
+_SCRIPTS = ("vendor/uPlot.iife.min.js", "elements.js", "charts.js", "details.js", "search.js", "page.js")
 _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 

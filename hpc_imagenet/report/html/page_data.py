@@ -14,6 +14,7 @@ from hpc_imagenet.report.html.class_results import WORST, ClassResults, read_cla
 from hpc_imagenet.report.html.config_differences import flatten, split_shared
 from hpc_imagenet.report.html.data_summary import bad_images, datastore_key, summarise_datastore
 from hpc_imagenet.report.html.learning_curves import read_curves
+from hpc_imagenet.report.html.search_results import search_results
 from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.report.leaderboard import Training, trainings
 from hpc_imagenet.runs.bad_batch import read_bad_batch
@@ -89,6 +90,7 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
         "shared": shared,
         "datastores": datastores,
         "other_jobs": _other_jobs(others),
+        "searches": search_results(store),
     }
 
 

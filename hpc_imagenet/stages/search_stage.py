@@ -1,0 +1,163 @@
+"""Declaration of the search stage: one run is one worker of a search; search.py does its work."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.schema import Cluster, Config, Datastore
+from hpc_imagenet.config.search_space import describe, sample_values, trial_config
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs.job import FindVersion
+from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.search.rungs import promotable, rung_epochs
+from hpc_imagenet.search.study_files import StudyFiles
+from hpc_imagenet.stages.stage import Stage
+from hpc_imagenet.stages.train_stage import TRAIN
+
+
+class SearchStage(Stage):
+    """A worker of a search: it trains one trial after another, each a run of its own."""
+
+    name = "search"
+    in_pipeline = False
+    distributed = True
+
+    def identity(self, config: Config) -> tuple[Any, ...]:
+        """Return the study and the worker's number."""
+        return (config.search.name, config.search.worker)
+
+    def label(self, config: Config) -> str:
+        """Return stage, study and the worker's number."""
+        return f"{self.name}-{config.search.name}.{config.search.worker}"
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        """Return the needs of the trials."""
+        return TRAIN.needs(config)
+
+    def datastore(self, config: Config, find_version: FindVersion) -> Datastore:
+        """Return the datastore with the version that all trials read."""
+        return TRAIN.datastore(config, find_version)
+
+    def check_settings(self, config: Config, cluster: Cluster) -> None:
+        """Raise for trials that cannot be trained, another study of this name, and a missing Optuna."""
+        if not cluster.container and importlib.util.find_spec("optuna") is None:
+            raise UserError(
+                f"+search={config.search.algorithm} needs the package optuna: "
+                "pip install -c constraints.txt -e '.[search]'"
+            )
+        if config.search.worker > 1:
+            return  # the workers differ in their numbers alone
+        for values in sample_values(config.search.space):
+            TRAIN.check_settings(trial_config(config, values), cluster)
+        _check_same_study(config)
+
+    def check_input(self, config: Config, cluster: Cluster, planned: bool) -> None:
+        """Raise unless the datastore can be read and has enough images for a batch of any trial."""
+        batches = {}
+        for values in sample_values(config.search.space):
+            trial = trial_config(config, values)
+            batches[trial.recipe.global_batch] = trial
+        for trial in batches.values():
+            TRAIN.check_input(trial, cluster, planned)
+
+    def input_key(self, config: Config, cluster: Cluster) -> object:
+        """Return that of a trial."""
+        return TRAIN.input_key(config, cluster)
+
+    def prepare(self, config: Config, store: RunStore) -> None:
+        """Create the study, or request more trials of it."""
+        if config.search.worker == 1:
+            assert config.search.name is not None
+            files = StudyFiles(store, config.search.name)
+            files.create(definition(config), config.search.trials, config.search.budget)
+
+    def check_output(self, config: Config) -> None:
+        """Raise if trials of the study are left, for which the worker is started again."""
+        search, store = config.search, RunStore(Path(config.workspace))
+        assert search.name is not None
+        files = StudyFiles(store, search.name)
+        if is_complete(files, max(search.trials, files.target), search.budget):
+            return
+        raise UserError(f"trials of the search {search.name} are left")
+
+    def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
+        """Train trials until none is left; see `stages.search.run`."""
+        from hpc_imagenet.stages import search
+
+        return search.run(config, run, dist_env)
+
+
+def definition(config: Config) -> dict[str, Any]:
+    """Return what a study is, which later commands must share; settings by their full names."""
+    first = trial_config(config, sample_values(config.search.space)[0])
+    settings = dict(_leaves(first.training_identity(), ""))
+    drawn = tuple(config.search.space)
+    return {
+        "algorithm": config.search.algorithm,
+        "seed": config.search.seed,
+        "space": config.search.space,
+        "choices": config.search.choices,
+        "settings": {name: text for name, text in settings.items() if not _is_part(name, drawn)},
+        "data": config.datastore.content,
+        "epochs": first.recipe.epochs,
+        "warmup": first.recipe.warmup_epochs,
+        "rungs": rung_epochs(first.recipe.epochs, first.recipe.warmup_epochs),
+    }
+
+
+def is_complete(files: StudyFiles, trials: int, budget: float | None) -> bool:
+    """Whether a study of so many trials, within a budget in GPU-hours, needs no worker any more."""
+    records = files.records()
+    ended = {(each.trial, each.rung) for each in records if each.ended}
+    if any((claim.trial, claim.rung) not in ended for claim in files.claims()):
+        return False
+    if budget is not None and sum(each.hours for each in records) >= budget:
+        return bool(records)
+    if len({trial for trial, rung in ended if rung == 0}) < trials:
+        return False
+    about = files.definition
+    return about["algorithm"] != "halving" or not any(promotable(records, len(about["rungs"])))
+
+
+def _check_same_study(config: Config) -> None:
+    """Raise if the study of this name is another one, with the first difference."""
+    name = str(config.search.name)
+    old, new = StudyFiles(RunStore(Path(config.workspace)), name).definition, definition(config)
+    if not old or old == json.loads(json.dumps(new)):
+        return
+    before, after = (dict(_flat(each)) for each in (old, new))
+    differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    key = differing[0] if differing else "its definition"
+    raise UserError(
+        f"the study {name} exists with {key}={before.get(key, 'not drawn')} instead of "
+        f"{key}={after.get(key, 'not drawn')}: repeat its command, or begin another with search.name=NAME"
+    )
+
+
+def _flat(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "+search", str(about["algorithm"])
+    yield "search.seed", str(about["seed"])
+    yield from ((name, describe(each)) for name, each in about["space"].items())
+    yield from ((name, str(value)) for name, value in about["settings"].items())
+    yield "the content of the data", str(about["data"])
+    yield from about["choices"].items()
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
+def _is_part(name: str, drawn: tuple[str, ...]) -> bool:
+    return any(name == each or name.startswith(f"{each}.") for each in drawn)
+
+
+SEARCH = SearchStage()

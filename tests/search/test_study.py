@@ -1,0 +1,179 @@
+"""The study in its journal: what is drawn, pruned, and kept when the disk is full or a writer is killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_imagenet.runs.store import RunStore
+from hpc_imagenet.search.rungs import first_rung, promotable, rung_epochs
+from hpc_imagenet.search.study import SearchStudy
+from hpc_imagenet.search.study_files import StudyFiles, TrialRecord
+
+SPACE = {
+    "recipe.learning_rate": {"low": 0.01, "high": 1.0, "log": True, "whole": False},
+    "recipe.warmup_epochs": {"low": 0, "high": 5, "log": False, "whole": True},
+    "model": {"choices": ["resnet18", "resnet50"]},
+}
+
+
+def make_files(workspace: Path, algorithm: str = "asha", **more: Any) -> StudyFiles:
+    files = StudyFiles(RunStore(workspace), "study")
+    about = {"algorithm": algorithm, "seed": 0, "space": SPACE, "epochs": 9, "warmup": 1, **more}
+    files.create(about, 8, None)
+    return files
+
+
+def test_drawn_values_depend_on_seed_number_and_results_alone(tmp_path: Path) -> None:
+    sequences = []
+    for name in ("first", "second"):
+        files, drawn = make_files(tmp_path / name), []
+        for trial in range(14):
+            study = SearchStudy(files)  # as after a restart of the worker
+            number, values = study.draw(trial)
+            study.end(number, -abs(values["recipe.learning_rate"] - 0.1))
+            drawn.append(values)
+        sequences.append(drawn)
+    assert sequences[0] == sequences[1]
+    rates = [values["recipe.learning_rate"] for values in sequences[0]]
+    assert len(set(rates)) == 14
+    assert all(0.01 <= rate <= 1 for rate in rates)
+    assert {type(values["recipe.warmup_epochs"]) for values in sequences[0]} == {int}
+    study = SearchStudy(make_files(tmp_path / "third", seed=1))
+    assert study.draw(0)[1] != sequences[0][0]
+
+
+def test_asha_prunes_at_rungs_alone(tmp_path: Path) -> None:
+    study = SearchStudy(make_files(tmp_path))
+    pruned: dict[int, list[int]] = {}
+    for trial, quality in enumerate((0.9, 0.1, 0.2, 0.95, 0.3, 0.4)):
+        number, _ = study.draw(trial)
+        for epoch in range(1, 9):
+            if study.report(number, epoch, quality):
+                pruned.setdefault(trial, []).append(epoch)
+                study.end(number, quality, pruned=True)
+                break
+        else:
+            study.end(number, quality)
+    assert pruned == {1: [3], 2: [3], 4: [3], 5: [3]}
+
+
+def test_report_is_repeated_after_a_restart(tmp_path: Path) -> None:
+    files = make_files(tmp_path, "median")
+    number, _ = SearchStudy(files).draw(0)
+    assert SearchStudy(files).report(number, 1, 0.5) is False
+    assert SearchStudy(files).report(number, 1, 0.5) is False
+    SearchStudy(files).end(number, 0.5)
+    SearchStudy(files).end(number, 0.5)
+    assert SearchStudy(files).draw(1)[0] == 1
+
+
+def draw_many(files: StudyFiles, begin: int) -> None:
+    study = SearchStudy(files)
+    for trial in range(begin, begin + 10):
+        number, values = study.draw(trial)
+        study.report(number, 1, values["recipe.learning_rate"])
+        study.end(number, values["recipe.learning_rate"])
+
+
+@pytest.mark.slow
+def test_many_processes_write_one_journal(tmp_path: Path) -> None:
+    files = make_files(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=draw_many, args=(files, 10 * i)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    numbers = sorted(trial.number for trial in SearchStudy(files)._study.trials)
+    assert numbers == list(range(30))
+    for line in (files.folder / "journal.log").read_text().splitlines():
+        json.loads(line)
+    assert set(SearchStudy(files).importance()) == set(SPACE)
+
+
+def test_line_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
+    files = make_files(tmp_path)
+    study = SearchStudy(files)
+    study.draw(0)
+    journal = files.folder / "journal.log"
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 4, "half')
+    number, _ = SearchStudy(files).draw(1)
+    assert number == 1
+    assert [trial.number for trial in SearchStudy(files)._study.trials] == [0, 1]
+    assert b"half" not in journal.read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no permission to mount a file system")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_full_disk_leaves_the_journal_whole(small_disk: Path) -> None:
+    files = make_files(small_disk)
+    study = SearchStudy(files)
+    number, _ = study.draw(0)
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:  # noqa: PT012
+        while True:
+            file.write(bytes(512))
+    with pytest.raises(OSError, match="No space left"):  # noqa: PT012
+        for epoch in range(1, 999):
+            study.report(number, epoch, 0.5)
+    filler.unlink()
+    study = SearchStudy(files)
+    reported = len(study._study.trials[number].intermediate_values)
+    study.report(number, 999, 0.75)
+    study.end(number, 0.75)
+    assert len(SearchStudy(files)._study.trials[number].intermediate_values) == reported + 1
+    for line in (files.folder / "journal.log").read_text().splitlines():
+        json.loads(line)
+
+
+def test_rungs() -> None:
+    assert rung_epochs(90, 5) == [10, 30, 90]
+    assert rung_epochs(16, 2) == [5, 16]
+    assert rung_epochs(8, 1) == [2, 8]
+    assert rung_epochs(1, 0) == [1]
+    assert first_rung(100, 0) == 1
+
+
+def test_promotion_takes_the_best_third_of_the_highest_rung_first() -> None:
+    def record(trial: int, rung: int, top1: float, state: str = "finished") -> TrialRecord:
+        return TrialRecord(trial, rung, state=state, top1=top1)
+
+    low = [record(trial, 0, trial / 10) for trial in range(6)]
+    assert list(promotable(low[:2], 3)) == []
+    assert list(promotable(low, 3)) == [(5, 1), (4, 1)]
+    assert list(promotable([*low, record(5, 1, 0.5, "running")], 3)) == [(4, 1)]
+    high = [record(trial, 1, trial / 10) for trial in (3, 4, 5)]
+    assert list(promotable([*low, *high], 3)) == [(5, 2)]
+    assert list(promotable([*low, record(9, 0, 0.9, "failed")], 3)) == [(5, 1), (4, 1)]
+
+
+def test_claims_are_exclusive(tmp_path: Path) -> None:
+    files = make_files(tmp_path)
+    assert files.claim(0, 0, 0, "a")
+    assert files.claim(0, 0, 0, "b") is None
+    assert files.claim(0, 0, 1, "b")
+    (claim,) = files.claims()
+    assert (claim.owner, claim.worker) == (1, "b")
+    files.create({}, 5, 2.0)
+    assert (files.target, files.budget, files.definition["algorithm"]) == (8, 2.0, "asha")
+    files.create({}, 50, None)
+    assert (files.target, files.budget) == (50, None)
