@@ -8,7 +8,7 @@ ARGS ?=# more arguments of pytest, such as ARGS='-k index'
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN = $(VENV)/bin
 
-.PHONY: help install demo lab slurm-demo test lint clean
+.PHONY: help install demo lab slurm-demo test soak lint clean
 
 help: ## show this
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=FOLDER] [WORKSPACE=FOLDER] [ARGS=...]'
@@ -29,6 +29,9 @@ slurm-demo: $(VENV)/.installed-demo ## the same on a private Slurm cluster, on 2
 
 test: $(VENV)/.installed-test ## all tests; what cannot run here is skipped, with the reason
 	$(BIN)/python -m pytest -ra --numprocesses=3 --no-loadscope-reorder $(ARGS)
+
+soak: $(VENV)/.installed-test ## kill every stage at random moments: ARGS='--kills 1000 --seed 1 --minutes 60'
+	$(BIN)/python -m tests.soak.run $(ARGS)
 
 lint: $(VENV)/.installed-lint ## format, ruff and mypy --strict, nothing changed
 	$(BIN)/ruff format --check .

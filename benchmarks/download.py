@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from limited import LIMIT, TIMED_OUT, run_limited
 
 from hpc_imagenet.io.tar_header import END, member_header
 
@@ -72,6 +73,7 @@ class Row:
     name: str
     command: Callable[[str, Path, str], list[str]]  # from URL, folder and MD5
     seconds: list[float] = field(default_factory=list)
+    hung: bool = False  # killed at its time limit, and not run again
 
     @property
     def median(self) -> float:
@@ -214,13 +216,18 @@ def measure(table: list[Row], url: str, archive: Path, md5: str, into: Path, rep
     """Run the programs alternately; the first round is not counted."""
     for turn in range(repeats + 1):
         for row in table:
-            if row.missing or (turn == 0 and url.endswith("/far")):
+            if row.missing or row.hung or (turn == 0 and url.endswith("/far")):
                 continue
             folder = into / "to"
             folder.mkdir()
             os.sync()  # the previous program's dirty pages must not count here
             begin = time.perf_counter()
-            done = subprocess.run(row.command(url, folder, md5), capture_output=True, text=True)
+            try:
+                done = run_limited(row.command(url, folder, md5), LIMIT)
+            except subprocess.TimeoutExpired:
+                row.hung = True
+                shutil.rmtree(folder)
+                continue
             seconds = time.perf_counter() - begin
             if done.returncode or (folder / FILE).stat().st_size != archive.stat().st_size:
                 raise SystemExit(f"{row.name}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
@@ -236,7 +243,7 @@ def show(title: str, table: list[Row], size: int, peer: str) -> None:
     at = next((row.median for row in table if row.name == peer and row.seconds), None)
     for row in table:
         if not row.seconds:
-            print(f"{row.name:{width}}  missing")
+            print(f"{row.name:{width}}  {TIMED_OUT if row.hung else 'missing'}")
             continue
         times = "  ".join(f"{value:6.2f}" for value in (row.median, min(row.seconds), max(row.seconds)))
         ratio = f"{at / row.median:6.2f}" if at else ""

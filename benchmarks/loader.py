@@ -6,9 +6,10 @@ The images are made from the photos of scikit-learn (and of scikit-image, if ins
 grain of a sensor, JPEGs of 500 x 375 px and about 105 kB, like ImageNet's, in the page cache. All loaders
 do the same: RandomResizedCrop to 224 px of at least 0.08 of the area, mirrored half the time, batches of
 64. Each runs in its own process, bound to as many CPUs as it has workers; they alternate, so that a busy
-moment affects all of them. `--peers` is an interpreter with litdata, webdataset, DALI and FFCV, if this one
+moment affects all of them. `--peers` is an interpreter with litdata, webdataset, DALI, FFCV and SPDL, if this one
 lacks them; installing FFCV builds it against the headers of OpenCV and libjpeg-turbo, and its images are
-JPEGs that it has encoded.
+JPEGs that it has encoded. A way that takes longer than `--limit` is killed with its processes, and its row
+says `timed out`.
 
 Off: difference to the same crops by Pillow in grey levels, mean over all pixels, and the worst. CPU ms: of
 all processes, per image. First: seconds from opening the data to the first batch, without imports.
@@ -30,10 +31,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loader_data import convert, make, photos
+from limited import TIMED_OUT, run_limited
 from loader_ways import WAYS
 
 PACKAGES = ("hpc-imagenet", "numpy", "pillow", "simplejpeg", "torch", "torchvision")
-PEERS = ("litdata", "webdataset", "nvidia-dali-cuda120", "ffcv")
+PEERS = ("litdata", "webdataset", "nvidia-dali-cuda120", "ffcv", "spdl-io")
 WITH_US = ("ours", "read-ours")  # loaders of this interpreter; the others run in that of the peers
 
 
@@ -50,7 +52,7 @@ class Row:
         return statistics.median(one[what] for one in self.results[workers])
 
 
-def measure(rows: list[Row], folder: Path, images: int, repeats: int, peers: str) -> None:
+def measure(rows: list[Row], folder: Path, images: int, repeats: int, peers: str, limit: float) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
     cpus = len(os.sched_getaffinity(0))
     for _ in range(repeats):
@@ -62,7 +64,11 @@ def measure(rows: list[Row], folder: Path, images: int, repeats: int, peers: str
                 enough = 16 * images if row.name.startswith("read") else images
                 script = Path(__file__).with_name("loader_ways.py")
                 command = [interpreter, script, row.name, str(folder), str(workers), str(enough)]
-                done = subprocess.run(command, capture_output=True, text=True, env=env)
+                try:
+                    done = run_limited(command, limit, env)
+                except subprocess.TimeoutExpired:
+                    row.why = TIMED_OUT  # not measured again: a deadlock is likely to come back
+                    continue
                 if done.returncode:
                     row.why = (done.stderr.strip().splitlines() or ["failed"])[-1]
                 else:
@@ -128,6 +134,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's temporary folder")
     parser.add_argument("--peers", default=sys.executable, help="an interpreter with the peers")
     parser.add_argument("--repeats", type=int, default=3, help="times each way is measured (3)")
+    parser.add_argument("--limit", type=float, default=300, help="s that one measurement may take (300)")
     parser.add_argument("--only", nargs="*", choices=WAYS, default=list(WAYS), help="some of the ways")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hpc-imagenet-loader-", dir=options.folder) as name:
@@ -137,7 +144,7 @@ def main() -> None:
         convert(folder, options.peers)
         print(f"{options.images:,} images, {len(photos())} photos; {weights}; {options.repeats} times each\n")
         rows = [Row(name) for name in options.only]
-        measure(rows, folder, options.images, options.repeats, options.peers)
+        measure(rows, folder, options.images, options.repeats, options.peers, options.limit)
         show(rows)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from limited import LIMIT, TIMED_OUT, run_limited
 
 WIDTH, HEIGHT = 500, 375  # px
 QUALITY = 96  # of libjpeg; with the grain this gives the size of ImageNet's files
@@ -190,6 +191,10 @@ def convert(folder: Path, peers: str) -> None:
         script = folder / f"write-{name}.py"
         script.write_text(code)
         command = [peers, str(script), str(folder / "folders"), str(folder / name), kind]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = run_limited(command, LIMIT)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: {TIMED_OUT}")
+            continue
         if done.returncode:
             print(f"{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")

@@ -67,6 +67,20 @@ def by_us(data: bytes, box: tuple[int, int, int, int]) -> Any:
     return out[0].permute(1, 2, 0).numpy()
 
 
+def by_spdl(data: bytes, box: tuple[int, int, int, int]) -> Any:
+    import spdl.io
+
+    buffer = spdl.io.convert_frames(spdl.io.decode_packets(spdl.io.demux_image(data), spdl_filter(box, False)))
+    return spdl.io.to_numpy(buffer)
+
+
+def spdl_filter(box: tuple[int, int, int, int], flip: bool) -> str:
+    """Return the filter of FFmpeg for a crop; it is antialiased."""
+    left, upper, right, lower = box
+    crop = f"crop={right - left}:{lower - upper}:{left}:{upper}:exact=1"
+    return f"{crop},scale={SIZE}:{SIZE}:flags=bilinear{',hflip' * flip},format=pix_fmts=rgb24"
+
+
 def endless(loader: Any) -> Iterator[Any]:
     while True:
         yield from loader
@@ -89,6 +103,73 @@ def image_folder(folder: Path, workers: int, floats: bool) -> Way:
         images, BATCH, shuffle=True, num_workers=workers, persistent_workers=True, drop_last=True
     )
     return Way(endless(loader))
+
+
+class DecodedFiles:
+    """Files of class folders, decoded and cropped by torchvision."""
+
+    def __init__(self, folder: Path) -> None:
+        from torchvision.transforms import v2
+
+        self.paths = [str(path) for path in sorted(folder.rglob("*.JPEG"))]
+        self.change = v2.Compose(
+            [v2.RandomResizedCrop(SIZE, (SCALE, 1), antialias=True), v2.RandomHorizontalFlip()]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
+        return self.change(decode_jpeg(read_file(self.paths[index]), ImageReadMode.RGB))
+
+
+def decode_jpeg_files(folder: Path, workers: int) -> Way:
+    import torch
+
+    torch.set_num_threads(1)
+    files: Any = DecodedFiles(folder / "folders")
+    loader: Any = torch.utils.data.DataLoader(
+        files, BATCH, shuffle=True, num_workers=workers, persistent_workers=True, drop_last=True
+    )
+    return Way(endless(loader), by_torchvision)
+
+
+def spdl(folder: Path, workers: int) -> Way:
+    import random
+
+    import spdl.io
+    import torch
+    from spdl.pipeline import PipelineBuilder
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.set_num_threads(1)
+    paths = [str(path) for path in sorted((folder / "folders").rglob("*.JPEG"))]
+
+    def shuffled() -> Iterator[str]:
+        while True:
+            yield from random.sample(paths, len(paths))
+
+    def decode(path: str) -> Any:
+        packets = spdl.io.demux_image(path)
+        # Only the size is needed to draw a crop; an empty tensor of one pixel repeated has it for nothing.
+        shape = torch.empty(1, 1, 1).expand(3, packets.height, packets.width)
+        upper, left, high, wide = RandomResizedCrop.get_params(shape, [SCALE, 1.0], [3 / 4, 4 / 3])
+        box = (left, upper, left + wide, upper + high)
+        return spdl.io.decode_packets(packets, spdl_filter(box, random.random() < 0.5))
+
+    pipeline = (
+        PipelineBuilder()
+        .add_source(shuffled())
+        .pipe(decode, concurrency=workers)
+        .aggregate(BATCH)
+        .pipe(lambda frames: spdl.io.to_torch(spdl.io.convert_frames(frames)))
+        .add_sink(3)
+        .build(num_threads=workers)
+    )
+    pipeline.start()
+    return Way(iter(pipeline.get_iterator()), by_spdl)
 
 
 def ours(folder: Path, workers: int, variant: str, processes: bool = False) -> Way:
@@ -248,6 +329,8 @@ def ffcv(folder: Path, workers: int, name: str) -> Way:
 WAYS: dict[str, tuple[str, Callable[[Path, int], Way]]] = {
     "folder-float": ("ImageFolder + PIL, float", lambda f, w: image_folder(f, w, True)),
     "folder-bytes": ("ImageFolder + PIL, uint8", lambda f, w: image_folder(f, w, False)),
+    "decode_jpeg": ("torchvision's decode_jpeg + v2, uint8", decode_jpeg_files),
+    "spdl": ("SPDL, uint8", spdl),
     "webdataset": ("webdataset + PIL, uint8", lambda f, w: webdataset(f, w, True)),
     "litdata": ("litdata + its decoder, uint8", lambda f, w: litdata(f, w, True)),
     "dali": ("DALI on CPU, uint8", dali),
@@ -269,7 +352,7 @@ def child(name: str, folder: Path, workers: int, images: int) -> None:
     import psutil
     import torch  # noqa: F401 - imports are not measured
 
-    if (package := name.partition("-")[0]) in ("litdata", "webdataset", "ffcv"):
+    if (package := name.partition("-")[0]) in ("litdata", "webdataset", "ffcv", "spdl"):
         importlib.import_module(package)
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cpus[:workers])

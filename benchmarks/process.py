@@ -5,7 +5,7 @@
 The archives are made by shaped.py: JPEGs of 500 x 375 px and 105 kB, in the layout of the real ones. Every
 tool starts from them, in the page cache; tools alternate, so that a busy moment affects all of them. Times
 are of the work alone, without Python's start and imports, except in one row that names it. Ours end with
-fsync, the others do not. Ratios are those of images/s. `--peers` is an interpreter with webdataset and
+fsync, the others do not, except those with `sync`. Ratios are those of images/s. `--peers` is an interpreter with webdataset and
 litdata, if this one lacks them.
 
 The last rows index archives of ImageNet's full count: headers and ends of 1,331,167 images in sparse files.
@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from limited import LIMIT, TIMED_OUT, finish, run_limited, start
 from PIL import features
 from process_ways import BASH, GNU_TAR, LITDATA, OURS, SINGLE, TORCHVISION, WEBDATASET
 from shaped import link_archives, make_archives, make_hollow, prepare_val
@@ -87,13 +88,10 @@ class Bench:
         if tasks == 1:
             return self.python(OURS, str(self.workspace), "", "1", "process.workers=1", *settings)
         parts = [
-            subprocess.Popen(
-                [sys.executable, "-c", OURS, str(self.workspace), str(part), str(tasks), *settings],
-                stdout=subprocess.PIPE,
-            )
+            start([sys.executable, "-c", OURS, str(self.workspace), str(part), str(tasks), *settings])
             for part in range(tasks)
         ]
-        output = [spent(part.communicate()[0].decode()) for part in parts]
+        output = [spent(finish(part, LIMIT).stdout) for part in parts]
         last = self.python(OURS, str(self.workspace), "", str(tasks), *settings)
         if isinstance(last, str):
             return last
@@ -101,7 +99,7 @@ class Bench:
 
     def python(self, code: str, *arguments: str, interpreter: str = sys.executable) -> Spent | str:
         """Return what `code` prints, or the last line of what it complains of."""
-        done = subprocess.run([interpreter, "-c", code, *arguments], capture_output=True, text=True)
+        done = run_limited([interpreter, "-c", code, *arguments], LIMIT)
         if done.returncode:
             return (done.stderr.strip().splitlines() or ["failed"])[-1]
         return spent(done.stdout)
@@ -132,15 +130,11 @@ class Bench:
             (self.out / file).symlink_to(self.source / file)
         return self.python(TORCHVISION, str(self.out))
 
-    def copy(self) -> Spent:
-        """Copy the archives with cp."""
-        return timed(
-            [
-                "cp",
-                *(str(self.source / file) for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL)),
-                str(self.out),
-            ]
-        )
+    def copy(self, sync: bool = False) -> Spent:
+        """Copy the archives with cp, and flush the copies if `sync`."""
+        archives = " ".join(str(self.source / file) for file in (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL))
+        flush = f" && sync {self.out}/*" * sync
+        return timed(["sh", "-c", f"cp {archives} {self.out}{flush}"])
 
     def writer(self, code: str) -> Spent | str:
         """Let a package write its own format from the images at their addresses."""
@@ -162,7 +156,7 @@ def spent(output: str) -> Spent:
 def timed(command: list[str]) -> Spent:
     """Run a command; return its wall time and the CPU time of it and its children, in s."""
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+    run_limited(command, LIMIT).check_returncode()
     wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -174,6 +168,7 @@ def rows(bench: Bench) -> list[Row]:
         Row("torchvision's parse_*_archive", bench.torchvision, bench.images),
         Row("GNU tar --to-command", lambda: bench.bash(GNU_TAR), bench.images),
         Row("cp of the archives", bench.copy, bench.images),
+        Row("cp of the archives, sync", lambda: bench.copy(sync=True), bench.images),
         Row("webdataset's ShardWriter (train)", lambda: bench.writer(WEBDATASET), bench.train),
         Row("litdata's optimize, 1 worker (train)", lambda: bench.writer(LITDATA), bench.train),
         Row("index", lambda: bench.ours("process.layout=index"), bench.images),
@@ -265,7 +260,10 @@ def _measure(bench: Bench, table: list[Row], repeats: int) -> None:
             if row.why:
                 continue
             bench.clean()
-            result = row.act()
+            try:
+                result = row.act()
+            except subprocess.TimeoutExpired:
+                result = TIMED_OUT  # not measured again: it is likely to hang again
             if isinstance(result, str):
                 row.why = result
             else:
@@ -291,6 +289,8 @@ def show(table: list[Row]) -> None:
     print()
     for mine, theirs in (
         ("index", "shards, 1 task"),
+        ("shards, 1 task", "cp of the archives"),
+        ("shards, 1 task", "cp of the archives, sync"),
         ("shards, 1 task", "webdataset's ShardWriter (train)"),
         ("shards, 2 tasks", "webdataset's ShardWriter (train)"),
         ("shards, 1 task", "litdata's optimize, 1 worker (train)"),

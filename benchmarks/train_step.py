@@ -39,6 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the stage does
 import numpy as np
 import psutil
 import torch
+from limited import LIMIT, TIMED_OUT, run_limited
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -297,7 +298,10 @@ def timm_rate(script: Path, task: Task) -> float:
     words += ["--amp", "--amp-dtype", "bfloat16", "--channels-last", "--opt", "momentum"]
     words += ["--num-warm-iter", "5", "--num-bench-iter", "20", "--no-retry", "--device", task.device.type]
     words += ["--torchcompile"] if task.compiled else []
-    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    try:
+        done = run_limited([sys.executable, script, *words], LIMIT)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{script}: {TIMED_OUT}") from None
     _, mark, text = done.stdout.partition("--result")
     if done.returncode or not mark:
         raise RuntimeError(f"{script}: {(done.stderr.strip().splitlines() or ['no result'])[-1]}")

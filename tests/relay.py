@@ -15,6 +15,7 @@ class Relay:
 
     Attributes:
         bytes_up: number of bytes sent to the server.
+        round_trips: how often data went to the server after data came from it, the first time included.
         cut_at: values of `bytes_up` at which all connections are cut and an outage begins.
         outage: duration of an outage in s, in which no connection is accepted.
         delay: s that data takes, in each direction.
@@ -22,7 +23,8 @@ class Relay:
 
     def __init__(self) -> None:
         self.target_port = 0
-        self.bytes_up = 0
+        self.bytes_up = self.round_trips = 0
+        self._was_up = False
         self.cut_at: list[int] = []
         self.outage = 0.0
         self.delay = 0.0
@@ -72,6 +74,9 @@ class Relay:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 time.sleep(self.delay)
+                with self._lock:
+                    self.round_trips += up and not self._was_up
+                    self._was_up = up
                 target.sendall(data)
                 if up:
                     self._count_up(len(data))

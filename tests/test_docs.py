@@ -130,6 +130,10 @@ def shortened(words: list[str], reader: Reader) -> list[str]:
 
 
 def run_submission(command: str, reader: Reader) -> None:
+    if "=RUN" in command:
+        rows = reader.cli.jobs()
+        run = next(r["run"] for r in rows if r["model"] == SMALL and r["state"] == "finished" and r["top1"])
+        command = command.replace("RUN", run)
     words = shlex.split(command)
     at = 1 if words[0] == "hpc-imagenet" else 3
     cli, settings = words[:at], words[at:]

@@ -102,6 +102,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "boto3": "datastore/backends/",
     "sh": "datastore/backends/ssh_connection.py",
     "submitit": "launch/",
+    "bokeh": "report/html/page.py",
     "pynvml": "cluster/gpu_meter.py",
     "apprise": "launch/notification.py",
     "wandb": "training/trackers.py",

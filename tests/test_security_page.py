@@ -18,10 +18,9 @@ KINDS = {
     r"exec|eval|compile|runpy\..*": "exec",
     r"importlib\.import_module|import_module|__import__|hydra\.main|hydra\.utils\..*": "import",
     r"importlib\.util\.(spec_from|module_from).*|.*exec_module": "import",
-    r"yaml\.(safe_load|load|full_load|unsafe_load)(_all)?|OmegaConf\.load|omegaconf\.OmegaConf\.load": "yaml",
-    r"subprocess\.(run|Popen|call|check_call|check_output)|os\.(system|popen|exec\w+|spawn\w+|posix_spawn\w*)": (
-        "process"
-    ),
+    r"yaml\.(safe_load|load|full_load|unsafe_load)(_all)?|(omegaconf\.)?OmegaConf\.load": "yaml",
+    r"subprocess\.(run|Popen|call|check_call|check_output)": "process",
+    r"os\.(system|popen|exec\w+|spawn\w+|posix_spawn\w*)": "process",
     r"sh\.Command|submitit\.\w+Executor|pty\.spawn": "process",
     r"ctypes\.(CDLL|cdll.*|PyDLL)": "C library",
 }

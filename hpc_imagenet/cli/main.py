@@ -191,7 +191,7 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
     sweep = prepared.first.sweep
     of_sweep = f" · sweep: {sweep}" if sweep else ""
     print(f"cluster: {prepared.executor}{why} · workspace: {prepared.first.workspace}{of_sweep}")
-    for line in shorter_runs(prepared.jobs, prepared.store):
+    for line in filter(None, (prepared.split, *shorter_runs(prepared.jobs, prepared.store))):
         print(line)
     if prepared.first.dry_run:
         from hpc_imagenet.report.dry_run import print_dry_run

@@ -42,12 +42,14 @@ def _report(store: RunStore, options: argparse.Namespace) -> int:
 
 
 def _write_page(store: RunStore, options: argparse.Namespace) -> int:
-    from hpc_imagenet.report.html.page import write_page
+    from hpc_imagenet.report.html.page import has_plots, write_page
 
     path = Path(options.html).expanduser().absolute()
     trainings, size = write_page(store, path, not options.no_images)
     plural = "" if trainings == 1 else "s"
     print(f"wrote {path}: {trainings:,} training{plural}, {size / 1e6:.1f} MB; open it in a browser")
+    if not has_plots():
+        print("it has no plots: install Bokeh with pip install -c constraints.txt -e '.[report]'")
     say_left_out(store)
     return 0
 

@@ -16,6 +16,7 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.price import check_time_limits
+from hpc_imagenet.launch.split import choose_clusters
 from hpc_imagenet.launch.submission import Submitted
 from hpc_imagenet.launch.warm_start import find_weights
 from hpc_imagenet.runs.job import Job
@@ -32,6 +33,7 @@ class PreparedPlan:
         executor: name of the executor, the same for all jobs.
         state_of: states of the jobs and the runs they need, by run id, when the plan was validated.
         first: the first config, for the settings that all configs share (workspace, wait, dry_run).
+        split: one line about how the jobs are split over several clusters, or nothing.
     """
 
     jobs: list[Job]
@@ -39,6 +41,7 @@ class PreparedPlan:
     executor: str
     state_of: Mapping[str, State]
     first: Config
+    split: str = ""
 
     @property
     def in_background(self) -> bool:
@@ -86,6 +89,7 @@ def prepare(configs: Sequence[Config]) -> PreparedPlan:
     configs = [find_weights(config, store) for config in configs]
     jobs = make_plan(configs, validate.version_finder())
     state_of = validate.validate_jobs(jobs, store)
+    jobs, split = choose_clusters(jobs, state_of)
     if not first.price:  # which shows the limit that would be long enough
         check_time_limits(jobs, store, state_of)
-    return PreparedPlan(jobs, store, first.cluster.executor, state_of, first)
+    return PreparedPlan(jobs, store, first.cluster.executor, state_of, first, split)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 CPUS_VARIABLE = "HPC_IMAGENET_CPUS"  # environment variable: the CPUs that a task of a local job may use
+# Environment variable of a run with a shared loader: file descriptors of its connection and of the memory.
+SHARED_LOADER_VARIABLE = "HPC_IMAGENET_SHARED_LOADER"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ from hpc_imagenet.errors import UserError
 
 VERSION_BASE = "1.3"  # version of Hydra's behaviour
 _ADDED = ("stage", "search")  # groups of which the defaults have no file
+_WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 _SWEEP_NAME_LENGTH = 24  # characters of a sweep's name before its hash
 _HERE = Path(__file__).resolve().parents[1]  # the package
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # in a wheel, in a checkout
@@ -275,11 +276,12 @@ def _sweep_name(parsed: Sequence[Override]) -> str | None:
 
     The same sweep given again, perhaps with more memory, has the same name.
     """
+    aside = ("cluster", "workspace", "wait", "dry_run", "price", "hydra")
+    parsed = [each for each in parsed if each.key_or_group.partition(".")[0] not in aside]
     swept = [str(each.key_or_group).rpartition(".")[2] for each in parsed if each.is_sweep_override()]
     if not swept:
         return None
-    aside = ("cluster", "workspace", "wait", "dry_run", "price", "hydra")
-    lines = [str(each.input_line) for each in parsed if each.key_or_group.partition(".")[0] not in aside]
+    lines = [str(each.input_line) for each in parsed]
     digest = hashlib.sha256(repr(sorted(lines)).encode()).hexdigest()
     return f"{'-'.join(swept)[:_SWEEP_NAME_LENGTH]}-{digest[:6]}"
 
@@ -299,9 +301,10 @@ def _typed(composed: DictConfig) -> Config:
         config.notify = _absolute("notify", config.notify)
     model = config.model
     if model.weights is not None and not is_weights_name(model.name, model.weights):
-        path = _absolute("model.weights", model.weights)
-        # A word that is no file may be a run, which is found at submission (launch/warm_start.py).
-        model.weights = path if "/" in model.weights or Path(path).is_file() else model.weights
+        path = Path(_absolute("model.weights", model.weights))
+        # Another word may be a run, which is found at submission (launch/warm_start.py).
+        if "/" in model.weights or path.suffix in _WEIGHT_FILES or path.is_file():
+            model.weights = str(path)
     own_network.freeze(model)
     normalise(config)
     return config

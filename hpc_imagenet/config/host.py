@@ -51,15 +51,18 @@ def find_host(arguments: Sequence[str]) -> Host | None:
     """Return the host of a command line, or None if it is carried out on this machine.
 
     Raises:
-        UserError: cluster.host is not user@host, a file of settings cannot be read, or a command on runs
-            names a cluster that does not exist.
+        UserError: cluster.host is not user@host, a file of settings cannot be read, a command on runs names a
+            cluster that does not exist, or a sweep names clusters on different hosts.
     """
     if SENT in os.environ:  # this is the host
         return None
     typed = {key.lstrip("+"): value for key, equals, value in (w.partition("=") for w in arguments) if equals}
     stored = {item.key: str(item.value) for item in stored_settings()}
     name = typed.get("cluster") or stored.get("cluster")
-    file = _read_cluster(name, config_folders(config_dir(arguments))) if name else None
+    folders = config_folders(config_dir(arguments))
+    file = _read_cluster(name, folders) if name else None
+    if name and file is None and "," in name:  # a sweep over clusters
+        file = _same_host(name.split(","), folders)
     if "cluster" in typed and file is not None:  # a chosen file also replaces what is stored for its group
         stored = {}
     values = {f"cluster.{key}": value for key, value in (file or {}).items()}
@@ -115,6 +118,23 @@ def store_host(host: Host, cluster: str) -> Path:
     with atomic_write(path) as file:
         file.write("\n".join([*lines, *kept, ""]).encode())
     return path
+
+
+def _same_host(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any] | None:
+    """Return the first of several cluster files; None if one does not exist.
+
+    Raises:
+        UserError: they are on different hosts, whose runs are in different workspaces.
+    """
+    files = [_read_cluster(name, folders) for name in names]
+    hosts = [str((file or {}).get("host") or "this machine") for file in files]
+    if len(set(hosts)) > 1:
+        pairs = ", ".join(f"{name} on {host}" for name, host in zip(names, hosts, strict=True))
+        raise UserError(
+            f"cluster={','.join(names)} are on different hosts ({pairs}): a sweep is split over clusters of "
+            "one host; submit a part of it to each"
+        )
+    return None if None in files else files[0]
 
 
 def _read_cluster(name: str, folders: Sequence[Path]) -> dict[str, Any] | None:

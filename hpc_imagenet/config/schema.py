@@ -180,6 +180,13 @@ class Train:
     keep_checkpoints: int | None = setting(
         None, "newest epochs whose checkpoints are kept beside best and last; null or 0: none", minimum=0
     )
+    share_loader: bool = setting(
+        False, "runs of a sweep with the same images, batches and seed share one job and one loader"
+    )
+    share_runs: int = setting(4, "most runs that share a loader, in one job", minimum=1)
+    share_wait_seconds: float = setting(
+        60, "s that the runs of a shared loader wait for one of them, before it takes its own", minimum=0
+    )
 
 
 @dataclass

@@ -14,15 +14,15 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from typing import TYPE_CHECKING, Any
 
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.config.search import ALGORITHMS, Search
 from hpc_imagenet.errors import UserError
+
+if TYPE_CHECKING:  # Hydra takes 0.2 s to import, and commands that list runs do not need it
+    from hydra.core.override_parser.types import Override
 
 EXAMPLE = "recipe.learning_rate='tag(log, interval(0.05,1))'"
 _GROUPS = ("model", "recipe")  # whose files can be drawn
@@ -53,7 +53,7 @@ def algorithm_of(parsed: Sequence[Override]) -> str | None:
         line = str(override.input_line)
         if override.key_or_group.startswith("search."):
             raise UserError(f"{line} belongs to a search: add +search=NAME, one of {', '.join(ALGORITHMS)}")
-        if isinstance(override.value(), IntervalSweep):
+        if _is_interval(override):
             raise UserError(
                 f"{line} is an interval, from which a search draws: add +search=asha, "
                 f"or write values: -m {override.key_or_group}=A,B"
@@ -161,13 +161,14 @@ def describe(dimension: Mapping[str, Any]) -> str:
 
 
 def _dimension(override: Override) -> dict[str, Any]:
-    key, line, value = override.key_or_group, str(override.input_line), override.value()
+    key, line = override.key_or_group, str(override.input_line)
+    value: Any = override.value()
     if key not in _GROUPS and not key.startswith(_SETTINGS):
         raise UserError(
             f"{line} cannot be drawn by a search, whose trials differ in model, recipe and seed alone: "
             "set one value"
         )
-    if not isinstance(value, IntervalSweep):
+    if not _is_interval(override):
         choices = list(dict.fromkeys(override.sweep_string_iterator()))
         if "${" in line:
             raise UserError(f"{line}: a search draws no ${{…}}: write the values")
@@ -183,6 +184,10 @@ def _dimension(override: Override) -> dict[str, Any]:
     if whole:
         low, high = math.ceil(low), math.floor(high)
     return {"low": low, "high": high, "log": log, "whole": whole}
+
+
+def _is_interval(override: Override) -> bool:
+    return override.is_sweep_override() and hasattr(override.value(), "end")  # of Hydra's IntervalSweep
 
 
 def _type_of(key: str) -> Any:
@@ -202,6 +207,8 @@ def _ends(dimension: Mapping[str, Any]) -> list[str]:
 
 
 def _override(name: str, text: str) -> Override:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     override = OverridesParser.create().parse_override(f"{name}={text}")
     override.input_line = f"{name}={text}"
     return override

@@ -102,6 +102,15 @@ def decode_json(data: bytes | str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk or quota is the cause of `error`; torch.save wraps the OSError in its own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class BackgroundWriteback:
     """Start write-back of a large file while it grows, so that the final fsync is short.
 

@@ -9,7 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.launch import local_queue, notification, requeue
@@ -28,6 +31,8 @@ class ForegroundExecutor(Executor):
         self, store: RunStore, attempts: Sequence[tuple[Run, Attempt]], state_of: Mapping[str, State]
     ) -> None:
         """Run the attempts one after another and wait; after a failure the others are cancelled."""
+        from hpc_imagenet.launch.shared_jobs import group_attempts  # imports the stages
+
         allocation, failed = slurm.this_job(), ""
         if allocation:
             # At a preemption srun forwards SIGTERM and this process waits for the tasks to save. A handler,
@@ -37,27 +42,35 @@ class ForegroundExecutor(Executor):
         if allocation and "SLURM_CPUS_PER_TASK" in environment:
             # Since 22.05 srun does not inherit --cpus-per-task from sbatch: a task would get one CPU.
             environment.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])
-        for run, attempt in attempts:
+        for job in group_attempts(attempts):
             if failed:
-                attempt.end(CANCELLED, f"not started, because {failed} before it failed")
+                for _, attempt in job:
+                    attempt.end(CANCELLED, f"not started, because {failed} before it failed")
                 continue
-            task = ["hpc_imagenet.launch.task", str(run.folder), str(attempt.number)]
-            command = [sys.executable, "-u", "-m", *task]
+            module = "task" if len(job) == 1 else "shared_task"
+            words = [word for run, attempt in job for word in (str(run.folder), str(attempt.number))]
+            command = [sys.executable, "-u", "-m", f"hpc_imagenet.launch.{module}", *words]
+            log = None
+            for run, attempt in job:
+                others = [other.id for other, _ in job if other.id != run.id]
+                details: dict[str, Any] = {"code": code_version()}
+                details |= {"shares_with": others} if others else {}
+                if allocation:
+                    attempt.submit(SlurmExecutor.name, job_id=allocation, logs=str(attempt.folder), **details)
+                else:
+                    attempt.submit(self.name, host=socket.gethostname(), **details)
+                    local_queue.record_process(attempt)
             if allocation:
-                attempt.submit(
-                    SlurmExecutor.name, job_id=allocation, logs=str(attempt.folder), code=code_version()
-                )
-                command = ["srun", *_srun_arguments(run, f"{attempt.folder}/{allocation}_%t_log"), *command]
-            else:
-                attempt.submit(self.name, host=socket.gethostname(), code=code_version())
-                local_queue.record_process(attempt)
+                log = _log_folder(store, job) / f"{allocation}_0_log.err"
+                command = ["srun", *_srun_arguments(job[0][0], f"{log.parent}/{allocation}_%t_log"), *command]
             done = subprocess.run(command, env=environment, cwd="/", check=False)
             if allocation:
-                requeue.requeue_or_fail(run, attempt, done.returncode)
-            notification.run_ended(run, attempt)
-            outcome = attempt.outcome
-            if outcome is None or outcome.state != FINISHED:
-                failed = run.id
+                requeue.requeue_or_fail(job, done.returncode, log)
+            for run, attempt in job:
+                notification.run_ended(run, attempt)
+                outcome = attempt.outcome
+                if outcome is None or outcome.state != FINISHED:
+                    failed = run.id
 
     def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:
         """Return the states of attempts by their processes."""
@@ -68,10 +81,17 @@ class ForegroundExecutor(Executor):
         local_queue.cancel_here(run, attempt, reason)
 
 
+def _log_folder(store: RunStore, job: Sequence[tuple[Run, Attempt]]) -> Path:
+    """Return the folder of srun's logs; runs that share a loader have their own, beside those of the job."""
+    if len(job) == 1:
+        return job[0][1].folder
+    return store.make_own_folder("shared", str(time.time_ns()))
+
+
 def _srun_arguments(run: Run, log: str) -> list[str]:
     from hpc_imagenet.stages import STAGES  # here, so that commands which query states do not import it
 
     arguments = ["--kill-on-bad-exit=1", f"--output={log}.out", f"--error={log}.err"]
-    if not STAGES[run.info["stage"]].distributed:
+    if run.info.get("shares_loader") or not STAGES[run.info["stage"]].distributed:
         arguments += ["--nodes=1", "--ntasks=1"]  # one process, whatever the size of the allocation
     return [*arguments, *run.cluster().srun]

@@ -4,9 +4,10 @@
         worker.lock     locked by the one worker of this host while it runs
         worker.json     process identity of the last worker
         worker.log
-        <order>.entry   a queued or running attempt: {run, attempt}
+        <order>.entry   a queued or running attempt: {run, attempt, job}
 
-A job is a process tree of its own: it keeps running when the terminal or the worker ends.
+A job is a process tree of its own: it keeps running when the terminal or the worker ends. The entries of runs
+that share a loader have the same `job`, and their processes are in one tree.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,19 @@ def make_queue_folder(store: RunStore) -> Path:
     return store.make_own_folder("queue", socket.gethostname(), private=True)
 
 
-def enqueue(store: RunStore, attempts: Iterable[tuple[Run, Attempt]]) -> None:
-    """Append attempts to the queue, in order. Call `ensure_worker` after recording them as submitted."""
+def enqueue(store: RunStore, jobs: Iterable[Sequence[tuple[Run, Attempt]]]) -> None:
+    """Append the attempts of jobs to the queue, in order; most jobs have one.
+
+    Call `ensure_worker` after recording them as submitted.
+    """
     folder = make_queue_folder(store)
     moment = time.time_ns()
-    for index, (run, attempt) in enumerate(attempts):
-        write_json_once(
-            folder / f"{moment:020d}-{index:05d}.entry", {"run": run.id, "attempt": attempt.number}
-        )
+    for number, attempts in enumerate(jobs):
+        for index, (run, attempt) in enumerate(attempts):
+            job = f"{moment:020d}-{number:05d}"
+            write_json_once(
+                folder / f"{job}-{index:05d}.entry", {"run": run.id, "attempt": attempt.number, "job": job}
+            )
 
 
 def ensure_worker(store: RunStore) -> None:
@@ -173,9 +179,15 @@ def started_elsewhere(attempt: Attempt) -> bool:
 
 
 def kill(attempt: Attempt, grace: float = GRACE) -> None:
-    """End the attempt's processes and all their children: SIGTERM, then SIGKILL after `grace` seconds."""
+    """End the attempt's processes and all their children: SIGTERM, then SIGKILL after `grace` seconds.
+
+    Of runs that share a loader, those of the others go on.
+    """
     tree: dict[int, psutil.Process] = {}
-    for process in processes(attempt):
+    own = processes(attempt)
+    if attempt.submitted.get("shares_with"):
+        own = [process for process in own if process.pid == attempt.started.get("pid")]
+    for process in own:
         with contextlib.suppress(psutil.NoSuchProcess):
             tree |= {p.pid: p for p in (process, *process.children(recursive=True))}
     for process in tree.values():

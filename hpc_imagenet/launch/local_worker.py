@@ -21,6 +21,7 @@ from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import local_queue, notification
 from hpc_imagenet.launch.error_logs import error_logs
+from hpc_imagenet.launch.shared_task import SharedTask
 from hpc_imagenet.launch.start_task import start_command
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.task import Task
@@ -66,8 +67,9 @@ class Worker:
     def step(self) -> bool:
         """Process every entry once: remove ended ones, start those that may start. False if none is left."""
         self.handles = [job for job in self.handles if not job.done()]
-        waiting: list[tuple[Run, Attempt]] = []
-        running: list[Attempt] = []
+        waiting: dict[str, list[tuple[Run, Attempt]]] = {}  # attempts of each job
+        running: list[Attempt] = []  # one of each job
+        jobs: set[str] = set()  # that are running
         # Sessions do not count as running: jobs submitted from a session would wait for its end.
         sessions: list[Attempt] = []
         for path in sorted(local_queue.queue_folder(self.store).glob("*.entry")):
@@ -81,8 +83,11 @@ class Worker:
                 continue
             run = self.store.run(entry["run"])
             attempt = Attempt(run.folder / "attempts" / str(entry["attempt"]))
+            job = entry.get("job", path.stem)
             if local_queue.is_alive(attempt):
-                (sessions if _is_session(run) else running).append(attempt)
+                if job not in jobs:
+                    (sessions if _is_session(run) else running).append(attempt)
+                jobs.add(job)
             elif attempt.outcome or not attempt.folder.exists():
                 notification.run_ended(run, attempt)
                 path.unlink()
@@ -102,20 +107,23 @@ class Worker:
                     attempt.end(FAILED, str(error))
                     path.unlink()
                 else:
-                    waiting.append((run, attempt))
-        for run, attempt in waiting:
-            if _is_session(run) and self._start(run, attempt, running + sessions):
+                    waiting.setdefault(job, []).append((run, attempt))
+        for attempts in waiting.values():
+            run, attempt = attempts[0]
+            if _is_session(run) and self._start(attempts, running + sessions):
                 sessions.append(attempt)
-        for run, attempt in waiting:
+        for attempts in waiting.values():
+            run, attempt = attempts[0]
             if _is_session(run):
                 continue
             if len(running) >= self._parallel(run, attempt):
                 break  # keep the order: later entries do not overtake one that waits for a free slot
             blocked = self._blocked(run)
             if blocked:
-                attempt.end(CANCELLED, blocked)
+                for _, each in attempts:
+                    each.end(CANCELLED, blocked)
             elif blocked is None:
-                if not self._start(run, attempt, running + sessions):
+                if not self._start(attempts, running + sessions):
                     break  # nor one that waits for GPUs
                 running.append(attempt)
         return bool(waiting or running or sessions)
@@ -137,24 +145,32 @@ class Worker:
                 return f"needs {need.id}, which {ended}: fix that, then retry"
         return None if all(state.finished for state in state_of.values()) else ""
 
-    def _start(self, run: Run, attempt: Attempt, running: list[Attempt]) -> bool:
-        """Start the attempt's process; False if it must wait for GPUs."""
+    def _start(self, attempts: list[tuple[Run, Attempt]], running: list[Attempt]) -> bool:
+        """Start the process of a job; False if it must wait for GPUs."""
+        run, attempt = attempts[0]
         try:
-            cluster = run.own_cluster()
+            cluster, *_ = [each.own_cluster() for each, _ in attempts]
         except UserError as error:
-            attempt.end(FAILED, str(error))
+            for _, each in attempts:
+                each.end(FAILED, str(error))
             return True
+        shares = bool(run.info.get("shares_loader"))
         taken = {str(gpu) for other in running for gpu in local_queue.process_record(other).get("gpus", ())}
         all_gpus = gpus.available_gpus()
         requested = gpus_for(cluster, run.info["stage"], len(all_gpus))
+        if shares:  # each run uses one
+            requested = min(requested, len(attempts))
         free = [gpu for gpu in all_gpus if gpu not in taken]
         if len(free) < requested <= len(all_gpus):
             return False  # wait for free GPUs; a request for more than the machine has fails in the job
         assigned = free[:requested]
         shared = _is_session(run) and cluster.gpus_per_node is None  # it sees all GPUs and reserves none
-        tasks = 1 if _is_session(run) else cluster.tasks_per_node or max(1, requested)
+        tasks = 1 if _is_session(run) or shares else cluster.tasks_per_node or max(1, requested)
         os.environ[dist_env.CPUS_VARIABLE] = str(_cpus_per_task(run, cluster, tasks))
-        executor = _LocalJobs(folder=attempt.folder)
+        # Runs that share a loader have their own logs, beside that of the job.
+        together = len(attempts) > 1
+        shared_folder = self.store.make_own_folder("shared", str(time.time_ns())) if together else None
+        executor = _LocalJobs(folder=shared_folder or attempt.folder)
         executor.update_parameters(
             timeout_min=cluster.time or _NO_LIMIT,
             tasks_per_node=tasks,
@@ -163,11 +179,14 @@ class Worker:
         # Set here, not in update_parameters: submitit's check accepts numbers only, not names such as GPU-….
         executor.parameters["visible_gpus"] = visible = all_gpus if shared else assigned
         executor.parameters["gpus_per_node"] = len(visible)
-        job = executor.submit(Task(str(run.folder), attempt.number))
-        local_queue.record_process(attempt, int(job.job_id), job_id=job.job_id, gpus=assigned)
+        each = tuple((str(run.folder), attempt.number) for run, attempt in attempts)
+        job = executor.submit(SharedTask(each) if together else Task(*each[0]))
+        for _, attempt in attempts:
+            local_queue.record_process(attempt, int(job.job_id), job_id=job.job_id, gpus=assigned)
         self.handles.append(job)
-        if attempt.outcome:  # cancelled before the launch, when there was no process to kill yet
-            local_queue.kill(attempt)
+        for _, attempt in attempts:
+            if attempt.outcome:  # cancelled before the launch, when there was no process to kill yet
+                local_queue.kill(attempt)
         return True
 
 

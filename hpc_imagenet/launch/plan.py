@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hpc_imagenet.config.schema import Config, Datastore, cluster_for
+from hpc_imagenet.launch.split import merge_alternatives
 from hpc_imagenet.runs.job import FindVersion, Job, signature
 from hpc_imagenet.stages import STAGES
 from hpc_imagenet.stages.stage import Stage
 
 
 def make_plan(configs: Sequence[Config], find_version: FindVersion) -> list[Job]:
-    """Return the jobs of all configs without duplicates, each before those that need it."""
-    jobs: dict[str, Job] = {}
+    """Return the jobs of all configs without duplicates, each before those that need it.
+
+    Configs that differ only in cluster settings give one job, with alternatives.
+    """
+    jobs: list[Job] = []
     for config in configs:
         if config.stage.name in STAGES:
             stages, find = [STAGES[config.stage.name]], find_version
@@ -21,10 +25,9 @@ def make_plan(configs: Sequence[Config], find_version: FindVersion) -> list[Job]
             stages, find = [stage for stage in STAGES.values() if stage.in_pipeline], _no_version
         for stage in stages:
             job = _make_job(stage, config, find)
-            for each in _split_into_parts(job, stage.parts(config)):
-                jobs.setdefault(each.run_id, each)
+            jobs += _split_into_parts(job, stage.parts(config))
     order = list(STAGES)
-    return sorted(jobs.values(), key=lambda job: order.index(job.stage))
+    return sorted(merge_alternatives(jobs), key=lambda job: order.index(job.stage))
 
 
 def _make_job(stage: Stage, config: Config, find_version: FindVersion) -> Job:

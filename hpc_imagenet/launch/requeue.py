@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_imagenet.cluster import slurm
@@ -21,7 +22,7 @@ from hpc_imagenet.errors import EXIT_REQUEUE
 from hpc_imagenet.launch import notification
 from hpc_imagenet.launch.start_task import read_task
 from hpc_imagenet.runs import lease
-from hpc_imagenet.runs.store import FAILED, FINISHED, Attempt, Run
+from hpc_imagenet.runs.store import FAILED, FINISHED, Attempt, Run, attempt_of, last_lines
 
 _LINES = 20  # last lines of the error log that are searched for a cause
 
@@ -33,43 +34,54 @@ _NOT_STARTED = re.compile(r"^srun: error: .*(task launch|communication|node fail
                           r"aborting|unable to)", re.IGNORECASE)  # fmt: skip
 
 
-def requeue_or_fail(run: Run, attempt: Attempt, code: int) -> int:
-    """Write the outcome of an attempt whose srun has ended, or requeue its job.
+def requeue_or_fail(attempts: Sequence[tuple[Run, Attempt]], code: int, log: Path | None = None) -> int:
+    """Write the outcomes of the attempts of a job whose srun has ended, or requeue it.
 
     Args:
-        run: the job's run.
-        attempt: the job's attempt.
+        attempts: the job's attempts with their runs: one, or those that share a loader.
         code: exit code of srun.
+        log: error log of the job's first task; None: that of the attempt.
 
     Returns:
         The exit code for the job's script: 0 finished, 1 failed, EXIT_REQUEUE requeued or left to Slurm.
     """
-    if outcome := attempt.outcome:
-        return 0 if outcome.state == FINISHED else 1
-    if attempt.started and not lease.is_holder(run.folder, attempt.number):
+    pending = [(run, attempt) for run, attempt in attempts if attempt.outcome is None]
+    if not pending:
+        return 0 if all(_has_finished(attempt) for _, attempt in attempts) else 1
+    if any(attempt.started and not lease.is_holder(run.folder, attempt.number) for run, attempt in pending):
         return EXIT_REQUEUE  # an old copy: a later start holds the lease
+
+    def fail(reason: str) -> int:
+        for _, each in pending:
+            each.end(FAILED, reason)
+        return 1
+
+    run, attempt = pending[0]
     if slurm.own_job_state() not in ("RUNNING", ""):
         return EXIT_REQUEUE  # cancelled, requeued or timed out by Slurm, which reports that itself
-    tail = next(attempt.error_tails(), [])[-_LINES:]  # rank 0's log, where srun and Slurm write their errors
+    # Rank 0's log, where srun and Slurm write their errors.
+    tail = last_lines(log) if log and log.exists() else next(attempt.error_tails(), [])
+    tail = tail[-_LINES:]
     if any(_OUT_OF_MEMORY.search(line) for line in tail):
         fix = "raise cluster.memory_gb, or lower loader.workers, then run the command again"
-        attempt.end(FAILED, f"out of host memory: {fix}")
-        return 1
+        return fail(f"out of host memory: {fix}")
     reason = _transient_reason(code, tail)
     if not reason:
         line = attempt.last_error_line() or (tail[-1] if tail else "none, its error log is empty")
         crash = f" ({_CRASHES[code]}: the program crashed)" if code in _CRASHES else ""
-        attempt.end(FAILED, f"exit code {code}{crash} without an outcome; last error line: {line}")
-        return 1
+        return fail(f"exit code {code}{crash} without an outcome; last error line: {line}")
     most = run.cluster().max_requeues
     if lease.restart_count() >= most:
-        attempt.end(FAILED, f"{reason}, and cluster.max_requeues={most} is used up: retry resumes it")
-        return 1
+        return fail(f"{reason}, and cluster.max_requeues={most} is used up: retry resumes it")
     print(f"{reason}: requeueing the job", file=sys.stderr, flush=True)
     if error := slurm.requeue_this_job():
-        attempt.end(FAILED, f"{reason}, but Slurm refused to requeue the job ({error}): retry resumes it")
-        return 1
+        return fail(f"{reason}, but Slurm refused to requeue the job ({error}): retry resumes it")
     return EXIT_REQUEUE
+
+
+def _has_finished(attempt: Attempt) -> bool:
+    outcome = attempt.outcome
+    return outcome is not None and outcome.state == FINISHED
 
 
 def _transient_reason(code: int, tail: list[str]) -> str:
@@ -88,16 +100,16 @@ def _transient_reason(code: int, tail: list[str]) -> str:
     return ""
 
 
-def _task(folder: Path) -> tuple[Run, Attempt]:
-    """Return run and attempt of this job from submitit's pickle in `folder`."""
-    task = read_task(folder)
-    run = Run(Path(task.run_folder))
-    return run, Attempt(run.folder / "attempts" / str(task.attempt))
+def _attempts(folder: Path) -> list[tuple[Run, Attempt]]:
+    """Return the attempts of this job with their runs from submitit's pickle in `folder`."""
+    return [attempt_of(run_folder, number) for run_folder, number in read_task(folder).attempts]
 
 
 if __name__ == "__main__":
     # Slurm may kill this process at any point; it then handles the job by itself.
-    ended_run, ended_attempt = _task(Path(sys.argv[1]))
-    exit_code = requeue_or_fail(ended_run, ended_attempt, int(sys.argv[2]))
-    notification.run_ended(ended_run, ended_attempt)
+    job_folder = Path(sys.argv[1])
+    ended = _attempts(job_folder)
+    exit_code = requeue_or_fail(ended, int(sys.argv[2]), job_folder / f"{slurm.this_job()}_0_log.err")
+    for ended_run, ended_attempt in ended:
+        notification.run_ended(ended_run, ended_attempt)
     sys.exit(exit_code)

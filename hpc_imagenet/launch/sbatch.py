@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from hpc_imagenet.launch.container import (
     bound_folders,
     container_command,
 )
-from hpc_imagenet.launch.start_task import start_command
 from hpc_imagenet.launch.resources import gpu_options, tasks_per_node
+from hpc_imagenet.launch.shared_jobs import group_attempts
+from hpc_imagenet.launch.shared_task import SharedTask
+from hpc_imagenet.launch.start_task import start_command
 from hpc_imagenet.launch.submit_limit import (
     SubmitLimitReached,
     describe_limit,
@@ -41,14 +43,26 @@ from hpc_imagenet.stages import STAGES
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """The properties of one run that its Slurm job depends on."""
+    """The properties of one run, or of the runs that share a loader, that their Slurm job depends on."""
 
-    run_id: str
+    run_id: str  # the first run
     stage: str
     label: str
     cluster: Cluster  # settings of this stage
     needs: tuple[str, ...]  # ids of the runs it depends on
     folders: tuple[str, ...] = ()  # folders of the host that it uses in a container
+    shares_loader: bool = False  # each run is one process
+    sharing: tuple[str, ...] = ()  # ids of the other runs, if several share a loader
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        """The ids of all its runs."""
+        return (self.run_id, *self.sharing)
+
+    @property
+    def name(self) -> str:
+        """The name of the job."""
+        return f"{self.label}+{len(self.sharing)}" if self.sharing else self.label
 
 
 def extra_sbatch_options(cluster: Cluster) -> dict[str, Any]:
@@ -104,7 +118,7 @@ def group_into_arrays(tasks: Iterable[ArrayTask]) -> list[list[ArrayTask]]:
     """
     groups: dict[str, list[ArrayTask]] = {}
     for task in tasks:
-        key = (task.stage, task.cluster, task.needs, task.folders)
+        key = (task.stage, task.cluster, task.needs, task.folders, task.shares_loader, len(task.sharing))
         groups.setdefault(repr(key), []).append(task)
     limit = slurm.max_array_size() if any(len(group) > 1 for group in groups.values()) else 1
     return [group[i : i + limit] for group in groups.values() for i in range(0, len(group), limit)]
@@ -164,7 +178,8 @@ def submit_attempts(
     by_run = {run.id: attempt for run, attempt in attempts}
     waiting: dict[str, str] = {}  # reasons by run
     full: dict[tuple[str | None, ...], str] = {}  # reasons by account, QOS and partition
-    for array in group_into_arrays([_array_task(run) for run, _ in attempts]):
+    jobs_of_runs = [[run for run, _ in group] for group in group_attempts(attempts)]
+    for array in group_into_arrays(map(_array_task, jobs_of_runs)):
         first = array[0]
         place = first.cluster.account, first.cluster.qos, first.cluster.partition
         unmet = [f"waiting: needs {need}, which waits" for need in first.needs if need in waiting]
@@ -174,8 +189,13 @@ def submit_attempts(
             while rest:
                 sent = _submit_some(rest, _merge_arrays(after, sizes), store, by_run)
                 for task, job_id in zip(rest, sent.job_ids, strict=False):
-                    by_run[task.run_id].submit("slurm", job_id=job_id, logs=str(sent.folder), code=dict(code))
-                    job_ids[task.run_id] = job_id
+                    for run_id in task.run_ids:
+                        attempt = by_run[run_id]
+                        # Runs that share a loader have their own logs, beside that of the job.
+                        logs = str(attempt.folder if task.sharing else sent.folder)
+                        details = {"logs": logs, "code": dict(code), **shares_with(task, run_id)}
+                        attempt.submit("slurm", job_id=job_id, **details)
+                        job_ids[run_id] = job_id
                 if sent.job_ids:
                     sizes[sent.job_ids[0].partition("_")[0]] = len(sent.job_ids)
                 rest = rest[len(sent.job_ids) :]
@@ -187,10 +207,10 @@ def submit_attempts(
                 by_run[run].end(FAILED, str(error))
             earlier = f" (jobs submitted before it, which are kept: {len(job_ids)})" if job_ids else ""
             raise UserError(f"{error}{earlier}") from None
-        for task in array:
-            if task.run_id not in job_ids:
-                waiting[task.run_id] = unmet[0] if unmet else full[place]
-                by_run[task.run_id].wait(waiting[task.run_id])
+        for run_id in (run_id for task in array for run_id in task.run_ids):
+            if run_id not in job_ids:
+                waiting[run_id] = unmet[0] if unmet else full[place]
+                by_run[run_id].wait(waiting[run_id])
 
 
 @dataclass(frozen=True)
@@ -214,7 +234,7 @@ def _submit_some(
     while size:
         part = array[:size]
         folder = attempts[part[0].run_id].folder
-        if size > 1:
+        if size > 1 or part[0].sharing:
             folder = store.make_own_folder("slurm", str(time.time_ns()))
         try:
             return _Sent(_submit_array(part, folder, after, store, attempts), folder, limit)
@@ -250,11 +270,29 @@ def _merge_arrays(job_ids: Iterable[str | None], sizes: Mapping[str, int]) -> li
     ]
 
 
-def _array_task(run: Run) -> ArrayTask:
+def shares_with(task: ArrayTask, run_id: str) -> dict[str, list[str]]:
+    """Return the other runs of a job for the submitted.json of one; empty for a job of one run."""
+    others = [other for other in task.run_ids if other != run_id]
+    return {"shares_with": others} if others else {}
+
+
+def _array_task(runs: Sequence[Run]) -> ArrayTask:
+    run, *others = runs
     info = run.info
-    cluster = run.own_cluster()
-    folders = bound_folders(run.config()) if cluster.container else ()
-    return ArrayTask(run.id, info["stage"], info["label"], cluster, tuple(info.get("needs", ())), folders)
+    cluster, *_ = [each.own_cluster() for each in runs]
+    folders = (
+        [folder for each in runs for folder in bound_folders(each.config())] if cluster.container else []
+    )
+    return ArrayTask(
+        run.id,
+        info["stage"],
+        info["label"],
+        cluster,
+        tuple(info.get("needs", ())),
+        tuple(dict.fromkeys(folders)),
+        bool(info.get("shares_loader")),
+        tuple(other.id for other in others),
+    )
 
 
 def _submit_array(
@@ -264,8 +302,11 @@ def _submit_array(
     store: RunStore,
     attempts: Mapping[str, Attempt],
 ) -> list[str]:
-    tasks = [Task(str(store.run(task.run_id).folder), attempts[task.run_id].number) for task in array]
-    return _submit(_executor(array, folder, after), tasks, array[0].label)
+    def callable_of(task: ArrayTask) -> Task | SharedTask:
+        each = [(str(store.run(run_id).folder), attempts[run_id].number) for run_id in task.run_ids]
+        return SharedTask(tuple(each)) if task.sharing else Task(*each[0])
+
+    return _submit(_executor(array, folder, after), list(map(callable_of, array)), array[0].name)
 
 
 def submit_one(array_task: ArrayTask, folder: Path, function: Callable[[], object]) -> str:
@@ -340,14 +381,16 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
         _submitit_command_str = property(lambda self: start_command(self.python, self.folder))
 
     executor = SlurmJobs(folder=folder, max_num_timeout=cluster.max_requeues, python=command.python)
-    distributed = STAGES[stage].distributed
+    distributed = STAGES[stage].distributed and not array[0].shares_loader
+    if array[0].shares_loader and cluster.gpus_per_node:  # each run uses one
+        cluster = replace(cluster, gpus_per_node=min(cluster.gpus_per_node, len(array[0].run_ids)))
     tasks, options = tasks_per_node(cluster, distributed), extra_sbatch_options(cluster)
     options |= gpu_options(cluster, tasks, options)
     if dependency := ":".join(after):
         # Without kill-on-invalid-dep a job whose dependency failed stays pending for ever.
         options |= {"dependency": f"afterok:{dependency}", "kill-on-invalid-dep": "yes"}
     executor.update_parameters(
-        job_name=array[0].label if len(array) == 1 else f"{stage}-sweep",
+        job_name=array[0].name if len(array) == 1 else f"{stage}-sweep",
         partition=cluster.partition,
         account=cluster.account,
         qos=cluster.qos,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.config.schema import Cluster
@@ -16,6 +17,9 @@ from hpc_imagenet.launch.executor import Executor, State, code_version
 from hpc_imagenet.launch.local_queue import NO_OUTCOME
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RUNNING, Attempt, Run, RunStore
+
+if TYPE_CHECKING:
+    from hpc_imagenet.launch.sbatch import ArrayTask
 
 
 class SlurmExecutor(Executor):
@@ -78,7 +82,15 @@ class SlurmExecutor(Executor):
             raise UserError(
                 f"{run.id} is a Slurm job, and scancel is not on the PATH: cancel it on a login node"
             )
-        job_id, started = str(attempt.submitted["job_id"]), attempt.started
+        submitted, started = attempt.submitted, attempt.started
+        job_id = str(submitted["job_id"])
+        if others := submitted.get("shares_with"):
+            # Its process is ended by shared_task.py, which sees the outcome; the job, if no run is left.
+            attempt.end(CANCELLED, reason)
+            left = any(_is_in_job(Run(run.folder.parent / other), job_id) for other in others)
+            if not left and run.executor() == self.name:
+                slurm.cancel_job(job_id)
+            return
         in_allocation = run.executor() != self.name
         if not in_allocation:  # a job cancelled by Slurm writes no outcome of its own
             slurm.cancel_job(job_id)
@@ -91,7 +103,8 @@ class SlurmExecutor(Executor):
         from hpc_imagenet.launch import sbatch
 
         for array, script in _scripts(store, jobs):
-            yield f"\nsbatch script of {' '.join(array)}:"
+            names = (" ".join(task.run_ids) + (" (one loader)" if task.sharing else "") for task in array)
+            yield f"\nsbatch script of {' '.join(names)}:"
             yield "  " + script.strip().replace("\n", "\n  ")
             yield f"sbatch --test-only: {sbatch.test_only(script)}"
 
@@ -101,13 +114,18 @@ class SlurmExecutor(Executor):
 
         replies: dict[str, str] = {}
         for array, script in _scripts(store, jobs):
-            replies |= dict.fromkeys(array, sbatch.test_only(script))
+            run_ids = [run_id for task in array for run_id in task.run_ids]
+            replies |= dict.fromkeys(run_ids, sbatch.test_only(script))
         return replies
 
 
-def _scripts(store: RunStore, jobs: Sequence[tuple[Job, Sequence[str]]]) -> Iterator[tuple[list[str], str]]:
-    """Yield the run ids and the sbatch script of each job or job array."""
+def _scripts(
+    store: RunStore, jobs: Sequence[tuple[Job, Sequence[str]]]
+) -> Iterator[tuple[Sequence[ArrayTask], str]]:
+    """Yield the tasks and the sbatch script of each job or job array."""
     from hpc_imagenet.launch import sbatch
+    from hpc_imagenet.launch.shared_jobs import group_by_loader
+    from hpc_imagenet.stages import STAGES
 
     tasks = [
         sbatch.ArrayTask(
@@ -117,14 +135,22 @@ def _scripts(store: RunStore, jobs: Sequence[tuple[Job, Sequence[str]]]) -> Iter
             job.cluster,
             tuple(needs),
             bound_folders(job.config) if job.cluster.container else (),
+            STAGES[job.stage].loader_key(job.config) is not None,
+            tuple(other.run_id for other, _ in others),
         )
-        for job, needs in jobs
+        for (job, needs), *others in group_by_loader(jobs, lambda item: (item[0].config, item[1]))
     ]
     for array in sbatch.group_into_arrays(tasks):
         run = store.run(array[0].run_id)
         number = run.attempt.number + 1 if run.attempt else 1
         script = sbatch.sbatch_script(array, run.folder / "attempts" / str(number))
-        yield [task.run_id for task in array], script
+        yield array, script
+
+
+def _is_in_job(run: Run, job_id: str) -> bool:
+    """Whether a run is queued or running in a job."""
+    attempt = run.attempt
+    return attempt is not None and attempt.submitted.get("job_id") == job_id and attempt.outcome is None
 
 
 def _state(attempt: Attempt, status: slurm.JobStatus | None) -> State:

@@ -26,6 +26,7 @@ from hpc_imagenet.io.ownership import read_own, set_job_umask
 _WAIT = 60.0  # s: submitit writes the pickle after sbatch has replied, and a file system may show it late
 _NAMES = {  # module and name of all that a pickle may contain, besides plain values
     ("hpc_imagenet.launch.task", "Task"),
+    ("hpc_imagenet.launch.shared_task", "SharedTask"),
     ("hpc_imagenet.doctor.probe", "run_probe"),
 }
 

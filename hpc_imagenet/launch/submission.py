@@ -97,6 +97,8 @@ def _submit_plan(
                 "model": job.model,
                 "needs": needs,
             }
+            if STAGES[job.stage].loader_key(job.config) is not None:
+                info["shares_loader"] = True
             if job.processing_run is not None:
                 info["processing_run"] = job.processing_run
             if job.config.stage.part is not None:

@@ -23,7 +23,7 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.cluster.dist_env import from_environment
 from hpc_imagenet.errors import EXIT_REQUEUE, PeerLost, Preempted, Superseded, UserError
 from hpc_imagenet.io.access import explain_permission_error
-from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
+from hpc_imagenet.io.atomic_files import is_disk_full
 from hpc_imagenet.io.ownership import set_job_umask
 from hpc_imagenet.io.printable import error_line
 from hpc_imagenet.launch import local_queue
@@ -39,6 +39,11 @@ class Task:
 
     run_folder: str
     attempt: int
+
+    @property
+    def attempts(self) -> tuple[tuple[str, int], ...]:
+        """Run folder and attempt's number, as a shared task has several of them."""
+        return ((self.run_folder, self.attempt),)
 
     def __call__(self) -> dict[str, Any]:
         """Run the attempt; see `run_task`."""
@@ -94,14 +99,14 @@ def run_task(run_folder: Path, number: int) -> dict[str, Any]:
         print(f"exiting: {superseded}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_REQUEUE) from None
     except (Preempted, PeerLost) as reason:
-        if not _on_slurm():
+        if not on_slurm():
             attempt.end(FAILED, f"{reason}: retry resumes from the last checkpoint")
         print(reason, file=sys.stderr, flush=True)
         raise SystemExit(EXIT_REQUEUE) from None
     except UserError as error:
         _fail(attempt, error)
     except BaseException as error:
-        if _is_disk_full(error):
+        if is_disk_full(error):
             attempt.end(FAILED, f"no space left in {run_folder.parents[1]}: free some space, then retry")
         if isinstance(error, PermissionError) and error.filename:
             attempt.end(FAILED, explain_permission_error(error, run_folder.parents[1]))
@@ -145,25 +150,16 @@ def _start_attempt(run: Run, attempt: Attempt, **details: Any) -> None:
         details["nodes"] = nodes
     attempt.start(**local_queue.process_identity(), **details)
     limit = run.cluster().max_requeues
-    if _on_slurm() and lease.restart_count() > limit:
+    if on_slurm() and lease.restart_count() > limit:
         count = lease.restart_count()
         reason = f"requeued {count} times, more than cluster.max_requeues={limit}: retry resumes it"
         attempt.end(FAILED, reason)
         raise SystemExit(reason)
 
 
-def _on_slurm() -> bool:
+def on_slurm() -> bool:
     """Whether this is a task of a Slurm job; submitit's local jobs may run inside an allocation."""
     return slurm.this_job() is not None and "SUBMITIT_LOCAL_GLOBALID" not in os.environ
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk or quota is the cause of `error`; torch.save wraps the OSError in its own."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 if __name__ == "__main__":

@@ -77,11 +77,11 @@ class UsageRecorder:
             now = time.monotonic()
             if self._meter:
                 self._meter.sample(now)
-            self._memory = max(self._memory, _memory_of_tree())
             return now
 
     def _write(self) -> None:
         now = self._sample()
+        self._memory = max(self._memory, _memory_of_tree())  # only here: it reads all of /proc
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # between samples
         record: dict[str, Any] = {
             **self._fixed,

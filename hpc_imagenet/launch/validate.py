@@ -91,8 +91,9 @@ def validate_jobs(plan: Sequence[Job], store: RunStore) -> dict[str, State]:
         if not is_skipped(job):
             _check_mine(store.run(job.run_id), state_of[job.run_id])
         stage, config = STAGES[job.stage], job.config
-        stage.check_settings(config, job.cluster)
-        EXECUTORS[job.cluster.executor].check_settings(job.stage, job.cluster)
+        for each in (job, *job.alternatives):
+            stage.check_settings(each.config, each.cluster)
+            EXECUTORS[each.cluster.executor].check_settings(each.stage, each.cluster)
         if (other := _conflicting_run(job.stage, job.processing_run, active_runs)) and not is_skipped(job):
             _raise_conflict(job.run_id, other)
         for need in job.needs:

@@ -69,6 +69,7 @@ def attempt_lines(found: dict[str, Any], with_diagnosis: bool) -> list[str]:
         f"queued {clock(found['queued_seconds'])}",
         f"requeued {times} {'time' if times == 1 else 'times'}" if times else "",
         f"code {code.get('commit') or code.get('version')}" if code else "",
+        f"changed by {code['difference']}" if code.get("difference") else "",
     ]
     lines = [one_line(" · ".join(part for part in parts if part))]
     diagnosis = found["diagnosis"]

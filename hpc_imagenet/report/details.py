@@ -97,6 +97,7 @@ def render_details(details: dict[str, Any]) -> Table:
     if newest and (diagnosis := newest[0]["diagnosis"]):
         add("diagnosis", diagnosis["text"])
         add("remedy", diagnosis["command"])
+    add("job", " ".join(["one loader with", *details["shares_with"]]) if details["shares_with"] else "")
     settings = [
         " ".join(f"{section}{'.' if section else ''}{name}={_typed(value)}" for name, value in values.items())
         for section, values in details["settings"].items()
@@ -110,6 +111,9 @@ def render_details(details: dict[str, Any]) -> Table:
     for each in details["attempts"]:
         for number, line in enumerate(attempt_lines(each, len(details["attempts"]) > 1)):
             add("" if number else f"attempt {each['number']}", line)
+    if len(details["attempts"]) > 1 and details["gpu_hours"]:
+        energy = "energy unknown" if details["kwh"] is None else f"{details['kwh']:.3g} kWh"
+        add("total", f"{details['gpu_hours']:.2f} GPU-hours", energy)
     for title in ("checkpoints", "files"):
         for number, file in enumerate(details[title]):
             path = Path(file["path"])

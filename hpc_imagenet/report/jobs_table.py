@@ -44,7 +44,8 @@ def job_rows(runs: Iterable[Run], since: float | None = None) -> list[dict[str, 
         Rows with run, id, label, stage, model, sweeps, state, failure (its class, see
         `launch.diagnosis`), reason, top1 (0 to 1, None before the end),
         best_top1 (of all validations so far), result, dir, attempt, requeued (times Slurm restarted the
-        attempt), executor, job_id, nodes, created, changed (when it was submitted, started or ended last),
+        attempt), executor, job_id, shares_with (ids of the runs that
+        share its loader), nodes, created, changed (when it was submitted, started or ended last),
         age (s since created), seconds (duration so far, or in total), progress (see `runs.store.Progress`)
         and seconds_left.
     """
@@ -104,6 +105,7 @@ def _row(run: Run, record: RunRecord, status: State) -> dict[str, Any]:
         "requeued": status.restarts,
         "executor": record.submitted.get("executor"),
         "job_id": record.submitted.get("job_id"),
+        "shares_with": record.submitted.get("shares_with") or [],
         "nodes": str(started.get("nodes") or started.get("host") or "").partition(".")[0],
         "created": info.get("created"),
         "changed": max(filter(None, times)).isoformat() if any(times) else None,

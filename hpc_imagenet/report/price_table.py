@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,7 +17,8 @@ from hpc_imagenet.report.run_summary import amount
 
 WIDTH = 80  # columns
 _MEMORY = 0.9  # share of cluster.memory_gb from which it is scarce
-_START = re.compile(r"to start at (\d+)-(\d+)-(\d+)T(\d+:\d+)")
+_LEAST = 8  # columns of a run's name at least: its signature
+_START = re.compile(r"to start at (\d+-(\d+-\d+))T(\d+:\d+)")
 
 
 def print_prices(prices: Sequence[Price], starts: Mapping[str, str], console: Console) -> None:
@@ -41,17 +43,19 @@ def price_table(prices: Sequence[Price], starts: Mapping[str, str]) -> Table:
             _number(each.device_hours) if each.known else "" for each in prices
         ],
         "starts": ["" if each.allowed == float("inf") else f"{each.starts:g}" for each in prices],
-        "bound by": [each.known.bound if each.known else "" for each in prices],
+        "bound": [each.known.bound if each.known else "" for each in prices],
         "kWh": ["" if each.energy is None else _number(each.energy) for each in prices],
         "money": ["" if each.money is None else _number(each.money) for each in prices],
         "start": [_start(starts.get(each.job.run_id, "")) for each in prices],
         "timed by": [each.known.record.run.partition("-")[0] if each.known else "" for each in prices],
     }
-    table = Table(box=None, pad_edge=False, header_style="bold", width=None)
-    table.add_column("run", no_wrap=True, overflow="ellipsis", min_width=8)
+    table = Table(box=None, pad_edge=False, header_style="bold")
     shown = {name: cells for name, cells in columns.items() if any(cells)}
+    widths = [max(map(len, (name, *cells))) + 2 for name, cells in shown.items()]
+    free = max(_LEAST, WIDTH - sum(widths))
+    table.add_column("run", no_wrap=True, max_width=free)
     for name in shown:
-        table.add_column(name, justify="left" if name == "bound by" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "bound" else "right", no_wrap=True)
     for each, *cells in zip(prices, *shown.values(), strict=True):
         table.add_row(escape(one_line(each.job.run_id)), *cells)
     return table
@@ -119,9 +123,11 @@ def _notes_of(each: Price, start: str) -> list[str]:
 
 
 def _start(reply: str) -> str:
-    """Return day and time of the start that Slurm expects, in few characters."""
+    """Return when Slurm expects a start: the time if that is today, else month and day."""
     found = _START.search(reply)
-    return f"{found[2]}-{found[3]} {found[4]}" if found else ""
+    if not found:
+        return ""
+    return found[3] if found[1] == date.today().isoformat() else found[2]
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Resources of the attempts of runs: asked for against used, as seff shows them, and their energy.
+"""Resources of the attempts of runs: requested and used, as seff shows them, and their energy.
 
 The tasks record what they use (`runs.usage_records`); of Slurm jobs sacct knows more, also of tasks that were
 killed. Its answers about ended jobs are kept in `attempts/<n>/accounting.json`, since clusters delete theirs.
@@ -42,26 +42,26 @@ def resources_of(run: Run, attempt: Attempt, active: bool, usage: JobUsage | Non
         gpu_use (0 to 1), gpu_hours, limit_seconds, kwh and energy_of (`GPUs` or `nodes`).
     """
     own, usage = read_usage(attempt), usage or JobUsage()
-    asked = _asked(run)
+    requested = _requested(run)
     hours = running_hours(intervals(attempt, active))
     used, available = usage.used_cpu_seconds, usage.available_cpu_seconds
     if used is None or not available:
         used, available = own.cpu_seconds, own.available_cpu_seconds
     kwh, energy_of = energy(attempt, usage)
-    gpus = usage.gpus or asked.get("gpus") or own.gpus or _local_gpus(attempt)
+    gpus = usage.gpus or requested.get("gpus") or own.gpus or _local_gpus(attempt)
     return {
         "hours": hours,
         "cpus": usage.cpus
-        or asked.get("cpus")
+        or requested.get("cpus")
         or (available / (3600 * hours) if available and hours else None),
         "used_cpu_seconds": used,
         "cpu_efficiency": used / available if used is not None and available else None,
-        "memory_bytes": usage.memory_bytes or asked.get("memory_bytes"),
+        "memory_bytes": usage.memory_bytes or requested.get("memory_bytes"),
         "used_memory_bytes": usage.used_memory_bytes or own.memory_bytes,
         "gpus": gpus,
         "gpu_use": own.gpu_use if usage.gpu_use is None else usage.gpu_use,
         "gpu_hours": gpus * hours,
-        "limit_seconds": usage.limit_seconds or asked.get("limit_seconds"),
+        "limit_seconds": usage.limit_seconds or requested.get("limit_seconds"),
         "kwh": kwh,
         "energy_of": energy_of,
     }
@@ -113,7 +113,7 @@ def _ran(attempt: Attempt) -> float:
 
 def slurm_usage(attempts: Sequence[Attempt]) -> dict[Attempt, JobUsage]:
     """Return what Slurm knows of the attempts that are its jobs, with at most a few queries."""
-    found, asked = {}, {}
+    found, requested = {}, {}
     for attempt in attempts:
         submitted = attempt.submitted
         if submitted.get("executor") != SlurmExecutor.name or not submitted.get("job_id"):
@@ -121,13 +121,13 @@ def slurm_usage(attempts: Sequence[Attempt]) -> dict[Attempt, JobUsage]:
         if kept := _kept(attempt):
             found[attempt] = kept
         else:
-            asked[attempt] = f"{submitted['job_id']}{_step(attempt)}"
-    if not asked:
+            requested[attempt] = f"{submitted['job_id']}{_step(attempt)}"
+    if not requested:
         return found
-    times = [seconds_since_1970(attempt.submitted.get("time")) for attempt in asked]
+    times = [seconds_since_1970(attempt.submitted.get("time")) for attempt in requested]
     since = min((time for time in times if time), default=0.0) - _MARGIN
-    usages = slurm_accounting.query_usage(asked.values(), max(0.0, since))
-    for attempt, job in asked.items():
+    usages = slurm_accounting.query_usage(requested.values(), max(0.0, since))
+    for attempt, job in requested.items():
         if job in usages:
             found[attempt] = usages[job]
             if usages[job].ended and attempt.outcome:
@@ -170,14 +170,14 @@ def _size(count: float) -> str:
     return f"{count / _GIB:.3g} GiB" if count >= _GIB / 10 else f"{1024 * count / _GIB:.0f} MiB"
 
 
-def _asked(run: Run) -> dict[str, float]:
+def _requested(run: Run) -> dict[str, float]:
     """Return the resources in the frozen config, in total over its nodes; empty if that cannot be read."""
     frozen = run.readable_config()
     try:
         cluster = cluster_from(frozen, frozen["stage"]["name"])
         gpus = int(cluster.gpus_per_node or 0)
         tasks = cluster.nodes * (cluster.tasks_per_node or max(1, gpus))
-        asked = {
+        requested = {
             "gpus": cluster.nodes * gpus,
             "cpus": tasks * (cluster.cpus_per_task or 0),
             "memory_bytes": cluster.nodes * float(cluster.memory_gb or 0) * _GIB,
@@ -185,7 +185,7 @@ def _asked(run: Run) -> dict[str, float]:
         }
     except Exception:  # a config of another version: any error of the schema
         return {}
-    return {name: value for name, value in asked.items() if value}
+    return {name: value for name, value in requested.items() if value}
 
 
 def _local_gpus(attempt: Attempt) -> int:
@@ -204,7 +204,7 @@ def _step(attempt: Attempt) -> str:
 def _kept(attempt: Attempt) -> JobUsage | None:
     record = read_record(attempt.folder / ACCOUNTING_FILE)
     names = {entry.name for entry in fields(JobUsage)}
-    numbers = {
+    numbers: dict[str, Any] = {
         name: value
         for name, value in record.items()
         if name in names and (value is None or isinstance(value, (int, float)))

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from hpc_imagenet.launch.diagnosis import failure_words
 from hpc_imagenet.report.durations import clock, span
-from hpc_imagenet.runs.store import FINISHED, RUNNING
+from hpc_imagenet.runs.store import FINISHED, QUEUED, RUNNING
 
 _SHORT = {"images": "img", "bytes": "B"}  # units
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
@@ -39,6 +39,8 @@ def describe(row: dict[str, Any]) -> str:
     else:
         text = ""
     more = [f"attempt {row['attempt']}"] if row["attempt"] > 1 else []
+    if row["state"] in (QUEUED, RUNNING) and (others := row.get("shares_with")):
+        more.append(f"shares a loader with {len(others)}")
     if times := row["requeued"]:
         more.append(f"requeued {times} {'time' if times == 1 else 'times'}")
     return " · ".join([text, *more] if text else more)

@@ -29,6 +29,7 @@ class Job:
         cluster: cluster settings of its stage.
         config: the config to freeze into the run folder.
         processing_run: id of the process run whose dataset it writes or reads; of process and upload.
+        alternatives: the same job with other cluster settings, of which one is to be chosen.
     """
 
     stage: str
@@ -39,6 +40,7 @@ class Job:
     cluster: Cluster
     config: Config
     processing_run: str | None = None
+    alternatives: tuple[Job, ...] = ()
 
     @property
     def run_id(self) -> str:

@@ -22,11 +22,11 @@ from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.runs.store import Outcome, Run, RunStore
 
 CACHE_FILE = "ended.cache"
-_VERSION = 1  # raised when `RunRecord` or the keys that it keeps change
+_VERSION = 2  # raised when `RunRecord` or the keys that it keeps change
 _SETTLED = 2.0  # s since the last change of a run: some file systems round their times to a second
 _THREADS = 16  # concurrent reads, since each is a round trip on a network file system
 _INFO = ("format", "stage", "model", "label", "created", "sweeps")
-_SUBMITTED = ("executor", "job_id", "time")
+_SUBMITTED = ("executor", "job_id", "time", "shares_with")
 _STARTED = ("time", "host", "nodes", "restarts")
 
 _Times = tuple[int, int]  # modification times in ns: of the run's folder, of its attempts/

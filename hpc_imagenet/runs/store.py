@@ -71,7 +71,10 @@ class Attempt:
 
     @property
     def submitted(self) -> dict[str, Any]:
-        """The content of submitted.json: executor, job_id, logs, host, code. Empty until it is submitted."""
+        """The content of submitted.json; empty until it is submitted.
+
+        Keys: executor, job_id, logs, host, code, shares_with (ids of the runs that share its loader).
+        """
         return read_record(self.folder / "submitted.json")
 
     @property
@@ -133,10 +136,7 @@ class Attempt:
         """Yield the last lines of each task's stderr, rank 0 first."""
         for log in self.logs():
             if log.suffix == ".err":
-                with log.open("rb") as file:
-                    file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-                    text = file.read()
-                yield text.decode(errors="replace").strip().splitlines()
+                yield last_lines(log)
 
     def last_error_line(self) -> str:
         """Return the last line of the first stderr that ends with an error, or an empty string."""
@@ -146,6 +146,14 @@ class Attempt:
             if lines and any(word in lines[-1] for word in ("Error", "Exception", "error:")):
                 return lines[-1].removeprefix("error: ")
         return ""
+
+
+def last_lines(log: Path) -> list[str]:
+    """Return the last lines of a log."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        text = file.read()
+    return text.decode(errors="replace").strip().splitlines()
 
 
 def log_rank(path: Path) -> int:
@@ -399,6 +407,12 @@ class Progress:
         rate = (done - self._first) / elapsed if elapsed > 0 else None
         state = {"done": done, "total": total, "unit": unit, "rate": rate, "note": note, "time": now()}
         write_json(self._path, state | ({} if top1 is None else {"top1": top1}))
+
+
+def attempt_of(run_folder: str, number: int) -> tuple[Run, Attempt]:
+    """Return the run of a folder, and one of its attempts."""
+    run = Run(Path(run_folder))
+    return run, Attempt(run.folder / "attempts" / str(number))
 
 
 class RunStore:

@@ -51,9 +51,9 @@ def read_usage(attempt: Attempt) -> Usage:
         node = record["restarts"], record["host"]
         memory[node] += record["memory_bytes"]
         for uuid, measured in record["gpus"].items():
-            known = gpus.get((*node, uuid))
-            if known is None or measured["seconds"] > known["seconds"]:
-                gpus[(*node, uuid)] = measured
+            key = (*node, uuid)
+            if key not in gpus or measured["seconds"] > gpus[key]["seconds"]:
+                gpus[key] = measured
     observed = [gpu for gpu in gpus.values() if "use" in gpu]
     seconds = sum(gpu["seconds"] for gpu in observed)
     joules = [gpu["joules"] for gpu in gpus.values() if "joules" in gpu]

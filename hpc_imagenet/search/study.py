@@ -112,14 +112,15 @@ class SearchStudy:
 
     def report(self, number: int, epoch: int, top1: float) -> bool:
         """Report a validation; return whether the trial is to be pruned."""
-        trial = self._trial(number)
-        if str(epoch) not in map(str, self._study.trials[number].intermediate_values):
+        trial_id, recorded = self._recorded(number)
+        trial = optuna.trial.Trial(self._study, trial_id)
+        if epoch not in recorded.intermediate_values:
             trial.report(top1, epoch)
         return bool(trial.should_prune())
 
     def end(self, number: int, top1: float | None, pruned: bool = False) -> None:
         """Record the end of a trial; without an accuracy it has failed. Nothing if it has ended before."""
-        if self._study.trials[number].state.is_finished():
+        if self._recorded(number)[1].state.is_finished():
             return
         if top1 is None:
             self._study.tell(number, state=TrialState.FAIL)
@@ -142,9 +143,10 @@ class SearchStudy:
             return {}
         return {name: round(float(value), 4) for name, value in found.items() if value == value}
 
-    def _trial(self, number: int) -> optuna.trial.Trial:
-        trial_id = self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
-        return optuna.trial.Trial(self._study, trial_id)
+    def _recorded(self, number: int) -> tuple[int, optuna.trial.FrozenTrial]:
+        storage = self._study._storage
+        trial_id = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+        return trial_id, storage.get_trial(trial_id)
 
 
 def _distribution(dimension: dict[str, Any]) -> BaseDistribution:

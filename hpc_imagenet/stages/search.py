@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.config.search_space import text_of, trial_config
 from hpc_imagenet.errors import PeerLost, Preempted, Superseded, UserError
-from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS, read_json, write_json
+from hpc_imagenet.io.atomic_files import is_disk_full, read_json, write_json
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.store import (
     CANCELLED,
@@ -70,17 +70,17 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     return worker.work()
 
 
-def has_ended(worker: Run) -> bool:
-    """Whether a worker has ended for good: it has an outcome, or Slurm says so."""
-    attempt = worker.attempt
-    if attempt is None or attempt.outcome:
-        return True
-    submitted = attempt.submitted
-    if submitted.get("executor") != "slurm":
-        return False
-    job = str(submitted.get("job_id"))
-    status = slurm.query_jobs([job]).get(job)
-    return status is not None and status.state in ENDED
+def ended_workers(workers: Sequence[Run]) -> set[str]:
+    """Return the ids of workers that have ended for good: with an outcome, or as Slurm reports."""
+    ended, jobs = set[str](), dict[str, str]()
+    for worker in workers:
+        attempt = worker.attempt
+        if attempt is None or attempt.outcome:
+            ended.add(worker.id)
+        elif attempt.submitted.get("executor") == "slurm":
+            jobs[str(attempt.submitted.get("job_id"))] = worker.id
+    status = slurm.query_jobs(jobs) if jobs else {}
+    return ended | {jobs[job] for job, each in status.items() if each.state in ENDED}
 
 
 @dataclass
@@ -95,6 +95,11 @@ class SearchWorker:
         self._store = RunStore(self.run.folder.parents[1])
         self._files = StudyFiles(self._store, str(self.config.search.name))
         self._about = self._files.definition
+        if self._about["space"] != self.config.search.space:
+            raise UserError(
+                f"another command has just created the study {self._files.name} with another space: begin "
+                "this one with another search.name"
+            )
         self._rungs = self._about["rungs"] if self._about["algorithm"] == "halving" else [0]
         attempt = self.run.attempt
         assert attempt is not None
@@ -155,8 +160,9 @@ class SearchWorker:
         for claim in left:
             if claim.worker == self.run.id:
                 return claim
+        gone = ended_workers([self._store.run(worker) for worker in {claim.worker for claim in left}])
         for claim in left:
-            if not has_ended(self._store.run(claim.worker)):
+            if claim.worker not in gone:
                 continue
             if claim.owner + 1 >= MOST_OWNERS:
                 self._give_up(claim)
@@ -191,6 +197,7 @@ class SearchWorker:
     def _begin(self, claim: Claim) -> TrialRecord:
         """Return the record of a claimed trial: what is drawn for it, and its run; ended if it needs none."""
         record = self._files.record(claim.trial, claim.rung)
+        begun = record is not None
         if record is None:
             record = TrialRecord(claim.trial, claim.rung)
             if claim.rung:
@@ -204,24 +211,32 @@ class SearchWorker:
         record.worker = self.run.id
         record.run = TRAIN.run_id(self._trial_config(record))
         self._files.write(record)
-        if other := self._same_run(record):
-            self._end(record, other.state, other.top1, other.reason, other.epochs, reused=True)
+        if other := self._same_run(record, begun):
+            self._end(record, other.state, other.top1, other.reason, other.epochs, reused=not begun)
         return record
 
-    def _same_run(self, record: TrialRecord) -> TrialRecord | None:
-        """Return how the run of a trial has ended, if it is not to be trained: finished, pruned or active."""
+    def _same_run(self, record: TrialRecord, begun: bool) -> TrialRecord | None:
+        """Return how the run of a trial has ended, if it is not to be trained: finished, pruned or active.
+
+        Args:
+            record: the trial.
+            begun: whether a worker has had it before, perhaps to its end, which it could not record any more.
+        """
         attempt = self._store.run(record.run).attempt
         outcome = attempt.outcome if attempt else None
         if outcome and outcome.state == FINISHED and outcome.result:
             epochs = outcome.result.get("epochs")
             return replace(record, state=FINISHED, top1=outcome.result.get("top1"), epochs=epochs)
+        if begun and outcome and outcome.state in (FAILED, PRUNED):
+            top1 = (outcome.result or {}).get("top1")
+            return replace(record, state=outcome.state, reason=outcome.reason, top1=top1)
         for other in self._files.records():
             same = other.run == record.run and (other.trial, other.rung) != (record.trial, record.rung)
             if same and other.state == PRUNED:
                 return other
         if attempt and outcome is None and attempt.submitted.get("worker") != self.run.id:
             worker = attempt.submitted.get("worker")
-            if worker is None or not has_ended(self._store.run(worker)):
+            if worker is None or not ended_workers([self._store.run(worker)]):
                 return replace(record, state=SKIPPED, reason="another job trains the same run")
         return None
 
@@ -257,12 +272,14 @@ class SearchWorker:
         place = replace(self.dist_env, port=10_000 + (self.dist_env.port + _PORTS * (index + 1)) % 20_000)
         place = place if self.dist_env.size > 1 else self.dist_env
         with _output_to(attempt.folder / f"{job}_{self.dist_env.rank}_log"):
-            outcome = _run_trial(config, trial, attempt, place)
+            outcome, usable = _run_trial(config, trial, attempt, place)
         if rank_zero:
             record.hours = before + self._hours(began)
             self._finish(trial, attempt, config, record, outcome)
-        if outcome.state not in (FINISHED, PRUNED) and self.dist_env.size > 1:
-            raise PeerLost(f"trial {record.trial} failed, so that its tasks start anew for the next one")
+        elif outcome.state == FAILED:
+            attempt.end(FAILED, outcome.reason)  # rank 0 may not have failed; it waits for this one in vain
+        if (self.dist_env.size > 1 and outcome.state != FINISHED) or (not usable and slurm.this_job()):
+            raise PeerLost(f"trial {record.trial} failed, so the worker starts anew for the next one")
 
     def _hours(self, began: float) -> float:
         return (time.monotonic() - began) * self.dist_env.size / 3600
@@ -352,25 +369,29 @@ class SearchWorker:
         return found if top is None else {**found, "top1": top.top1, "trial": top.run}
 
 
-def _run_trial(config: Config, trial: Run, attempt: Attempt, dist_env: DistEnv) -> Outcome:
-    """Train and return how it ended; what stops the worker as well is raised."""
+def _run_trial(config: Config, trial: Run, attempt: Attempt, dist_env: DistEnv) -> tuple[Outcome, bool]:
+    """Train; what stops the worker as well is raised.
+
+    Returns:
+        How it ended, and whether this process can train another one: not after an error of CUDA.
+    """
     try:
-        return Outcome(FINISHED, result=TRAIN.run(config, trial, dist_env))
+        return Outcome(FINISHED, result=TRAIN.run(config, trial, dist_env)), True
     except (Preempted, PeerLost):
         raise
     except Superseded:
         if attempt.outcome is None:  # not cancelled: another process has the trial
             raise
         print("this trial was cancelled", file=sys.stderr, flush=True)
-        return attempt.outcome
+        return attempt.outcome, True
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return Outcome(FAILED, str(error))
+        return Outcome(FAILED, str(error)), True
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+        if is_disk_full(error):
             raise  # the next trial would fail as well
         traceback.print_exc()
-        return Outcome(FAILED, traceback.format_exception_only(type(error), error)[-1].strip())
+        return Outcome(FAILED, traceback.format_exception_only(type(error), error)[-1].strip()), False
 
 
 @contextlib.contextmanager

@@ -131,7 +131,8 @@ def _check_same_study(config: Config) -> None:
     if not old or old == json.loads(json.dumps(new)):
         return
     before, after = (dict(_flat(each)) for each in (old, new))
-    differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    keys = {"+search": "", **old["space"], **new["space"], **before, **after}
+    differing = [key for key in keys if before.get(key) != after.get(key)]
     key = differing[0] if differing else "its definition"
     raise UserError(
         f"the study {name} exists with {key}={before.get(key, 'not drawn')} instead of "

@@ -72,6 +72,10 @@ class Stage(abc.ABC):
         """Return the name of the model that is trained."""
         return None
 
+    def loader_key(self, config: Config) -> str | None:
+        """Return a text that is equal for the runs which share one loader in one job; None: none."""
+        return None
+
     def processing_run(self, config: Config) -> str | None:
         """Return the id of the process run whose dataset it writes or reads in the workspace."""
         return None

@@ -8,7 +8,8 @@ from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config import backbones
-from hpc_imagenet.config.schema import Cluster, Config, Datastore
+from hpc_imagenet.config.loader_key import check_shared_loader, loader_key
+from hpc_imagenet.config.schema import Cluster, Config, Datastore, cluster_for
 from hpc_imagenet.config.tracker_names import check_installed
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import Manifest
@@ -46,9 +47,15 @@ class TrainStage(Stage):
         """Return model.name."""
         return config.model.name
 
+    def loader_key(self, config: Config) -> str | None:
+        """Return what the loader depends on, with `train.share_loader`."""
+        return loader_key(config, cluster_for(config, self.name)) if config.train.share_loader else None
+
     def check_settings(self, config: Config, cluster: Cluster) -> None:
         """Raise for an unknown model or weights, and for GPUs, tasks and a batch that do not fit together."""
         _check_model(config)
+        if config.train.share_loader:
+            check_shared_loader(config, cluster)
         _check_resources(config, cluster)
         if not cluster.container:  # an image has its own packages
             check_installed(config.tracker)
@@ -100,7 +107,8 @@ def _check_resources(config: Config, cluster: Cluster) -> None:
     """Raise for GPUs, tasks and a global batch that do not fit together."""
     batch = config.recipe.global_batch
     # Every process takes an equal share of a step, in train.accumulate micro-batches.
-    parts = cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1) * config.train.accumulate
+    processes = cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1)
+    parts = (1 if config.train.share_loader else processes) * config.train.accumulate
     if config.loader.decode == "gpu" and cluster.gpus_per_node == 0:
         raise UserError("loader.decode=gpu, but cluster.gpus_per_node=0: set loader.decode=cpu")
     gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node

@@ -6,6 +6,7 @@ not used.
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import os
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -23,6 +25,9 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.cluster.gpus import DEVICES, available_gpus
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import make_own_folder
+from hpc_imagenet.runs.job import signature
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.loading.sampler import BatchShare
 
 CPU = torch.device("cpu")
@@ -172,6 +177,42 @@ def trainer_arguments(
         "strategy": "auto" if dist_env.size == 1 else ddp,
         "plugins": [JobClusterEnvironment(dist_env, index if on_gpu else dist_env.local_rank)],
     }
+
+
+def join_ranks(run: Run, dist_env: DistEnv, device: torch.device, top: Path = Path("/dev/shm")) -> None:
+    """Connect the ranks of a job on one node through a file that only this user can open.
+
+    torch's rendezvous is a port without a password, through which any user of the node could read and change
+    what the ranks exchange, their addresses among it. On several nodes it is left to Lightning.
+
+    Args:
+        run: the run, whose attempt names the file.
+        dist_env: rank and size of this task.
+        device: device of this task.
+        top: a folder in the node's memory.
+
+    Raises:
+        UserError: another user has made the folder of the file.
+    """
+    if dist_env.size == 1 or dist_env.nodes > 1 or dist.is_initialized() or not top.is_dir():
+        return
+    _set_gloo_interface(dist_env)
+    # A file that a killed job has left must not be opened again, so each start of a job has another name.
+    variables = ("SUBMITIT_LOCAL_JOB_ID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    start = [os.environ.get(name) for name in variables]
+    folder = top / f"hpc_imagenet-ranks-{os.getuid()}"
+    make_own_folder(folder, private=True)
+    path = folder / signature(str(run.folder), len(run.attempts()), dist_env.port, start)
+    atexit.register(path.unlink, True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.FileStore(str(path), dist_env.size),  # type: ignore[attr-defined]
+        rank=dist_env.rank,
+        world_size=dist_env.size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
 
 
 def _set_gloo_interface(dist_env: DistEnv) -> None:

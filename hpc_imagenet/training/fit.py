@@ -166,6 +166,7 @@ def fit(
             if "val_top1" not in trainer.callback_metrics:  # an earlier attempt finished the training
                 trainer.loggers = []  # and logged its last validation
                 trainer.validate(module, datamodule=datamodule, verbose=False)
+            datamodule.close()
             skipped = len(datamodule.skipped())
         except (RuntimeError, MemoryError) as error:
             if saver.out_of_memory or distributed.out_of_memory(error, device):
@@ -249,6 +250,7 @@ def _trainer(
         print(distributed.describe_device(device, precision, dist_env, available_cpus(dist_env)), flush=True)
         if advice := distributed.bf16_emulation_warning(precision, device):
             print(f"warning: {advice}", flush=True)
+    distributed.join_ranks(run, dist_env, device)
     arguments = distributed.trainer_arguments(dist_env, device, config.train.accumulate, precision)
     check_lease = run.lease.check if run.lease else lambda: None
     arguments["plugins"].append(AtomicCheckpointIO(check_lease))

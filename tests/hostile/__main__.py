@@ -24,12 +24,12 @@ def main() -> int:
     counts: dict[str, list[int]] = {}
     for case in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            verdict = judge(case, Path(folder))
-            line = verdict.line.replace(folder, "")
-        wrong += bool(verdict.problem)
+            judged = judge(case, Path(folder))
+            line = judged.line.replace(folder, "")
+        wrong += bool(judged.problem)
         count = counts.setdefault(case.kind, [0, 0, 0])
-        count[2 if verdict.problem else 1 if verdict.line.startswith("ok: ") else 0] += 1
-        print(f"{'WRONG' if verdict.problem else '':5} {case.kind:9}{case.name:52} {line:.200}")
+        count[2 if judged.problem else 1 if judged.line.startswith("ok: ") else 0] += 1
+        print(f"{'WRONG' if judged.problem else '':5} {case.kind:9}{case.name:52} {line:.200}")
     print(f"\n{'kind':9}{'inputs':>8}{'refused in one line':>22}{'accepted':>10}{'wrong':>7}")
     for kind, (refused, accepted, bad) in counts.items():
         print(f"{kind:9}{refused + accepted + bad:8}{refused:22}{accepted:10}{bad:7}")

@@ -1,7 +1,7 @@
 """Hostile inputs: what each is, how it is given to the package, and the one line that is expected.
 
-A case runs the package on its input and returns what was accepted, in a few words. A refusal is the `UserError`
-that it raises. Any other exception, and anything left behind that looks whole, is a failure of the case.
+A case runs the package on its input and returns what was accepted, in a few words. A refusal is the
+`UserError` that it raises. Any other exception, and anything left behind that looks whole, is a failure of the case.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What became of a case."""
 
     line: str  # the error, or "ok: " and what was accepted
     problem: str  # empty if it is as expected
 
 
-def judge(case: Case, folder: Path) -> Verdict:
+def judge(case: Case, folder: Path) -> Judgement:
     """Run a case in an empty folder."""
     signal.signal(signal.SIGALRM, _hang)
     signal.alarm(HANG)
@@ -53,12 +53,12 @@ def judge(case: Case, folder: Path) -> Verdict:
     except UserError as error:
         line = error_line(error)
         if "\n" in line or len(line) > MAX_LINE or not line.isprintable():
-            return Verdict(repr(line), "not one printable line")
+            return Judgement(repr(line), "not one printable line")
     except Exception as error:
-        return Verdict(f"{type(error).__name__}: {error}", "an exception instead of one line")
+        return Judgement(f"{type(error).__name__}: {error}", "an exception instead of one line")
     finally:
         signal.alarm(0)
-    return Verdict(line, "" if case.expected in line else f"expected {case.expected!r}")
+    return Judgement(line, "" if case.expected in line else f"expected {case.expected!r}")
 
 
 def _hang(*_: object) -> None:

@@ -29,13 +29,13 @@ def reply(status: str, *headers: str, body: bytes = b"") -> bytes:
 
 def fixed(status: str, *headers: str, body: bytes = b"") -> Reply:
     """Return a server that answers every request alike."""
-    return lambda data, asked: reply(status, *headers, body=body)
+    return lambda data, requested: reply(status, *headers, body=body)
 
 
 def ranged(content_range: str, extra: int = 0, *headers: str) -> Reply:
     """Return a server that answers 206 with a Content-Range of its own and `extra` bytes too many."""
 
-    def answer(data: bytes, asked: str | None) -> bytes:
+    def answer(data: bytes, requested: str | None) -> bytes:
         text = content_range.format(last=len(data) - 1, total=len(data))
         length = f"Content-Length: {len(data) + extra}"
         return reply("206 Partial Content", text, length, *headers, body=data + b"x" * extra)
@@ -46,7 +46,7 @@ def ranged(content_range: str, extra: int = 0, *headers: str) -> Reply:
 def whole(*headers: str, lack: int = 0, length: str | None = "") -> Reply:
     """Return a server that sends the archive without its last bytes. `length`: Content-Length; None: none."""
 
-    def answer(data: bytes, asked: str | None) -> bytes:
+    def answer(data: bytes, requested: str | None) -> bytes:
         shown = [] if length is None else [f"Content-Length: {length or len(data)}"]
         return reply("200 OK", *shown, *headers, body=data[: len(data) - lack])
 
@@ -55,7 +55,7 @@ def whole(*headers: str, lack: int = 0, length: str | None = "") -> Reply:
 
 def chunked(*parts: bytes) -> Reply:
     """Return a server that sends these chunks."""
-    return lambda data, asked: reply("200 OK", "Transfer-Encoding: chunked", body=b"".join(parts))
+    return lambda data, requested: reply("200 OK", "Transfer-Encoding: chunked", body=b"".join(parts))
 
 
 def run(answer: Reply | None = None, tls: str = "", limit: int = 0) -> Callable[[Path], str]:
@@ -165,7 +165,7 @@ _ANSWERS: list[tuple[str, Reply, str]] = [
     ("empty body", fixed("200 OK", "Content-Length: 0"), "not a tar but an empty file"),
     ("no content", fixed("204 No Content"), "(status 204)"),
     ("body of a login page", fixed("200 OK", f"Content-Length: {len(_HTML)}", body=_HTML), "is an HTML page"),
-    ("gzip although identity was asked for", whole("Content-Encoding: gzip"), "ok: 3 archives"),
+    ("gzip although identity was requested", whole("Content-Encoding: gzip"), "ok: 3 archives"),
     ("an unknown encoding", whole("Content-Encoding: x-nonsense"), "ok: 3 archives"),
     ("chunk of a negative size", chunked(b"-5\r\nhello\r\n0\r\n\r\n"), _FAILED),
     ("chunk of 2^64 bytes", chunked(b"ffffffffffffffff\r\nhello"), _FAILED),
@@ -221,9 +221,9 @@ _ANSWERS: list[tuple[str, Reply, str]] = [
     ),
     ("503 with Retry-After of 5,000 digits", fixed("503 Busy", "Retry-After: " + "9" * 5000), _FAILED),
     ("status 999", fixed("999 Nonsense", "Content-Length: 0"), ""),
-    ("a status line that is no number", lambda data, asked: b"HTTP/1.1 abc\r\n\r\n", _FAILED),
-    ("no HTTP at all", lambda data, asked: b"SSH-2.0-OpenSSH_9.6\r\n", "the response is not HTTP"),
-    ("nothing at all", lambda data, asked: b"", _FAILED),
+    ("a status line that is no number", lambda data, requested: b"HTTP/1.1 abc\r\n\r\n", _FAILED),
+    ("no HTTP at all", lambda data, requested: b"SSH-2.0-OpenSSH_9.6\r\n", "the response is not HTTP"),
+    ("nothing at all", lambda data, requested: b"", _FAILED),
     ("a header line of 1 MB", fixed("200 OK", "X: " + "x" * (1 << 20)), _FAILED),
     ("10,000 headers", fixed("200 OK", *(f"X{n}: y" for n in range(10_000))), _FAILED),
     (
@@ -233,8 +233,8 @@ _ANSWERS: list[tuple[str, Reply, str]] = [
     ),
     (
         "an ETag that changes",
-        lambda data, asked: ranged("Content-Range: bytes 0-{last}/{total}", 0, f'ETag: "{id(object())}"')(
-            data, asked
+        lambda data, requested: ranged("Content-Range: bytes 0-{last}/{total}", 0, f'ETag: "{id(object())}"')(
+            data, requested
         ),
         "ok: 3",
     ),
@@ -243,7 +243,10 @@ _ANSWERS: list[tuple[str, Reply, str]] = [
 CASES = [Case("http", name, run(answer), expected) for name, answer, expected in _ANSWERS]
 CASES += [
     Case(
-        "http", "TLS with a certificate that nobody signed", run(tls="127.0.0.1"), "CERTIFICATE_VERIFY_FAILED"
+        "http",
+        "TLS with a certificate that is self-signed",
+        run(tls="127.0.0.1"),
+        "CERTIFICATE_VERIFY_FAILED",
     ),
     Case(
         "http", "TLS with a certificate of another host", run(tls="example.org"), "CERTIFICATE_VERIFY_FAILED"

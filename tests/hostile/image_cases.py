@@ -39,10 +39,10 @@ def png(width: int, height: int, data: bytes, depth: int = 8, colour: int = 2, e
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
-    """Return a picture in a format."""
+def saved(bitmap: Image.Image, kind: str, **options: object) -> bytes:
+    """Return a bitmap in a format."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    bitmap.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -179,8 +179,8 @@ def _run(data: bytes) -> Callable[[Path], str]:
         info = image_header.inspect(data)
         read = "read"
         try:
-            picture = EncodedImage(data)
-            pixels = picture.pixels((0, 0, min(picture.width, 32), min(picture.height, 32)))
+            bitmap = EncodedImage(data)
+            pixels = bitmap.pixels((0, 0, min(bitmap.width, 32), min(bitmap.height, 32)))
             assert pixels.shape[2] == 3
         except ValueError as error:  # documented; loader.on_corrupt decides about it
             read = f"not read ({error})"

@@ -17,5 +17,5 @@ def test_corpus_is_large_and_its_names_are_unique() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}: {case.name}")
 def test_hostile_input_is_refused_in_one_line_or_survived(case: Case, tmp_path: Path) -> None:
-    verdict = judge(case, tmp_path)
-    assert not verdict.problem, verdict
+    judged = judge(case, tmp_path)
+    assert not judged.problem, judged

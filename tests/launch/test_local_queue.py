@@ -62,7 +62,7 @@ def test_job_that_waits_for_gpus_is_not_overtaken(tmp_path: Path, monkeypatch: p
         config = {"cluster": cluster, "stage": {"name": "train"}}
         run = store.create(name, config, {"stage": "train", "needs": []})
         attempts.append((run, run.new_attempt()))
-    local_queue.enqueue(store, attempts)
+    local_queue.enqueue(store, [[each] for each in attempts])
     (_, first), (_, large), (_, small) = attempts
     local_queue.record_process(first, gpus=["GPU-a"])
     Worker(store).step()
@@ -81,7 +81,7 @@ def test_gpu_uuid_is_passed_as_cuda_visible_devices(tmp_path: Path, monkeypatch:
     }
     run = store.create("0-x", config, {"stage": "train", "needs": []})
     attempt = run.new_attempt()
-    local_queue.enqueue(store, [(run, attempt)])
+    local_queue.enqueue(store, [[(run, attempt)]])
     worker = Worker(store)
     worker.step()
     eventually(lambda: not worker.step())

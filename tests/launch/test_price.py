@@ -13,6 +13,7 @@ from command_line import Cli
 from fake_slurm import write_command
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.overrides import with_defaults
@@ -22,6 +23,7 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.price import Images, KnownTimes, Price, known_times, price, sweep_seconds
 from hpc_imagenet.launch.validate import version_finder
+from hpc_imagenet.report.price_table import print_prices
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.runs.time_record import PassTime, Time, TimeRecord, training_shape, write_record
@@ -174,7 +176,7 @@ def timed(cluster: Cli, commands: Path) -> Cli:
     write_command(
         commands,
         "sbatch",
-        'case $1 in --test-only) echo "sbatch: Job 7 to start at 2026-11-30T08:10:00 using 8 CPUs" >&2 ;;'
+        'case $1 in --test-only) echo "sbatch: Job 7 to start at 2096-11-30T08:10:00 using 8 CPUs" >&2 ;;'
         ' *) echo "Submitted batch job 1" ;; esac',
     )
     return cluster
@@ -207,10 +209,10 @@ def test_prices_of_a_sweep_as_they_are_printed(timed: Cli) -> None:
     words = ("-m", *TRAINING, "cluster.time=10", "cluster.max_requeues=2", "price=true")
     done = timed(*words, "recipe.learning_rate=0.1,0.2,0.3", "cluster.array_parallelism=2").stdout
     lines = done.splitlines()
-    assert lines[1].split() == ["run", "time", "CPU-h", "starts", "bound", "by", "start", "timed", "by"]
+    assert lines[1].split() == ["run", "time", "CPU-h", "starts", "bound", "start", "timed", "by"]
     for line in lines[2:5]:
         cells = line.split()
-        assert cells[1:] == ["1:01:38", "2.05", "8", "device", "11-30", "08:10", "c0ffee00"]
+        assert cells[1:] == ["1:01:38", "2.05", "8", "device", "11-30", "c0ffee00"]
         assert len(line) <= 80
     assert lines[5] == "3 trainings · done after 2:03:16 without queues · 6.16 CPU-h"
     assert lines[6].startswith("resnet18: cluster.time=10 and 2 requeues are too short; cluster.time=")
@@ -242,7 +244,7 @@ def test_without_slurm_there_is_nothing_to_price_on(cli: Cli) -> None:
     assert "no sbatch is on the PATH" in cli.refused(*FIXED, "cluster=slurm", "price=true")
 
 
-def test_one_task_stands_for_all_until_all_were_timed(tmp_path: Path) -> None:
+def test_one_task_counts_for_all_until_all_were_timed(tmp_path: Path) -> None:
     planned = job("cluster.gpus_per_node=4", "cluster.nodes=2", "recipe.global_batch=200")
     store = RunStore(tmp_path)
     store.folder.mkdir()
@@ -253,3 +255,21 @@ def test_one_task_stands_for_all_until_all_were_timed(tmp_path: Path) -> None:
     together = record(planned)
     write_record(store.folder, together)
     assert known_times(planned, store) == KnownTimes(together, one)
+
+
+def test_the_table_has_80_columns_whatever_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = ("cluster.gpu_hour_price=2.5", "cluster.gpu_watts=500")
+    named = job("cluster.gpus_per_node=1", "model=shufflenet_v2_x0_5", "recipe.epochs=3000", *rates)
+    known = KnownTimes(record(named, device="A100", staged=(10**9, 3 * 10**9), memory=2**40), None)
+    found = price(named, RunStore(Path("none")).run("x"), NEW, known, IMAGES)
+    reply = "Job 7 to start at 2096-11-30T08:10:00 using 8 CPUs"
+    print_prices([found] * 2, {named.run_id: reply}, Console(width=80, highlight=False))
+    header, *rows, total = capsys.readouterr().out.splitlines()[:4]
+    assert header.split() == [
+        "run",
+        *["time", "GPU-h", "starts", "bound", "kWh", "money", "start", "timed", "by"],
+    ]
+    assert max(map(len, (header, *rows))) <= 80
+    assert all(row.startswith(named.run_id[:8]) and row.endswith("c0ffee00") for row in rows)
+    assert "money" in total
+    assert "kWh" in total

@@ -35,7 +35,7 @@ class Job:
         lease.acquire(self.run.folder, 1)
         self.attempt.start()
         (self.attempt.folder / "5_0_log.err").write_text(errors)
-        return requeue.requeue_or_fail(self.run, self.attempt, code)
+        return requeue.requeue_or_fail([(self.run, self.attempt)], code)
 
     @property
     def requeued(self) -> str:
@@ -146,7 +146,7 @@ def test_superseded_copy_neither_requeues_nor_fails(job: Job) -> None:
     job.monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     lease.acquire(job.run.folder, 1)
     job.monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert requeue.requeue_or_fail(job.run, job.attempt, 137) == EXIT_REQUEUE
+    assert requeue.requeue_or_fail([(job.run, job.attempt)], 137) == EXIT_REQUEUE
     assert job.requeued == ""
     assert job.attempt.outcome is None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from command_line import Cli
 from fake_slurm import write_command
-from recorded_runs import create_run
+from recorded_runs import create_run, set_times
 
 from hpc_imagenet.cluster import slurm_accounting
 from hpc_imagenet.cluster.slurm_accounting import parse_usage
@@ -114,6 +115,24 @@ def test_show_of_a_slurm_job(cli: Cli, tmp_path: Path) -> None:
         assert part in text
 
 
+def test_attempts_add_up(cli: Cli, tmp_path: Path) -> None:
+    run = run_of_job(cli, tmp_path / "bin", JOB.replace("|0|60|", "|3600000|60|"))
+    first = run.attempt
+    assert first
+    set_times(run, started=timedelta(hours=3), outcome=timedelta(hours=0))
+    second = run.new_attempt()
+    second.submit("slurm", job_id="77", code={"commit": "abc", "difference": "/patch"})
+    second.start(nodes="n3")
+    second.end(FAILED, "Slurm: timeout (exit code 0:0)")
+    shown = " ".join(cli("show", run.id).stdout.split())
+    assert "total 6.00 GPU-hours · 2 kWh" in shown
+    assert "attempt 2 failed · job 77 on n3" in shown
+    assert "code abc · changed by /patch" in shown
+    details = json.loads(cli("show", run.id, "--json").stdout)
+    assert [each["diagnosis"]["class"] for each in details["attempts"]] == ["host_memory", "time_limit"]
+    assert (details["kwh"], round(details["gpu_hours"], 2)) == (2, 6)
+
+
 def test_answers_about_ended_jobs_are_kept(cli: Cli, tmp_path: Path) -> None:
     run = run_of_job(cli, tmp_path / "bin", JOB)
     first = cli("show", run.id, "--json").stdout
@@ -131,4 +150,4 @@ def test_a_cluster_without_sacct(cli: Cli, tmp_path: Path) -> None:
     cli.env["PATH"] = "/usr/bin:/bin"
     (found,) = json.loads(cli("show", run.id, "--json").stdout)["attempts"]
     assert found["resources"]["cpu_efficiency"] is None
-    assert found["resources"]["memory_bytes"] == 4 * 2**30 / 2  # as asked for
+    assert found["resources"]["memory_bytes"] == 4 * 2**30 / 2  # as requested

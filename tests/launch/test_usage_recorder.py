@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import Cli
+from command_line import Cli, eventually
 from recorded_runs import create_run
 
 from hpc_imagenet.cluster.dist_env import DistEnv
@@ -20,7 +22,7 @@ from hpc_imagenet.runs.usage_records import read_usage, usage_path
 
 
 class Nvml:
-    """A stand-in for the module pynvml: GPUs with a counter (mJ), power (mW), use (%) and memory (bytes)."""
+    """A replacement of the module pynvml: GPUs with counter (mJ), power (mW), use (%) and memory (bytes)."""
 
     class NVMLError(Exception):
         pass
@@ -111,6 +113,24 @@ def test_a_stage_that_fails_leaves_its_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="broken"), UsageRecorder(attempt, DistEnv(), lambda _: None):
         raise ValueError("broken")
     assert read_usage(attempt).cpu_seconds
+
+
+def test_a_task_that_is_killed_leaves_its_last_record(tmp_path: Path) -> None:
+    attempt = attempt_of(tmp_path)
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from hpc_imagenet.cluster.dist_env import DistEnv\n"
+        "from hpc_imagenet.launch.usage_recorder import UsageRecorder\n"
+        "from hpc_imagenet.runs.store import Attempt\n"
+        "with UsageRecorder(Attempt(Path(sys.argv[1])), DistEnv(rank=3), lambda _: None): time.sleep(600)"
+    )
+    task = subprocess.Popen([sys.executable, "-c", code, str(attempt.folder)])
+    try:
+        eventually(lambda: read_usage(attempt).cpu_seconds is not None)
+    finally:
+        task.kill()
+        task.wait()
+    assert usage_path(attempt, 0, 3).exists()
 
 
 def test_a_deleted_folder_fails_no_stage(tmp_path: Path) -> None:

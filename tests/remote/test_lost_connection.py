@@ -111,3 +111,17 @@ def test_cuts_while_code_is_sent_and_runs_are_pulled(laptop: Laptop, relay: Rela
     assert all(part in local for part in run.split("-", 1))
     assert "finished" in local
     assert "no run nope in" in laptop.process("pull", "nope", code=2).stderr
+
+
+def test_a_command_takes_no_more_round_trips_than_ssh_needs(laptop: Laptop, relay: Relay) -> None:
+    """A shared connection is open: a session is opened and the command sent, and the answer comes back.
+
+    1.5 times these two round trips are three: the third is the end of the session, which is not waited for.
+    """
+    relay.delay = 0
+    laptop.process("+stage=download", "dataset=digits", "wait=true")
+    relay.delay = 0.1
+    for words in (("jobs",), ("jobs", "--json"), ("report",), ("show", "download-digits")):
+        relay.round_trips = 0
+        laptop.process(*words)
+        assert 2 <= relay.round_trips <= 3, words

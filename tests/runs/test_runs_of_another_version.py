@@ -74,7 +74,7 @@ def test_job_of_another_version_ends_with_the_refusal(tmp_path: Path) -> None:
 def test_worker_does_not_start_a_run_of_another_version(tmp_path: Path) -> None:
     run = RunStore(tmp_path).create("0-x", {"cluster": {"unknown": 1}}, {"stage": "download"})
     attempt, line = run.new_attempt(), as_of_another_version(run)
-    local_queue.enqueue(RunStore(tmp_path), [(run, attempt)])
+    local_queue.enqueue(RunStore(tmp_path), [[(run, attempt)]])
     assert not Worker(RunStore(tmp_path)).step()
     assert attempt.outcome is not None
     assert attempt.outcome.reason == line

@@ -64,6 +64,13 @@ def test_sweep_of_a_qos_with_few_submitted_jobs(limited: LabDoor, limited_lab: L
     assert [row["attempt"] for row in limited.jobs()] == [2] * 4 + [1] * 6
 
 
+def test_refused_account_lists_those_of_the_user(limited: LabDoor) -> None:
+    error = limited(*DOWNLOADS, "dataset.name=a", "cluster.account=nowhere", code=2).stderr
+    assert "Invalid account or account/partition combination specified; yours are " in error
+    assert {"mine", "other"} <= set(error.partition("yours are ")[2].partition(":")[0].split(", "))
+    assert error.strip().endswith(": set cluster.account=")
+
+
 def test_limit_of_the_user_in_an_account(limited: LabDoor, limited_lab: Lab) -> None:
     user = limited_lab.slurm("id", "-un")
     where = ("where", f"name={user}", "account=mine")

@@ -94,3 +94,29 @@ def test_training_on_nodes_whose_names_do_not_resolve(site: LabDoor, tmp_path: P
     finally:
         subprocess.run([LAB, "--dir", folder, "down"], check=False)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_sweep_over_two_cluster_files_is_split_and_trained_once(
+    cluster: LabDoor, lab: Lab, store: str
+) -> None:
+    """Two partitions of one Slurm; each starts two such trainings at a time."""
+    folder = cluster.cwd / "conf" / "cluster"
+    folder.mkdir(parents=True)
+    for name, node in (("left", "n1"), ("right", "n2")):
+        lab.scontrol("create", f"PartitionName={name}", f"Nodes={node}", "MaxTime=INFINITE", "State=UP")
+        text = f"defaults: [lab, _self_]\npartition: {name}\ncpus_per_task: 4\n"
+        (folder / f"{name}.yaml").write_text(text)
+    try:
+        words = ("-m", *SMALL[:-1], store, "seed=range(4)")
+        done = cluster(*words, "cluster=left,right")
+        assert (
+            "2 with cluster.partition=left, all start now; 2 with cluster.partition=right, all" in done.stdout
+        )
+        rows = cluster.until(*["finished"] * 4, seconds=400)
+        assert sorted(row["nodes"] for row in rows) == ["n1", "n1", "n2", "n2"]
+        assert len({name for row in rows for name in row["sweeps"]}) == 1
+        assert cluster(*words, "cluster=right,left").stdout.count("already finished") == 4
+        assert len(json.loads(cluster("report", "--json").stdout)) == 4
+    finally:
+        for name in ("left", "right"):
+            lab.scontrol("delete", f"PartitionName={name}", code=None)

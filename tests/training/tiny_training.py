@@ -61,7 +61,7 @@ def write_store(folder: Path, counts: dict[str, int], size: int = 32) -> Dataset
 
 
 def _file(path: Path) -> File:
-    return File(path.name, path.stat().st_size, "")
+    return File(path.name, path.stat().st_size, "md5:")
 
 
 @functools.cache

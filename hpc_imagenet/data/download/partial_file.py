@@ -54,7 +54,7 @@ class PartialFile:
         self._next_save = 0.0
         self._state_path = target.with_name(f"{target.name}{SUFFIX}.json")
         while True:
-            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 self._lock()
                 if _is_same_file(self.file, self.path):

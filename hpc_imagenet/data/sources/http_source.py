@@ -139,8 +139,9 @@ class _HttpResponse:
 
     def __init__(self, response: BaseHTTPResponse, url: str) -> None:
         self._response = response
+        number = "([0-9]{1,18})"
         content_range = re.fullmatch(
-            r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)",
+            rf"bytes {number}-{number}/([0-9]{{1,18}}|\*)",
             response.headers.get("Content-Range", "").strip(),
         )
         self.ranged = response.status == 206

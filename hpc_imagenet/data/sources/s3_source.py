@@ -16,6 +16,13 @@ from hpc_imagenet.data.sources.range_source import ContentChanged, NotAvailable,
 from hpc_imagenet.datastore.backends.s3_client import boto3_client, single_line
 from hpc_imagenet.errors import UserError
 
+# S3's codes for credentials that were valid elsewhere or before, and the fix.
+_UNUSABLE = {
+    "ExpiredToken": "the credentials have expired; renew those that boto3 finds",
+    "InvalidToken": "the session token is not valid; renew the credentials that boto3 finds",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong by more than 15 minutes; set it",
+}
+
 
 class S3Source:
     """Objects under a prefix of a bucket; a `RangeSource`.
@@ -88,6 +95,9 @@ class S3Source:
                     f"the S3 server responded with status {status}",
                     float(wait) if re.fullmatch("[0-9]{1,18}", wait) else None,
                 ) from None
+            code = error.response.get("Error", {}).get("Code", "")
+            if code in _UNUSABLE:
+                raise UserError(f"{self.url(file)}: {code}: {_UNUSABLE[code]}") from None
             raise NotAvailable(status) from None
         except (HTTPClientError, ConnectFailed) as error:
             raise TransientError(single_line(error)) from None

@@ -248,6 +248,7 @@ class S3Client:
             ResponseParserError,
             HTTPError,
             OSError,
+            ValueError,  # a size or a time in a response that botocore cannot convert
             Corrupted,
         )
         retry = Retry(FIRST_WAIT, LONGEST_WAIT, MAX_FAILURES)

@@ -155,10 +155,9 @@ class SshConnection:
 
 
 def _reason(stderr: bytes) -> str:
-    """Return the line that gives the reason: the last one, or the one before rsync's own summary."""
+    """Return the line that gives the reason: the last one, or the one before the summary of rsync or pip."""
     lines = [line.strip() for line in stderr.decode(errors="replace").splitlines() if line.strip()]
-    specific = [
-        line for line in lines if not line.startswith(("rsync error:", "rsync: connection unexpectedly"))
-    ]
+    summaries = ("rsync error:", "rsync: connection unexpectedly", "ERROR: ResolutionImpossible")
+    specific = [line for line in lines if not line.startswith(summaries)]
     full = [line for line in lines if "No space left" in line or "quota" in line]
     return (full or specific or lines or [""])[-1]

@@ -93,7 +93,7 @@ function load(data) {
   document.title = `Trainings in ${data.workspace}`;
   const live = document.documentElement.dataset.live ? "live, " : "";
   $("subtitle").textContent = `${data.workspace} · ${live}as of ${moment(Date.parse(data.generated) / 1000)}`;
-  $("footer").textContent = `Made by hpc_imagenet ${data.version}. This page loads nothing from the network. Plots: uPlot (MIT).`;
+  $("footer").textContent = `Made by hpc_imagenet ${data.version}. This page loads nothing from the network. ${HAS_PLOTS ? `Plots: Bokeh ${Bokeh.version} (BSD).` : ""}`;
   fillSelect("state", state.rows.map((run) => run.state));
   fillSelect("model", state.rows.map((run) => run.model));
   fillSelect("datastore", state.rows.map((run) => run.datastore));
@@ -223,8 +223,8 @@ function drawCurves() {
   curvePlot(holder, "Loss on train", "cross-entropy", curves("steps", "train_loss"));
   curvePlot(holder, "Loss on val", "cross-entropy", curves("val", "val_loss"));
   curvePlot(holder, "Learning rate", "", curves("steps", "lr"));
-  curvePlot(holder, "Throughput", "images/s", curves("speed", "rate"), { range: (_, min, max) => [0, 1.08 * max || 1] });
-  curvePlot(holder, "Waiting for data", "% of the epoch", curves("speed", "wait", 100), { range: (_, min, max) => [0, Math.max(5, 1.08 * max)] });
+  curvePlot(holder, "Throughput", "images/s", curves("speed", "rate"), { fromZero: true });
+  curvePlot(holder, "Waiting for data", "% of the epoch", curves("speed", "wait", 100), { fromZero: true, least: 5 });
   if (!charts.curves.length) holder.append(el("p", { class: "empty" }, "No curves have been recorded yet."));
   $("curves-legend").replaceChildren(...runs.map((run, index) => {
     const mark = el("i");
@@ -285,7 +285,13 @@ function start() {
     redraw();
   });
   darkSystem.addEventListener("change", redraw);
-  const printing = (now) => { if (charts.printing !== now) { charts.printing = now; redraw(); } };
+  const printing = (now) => {
+    if (charts.printing === now) return;
+    charts.printing = now;
+    if (now) copyForPrint(document.documentElement.dataset.theme === "dark");
+    else for (const copy of document.querySelectorAll(".for-print")) copy.remove();
+    applyTheme();
+  };
   window.addEventListener("beforeprint", () => printing(true));
   window.addEventListener("afterprint", () => printing(false));
   let resizing, typing;
@@ -303,7 +309,7 @@ function start() {
   load(data);
   if (document.documentElement.dataset.live) setInterval(poll, 1000 * POLL_SECONDS);
   // When everything has been drawn, in ms since the page was requested; for the benchmark and the tests.
-  requestAnimationFrame(() => setTimeout(() => { document.documentElement.dataset.drawn = String(Math.round(performance.now())); }));
+  allDrawn().then(() => requestAnimationFrame(() => setTimeout(() => { document.documentElement.dataset.drawn = String(Math.round(performance.now())); })));
 }
 
 let version = "";

@@ -8,7 +8,9 @@ and no request.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,7 @@ from hpc_imagenet.report.html.page_data import collect
 from hpc_imagenet.runs.store import RunStore
 
 _FOLDER = Path(__file__).parent
-_STYLES = ("vendor/uPlot.min.css", "page.css")
-_SCRIPTS = ("vendor/uPlot.iife.min.js", "elements.js", "charts.js", "details.js", "search.js", "page.js")
+_SCRIPTS = ("elements.js", "charts.js", "details.js", "search.js", "page.js")
 _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
@@ -49,28 +50,44 @@ def write_page(store: RunStore, path: Path, with_images: bool = True) -> tuple[i
     return len(data["runs"]), len(page)
 
 
-def render_page(data: dict[str, Any], live: str | None = None) -> bytes:
+def render_page(data: dict[str, Any], live: str | None = None, plots: bool = True) -> bytes:
     """Return the HTML of a page.
 
     Args:
         data: value of `page_data.collect`.
         live: URL from which the page fetches its data again, every few seconds; None: it makes no request.
+        plots: whether BokehJS is part of the page, if Bokeh is installed.
     """
-    scripts = [_read(name) for name in _SCRIPTS]
+    scripts = [*(_plot_scripts() if plots else ()), *(_read(name) for name in _SCRIPTS)]
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:"
     policy += "; base-uri 'none'; form-action 'none'" + ("; connect-src 'self'" if live else "")
     parts = {
         "POLICY": policy,
         "LIVE": live or "",
-        "STYLES": "\n".join(_read(name) for name in _STYLES),
+        "STYLES": _read("page.css"),
         "SCRIPTS": "\n".join(f"<script>{script}</script>" for script in scripts),
         "DATA": encode_data(data),
-        "LICENSE": _read("vendor/LICENSE-uPlot"),
     }
     before, *rest = _read("page.html").split("@@")
     text = before + "".join(parts[part] if number % 2 == 0 else part for number, part in enumerate(rest))
     return text.encode()
+
+
+def has_plots() -> bool:
+    """Whether Bokeh is installed, without which a page has no plots."""
+    return importlib.util.find_spec("bokeh") is not None
+
+
+@functools.cache
+def _plot_scripts() -> tuple[str, ...]:
+    """Return the scripts of BokehJS, whose head comments hold its license; none if it is not installed."""
+    if not has_plots():
+        return ()
+    from bokeh.resources import Resources
+
+    scripts: list[str] = Resources(mode="inline", components=["bokeh", "bokeh-api"], log_level="error").js_raw
+    return tuple(scripts)
 
 
 def encode_data(data: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ from hpc_imagenet.training.loading.sampler import PADDING, Key
 
 ReadImage = Callable[[int], tuple[bytes, int]]
 Batch = tuple[Tensor, Tensor]  # uint8 [images, 3, size, size] in channels_last order, int64 [images]
-_HostBatch = tuple[Batch, list[Key], list[PendingImage]]  # batch, its keys, images left to the device
+HostBatch = tuple[Batch, list[Key], list[PendingImage]]  # batch, its keys, images left to the device
 
 PREFETCHED = 2  # batches prepared in advance; more if that leaves threads idle
 CPU = torch.device("cpu")
@@ -181,18 +181,29 @@ class BatchBuilder:
         apply_crop(torch.from_numpy(image.pixels(crop.source)).permute(2, 0, 1)[None], crop, out)
         return None
 
+    def note_skipped(self, keys: Sequence[Key], labels: Tensor) -> None:
+        """Count the images that another process has skipped in a batch: those without a label."""
+        for position in torch.nonzero(labels == PADDING).flatten().tolist():
+            if (index := keys[position][1]) != PADDING:
+                self._add_skipped(self.split.name(index), "in the shared loader")
+
     def _skip_or_raise(self, index: int, reason: str) -> None:
         name = self.split.name(index)
-        problem = f"{self.split.store.folder}: image {name} cannot be read ({reason})"
         if not self.skip:
             raise UserError(
-                f"{problem}: its archive is damaged; download and process it again, or skip unreadable images"
-                " with loader.on_corrupt=skip"
+                f"{self._unreadable(name, reason)}: its archive is damaged; download and process it "
+                "again, or skip unreadable images with loader.on_corrupt=skip"
             ) from None
+        self._add_skipped(name, reason)
+
+    def _add_skipped(self, name: str, reason: str) -> None:
         with self._lock:
             if name not in self.skipped:
                 self.skipped.add(name)
-                print(f"{problem}: skipped", flush=True)
+                print(f"{self._unreadable(name, reason)}: skipped", flush=True)
+
+    def _unreadable(self, name: str, reason: str) -> str:
+        return f"{self.split.store.folder}: image {name} cannot be read ({reason})"
 
 
 class BatchLoader:
@@ -243,20 +254,24 @@ class BatchLoader:
                 return
             yield batch
 
-    def _host_batches(self) -> Iterator[_HostBatch]:
+    def _host_batches(self) -> Iterator[HostBatch]:
         """Yield batches in host memory, with the images that are left to the device."""
+        return self._own_batches(iter(self.sampler))
+
+    def _own_batches(self, key_lists: Iterator[list[Key]]) -> Iterator[HostBatch]:
+        """Yield the batches of these keys, which this loader decodes."""
         split = self.batches.split
         if not split.store.shards.is_remote():
-            yield from self._fill_batches(iter(self.sampler), split.read)
+            yield from self._fill_batches(key_lists, split.read)
             return
         prefetcher = Prefetcher(split)
         try:
-            indexed = ((keys, [index for _, index in keys if index != PADDING]) for keys in self.sampler)
+            indexed = ((keys, image_indices(keys)) for keys in key_lists)
             yield from self._fill_batches(prefetcher.batches(indexed), prefetcher.read)
         finally:
             prefetcher.close()
 
-    def _fill_batches(self, key_lists: Iterator[list[Key]], read: ReadImage) -> Iterator[_HostBatch]:
+    def _fill_batches(self, key_lists: Iterator[list[Key]], read: ReadImage) -> Iterator[HostBatch]:
         if not self.workers:
             for keys in key_lists:
                 batch = self._allocate(keys)
@@ -284,15 +299,15 @@ class BatchLoader:
         self, keys: list[Key], read: ReadImage
     ) -> tuple[Batch, list[Key], list[Future[list[PendingImage]]]]:
         if self._threads is None:
-            self._threads = _start_threads(self.workers, self.cpus)
+            self._threads = start_threads(self.workers, self.cpus)
         batch, fill = self._allocate(keys), self.batches.fill
-        chunks = _chunks(range(len(keys)))
+        chunks = in_chunks(range(len(keys)))
         return batch, keys, [self._threads.submit(fill, batch, keys, chunk, read) for chunk in chunks]
 
     def _allocate(self, keys: list[Key]) -> Batch:
         return self.batches.allocate(keys, self.device.type == "cuda")
 
-    def _to_device(self, host_batch: _HostBatch) -> Batch:
+    def _to_device(self, host_batch: HostBatch) -> Batch:
         """Copy a batch to the device, and decode its pending images there."""
         (batch, keys, pending), device = host_batch, self.device
         labels = batch[1].to(device, non_blocking=True)
@@ -314,16 +329,22 @@ class BatchLoader:
         if self._threads is None:
             self.batches.fill(batch, keys, positions)
             return
-        chunks, fill = _chunks(positions), self.batches.fill
+        chunks, fill = in_chunks(positions), self.batches.fill
         for task in [self._threads.submit(fill, batch, keys, chunk) for chunk in chunks]:
             task.result()
 
 
-def _chunks(positions: Sequence[int]) -> list[Sequence[int]]:
+def image_indices(keys: Sequence[Key]) -> list[int]:
+    """Return the indices of the images of a batch, without padding."""
+    return [index for _, index in keys if index != PADDING]
+
+
+def in_chunks(positions: Sequence[int]) -> list[Sequence[int]]:
+    """Divide the positions of a batch among the tasks of the threads."""
     return [positions[i : i + IMAGES_PER_TASK] for i in range(0, len(positions), IMAGES_PER_TASK)]
 
 
-def _start_threads(count: int, cpus: frozenset[int]) -> ThreadPoolExecutor:
+def start_threads(count: int, cpus: frozenset[int]) -> ThreadPoolExecutor:
     """Start decoding threads that are pinned to `cpus` and use one torch thread each."""
     threads, torch_threads = ThreadPoolExecutor(count, "loader"), torch.get_num_threads()
     ready = threading.Barrier(count + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,12 +10,15 @@ import torch
 import torch.distributed as dist
 
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus, pinned_cpus
+from hpc_imagenet.config.loader_key import RECIPE
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.reader.dataset_reader import SplitReader
-from hpc_imagenet.training.loading import device_prefetch
+from hpc_imagenet.training.loading import device_prefetch, shared_loader
 from hpc_imagenet.training.loading.batch_loader import BatchBuilder, BatchLoader
+from hpc_imagenet.training.loading.batch_sequence import BatchSequence
 from hpc_imagenet.training.loading.crop import CenterCrop, RandomResizedCrop
 from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler, ValSampler, permutation
+from hpc_imagenet.training.loading.shared_loader import SharedBatchLoader
 from hpc_imagenet.training.models.preprocessing import preprocessing
 
 
@@ -46,38 +50,47 @@ class ImageDataModule(pl.LightningDataModule):
         device: torch.device,
     ) -> None:
         super().__init__()
-        recipe, workers = config.recipe, config.loader.workers
+        workers = config.loader.workers
         self.seed, self.share, self.dist_env, self.device = config.seed, share, dist_env, device
         self.workers = available_cpus(dist_env) - 1 if workers is None else workers
-        options = config.seed, config.loader.on_corrupt == "skip", config.loader.decode == "gpu"
         if config.loader.decode == "gpu":
             line = device_prefetch.check_gpu_decode(device, max(1, self.workers))
             if dist_env.is_rank_zero:
                 print(f"loader.decode=gpu: {line}", flush=True)
-        images = preprocessing(config)
-        crops = [
-            RandomResizedCrop(size, recipe.crop_scale, recipe.flip, images.interpolation)
-            for size in recipe.sizes
-        ]
-        self.train = BatchBuilder(train, crops, *options)
-        centre = CenterCrop(images.size, images.resize, images.interpolation, images.squash)
-        self.val = BatchBuilder(val, centre, *options)
+        self.train, self.val = builders(config, train, val)
+        self._sequence = batch_sequence(config, self.train, self.val, share)
+        self._shared = shared_loader.connect(self._sequence, config.recipe.epochs, device)
+        self._last_epoch = config.recipe.epochs - 1
 
     def train_dataloader(self) -> Any:
         """Return the train loader, starting at the trainer's global step."""
         sampler = TrainSampler(len(self.train.split), self.seed, self.share)
         assert self.trainer is not None
         sampler.epoch, sampler.start = divmod(self.trainer.global_step, sampler.steps)
-        return self._loader(self.train, sampler)
+        return self._loader(
+            self.train, sampler, lambda: self._sequence.train_position(sampler.epoch, sampler.start)
+        )
 
     def val_dataloader(self) -> Any:
         """Return the val loader: each image once over all ranks."""
         share = self.share
         sampler = ValSampler(len(self.val.split), share.images, share.rank, share.size)
-        return self._loader(self.val, sampler)
+        return self._loader(self.val, sampler, lambda: self._sequence.val_position(self._epoch()))
 
-    def _loader(self, batches: BatchBuilder, sampler: Any) -> BatchLoader:
-        return BatchLoader(batches, sampler, self.workers, self.device, pinned_cpus(self.dist_env))
+    def _epoch(self) -> int:
+        """Return the epoch (from 0) whose validation is due."""
+        return min(self.trainer.current_epoch if self.trainer else 0, self._last_epoch)
+
+    def _loader(self, batches: BatchBuilder, sampler: Any, begin: Callable[[], int]) -> BatchLoader:
+        arguments = batches, sampler, self.workers, self.device, pinned_cpus(self.dist_env)
+        if self._shared is None:
+            return BatchLoader(*arguments)
+        return SharedBatchLoader(*arguments, shared=self._shared, begin=begin)
+
+    def close(self) -> None:
+        """End the connection of a shared loader."""
+        if self._shared is not None:
+            self._shared.close()
 
     def images(self, step: int) -> list[tuple[str, int]]:
         """Return name and position of each image of a step (counted from 0), over all ranks."""
@@ -102,3 +115,35 @@ class ImageDataModule(pl.LightningDataModule):
             dist.all_gather_object(gathered, names)
             names = set().union(*gathered)
         return names
+
+
+def builders(config: Config, train: SplitReader, val: SplitReader) -> tuple[BatchBuilder, BatchBuilder]:
+    """Return the builders of the train and val batches of a training."""
+    recipe, images = config.recipe, preprocessing(config)
+    options = config.seed, config.loader.on_corrupt == "skip", config.loader.decode == "gpu"
+    crops = [
+        RandomResizedCrop(size, recipe.crop_scale, recipe.flip, images.interpolation) for size in recipe.sizes
+    ]
+    centre = CenterCrop(images.size, images.resize, images.interpolation, images.squash)
+    return BatchBuilder(train, crops, *options), BatchBuilder(val, centre, *options)
+
+
+def batch_sequence(
+    config: Config, train: BatchBuilder, val: BatchBuilder, share: BatchShare
+) -> BatchSequence:
+    """Return the sequence of the batches of a training, with what decides their content.
+
+    Args:
+        config: config of the run.
+        train: builder of the train batches.
+        val: builder of the val batches.
+        share: batch of a step and its parts.
+    """
+    images = preprocessing(config)
+    values = {name: getattr(config.recipe, name) for name in RECIPE}
+    values |= {"seed": config.seed, "train.accumulate": share.accumulate}
+    values |= {"loader.on_corrupt": config.loader.on_corrupt, "filter": images.interpolation}
+    values |= {"validation crop": [images.resize, images.size, images.squash]}
+    values |= {"train images": len(train.split), "val images": len(val.split)}
+    values |= {"data": train.split.store.manifest.content}
+    return BatchSequence(train, val, config.seed, share, values)

@@ -15,10 +15,14 @@ import pytest
 from browser import chromium
 from command_line import Cli, eventually
 from selenium.webdriver import Chrome
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
 
 from hpc_imagenet.io.atomic_files import read_json, write_json
 from hpc_imagenet.report.html.live_server import ReportServer
+from hpc_imagenet.report.html.page import has_plots, render_page
+from hpc_imagenet.report.html.page_data import collect
 from hpc_imagenet.runs.store import RunStore
 
 pytestmark = pytest.mark.slow
@@ -53,7 +57,9 @@ def test_page_loads_nothing_and_sorts_filters_and_opens_runs(sweep: Cli, tmp_pat
         loaded = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
         assert [name for name in browser.execute_script(loaded) if not name.startswith("data:")] == []
         assert len(rows(browser)) == 20
-        assert len(browser.find_elements(By.CSS_SELECTOR, "canvas")) == 8
+        assert len(browser.find_elements(By.CSS_SELECTOR, ".chart")) == 8
+        drawn = "return [...charts.scatter, ...charts.curves].filter((chart) => chart.view).length"
+        assert browser.execute_script(drawn) == (8 if has_plots() else 0)
         assert "convnext_tiny" in rows(browser)[0]
         browser.find_element(By.XPATH, "//th/button[starts-with(., 'parameters')]").click()
         assert "vit_b_16" in rows(browser)[0]
@@ -86,11 +92,56 @@ def test_themes_and_a_phone(sweep: Cli, tmp_path: Path, width: int, dark: bool) 
 def test_print_is_light_with_all_parts(sweep: Cli, tmp_path: Path) -> None:
     with opened(page_of(sweep), tmp_path, dark=True) as browser:
         remember = "window.printed = document.documentElement.dataset.theme"
+        remember += "; window.copies = document.querySelectorAll('canvas.for-print.inverted').length"
         browser.execute_script(f"addEventListener('beforeprint', () => {{ {remember}; }})")
         pdf = browser.execute_cdp_cmd("Page.printToPDF", {})
         assert len(pdf["data"]) > 50_000
         assert browser.execute_script("return window.printed") == "light"
+        assert browser.execute_script("return window.copies") == (8 if has_plots() else 0)
+        assert browser.find_elements(By.CSS_SELECTOR, ".for-print") == []
         eventually(lambda: browser.execute_script("return document.documentElement.dataset.theme") == "dark")
+
+
+X_RANGES = "return charts.curves.map((chart) => [chart.plot.x_range.start, chart.plot.x_range.end])"
+
+
+def test_points_open_their_run_and_curves_are_enlarged_together(sweep: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("bokeh", reason="bokeh, of the extra report, is not installed")
+    with opened(page_of(sweep), tmp_path) as browser:
+        scatter, _, curves, *_ = browser.find_elements(By.CSS_SELECTOR, ".chart")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", scatter)
+        point = browser.execute_script(
+            "const { plot, view } = charts.scatter[0], { data } = plot.renderers[0].data_source;"
+            "const frame = view.frame_view, box = view.el.getBoundingClientRect();"
+            "return [box.x + frame.x_scale.compute(data.x[0]), box.y + frame.y_scale.compute(data.y[0])]"
+        )
+        mouse = ActionBuilder(browser)
+        mouse.pointer_action.move_to_location(*map(round, point))
+        mouse.perform()
+        tip = browser.find_element(By.ID, "tip")
+        eventually(lambda: "GPU-hours" in tip.text)
+        mouse.pointer_action.click()
+        mouse.perform()
+        eventually(lambda: "#" in browser.current_url)
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", curves)
+        whole = browser.execute_script(X_RANGES)
+        actions = ActionChains(browser).move_to_element_with_offset(curves, -60, 0).click_and_hold()
+        actions.move_by_offset(60, 30).release().perform()
+        eventually(lambda: browser.execute_script(X_RANGES) != whole)
+        enlarged = browser.execute_script(X_RANGES)
+        assert len({tuple(each) for each in enlarged}) == 1
+        assert enlarged[0][1] - enlarged[0][0] < 4
+        ActionChains(browser).double_click(curves).perform()
+        eventually(lambda: browser.execute_script(X_RANGES)[0] == whole[0])
+
+
+def test_a_page_without_bokeh_says_so(sweep: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "plain.html"
+    path.write_bytes(render_page(collect(RunStore(sweep.workspace), with_images=False), plots=False))
+    with opened(path.as_uri(), tmp_path) as browser:
+        assert len(rows(browser)) == 20
+        assert "written without Bokeh" in browser.find_element(By.ID, "accuracy").text
+        assert "written without Bokeh" in browser.find_element(By.ID, "curves").text
 
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\u2028\x1b[31m"

@@ -1,0 +1,165 @@
+"""What a search refuses before anything is written, and what it submits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Cli
+from sample_search import SETTINGS, write_datastore
+
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.search_space import sample_values, text_of, trial_config
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs.store import RunStore
+from hpc_imagenet.stages.search_stage import SEARCH
+
+RATES = "recipe.learning_rate=tag(log, interval(0.05,1))"
+
+
+@pytest.fixture
+def searching(cli: Cli) -> Cli:
+    write_datastore(cli.workspace)
+    return cli
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((RATES,), f"{RATES} is an interval, from which a search draws: add +search=asha, or write values"),
+        (("-m", "recipe.learning_rate=interval(0.1,1)"), "add +search=asha"),
+        (("search.trials=9",), "search.trials=9 belongs to a search: add +search=NAME, one of asha, median"),
+        (("+search=asha",), "+search=asha has nothing to draw: add values or an interval"),
+        (("+search=asha", "dataset=digits,birds"), "cannot be drawn by a search"),
+        (("+search=asha", "loader.workers=1,2"), "cannot be drawn by a search"),
+        (("+search=asha", "model=interval(1,2)"), "interval of files of conf/model: write model=NAME,NAME"),
+        (("+search=asha", "recipe.learning_rate=interval(1,0.1)"), "an interval begins below its end"),
+        (("+search=asha", "recipe.learning_rate=tag(log, interval(0,1))"), "begins above 0"),
+        (("+search=asha", "recipe.learning_rate=interval(-1,1)"), "recipe.learning_rate=-1.0 is too small"),
+        (
+            ("+search=asha", "recipe.global_batch=8,7000"),
+            "recipe.global_batch=7000 is more than the 24 images",
+        ),
+        (
+            ("+search=asha", "recipe.epochs=2,4"),
+            "schedules of one length: set one recipe.epochs, or +search=tpe",
+        ),
+        (("+search=asha,tpe", RATES), "selects several searches"),
+        (("+search=asah", RATES), "asha"),
+        (("+search=asha", RATES, "+stage=upload"), "a search trains; prepare the data before it"),
+        (("+search=asha", RATES, "search.name=a/b"), "search.name=a/b is not a folder name"),
+        (("+search=asha", RATES, "search.trials=0"), "search.trials=0 is too small"),
+        (("+search=asha", RATES, "model=resnet18,resnet5"), "resnet5"),
+        (("search",), "did you mean: +search=asha"),
+    ],
+)
+def test_refused(searching: Cli, words: tuple[str, ...], message: str) -> None:
+    settings = with_defaults([*SETTINGS, "cluster=local"], words) if words != ("search",) else list(words)
+    assert message in searching.refused(*settings)
+    assert not (searching.workspace / "runs/.search").exists()
+
+
+def test_missing_optuna_is_one_line(searching: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find(name))
+    error = searching.refused("+search=asha", *SETTINGS, RATES, "cluster=local")
+    assert error == (
+        "error: +search=asha needs the package optuna: pip install -c constraints.txt -e '.[search]'"
+    )
+
+
+def test_study_of_another_space_is_refused_with_the_difference(searching: Cli) -> None:
+    def refused(*words: str) -> str:
+        return searching.refused(
+            *with_defaults([*SETTINGS, RATES, "search.name=night", "cluster=local"], words)
+        )
+
+    (first, *_) = compose(
+        ["+search=asha", *SETTINGS, RATES, "search.name=night", f"workspace={searching.workspace}"]
+    )
+    first.datastore.content = "0"  # as the plan sets it
+    SEARCH.prepare(first, RunStore(searching.workspace))
+    error = refused("+search=asha", "recipe.learning_rate=interval(0.1,1)")
+    assert error.startswith(
+        "error: the study night exists with recipe.learning_rate=tag(log, interval(0.05,1)) instead of "
+        "recipe.learning_rate=interval(0.1,1): repeat its command"
+    )
+    assert "+search=asha instead of +search=tpe" in refused("+search=tpe")
+    assert "search.seed=0 instead of search.seed=1" in refused("+search=asha", "search.seed=1")
+    assert "recipe.epochs=2 instead of recipe.epochs=3" in refused("+search=asha", "recipe.epochs=3")
+    assert "model=not drawn instead of model=resnet18,resnet50" in refused(
+        "+search=asha", "model=resnet18,resnet50"
+    )
+    write = searching.workspace / "datastores/tiny/v2"
+    (searching.workspace / "datastores/tiny/v1").rename(write)
+    manifest = json.loads((write / "manifest.json").read_text())
+    (write / "manifest.json").write_text(json.dumps({**manifest, "content": "1"}))
+    assert "the content of the data=0 instead of the content of the data=1" in refused("+search=asha")
+
+
+def test_same_settings_are_the_same_study(searching: Cli) -> None:
+    def name(*words: str) -> str:
+        done = searching("+search=asha", *SETTINGS, *words, "dry_run=true")
+        return done.stdout.splitlines()[0].rpartition("sweep: ")[2]
+
+    study = name(RATES, "cluster=local")
+    assert (
+        name("cluster=foreground", RATES, "search.trials=99", "search.parallel=7", "search.budget=3") == study
+    )
+    assert name(RATES, "search.seed=1", "cluster=local") != study
+    assert name("recipe.learning_rate=interval(0.05,1)", "cluster=local") != study
+
+
+def space_of(*words: str) -> tuple[Any, dict[str, dict[str, Any]]]:
+    config = compose(["+search=tpe", *with_defaults(["recipe=demo", "datastore.name=tiny"], words)])[0]
+    return config, config.search.space
+
+
+def test_space_in_the_grammar_of_sweeps() -> None:
+    _, space = space_of(
+        "recipe.epochs=int(interval(3,9))",
+        "recipe.warmup_epochs=interval(0,2)",
+        "recipe.weight_decay=range(0,3)",
+        "recipe.norm_decay=true,false",
+        "recipe.optimizer=choice(sgd,adamw)",
+        "seed=tag(int, log, interval(1,100))",
+        "model=timm/resnet18,resnet50",
+    )
+    assert space["recipe.epochs"] == {"low": 3, "high": 9, "log": False, "whole": True}
+    assert space["recipe.weight_decay"] == {"choices": ["0", "1", "2"]}
+    assert space["recipe.norm_decay"] == {"choices": ["True", "False"]}
+    assert space["recipe.optimizer"] == {"choices": ["sgd", "adamw"]}
+    assert space["seed"] == {"low": 1, "high": 100, "log": True, "whole": True}
+    assert space["model"] == {"choices": ["timm/resnet18", "resnet50"]}
+    assert text_of(0.123456789, {"low": 0.0, "high": 1.0, "log": False, "whole": False}) == "0.12346"
+    assert text_of(0.9999999, {"low": 0.0, "high": 0.99999, "log": False, "whole": False}) == "0.99999"
+    assert len(sample_values(space)) == 1 + 1 + 1 + 2 + 1 + 1 + 1 + 1
+
+
+def test_trial_has_the_files_of_its_choice() -> None:
+    config, space = space_of(
+        "model=resnet18,timm/resnet50", "recipe=standard90,fast16", "recipe.ema=0.9,0.99"
+    )
+    values = {"model": "timm/resnet50", "recipe": "fast16", "recipe.ema": "0.99"}
+    assert set(values) == set(space)
+    trial = trial_config(config, values)
+    (ordinary,) = compose(["datastore.name=tiny", *(f"{name}={text}" for name, text in values.items())])
+    assert trial.training_identity() == ordinary.training_identity()
+    assert trial.search == ordinary.search
+    with pytest.raises(UserError, match="schedules of one length"):
+        compose(["+search=asha", "datastore.name=tiny", "recipe=standard90,fast16"])
+
+
+def test_workers_are_one_array_with_the_resources_of_a_training(searching: Cli) -> None:
+    words = ("+cluster.stage={train: {time: 77, cpus_per_task: 3}}", "search.parallel=3", "cluster.time=5")
+    (first, *others) = compose(
+        ["+search=asha", *SETTINGS, RATES, *words, f"workspace={searching.workspace}", "cluster=slurm"]
+    )
+    assert len(others) == 2
+    assert first.cluster.stage["search"] == {"time": 77, "cpus_per_task": 3}
+    assert [config.search.worker for config in (first, *others)] == [1, 2, 3]
+    assert Path(first.workspace) == searching.workspace

@@ -1,0 +1,503 @@
+"""What a second user of the machine tries: none of it may succeed.
+
+bob is in alice's group and shares a workspace with her (umask 007); eve is in no group of theirs. What would
+execute something as alice creates the file `owned` in her home. `-s` prints a table of the attempts.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from command_line import eventually
+from other_users import GROUP, ROOT, Person, available, ending, shared_folder
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not available(), reason="needs root, to act as other users"),
+]
+
+DIGITS = ("dataset=digits", "cluster=local")
+DOWNLOAD = ("+stage=download", *DIGITS)
+CHECKPOINT = """
+import sys
+import torch
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
+from trained_samples import config_of, write_trained
+"""
+
+
+class Scene:
+    """alice with her group's workspace and a private one that all may read; bob and eve, who attack."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.alice, self.bob, self.eve = (Person(name, folder) for name in ("alice", "bob", "eve"))
+        self.lab = shared_folder(folder / "lab")
+        self.open = folder / "open"  # of alice, for all to read, as with umask 022
+        self.open.mkdir()
+        os.chown(self.open, self.alice.uid, self.alice.uid)
+        self.careless = Person("alice", folder, umask="022")
+        self.mark = self.alice.home / "owned"
+        self.here = f"workspace={self.lab}"
+
+    @functools.cached_property
+    def run(self) -> Path:
+        """A finished run of alice in the group's workspace."""
+        self.alice(*DOWNLOAD, self.here, "wait=true")
+        (folder,) = (self.lab / "runs").glob("*-download-digits")
+        return folder
+
+    @property
+    def queue(self) -> Path:
+        """The folder of alice's queue on this host."""
+        (folder,) = (self.run.parent / f".user-{self.alice.uid}/queue").iterdir()
+        return folder
+
+    @functools.cached_property
+    def prepared(self) -> Path:
+        """A run of bob with commands in its config, and with the id that alice's run will have."""
+        lab = shared_folder(self.folder / "prepared")
+        words = (f"cluster.setup=[{self.evil}]", "dataset.source=/missing")
+        self.bob(*DOWNLOAD, f"workspace={lab}", *words, code=None)
+        (run,) = (lab / "runs").glob("*-download-digits")
+        eventually(lambda: (run / "attempts/1/outcome.json").exists())
+        return run
+
+    @functools.cached_property
+    def checkpoints(self) -> Path:
+        """A folder of the group."""
+        return shared_folder(self.folder / "checkpoints")
+
+    @functools.cached_property
+    def public(self) -> Path:
+        """A folder such as /tmp."""
+        folder = self.folder / "public"
+        folder.mkdir()
+        folder.chmod(0o1777)
+        return folder
+
+    @functools.cached_property
+    def precious(self) -> Path:
+        """A file of alice with the text `kept`."""
+        path = self.alice.home / "precious/file"
+        self.write(self.alice, path, "kept")
+        return path
+
+    @property
+    def evil(self) -> str:
+        """A shell command that shows that alice has executed it."""
+        return f"touch {self.mark}"
+
+    def as_bob(self, script: str, *words: str) -> bool:
+        """Whether code of bob ends without an error."""
+        return self.bob.python(textwrap.dedent(script), *words).returncode == 0
+
+    def as_eve(self, script: str, *words: str) -> bool:
+        return self.eve.python(textwrap.dedent(script), *words).returncode == 0
+
+    def write(self, person: Person, path: Path, text: str) -> None:
+        """Write a file as a user, who must be able to."""
+        script = "import sys; from pathlib import Path; p = Path(sys.argv[1]); "
+        script += "p.parent.mkdir(parents=True, exist_ok=True); p.write_text(sys.argv[2])"
+        done = person.python(script, str(path), text)
+        assert not done.returncode, done.stderr
+
+    def executed(self, *words: str, cwd: Path | None = None, code: int | None = 2) -> bool:
+        """Whether a command of alice executes what another user wrote; her jobs get the time to."""
+        self.alice(*words, cwd=cwd, code=code)
+        return self.mark.exists()
+
+
+Attempt = Callable[[Scene], bool]
+ATTEMPTS: dict[str, Attempt] = {}
+
+
+def attempt(name: str) -> Callable[[Attempt], Attempt]:
+    """Register an attempt, which returns whether it has succeeded."""
+
+    def register(function: Attempt) -> Attempt:
+        ATTEMPTS[name] = function
+        return function
+
+    return register
+
+
+READ = "import sys; open(sys.argv[1], 'rb').read()"
+APPEND = "import sys; open(sys.argv[1], 'ab').write(b'x')"
+
+
+@attempt("read the token of a session from its run folder")
+def _token(scene: Scene) -> bool:
+    script = """
+        import sys
+        from pathlib import Path
+        from hpc_imagenet.session.connection import new_token
+        new_token(Path(sys.argv[1]))
+    """
+    assert not scene.careless.python(textwrap.dedent(script), str(scene.open)).returncode
+    return scene.as_eve(READ, str(scene.open / "token"))
+
+
+@attempt("use the port of a session without its token, enter its folder in /tmp, or find the token in /proc")
+def _session(scene: Scene) -> bool:
+    settings = ("+stage=session", "cluster=local", f"workspace={scene.open}", "session.listen=loopback")
+    scene.careless(*settings)
+    (run,) = (scene.open / "runs").glob("*-session*")
+    details = run / "attempts/1/session.json"
+    try:
+        eventually(details.exists, 120)
+        script = """
+            import glob, json, sys, urllib.request, urllib.error, os
+            from pathlib import Path
+            port = json.loads(Path(sys.argv[1]).read_text())["port"]
+            token = sys.argv[2][::-1]  # else it is found in the command line of this process
+            for path in ("api/contents", "api/kernels", "api/terminals", "lab", "api/contents?token=x"):
+                try:
+                    reply = urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}")
+                    if "login" not in reply.url:
+                        sys.exit(0)
+                except urllib.error.HTTPError as error:
+                    assert error.code in (403, 404, 405), error.code
+            for folder in glob.glob("/tmp/hpc_imagenet-session-*"):
+                try:
+                    os.listdir(folder)
+                    sys.exit(0)
+                except PermissionError:
+                    pass
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    if token.encode() in (process / "cmdline").read_bytes():
+                        sys.exit(0)
+                except OSError:
+                    pass
+            sys.exit(1)
+        """
+        return scene.as_eve(script, str(details), (run / "token").read_text()[::-1])
+    finally:
+        scene.careless("cancel", run.name, f"workspace={scene.open}")
+
+
+@attempt("add a job to the queue of another user")
+def _queue_entry(scene: Scene) -> bool:
+    script = "import sys; open(sys.argv[1] + '/0.entry', 'w').write('{}')"
+    return scene.as_bob(script, str(scene.queue))
+
+
+@attempt("hold the lock of another user's queue, so that nothing starts")
+def _queue_lock(scene: Scene) -> bool:
+    script = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'rb'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    return scene.as_bob(script, str(scene.queue / "worker.lock"))
+
+
+@attempt("make the queue of another user beforehand")
+def _queue_made_before(scene: Scene) -> bool:
+    lab = shared_folder(scene.folder / "queue")
+    script = "import os, sys; os.makedirs(sys.argv[1], mode=0o770)"
+    assert scene.as_bob(script, str(lab / f"runs/.user-{scene.alice.uid}/queue"))
+    (lab / "runs").chmod(0o2770)
+    line = scene.alice.refused(*DOWNLOAD, f"workspace={lab}")
+    return "belongs to bob" not in line
+
+
+@attempt("edit the config of another user's run in a group's workspace")
+def _edit_config(scene: Scene) -> bool:
+    return scene.as_bob(APPEND, str(scene.run / "config.yaml"))
+
+
+@attempt("replace the folder of another user's run")
+def _replace_run(scene: Scene) -> bool:
+    return scene.as_bob("import os, sys; os.rename(sys.argv[1], sys.argv[1] + '-old')", str(scene.run))
+
+
+@attempt("write a log or a record of another user's run")
+def _logs(scene: Scene) -> bool:
+    records = scene.run / "attempts/1"
+    files = [path for path in records.iterdir() if path.is_file()]
+    assert len(files) > 4
+    return any(scene.as_bob(APPEND, str(path)) for path in (*files, records / "new"))
+
+
+@attempt("prepare a run with the id that another user will submit, and commands in its config")
+def _run_made_before(scene: Scene) -> bool:
+    run = scene.prepared
+    here = f"workspace={run.parents[1]}"
+    scene.alice("retry", run.name, here, code=2)
+    scene.alice("evaluate", run.name, here, code=2)
+    return scene.executed(*DOWNLOAD, here, "dataset.source=/missing")
+
+
+@attempt("start a job of another user from a folder of one's own")
+def _task(scene: Scene) -> bool:
+    run = scene.prepared
+    for module in ("task", "start_task"):
+        words = (str(run), "1") if module == "task" else (str(run / "attempts/1"),)
+        done = scene.alice.run(
+            sys.executable, "-m", f"hpc_imagenet.launch.{module}", *words, SUBMITIT_LOCAL_JOB_ID="1"
+        )
+        assert done.returncode == 1
+    return scene.mark.exists()
+
+
+@attempt("swap the pickle of a job for one with a command")
+def _pickle(scene: Scene) -> bool:
+    folder = scene.folder / "pickles"
+    folder.mkdir()
+    os.chown(folder, scene.alice.uid, scene.alice.uid)
+    script = f"""
+        import os, pickle, sys
+        class Evil:
+            def __reduce__(self):
+                return os.system, ({scene.evil!r},)
+        open(sys.argv[1], "wb").write(pickle.dumps(Evil()))
+    """
+    path = folder / "1_submitted.pkl"
+    assert not scene.alice.python(textwrap.dedent(script), str(path)).returncode  # her own file, even
+    command = (sys.executable, "-m", "hpc_imagenet.launch.start_task", str(folder))
+    assert "names posix.system" in scene.alice.run(*command, SUBMITIT_LOCAL_JOB_ID="1").stderr
+    os.chown(path, scene.bob.uid, scene.bob.uid)
+    path.chmod(0o644)
+    assert "belongs to bob" in scene.alice.run(*command, SUBMITIT_LOCAL_JOB_ID="1").stderr
+    return scene.mark.exists()
+
+
+@attempt("leave settings in a folder that others work in")
+def _stored_settings(scene: Scene) -> bool:
+    project = shared_folder(scene.folder / "project")
+    text = f'cluster.setup: ["{scene.evil}"]\n'
+    scene.write(scene.bob, project / "hpc_imagenet.yaml", text)
+    done = scene.executed(*DOWNLOAD, scene.here, "seed=1", "wait=true", cwd=project)
+    (project / "hpc_imagenet.yaml").unlink()
+    scene.write(
+        scene.bob, project / "conf/cluster/mine.yaml", f"defaults: [local]\nsetup: ['{scene.evil}']\n"
+    )
+    again = scene.executed("+stage=download", "dataset=digits", "cluster=mine", scene.here, cwd=project)
+    return done or again
+
+
+@attempt("leave a Python module in a folder that others work in")
+def _module(scene: Scene) -> bool:
+    project = shared_folder(scene.folder / "modules")
+    for name in ("typing", "yaml", "argparse", "torch", "submitit"):
+        scene.write(scene.bob, project / f"{name}.py", f"import os; os.system({scene.evil!r})\n")
+    return scene.executed(*DOWNLOAD, scene.here, "wait=true", "seed=2", cwd=project, code=0)
+
+
+@attempt("leave a network in a folder that others work in")
+def _network(scene: Scene) -> bool:
+    project = shared_folder(scene.folder / "networks")
+    text = f"import os; os.system({scene.evil!r})\ndef make(num_classes): pass\n"
+    scene.write(scene.bob, project / "net.py", text)
+    return scene.executed("model.name=net:make", *DIGITS, scene.here, cwd=project)
+
+
+@attempt("swap a checkpoint in a shared folder for one with a command in its pickle")
+def _checkpoint_pickle(scene: Scene) -> bool:
+    script = f"""
+        import os, sys, torch
+        class Evil:
+            def __reduce__(self):
+                return os.system, ({scene.evil!r},)
+        torch.save({{"state_dict": Evil(), "global_step": 1, "identity": {{}}}}, sys.argv[1])
+    """
+    path = scene.checkpoints / "best.ckpt"
+    assert scene.as_bob(script, str(path))
+    return scene.executed("export", str(path), str(scene.alice.home / "out"), scene.here)
+
+
+@attempt("put the source of a network into a checkpoint")
+def _checkpoint_source(scene: Scene) -> bool:
+    layers = "layers.AdaptiveAvgPool2d(1), layers.Flatten(), layers.Linear(3, num_classes)"
+    text = f"import os, torch\nos.system({scene.evil!r})\nlayers = torch.nn\n"
+    text += f"def make(num_classes): return layers.Sequential({layers})\n"
+    scene.write(scene.bob, scene.bob.home / "net.py", text)
+    scene.bob.run("chmod", "600", str(scene.bob.home / "net.py"))
+    script = CHECKPOINT.format(tests=str(ROOT / "tests"))
+    script += "write_trained(Path(sys.argv[1]), config_of('net:make'))\n"
+    done = scene.bob.python(script, str(scene.checkpoints / "source.ckpt"), cwd=scene.bob.home)
+    assert not done.returncode, done.stderr
+    image = scene.alice.home / "image.png"
+    scene.write(scene.alice, image, "")
+    path = str(scene.checkpoints / "source.ckpt")
+    commands = (("export", path, str(scene.alice.home / "out")), ("predict", path, str(image)))
+    return any(scene.executed(*words, scene.here) for words in commands)
+
+
+@attempt("make the cache on a node's disk beforehand, or a link in its place")
+def _node_cache(scene: Scene) -> bool:
+    scratch = scene.folder / "scratch"
+    scratch.mkdir()
+    scratch.chmod(0o1777)
+    script = f"""
+        from hpc_imagenet.datastore.node_cache.cache import NodeCache
+        NodeCache({str(scratch)!r})
+    """
+    name = scratch / f"hpc_imagenet-{scene.alice.uid}"
+    assert scene.as_eve("import os, sys; os.mkdir(sys.argv[1]); os.chmod(sys.argv[1], 0o777)", str(name))
+    first = scene.alice.python(textwrap.dedent(script))
+    name.rmdir()
+    assert scene.as_eve("import os, sys; os.symlink(*sys.argv[1:])", str(scene.alice.home), str(name))
+    second = scene.alice.python(textwrap.dedent(script))
+    return not (first.returncode and second.returncode)
+
+
+@attempt("have a link in /tmp removed or followed as a temporary folder")
+def _temporary_folder(scene: Scene) -> bool:
+    top, kept = scene.public, scene.precious
+    link = top / "hpc_imagenet-session-x"
+    assert scene.as_eve("import os, sys; os.symlink(*sys.argv[1:])", str(kept.parent), str(link))
+    script = "import sys; from pathlib import Path; from hpc_imagenet.io.tempdir import NodeTempDir; "
+    script += "NodeTempDir('session', Path(sys.argv[1])).close()"
+    assert not scene.alice.python(script, str(top)).returncode
+    return not kept.exists()
+
+
+@attempt("have a link in a shared folder followed by a download, a lock or a record")
+def _links(scene: Scene) -> bool:
+    lab = shared_folder(scene.folder / "links")
+    victim = scene.precious
+    archives = lab / "archives/digits"
+    names = [archives / f"ILSVRC2012_img_val.tar{end}" for end in (".part", ".receipt.json", "")]
+    names += [lab / "datasets/.digits.lock", lab / "datasets/digits/manifest.json"]
+    script = """
+        import os, sys
+        for name in sys.argv[2:]:
+            os.makedirs(os.path.dirname(name), mode=0o770, exist_ok=True)
+            os.symlink(sys.argv[1], name)
+    """
+    assert scene.as_bob(script, str(victim), *map(str, names))
+    scene.alice("+stage=pipeline", *DIGITS, f"workspace={lab}", "wait=true", "recipe.epochs=1", code=None)
+    return victim.read_text() != "kept"
+
+
+@attempt("make the folder of the shared ssh connection")
+def _control_socket(scene: Scene) -> bool:
+    runtime = scene.folder / "runtime"
+    runtime.mkdir()
+    runtime.chmod(0o1777)
+    script = "from hpc_imagenet.remote.shared_connection import _control_path; print(_control_path())"
+    done = scene.alice.run(sys.executable, "-c", script, XDG_RUNTIME_DIR=str(runtime))
+    assert not done.returncode, done.stderr
+    return str(runtime) in done.stdout
+
+
+@attempt("put an image where a container is expected")
+def _container(scene: Scene) -> bool:
+    public, group = scene.public, shared_folder(scene.folder / "images")
+    scene.write(scene.eve, public / "image.sif", "")
+    scene.write(scene.bob, group / "image.sif", "")
+    script = """
+        import sys
+        from hpc_imagenet.config.schema import Cluster
+        from hpc_imagenet.launch.container import check_container
+        check_container(Cluster(container=sys.argv[1], container_runtime="podman"))
+    """
+    images = [str(folder / "image.sif") for folder in (public, group)]
+    return any(not scene.alice.python(textwrap.dedent(script), image).returncode for image in images)
+
+
+@attempt("join the rendezvous of a job with several ranks")
+def _rendezvous(scene: Scene) -> bool:
+    script = """
+        import sys
+        from pathlib import Path
+        import torch
+        from hpc_imagenet.cluster.dist_env import DistEnv
+        from hpc_imagenet.runs.store import Run
+        from hpc_imagenet.training.distributed import join_ranks
+        rank, port = int(sys.argv[1]), int(sys.argv[2])
+        join_ranks(Run(Path(sys.argv[3])), DistEnv(rank, 2, rank, 2, port=port), torch.device("cpu"))
+        print("joined", flush=True)
+        sys.stdin.read()
+        torch.distributed.destroy_process_group()
+    """
+    words = (sys.executable, "-c", textwrap.dedent(script))
+    ranks = [scene.alice.start(*words, str(rank), "23456", str(scene.open)) for rank in (0, 1)]
+    try:
+        assert [rank.stdout and rank.stdout.readline() for rank in ranks] == ["joined\n"] * 2
+        attack = """
+            import datetime, os, sys
+            from pathlib import Path
+            import torch.distributed as dist
+            for folder in Path("/dev/shm").glob("hpc_imagenet-ranks-*"):
+                try:
+                    os.listdir(folder)
+                    sys.exit(0)
+                except PermissionError:
+                    pass
+            try:
+                dist.TCPStore("127.0.0.1", 23456, 2, False, datetime.timedelta(seconds=3)).set("a", "b")
+            except Exception:
+                sys.exit(1)
+        """
+        return scene.as_eve(attack)
+    finally:
+        for rank in ranks:
+            rank.communicate(timeout=60)
+
+
+@attempt("read the live report without the token in its address")
+def _report(scene: Scene) -> bool:
+    server = scene.alice.start(sys.executable, "-m", "hpc_imagenet", "report", "--serve", scene.here)
+    try:
+        assert server.stdout
+        port = server.stdout.readline().rpartition("127.0.0.1:")[2].partition("/")[0]
+        script = """
+            import sys, urllib.request
+            for path in ("", "data.json", "x/", "x/data.json", "../", "%2e%2e/"):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/{path}")
+                    sys.exit(0)
+                except OSError:
+                    pass
+            sys.exit(1)
+        """
+        return scene.as_eve(script, port)
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@attempt("delete another user's datastore, or cancel their jobs, with the commands of this package")
+def _commands(scene: Scene) -> bool:
+    version = scene.lab / "datastores/digits/v1"
+    version.mkdir(parents=True)
+    for path in (version.parent.parent, version.parent, version):
+        os.chown(path, scene.alice.uid, GROUP)
+        path.chmod(0o2770)
+    (version / "deleted.json").write_text("{}")
+    scene.bob("datastores", "prune", "--yes", "--days=0", scene.here)
+    return not version.exists()
+
+
+@pytest.fixture(scope="module")
+def scene() -> Iterator[Scene]:
+    with tempfile.TemporaryDirectory(prefix="second-") as name:
+        Path(name).chmod(0o755)
+        with ending(Path(name)):
+            yield Scene(Path(name))
+
+
+RESULTS: dict[str, bool] = {}
+
+
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_attempt(scene: Scene, name: str) -> None:
+    RESULTS[name] = ATTEMPTS[name](scene)
+    assert not RESULTS[name], f"a second user could {name}"
+    assert not scene.mark.exists(), f"a second user could {name}"
+
+
+def test_table_of_the_attempts(scene: Scene) -> None:
+    for name, succeeded in RESULTS.items():
+        print(f"{'SUCCEEDED' if succeeded else 'failed':9}  {name}")
+    print(f"{sum(RESULTS.values())} of {len(RESULTS)} attempts succeeded")
+    assert len(ATTEMPTS) >= 20
+    assert not any(RESULTS.values())
