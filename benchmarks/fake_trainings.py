@@ -24,7 +24,8 @@ from hpc_imagenet.datastore.index import ENTRY, write_index
 from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.report.published import published_accuracies
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
+from hpc_imagenet.runs.store import RunStore
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_16")
 STATES = (*[FINISHED] * 17, FAILED, RUNNING, QUEUED)
@@ -80,7 +81,7 @@ def write_datastore(folder: Path, classes: int) -> list[tuple[str, str]]:
             entries[number] = (tar.offset + tarfile.BLOCKSIZE, info.size, number % classes, 0)
             tar.addfile(info, buffer)
     write_index(folder / "val.npy", entries)
-    shard, index = (File(name, (folder / name).stat().st_size, "") for name in ("val.tar", "val.npy"))
+    shard, index = (File(name, (folder / name).stat().st_size, "md5:") for name in ("val.tar", "val.npy"))
     named = tuple(ClassNames(wnid, tuple(text.split(", "))) for wnid, text in names)
     splits = {"val": Split(index, len(entries))}
     Manifest("imagenet", "fa4e0000", "2026-03-01T00:00:00+00:00", named, (shard,), splits).save(folder)

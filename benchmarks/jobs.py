@@ -26,8 +26,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED
 from hpc_imagenet.runs.run_records import CACHE_FILE
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, FORMAT
+from hpc_imagenet.runs.store import FORMAT
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "vit_b_16")
 SWEEP = 100  # runs of each sweep

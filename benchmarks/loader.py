@@ -6,10 +6,10 @@ The images are made from the photos of scikit-learn (and of scikit-image, if ins
 grain of a sensor, JPEGs of 500 x 375 px and about 105 kB, like ImageNet's, in the page cache. All loaders
 do the same: RandomResizedCrop to 224 px of at least 0.08 of the area, mirrored half the time, batches of
 64. Each runs in its own process, bound to as many CPUs as it has workers; they alternate, so that a busy
-moment affects all of them. `--peers` is an interpreter with litdata, webdataset, DALI, FFCV and SPDL, if this one
-lacks them; installing FFCV builds it against the headers of OpenCV and libjpeg-turbo, and its images are
-JPEGs that it has encoded. A way that takes longer than `--limit` is killed with its processes, and its row
-says `timed out`.
+moment affects all of them. `--peers` is an interpreter with litdata, webdataset, DALI, FFCV and SPDL, if
+this one lacks them; installing FFCV builds it against the headers of OpenCV and libjpeg-turbo, and its
+images are JPEGs that it has encoded; SPDL (spdl-core, spdl-io) needs the libraries of FFmpeg. A way that
+takes longer than `--limit` is killed with its processes, and its row says `timed out`.
 
 Off: difference to the same crops by Pillow in grey levels, mean over all pixels, and the worst. CPU ms: of
 all processes, per image. First: seconds from opening the data to the first batch, without imports.
@@ -30,8 +30,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loader_data import convert, make, photos
 from limited import TIMED_OUT, run_limited
+from loader_data import convert, make, photos
 from loader_ways import WAYS
 
 PACKAGES = ("hpc-imagenet", "numpy", "pillow", "simplejpeg", "torch", "torchvision")

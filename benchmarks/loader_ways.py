@@ -70,12 +70,14 @@ def by_us(data: bytes, box: tuple[int, int, int, int]) -> Any:
 def by_spdl(data: bytes, box: tuple[int, int, int, int]) -> Any:
     import spdl.io
 
-    buffer = spdl.io.convert_frames(spdl.io.decode_packets(spdl.io.demux_image(data), spdl_filter(box, False)))
+    buffer = spdl.io.convert_frames(
+        spdl.io.decode_packets(spdl.io.demux_image(data), spdl_filter(box, False))
+    )
     return spdl.io.to_numpy(buffer)
 
 
 def spdl_filter(box: tuple[int, int, int, int], flip: bool) -> str:
-    """Return the filter of FFmpeg for a crop; it is antialiased."""
+    """Return the filter of FFmpeg for a crop."""
     left, upper, right, lower = box
     crop = f"crop={right - left}:{lower - upper}:{left}:{upper}:exact=1"
     return f"{crop},scale={SIZE}:{SIZE}:flags=bilinear{',hflip' * flip},format=pix_fmts=rgb24"
@@ -146,6 +148,7 @@ def spdl(folder: Path, workers: int) -> Way:
 
     torch.set_num_threads(1)
     paths = [str(path) for path in sorted((folder / "folders").rglob("*.JPEG"))]
+    spdl.io.demux_image(paths[0])  # an error here ends it; within the pipeline it would only be logged
 
     def shuffled() -> Iterator[str]:
         while True:

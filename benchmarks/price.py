@@ -12,6 +12,8 @@ outcome. On a machine that others use too, compare the CPU time.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -65,20 +67,19 @@ def compare(folder: Path, rounds: int) -> None:
     for stage in ("download", "process", "upload"):
         command_line(f"+stage={stage}", *FIXED, workspace)
     found: dict[str, list[tuple[Time, Time]]] = {name: [] for name in CASES}
-    for seed in range(rounds):
-        for name, words in CASES.items():
+    with contextlib.suppress(KeyboardInterrupt):  # prints what has been measured until then
+        for seed, (name, words) in itertools.product(range(rounds), CASES.items()):
             pair = predicted_and_real(folder, (*FIXED, *words, workspace, f"seed={1000 + seed}"))
             found[name].append(pair)
-            print(f"{name}: CPU {pair[0].cpu:.1f} {pair[1].cpu:.1f}, wall {pair[0].wall:.1f} "
-                  f"{pair[1].wall:.1f}", file=sys.stderr, flush=True)  # fmt: skip
-    load = os.getloadavg()[0]
-    print(
-        f"medians of {rounds} rounds, price job and training in turn; load {load:.0f} on {os.cpu_count()} CPUs"
-    )
+            times = f"CPU {pair[0].cpu:.1f} {pair[1].cpu:.1f}, wall {pair[0].wall:.1f} {pair[1].wall:.1f}"
+            print(f"{name}: {times}", file=sys.stderr, flush=True)
+    measured = len(next(iter(found.values())))
+    load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs"
+    print(f"medians of {measured} rounds, price job and training in turn; {load}")
     print(f"{'training':42}{'CPU s':>8}{'real':>8}{'ratio':>7}{'wall s':>8}{'real':>8}{'ratio':>7}")
     for name, pairs in found.items():
         cells = ""
-        for kind in ("cpu", "wall"):
+        for kind in ("cpu", "wall") if pairs else ():
             one, other = ([getattr(pair[i], kind) for pair in pairs] for i in (0, 1))
             ratio = statistics.median(a / b for a, b in zip(one, other, strict=True))
             cells += f"{statistics.median(one):8.1f}{statistics.median(other):8.1f}{ratio:7.2f}"

@@ -5,8 +5,8 @@
 The archives are made by shaped.py: JPEGs of 500 x 375 px and 105 kB, in the layout of the real ones. Every
 tool starts from them, in the page cache; tools alternate, so that a busy moment affects all of them. Times
 are of the work alone, without Python's start and imports, except in one row that names it. Ours end with
-fsync, the others do not, except those with `sync`. Ratios are those of images/s. `--peers` is an interpreter with webdataset and
-litdata, if this one lacks them.
+fsync, the others do not, except those with `sync`. Ratios are those of images/s. `--peers` is an interpreter
+with webdataset and litdata, if this one lacks them. A tool that hangs is killed after ten minutes.
 
 The last rows index archives of ImageNet's full count: headers and ends of 1,331,167 images in sparse files.
 """

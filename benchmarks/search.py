@@ -1,6 +1,6 @@
 """Compare a search with a grid of the digits on the Slurm lab: cost until the grid's best accuracy.
 
-    python benchmarks/search.py [--points 10] [--trials 12]
+    python benchmarks/search.py [--points 7] [--trials 12]
 
 It starts a private Slurm cluster (slurm/lab) and stops it again. First a sweep over a grid of learning rates,
 then ASHA over the interval that the grid covers, with four workers on four nodes, of which two are preempted
@@ -36,7 +36,7 @@ from hpc_imagenet.search.study_files import StudyFiles
 LAB = Path(__file__).resolve().parent.parent / "slurm/lab/lab"
 PACKAGES = ("hpc-imagenet", "optuna", "submitit", "torch")
 LOW, HIGH = 0.003, 1.0  # learning rates
-EPOCHS = 9  # rungs at 1 and 3
+EPOCHS = 27  # rungs at 1, 3 and 9
 TRAINING = (
     *("dataset=digits", "model=shufflenet_v2_x0_5", "cluster=lab", "tracker=null", f"recipe.epochs={EPOCHS}"),
     *("recipe.warmup_epochs=0", "recipe.norm_momentum=0.3", "train.checkpoint_every_minutes=0.1"),
@@ -126,7 +126,9 @@ def grid(site: Site, points: int) -> tuple[float, float]:
     assert [row["state"] for row in rows] == ["finished"] * points, rows
     tops = [row["top1"] for row in rows]
     print(
-        f"grid: {points} learning rates, top-1 {' '.join(f'{100 * top:.1f}' for top in tops)} %", flush=True
+        f"grid: {points} learning rates, {points * EPOCHS} epochs, "
+        f"top-1 {' '.join(f'{100 * top:.1f}' for top in tops)} %",
+        flush=True,
     )
     return max(tops), meter.seconds
 
@@ -170,6 +172,8 @@ def search(site: Site, trials: int, best: float) -> tuple[float, float, list[str
         tops = [top for each in files.records() for top in each.accuracies.values()]
         if reached != reached and tops and max(tops) >= best:
             reached = meter.seconds
+            at = sum(each.epochs or 0 for each in files.records())
+            print(f"a trial has reached {100 * max(tops):.2f} % after {at} epochs of all trials", flush=True)
         records = files.records()
         return len(records) == trials and all(each.ended for each in records)
 
@@ -215,7 +219,7 @@ def _moment(text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--points", type=int, default=10, help="learning rates of the grid (10)")
+    parser.add_argument("--points", type=int, default=7, help="learning rates of the grid (7)")
     parser.add_argument("--trials", type=int, default=12, help="trials of the search (12)")
     options = parser.parse_args()
     memory = psutil.virtual_memory().total / 2**30

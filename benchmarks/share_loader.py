@@ -7,7 +7,8 @@ small that the loader decides, as on a fast GPU. With a loader each, the trainin
 on both CPUs; with one loader, all at once. Both run twice, for 1 and for more epochs, so that the difference
 leaves out the start of Python and torch:
 
-- images x models/s: of all trainings together; needs an idle machine.
+- images x models/s: of all trainings together; needs an idle machine, and is left out if the load changed so
+  much that the longer trainings took less time.
 - CPU ms: user and system time of all processes for an image and a model, which other load hardly changes.
   From it the images x models/s that two CPUs can do at most.
 """
@@ -139,9 +140,14 @@ def main() -> None:
     print(f"{'':16}{'images x models/s':>18}{'CPU ms':>9}{'at most/s':>11}")
     medians = {way: [statistics.median(column) for column in zip(*found[way], strict=True)] for way in WAYS}
     for way, (rate, cpu) in medians.items():
-        print(f"{way:16}{rate:>18,.0f}{cpu:>9.3f}{1e3 * CPUS / cpu:>11,.0f}")
+        print(f"{way:16}{_shown(rate, ',.0f'):>18}{cpu:>9.3f}{1e3 * CPUS / cpu:>11,.0f}")
     (rate, cpu), (shared_rate, shared_cpu) = medians.values()
-    print(f"{'ratio':16}{shared_rate / rate:>18.2f}{'':9}{cpu / shared_cpu:>11.2f}")
+    ratio = shared_rate / rate if min(rate, shared_rate) > 0 else 0.0
+    print(f"{'ratio':16}{_shown(ratio, '.2f'):>18}{'':9}{cpu / shared_cpu:>11.2f}")
+
+
+def _shown(value: float, form: str) -> str:
+    return format(value, form) if value > 0 else "-"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ import psutil
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.launch.plan import make_plan
-from hpc_imagenet.runs.store import FINISHED, RunStore
+from hpc_imagenet.runs.attempt import FINISHED
+from hpc_imagenet.runs.store import RunStore
 
 LAB = Path(__file__).resolve().parent.parent / "slurm/lab/lab"
 JOBS, RUNS = 100, 1000

@@ -14,7 +14,6 @@ count).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -31,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from shaped import make_images
 
+from hpc_imagenet.datastore.file_hash import format_digest, hash_bytes, new_digest
 from hpc_imagenet.datastore.index import ENTRY, open_index, write_index
 from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
 from hpc_imagenet.io.tar_header import END, member_header
@@ -45,7 +45,7 @@ def make(home: Path, size: float, shard_size: float) -> int:
     (folder / "shards").mkdir(parents=True)
     shards, entries = [], []
     for number in range(max(1, round(size / shard_size))):
-        path, digest, at = folder / f"shards/train-{number:03d}.tar", hashlib.sha256(), 0
+        path, digest, at = folder / f"shards/train-{number:03d}.tar", new_digest(), 0
         with path.open("wb") as file:
             while at < shard_size:
                 image = bits.choice(pool)
@@ -56,10 +56,10 @@ def make(home: Path, size: float, shard_size: float) -> int:
                 at += len(piece)
             digest.update(END)
             file.write(END)
-        shards.append(File(f"shards/{path.name}", at + len(END), f"sha256:{digest.hexdigest()}"))
+        shards.append(File(f"shards/{path.name}", at + len(END), format_digest(digest)))
     write_index(folder / "train.npy", np.array(entries, ENTRY))
     data = (folder / "train.npy").read_bytes()
-    index = File("train.npy", len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
+    index = File("train.npy", len(data), hash_bytes(data))
     classes = tuple(ClassNames(f"n{i:08d}", (f"class {i}",)) for i in range(1000))
     Manifest("made", "0", "", classes, tuple(shards), {"train": Split(index, len(entries))}).save(folder)
     return len(entries)

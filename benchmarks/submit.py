@@ -32,7 +32,8 @@ from hpc_imagenet.config.compose import compose
 from hpc_imagenet.io.atomic_files import write_json_once
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.submission import cancel_run
-from hpc_imagenet.runs.store import FINISHED, RunStore
+from hpc_imagenet.runs.attempt import FINISHED
+from hpc_imagenet.runs.store import RunStore
 
 DIGITS = ("dataset=digits", "cluster=local")
 JOBS = 100

@@ -113,7 +113,7 @@ class Images:
     """The parts of a datastore that a training reads when its loader is replaced."""
 
     def __init__(self, count: int) -> None:
-        self.folder = Path("memory")
+        self.store, self.folder = self, Path("memory")
         names = [SimpleNamespace(wnid=f"n{i:08d}", names=(str(i),)) for i in range(CLASSES)]
         self.manifest = SimpleNamespace(classes=names, content="memory")
         self.index = {"label": np.zeros(count, np.int64)}

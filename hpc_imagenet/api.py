@@ -55,7 +55,7 @@ class Handle:
         return hash(self.folder)
 
     def state(self) -> str:
-        """Return queued, running, finished, failed or cancelled.
+        """Return queued, running, finished, failed, cancelled or pruned.
 
         Slurm's reply is cached, for longer the older the handle is (at most 15 s); the end of a run is
         visible immediately.

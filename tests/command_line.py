@@ -74,7 +74,7 @@ class Cli:
         return lines[0]
 
     def runs(self) -> list[str]:
-        return sorted(p.name for p in self.workspace.glob("runs/*-*"))
+        return sorted(p.name for p in self.workspace.glob("runs/[!.]*-*"))
 
     def jobs(self) -> list[dict[str, Any]]:
         return json.loads(self("jobs", "--json").stdout)

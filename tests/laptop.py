@@ -82,7 +82,7 @@ class Laptop(Cli):
         return subprocess.Popen(command, cwd=self.cwd, env=self.env, **pipes)
 
     def runs(self) -> list[str]:
-        return sorted(path.name for path in self.there.glob("workspace/runs/*-*"))
+        return sorted(path.name for path in self.there.glob("workspace/runs/[!.]*-*"))
 
     def jobs(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(self.process("jobs", "--json").stdout)

@@ -6,13 +6,14 @@ import io
 import random
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from hpc_imagenet.datastore.file_hash import format_digest, new_digest
 from hpc_imagenet.datastore.index import ENTRY, write_index
-from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
+from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split, load_manifest
 
 
 def file_of(path: Path, relative: str, algorithm: str = "md5") -> File:
@@ -75,3 +76,21 @@ def make_dataset(
     )
     manifest.save(folder)
     return manifest
+
+
+def link_version(dataset: Path, version: Path) -> None:
+    """Make a version of a datastore from a dataset: its files are links, also to archives outside it."""
+    version.mkdir(parents=True)
+    manifest = load_manifest(dataset)
+
+    def link(file: File) -> File:
+        path = (dataset / file.path).resolve()
+        (version / path.name).symlink_to(path)
+        return replace(file, path=path.name)
+
+    replace(
+        manifest,
+        shards=tuple(map(link, manifest.shards)),
+        splits={name: replace(split, index=link(split.index)) for name, split in manifest.splits.items()},
+        files=tuple(map(link, manifest.files)),
+    ).save(version)

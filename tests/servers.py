@@ -150,7 +150,7 @@ def keys_for_ssh(folder: Path, server: str, client: str) -> None:
         f"{server}HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
         "PidFile none\nPasswordAuthentication no\nMaxStartups 100\nMaxSessions 100\n"
         # No shell start-up files: they are slow and may print.
-        f"SetEnv HOME={folder} PATH={folder}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
+        f"SetEnv HOME={folder} PATH={folder}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/bin\n"
     )
     (folder / "ssh_config").write_text(
         f"Host there\n{client} User {getpass.getuser()}\n"

@@ -92,6 +92,12 @@ class Reader:
             self.run_shell(f"python -m hpc_imagenet.demo.digits {folder}")
         return folder
 
+    def make_datastore(self) -> None:
+        """Make the datastore of the digits, unless an earlier command has."""
+        if not (self.cli.workspace / "datastores/digits").exists():
+            for stage in STAGES[:3]:
+                self.cli(f"+stage={stage}", "dataset=digits", "cluster=foreground")
+
     def submit_one_more(self) -> str:
         """Return the id of a new run that does not end at once."""
         words = ["dataset=digits", "cluster=local", f"model={SMALL}", f"seed={1000 + len(self.cli.runs())}"]
@@ -124,7 +130,8 @@ def shortened(words: list[str], reader: Reader) -> list[str]:
     if "," in given.get("seed", ""):
         replaced["seed"] = "0,1"
     if "search" in given:
-        replaced["search.trials"] = "1"
+        replaced |= {"search.trials": "1", "search.parallel": "1"}
+        reader.make_datastore()
     kept = [word for word in words if word.partition("=")[0].lstrip("+") not in replaced]
     return kept + [f"{key}={value}" for key, value in replaced.items()]
 
@@ -219,9 +226,7 @@ def run_report(command: str, reader: Reader) -> None:
 
 def run_session(command: str, reader: Reader) -> None:
     """Start the session and wait for its address; one that is running is left alone."""
-    if not (reader.cli.workspace / "datastores/digits").exists():
-        for stage in STAGES[:3]:
-            reader.cli(f"+stage={stage}", "dataset=digits", "cluster=foreground")
+    reader.make_datastore()
     assert "/lab?token=" in reader.run_shell(f"{command} cluster=local wait=true")
 
 

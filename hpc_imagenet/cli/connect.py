@@ -13,7 +13,8 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.states import state
-from hpc_imagenet.runs.store import RUNNING, Attempt, Run
+from hpc_imagenet.runs.attempt import RUNNING, Attempt
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.session.connection import ConnectionInfo, end_warning, load_connection_info, read_token
 
 _POLL_INTERVAL = 0.5  # s

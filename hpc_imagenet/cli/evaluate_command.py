@@ -13,8 +13,9 @@ from hpc_imagenet.config.schema import Config, Evaluate, StageSelection, cluster
 from hpc_imagenet.datastore.versions import Version, open_version
 from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.io.ownership import foreign_writer
+from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.runs.checkpoints import check_source, find_checkpoint
-from hpc_imagenet.runs.store import FINISHED, Run, RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS, fingerprint
 
 _OWN = ("split", "checkpoint")

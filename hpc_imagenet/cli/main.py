@@ -23,21 +23,19 @@ HELP = f"""hpc_imagenet {__version__}: from the ImageNet archives to a table of 
 
 Submit jobs (returns at once; jobs run in the background):
   python -m hpc_imagenet [+stage=STAGE] [SETTING=VALUE …]     one run; default stage: train
-  python -m hpc_imagenet -m SETTING=A,B [SETTING=VALUE …]     a sweep: one run per combination
+  python -m hpc_imagenet -m SETTING=A,B [SETTING=VALUE …]     a sweep; +search=asha draws from interval(A,B)
 
   stages     download → process → upload → train, or pipeline: all four in this order
-  cluster=   auto (slurm if Slurm replies, else local), local, slurm, foreground
+  cluster=   auto (slurm if Slurm replies, else local), local, slurm, foreground; A,B splits a sweep
   dataset=   imagenet, digits, images or ilsvrc (dataset.name= dataset.source=FOLDER-OR-URL)
   model=     any classification model of torchvision, timm/NAME, or my_package:factory
   recipe=    standard90, fast16 … fast88, modern, finetune, linear_probe, demo
-  +search=asha|median|tpe|halving search.trials=64 search.parallel=16 recipe.learning_rate='interval(0.1,1)'
   seed=0     workspace=FOLDER                  sweep=NAME   for jobs, cancel and retry --sweep NAME
   +stage=session [session.datastore=NAME] [session.gpus=N] [session.time=MINUTES]: Jupyter Lab on a node
   datastore.name=NAME[@vN]    trains on that datastore; with a model and a recipe it needs no dataset
   datastore.url=FOLDER, user@host:/path, s3://bucket/prefix
   wait=true      wait for the jobs, with a live table; exit code 1 if a job failed
-  dry_run=true   print the jobs without submitting them
-  price=true     print time, GPU-hours and cost of the trainings without submitting them
+  dry_run=true   print the jobs instead of submitting them; price=true: their time, GPU-hours and cost
 
 Commands:
   python -m hpc_imagenet jobs [--watch] [--running] [--failed] [--stage S] [--sweep S] [--since 2d] [--json]

@@ -36,7 +36,9 @@ def _report(store: RunStore, options: argparse.Namespace) -> int:
     elif not rows:
         print(f"no trainings in {store.folder}")
     else:
-        terminal().print(leaderboard.render_leaderboard(rows))
+        console = terminal()
+        width = console.width if console.is_terminal else None
+        console.print(leaderboard.render_leaderboard(rows, width))
     say_left_out(store)
     return 0
 

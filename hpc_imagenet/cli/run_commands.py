@@ -19,7 +19,8 @@ from hpc_imagenet.cli.run_selection import (
 )
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.printable import error_line, one_line
-from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, QUEUED
+from hpc_imagenet.runs.store import RunStore
 
 
 def _jobs(store: RunStore, options: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_imagenet.config.schema import STAGES
 from hpc_imagenet.errors import UserError, did_you_mean
-from hpc_imagenet.runs.store import FAILED, QUEUED, RUNNING, Run, RunStore
+from hpc_imagenet.runs.attempt import FAILED, QUEUED, RUNNING
+from hpc_imagenet.runs.store import Run, RunStore
 
 if TYPE_CHECKING:
     from hpc_imagenet.runs.run_records import RecordCache

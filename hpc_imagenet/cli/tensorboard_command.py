@@ -15,6 +15,7 @@ from pathlib import Path
 from hpc_imagenet.cli.command import RUN_NAMES, Command
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.child_environment import environment_without_secrets
 from hpc_imagenet.runs.store import Run, RunStore
 
 _PORT = 6006  # TensorBoard's own
@@ -44,6 +45,7 @@ def _tensorboard(store: RunStore, options: argparse.Namespace) -> int:
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
+                env=environment_without_secrets(),
                 check=False,
             )
         except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.store import CANCELLED, ENDED, FAILED, FINISHED, QUEUED, RUNNING
+from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, QUEUED, RUNNING
 
 _STATES = {
     "PENDING": QUEUED,
@@ -59,7 +59,7 @@ _reply_cache: dict[tuple[str, ...], tuple[float, subprocess.CompletedProcess[str
 class JobStatus:
     """State of a job according to Slurm."""
 
-    state: str  # as in runs/store.py; empty if Slurm did not answer
+    state: str  # as in runs/attempt.py; empty if Slurm did not answer
     reason: str = ""
     restarts: int = 0  # number of requeues
 

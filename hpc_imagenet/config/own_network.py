@@ -265,7 +265,8 @@ def _text(file: Path, setting: str) -> str:
     try:
         if is_installed(file):
             return file.read_text(encoding="utf-8")
-        return read_own(file, file.parent, f"{setting} is not executed").decode()
+        text = read_own(file, file.parent, f"{setting} is not executed").decode()
+        return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads it
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{setting}: {file} cannot be read ({error})") from None
 

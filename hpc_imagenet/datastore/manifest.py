@@ -118,7 +118,7 @@ def parse_manifest(data: bytes, path: Path | str, outside: bool = False) -> Mani
     Args:
         data: contents of the file.
         path: its path or URL, for error messages.
-        outside: whether its files may lie outside its folder, as the archives of a dataset do. A datastore
+        outside: whether its files may be outside its folder, as the archives of a dataset do. A datastore
             may be written by others, and a fetch would write such a file anywhere.
 
     Raises:

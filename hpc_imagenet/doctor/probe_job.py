@@ -19,7 +19,7 @@ from hpc_imagenet.doctor.check_result import Finding, ProbeReport, fail, node_na
 from hpc_imagenet.doctor.cluster_checks import causes, check_sacct
 from hpc_imagenet.doctor.node_checks import check_nodes, explain_no_report
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.store import QUEUED, RUNNING
+from hpc_imagenet.runs.attempt import QUEUED, RUNNING
 
 FILE_DELAY = 15.0  # s after the job's end until all files that nodes wrote must be visible here
 MAX_RUN_TIME = 400.0  # s: the probe's time limit and Slurm's own delays

@@ -17,7 +17,8 @@ from hpc_imagenet.launch.error_logs import ErrorLogs, error_logs
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.remedies import PLACEHOLDER, Failure, remedy_for
 from hpc_imagenet.launch.states import state
-from hpc_imagenet.runs.store import CANCELLED, FAILED, Attempt, Run
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, Attempt
+from hpc_imagenet.runs.store import Run
 
 HOST_MEMORY = "host_memory"
 DEVICE_MEMORY = "device_memory"
@@ -194,7 +195,7 @@ def failure_class(name: str, reason: str) -> str:
     """Return the kind of a failed or cancelled state by its reason alone; empty for other states.
 
     Args:
-        name: the state, as in runs/store.py.
+        name: the state, as in runs/attempt.py.
         reason: its reason.
     """
     if name == CANCELLED:

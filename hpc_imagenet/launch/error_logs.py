@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_imagenet.io.printable import one_line
-from hpc_imagenet.runs.store import Attempt, log_rank
+from hpc_imagenet.runs.attempt import Attempt, log_rank
 
 _MAX_LENGTH = 200  # characters of a line that are quoted
 _MESSAGE = 20  # last lines of a log in which an exception with a message of several lines is looked for

@@ -17,13 +17,15 @@ from typing import Protocol
 from hpc_imagenet import __version__
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.io.atomic_files import read_json
+from hpc_imagenet.io.child_environment import environment_without_secrets
+from hpc_imagenet.runs.attempt import ENDED, FINISHED, Attempt
 from hpc_imagenet.runs.job import Job
-from hpc_imagenet.runs.store import ENDED, FINISHED, Attempt, Run, RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 
 
 @dataclass(frozen=True)
 class State:
-    """A run's state, one of those in runs/store.py, and a one-line reason."""
+    """A run's state, one of those in runs/attempt.py, and a one-line reason."""
 
     name: str
     reason: str = ""
@@ -120,7 +122,10 @@ def code_version() -> dict[str, str]:
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        code["commit"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        env = environment_without_secrets()
+        code["commit"] = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=env
+        ).stdout.strip()
     elif sent := read_json(root / "code.json"):  # sent from another machine (remote/parcels.py)
         code |= {**sent, "folder": str(root)}
         if (root / "difference.patch").exists():

@@ -7,16 +7,19 @@ from hpc_imagenet.launch.foreground_executor import ForegroundExecutor
 from hpc_imagenet.launch.local_executor import LocalExecutor
 from hpc_imagenet.launch.slurm_executor import SlurmExecutor
 from hpc_imagenet.launch.trial_executor import TrialExecutor
-from hpc_imagenet.runs.store import Attempt
+from hpc_imagenet.runs.attempt import Attempt
 
 EXECUTORS: dict[str, Executor] = {
     LocalExecutor.name: LocalExecutor(),
     SlurmExecutor.name: SlurmExecutor(),
     ForegroundExecutor.name: ForegroundExecutor(),
-    TrialExecutor.name: TrialExecutor(),  # not for `cluster.executor`: a search starts trials by itself
 }
+_TRIALS = TrialExecutor()  # no setting selects it: a search starts its trials by itself
 
 
 def executor_of(attempt: Attempt) -> Executor:
     """Return the executor of a submitted attempt; of another version's, which is unknown, foreground."""
-    return EXECUTORS.get(attempt.submitted.get("executor", ""), EXECUTORS[ForegroundExecutor.name])
+    name = attempt.submitted.get("executor", "")
+    if name == _TRIALS.name:
+        return _TRIALS
+    return EXECUTORS.get(name, EXECUTORS[ForegroundExecutor.name])

@@ -18,7 +18,8 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.launch import local_queue, notification, requeue
 from hpc_imagenet.launch.executor import Executor, State, code_version
 from hpc_imagenet.launch.slurm_executor import SlurmExecutor
-from hpc_imagenet.runs.store import CANCELLED, FINISHED, Attempt, Run, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, Attempt
+from hpc_imagenet.runs.store import Run, RunStore
 
 
 class ForegroundExecutor(Executor):

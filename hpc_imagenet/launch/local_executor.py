@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from hpc_imagenet.launch import local_queue
 from hpc_imagenet.launch.executor import Executor, State, code_version
-from hpc_imagenet.runs.store import FINISHED, QUEUED, Attempt, Run, RunStore
+from hpc_imagenet.runs.attempt import FINISHED, QUEUED, Attempt
+from hpc_imagenet.runs.store import Run, RunStore
 
 
 class LocalExecutor(Executor):

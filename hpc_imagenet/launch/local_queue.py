@@ -29,7 +29,8 @@ import psutil
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import write_json, write_json_once
 from hpc_imagenet.launch.executor import State
-from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RUNNING, Attempt, Run, RunStore, read_record
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, QUEUED, RUNNING, Attempt, read_record
+from hpc_imagenet.runs.store import Run, RunStore
 
 NO_OUTCOME = "ended without an outcome (killed, out of memory, or the machine restarted): retry resumes it"
 GRACE = 10.0  # s between SIGTERM and SIGKILL

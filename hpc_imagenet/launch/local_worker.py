@@ -25,7 +25,8 @@ from hpc_imagenet.launch.shared_task import SharedTask
 from hpc_imagenet.launch.start_task import start_command
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.task import Task
-from hpc_imagenet.runs.store import CANCELLED, FAILED, Attempt, Run, RunStore, read_record
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, Attempt, read_record
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import STAGES
 
 TICK = 0.2  # s
@@ -179,8 +180,8 @@ class Worker:
         # Set here, not in update_parameters: submitit's check accepts numbers only, not names such as GPU-….
         executor.parameters["visible_gpus"] = visible = all_gpus if shared else assigned
         executor.parameters["gpus_per_node"] = len(visible)
-        each = tuple((str(run.folder), attempt.number) for run, attempt in attempts)
-        job = executor.submit(SharedTask(each) if together else Task(*each[0]))
+        tasks_of_job = tuple((str(run.folder), attempt.number) for run, attempt in attempts)
+        job = executor.submit(SharedTask(tasks_of_job) if together else Task(*tasks_of_job[0]))
         for _, attempt in attempts:
             local_queue.record_process(attempt, int(job.job_id), job_id=job.job_id, gpus=assigned)
         self.handles.append(job)

@@ -26,8 +26,9 @@ from hpc_imagenet.config.setting import is_variable
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.access import read_private
 from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
+from hpc_imagenet.runs.attempt import FAILED, FINISHED, Attempt
 from hpc_imagenet.runs.job import signature
-from hpc_imagenet.runs.store import FAILED, FINISHED, Attempt, Run, RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 
 _FOLDER = "submissions"
 _MOST_LINES = 20  # of runs in one message

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from hpc_imagenet.runs.store import Attempt, Run, read_record
+from hpc_imagenet.runs.attempt import Attempt, read_record
+from hpc_imagenet.runs.store import Run
 
 PLACEHOLDER = "RUN"
 _MORE_MEMORY = 1.5  # factor

@@ -22,7 +22,8 @@ from hpc_imagenet.errors import EXIT_REQUEUE
 from hpc_imagenet.launch import notification
 from hpc_imagenet.launch.start_task import read_task
 from hpc_imagenet.runs import lease
-from hpc_imagenet.runs.store import FAILED, FINISHED, Attempt, Run, attempt_of, last_lines
+from hpc_imagenet.runs.attempt import FAILED, FINISHED, Attempt, last_lines
+from hpc_imagenet.runs.store import Run, attempt_of
 
 _LINES = 20  # last lines of the error log that are searched for a cause
 

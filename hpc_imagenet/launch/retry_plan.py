@@ -22,7 +22,8 @@ from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.remedies import cluster_setting
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.submission import Submitted, start_attempts
-from hpc_imagenet.runs.store import FINISHED, Run, RunStore
+from hpc_imagenet.runs.attempt import FINISHED
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import STAGES
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.runs.store import Attempt, Run
+from hpc_imagenet.runs.attempt import Attempt
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import STAGES
 
 Item = TypeVar("Item")

@@ -29,7 +29,8 @@ from hpc_imagenet.errors import EXIT_REQUEUE, UserError
 from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.launch import local_queue, notification
 from hpc_imagenet.launch.task import on_slurm
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, Attempt, Run, attempt_of
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, Attempt
+from hpc_imagenet.runs.store import Run, attempt_of
 
 _POLL = 0.2  # s between two looks at the processes
 _OUTCOMES = 1.0  # s between two looks at the outcomes, for a cancellation

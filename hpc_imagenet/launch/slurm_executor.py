@@ -15,8 +15,9 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.container import bound_folders, check_container
 from hpc_imagenet.launch.executor import Executor, State, code_version
 from hpc_imagenet.launch.local_queue import NO_OUTCOME
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, QUEUED, RUNNING, Attempt
 from hpc_imagenet.runs.job import Job
-from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RUNNING, Attempt, Run, RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 
 if TYPE_CHECKING:
     from hpc_imagenet.launch.sbatch import ArrayTask
@@ -39,7 +40,7 @@ class SlurmExecutor(Executor):
 
     def check_settings(self, stage: str, cluster: Cluster) -> None:
         """Raise a UserError for a missing time limit, or options that sbatch does not accept."""
-        from hpc_imagenet.launch.resources import check_resources, tasks_per_node
+        from hpc_imagenet.launch.resource_requests import check_resources, tasks_per_node
         from hpc_imagenet.stages import STAGES
 
         if cluster.time is None:
@@ -65,10 +66,10 @@ class SlurmExecutor(Executor):
         self, store: RunStore, attempts: Sequence[tuple[Run, Attempt]], state_of: Mapping[str, State]
     ) -> None:
         """Submit attempts as jobs and job arrays."""
-        from hpc_imagenet.launch import sbatch
+        from hpc_imagenet.launch.array_submission import submit_attempts
 
         active = {run_id for run_id, state in state_of.items() if state.active}
-        sbatch.submit_attempts(store, attempts, active, code_version())
+        submit_attempts(store, attempts, active, code_version())
 
     def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:
         """Return the states of attempts with one query to Slurm."""

@@ -132,7 +132,7 @@ def capacity_script(cluster: Cluster, runs: int) -> str:
 
     Memory is requested per CPU, and GPUs per task: the only form that does not depend on the nodes.
     """
-    from hpc_imagenet.launch.resources import tasks_per_node
+    from hpc_imagenet.launch.resource_requests import tasks_per_node
     from hpc_imagenet.launch.sbatch import extra_sbatch_options
 
     tasks, cpus = tasks_per_node(cluster, distributed=True), cluster.cpus_per_task or 1

@@ -13,7 +13,8 @@ from pathlib import Path
 from hpc_imagenet.launch import local_queue
 from hpc_imagenet.launch.executor import Executor, State
 from hpc_imagenet.launch.executors import executor_of
-from hpc_imagenet.runs.store import FAILED, QUEUED, RUNNING, Attempt, Outcome, Run
+from hpc_imagenet.runs.attempt import FAILED, QUEUED, RUNNING, Attempt, Outcome
+from hpc_imagenet.runs.store import Run
 
 _SUBMITTING = 60.0  # s that a submission may take
 _CLOCK_AHEAD = 3600.0  # s by which the clock of another machine or of a file server may be ahead

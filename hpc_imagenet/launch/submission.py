@@ -20,8 +20,9 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.launch.warm_start import keep_weights
+from hpc_imagenet.runs.attempt import CANCELLED, FINISHED
 from hpc_imagenet.runs.job import Job
-from hpc_imagenet.runs.store import CANCELLED, FINISHED, Run, RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import STAGES
 
 

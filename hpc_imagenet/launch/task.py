@@ -29,7 +29,8 @@ from hpc_imagenet.io.printable import error_line
 from hpc_imagenet.launch import local_queue
 from hpc_imagenet.launch.usage_recorder import UsageRecorder
 from hpc_imagenet.runs import lease
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, Attempt, Run
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, Attempt
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages import STAGES
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from hpc_imagenet.launch.executor import Executor, State
 from hpc_imagenet.runs import lease
-from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RUNNING, Attempt, Run, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, QUEUED, RUNNING, Attempt
+from hpc_imagenet.runs.store import Run, RunStore
 
 
 class TrialExecutor(Executor):

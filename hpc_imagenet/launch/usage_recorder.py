@@ -17,8 +17,9 @@ import psutil
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.cluster.gpu_meter import GpuMeter, open_meter
 from hpc_imagenet.io.atomic_files import write_json
+from hpc_imagenet.io.ownership import make_own_folder
+from hpc_imagenet.runs.attempt import Attempt
 from hpc_imagenet.runs.lease import restart_count
-from hpc_imagenet.runs.store import Attempt
 from hpc_imagenet.runs.usage_records import usage_path
 
 _SAMPLE = 5.0  # s between two samples
@@ -93,7 +94,7 @@ class UsageRecorder:
         with contextlib.suppress(
             OSError
         ):  # a full disk, or a folder that was deleted: the stage reports that
-            self._path.parent.mkdir(exist_ok=True)
+            make_own_folder(self._path.parent)
             write_json(self._path, record)
 
 

@@ -18,8 +18,9 @@ from hpc_imagenet.launch import notification
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
 from hpc_imagenet.launch.states import states
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED
 from hpc_imagenet.runs.job import Job
-from hpc_imagenet.runs.store import CANCELLED, FAILED, Run, RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import STAGES
 
 

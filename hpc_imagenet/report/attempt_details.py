@@ -11,7 +11,8 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.report.attempt_times import intervals, nodes_of, starts_of
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.resources import describe_resources, resources_of, slurm_usage
-from hpc_imagenet.runs.store import ENDED, FAILED, RUNNING, Attempt, Run
+from hpc_imagenet.runs.attempt import ENDED, FAILED, RUNNING, Attempt
+from hpc_imagenet.runs.store import Run
 
 
 def attempt_details(run: Run, row: dict[str, Any]) -> list[dict[str, Any]]:

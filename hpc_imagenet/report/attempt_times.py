@@ -9,7 +9,8 @@ from typing import Any
 
 from hpc_imagenet.config.schema import cluster_from
 from hpc_imagenet.report.durations import instant
-from hpc_imagenet.runs.store import QUEUED, RUNNING, Attempt, Run, read_record
+from hpc_imagenet.runs.attempt import QUEUED, RUNNING, Attempt, read_record
+from hpc_imagenet.runs.store import Run
 
 REQUEUED = "requeued"  # in the queue again, after it has run
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
+from hpc_imagenet.launch.shared_jobs import group_by_loader
 from hpc_imagenet.launch.submission import Submitted, plan_actions
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import RunStore
@@ -26,6 +27,9 @@ def print_dry_run(plan: Sequence[Job], store: RunStore, executor: str, state_of:
             print(f"  after    {' '.join(needs)}")
         print(f"  command  {sys.executable} -u -m hpc_imagenet.launch.task {run.folder} {number}")
         jobs.append((job, needs))
+    for group in group_by_loader(jobs, lambda item: (item[0].config, item[1])):
+        if len(group) > 1:
+            print(f"\none job with one loader: {' '.join(job.run_id for job, _ in group)}")
     for line in EXECUTORS[executor].preview(store, jobs):
         print(line)
     print("\nnothing was submitted (dry_run=true)")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.store import FINISHED, RunStore
+from hpc_imagenet.runs.attempt import FINISHED
+from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.stages.evaluate_stage import fingerprint
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.report.jobs_table import COLOURS, Line, table_lines
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, PRUNED, QUEUED, RUNNING
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, PRUNED, QUEUED, RUNNING
 
 _INTERVAL = 2.0  # s between two readings of the runs
 _SHARE = 0.1  # of the time that reading may take: 10,000 runs are read less often

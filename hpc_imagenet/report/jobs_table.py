@@ -19,8 +19,9 @@ from hpc_imagenet.launch.waiting import WaitingRuns
 from hpc_imagenet.report.durations import instant, seconds_between, span
 from hpc_imagenet.report.run_summary import best_top1, describe, seconds_left
 from hpc_imagenet.report.terminal_text import columns, fit
+from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, QUEUED, RUNNING
 from hpc_imagenet.runs.run_records import RecordCache, RunRecord, read_run
-from hpc_imagenet.runs.store import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, QUEUED, RUNNING, Run, RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 
 COLOURS = {QUEUED: "yellow", RUNNING: "cyan", FINISHED: "green", FAILED: "red", CANCELLED: "magenta"}
 COLOURS[PRUNED] = "blue"

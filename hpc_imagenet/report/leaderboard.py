@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.report.published import PublishedAccuracy, published_for
 from hpc_imagenet.report.resources import energies_of
+from hpc_imagenet.report.terminal_text import columns
 from hpc_imagenet.runs.store import Run
 
 # Columns of --csv and --markdown: key of a row, heading of the Markdown table.
@@ -99,43 +100,33 @@ def leaderboard_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
     return [each.row for entry in _entries(runs) for each in (entry, *entry.evaluations)]
 
 
-def render_leaderboard(table: Iterable[dict[str, Any]]) -> Table:
-    """Return the leaderboard as a table for a terminal."""
+def render_leaderboard(table: Iterable[dict[str, Any]], width: int | None = None) -> Table:
+    """Return the leaderboard as a table for a terminal.
+
+    Args:
+        table: result of `leaderboard_rows`.
+        width: columns of the terminal; less important columns are left out until it fits. None: all.
+    """
     rows = list(table)
-    with_published = any(row["published_top1"] is not None for row in rows)
-    with_gpus, with_energy = any(row["gpu_hours"] for row in rows), any(row["kwh"] for row in rows)
+    cells = {name: [cell(row) for row in rows] for name, cell in _TERMINAL.items()}
     runs = {row["run"] for row in rows}
+    cells["model"] = [_name(row, runs) for row in rows]
+    for name in ("published %", "GPU-hours", "kWh"):
+        if not any(cells[name]):
+            del cells[name]
+    widths = {name: max(map(columns, (name, *texts))) + 2 for name, texts in cells.items()}
+    for name in ("run folder", *_LEFT_OUT):
+        if width is not None and name in cells and sum(widths[each] for each in cells) - 2 > width:
+            del cells[name]
+            if name == "run folder":
+                cells["run"], widths["run"] = [one_line(row["run"])[:8] for row in rows], 10
     rendered = Table(box=None, pad_edge=False, header_style="bold")
-    rendered.add_column("model", no_wrap=True)
-    rendered.add_column("datastore", no_wrap=True)
-    for name in (
-        "seed",
-        "top-1 %",
-        *(("published %",) if with_published else ()),
-        "top-5 %",
-        "images/s",
-        "time",
-        *(("GPU-hours",) if with_gpus else ()),
-        *(("kWh",) if with_energy else ()),
-    ):
-        rendered.add_column(name, justify="right", no_wrap=True)
-    rendered.add_column("state", no_wrap=True)
-    rendered.add_column("run folder", overflow="fold")
-    for row in rows:
-        rendered.add_row(
-            escape(_name(row, runs)),
-            escape(one_line(row["datastore"] or "")),
-            "" if row["seed"] is None else escape(one_line(row["seed"])),
-            _percent(row["top1"]),
-            *((_published(row),) if with_published else ()),
-            _percent(row["top5"]),
-            "" if row["images_per_second"] is None else f"{row['images_per_second']:,.0f}",
-            clock(row["training_seconds"]),
-            *((_amount(row["gpu_hours"] or None),) if with_gpus else ()),
-            *((_amount(row["kwh"]),) if with_energy else ()),
-            row["state"] if row["learned"] in (True, None) else f"{row['state']}, at chance",
-            escape(one_line(row["dir"])),
-        )
+    for name in cells:
+        is_text = name in ("model", "datastore", "state", "run", "run folder")
+        rendered.add_column(name, justify="left" if is_text else "right", no_wrap=name != "run folder")
+    rendered.columns[-1].overflow = "fold"
+    for row in zip(*cells.values(), strict=True):
+        rendered.add_row(*map(escape, row))
     return rendered
 
 
@@ -220,6 +211,10 @@ def _amount(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _state(row: dict[str, Any]) -> str:
+    return str(row["state"]) if row["learned"] in (True, None) else f"{row['state']}, at chance"
+
+
 def _percent(accuracy: float | None) -> str:
     return "" if accuracy is None else f"{100 * accuracy:.2f}"
 
@@ -245,3 +240,21 @@ def _markdown_cell(key: str, value: Any) -> str:
     for character, instead in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("[", "\\[")):
         text = text.replace(character, instead)
     return text
+
+
+# Columns in a terminal, and the order in which they are left out of a narrow one.
+_TERMINAL: dict[str, Callable[[dict[str, Any]], str]] = {
+    "model": lambda row: one_line(row["model"]),
+    "datastore": lambda row: one_line(row["datastore"] or ""),
+    "seed": lambda row: "" if row["seed"] is None else one_line(row["seed"]),
+    "top-1 %": lambda row: _percent(row["top1"]),
+    "published %": _published,
+    "top-5 %": lambda row: _percent(row["top5"]),
+    "images/s": lambda row: "" if row["images_per_second"] is None else f"{row['images_per_second']:,.0f}",
+    "time": lambda row: clock(row["training_seconds"]),
+    "GPU-hours": lambda row: _amount(row["gpu_hours"] or None),
+    "kWh": lambda row: _amount(row["kwh"]),
+    "state": _state,
+    "run folder": lambda row: one_line(row["dir"]),
+}
+_LEFT_OUT = ("images/s", "top-5 %", "time", "datastore", "seed", "published %", "kWh", "GPU-hours")

@@ -19,7 +19,8 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.printable import one_line, printable
 from hpc_imagenet.launch.diagnosis import diagnose
 from hpc_imagenet.launch.states import state
-from hpc_imagenet.runs.store import FINISHED, Attempt, Run, log_rank
+from hpc_imagenet.runs.attempt import FINISHED, Attempt, log_rank
+from hpc_imagenet.runs.store import Run
 
 _POLL_INTERVAL = 0.3  # s
 _BLOCK = 1 << 20  # bytes read at a time
@@ -102,6 +103,8 @@ def _print_end(run: Run, earlier: Attempt | None, has_output: bool) -> None:
     shown = earlier or run.attempt
     outcome = shown.outcome if shown else None
     advice = found.command if found else ((outcome and outcome.result) or {}).get("advice")
+    if final.waiting:
+        advice = f"retry {run.id} submits it when other jobs have ended"
     if advice:
         print(one_line(advice), file=sys.stderr)
 

@@ -18,7 +18,8 @@ from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.slurm_executor import SlurmExecutor
 from hpc_imagenet.report.attempt_times import intervals, running_hours, seconds_since_1970
 from hpc_imagenet.report.durations import clock
-from hpc_imagenet.runs.store import Attempt, Run, read_record
+from hpc_imagenet.runs.attempt import Attempt, read_record
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.runs.usage_records import read_usage
 
 ACCOUNTING_FILE = "accounting.json"

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from hpc_imagenet.launch.diagnosis import failure_words
 from hpc_imagenet.report.durations import clock, span
-from hpc_imagenet.runs.store import FINISHED, QUEUED, RUNNING
+from hpc_imagenet.runs.attempt import FINISHED, QUEUED, RUNNING
 
 _SHORT = {"images": "img", "bytes": "B"}  # units
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
@@ -89,6 +89,8 @@ def summary(stage: str | None, result: dict[str, Any]) -> str:
         parts = [*(["at chance"] if result.get("learned") is False else []), *parts, *skipped]
     elif stage == "search":
         parts = [count("trials", "trials"), f"best {result['trial']}" if result.get("trial") else ""]
+    elif stage == "price":
+        parts = [f"{count('images_per_second', 'img')}/s"]
     elif stage == "session":
         parts = [str(result.get("ended") or ""), count("minutes", "minutes")]
     else:

@@ -90,9 +90,10 @@ def is_holder(run_folder: Path, attempt: int) -> bool:
 def _holder(path: Path) -> dict[str, Any]:
     """Return the content of a lease file; empty if there is none, or if a power failure left half of it."""
     try:
-        holder = read_json(path)
+        holder: Any = read_json(path)
     except ValueError:
         return {}
     types = {"attempt": int, "restarts": int, "host": str, "token": str}
-    valid = isinstance(holder, dict) and all(isinstance(holder.get(key), types[key]) for key in types)
-    return holder if valid else {}
+    if not isinstance(holder, dict):
+        return {}
+    return holder if all(isinstance(holder.get(key), types[key]) for key in types) else {}

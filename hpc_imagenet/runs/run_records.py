@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
-from hpc_imagenet.runs.store import Outcome, Run, RunStore
+from hpc_imagenet.runs.attempt import Outcome
+from hpc_imagenet.runs.store import Run, RunStore
 
 CACHE_FILE = "ended.cache"
 _VERSION = 2  # raised when `RunRecord` or the keys that it keeps change

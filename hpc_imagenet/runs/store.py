@@ -12,20 +12,14 @@
 The folder of a run can be written by its owner alone, whatever the umask allows: a job executes its frozen
 config. In a group's workspace the others read it. `.user-<uid>/` holds what belongs to one user: the local
 queue, folders of job arrays, submissions, a cache.
-
-An attempt is claimed by creating its folder and ends with its outcome, which is written once: the first
-writer wins. For an attempt without an outcome, launch/states.py queries Slurm or the local worker.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,160 +27,12 @@ import yaml
 
 from hpc_imagenet.config.schema import Cluster, Config, cluster_from, from_dict
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.atomic_files import atomic_write, read_json, write_json, write_json_once
+from hpc_imagenet.io.atomic_files import atomic_write, write_json
 from hpc_imagenet.io.ownership import is_own, make_own_folder, owner_name, read_own
-from hpc_imagenet.runs.lease import Lease, restart_count
+from hpc_imagenet.runs.attempt import Attempt, now, read_record
+from hpc_imagenet.runs.lease import Lease
 
-QUEUED, RUNNING, FINISHED, FAILED, CANCELLED = "queued", "running", "finished", "failed", "cancelled"
-PRUNED = "pruned"  # stopped by a search with its work saved; submitted again, it is trained to its end
-ENDED = (FINISHED, FAILED, CANCELLED, PRUNED)
 FORMAT = 2  # of a run folder; raised when names of its files, of their keys or of pickled classes change
-_TAIL_BYTES = 1 << 16
-_SLURM_PREFIXES = ("srun: ", "slurmstepd: ", "submitit ERROR")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of an attempt."""
-
-    state: str  # one of ENDED
-    reason: str = ""  # one line: why it failed or was cancelled
-    result: dict[str, Any] | None = None  # return value of the stage, such as top1 (0 to 1)
-    time: str = ""  # ISO 8601, UTC
-
-
-_OUTCOME_KEYS = tuple(field.name for field in fields(Outcome))
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt of a run, in `attempts/<number>/`."""
-
-    folder: Path
-
-    @property
-    def number(self) -> int:
-        """The attempt's number, from 1."""
-        return int(self.folder.name)
-
-    @property
-    def submitted(self) -> dict[str, Any]:
-        """The content of submitted.json; empty until it is submitted.
-
-        Keys: executor, job_id, logs, host, code, shares_with (ids of the runs that share its loader).
-        """
-        return read_record(self.folder / "submitted.json")
-
-    @property
-    def waiting(self) -> str:
-        """Why it is not submitted yet: a limit of submitted jobs; empty if it does not wait for one."""
-        return str(read_record(self.folder / "waiting.json").get("reason", ""))
-
-    def wait(self, reason: str) -> None:
-        """Record that the executor takes no more jobs for now."""
-        write_json(self.folder / "waiting.json", {"reason": reason, "time": now()})
-
-    def end_waiting(self) -> bool:
-        """Claim a waiting attempt, to submit or to cancel it; False if another process has claimed it."""
-        try:
-            (self.folder / "waiting.json").unlink()
-        except FileNotFoundError:
-            return False
-        return True
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """The outcome, or None while it has not ended."""
-        return outcome_from(self.folder / "outcome.json")
-
-    def submit(self, executor: str, **details: Any) -> None:
-        """Record the executor of this attempt in submitted.json, with `details`."""
-        write_json(self.folder / "submitted.json", {"executor": executor, "time": now(), **details})
-
-    def start(self, **details: Any) -> None:
-        """Record the start of the job on a node in started.json; a requeued job records it again."""
-        previous = self.started
-        earlier = previous.get("earlier", [])
-        if previous:  # requeued: the last progress is the best record of when the previous start stopped
-            stopped = read_record(self.folder.parents[1] / "progress.json").get("time")
-            start = {key: previous.get(key) for key in ("time", "host")}
-            earlier = [*earlier, {**start, "stopped": stopped}]
-        start = {"time": now(), "host": socket.gethostname(), "restarts": restart_count(), **details}
-        write_json(self.folder / "started.json", start | ({"earlier": earlier} if earlier else {}))
-
-    @property
-    def started(self) -> dict[str, Any]:
-        """The content of started.json: time, host, nodes, restarts, earlier (starts). Empty at first."""
-        return read_record(self.folder / "started.json")
-
-    def end(self, state: str, reason: str = "", result: dict[str, Any] | None = None) -> bool:
-        """Write the outcome; False if the attempt already has one, which is kept."""
-        outcome = Outcome(state, reason, result, now())
-        return write_json_once(self.folder / "outcome.json", asdict(outcome))
-
-    def logs(self) -> list[Path]:
-        """Return the existing log files: stdout and stderr of every task, rank 0 first."""
-        submitted = self.submitted
-        folder = Path(submitted.get("logs", self.folder))
-        job = submitted.get("job_id") or read_record(self.folder / "process.json").get("job_id", "*")
-        found = [path for end in ("out", "err") for path in folder.glob(f"{job}_*log.{end}")]
-        return sorted(found, key=lambda path: (log_rank(path), path.suffix == ".err", path.name))
-
-    def error_tails(self) -> Iterator[list[str]]:
-        """Yield the last lines of each task's stderr, rank 0 first."""
-        for log in self.logs():
-            if log.suffix == ".err":
-                yield last_lines(log)
-
-    def last_error_line(self) -> str:
-        """Return the last line of the first stderr that ends with an error, or an empty string."""
-        for tail in self.error_tails():
-            # The last lines of srun and Slurm only report that the task has ended, not why.
-            lines = [line.strip() for line in tail if not line.startswith(_SLURM_PREFIXES)]
-            if lines and any(word in lines[-1] for word in ("Error", "Exception", "error:")):
-                return lines[-1].removeprefix("error: ")
-        return ""
-
-
-def last_lines(log: Path) -> list[str]:
-    """Return the last lines of a log."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-        text = file.read()
-    return text.decode(errors="replace").strip().splitlines()
-
-
-def log_rank(path: Path) -> int:
-    """Return the rank whose output a log file holds, `<job>_<rank>_log.out` or `.err`."""
-    rank = path.name.rpartition("_log.")[0].rpartition("_")[2]
-    return int(rank) if rank.isdigit() else 0
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; empty if there is none, or if it is damaged.
-
-    Records are written whole, but a copy of a workspace, or a power failure, can leave half of one.
-    """
-    with contextlib.suppress(ValueError, NotADirectoryError):
-        value = read_json(path)
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
-def outcome_from(path: Path) -> Outcome | None:
-    """Return the outcome in `path`, or None if there is none. A damaged one is a failure, never a success."""
-    try:
-        raw = read_json(path)
-    except ValueError:
-        raw = {}
-    if raw is None:
-        return None
-    known = {key: raw[key] for key in _OUTCOME_KEYS if key in raw} if isinstance(raw, dict) else {}
-    if known.get("state") not in ENDED:
-        return Outcome(FAILED, f"{path.name} of this attempt is damaged: retry resumes it")
-    if not isinstance(known.get("result"), dict):
-        known["result"] = None
-    return Outcome(**{**known, "reason": str(known.get("reason") or "")})
 
 
 Judge = Callable[[int, float], bool]
@@ -516,11 +362,6 @@ class RunStore:
         kept = {key: value for key, value in run.info.items() if key in ("created", "sweeps")}
         write_json(run.folder / "run.json", {"format": FORMAT, **info, "created": now(), **kept})
         return run
-
-
-def now() -> str:
-    """Return the time as ISO 8601 in UTC, to the millisecond."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 # The C versions are several times faster; a sweep freezes a hundred configs.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.runs.store import Attempt, read_record
+from hpc_imagenet.runs.attempt import Attempt, read_record
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpc_imagenet.config.search import REDUCTION
-from hpc_imagenet.runs.store import FINISHED
+from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.search.study_files import TrialRecord
 
 

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
-from hpc_imagenet.runs.store import FAILED, FINISHED, PRUNED, RunStore, read_record
+from hpc_imagenet.runs.attempt import FAILED, FINISHED, PRUNED, read_record
+from hpc_imagenet.runs.store import RunStore
 
 RUNNING, SKIPPED = "running", "skipped"
 ENDED = (FINISHED, PRUNED, FAILED, SKIPPED)
@@ -113,8 +114,12 @@ class StudyFiles:
         found = []
         for path in (self.folder / "trials").glob("*.json"):
             raw = read_record(path)
-            if "trial" in raw:
-                found.append(TrialRecord(**{key: raw[key] for key in _KEYS if key in raw}))
+            if not isinstance(raw.get("trial"), int):  # damaged
+                continue
+            record = TrialRecord(**{key: raw[key] for key in _KEYS if key in raw})
+            record.values, record.accuracies = _mapping(record.values), _mapping(record.accuracies)
+            record.top1 = record.top1 if isinstance(record.top1, (int, float)) else None
+            found.append(record)
         return sorted(found, key=lambda record: (record.trial, record.rung))
 
     def record(self, trial: int, rung: int) -> TrialRecord | None:
@@ -154,6 +159,10 @@ class StudyFiles:
     def write_importance(self, importance: dict[str, float]) -> None:
         """Write the importance of the settings."""
         write_json(self.folder / "importance.json", importance)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def studies(store: RunStore) -> Iterator[StudyFiles]:

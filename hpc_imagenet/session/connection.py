@@ -15,7 +15,7 @@ from typing import Any
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write, read_json, write_json
-from hpc_imagenet.runs.store import Attempt
+from hpc_imagenet.runs.attempt import Attempt
 
 TOKEN = "token"  # file name in the run folder
 WARNING = 600.0  # time before a session's end at which users are warned, s

@@ -47,7 +47,9 @@ class PriceStage(Stage):
         return config.model.name
 
     def check_settings(self, config: Config, cluster: Cluster) -> None:
-        """Raise for what a training with these settings would be refused for."""
+        """Raise for what a training with these settings would be refused for, and for several tasks."""
+        if cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1) > 1:
+            raise UserError("cluster.stage.price has several tasks: a price job is one task on one GPU")
         TRAIN.check_settings(config, cluster)
 
     def check_input(self, config: Config, cluster: Cluster, planned: bool) -> None:

@@ -35,7 +35,8 @@ from hpc_imagenet.datastore.index import Index, write_index
 from hpc_imagenet.datastore.manifest import FILE, ClassNames, File, Manifest, Split
 from hpc_imagenet.io import disk
 from hpc_imagenet.io.atomic_files import atomic_write
-from hpc_imagenet.runs.store import Progress, Run, now
+from hpc_imagenet.runs.attempt import now
+from hpc_imagenet.runs.store import Progress, Run
 
 
 @dataclass(frozen=True)

@@ -7,37 +7,22 @@ requeued goes on with its trial from the checkpoint; if it has ended for good, a
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
-import os
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.config.search_space import text_of, trial_config
-from hpc_imagenet.errors import PeerLost, Preempted, Superseded, UserError
-from hpc_imagenet.io.atomic_files import is_disk_full, read_json, write_json
+from hpc_imagenet.errors import PeerLost, UserError
+from hpc_imagenet.io.atomic_files import read_json, write_json
 from hpc_imagenet.runs import lease
-from hpc_imagenet.runs.store import (
-    CANCELLED,
-    ENDED,
-    FAILED,
-    FINISHED,
-    PRUNED,
-    Attempt,
-    Outcome,
-    Progress,
-    Run,
-    RunStore,
-)
+from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, Attempt, Outcome
+from hpc_imagenet.runs.store import Progress, Run, RunStore
 from hpc_imagenet.search.rungs import promotable
 from hpc_imagenet.search.study_files import (
     MOST_OWNERS,
@@ -48,6 +33,7 @@ from hpc_imagenet.search.study_files import (
     best,
 )
 from hpc_imagenet.stages.train_stage import TRAIN
+from hpc_imagenet.stages.trial import output_to, run_trial
 
 EXECUTOR = "search"  # in submitted.json of a trial's attempt
 _POLL = 0.5  # s between two looks of the other ranks for the next trial
@@ -271,8 +257,8 @@ class SearchWorker:
         job = str(self._attempt.submitted.get("job_id") or "search").replace("/", "-")
         place = replace(self.dist_env, port=10_000 + (self.dist_env.port + _PORTS * (index + 1)) % 20_000)
         place = place if self.dist_env.size > 1 else self.dist_env
-        with _output_to(attempt.folder / f"{job}_{self.dist_env.rank}_log"):
-            outcome, usable = _run_trial(config, trial, attempt, place)
+        with output_to(attempt.folder / f"{job}_{self.dist_env.rank}_log"):
+            outcome, usable = run_trial(config, trial, attempt, place)
         if rank_zero:
             record.hours = before + self._hours(began)
             self._finish(trial, attempt, config, record, outcome)
@@ -367,51 +353,6 @@ class SearchWorker:
             )
         found = {"trials": self._count, "study": self._files.name}
         return found if top is None else {**found, "top1": top.top1, "trial": top.run}
-
-
-def _run_trial(config: Config, trial: Run, attempt: Attempt, dist_env: DistEnv) -> tuple[Outcome, bool]:
-    """Train; what stops the worker as well is raised.
-
-    Returns:
-        How it ended, and whether this process can train another one: not after an error of CUDA.
-    """
-    try:
-        return Outcome(FINISHED, result=TRAIN.run(config, trial, dist_env)), True
-    except (Preempted, PeerLost):
-        raise
-    except Superseded:
-        if attempt.outcome is None:  # not cancelled: another process has the trial
-            raise
-        print("this trial was cancelled", file=sys.stderr, flush=True)
-        return attempt.outcome, True
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return Outcome(FAILED, str(error)), True
-    except Exception as error:
-        if is_disk_full(error):
-            raise  # the next trial would fail as well
-        traceback.print_exc()
-        return Outcome(FAILED, traceback.format_exception_only(type(error), error)[-1].strip()), False
-
-
-@contextlib.contextmanager
-def _output_to(stem: Path) -> Iterator[None]:
-    """Append stdout and stderr of this process, also of its libraries, to `<stem>.out` and `<stem>.err`."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = {number: os.dup(number) for number in (1, 2)}
-    try:
-        for number, end in ((1, "out"), (2, "err")):
-            log = os.open(f"{stem}.{end}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            os.dup2(log, number)
-            os.close(log)
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, before in saved.items():
-            os.dup2(before, number)
-            os.close(before)
 
 
 def _number(record: TrialRecord) -> int:

@@ -20,8 +20,8 @@ from hpc_imagenet.datastore import hardlink_check, versions
 from hpc_imagenet.datastore.backends import storage_backend
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, Split, load_manifest
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs import store
-from hpc_imagenet.runs.store import Run
+from hpc_imagenet.runs.attempt import now
+from hpc_imagenet.runs.store import Progress, Run
 
 
 def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
@@ -40,10 +40,10 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         return {}
     source = Path(config.workspace) / "datasets" / config.dataset.name
     manifest, manifest_time = _load_dataset(source, config)
-    progress = store.Progress(run)
+    progress = Progress(run)
     backend = versions.open_backend(config.datastore.url, config.upload.connections)
     with storage_backend.explain_os_errors("datastore.url", backend.url):
-        owner = {"run": run.id, "host": socket.gethostname(), "time": store.now()}
+        owner = {"run": run.id, "host": socket.gethostname(), "time": now()}
         claim = versions.claim_version(backend, config.datastore, manifest.content, owner)
         stats, part = storage_backend.UploadStats(), config.stage.part
         if not claim.complete:
@@ -92,7 +92,7 @@ def _upload(
     manifest_time: float,
     config: Config,
     run: Run,
-    progress: store.Progress,
+    progress: Progress,
 ) -> storage_backend.UploadStats:
     """Upload all files, or those of one part; without parts also commit the version."""
     if claim.complete:  # by the previous holder of the lock
@@ -119,7 +119,7 @@ def _upload(
         return stats
     details: dict[str, Any] = {
         "version": claim.number,
-        "time": store.now(),
+        "time": now(),
         "run": run.id,
         "dataset": config.dataset.name,
         "package": __version__,
@@ -132,7 +132,7 @@ def _upload(
         dataclasses.replace(
             target,
             name=claim.name,
-            created=store.now(),
+            created=now(),
             provenance={**manifest.provenance, "upload": details},
         )
     )

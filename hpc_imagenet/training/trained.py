@@ -101,7 +101,7 @@ def training_config(checkpoint: Checkpoint) -> Config:
     run = Run(checkpoint.path.absolute().parents[1])  # written by an old version
     try:
         return run.config()
-    except OSError:
+    except (OSError, UserError):
         raise UserError(
             f"{checkpoint.path} has no config and is not in the folder of its run: move it back to "
             "RUN/checkpoints/"

@@ -14,6 +14,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import loader
 from limited import run_limited
 
+pytestmark = pytest.mark.slow
+
 # A child in a session of its own, which holds the output open, and a parent that waits for it forever.
 HANGING = """
 import subprocess, sys, time

@@ -49,7 +49,7 @@ def test_an_evaluation_is_a_run_on_the_leaderboard(trained: Cli) -> None:
         "test",
     )
     assert {row["training"] for row in rows} == {None, training["run"]}
-    assert "squeezenet1_1 (evaluation on test)" in trained("report").stdout
+    assert "\n  evaluation on test" in trained("report").stdout  # below its training
     assert "already finished" in trained.process("evaluate", training["run"], "cluster=foreground").stdout
 
 

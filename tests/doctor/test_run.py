@@ -110,7 +110,8 @@ def test_healthy_cluster_leaves_no_files(stub: StubSlurm) -> None:
 
 @pytest.mark.slow
 def test_failed_check_keeps_logs(stub: StubSlurm) -> None:
-    lines = stub.doctor("cluster.cpus_per_task=4096", ONE_PROBE, "cluster.scratch=/no/where", code=1)
+    settings = ["cluster.cpus_per_task=4096", "cluster.scratch=/no/where", "cluster.setup=['echo began >&2']"]
+    lines = stub.doctor(*settings, ONE_PROBE, code=1)
     failed = {check for (_, check), line in lines.items() if line["status"] == FAIL}
     assert failed == {"cores", "scratch"}
     assert list(stub.left[0].glob("train/1_0_log.err"))

@@ -43,8 +43,9 @@ from hpc_imagenet.io.tar_header import BLOCK, CHECKSUM, ZERO_BLOCK, member_size
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.report import jobs_table
 from hpc_imagenet.runs import lease
+from hpc_imagenet.runs.attempt import RUNNING, outcome_from, read_record
 from hpc_imagenet.runs.run_records import RecordCache
-from hpc_imagenet.runs.store import RUNNING, Run, RunStore, outcome_from, read_record
+from hpc_imagenet.runs.store import Run, RunStore
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 

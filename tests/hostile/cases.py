@@ -1,7 +1,7 @@
 """Hostile inputs: what each is, how it is given to the package, and the one line that is expected.
 
 A case runs the package on its input and returns what was accepted, in a few words. A refusal is the
-`UserError` that it raises. Any other exception, and anything left behind that looks whole, is a failure of the case.
+`UserError` that it raises. Any other exception, and anything left behind that looks whole, fails the case.
 """
 
 from __future__ import annotations

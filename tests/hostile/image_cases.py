@@ -50,7 +50,7 @@ def jpeg_cuts() -> Iterator[tuple[str, bytes]]:
     """Yield the JPEG cut before each of its markers, and inside its scan."""
     for marker, begin, end in jpeg_header.segments(_JPEG):
         yield f"JPEG cut before marker {marker:02X} at byte {begin}", _JPEG[:begin]
-        yield f"JPEG cut inside marker {marker:02X}", _JPEG[: (begin + end) // 2]
+        yield f"JPEG cut inside marker {marker:02X} at byte {(begin + end) // 2}", _JPEG[: (begin + end) // 2]
     yield "JPEG cut inside its scan", _JPEG[: len(_JPEG) * 3 // 4]
 
 

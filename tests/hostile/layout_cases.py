@@ -193,7 +193,7 @@ _INPUTS: list[tuple[str, Callable[[Path], str], str]] = [
         run(
             [AB],
             then=lambda root: [
-                os.makedirs(os.fsencode(root / split) + b"/\xff")
+                (root / split / os.fsdecode(b"\xff")).mkdir(parents=True)
                 or (root / split / os.fsdecode(b"\xff") / "1.jpg").write_bytes(b"x")
                 for split in ("train", "val")
             ],

@@ -107,12 +107,14 @@ def test_folder_of_a_killed_transfer_is_removed_by_the_next_one(tmp_path: Path, 
     (tmp_path / "node").mkdir()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/rsync").write_text("#!/bin/sh\nkill -9 $PPID\n")
-    (tmp_path / "bin/rsync").chmod(0o755)
+    (tmp_path / "bin/ssh").write_text("#!/bin/sh\nprintf reply-of-hpc_imagenet:\n")  # and does nothing
+    for program in ("rsync", "ssh"):
+        (tmp_path / "bin" / program).chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TMPDIR": f"{tmp_path}/node"}
     left = []
     for _ in range(2):
         command = [sys.executable, "-c", REMOTE + act, tmp_path / "datasets/digits"]
-        done = subprocess.run(command, env={**env, "RSYNC_RSH": "true"}, check=False)
+        done = subprocess.run(command, env={**env, "RSYNC_RSH": f"{tmp_path}/bin/ssh"}, check=False)
         assert done.returncode == -signal.SIGKILL
         (folder,) = (tmp_path / "node").iterdir()
         left.append(folder)

@@ -15,7 +15,8 @@ from command_line import Cli, eventually
 
 from hpc_imagenet.launch.diagnosis import Diagnosis, diagnose, failure_class, failure_words
 from hpc_imagenet.launch.error_logs import ErrorLogs
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, Run, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED
+from hpc_imagenet.runs.store import Run, RunStore
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -244,3 +244,26 @@ def test_relative_pythonpath_is_made_absolute_for_jobs(
     paths = local_queue.job_environment()["PYTHONPATH"].split(os.pathsep)
     assert paths[1:] == [f"{tmp_path}/relative", "/absolute", str(tmp_path)]
     assert (Path(paths[0]) / "hpc_imagenet").is_dir()
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b'{"run": 1, "attempt": "x"}', b"\xff"])
+def test_damaged_entry_does_not_end_the_worker(tmp_path: Path, damaged: bytes) -> None:
+    store = RunStore(tmp_path)
+    queue = local_queue.queue_folder(store)
+    queue.mkdir(parents=True)
+    (queue / "1.entry").write_bytes(damaged)
+    assert Worker(store).step() is False
+    assert not list(queue.glob("*.entry"))
+
+
+def test_damaged_config_fails_its_run_only(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    run = store.create("abc-x", {}, {"stage": "train", "model": "", "label": "x", "needs": []})
+    attempt = run.new_attempt()
+    attempt.submit("local")
+    (run.folder / "config.yaml").write_bytes(b"a: [")
+    local_queue.queue_folder(store).mkdir(parents=True)
+    (local_queue.queue_folder(store) / "1.entry").write_text(json.dumps({"run": run.id, "attempt": 1}))
+    assert Worker(store).step() is False
+    assert attempt.outcome
+    assert "config.yaml is missing or damaged: submit the run again" in attempt.outcome.reason

@@ -12,7 +12,8 @@ from servers import free_port
 from webhook import TOKEN, Webhook
 
 from hpc_imagenet.launch import notification
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, Attempt, Run, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, Attempt
+from hpc_imagenet.runs.store import Run, RunStore
 
 pytest.importorskip("apprise", reason="apprise is not installed")
 

@@ -157,8 +157,8 @@ def test_runs_of_a_sweep_share_the_slots() -> None:
 
 def datastore(workspace: Path) -> None:
     """Write the manifest of a datastore, which is all that a submission reads."""
-    file = File("train.npy", 1, "sha256:0")
-    splits = {"train": Split(file, IMAGES.train), "val": Split(file, IMAGES.val)}
+    counts = {"train": IMAGES.train, "val": IMAGES.val}
+    splits = {name: Split(File(f"{name}.npy", 1, f"md5:{0:032}"), count) for name, count in counts.items()}
     folder = workspace / "datastores" / "digits" / "v1"
     folder.mkdir(parents=True)
     Manifest("digits", "c0ffee00", "", (ClassNames("n0", ("0",)), ClassNames("n1", ("1",))), (), splits).save(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command_line import Cli
@@ -16,7 +15,8 @@ from hpc_imagenet.launch import requeue
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs import job as jobs
 from hpc_imagenet.runs import lease
-from hpc_imagenet.runs.store import FINISHED, Attempt, Run, RunStore
+from hpc_imagenet.runs.attempt import FAILED, FINISHED, Attempt
+from hpc_imagenet.runs.store import Run, RunStore
 
 
 class Job:
@@ -158,5 +158,27 @@ def test_run_and_attempt_are_read_from_submitits_pickle(cli: Cli, job: Job) -> N
     cli("+stage=download", "dataset=digits", "cluster=slurm")
     (run,) = RunStore(cli.workspace).all()
     assert run.attempt is not None
-    found: Any = requeue._task(run.attempt.folder)
-    assert (found[0].id, found[1].number) == (run.id, 1)
+    ((found, attempt),) = requeue._attempts(run.attempt.folder)
+    assert (found.id, attempt.number) == (run.id, 1)
+
+
+def test_runs_that_share_a_loader_are_requeued_together_unless_they_have_ended(
+    job: Job, tmp_path: Path
+) -> None:
+    """Srun and Slurm write into the log of the job, not into those of the runs."""
+    other = RunStore(tmp_path / "other").create("0-other", planned().frozen(), {})
+    attempt = other.new_attempt()
+    attempt.end(FAILED, "its own reason")
+    both = [(other, attempt), (job.run, job.attempt)]
+    lease.acquire(job.run.folder, 1)
+    job.attempt.start()
+    assert requeue.requeue_or_fail(both, EXIT_REQUEUE) == EXIT_REQUEUE
+    assert job.requeued
+    assert job.attempt.outcome is None
+    log = tmp_path / "job.err"
+    log.write_text("slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.\n")
+    assert requeue.requeue_or_fail(both, 137, log) == 1
+    assert "out of host memory" in job.reason
+    assert attempt.outcome
+    assert attempt.outcome.reason == "its own reason"
+    assert requeue.requeue_or_fail(both, 0) == 1

@@ -6,7 +6,8 @@ import pytest
 from command_line import Cli
 
 from hpc_imagenet import Handle, UserError
-from hpc_imagenet.runs.store import FAILED, Run, RunStore
+from hpc_imagenet.runs.attempt import FAILED
+from hpc_imagenet.runs.store import Run, RunStore
 
 SUBMIT = ("dataset=digits", "cluster=slurm", "cluster.time=1:00:00", "cluster.memory_gb=4G")
 

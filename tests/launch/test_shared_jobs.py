@@ -12,9 +12,10 @@ from command_line import Cli
 from fake_slurm import queue_row, scripts, write_command
 
 from hpc_imagenet.config.compose import compose
-from hpc_imagenet.launch import shared_jobs
+from hpc_imagenet.launch import shared_jobs, shared_task
 from hpc_imagenet.launch.plan import make_plan
-from hpc_imagenet.runs.store import FAILED, RunStore
+from hpc_imagenet.runs.attempt import FAILED
+from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.stages.train_stage import TRAIN
 
 SWEEP = (
@@ -139,6 +140,7 @@ def test_groups_of_equal_size_are_an_array(cluster: Cli, commands: Path) -> None
 
 def test_dry_run_shows_which_runs_share(cluster: Cli) -> None:
     text = cluster(*SWEEP, "dry_run=true").stdout
+    assert re.search(r"\none job with one loader: \w+-resnet18 \w+-squeezenet1_1\n", text)
     assert re.search(r"sbatch script of \w+-resnet18 \w+-squeezenet1_1 \(one loader\):", text)
 
 
@@ -171,3 +173,15 @@ def test_runs_that_cannot_share_are_refused(cluster: Cli) -> None:
         ("train.share_runs=0", "train.share_runs=0 is too small: at least 1"),
     ):
         assert message in cluster.refused(*SWEEP, setting)
+
+
+def test_runs_are_spread_over_the_gpus_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    environments: list[dict[str, str]] = []
+    monkeypatch.setattr(shared_task.subprocess, "Popen", lambda command, env, **_: environments.append(env))
+    store = RunStore(tmp_path)
+    for number in range(3):
+        cluster = {"executor": "local", "gpus_per_node": 2}
+        run = store.create(f"{number}-x", {"cluster": cluster, "stage": {"name": "train"}}, {})
+        shared_task._start(run, run.new_attempt(), number, 0).connection.close()
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == ["GPU-a", "GPU-b", "GPU-a"]

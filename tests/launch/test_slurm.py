@@ -21,7 +21,8 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import task
 from hpc_imagenet.launch.local_worker import Worker
 from hpc_imagenet.report import jobs_table, logs
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Run, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
+from hpc_imagenet.runs.store import Run, RunStore
 
 
 def test_slurm_job_without_cluster_time_is_refused(cluster: Cli) -> None:

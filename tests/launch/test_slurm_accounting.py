@@ -14,7 +14,8 @@ from recorded_runs import create_run, set_times
 from hpc_imagenet.cluster import slurm_accounting
 from hpc_imagenet.cluster.slurm_accounting import parse_usage
 from hpc_imagenet.report.resources import slurm_usage
-from hpc_imagenet.runs.store import FAILED, Run, RunStore
+from hpc_imagenet.runs.attempt import FAILED
+from hpc_imagenet.runs.store import Run, RunStore
 
 TRES = "billing=4,cpu=4,gres/gpu=2,mem=1000M,node=2"
 ENDS = "2026-11-29T13:06:04"

@@ -13,7 +13,7 @@ from command_line import Cli
 from fake_slurm import scripts, write_command
 
 from hpc_imagenet.cluster import slurm
-from hpc_imagenet.runs.store import CANCELLED, FAILED, QUEUED, RUNNING
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, QUEUED, RUNNING
 
 
 @pytest.fixture

@@ -108,7 +108,9 @@ def test_waiting_run_can_be_cancelled(limited: Cli, commands: Path) -> None:
     raise_limit(commands, 0)
     limited("+stage=download", "dataset=digits", "cluster=slurm")
     (row,) = limited.jobs()
-    assert limited("logs", row["run"], "-f").stderr.startswith(f"{row['run']} · queued · waiting: limit of 4")
+    reason, advice = limited("logs", row["run"], "-f").stderr.splitlines()
+    assert reason.startswith(f"{row['run']} · queued · waiting: limit of 4")
+    assert advice == f"retry {row['run']} submits it when other jobs have ended"
     assert "cancelled" in limited("cancel", row["run"]).stdout
     assert limited.states() == ["cancelled"]
     assert not (commands / "cancelled").exists()

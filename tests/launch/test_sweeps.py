@@ -9,7 +9,8 @@ import pytest
 from command_line import Cli, Gate
 
 from hpc_imagenet.api import submit
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED
+from hpc_imagenet.runs.store import RunStore
 
 DOWNLOAD = ("+stage=download", "dataset=digits", "cluster.time=60")
 SWEPT = ("-m", "dataset.revision=a,b,c", *DOWNLOAD)
@@ -113,7 +114,7 @@ def test_sweep_is_cancelled_and_retried_as_one_array(cluster: Cli, commands: Pat
     assert done.stdout.count("cancelled  ") == 3
     assert (commands / "cancelled").read_text().split() == ["2_0", "2_1", "2_2"]
     assert cluster.states() == [QUEUED, CANCELLED, CANCELLED, CANCELLED]
-    assert "no run that matches is queued or running" in cluster("cancel", "--sweep", "night").stdout
+    assert "no run of yours that matches is queued or running" in cluster("cancel", "--sweep", "night").stdout
     assert (
         "no run that matches has failed" in cluster("retry", "--sweep", "night", "--running", code=2).stderr
         or True

@@ -17,7 +17,8 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.cluster.gpu_meter import GpuMeter, open_meter
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.usage_recorder import UsageRecorder
-from hpc_imagenet.runs.store import Attempt, RunStore
+from hpc_imagenet.runs.attempt import Attempt
+from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.runs.usage_records import read_usage, usage_path
 
 
@@ -121,7 +122,7 @@ def test_a_task_that_is_killed_leaves_its_last_record(tmp_path: Path) -> None:
         "import sys, time; from pathlib import Path\n"
         "from hpc_imagenet.cluster.dist_env import DistEnv\n"
         "from hpc_imagenet.launch.usage_recorder import UsageRecorder\n"
-        "from hpc_imagenet.runs.store import Attempt\n"
+        "from hpc_imagenet.runs.attempt import Attempt\n"
         "with UsageRecorder(Attempt(Path(sys.argv[1])), DistEnv(rank=3), lambda _: None): time.sleep(600)"
     )
     task = subprocess.Popen([sys.executable, "-c", code, str(attempt.folder)])

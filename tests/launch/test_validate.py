@@ -18,8 +18,9 @@ from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import validate
 from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.runs.attempt import CANCELLED
 from hpc_imagenet.runs.job import Job
-from hpc_imagenet.runs.store import CANCELLED, Run, RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import upload
 
 DIGITS = ("dataset=digits", "cluster=local")

@@ -7,7 +7,8 @@ import pytest
 
 from hpc_imagenet.io.atomic_files import read_json, write_json
 from hpc_imagenet.report.attempt_times import intervals, running_hours
-from hpc_imagenet.runs.store import FINISHED, Run
+from hpc_imagenet.runs.attempt import FINISHED
+from hpc_imagenet.runs.store import Run
 
 BEGIN = datetime(2026, 1, 1, tzinfo=timezone.utc)
 

@@ -13,8 +13,9 @@ from command_line import Cli
 from recorded_runs import record_run
 
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.runs.attempt import FAILED
 from hpc_imagenet.runs.bad_batch import read_bad_batch, write_bad_batch
-from hpc_imagenet.runs.store import FAILED, Run, RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 from tiny_training import write_store

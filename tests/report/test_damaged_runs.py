@@ -16,7 +16,8 @@ from recorded_runs import change, create_run, record_run, set_times
 
 from hpc_imagenet.launch import local_queue
 from hpc_imagenet.launch.states import state
-from hpc_imagenet.runs.store import FAILED, FINISHED, QUEUED, RUNNING, Run, RunStore
+from hpc_imagenet.runs.attempt import FAILED, FINISHED, QUEUED, RUNNING
+from hpc_imagenet.runs.store import Run, RunStore
 
 RECORDS = ("run.json", "progress.json", "attempts/1/submitted.json", "attempts/1/started.json",
            "attempts/1/process.json", "attempts/1/outcome.json", "config.yaml")  # fmt: skip

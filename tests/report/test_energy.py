@@ -13,10 +13,13 @@ import pytest
 from command_line import Cli
 from fake_slurm import write_command
 from recorded_runs import record_run, set_times
+from rich.console import Console
 
 from hpc_imagenet.io.atomic_files import write_json
+from hpc_imagenet.report.leaderboard import leaderboard_rows, render_leaderboard
 from hpc_imagenet.report.resources import energies_of
-from hpc_imagenet.runs.store import FINISHED, Attempt, Run, RunStore
+from hpc_imagenet.runs.attempt import FINISHED, Attempt
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.runs.usage_records import usage_path
 
 
@@ -130,3 +133,20 @@ def test_evaluations_are_beside_their_training(cli: Cli) -> None:
     assert [each["top1"] for each in training["evaluations"]] == [0.9, 0.4]
     shown = training["evaluations"][0]
     assert (shown["checkpoint"], shown["split"], shown["datastore"]) == ("best.ckpt", "test", "<b>@v3")
+
+
+@pytest.mark.parametrize("width", [60, 80, 110])
+def test_the_leaderboard_fits_the_terminal(cli: Cli, width: int) -> None:
+    store = RunStore(cli.workspace)
+    for number in range(3):
+        run = trained(store, number, top1=0.71, top5=0.9, images_per_second=3000.0, seconds=40_000.0)
+        assert run.attempt
+        measured(run.attempt, 3.6e6)
+    out = io.StringIO()
+    table = render_leaderboard(leaderboard_rows(store.all()), width)
+    Console(file=out, width=width).print(table)
+    head, *lines = out.getvalue().splitlines()
+    assert len(lines) == 3
+    assert "…" not in out.getvalue()
+    assert all(line.split()[-2:] == ["finished", f"{number:08x}"] for number, line in enumerate(lines))
+    assert ("kWh" in head, "images/s" in head) == (True, width > 80)

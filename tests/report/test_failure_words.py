@@ -9,7 +9,8 @@ from command_line import Cli
 from recorded_runs import record_run, set_times
 
 from hpc_imagenet.launch.diagnosis import diagnose
-from hpc_imagenet.runs.store import FAILED, FINISHED, RunStore
+from hpc_imagenet.runs.attempt import FAILED, FINISHED
+from hpc_imagenet.runs.store import RunStore
 
 
 @pytest.fixture

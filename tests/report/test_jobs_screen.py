@@ -20,7 +20,8 @@ from recorded_runs import record_run
 
 from hpc_imagenet.report.jobs_screen import summary_line
 from hpc_imagenet.report.jobs_table import job_rows
-from hpc_imagenet.runs.store import FAILED, FINISHED, RunStore
+from hpc_imagenet.runs.attempt import FAILED, FINISHED
+from hpc_imagenet.runs.store import RunStore
 
 ALTERNATE, NORMAL = "\x1b[?1049h", "\x1b[?1049l"  # the screens of a terminal
 

@@ -19,7 +19,8 @@ from hpc_imagenet.report.durations import clock, parse_span, span
 from hpc_imagenet.report.jobs_table import job_rows, table_lines
 from hpc_imagenet.report.run_summary import describe, summary
 from hpc_imagenet.report.terminal_text import columns, fit
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, RUNNING, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, RUNNING
+from hpc_imagenet.runs.store import RunStore
 
 HOSTILE = "\x1b[31m[bold]a\x1b]0;title\x07b\x9b2J\r\nc\u202ed\ud800[/] \x1b[2J日本"
 RUN = {"progress": {}, "reason": "", "attempt": 1, "requeued": 0, "stage": "train", "seconds_left": None}

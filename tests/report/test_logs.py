@@ -10,7 +10,8 @@ from command_line import Cli
 from recorded_runs import record_run
 
 from hpc_imagenet.report import logs
-from hpc_imagenet.runs.store import FAILED, FINISHED, Run, RunStore
+from hpc_imagenet.runs.attempt import FAILED, FINISHED
+from hpc_imagenet.runs.store import Run, RunStore
 
 STARTING = "submitit INFO (2026-11-29 09:33:15,732) - Starting with JobEnvironment(job_id=1, hostname=n1)\n"
 EXCEPTION = "submitit ERROR (2026-11-29 09:33:15,732) - Submitted job triggered an exception\n"

@@ -11,7 +11,8 @@ import pytest
 from command_line import Cli
 from recorded_runs import record_run
 
-from hpc_imagenet.runs.store import FAILED, FINISHED, RunStore
+from hpc_imagenet.runs.attempt import FAILED, FINISHED
+from hpc_imagenet.runs.store import RunStore
 
 
 def page_data(cli: Cli, *options: str) -> dict[str, Any]:

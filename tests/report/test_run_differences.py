@@ -11,7 +11,8 @@ from recorded_runs import change, create_run
 from rich.console import Console
 
 from hpc_imagenet.report.run_differences import compare_runs, render_comparison
-from hpc_imagenet.runs.store import FAILED, FINISHED, Run, RunStore
+from hpc_imagenet.runs.attempt import FAILED, FINISHED
+from hpc_imagenet.runs.store import Run, RunStore
 
 TRAINING = ("datastore.name=digits", "datastore.version=1", "+stage=train")
 

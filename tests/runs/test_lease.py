@@ -100,3 +100,15 @@ def test_is_holder_compares_attempt_and_restart(tmp_path: Path, monkeypatch: pyt
     assert lease.is_holder(tmp_path, 1)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     assert not lease.is_holder(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"{", b"[]", b"{}", b"\xff", b'{"attempt": "1", "token": 2}', b"[" * 99_999]
+)
+def test_damaged_lease_is_no_lease(tmp_path: Path, damaged: bytes) -> None:
+    """A power failure can leave half a file: the run must be able to start again."""
+    first = started(tmp_path, 1, 0)
+    (tmp_path / lease.LEASE_FILE).write_bytes(damaged)
+    first.check()
+    assert not lease.is_holder(tmp_path, 1)
+    started(tmp_path, 1, 0).check()

@@ -13,8 +13,9 @@ from recorded_runs import change, record_run, settle
 
 from hpc_imagenet.report.jobs_table import job_rows, workspace_rows
 from hpc_imagenet.runs import run_records
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED
 from hpc_imagenet.runs.run_records import CACHE_FILE, RecordCache
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, Run, RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 
 
 @pytest.fixture

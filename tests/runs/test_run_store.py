@@ -31,7 +31,8 @@ from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.states import state, states
 from hpc_imagenet.launch.submission import cancel_run, plan_actions
 from hpc_imagenet.report import jobs_table, leaderboard, logs
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Progress, Run, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
+from hpc_imagenet.runs.store import Progress, Run, RunStore
 from hpc_imagenet.stages import download
 
 

@@ -14,7 +14,8 @@ from hpc_imagenet.launch import local_queue, task
 from hpc_imagenet.launch.local_worker import Worker
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.launch.submission import cancel_run
-from hpc_imagenet.runs.store import CANCELLED, FAILED, FINISHED, QUEUED, Run, RunStore
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED
+from hpc_imagenet.runs.store import Run, RunStore
 
 
 def as_of_another_version(run: Run) -> str:

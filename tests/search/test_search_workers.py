@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,7 @@ def test_trial_of_a_killed_worker_is_taken_over_and_its_work_kept(searching: Cli
     eventually(lambda: sum(has_checkpoint(searching, each) for each in running(searching)) == 2, 200)
     victim = running(searching)[random.Random(7).randrange(2)]
     (worker,) = [row for row in searching.jobs() if row["run"] == victim["worker"]]
-    for process in searching.processes("submitit"):
+    for process in [*searching.processes("submitit"), *searching.processes("start_task")]:
         if worker["run"] in " ".join(process.cmdline()) or worker["dir"] in " ".join(process.cmdline()):
             process.send_signal(signal.SIGKILL)
     eventually(lambda: ended(searching), 400)
@@ -99,6 +102,37 @@ def test_cancelled_trial_leaves_its_worker(searching: Cli) -> None:
     searching("retry", last["worker"])
     eventually(lambda: len(RunStore(searching.workspace).run(last["run"]).attempts()) == 2, 100)
     searching("cancel", "--sweep", "study")
+
+
+def test_full_disk_of_the_study_is_one_line_and_loses_nothing(searching: Cli) -> None:
+    disk = searching.workspace / "runs/.search"
+    disk.mkdir(parents=True)
+
+    def mount(*options: str) -> int:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(disk)]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    if shutil.which("mount") is None or mount("size=40k"):
+        pytest.skip("no permission to mount a file system")
+    try:
+        begin(searching, "recipe.epochs=20", "search.trials=3", "search.parallel=1", algorithm="median")
+        eventually(lambda: ended(searching), 300)
+        worker = next(row for row in searching.jobs() if row["stage"] == "search")
+        assert worker["state"] == "failed"
+        assert "no space left" in worker["reason"]
+        assert "\n" not in worker["reason"]
+        before = trials(searching, "study")
+        assert mount("remount", "size=10m") == 0
+        searching("retry", worker["run"])
+        eventually(lambda: ended(searching), 300)
+        found = trials(searching, "study")
+        assert [each["trial"] for each in found] == [0, 1, 2]
+        assert {each["state"] for each in found} <= {"finished", "pruned"}
+        assert [each["values"] for each in found[: len(before)]] == [each["values"] for each in before]
+        for line in (disk / "study/journal.log").read_text().splitlines():
+            json.loads(line)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_two_commands_share_one_study(searching: Cli) -> None:

@@ -13,7 +13,8 @@ import yaml
 
 from hpc_imagenet.cli.connect import access_instructions, wait_until_running
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.store import Attempt, Run, RunStore
+from hpc_imagenet.runs.attempt import Attempt
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.session.connection import ConnectionInfo, new_token, read_token
 
 ME = getpass.getuser()

@@ -2,8 +2,8 @@
 
 One round takes one scenario: it is begun, disturbed one to three times, checked after each, then run to its
 end and compared with an undisturbed run. Round N of a seed is always the same scenario with the same moments,
-as shares of the duration of an undisturbed run. `--state FILE` keeps the counts, so that a soak that was ended
-goes on with the next round; `--round N` repeats one round.
+as shares of the duration of an undisturbed run. `--state FILE` keeps the counts, so that a soak that was
+ended goes on with the next round; `--round N` repeats one round.
 """
 
 from __future__ import annotations
@@ -96,8 +96,11 @@ class Soak:
             self._run_to_end(scenario)
             ended = time.monotonic() - begin
             self.durations[scenario.name] = max(self.durations[scenario.name], 0.5 * ended)
-            if scenario.result() != self.expected[scenario.name]:
-                raise AssertionError("the end state differs from that of an undisturbed run")
+            found, expected = scenario.result(), self.expected[scenario.name]
+            if found != expected:
+                raise AssertionError(
+                    f"the end state differs from an undisturbed one: {difference(found, expected)}"
+                )
             count["survived"] += 1
         except Exception as error:
             count["lost"] += 1
@@ -122,13 +125,18 @@ class Soak:
         kind, share = draw.choice(KINDS), draw.random()
         child = start(scenario)
         child.join(share * self.durations[scenario.name])
-        below = children(child)
-        if kind == "freeze" and child.is_alive():
-            os.kill(child.pid or 0, signal.SIGSTOP)
+        below = [] if scenario.survives else children(child)
+        victim = draw.choice(scenario.victims(child.pid or 0)) if child.is_alive() else 0
+        if kind == "freeze" and victim:
+            _send(victim, signal.SIGSTOP)
             time.sleep(0.2)
-            os.kill(child.pid or 0, signal.SIGCONT)
+            _send(victim, signal.SIGCONT)
             child.join(draw.random() * 0.3 * self.durations[scenario.name])
-        hit = child.is_alive()
+        hit = child.is_alive() and bool(victim)
+        if victim not in (0, child.pid):  # a worker or a job; the command goes on without it
+            hit = _send(victim, signal.SIGTERM if kind == "terminate" else signal.SIGKILL)
+            child.join(LIMIT)
+            return hit
         if kind == "terminate":
             child.terminate()
             child.join(60)
@@ -159,6 +167,22 @@ class Soak:
         return "\n".join([*lines, f"{'all':16}" + "".join(f"{value:10}" for value in sums), *self.failures])
 
 
+def difference(found: Any, expected: Any) -> str:
+    """Describe in what two end states differ."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        parts = [
+            f"{key}: {'differs' if key in expected else 'is new'}"
+            for key in found
+            if found[key] != expected.get(key)
+        ]
+        return ", ".join([*parts, *(f"{key}: is missing" for key in expected.keys() - found.keys())])
+    if isinstance(found, tuple) and isinstance(expected, tuple):
+        return "; ".join(
+            difference(*pair) for pair in zip(found, expected, strict=True) if pair[0] != pair[1]
+        )
+    return f"{found!r:.200} instead of {expected!r:.200}"
+
+
 def start(scenario: Scenario) -> BaseProcess:
     """Start the work of a scenario in a process of its own."""
     began = CONTEXT.Event()
@@ -175,6 +199,14 @@ def _work(scenario: Scenario, began: Any) -> None:
         os.dup2(null, descriptor)
     began.set()
     scenario.work()
+
+
+def _send(pid: int, number: signal.Signals) -> bool:
+    """Send a signal; return whether the process existed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+        return True
+    return False
 
 
 def children(child: BaseProcess) -> list[int]:
@@ -195,6 +227,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only scenarios whose names begin like this")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended
     with contextlib.ExitStack() as stack:
         folder = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True))

@@ -16,10 +16,11 @@ from typing import Any
 
 import killing
 import torch
+from command_line import Cli, eventually
 from faulty_server import Faults, faulty, serving
 from remote_workspace import Workspace
 from run_stage import config_of, run_of, run_stage
-from sample_dataset import make_dataset
+from sample_dataset import link_version, make_dataset
 from test_process import dataset, dataset_bytes, write_small
 from test_process_killed import check_after_kill, config_with_archives
 from tiny_training import tiny_config, write_store
@@ -32,7 +33,7 @@ from hpc_imagenet.datastore import catalog, versions
 from hpc_imagenet.datastore.node_cache.cache import NodeCache
 from hpc_imagenet.datastore.node_cache.copy_process import CopyProcess
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.runs.store import Run
+from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import process
 
 ARCHIVES = (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT)
@@ -45,6 +46,8 @@ class Scenario:
         name: shown in the table.
         folder: an empty folder for everything that it writes.
     """
+
+    survives = False  # whether processes that the work has started may outlive it
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -64,6 +67,10 @@ class Scenario:
     def work(self) -> None:
         """Do the work, or go on with it; called in a process of its own."""
         raise NotImplementedError
+
+    def victims(self, pid: int) -> list[int]:
+        """Return the processes of which one is disturbed. `pid`: the one that does the work."""
+        return [pid]
 
     def check(self) -> None:
         """Fail if anything looks whole and is not."""
@@ -214,8 +221,7 @@ class Staging(Scenario):
         workspace = self.folder / "workspace"
         self.manifest = make_dataset(workspace, images=8, image_bytes=800_000)
         self.store = self.folder / "stores"
-        (self.store / "digits").mkdir(parents=True)
-        (self.store / "digits" / "v1").symlink_to(workspace / "datasets" / "digits")
+        link_version(workspace / "datasets" / "digits", self.store / "digits" / "v1")
 
     def work(self) -> None:
         """Copy all shards."""
@@ -310,8 +316,70 @@ class Score(Train):
         return (self.state / "result.json").read_text()
 
 
+class Queue(Scenario):
+    """Two downloads on the local queue: the command, the worker and the jobs are killed, one at a time."""
+
+    survives = True
+
+    def prepare(self, stack: contextlib.ExitStack) -> None:
+        """Write the archives."""
+        self.source = self.folder / "source"
+        self.source.mkdir(parents=True)
+        write_small(self.source, random.Random(3))
+
+    @property
+    def cli(self) -> Cli:
+        """The command line of the workspace."""
+        return Cli(self.state)
+
+    def reset(self) -> None:
+        """End all processes of the workspace, and remove it."""
+        self.cli.close()
+        super().reset()
+
+    def work(self) -> None:
+        """Submit both until both have finished; a job that was killed counts as failed."""
+        words = (
+            "-m",
+            "+stage=download",
+            "dataset=ilsvrc",
+            "dataset.name=a,b",
+            f"dataset.source={self.source}",
+        )
+        for _ in range(9):
+            self.cli(*words, "cluster=local", "wait=true", code=None)
+            if self.cli.states() == ["finished"] * 2:
+                return
+        raise ChildProcessError(f"the runs are {self.cli.jobs()}")
+
+    def victims(self, pid: int) -> list[int]:
+        """Return the command, the worker and the jobs."""
+        return [pid, *(process.pid for process in self.cli.processes())]
+
+    def check(self) -> None:
+        """Compare every archive with a receipt; of a run, at most one attempt may be without an outcome."""
+        for folder in (self.state / "archives").glob("*"):
+            for file in ARCHIVES:
+                if receipt.load_receipt(folder / file):
+                    assert (folder / file).read_bytes() == (self.source / file).read_bytes(), file
+        for run in RunStore(self.state).unsorted():
+            assert sum(attempt.outcome is None for attempt in run.attempts()) <= 1, f"{run.id} runs twice"
+
+    def result(self) -> Any:
+        """Return the runs and their archives, when the worker has ended."""
+        eventually(lambda: not self.cli.processes())
+        runs = sorted(run.id for run in RunStore(self.state).unsorted())
+        entries = [path.name for path in self.state.rglob("*.entry")]
+        archives = {
+            str(path.relative_to(self.state)): path.read_bytes() if path.name in ARCHIVES else b""
+            for path in sorted((self.state / "archives").rglob("*"))
+            if path.is_file()
+        }
+        return runs, self.cli.states(), entries, archives
+
+
 def stage_scenarios(folder: Path, s3: str, ssh: str) -> list[Scenario]:
-    """Return all scenarios but that of the queue.
+    """Return all scenarios.
 
     Args:
         folder: an empty folder.
@@ -327,4 +395,5 @@ def stage_scenarios(folder: Path, s3: str, ssh: str) -> list[Scenario]:
         found.append(Upload("upload-ssh", folder / "ssh", f"{ssh}/{{name}}"))
     found += [Fetch("fetch", folder / "fetch"), Staging("staging", folder / "staging")]
     found += [Train("train", folder / "train"), Score("evaluate", folder / "evaluate")]
+    found.append(Queue("queue", folder / "queue"))
     return found

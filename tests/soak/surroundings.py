@@ -142,6 +142,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of each kind and scenario")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--kind", choices=KINDS, help="only this disturbance")
     options = parser.parse_args()
     deadline, lost, lines = time.monotonic() + 60 * options.minutes, 0, []
     if os.geteuid():
@@ -152,14 +153,18 @@ def main() -> int:
         )
         scenarios = [each for each in stage_scenarios(folder, "", "") if each.name != "evaluate"]
         soak = Soak(scenarios, options.seed, folder / "state", stack)
-        for scenario in scenarios:
-            scenario.prepare(stack)
+        prepared: set[str] = set()
         for kind, (play, which) in KINDS.items():
+            if options.kind not in (None, kind):
+                continue
             for scenario in scenarios:
                 counts = [0, 0, 0, 0]
                 for number in range(options.rounds):
                     if not isinstance(scenario, which) or time.monotonic() > deadline:
                         break
+                    if scenario.name not in prepared:
+                        prepared.add(scenario.name)
+                        scenario.prepare(stack)
                     counts[0] += 1
                     try:
                         counts[1] += play(soak, scenario, random.Random(f"{options.seed} {kind} {number}"))

@@ -120,7 +120,7 @@ def test_shards_have_the_bytes_that_tarfile_writes(tmp_path: Path, source: Path)
         with tarfile.open(fileobj=expected, mode="w", format=tarfile.GNU_FORMAT) as archive:
             for name, data in images:
                 label = str(labels[name.split("/")[0]]).encode()
-                for member, content in ((name, data), (f"{os.path.splitext(name)[0]}.cls", label)):
+                for member, content in ((name, data), (name.rpartition(".")[0] + ".cls", label)):
                     info = tarfile.TarInfo(member)
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))

@@ -240,11 +240,14 @@ def _read_state(state: Any, size: int) -> tuple[Origin, list[list[int]]]:
     if not isinstance(state, dict):
         raise ValueError("no state")
     found = state.pop("spans", None)
-    types = {"url": str, "etag": (str, NoneType), "modified": (str, NoneType), "total": (int, NoneType)}
-    valid = state.keys() == {*types, "ranges"} and all(isinstance(state[key], types[key]) for key in types)
-    if not valid or type(state["ranges"]) is not bool or not isinstance(found, list) or not found:
+    origin = {"etag": None, "modified": None, "total": None, "ranges": False, **state}
+    types: dict[str, Any] = {"url": str, "etag": (str, NoneType), "modified": (str, NoneType)}
+    types |= {"total": (int, NoneType), "ranges": bool}
+    if origin.keys() != types.keys() or not all(isinstance(origin[key], types[key]) for key in types):
         raise ValueError("a wrong type")
-    end, total = -1, state["total"]
+    if not isinstance(found, list) or not found:
+        raise ValueError("no spans")
+    end, total = -1, origin["total"]
     for span in found:
         if (
             not isinstance(span, list)
@@ -255,7 +258,7 @@ def _read_state(state: Any, size: int) -> tuple[Origin, list[list[int]]]:
         end = span[1]
     if end > (size if total is None else min(size, total)):
         raise ValueError("more bytes than the file has")
-    return Origin(**state), found
+    return Origin(**origin), found
 
 
 def _state(origin: Origin, spans: list[list[int]]) -> dict[str, object]:

@@ -15,7 +15,7 @@ import tarfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from hpc_imagenet.data.download.file_type import describe_content
 from hpc_imagenet.data.ilsvrc.labels_file import LabelsFile, class_id, parse_labels
@@ -94,7 +94,10 @@ def _from_labels(labels: LabelsFile) -> Devkit:
 def _unpack(path: Path) -> tuple[bytes, bytes]:
     found: dict[str, bytes] = {}
     try:
-        with gzip.open(path) as unpacked, tarfile.open(fileobj=_Limited(unpacked), mode="r|") as archive:
+        with (
+            gzip.open(path) as unpacked,
+            tarfile.open(fileobj=cast("IO[bytes]", _Limited(unpacked)), mode="r|") as archive,
+        ):
             for member in archive:
                 for name in (META, TRUTH):
                     if member.isreg() and f"/{member.name}".endswith(f"/{name}"):
@@ -127,7 +130,7 @@ class _Limited(io.RawIOBase):
         tarfile.TarError: from a read beyond `MAX_UNPACKED` bytes.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: gzip.GzipFile) -> None:
         self._file, self._left = file, MAX_UNPACKED
 
     def read(self, size: int = -1) -> bytes:

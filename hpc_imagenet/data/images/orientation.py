@@ -20,6 +20,7 @@ from PIL import ImageOps
 
 from hpc_imagenet.data.images import jpeg_header, pillow
 from hpc_imagenet.data.images.image_header import ORIENTATION
+from hpc_imagenet.io.child_environment import plain_environment
 
 UPRIGHT = 1
 QUALITY = 95  # of a JPEG that jpegtran cannot turn
@@ -118,5 +119,6 @@ def _turn_jpeg(data: bytes, orientation: int) -> bytes:
     if program is None:
         return b""
     command = (program, "-copy", "none", "-optimize", "-perfect", *_TURNS[orientation])
-    done = subprocess.run(command, input=data, capture_output=True, check=False)
+    env = plain_environment()
+    done = subprocess.run(command, input=data, capture_output=True, check=False, env=env)
     return b"" if done.returncode else done.stdout

@@ -25,6 +25,7 @@ from hpc_imagenet.data.images import image_header, pillow
 from hpc_imagenet.data.images.image_header import CMYK, OTHER, PNG, PROGRESSIVE, ROTATED, TILED, ImageInfo
 from hpc_imagenet.data.images.resize import resize_bicubic
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.child_environment import plain_environment
 
 _JPEGTRAN = ("jpegtran", "-copy", "all", "-optimize")
 _RESTART = ("-restart", "1B")  # after each block
@@ -129,7 +130,9 @@ def _save(image: Image.Image, options: dict[str, Any]) -> bytes:
 
 def _jpegtran(data: bytes, *options: str) -> bytes:
     """Rewrite a JPEG without loss; return empty bytes if jpegtran fails."""
-    done = subprocess.run((*_JPEGTRAN, *options), input=data, capture_output=True, check=False)
+    command = (*_JPEGTRAN, *options)
+    env = plain_environment()
+    done = subprocess.run(command, input=data, capture_output=True, check=False, env=env)
     return b"" if done.returncode else done.stdout
 
 

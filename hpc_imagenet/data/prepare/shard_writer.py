@@ -340,8 +340,8 @@ def _require_distinct(scanned: ScannedArchives) -> None:
             stems = [name.rpartition(b".")[0] for name in names[rows].tolist()]
             if len(set(stems)) < len(stems):
                 ((stem, _),) = Counter(stems).most_common(1)
+                wnid = list(scanned.devkit.names)[labels[rows[0]]]
                 raise UserError(
-                    f"{scanned.archives[split]}: two images of class "
-                    f"{list(scanned.devkit.names)[labels[rows[0]]]} are named {os.fsdecode(stem)}; in shards, "
-                    "names must be unique within a class"
+                    f"{scanned.archives[split]}: two images of class {wnid} are named {os.fsdecode(stem)}; "
+                    "in shards, names must be unique within a class"
                 )

@@ -1,9 +1,9 @@
 """Tar writer for shards: an uncompressed tar whose bytes depend only on the files added to it.
 
 The tar is assembled in buffers. Images are read directly into a buffer, while one thread writes the previous
-buffer to the file and another hashes the one before it. A copy thus moves each byte twice and needs few system calls.
-copy_file_range and sendfile move each byte once, but then the hash has to read the file again: 0.95 CPU s a
-GB with all threads, against 0.80 here.
+buffer to the file and another hashes the one before it. A copy thus moves each byte twice and needs few
+system calls. copy_file_range and sendfile move each byte once, but then the hash has to read the file again:
+0.95 CPU s a GB with all threads, against 0.80 here.
 Source: POSIX pax(1), "ustar Interchange Format".
 """
 

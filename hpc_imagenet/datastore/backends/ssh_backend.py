@@ -80,7 +80,7 @@ class SshBackend:
             'test -d "$1" || exit 0; cd "$1" && find . -mindepth $2 -maxdepth $2 -type d -printf "%P\\0"',
             *([self._ssh.remote_path(name), "1"] if name else [self._ssh.root, "2"]),
         )
-        folders = [entry.decode() for entry in output.split(b"\0") if entry]
+        folders = [os.fsdecode(entry) for entry in output.split(b"\0") if entry]
         paths = [f"{name}/{folder}" if name else folder for folder in folders]
         return sorted(path for path in paths if _VERSION.fullmatch(path))
 
@@ -108,7 +108,7 @@ class SshBackend:
             'test -d "$1" || exit 0; cd "$1" && find . -type f -printf "%s %T@ %P\\0"',
             self._ssh.remote_path(path),
         )
-        entries = (entry.decode().split(" ", 2) for entry in output.split(b"\0") if entry)
+        entries = (os.fsdecode(entry).split(" ", 2) for entry in output.split(b"\0") if entry)
         return {name: StoredFile(int(size), float(modified)) for size, modified, name in entries}
 
     def claim(self, path: str, name: str, data: bytes) -> bool:
@@ -269,9 +269,9 @@ class SshBackend:
             output = self._ssh.run(
                 _HASH, *(self._ssh.remote_path(path), *_PROGRAMS[algorithm]), data=_lines(paths)
             )
-            used, *lines = output.decode().splitlines()
+            used, *lines = os.fsdecode(output).splitlines()
             for line in lines:
-                value, name = line.split(" ", 1)
+                value, _, name = line.partition(" ")
                 hashes[name[1:]] = f"{_ALGORITHM_OF[used]}:{value}"
         return hashes
 

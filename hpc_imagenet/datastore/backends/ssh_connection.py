@@ -17,10 +17,19 @@ from collections.abc import Callable
 from typing import Any
 
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.child_environment import environment_without_secrets
 from hpc_imagenet.io.retry import Retry
 
 log = logging.getLogger(__name__)
 
+# Lines of rsync after the one with the reason.
+_SUMMARIES = (
+    "rsync error:",
+    "rsync: connection unexpectedly",
+    "(see the rsync manpage",
+    "ERROR: ResolutionImpossible",
+)
+_REPLY = "reply-of-hpc_imagenet:"  # printed before the output of a script
 FIRST_WAIT = 1.0  # s before the first retry; doubled before each further one …
 LONGEST_WAIT = 20.0  # … up to this
 MAX_FAILURES = 7  # in a row without progress: about a minute in total
@@ -64,7 +73,9 @@ class SshConnection:
         shell = shell or os.environ.get("RSYNC_RSH") or _SSH
         command, *options = shlex.split(shell)
         try:
-            self._ssh: Any = sh.Command(command).bake(*options, self._host)
+            self._ssh: Any = sh.Command(command).bake(
+                *options, self._host, _env=environment_without_secrets()
+            )
             # -s: file names are not interpreted by the remote shell.
             self._rsync: Any = sh.Command("rsync").bake(
                 "-rts", "--no-h", f"--timeout={TIMEOUT}", "--info=progress2", "-e", shell
@@ -92,9 +103,15 @@ class SshConnection:
             data: its standard input. It is truncated if the connection breaks.
         """
         # The user's login shell may not be a POSIX shell.
-        command = shlex.join(["exec", "sh", "-c", script, "sh", *arguments])
+        command = shlex.join(["exec", "sh", "-c", f"printf %s {_REPLY}\n{script}", "sh", *arguments])
         done = self._retry("ssh", lambda _: self._ssh(command, _in=data, _return_cmd=True))
-        return bytes(done.stdout)
+        # Start-up files of the login shell may print before: such a banner must not be read as a reply.
+        _, begun, reply = bytes(done.stdout).partition(_REPLY.encode())
+        if not begun:
+            raise UserError(
+                f"{self._named}: the host did not run sh: let its login shell start commands that ssh passes"
+            )
+        return reply
 
     def rsync(
         self,
@@ -113,7 +130,7 @@ class SshConnection:
         """
         if links:
             arguments = ["-L", *arguments]
-        env = {**os.environ, "LC_ALL": "C"}
+        env = {**environment_without_secrets(), "LC_ALL": "C"}
         self._retry(step, lambda out: self._rsync(*arguments, _out=out, _out_bufsize=0, _env=env), progress)
 
     def _retry(
@@ -157,7 +174,6 @@ class SshConnection:
 def _reason(stderr: bytes) -> str:
     """Return the line that gives the reason: the last one, or the one before the summary of rsync or pip."""
     lines = [line.strip() for line in stderr.decode(errors="replace").splitlines() if line.strip()]
-    summaries = ("rsync error:", "rsync: connection unexpectedly", "ERROR: ResolutionImpossible")
-    specific = [line for line in lines if not line.startswith(summaries)]
+    specific = [line for line in lines if not line.startswith(_SUMMARIES)]
     full = [line for line in lines if "No space left" in line or "quota" in line]
     return (full or specific or lines or [""])[-1]

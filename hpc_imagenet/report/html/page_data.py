@@ -17,8 +17,9 @@ from hpc_imagenet.report.html.learning_curves import read_curves
 from hpc_imagenet.report.html.search_results import search_results
 from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.report.leaderboard import Training, trainings
+from hpc_imagenet.runs.attempt import now, read_record
 from hpc_imagenet.runs.bad_batch import read_bad_batch
-from hpc_imagenet.runs.store import Run, RunStore, now, read_record
+from hpc_imagenet.runs.store import Run, RunStore
 
 # What keeps a page of 1,000 runs below 10 MB.
 _CURVE_POINTS = 40_000  # of each kind of curve, over all runs

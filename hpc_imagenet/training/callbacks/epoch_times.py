@@ -26,7 +26,8 @@ from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.datastore.manifest import Manifest
 from hpc_imagenet.datastore.node_cache.cache import cached_bytes
-from hpc_imagenet.runs.store import Run, read_record
+from hpc_imagenet.runs.attempt import read_record
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.runs.time_record import (
     ZERO,
     PassTime,
@@ -86,24 +87,28 @@ class EpochTimes(pl.Callback):
         self._pass: _Pass | None = None  # the one that is being timed
         self._since = ZERO  # end of the last part
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """End the startup. The first epoch of an attempt may begin in its middle, without its own start."""
+        self._startup = _now()
+        self._pass = _Pass(self._startup)
+        if self._limit:
+            per_step = trainer.accumulate_grad_batches
+            _end_epoch_at(trainer, max(1, self._limit.batches // per_step) * per_step)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """End the startup, or the epoch before."""
-        now = _now()
-        if self._startup is None:
-            self._startup = now
-            if self._limit:
-                per_step = trainer.accumulate_grad_batches
-                _end_epoch_at(trainer, max(1, self._limit.batches // per_step) * per_step)
-        elif self._since != ZERO:  # an attempt may begin within a validation
+        """End the epoch before."""
+        if self._since != ZERO:
+            now = _now()
             self._after.append(now - self._since)
             self._write()
-        self._pass = _Pass(now)
+            self._pass = _Pass(now)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the end of a batch; at the last one of an epoch its validation begins."""
-        assert self._pass is not None
+        if self._pass is None:
+            return
         last = batch_idx + 1 == trainer.num_training_batches
         self._pass.end_batch(module.device, last)
         if last:

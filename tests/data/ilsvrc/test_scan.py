@@ -92,7 +92,7 @@ def test_invalid_devkit_error_names_the_problem(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not contain data/meta.mat"):
         read_devkit(path)
     repack(path, [(f"x/{TRUTH}", b"1\n"), (f"x/{META}", b"no mat")])
-    with pytest.raises(UserError, match="data/meta.mat is not a readable MATLAB file"):
+    with pytest.raises(UserError, match=r"data/meta\.mat is not a readable MATLAB file"):
         read_devkit(path)
     path.unlink()
     with pytest.raises(UserError, match=r"\+stage=download"):

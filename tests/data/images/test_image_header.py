@@ -112,7 +112,7 @@ def header_of(width: int, height: int) -> bytes:
 
 
 def test_limit_of_pixels_is_that_of_pillow() -> None:
-    assert image_header.MAX_PIXELS == 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    assert 2 * (Image.MAX_IMAGE_PIXELS or 0) == image_header.MAX_PIXELS
 
 
 @pytest.mark.parametrize("size", [(65_500, 65_500), (13_378, 13_378), (65_535, 2_731)])
@@ -133,3 +133,8 @@ def test_png_header_of_too_many_pixels_is_corrupt() -> None:
     data = bytearray(encoded("PNG"))
     data[16:24] = (1 << 30).to_bytes(4, "big") * 2
     assert image_header.inspect(bytes(data)) == ImageInfo(0, 0, CORRUPT)
+
+
+def test_png_that_ends_inside_its_header_is_corrupt() -> None:
+    data = encoded("PNG")
+    assert image_header.inspect(data[:16] + data[-8:]) == ImageInfo(0, 0, CORRUPT)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from command_line import Cli, eventually
 from run_stage import config_of, run_stage
-from sample_dataset import make_dataset
+from sample_dataset import link_version, make_dataset
 from sample_images import jpeg
 
 from hpc_imagenet.config.compose import compose
@@ -205,8 +205,7 @@ def test_interrupt_stops_while_a_large_file_is_hashed(tmp_path: Path, arguments:
         file.truncate(2**40)  # a sparse file that takes an hour to hash
     large = File("large", 2**40, f"md5:{0:032}")
     dataclasses.replace(manifest, files=(*manifest.files, large)).save(folder)
-    (tmp_path / "datastores" / "digits").mkdir(parents=True)
-    (tmp_path / "datastores" / "digits" / "v1").symlink_to(folder)
+    link_version(folder, tmp_path / "datastores" / "digits" / "v1")
     with subprocess.Popen(
         [sys.executable, "-m", "hpc_imagenet", *arguments, f"workspace={tmp_path}"], stderr=subprocess.PIPE
     ) as process:

@@ -146,6 +146,25 @@ def test_changed_source_is_refused_and_not_stored(backend: StorageBackend, tmp_p
     assert set(backend.files("a/v1")) == {"upload.json"}
 
 
+def test_stored_file_with_other_bytes_is_replaced(backend: StorageBackend, tmp_path: Path) -> None:
+    backend.claim("a/v1", "upload.json", b"{}")
+    send(backend, [make_item(tmp_path / "0.tar", os.urandom(70_000))])
+    item = make_item(tmp_path / "0.tar", os.urandom(70_000))
+    stats = send(backend, [item])
+    assert (stats.copied, stats.kept) == (70_000, 0)
+    assert backend.hash("a/v1/shards/0.tar", item.file, lambda done: None) == item.file.hash
+
+
+def test_changed_source_that_equals_the_stored_file_is_refused(
+    backend: StorageBackend, tmp_path: Path
+) -> None:
+    backend.claim("a/v1", "upload.json", b"{}")
+    listed = make_item(tmp_path / "0.tar", os.urandom(70_000))
+    send(backend, [make_item(tmp_path / "0.tar", os.urandom(70_000))])
+    with pytest.raises(UserError, match="changed after"):
+        send(backend, [replace(listed, source=tmp_path / "0.tar")])
+
+
 def test_fetch_resumes_and_replaces_damaged_partial_files(backend: StorageBackend, tmp_path: Path) -> None:
     backend.claim("a/v1", "upload.json", b"{}")
     item = make_item(tmp_path / "0.tar", os.urandom(20_000_000))

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from hpc_imagenet.datastore.manifest import File
-from hpc_imagenet.datastore.node_cache.cache import CopyResult, NodeCache
+from hpc_imagenet.datastore.node_cache.cache import CopyResult, NodeCache, cached_bytes
 from hpc_imagenet.errors import UserError
 
 SIZE = 1 << 20
@@ -169,3 +169,13 @@ def test_a_folder_that_other_users_can_write_to_is_refused(tmp_path: Path) -> No
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cluster\.scratch"):
         NodeCache(tmp_path / "file")
+
+
+def test_cached_bytes_counts_complete_copies_and_creates_nothing(tmp_path: Path) -> None:
+    files = [File(f"{i}.tar", 10 * (i + 1), f"md5:{i}") for i in range(3)]
+    assert cached_bytes(str(tmp_path / "none"), files) == 0
+    assert not (tmp_path / "none").exists()
+    folder = NodeCache(tmp_path).folder
+    (folder / "md5-1").touch()
+    (folder / ".md5-2.part").touch()
+    assert cached_bytes(str(tmp_path), files) == 20

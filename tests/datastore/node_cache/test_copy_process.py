@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from command_line import eventually, is_alive
-from sample_dataset import make_dataset
+from sample_dataset import link_version, make_dataset
 
 from hpc_imagenet.config.schema import Datastore
 from hpc_imagenet.datastore import versions
@@ -27,8 +27,7 @@ from hpc_imagenet.errors import UserError
 def stores(tmp_path: Path) -> Path:
     """A folder backend with version 1 of `digits`."""
     make_dataset(tmp_path / "workspace")
-    (tmp_path / "stores" / "digits").mkdir(parents=True)
-    (tmp_path / "stores/digits/v1").symlink_to(tmp_path / "workspace/datasets/digits")
+    link_version(tmp_path / "workspace/datasets/digits", tmp_path / "stores/digits/v1")
     return tmp_path / "stores"
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sample_dataset import make_dataset
+from sample_dataset import link_version, make_dataset
 
 from hpc_imagenet.config.schema import Cluster, Datastore
 from hpc_imagenet.datastore import open_dataset as open_dataset_module
@@ -33,12 +33,9 @@ staged_shards = functools.partial(StagedShards, intervals=INTERVALS)
 
 @pytest.fixture
 def version(tmp_path: Path) -> Version:
-    """Version 1 of a datastore in a folder; its shards are outside the folder of the version."""
+    """Version 1 of a datastore in a folder; its shards are links to archives outside it."""
     make_dataset(tmp_path / "workspace")
-    store = tmp_path / "stores" / "digits"
-    store.mkdir(parents=True)
-    dataset = tmp_path / "workspace" / "datasets" / "digits"
-    (store / "v1").symlink_to(dataset)
+    link_version(tmp_path / "workspace" / "datasets" / "digits", tmp_path / "stores" / "digits" / "v1")
     return versions.open_version(Datastore("digits", str(tmp_path / "stores")))
 
 

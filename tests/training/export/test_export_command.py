@@ -18,7 +18,8 @@ from tiny_training import write_store
 from trained_samples import NAMES, config_of, write_trained
 
 import hpc_imagenet
-from hpc_imagenet.runs.store import FINISHED, RunStore
+from hpc_imagenet.runs.attempt import FINISHED
+from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.stages.evaluate_stage import fingerprint
 
 

@@ -1,4 +1,4 @@
-"""The shared loader: one process decodes, several readers take the batches at their own pace."""
+"""The shared loader: one process decodes, several readers take the batches at their own speed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def sharing(*arguments: Any, **settings: Any) -> Iterator[Sharing]:
 
 
 def take(reader: SharedBatches, *positions: int) -> list[bool]:
-    """Ask for batches, compare each with what the run itself decodes, and return which ones were shared."""
+    """Request batches, compare each with what the run itself decodes, and return which ones were shared."""
     found = []
     for position in positions:
         builder, key_lists = next(iter(reader.sequence.parts(position)))
@@ -151,7 +151,7 @@ def test_loader_yields_what_a_loader_of_its_own_yields(tiny: DatasetReader) -> N
         assert len(list(loader)) == VAL
 
 
-def test_runs_have_their_own_pace_within_the_ring(tiny: DatasetReader) -> None:
+def test_runs_have_their_own_speed_within_the_ring(tiny: DatasetReader) -> None:
     with sharing(tiny, 2) as made:
         fast, slow = made.reader(0), made.reader(1)
         together(lambda: take(fast, 0), lambda: take(slow, 0))

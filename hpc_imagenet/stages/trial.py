@@ -1,0 +1,63 @@
+"""One trial within its worker's process: its training, how that ended, and its own log files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.errors import PeerLost, Preempted, Superseded, UserError
+from hpc_imagenet.io.atomic_files import is_disk_full
+from hpc_imagenet.runs.attempt import FAILED, FINISHED, Attempt, Outcome
+from hpc_imagenet.runs.store import Run
+from hpc_imagenet.stages.train_stage import TRAIN
+
+
+def run_trial(config: Config, trial: Run, attempt: Attempt, dist_env: DistEnv) -> tuple[Outcome, bool]:
+    """Train; what stops the worker as well is raised.
+
+    Returns:
+        How it ended, and whether this process can train another one: not after an error of CUDA.
+    """
+    try:
+        return Outcome(FINISHED, result=TRAIN.run(config, trial, dist_env)), True
+    except (Preempted, PeerLost):
+        raise
+    except Superseded:
+        if attempt.outcome is None:  # not cancelled: another process has the trial
+            raise
+        print("this trial was cancelled", file=sys.stderr, flush=True)
+        return attempt.outcome, True
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return Outcome(FAILED, str(error)), True
+    except Exception as error:
+        if is_disk_full(error):
+            raise  # the next trial would fail as well
+        traceback.print_exc()
+        return Outcome(FAILED, traceback.format_exception_only(type(error), error)[-1].strip()), False
+
+
+@contextlib.contextmanager
+def output_to(stem: Path) -> Iterator[None]:
+    """Append stdout and stderr of this process, also of its libraries, to `<stem>.out` and `<stem>.err`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = {number: os.dup(number) for number in (1, 2)}
+    try:
+        for number, end in ((1, "out"), (2, "err")):
+            log = os.open(f"{stem}.{end}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.dup2(log, number)
+            os.close(log)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, before in saved.items():
+            os.dup2(before, number)
+            os.close(before)
