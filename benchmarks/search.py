@@ -17,8 +17,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from lab_site import LabSite
 
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.search.study_files import StudyFiles
 
-LAB = Path(__file__).resolve().parent.parent / "slurm/lab/lab"
 PACKAGES = ("hpc-imagenet", "optuna", "submitit", "torch")
 LOW, HIGH = 0.003, 1.0  # learning rates
 EPOCHS = 27  # rungs at 1, 3 and 9
@@ -71,38 +69,17 @@ class CpuMeter(threading.Thread):
         return sum(self._seconds.copy().values())
 
 
-class Site:
-    """A lab, and the command line on it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.lab = folder, folder / "lab"
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HPC_IMAGENET_"))}
-        self.env |= {
-            "PATH": f"{self.lab}/bin:{os.environ['PATH']}",
-            "SLURM_CONF": f"{self.lab}/etc/slurm.conf",
-        }
-
-    def run(self, *command: str) -> str:
-        """Run a command and return its stdout."""
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=self.folder, env=self.env, check=False
-        )
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-        return done.stdout
-
-    def command(self, workspace: str, *words: str) -> str:
-        """Run `python -m hpc_imagenet` on a workspace of this site."""
-        there = f"workspace={self.folder / workspace}"
-        return self.run(sys.executable, "-m", "hpc_imagenet", *words, there)
+class Site(LabSite):
+    """A lab, with the datastore in the workspace `data`."""
 
     def rows(self, workspace: str, stage: str) -> list[dict[str, Any]]:
         """Return the rows of `jobs` of a stage."""
-        rows: list[dict[str, Any]] = json.loads(self.command(workspace, "jobs", "--json"))
+        rows: list[dict[str, Any]] = json.loads(self.command("jobs", "--json", workspace=workspace)[1])
         return [row for row in rows if row["stage"] == stage]
 
-    def data(self, workspace: str) -> str:
-        """Return the setting of the datastore, made once for both workspaces."""
+    @property
+    def data(self) -> str:
+        """The setting of the datastore, made once for both workspaces."""
         return f"datastore.url={self.folder / 'data/datastores'}"
 
 
@@ -120,7 +97,7 @@ def grid(site: Site, points: int) -> tuple[float, float]:
     meter = CpuMeter(site.folder / "grid")
     meter.start()
     swept = f"recipe.learning_rate={','.join(f'{rate:.4g}' for rate in rates)}"
-    site.command("grid", "-m", *TRAINING, site.data("grid"), swept)
+    site.command("-m", *TRAINING, site.data, swept, workspace="grid")
     until(lambda: all(row["state"] not in ("queued", "running") for row in site.rows("grid", "train")), 5)
     rows = site.rows("grid", "train")
     assert [row["state"] for row in rows] == ["finished"] * points, rows
@@ -162,7 +139,7 @@ def search(site: Site, trials: int, best: float) -> tuple[float, float, list[str
     meter.start()
     space = f"recipe.learning_rate=tag(log,interval({LOW:g},{HIGH:g}))"
     settings = (f"search.trials={trials}", f"search.parallel={WORKERS}", "search.name=study")
-    site.command("search", "+search=asha", *TRAINING, site.data("search"), space, *settings)
+    site.command("+search=asha", *TRAINING, site.data, space, *settings, workspace="search")
     files = StudyFiles(RunStore(site.folder / "search"), "study")
     victims = preempt(site, files)
     reached = float("nan")
@@ -228,10 +205,9 @@ def main() -> None:
     print(", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES), flush=True)
     with tempfile.TemporaryDirectory(prefix="lab-") as folder:
         site = Site(Path(folder))
-        try:
-            site.run(str(LAB), "--dir", str(site.lab), "up")
+        with site.running():
             for stage in ("download", "process", "upload"):
-                site.command("data", f"+stage={stage}", "dataset=digits", "cluster=foreground")
+                site.command(f"+stage={stage}", "dataset=digits", "cluster=foreground", workspace="data")
             best, cost = grid(site, options.points)
             reached, whole, victims = search(site, options.trials, best)
             print(f"grid: {cost:.0f} CPU-s, best top-1 {100 * best:.2f} %")
@@ -240,8 +216,6 @@ def main() -> None:
                 f"{whole:.0f} CPU-s to the end of all {options.trials} trials ({whole / cost:.2f})"
             )
             check(site, victims)
-        finally:
-            site.run(str(LAB), "--dir", str(site.lab), "down")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from datetime import datetime
 from pathlib import Path
 
 import psutil
+from lab_site import LAB, LabSite
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.io.atomic_files import read_json
@@ -32,7 +33,6 @@ from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.runs.store import RunStore
 
-LAB = Path(__file__).resolve().parent.parent / "slurm/lab/lab"
 JOBS, RUNS = 100, 1000
 PACKAGES = ("hpc-imagenet", "submitit", "hydra-core", "torch")
 TRAINING = ("dataset=digits", "model=squeezenet1_1", "cluster=lab")
@@ -59,32 +59,8 @@ class Row:
     seconds: list[float] = field(default_factory=list)
 
 
-class Site:
-    """A lab, and the command line on it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.lab = folder, folder / "lab"
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HPC_IMAGENET_"))}
-        self.env |= {
-            "PATH": f"{self.lab}/bin:{os.environ['PATH']}",
-            "SLURM_CONF": f"{self.lab}/etc/slurm.conf",
-        }
-
-    def run(self, *command: str) -> tuple[float, str]:
-        """Run a command; return its duration in s and its stdout."""
-        begin = time.perf_counter()
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=self.folder, env=self.env, check=False
-        )
-        seconds = time.perf_counter() - begin
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-        return seconds, done.stdout
-
-    def command(self, *words: str, workspace: str = "workspace") -> tuple[float, str]:
-        """Run `python -m hpc_imagenet` on a workspace of this site."""
-        there = f"workspace={self.folder / workspace}"
-        return self.run(sys.executable, "-m", "hpc_imagenet", *words, there)
+class Site(LabSite):
+    """A lab, and what is measured on it."""
 
     def up(self, _: int = 0) -> float:
         """Start another lab in a new folder, and stop it again."""
@@ -204,8 +180,7 @@ def main() -> None:
     print(f"Python {platform.python_version()}", slurm, *versions, sep=", ")
     with tempfile.TemporaryDirectory(prefix="lab-") as folder:
         site = Site(Path(folder))
-        try:
-            site.run(str(LAB), "--dir", str(site.lab), "up")
+        with site.running():
             for stage in ("download", "process", "upload"):
                 site.command(f"+stage={stage}", "dataset=digits", "cluster=foreground")
             site.make_runs()
@@ -213,8 +188,6 @@ def main() -> None:
             for repeat in range(options.repeats):
                 for row in table:
                     row.seconds.append(row.measure(repeat))
-        finally:
-            site.run(str(LAB), "--dir", str(site.lab), "down")
     show(table, options.repeats)
 
 

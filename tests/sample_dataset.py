@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from hpc_imagenet.datastore.file_hash import format_digest, new_digest
 from hpc_imagenet.datastore.index import ENTRY, write_index
@@ -94,3 +95,31 @@ def link_version(dataset: Path, version: Path) -> None:
         splits={name: replace(split, index=link(split.index)) for name, split in manifest.splits.items()},
         files=tuple(map(link, manifest.files)),
     ).save(version)
+
+
+def write_coloured(version: Path, images: int, noise: int = 0) -> None:
+    """Write a version of a datastore with images of 32 px in two colours.
+
+    Args:
+        version: its folder.
+        images: number of images of each split, half of them of each class.
+        noise: grey levels of noise, so that the classes have to be learned.
+    """
+    version.mkdir(parents=True)
+    bits = np.random.default_rng(0)
+    shards, splits = [], {}
+    for shard, name in enumerate(("train", "val")):
+        members = []
+        for i in range(images):
+            pixels = bits.integers(0, noise + 1, (32, 32, 3), np.uint8)
+            pixels[..., i % 2] += 150
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "JPEG")
+            members.append((f"{name}_{i}.JPEG", buffer.getvalue()))
+        locations = write_tar(version / f"{name}.tar", members)
+        entries = [(offset, size, i % 2, shard) for i, (offset, size) in enumerate(locations)]
+        write_index(version / f"{name}.npy", np.array(entries, ENTRY))
+        shards.append(file_of(version / f"{name}.tar", f"{name}.tar"))
+        splits[name] = Split(file_of(version / f"{name}.npy", f"{name}.npy"), images)
+    classes = (ClassNames("n00000001", ("red",)), ClassNames("n00000002", ("green",)))
+    Manifest(version.parent.name, "0", "", classes, tuple(shards), splits).save(version)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_docs import BLOCK, PAGES, ROOT, commands
+from docs_reader import BLOCK, PAGES, ROOT, commands
 
 from hpc_imagenet.config import dataset, schema, settings_page
 

@@ -73,7 +73,7 @@ def _find_source(store: RunStore, source: str, name: str | None) -> tuple[Run | 
         run = Run(path.parent.parent)
         return (run if run.info else None), path
     if not path.exists() and "=" in source:
-        raise UserError(f"evaluate: {source} is where the training belongs: evaluate RUN {source}")
+        raise UserError(f"evaluate: a run or a checkpoint must come before {source}: evaluate RUN {source}")
     if not path.exists() and ("/" in source or source.endswith(".ckpt")):
         raise UserError(f"{path}: no such file")
     run = Run(path) if Run(path).info else store.find(source)

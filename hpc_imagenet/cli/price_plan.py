@@ -43,8 +43,8 @@ def plan_prices(prepared: PreparedPlan, console: Console) -> list[Price]:
         UserError: see `print_plan_prices`.
     """
     find_version = version_finder()
-    trainings = [_with_data(job, find_version(job.config.datastore)) for job in prepared.jobs
-                 if job.stage == TRAIN.name]  # fmt: skip
+    planned = [job for job in prepared.jobs if job.stage == TRAIN.name]
+    trainings = [_with_data(job, find_version(job.config.datastore)) for job in planned]
     if not trainings:
         stages = ", ".join(dict.fromkeys(job.stage for job in prepared.jobs))
         raise UserError(f"price=true is for trainings, and this submission has only {stages}: remove it")

@@ -46,6 +46,7 @@ from hpc_imagenet.config.overrides import (
     takes_quotes,
 )
 from hpc_imagenet.config.schema import DATA_STAGES, OPEN_MAPPINGS, Config
+from hpc_imagenet.config.search import ASIDE
 from hpc_imagenet.config.search_space import algorithm_of, search_configs
 from hpc_imagenet.config.setting import is_variable
 from hpc_imagenet.config.slurm_values import check_quoted_times
@@ -276,8 +277,7 @@ def _sweep_name(parsed: Sequence[Override]) -> str | None:
 
     The same sweep given again, perhaps with more memory, has the same name.
     """
-    aside = ("cluster", "workspace", "wait", "dry_run", "price", "hydra")
-    parsed = [each for each in parsed if each.key_or_group.partition(".")[0] not in aside]
+    parsed = [each for each in parsed if each.key_or_group.partition(".")[0] not in ASIDE]
     swept = [str(each.key_or_group).rpartition(".")[2] for each in parsed if each.is_sweep_override()]
     if not swept:
         return None

@@ -21,15 +21,8 @@ from hydra.errors import HydraException
 from hpc_imagenet.config.schema import PATH_SETTINGS, Config
 from hpc_imagenet.errors import UserError
 
-_NOT_SWEPT = (
-    "workspace",
-    "wait",
-    "dry_run",
-    "price",
-    "cluster",
-    "tracker",
-    "notify",
-)  # one value for the whole command
+# One value for the whole command.
+_NOT_SWEPT = ("workspace", "wait", "dry_run", "price", "cluster", "tracker", "notify")
 _FUNCTION = re.compile(r"(choice|sort|shuffle|tag|str)\(.*\)", re.DOTALL)  # of Hydra's grammar
 _BEGINNING = re.compile(r"~|\.{0,2}/|[^/]+:")  # of a path or URL, rather than the rest of one
 

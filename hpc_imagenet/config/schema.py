@@ -281,6 +281,16 @@ class Cluster:
     scratch_gb: float | None = setting(None, "GB for copies of shards; null: all free space", minimum=0)
     stage: dict[str, dict[str, Any]] = setting(factory=dict, meaning="any of the fields above, for one stage")
 
+    @property
+    def tasks_of_node(self) -> int:
+        """Tasks of each node of a training: one per GPU, unless they are set."""
+        return int(self.tasks_per_node or self.gpus_per_node or 1)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of a training, over all its nodes."""
+        return self.nodes * self.tasks_of_node
+
 
 @dataclass
 class Config:

@@ -7,6 +7,8 @@ from typing import Any
 
 from hpc_imagenet.config.setting import setting
 
+# Settings that decide nothing about results, so they are not in the names of sweeps and studies.
+ASIDE = ("cluster", "workspace", "wait", "dry_run", "price", "hydra")
 ALGORITHMS = ("asha", "median", "tpe", "halving")
 REDUCTION = 3  # one trial in three goes on at a rung, to three times the epochs
 

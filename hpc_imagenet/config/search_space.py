@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.config.search import ALGORITHMS, Search
+from hpc_imagenet.config.search import ALGORITHMS, ASIDE, Search
 from hpc_imagenet.errors import UserError
 
 if TYPE_CHECKING:  # Hydra takes 0.2 s to import, and commands that list runs do not need it
@@ -36,7 +36,6 @@ _NOT_IN_NAME = (
     "notify",
     "tracker",
 )
-_ASIDE = ("cluster", "workspace", "wait", "dry_run", "hydra")
 _DIGITS = 5  # significant ones of a number that is drawn
 
 
@@ -249,7 +248,7 @@ def _study_name(search: Search, parsed: Sequence[Override]) -> str:
     lines = [
         str(each.input_line).lstrip("+")
         for each in parsed
-        if each.key_or_group.partition(".")[0] not in _ASIDE and each.key_or_group not in _NOT_IN_NAME
+        if each.key_or_group.partition(".")[0] not in ASIDE and each.key_or_group not in _NOT_IN_NAME
     ]
     digest = hashlib.sha256(repr(sorted(lines)).encode()).hexdigest()
     return f"{search.algorithm}-{digest[:6]}"

@@ -203,7 +203,7 @@ def _tasks(target: StageCluster) -> int:
         return int(os.environ.get("SLURM_NTASKS", 1))
     if not target.on_slurm or target.stage != "train":
         return 1
-    return cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1)
+    return cluster.tasks
 
 
 def _start(probe: ProbeReport, folder: Path) -> str | subprocess.Popen[bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.container import bound_folders
 from hpc_imagenet.launch.sbatch import ArrayTask, group_into_arrays, sbatch_script, submit_array, test_only
-from hpc_imagenet.launch.shared_jobs import group_attempts
+from hpc_imagenet.launch.shared_jobs import group_attempts, shares_with
 from hpc_imagenet.launch.submit_limit import SubmitLimitReached, describe_limit, largest_accepted, limit_in
 from hpc_imagenet.runs.attempt import FAILED, Attempt
 from hpc_imagenet.runs.store import Run, RunStore
@@ -57,7 +57,7 @@ def submit_attempts(
                         attempt = by_run[run_id]
                         # Runs that share a loader have their own logs, beside that of the job.
                         logs = str(attempt.folder if task.sharing else sent.folder)
-                        details = {"logs": logs, "code": dict(code), **shares_with(task, run_id)}
+                        details = {"logs": logs, "code": dict(code), **shares_with(task.run_ids, run_id)}
                         attempt.submit("slurm", job_id=job_id, **details)
                         job_ids[run_id] = job_id
                 if sent.job_ids:
@@ -132,12 +132,6 @@ def _merge_arrays(job_ids: Iterable[str | None], sizes: Mapping[str, int]) -> li
         for array, tasks in by_array.items()
         for job in ([array] if len(tasks) == sizes.get(array) else tasks)
     ]
-
-
-def shares_with(task: ArrayTask, run_id: str) -> dict[str, list[str]]:
-    """Return the other runs of a job for the submitted.json of one; empty for a job of one run."""
-    others = [other for other in task.run_ids if other != run_id]
-    return {"shares_with": others} if others else {}
 
 
 def _array_task(runs: Sequence[Run]) -> ArrayTask:

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.launch import local_queue, notification, requeue
@@ -32,7 +31,7 @@ class ForegroundExecutor(Executor):
         self, store: RunStore, attempts: Sequence[tuple[Run, Attempt]], state_of: Mapping[str, State]
     ) -> None:
         """Run the attempts one after another and wait; after a failure the others are cancelled."""
-        from hpc_imagenet.launch.shared_jobs import group_attempts  # imports the stages
+        from hpc_imagenet.launch.shared_jobs import group_attempts, shares_with  # imports the stages
 
         allocation, failed = slurm.this_job(), ""
         if allocation:
@@ -53,9 +52,7 @@ class ForegroundExecutor(Executor):
             command = [sys.executable, "-u", "-m", f"hpc_imagenet.launch.{module}", *words]
             log = None
             for run, attempt in job:
-                others = [other.id for other, _ in job if other.id != run.id]
-                details: dict[str, Any] = {"code": code_version()}
-                details |= {"shares_with": others} if others else {}
+                details = {"code": code_version(), **shares_with([run.id for run, _ in job], run.id)}
                 if allocation:
                     attempt.submit(SlurmExecutor.name, job_id=allocation, logs=str(attempt.folder), **details)
                 else:

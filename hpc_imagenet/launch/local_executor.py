@@ -21,16 +21,17 @@ class LocalExecutor(Executor):
         self, store: RunStore, attempts: Sequence[tuple[Run, Attempt]], state_of: Mapping[str, State]
     ) -> None:
         """Append attempts to the queue and start a worker."""
-        from hpc_imagenet.launch.shared_jobs import group_attempts  # imports the stages
+        from hpc_imagenet.launch.shared_jobs import group_attempts, shares_with  # imports the stages
 
         # Write the entries first: if this process is killed in between, every submitted attempt is queued.
         jobs = group_attempts(attempts)
         local_queue.enqueue(store, jobs)
         for job in jobs:
+            ids = [run.id for run, _ in job]
             for run, attempt in job:
-                others = [other.id for other, _ in job if other.id != run.id]
-                sharing = {"shares_with": others} if others else {}
-                attempt.submit(self.name, host=socket.gethostname(), code=code_version(), **sharing)
+                attempt.submit(
+                    self.name, host=socket.gethostname(), code=code_version(), **shares_with(ids, run.id)
+                )
         if attempts:
             local_queue.ensure_worker(store)
 

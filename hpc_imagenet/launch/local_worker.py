@@ -40,9 +40,8 @@ class Worker:
 
     store: RunStore
     handles: list[Any] = field(default_factory=list)  # submitit jobs, kept so that ended children are reaped
-    parallel: dict[Path, int] = field(
-        default_factory=dict
-    )  # parallel jobs allowed, by attempt folder (cache)
+    # Parallel jobs allowed, by attempt folder (cache)
+    parallel: dict[Path, int] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)  # when polling of needed runs began
 
     def work(self) -> None:

@@ -10,6 +10,7 @@ from hpc_imagenet.config.schema import Cluster, Config, cluster_for
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.executor import State
+from hpc_imagenet.launch.resource_requests import warning_seconds
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.runs.time_record import ZERO, Time, TimeRecord, find_record, times_folder, training_shape
@@ -92,14 +93,14 @@ class Price:
         """GPUs that it occupies; 0: a training on CPUs."""
         if self.known is None or self.known.record.device == "CPU":
             return 0
-        return tasks_of(self.job.cluster)
+        return tasks_of(self.job)
 
     @property
     def device_hours(self) -> float:
         """Hours of its GPUs or, without, of its CPUs."""
         if self.known is None:
             return 0.0
-        count = self.gpus or tasks_of(self.job.cluster) * self.known.record.cpus
+        count = self.gpus or tasks_of(self.job) * self.known.record.cpus
         return self.total.wall / 3600 * count
 
     @property
@@ -127,7 +128,7 @@ class Price:
         """A `cluster.time` in minutes with which it ends within its requeues."""
         assert self.known is not None
         part = self.work.wall * (1 + _TOLERANCE) / self.allowed
-        return math.ceil((part + self.known.record.startup.wall + _warning(math.inf)) / 60)
+        return math.ceil((part + self.known.record.startup.wall + warning_seconds(None)) / 60)
 
 
 def price(job: Job, run: Run, state: State, known: KnownTimes | None, images: Images) -> Price:
@@ -153,7 +154,7 @@ def known_times(job: Job, store: RunStore) -> KnownTimes | None:
     """Return what is recorded for the shape of a training; None: nothing that can be read."""
     config = price_config(job.config)
     alone = find_record(store.folder, training_shape(config, cluster_for(config, PRICE.name)))
-    if tasks_of(job.cluster) == 1:
+    if tasks_of(job) == 1:
         return KnownTimes(alone, None) if alone else None
     record = find_record(store.folder, training_shape(job.config, job.cluster)) or alone
     return KnownTimes(record, alone) if record else None
@@ -209,9 +210,9 @@ def sweep_seconds(prices: Sequence[Price]) -> float:
     return max(slots)
 
 
-def tasks_of(cluster: Cluster) -> int:
-    """Return the number of tasks of a training, one per GPU."""
-    return cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1)
+def tasks_of(job: Job) -> int:
+    """Return the number of tasks of a training: one per GPU, and one if it shares a loader."""
+    return 1 if job.config.train.share_loader else job.cluster.tasks
 
 
 def _parallel(cluster: Cluster, runs: int) -> int:
@@ -221,7 +222,7 @@ def _parallel(cluster: Cluster, runs: int) -> int:
 
 def _work(job: Job, record: TimeRecord, images: Images, done: float) -> Time:
     """Return the time from epoch `done` to the end, without the startup of the job."""
-    config, recipe, tasks = job.config, job.config.recipe, tasks_of(job.cluster)
+    config, recipe, tasks = job.config, job.config.recipe, tasks_of(job)
     batches = images.train // recipe.global_batch * config.train.accumulate
     validation = _validation(record, config, images, tasks)
     total = record.end
@@ -265,7 +266,7 @@ def _starts(work: Time, record: TimeRecord, cluster: Cluster) -> float:
     limit = _limit(cluster)
     if not limit:
         return 1
-    usable = limit - record.startup.wall - _warning(cluster.time)
+    usable = limit - record.startup.wall - warning_seconds(cluster.time)
     if work.wall + record.startup.wall <= limit:
         return 1
     return math.ceil(work.wall / usable) if usable > 0 else math.inf
@@ -274,11 +275,6 @@ def _starts(work: Time, record: TimeRecord, cluster: Cluster) -> float:
 def _limit(cluster: Cluster) -> float | None:
     """Return the time limit in s; None: there is none."""
     return 60.0 * cluster.time if cluster.executor == "slurm" and cluster.time else None
-
-
-def _warning(minutes: float) -> float:
-    """Return the s before the time limit at which a training is stopped to save, as in sbatch.py."""
-    return min(90.0, 15.0 * minutes)
 
 
 def _requeues(cluster: Cluster) -> bool:

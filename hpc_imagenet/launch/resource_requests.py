@@ -1,4 +1,4 @@
-"""How cluster settings request GPUs and memory from sbatch, and which of them contradict each other."""
+"""How cluster settings request GPUs, memory and time from sbatch, and which of them contradict each other."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _GPU_GRES = re.compile(r"(?:^|,)(?:gres[:/])?gpu\b")
 
 
 def tasks_per_node(cluster: Cluster, distributed: bool) -> int:
-    """Return the tasks of each node: of a distributed stage one per GPU, unless they are set."""
-    return (cluster.tasks_per_node or cluster.gpus_per_node or 1) if distributed else 1
+    """Return the tasks of each node: one, unless the stage is distributed."""
+    return cluster.tasks_of_node if distributed else 1
 
 
 def gpu_options(cluster: Cluster, tasks: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,6 +46,11 @@ def gpu_options(cluster: Cluster, tasks: int, options: Mapping[str, Any]) -> dic
             )
         return {"gpus-per-task": f"{kind}{gpus // tasks}"}
     return {"gpus-per-node": f"{kind}{gpus}"}
+
+
+def warning_seconds(minutes: float | None) -> int:
+    """Return the s between the warning signal and the time limit: time to save, even in a short job."""
+    return int(min(90, 15 * (minutes or 6)))
 
 
 def check_resources(stage: str, cluster: Cluster, tasks: int) -> None:

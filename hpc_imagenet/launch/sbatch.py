@@ -24,7 +24,7 @@ from hpc_imagenet.launch.container import (
     ContainerCommand,
     container_command,
 )
-from hpc_imagenet.launch.resource_requests import gpu_options, tasks_per_node
+from hpc_imagenet.launch.resource_requests import gpu_options, tasks_per_node, warning_seconds
 from hpc_imagenet.launch.shared_task import SharedTask
 from hpc_imagenet.launch.start_task import start_command
 from hpc_imagenet.launch.submit_limit import (
@@ -271,15 +271,10 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
         ],
         srun_args=["--kill-on-bad-exit=1", *command.srun_args, *cluster.srun],
         teardown=[f"{python} -m hpc_imagenet.launch.requeue {shlex.quote(str(folder))} $?"],
-        signal_delay_s=_warning_seconds(cluster),
+        signal_delay_s=warning_seconds(cluster.time),
         additional_parameters=options,
     )
     return executor
-
-
-def _warning_seconds(cluster: Cluster) -> int:
-    """Return the seconds between the warning signal and the time limit: time to save, even in a short job."""
-    return min(90, 15 * (cluster.time or 6))
 
 
 @contextlib.contextmanager

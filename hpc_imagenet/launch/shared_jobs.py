@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.runs.attempt import Attempt
@@ -42,6 +42,12 @@ def group_by_loader(
         groups.setdefault(key, []).append(item)
         most[key] = config.train.share_runs if config else 1
     return [part for key, group in groups.items() for part in _evenly(group, most[key])]
+
+
+def shares_with(run_ids: Sequence[str], run_id: str) -> dict[str, Any]:
+    """Return the other runs of a job for the submitted.json of one of them; empty for a job of one run."""
+    others = [other for other in run_ids if other != run_id]
+    return {"shares_with": others} if others else {}
 
 
 def _evenly(group: list[Item], most: int) -> list[list[Item]]:

@@ -53,9 +53,8 @@ def choose_clusters(jobs: Sequence[Job], state_of: dict[str, State]) -> tuple[li
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         state = state_of[job.run_id]
-        on_slurm = (
-            job.cluster.executor == "slurm"
-        )  # else there is nothing to choose: the first settings count
+        # Else there is nothing to choose: the first settings count
+        on_slurm = job.cluster.executor == "slurm"
         if on_slurm and job.alternatives and not state.active and not state.finished:
             clusters = [job.cluster, *(each.cluster for each in job.alternatives)]
             groups.setdefault(repr(clusters), []).append(job)

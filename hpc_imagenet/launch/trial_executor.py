@@ -8,12 +8,13 @@ from hpc_imagenet.launch.executor import Executor, State
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, QUEUED, RUNNING, Attempt
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.search.study_files import EXECUTOR
 
 
 class TrialExecutor(Executor):
     """States of trials, and their cancellation; only a worker (`stages/search.py`) starts them."""
 
-    name = "search"
+    name = EXECUTOR
     in_background = True
 
     def submit(

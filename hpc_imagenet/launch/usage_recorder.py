@@ -16,6 +16,7 @@ import psutil
 
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.cluster.gpu_meter import GpuMeter, open_meter
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.io.ownership import make_own_folder
 from hpc_imagenet.runs.attempt import Attempt
@@ -91,9 +92,8 @@ class UsageRecorder:
             "memory_bytes": max(self._memory, peak),
             "gpus": self._meter.totals() if self._meter else {},
         }
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk, or a folder that was deleted: the stage reports that
+        # A full disk, or a folder that was deleted or is another user's: it must not end the job.
+        with contextlib.suppress(OSError, UserError):
             make_own_folder(self._path.parent)
             write_json(self._path, record)
 

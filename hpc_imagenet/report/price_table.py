@@ -101,7 +101,7 @@ def _notes_of(each: Price, start: str) -> list[str]:
         lines.append(f"waits for data {record.waiting or 0:.0%} of the time{fix}")
     if each.known.bound == NETWORK:
         lines.append("its steps take longer than on one GPU alone: the network between the tasks bounds it")
-    tasks, timed = tasks_of(cluster), int(record.shape["nodes"]) * int(record.shape["tasks"])
+    tasks, timed = tasks_of(each.job), int(record.shape["nodes"]) * int(record.shape["tasks"])
     if tasks > timed:
         lines.append(f"one of {tasks} tasks was timed, so the network between them is not in the time")
     here = tasks // cluster.nodes

@@ -176,11 +176,9 @@ def _requested(run: Run) -> dict[str, float]:
     frozen = run.readable_config()
     try:
         cluster = cluster_from(frozen, frozen["stage"]["name"])
-        gpus = int(cluster.gpus_per_node or 0)
-        tasks = cluster.nodes * (cluster.tasks_per_node or max(1, gpus))
         requested = {
-            "gpus": cluster.nodes * gpus,
-            "cpus": tasks * (cluster.cpus_per_task or 0),
+            "gpus": cluster.nodes * int(cluster.gpus_per_node or 0),
+            "cpus": cluster.tasks * (cluster.cpus_per_task or 0),
             "memory_bytes": cluster.nodes * float(cluster.memory_gb or 0) * _GIB,
             "limit_seconds": 60 * float(cluster.time or 0),
         }

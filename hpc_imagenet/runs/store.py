@@ -11,7 +11,8 @@
 
 The folder of a run can be written by its owner alone, whatever the umask allows: a job executes its frozen
 config. In a group's workspace the others read it. `.user-<uid>/` holds what belongs to one user: the local
-queue, folders of job arrays, submissions, a cache.
+queue, folders of job arrays, submissions, a cache. `.search/` has the studies of searches, `.times/` the
+times from which prices are computed.
 """
 
 from __future__ import annotations
@@ -266,9 +267,7 @@ class RunStore:
 
     def __init__(self, workspace: Path) -> None:
         self.folder = workspace / "runs"
-        self.left_out: dict[
-            str, str
-        ] = {}  # runs that this user may not read, as far as met, and their owners
+        self.left_out: dict[str, str] = {}  # owners of the runs met so far that this user may not read
 
     @property
     def own_folder(self) -> Path:

@@ -121,7 +121,7 @@ def training_shape(config: Config, cluster: Cluster) -> dict[str, Any]:
         config: the config, with the content of its datastore.
         cluster: the resources of the job.
     """
-    recipe, tasks = config.recipe, cluster.tasks_per_node or cluster.gpus_per_node or 1
+    recipe, tasks = config.recipe, 1 if config.train.share_loader else cluster.tasks_of_node
     place: list[Any] = [cluster.partition, cluster.constraint, cluster.gpu_type]
     if cluster.executor != "slurm":  # jobs of this machine share its CPUs
         place = [socket.gethostname(), cluster.parallel]
@@ -129,7 +129,7 @@ def training_shape(config: Config, cluster: Cluster) -> dict[str, Any]:
     return {
         "model": {**model, "compile": config.model.compile},
         "data": [config.datastore.content, bool(cluster.scratch), config.loader.decode],
-        "workers": config.loader.workers,
+        "loader": [config.loader.workers, config.train.share_loader],
         "sizes": sorted(set(recipe.sizes)),
         "recipe": {name: getattr(recipe, name) for name in _RECIPE},
         "mixes": [recipe.mixup > 0, recipe.cutmix > 0, recipe.erase > 0],

@@ -23,6 +23,7 @@ from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
 from hpc_imagenet.runs.attempt import FAILED, FINISHED, PRUNED, read_record
 from hpc_imagenet.runs.store import RunStore
 
+EXECUTOR = "search"  # of the attempts of trials
 RUNNING, SKIPPED = "running", "skipped"
 ENDED = (FINISHED, PRUNED, FAILED, SKIPPED)
 MOST_OWNERS = 3  # workers that may lose a trial before it counts as failed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
@@ -11,6 +10,7 @@ from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages.evaluate_stage import check_fingerprint
+from hpc_imagenet.stages.train import let_threads_sleep
 
 
 def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         UserError: bad input.
         PeerLost: another task of the job has ended.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in stages/train.py
+    let_threads_sleep()
     from hpc_imagenet.training.score import score
 
     check_fingerprint(config)

@@ -6,7 +6,6 @@ costs once memory is allocated and kernels are chosen. Slow batches make the epo
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -21,6 +20,7 @@ from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitRea
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.runs.time_record import training_shape
+from hpc_imagenet.stages.train import let_threads_sleep
 
 STEPS = 100  # in all, of one image size
 LEAST_STEPS = 20  # of each epoch, if there are many sizes
@@ -36,7 +36,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         UserError: bad input.
         Preempted: a stop signal arrived.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in stages/train.py
+    let_threads_sleep()
     from hpc_imagenet.training.callbacks.epoch_times import PassLimit
     from hpc_imagenet.training.fit import fit
 

@@ -48,7 +48,7 @@ class PriceStage(Stage):
 
     def check_settings(self, config: Config, cluster: Cluster) -> None:
         """Raise for what a training with these settings would be refused for, and for several tasks."""
-        if cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1) > 1:
+        if cluster.tasks > 1:
             raise UserError("cluster.stage.price has several tasks: a price job is one task on one GPU")
         TRAIN.check_settings(config, cluster)
 
@@ -74,7 +74,7 @@ def price_config(config: Config) -> Config:
     It has one task, with the CPUs, the GPU, and the share of memory and batch of one task of the training.
     """
     cluster = cluster_for(config, TRAIN.name)
-    tasks = cluster.tasks_per_node or cluster.gpus_per_node or 1
+    tasks = cluster.tasks_of_node
     memory = None if cluster.memory_gb is None else math.ceil(1024 * cluster.memory_gb / tasks) / 1024
     stages = {name: values for name, values in cluster.stage.items() if name == PRICE.name}
     return replace(
@@ -96,6 +96,7 @@ def price_config(config: Config) -> Config:
         recipe=replace(config.recipe, global_batch=config.recipe.global_batch // (cluster.nodes * tasks)),
         train=replace(
             config.train,
+            share_loader=False,
             checkpoint_every_minutes=_NEVER,
             keep_checkpoints=None,
             bottleneck_after_seconds=60 * _NEVER,  # at the end

@@ -25,6 +25,7 @@ from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, PRUNED
 from hpc_imagenet.runs.store import Progress, Run, RunStore
 from hpc_imagenet.search.rungs import promotable
 from hpc_imagenet.search.study_files import (
+    EXECUTOR,
     MOST_OWNERS,
     SKIPPED,
     Claim,
@@ -35,7 +36,6 @@ from hpc_imagenet.search.study_files import (
 from hpc_imagenet.stages.train_stage import TRAIN
 from hpc_imagenet.stages.trial import output_to, run_trial
 
-EXECUTOR = "search"  # in submitted.json of a trial's attempt
 _POLL = 0.5  # s between two looks of the other ranks for the next trial
 _PORTS = 104_729  # added for each trial: the port of the last one may still be in use
 

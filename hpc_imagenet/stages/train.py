@@ -24,7 +24,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         Preempted: a stop signal arrived; a checkpoint is saved.
         PeerLost: another task of the job has ended.
     """
-    _let_threads_sleep()
+    let_threads_sleep()
     from hpc_imagenet.training.fit import fit
 
     version = open_version(config.datastore)
@@ -52,7 +52,7 @@ def decode_for(configs: Sequence[Config], connections: Mapping[str, socket.socke
     Raises:
         UserError: the datastore cannot be read.
     """
-    _let_threads_sleep()
+    let_threads_sleep()
     from hpc_imagenet.training.loading import datamodule
     from hpc_imagenet.training.loading.sampler import BatchShare
     from hpc_imagenet.training.loading.shared_decoder import SharedDecoder
@@ -74,7 +74,9 @@ def decode_for(configs: Sequence[Config], connections: Mapping[str, socket.socke
         ).run()
 
 
-def _let_threads_sleep() -> None:
-    # Spinning OpenMP threads make a CPU training many times slower on a machine that is also used otherwise.
-    # torch reads the variable when it is imported.
+def let_threads_sleep() -> None:
+    """Let the threads of OpenMP sleep while they wait; call it before torch is imported.
+
+    Spinning threads make a training on CPUs many times slower on a machine that is also used otherwise.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -107,8 +107,7 @@ def _check_resources(config: Config, cluster: Cluster) -> None:
     """Raise for GPUs, tasks and a global batch that do not fit together."""
     batch = config.recipe.global_batch
     # Every process takes an equal share of a step, in train.accumulate micro-batches.
-    processes = cluster.nodes * (cluster.tasks_per_node or cluster.gpus_per_node or 1)
-    parts = (1 if config.train.share_loader else processes) * config.train.accumulate
+    parts = (1 if config.train.share_loader else cluster.tasks) * config.train.accumulate
     if config.loader.decode == "gpu" and cluster.gpus_per_node == 0:
         raise UserError("loader.decode=gpu, but cluster.gpus_per_node=0: set loader.decode=cpu")
     gpus, tasks = cluster.gpus_per_node, cluster.tasks_per_node

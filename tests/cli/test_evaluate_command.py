@@ -89,7 +89,7 @@ def test_wrong_evaluations_are_refused_in_one_line(trained: Cli) -> None:
     assert "it has best, last, previous, epoch-2" in refused(run, "checkpoint=epoch-1")
     assert "split= is given twice" in refused(run, "split=val", "split=test")
     assert "val is not SETTING=VALUE" in refused(run, "val")
-    assert refused("split=val").endswith("split=val is where the training belongs: evaluate RUN split=val")
+    assert refused("split=val").endswith("must come before split=val: evaluate RUN split=val")
     file = trained.workspace.parent / "text.ckpt"
     file.write_text("text")
     assert "text.ckpt is not a checkpoint of a training" in refused(str(file))

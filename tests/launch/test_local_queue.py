@@ -219,9 +219,8 @@ def test_reused_pid_is_not_taken_for_the_job(tmp_path: Path) -> None:
     assert not local_queue.is_alive(attempt)
     path.write_text(json.dumps({**process, "boot": "another"}))
     assert not local_queue.is_alive(attempt)
-    path.write_text(
-        json.dumps({"pid": process["pid"], "born": process["born"] - 60})
-    )  # where there is no /proc
+    # Where there is no /proc
+    path.write_text(json.dumps({"pid": process["pid"], "born": process["born"] - 60}))
     assert not local_queue.is_alive(attempt)
 
 

@@ -127,9 +127,8 @@ def test_same_failure_is_not_submitted_a_third_time(cluster: Cli) -> None:
 
 
 def test_failure_that_is_certain_to_recur_is_refused_at_once(cluster: Cli) -> None:
-    cluster(
-        "+stage=download", "dataset=digits", "cluster=slurm"
-    )  # cluster.memory_gb is the cluster's default
+    # cluster.memory_gb is the cluster's default
+    cluster("+stage=download", "dataset=digits", "cluster=slurm")
     run = only_run(cluster)
     queue(cluster, "1|OUT_OF_MEMORY|0|125|None")
     line = cluster.refused("retry", run.id)

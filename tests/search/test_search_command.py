@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import Cli
-from sample_search import SETTINGS, SPACE, trials, write_datastore
+from sample_dataset import write_coloured
+from sample_search import SETTINGS, SPACE, trials
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.overrides import with_defaults
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def searching(cli: Cli) -> Cli:
-    write_datastore(cli.workspace)
+    write_coloured(cli.workspace / "datastores/tiny/v1", 24, noise=99)
     return cli
 
 
@@ -70,7 +71,7 @@ def test_trial_is_the_ordinary_run_with_the_same_settings(searching: Cli) -> Non
     assert "already finished" in searching(*ordinary).stdout
     # Its weights do not depend on the trainings before it.
     alone = Cli(searching.workspace.parent / "alone")
-    write_datastore(alone.workspace)
+    write_coloured(alone.workspace / "datastores/tiny/v1", 24, noise=99)
     alone(*ordinary[:-1])
     for name, expected in weights(alone.workspace / "runs" / run.id).items():
         assert torch.equal(weights(run.folder)[name], expected), name

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from command_line import Cli
-from sample_search import SETTINGS, write_datastore
+from sample_dataset import write_coloured
+from sample_search import SETTINGS
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.overrides import with_defaults
@@ -23,7 +24,7 @@ RATES = "recipe.learning_rate=tag(log, interval(0.05,1))"
 
 @pytest.fixture
 def searching(cli: Cli) -> Cli:
-    write_datastore(cli.workspace)
+    write_coloured(cli.workspace / "datastores/tiny/v1", 24, noise=99)
     return cli
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from command_line import Cli, eventually
-from sample_search import SETTINGS, trials, write_datastore
+from sample_dataset import write_coloured
+from sample_search import SETTINGS, trials
 
 from hpc_imagenet.config.overrides import with_defaults
 from hpc_imagenet.runs.store import RunStore
@@ -24,7 +25,7 @@ RATES = "recipe.learning_rate=tag(log, interval(0.001,0.1))"
 
 @pytest.fixture
 def searching(cli: Cli) -> Cli:
-    write_datastore(cli.workspace)
+    write_coloured(cli.workspace / "datastores/tiny/v1", 24, noise=99)
     return cli
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from command_line import eventually
 from lab import Lab, LabDoor
-from sample_search import SETTINGS, trials, write_datastore
+from sample_dataset import write_coloured
+from sample_search import SETTINGS, trials
 
 from hpc_imagenet.runs.store import RunStore
 
@@ -34,7 +35,7 @@ def row_of(cluster: LabDoor, run: str) -> dict[str, Any]:
 def test_preempted_worker_goes_on_and_trial_of_a_cancelled_one_is_taken_over(
     cluster: LabDoor, lab: Lab
 ) -> None:
-    write_datastore(cluster.workspace)
+    write_coloured(cluster.workspace / "datastores/tiny/v1", 24, noise=99)
     cluster(*(word for word in SETTINGS if not word.startswith("recipe.epochs")), *SEARCH)
     workers = [row for row in cluster.jobs() if row["stage"] == "search"]
     assert [row["job_id"].partition("_")[2] for row in workers] == ["0", "1"]

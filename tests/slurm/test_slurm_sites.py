@@ -68,9 +68,8 @@ def test_memory_per_cpu_and_per_gpu_without_memory_per_node(cluster: LabDoor, la
     (row,) = cluster.jobs()
     assert lab.job(row["job_id"])["MinMemoryCPU"] == "300M"
     cluster(*words, "dataset.name=other", "+cluster.sbatch.mem-per-gpu=1G", "cluster.gpus_per_node=1")
-    assert (
-        lab.job(cluster.jobs()[1]["job_id"])["MemPerTres"] == "gres:gpu:1024"
-    )  # gres/gpu:1024 in later versions
+    # gres/gpu:1024 in later versions
+    assert lab.job(cluster.jobs()[1]["job_id"])["MemPerTres"] == "gres:gpu:1024"
 
 
 def test_training_on_nodes_whose_names_do_not_resolve(site: LabDoor, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ after an undisturbed rerun, `result` must equal that of an undisturbed run.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import os
@@ -39,7 +40,7 @@ from hpc_imagenet.stages import process
 ARCHIVES = (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT)
 
 
-class Scenario:
+class Scenario(abc.ABC):
     """Work that is killed and begun again.
 
     Args:
@@ -57,27 +58,27 @@ class Scenario:
         """The folder that the work writes, removed by `reset`."""
         return self.folder / "state"
 
-    def prepare(self, stack: contextlib.ExitStack) -> None:
+    def prepare(self, stack: contextlib.ExitStack) -> None:  # noqa: B027 - few need it
         """Make the input, and start servers that live as long as `stack`."""
 
     def reset(self) -> None:
         """Return to the state before the first run."""
         shutil.rmtree(self.state, ignore_errors=True)
 
+    @abc.abstractmethod
     def work(self) -> None:
         """Do the work, or go on with it; called in a process of its own."""
-        raise NotImplementedError
 
     def victims(self, pid: int) -> list[int]:
         """Return the processes of which one is disturbed. `pid`: the one that does the work."""
         return [pid]
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - few need it
         """Fail if anything looks whole and is not."""
 
+    @abc.abstractmethod
     def result(self) -> Any:
         """Return the end state, which is compared with that of an undisturbed run."""
-        raise NotImplementedError
 
 
 class Download(Scenario):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -394,52 +393,3 @@ def test_login_in_the_source_url_is_refused_and_not_shown(cli: Cli) -> None:
         assert "set download.login instead" in error
         assert "s3cr3t" not in error
     assert not list(cli.workspace.rglob("*.yaml"))
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (
-            "<?xml version='1.0'?>",
-            "line 1 of its md5sums, \"<?xml version='1.0'?>\", is not a line of md5sum",
-        ),
-        (f"# sums\n{'0' * 64}  train.tar\n", "line 2 of its md5sums"),
-        (f"{'0' * 32}  a.tar\n{'1' * 32}  a.tar\n", "has another MD5 of a.tar than before"),
-        (f"{'0' * 32}  a.tar\n" * 30_000, "has more than 1048576 characters"),
-    ],
-)
-def test_unreadable_md5sums_are_refused(tmp_path: Path, source: Path, text: str, problem: str) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(source, copy)
-    (copy / "md5sums").write_text(text)
-    assert problem in stage_error(download, config_of(tmp_path, copy))
-    with serving(copy, faulty(Faults())) as url:
-        assert problem in stage_error(download, config_of(tmp_path / "http", url))
-    sums = {
-        split: {"md5": hashlib.md5((copy / file).read_bytes()).hexdigest()} for split, file in FILES.items()
-    }
-    run_stage(download, config_of(tmp_path, copy, **sums))  # they are not needed
-
-
-def test_md5sums_that_is_a_folder_is_refused(tmp_path: Path, source: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(source, copy)
-    (copy / "md5sums").unlink()
-    (copy / "md5sums").mkdir()
-    assert "md5sums is not a file" in stage_error(download, config_of(tmp_path, copy))
-
-
-@pytest.mark.parametrize(
-    ("faults", "reason"),
-    [
-        (Faults(statuses=[(403, {})], only="md5sums"), "status 403"),
-        (Faults(html="typed", only="md5sums"), "an HTML page"),
-    ],
-)
-def test_md5sums_that_a_server_refuses_are_named_in_a_warning(
-    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], faults: Faults, reason: str
-) -> None:
-    with serving(source, faulty(faults)) as url:
-        run_stage(download, config_of(tmp_path, url))
-        line = f"warning: {url}/md5sums cannot be read ({reason}): archives are not compared with it"
-    assert line in capsys.readouterr().out

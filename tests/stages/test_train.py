@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from sample_dataset import file_of, write_tar
+from sample_dataset import write_coloured
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.overrides import with_defaults
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.datastore.index import ENTRY, write_index
-from hpc_imagenet.datastore.manifest import ClassNames, Manifest, Split
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import validate
 from hpc_imagenet.launch.plan import make_plan
@@ -39,27 +34,8 @@ def config_of(workspace: Path, *overrides: str) -> Config:
     return compose(with_defaults([*fixed, *small], overrides))[0]
 
 
-def write_version(folder: Path, images: int = 8) -> None:
-    """Write a complete datastore version with images of two colours."""
-    folder.mkdir(parents=True)
-    shards, splits = [], {}
-    for shard, name in enumerate(("train", "val")):
-        members = []
-        for i in range(images):
-            buffer = io.BytesIO()
-            Image.new("RGB", (32, 32), ("red", "blue")[i % 2]).save(buffer, "JPEG")
-            members.append((f"{name}_{i}.JPEG", buffer.getvalue()))
-        locations = write_tar(folder / f"{name}.tar", members)
-        entries = [(offset, size, i % 2, shard) for i, (offset, size) in enumerate(locations)]
-        write_index(folder / f"{name}.npy", np.array(entries, ENTRY))
-        shards.append(file_of(folder / f"{name}.tar", f"{name}.tar"))
-        splits[name] = Split(file_of(folder / f"{name}.npy", f"{name}.npy"), images)
-    classes = (ClassNames("n00000001", ("red",)), ClassNames("n00000002", ("blue",)))
-    Manifest("digits", "0", "", classes, tuple(shards), splits).save(folder)
-
-
 def test_training_from_datastore_to_result(tmp_path: Path, run: Run) -> None:
-    write_version(tmp_path / "datastores" / "digits" / "v1")
+    write_coloured(tmp_path / "datastores" / "digits" / "v1", 8)
     result = train.run(config_of(tmp_path), run, DistEnv())
     assert json.loads(json.dumps(result)) == result
     assert set(result) == {
@@ -71,7 +47,7 @@ def test_training_from_datastore_to_result(tmp_path: Path, run: Run) -> None:
 
 
 def test_global_batch_larger_than_train_split_is_refused_before_submitting(tmp_path: Path) -> None:
-    write_version(tmp_path / "datastores" / "digits" / "v1")
+    write_coloured(tmp_path / "datastores" / "digits" / "v1", 8)
     for batch in (8, 12):
         plan = make_plan([config_of(tmp_path, f"recipe.global_batch={batch}")], validate.version_finder())
         if batch == 8:
@@ -90,7 +66,7 @@ def test_missing_datastore_error_names_the_stage(tmp_path: Path, run: Run) -> No
 
 
 def test_bad_settings_leave_the_run_folder_empty(tmp_path: Path, run: Run) -> None:
-    write_version(tmp_path / "datastores" / "digits" / "v1")
+    write_coloured(tmp_path / "datastores" / "digits" / "v1", 8)
     for override, line in (
         ("recipe.global_batch=9", r"recipe.global_batch=9 is more than the 8 images of train"),
         ("+model.options.drop=1", r"model.options=\{'drop': 1\} does not fit squeezenet1_1"),

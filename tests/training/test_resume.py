@@ -107,9 +107,8 @@ def test_resume_after_kill_is_bit_identical(config, tiny: DatasetReader, tmp_pat
     for step in steps:
         (process,) = tasks(tiny, run, die_at=step, save_every_step=True)
         assert process.wait()[0] == -signal.SIGKILL
-        assert saved(run)["global_step"] == step - (
-            step == STEPS
-        )  # the last step of an epoch is saved after its validation
+        # The last step of an epoch is saved after its validation
+        assert saved(run)["global_step"] == step - (step == STEPS)
     train(config(), tiny, run)
     assert_same_training(reference[0], run)
 

@@ -160,6 +160,7 @@ def test_stopped_run_is_left_behind_and_goes_on_alone(shared: Cli, separate: Pat
     stopped = process(runs["build"])
     stopped.send_signal(signal.SIGSTOP)
     until(shared, runs, build="running")  # the others do not wait for it
+    assert all("this run shares its loader" in log(runs[name]) for name in ("small", "large"))
     stopped.send_signal(signal.SIGCONT)
     until(shared, runs)
     for run in runs.values():

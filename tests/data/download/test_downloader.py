@@ -16,9 +16,10 @@ import pytest
 from faulty_server import Faults, faulty, serving
 
 from hpc_imagenet.data.download import receipt
-from hpc_imagenet.data.download.downloader import FIRST_REQUEST, Downloader
+from hpc_imagenet.data.download.downloader import Downloader
 from hpc_imagenet.data.download.expected import ExpectedArchive
 from hpc_imagenet.data.download.receipt import Receipt
+from hpc_imagenet.data.download.transfer import FIRST_REQUEST
 from hpc_imagenet.data.sources.http_credentials import HttpCredentials
 from hpc_imagenet.data.sources.http_source import HttpSource
 from hpc_imagenet.errors import UserError
@@ -140,7 +141,7 @@ def test_complete_partial_file_needs_no_server(served: Path, target: Path) -> No
             2 * (FIRST_REQUEST + 700_000),
         ),
         # The first request has a range; without an ETag or a date the file is then requested as a whole.
-        (Faults(drops=[0, 700_000, 0, 700_000], validators=False), "no ETag or date", 1_400_000),
+        (Faults(drops=[ALL, 700_000, ALL, 700_000], validators=False), "no ETag or date", 1_400_000),
     ],
 )
 def test_restart_is_logged(

@@ -17,12 +17,13 @@ from faulty_server import Faults, faulty, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_imagenet.data.download.downloader import FIRST_REQUEST, Downloader
+from hpc_imagenet.data.download.downloader import Downloader
 from hpc_imagenet.data.download.expected import ExpectedArchive
 from hpc_imagenet.data.download.partial_file import PartialFile
 from hpc_imagenet.data.download.range_scheduler import RangeScheduler, TransferSizes
 from hpc_imagenet.data.download.rate_limit import RateLimiter
 from hpc_imagenet.data.download.streaming_hash import StreamingHash
+from hpc_imagenet.data.download.transfer import FIRST_REQUEST
 from hpc_imagenet.data.sources.http_credentials import HttpCredentials
 from hpc_imagenet.data.sources.http_source import HttpSource
 from hpc_imagenet.data.sources.range_source import Origin

@@ -11,8 +11,8 @@ import servers
 from run_stage import config_of, run_stage, stage_error
 
 from hpc_imagenet.data.download import receipt
-from hpc_imagenet.data.download.downloader import FIRST_REQUEST
 from hpc_imagenet.data.download.partial_file import PartialFile
+from hpc_imagenet.data.download.transfer import FIRST_REQUEST
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.sources.range_source import ContentChanged
 from hpc_imagenet.data.sources.s3_source import S3Source

@@ -57,10 +57,8 @@ def test_a_limit_of_batches_ends_epochs_after_a_validation(
     result = train(config(epochs=2), tiny, tmp_path, PassLimit(2, 1e9, {"of": "another"}))
     assert result["images_per_second"] > 0
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]
-    assert [row.split(",")[0] for row in rows if row.split(",")[5]] == [
-        "2",
-        "4",
-    ]  # validations, by their step
+    steps_of_validations = [row.split(",")[0] for row in rows if row.split(",")[5]]
+    assert steps_of_validations == ["2", "4"]
     assert (written[-1].shape, written[-1].short) == ({"of": "another"}, True)
 
 
