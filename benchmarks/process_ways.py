@@ -11,7 +11,7 @@ import sys, time
 from pathlib import Path
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.stages import process
+from hpc_imagenet.stages.work import process
 from hpc_imagenet.cluster.dist_env import DistEnv
 import scipy.io, PIL.Image, PIL.JpegImagePlugin
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_imagenet.config.stored_settings import stored_value
+from hpc_imagenet.config.input.stored_settings import stored_value
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import Run, RunStore
 
@@ -84,8 +84,8 @@ class Handle:
             UserError: the run failed or was cancelled; contains the reason.
             TimeoutError: the run has not ended in time; it keeps running.
         """
+        from hpc_imagenet.launch.slurm_jobs.waiting import WaitingRuns
         from hpc_imagenet.launch.states import state
-        from hpc_imagenet.launch.waiting import WaitingRuns
 
         began, waiting = time.monotonic(), WaitingRuns()
         end = None if seconds is None else began + seconds
@@ -125,7 +125,7 @@ class Handle:
         Raises:
             UserError: it would fail again, it was not submitted to a queue, or Slurm refused it.
         """
-        from hpc_imagenet.launch.retry_plan import plan_retry, send_retry
+        from hpc_imagenet.launch.retries.retry_plan import plan_retry, send_retry
 
         store = RunStore(self.folder.parents[1])
         send_retry(store, plan_retry(store, [self._run], settings, again))
@@ -221,7 +221,7 @@ def evaluate(
     Raises:
         UserError: invalid input; nothing was submitted.
     """
-    from hpc_imagenet.cli.evaluate_command import prepare_evaluation
+    from hpc_imagenet.cli.runs.evaluate_command import prepare_evaluation
 
     store = _run_store(workspace, source)
     name = str(source.folder) if isinstance(source, Handle) else str(source)
@@ -254,7 +254,7 @@ def export(
     Raises:
         UserError: there is no such training or checkpoint, the folder exists, or the format cannot be used.
     """
-    from hpc_imagenet.report.evaluations import evaluations
+    from hpc_imagenet.report.show.evaluations import evaluations
     from hpc_imagenet.training.export.exporter import export_network
     from hpc_imagenet.training.trained import load_trained
 
@@ -393,6 +393,6 @@ def _run_store(workspace: str | Path | None, source: object = None) -> RunStore:
 
 
 def _find(store: RunStore, source: Handle | str | Path) -> Path | Run:
-    from hpc_imagenet.cli.export_command import find_source
+    from hpc_imagenet.cli.runs.export_command import find_source
 
     return source.folder if isinstance(source, Handle) else find_source(store, str(source))

@@ -6,5 +6,10 @@ import multiprocessing
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["hpc_imagenet.stages.download", "hpc_imagenet.stages.process", "hpc_imagenet.training.fit", "scipy.io"]
+    [
+        "hpc_imagenet.stages.work.download",
+        "hpc_imagenet.stages.work.process",
+        "hpc_imagenet.training.fit",
+        "scipy.io",
+    ]
 )

@@ -17,7 +17,7 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.stages import download, process
+from hpc_imagenet.stages.work import download, process
 
 _STAGES = {"download": download, "process": process}
 

@@ -14,7 +14,7 @@ from hpc_imagenet.config.schema import Config, Datastore, StageSelection, Upload
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.stages import upload
+from hpc_imagenet.stages.work import upload
 
 
 class Workspace:

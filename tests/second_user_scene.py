@@ -98,9 +98,17 @@ class Scene:
         done = person.python(script, str(path), text)
         assert not done.returncode, done.stderr
 
-    def executed(self, *words: str, cwd: Path | None = None, code: int | None = 2) -> bool:
-        """Whether a command of alice executes what another user wrote; her jobs get the time to."""
-        self.alice(*words, cwd=cwd, code=code)
+    def executed(self, *words: str, because: str = "", cwd: Path | None = None, code: int | None = 2) -> bool:
+        """Whether a command of alice executes what another user wrote; her jobs get the time to.
+
+        Args:
+            words: the command.
+            because: what its error says: an attempt that is refused for another reason shows nothing.
+            cwd: its folder.
+            code: its exit code.
+        """
+        done = self.alice(*words, cwd=cwd, code=code)
+        assert because in done.stderr, done.stderr
         return self.mark.exists()
 
 

@@ -24,7 +24,7 @@ from docs_reader import BIN, PAGES, ROOT, SMALL, STAGES, Reader, blocks, command
 from fake_slurm import SRUN, queue_row, write_command
 from PIL import Image
 
-from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.input.overrides import with_defaults
 
 
 def shortened(words: list[str], reader: Reader) -> list[str]:

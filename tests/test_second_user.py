@@ -123,20 +123,22 @@ def _logs(scene: Scene) -> bool:
 def _run_made_before(scene: Scene) -> bool:
     run = scene.prepared
     here = f"workspace={run.parents[1]}"
-    scene.alice("retry", run.name, here, code=2)
-    scene.alice("evaluate", run.name, here, code=2)
-    return scene.executed(*DOWNLOAD, here, "dataset.source=/missing")
+    scene.alice("evaluate", run.name, here, code=2)  # it is no training, of any user
+    commands = (("retry", run.name), (*DOWNLOAD, "dataset.source=/missing"))
+    return any(scene.executed(*words, here, because="belongs to bob") for words in commands)
 
 
 @attempt("start a job of another user from a folder of one's own")
 def _task(scene: Scene) -> bool:
     run = scene.prepared
-    for module in ("task", "start_task"):
-        words = (str(run), "1") if module == "task" else (str(run / "attempts/1"),)
-        done = scene.alice.run(
-            sys.executable, "-m", f"hpc_imagenet.launch.{module}", *words, SUBMITIT_LOCAL_JOB_ID="1"
-        )
+    (run / "attempts/1/outcome.json").unlink()  # an attempt that has ended is refused for that reason
+    (pickle,) = run.rglob("*_submitted.pkl")
+    job = pickle.name.partition("_")[0]
+    for module, *words in (("task", str(run), "1"), ("start_task", str(pickle.parent))):
+        command = (sys.executable, "-m", f"hpc_imagenet.launch.tasks.{module}", *words)
+        done = scene.alice.run(*command, SUBMITIT_LOCAL_JOB_ID=job)
         assert done.returncode == 1
+        assert "belongs to bob" in done.stderr
     return scene.mark.exists()
 
 
@@ -154,7 +156,7 @@ def _pickle(scene: Scene) -> bool:
     """
     path = folder / "1_submitted.pkl"
     assert not scene.alice.python(textwrap.dedent(script), str(path)).returncode  # her own file, even
-    command = (sys.executable, "-m", "hpc_imagenet.launch.start_task", str(folder))
+    command = (sys.executable, "-m", "hpc_imagenet.launch.tasks.start_task", str(folder))
     assert "names posix.system" in scene.alice.run(*command, SUBMITIT_LOCAL_JOB_ID="1").stderr
     os.chown(path, scene.bob.uid, scene.bob.uid)
     path.chmod(0o644)
@@ -167,12 +169,14 @@ def _stored_settings(scene: Scene) -> bool:
     project = shared_folder(scene.folder / "project")
     text = f'cluster.setup: ["{scene.evil}"]\n'
     scene.write(scene.bob, project / "hpc_imagenet.yaml", text)
-    done = scene.executed(*DOWNLOAD, scene.here, "seed=1", "wait=true", cwd=project)
+    done = scene.executed(*DOWNLOAD, scene.here, "seed=1", "wait=true", because="belongs to bob", cwd=project)
     (project / "hpc_imagenet.yaml").unlink()
     scene.write(
         scene.bob, project / "conf/cluster/mine.yaml", f"defaults: [local]\nsetup: ['{scene.evil}']\n"
     )
-    again = scene.executed("+stage=download", "dataset=digits", "cluster=mine", scene.here, cwd=project)
+    again = scene.executed(
+        "+stage=download", "dataset=digits", "cluster=mine", scene.here, because="belongs to bob", cwd=project
+    )
     return done or again
 
 
@@ -189,7 +193,7 @@ def _network(scene: Scene) -> bool:
     project = shared_folder(scene.folder / "networks")
     text = f"import os; os.system({scene.evil!r})\ndef make(num_classes): pass\n"
     scene.write(scene.bob, project / "net.py", text)
-    return scene.executed("model.name=net:make", *DIGITS, scene.here, cwd=project)
+    return scene.executed("model.name=net:make", *DIGITS, scene.here, because="belongs to bob", cwd=project)
 
 
 @attempt("swap a checkpoint in a shared folder for one with a command in its pickle")
@@ -203,7 +207,9 @@ def _checkpoint_pickle(scene: Scene) -> bool:
     """
     path = scene.checkpoints / "best.ckpt"
     assert scene.as_bob(script, str(path))
-    return scene.executed("export", str(path), str(scene.alice.home / "out"), scene.here)
+    return scene.executed(
+        "export", str(path), str(scene.alice.home / "out"), scene.here, because="not a checkpoint"
+    )
 
 
 @attempt("put the source of a network into a checkpoint")
@@ -221,7 +227,7 @@ def _checkpoint_source(scene: Scene) -> bool:
     scene.write(scene.alice, image, "")
     path = str(scene.checkpoints / "source.ckpt")
     commands = (("export", path, str(scene.alice.home / "out")), ("predict", path, str(image)))
-    return any(scene.executed(*words, scene.here) for words in commands)
+    return any(scene.executed(*words, scene.here, because="belongs to bob") for words in commands)
 
 
 @attempt("make the cache on a node's disk beforehand, or a link in its place")
@@ -239,6 +245,7 @@ def _node_cache(scene: Scene) -> bool:
     name.rmdir()
     assert scene.as_eve("import os, sys; os.symlink(*sys.argv[1:])", str(scene.alice.home), str(name))
     second = scene.alice.python(textwrap.dedent(script))
+    assert all("but its owner is eve" in done.stderr for done in (first, second))
     return not (first.returncode and second.returncode)
 
 
@@ -290,11 +297,15 @@ def _container(scene: Scene) -> bool:
     script = """
         import sys
         from hpc_imagenet.config.schema import Cluster
-        from hpc_imagenet.launch.container import check_container
+        from hpc_imagenet.launch.slurm_jobs.container import check_container
         check_container(Cluster(container=sys.argv[1], container_runtime="podman"))
     """
-    images = [str(folder / "image.sif") for folder in (public, group)]
-    return any(not scene.alice.python(textwrap.dedent(script), image).returncode for image in images)
+    done = [
+        scene.alice.python(textwrap.dedent(script), str(folder / "image.sif")) for folder in (public, group)
+    ]
+    assert "belongs to eve" in done[0].stderr
+    assert "other users may write" in done[1].stderr
+    return any(not each.returncode for each in done)
 
 
 @attempt("join the rendezvous of a job with several ranks")

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import NoReturn
 
 from hpc_imagenet.cli.command import Command
-from hpc_imagenet.config.stored_settings import stored_value
+from hpc_imagenet.config.input.stored_settings import stored_value
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import RunStore
 
 # The module of hpc_imagenet.cli that has each command in its COMMANDS. Only that one is imported.
 COMMANDS = {
-    "jobs": "run_commands",
-    "logs": "run_commands",
-    "cancel": "run_commands",
-    "retry": "run_commands",
-    "report": "report_command",
-    "show": "show_command",
-    "tensorboard": "tensorboard_command",
-    "evaluate": "evaluate_command",
-    "export": "export_command",
-    "predict": "predict_command",
-    "pull": "pull_command",
+    "jobs": "runs.run_commands",
+    "logs": "runs.run_commands",
+    "cancel": "runs.run_commands",
+    "retry": "runs.run_commands",
+    "report": "runs.report_command",
+    "show": "runs.show_command",
+    "tensorboard": "runs.tensorboard_command",
+    "evaluate": "runs.evaluate_command",
+    "export": "runs.export_command",
+    "predict": "runs.predict_command",
+    "pull": "runs.pull_command",
     "connect": "session_commands",
     "pause": "session_commands",
     "resume": "session_commands",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.cli.command import Command
-from hpc_imagenet.config.stored_settings import stored_value
+from hpc_imagenet.config.input.stored_settings import stored_value
 from hpc_imagenet.datastore import catalog, versions
 from hpc_imagenet.datastore.backends.storage_backend import StorageBackend
 from hpc_imagenet.datastore.catalog import CatalogEntry

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from hpc_imagenet.cli.main import main, print_error
-from hpc_imagenet.config.stored_settings import SENT
+from hpc_imagenet.config.input.stored_settings import SENT
 from hpc_imagenet.errors import UserError
 
 ALONE = 600.0  # s that a command goes on after its connection was lost

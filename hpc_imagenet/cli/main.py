@@ -120,7 +120,7 @@ def run(arguments: Sequence[str]) -> int:
         print(__version__)
         return 0
     if arguments in (["--info"], ["-i"]):
-        from hpc_imagenet.config.stored_settings import describe
+        from hpc_imagenet.config.input.stored_settings import describe
 
         print(describe())
         return 0
@@ -153,8 +153,8 @@ def _parse_submission(arguments: list[str]) -> tuple[list[str], bool, str | None
 
 def _meant(argument: str, before: Sequence[str]) -> str:
     """Return the form that was meant by an argument that is no setting, given the settings before it."""
-    from hpc_imagenet.config.explain import did_you_mean_setting
-    from hpc_imagenet.config.overrides import is_text, is_value, key_of
+    from hpc_imagenet.config.input.explain import did_you_mean_setting
+    from hpc_imagenet.config.input.overrides import is_text, is_value, key_of
     from hpc_imagenet.config.schema import STAGES
 
     name = argument.lstrip("-").partition("=")[0]
@@ -176,11 +176,11 @@ def _meant(argument: str, before: Sequence[str]) -> str:
 
 def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int:
     from hpc_imagenet.cli.submit import prepare
-    from hpc_imagenet.config.auto_cluster import resolve_cluster
     from hpc_imagenet.config.compose import compose
-    from hpc_imagenet.config.stored_settings import add_stored_settings
-    from hpc_imagenet.launch.longer import shorter_runs
-    from hpc_imagenet.launch.waiting import describe_waiting
+    from hpc_imagenet.config.input.auto_cluster import resolve_cluster
+    from hpc_imagenet.config.input.stored_settings import add_stored_settings
+    from hpc_imagenet.launch.retries.longer import shorter_runs
+    from hpc_imagenet.launch.slurm_jobs.waiting import describe_waiting
     from hpc_imagenet.stages import STAGES
 
     overrides, reason = resolve_cluster(add_stored_settings(overrides))
@@ -248,10 +248,10 @@ def _run_hydra(arguments: list[str]) -> int:
     """Run one of Hydra's own options, such as --cfg or tab completion."""
     import hydra
 
-    from hpc_imagenet.config.auto_cluster import resolve_cluster
     from hpc_imagenet.config.compose import CONF, VERSION_BASE, register, register_networks, search_path
-    from hpc_imagenet.config.overrides import check_given_once, quote_paths
-    from hpc_imagenet.config.stored_settings import add_stored_settings, config_folders
+    from hpc_imagenet.config.input.auto_cluster import resolve_cluster
+    from hpc_imagenet.config.input.overrides import check_given_once, quote_paths
+    from hpc_imagenet.config.input.stored_settings import add_stored_settings, config_folders
 
     register()
     register_networks(arguments)

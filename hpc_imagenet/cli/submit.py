@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_imagenet.config.input.stored_settings import SENT
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.config.stored_settings import SENT
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.launch import submission, validate

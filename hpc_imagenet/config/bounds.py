@@ -6,7 +6,7 @@ import re
 from urllib.parse import urlsplit
 
 from hpc_imagenet.config.dataset import Dataset
-from hpc_imagenet.config.optimizers import check_optimizer
+from hpc_imagenet.config.names.optimizers import check_optimizer
 from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.config.schema import STAGES, Config, Process, cluster_for
 from hpc_imagenet.config.setting import check_bounds, settings_of

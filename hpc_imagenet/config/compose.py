@@ -32,25 +32,25 @@ from hydra.errors import (
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hpc_imagenet.config import own_network
-from hpc_imagenet.config.auto_cluster import resolve_cluster
-from hpc_imagenet.config.backbones import BACKBONES, TIMM, check_name, is_own, is_weights_name
 from hpc_imagenet.config.bounds import check_values
-from hpc_imagenet.config.explain import explain, explain_value, name_for, setting_names, unknown_setting
-from hpc_imagenet.config.normalise import normalise
-from hpc_imagenet.config.overrides import (
+from hpc_imagenet.config.input.auto_cluster import resolve_cluster
+from hpc_imagenet.config.input.explain import explain, explain_value, name_for, setting_names, unknown_setting
+from hpc_imagenet.config.input.normalise import normalise
+from hpc_imagenet.config.input.overrides import (
     check_given_once,
     instead_of_several,
     quote_paths,
     quoted_form,
     takes_quotes,
 )
+from hpc_imagenet.config.input.search_space import algorithm_of, search_configs
+from hpc_imagenet.config.input.slurm_values import check_quoted_times
+from hpc_imagenet.config.input.stored_settings import add_stored_settings, config_folders
+from hpc_imagenet.config.names import own_network
+from hpc_imagenet.config.names.backbones import BACKBONES, TIMM, check_name, is_own, is_weights_name
 from hpc_imagenet.config.schema import DATA_STAGES, OPEN_MAPPINGS, Config
 from hpc_imagenet.config.search import ASIDE
-from hpc_imagenet.config.search_space import algorithm_of, search_configs
 from hpc_imagenet.config.setting import is_variable
-from hpc_imagenet.config.slurm_values import check_quoted_times
-from hpc_imagenet.config.stored_settings import add_stored_settings, config_folders
 from hpc_imagenet.errors import UserError
 
 VERSION_BASE = "1.3"  # version of Hydra's behaviour
@@ -61,10 +61,22 @@ _HERE = Path(__file__).resolve().parents[1]  # the package
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # in a wheel, in a checkout
 
 
+class _Uncopied(dict[str, Any]):
+    """Dictionary whose deep copy is itself.
+
+    Hydra copies all registered configs twice in each composition, 30 % of its time, and once more each config
+    that it loads: only the last copy is written to.
+    """
+
+    def __deepcopy__(self, _memo: object) -> _Uncopied:
+        return self
+
+
 @functools.cache  # a Python process may compose many times
 def register() -> None:
     """Register the schema with Hydra, and every torchvision backbone without a file in conf/model."""
     store = ConfigStore.instance()
+    store.repo = _Uncopied(store.repo)
     store.store(name="schema", node=Config, provider="hpc_imagenet")
     with_file = {path.stem for path in (CONF / "model").glob("*.yaml")}
     for name in BACKBONES:

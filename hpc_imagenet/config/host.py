@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.config.schema import Cluster
-from hpc_imagenet.config.stored_settings import (
+from hpc_imagenet.config.input.stored_settings import (
     FILE,
     SENT,
     config_folders,
@@ -22,6 +21,7 @@ from hpc_imagenet.config.stored_settings import (
     stored_settings,
     user_folder,
 )
+from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from hpc_imagenet.config.backbones import timm_name
+from hpc_imagenet.config.names.backbones import timm_name
 from hpc_imagenet.config.schema import Cluster, Config
 from hpc_imagenet.errors import UserError
 

@@ -15,11 +15,11 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from hpc_imagenet.config.dataset import Dataset
+from hpc_imagenet.config.input.slurm_values import parse_gib, parse_gpus, parse_minutes
+from hpc_imagenet.config.names.tracker_names import parse_trackers
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.search import Search
 from hpc_imagenet.config.setting import setting
-from hpc_imagenet.config.slurm_values import parse_gib, parse_gpus, parse_minutes
-from hpc_imagenet.config.tracker_names import parse_trackers
 from hpc_imagenet.errors import UserError
 
 STAGES = ("download", "process", "upload", "train", "evaluate", "price", "search", "pipeline", "session")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hpc_imagenet.cli import main as cli
 from hpc_imagenet.cli.main import print_error
-from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.demo import digits
 from hpc_imagenet.demo.http_server import serving
 from hpc_imagenet.errors import UserError

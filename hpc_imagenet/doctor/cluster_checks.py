@@ -13,7 +13,7 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.config.schema import Cluster, Config
 from hpc_imagenet.doctor.check_result import Finding, StageCluster, fail, gigabytes, ok, warn
 from hpc_imagenet.doctor.probe import probe_disk
-from hpc_imagenet.launch import sbatch
+from hpc_imagenet.launch.slurm_jobs import sbatch
 
 Partitions = Mapping[str, Mapping[str, str]]  # settings of each partition, such as MaxTime, by its name
 

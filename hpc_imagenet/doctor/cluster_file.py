@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_imagenet.cluster import slurm
-from hpc_imagenet.config.slurm_values import parse_minutes
-from hpc_imagenet.config.stored_settings import FILE, user_folder
+from hpc_imagenet.config.input.slurm_values import parse_minutes
+from hpc_imagenet.config.input.stored_settings import FILE, user_folder
 from hpc_imagenet.doctor.check_result import FAIL
 from hpc_imagenet.doctor.cluster_checks import check_commands, check_squeue, partitions
 from hpc_imagenet.errors import UserError

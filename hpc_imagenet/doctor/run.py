@@ -32,7 +32,8 @@ from hpc_imagenet.doctor.probe_job import ProbeJob, finished_probes
 from hpc_imagenet.doctor.whole_nodes import check_whole_nodes
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import write_json
-from hpc_imagenet.launch import local_queue, sbatch
+from hpc_imagenet.launch.local_jobs import local_queue
+from hpc_imagenet.launch.slurm_jobs import sbatch
 
 PACKAGES = ("torch=torch", "torchvision=torchvision", "pytorch_lightning=pytorch-lightning")  # module=package
 _TIME_LIMIT = 5  # minutes of a probe; it takes seconds, but the first import of torch may be slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpc_imagenet.doctor.check_result import Finding, StageCluster, ok, warn
 from hpc_imagenet.doctor.cluster_checks import Partitions, usable_partitions
 from hpc_imagenet.doctor.cluster_file import find_partitions
-from hpc_imagenet.launch.resource_requests import tasks_per_node
+from hpc_imagenet.launch.slurm_jobs.resource_requests import tasks_per_node
 
 
 def check_whole_nodes(target: StageCluster, known: Partitions) -> Finding | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hpc_imagenet.launch.executor import Executor
 from hpc_imagenet.launch.foreground_executor import ForegroundExecutor
-from hpc_imagenet.launch.local_executor import LocalExecutor
-from hpc_imagenet.launch.slurm_executor import SlurmExecutor
+from hpc_imagenet.launch.local_jobs.local_executor import LocalExecutor
+from hpc_imagenet.launch.slurm_jobs.slurm_executor import SlurmExecutor
 from hpc_imagenet.launch.trial_executor import TrialExecutor
 from hpc_imagenet.runs.attempt import Attempt
 

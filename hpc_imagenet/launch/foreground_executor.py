@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpc_imagenet.cluster import slurm
-from hpc_imagenet.launch import local_queue, notification, requeue
 from hpc_imagenet.launch.executor import Executor, State, code_version
-from hpc_imagenet.launch.slurm_executor import SlurmExecutor
+from hpc_imagenet.launch.local_jobs import local_queue
+from hpc_imagenet.launch.slurm_jobs import requeue
+from hpc_imagenet.launch.slurm_jobs.slurm_executor import SlurmExecutor
+from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, Attempt
 from hpc_imagenet.runs.store import Run, RunStore
 
@@ -49,7 +51,7 @@ class ForegroundExecutor(Executor):
                 continue
             module = "task" if len(job) == 1 else "shared_task"
             words = [word for run, attempt in job for word in (str(run.folder), str(attempt.number))]
-            command = [sys.executable, "-u", "-m", f"hpc_imagenet.launch.{module}", *words]
+            command = [sys.executable, "-u", "-m", f"hpc_imagenet.launch.tasks.{module}", *words]
             log = None
             for run, attempt in job:
                 details = {"code": code_version(), **shares_with([run.id for run, _ in job], run.id)}

@@ -10,7 +10,7 @@ from hpc_imagenet.config.schema import Cluster, Config, cluster_for
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.executor import State
-from hpc_imagenet.launch.resource_requests import warning_seconds
+from hpc_imagenet.launch.slurm_jobs.resource_requests import warning_seconds
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.runs.time_record import ZERO, Time, TimeRecord, find_record, times_folder, training_shape
@@ -278,7 +278,7 @@ def _limit(cluster: Cluster) -> float | None:
 
 
 def _requeues(cluster: Cluster) -> bool:
-    from hpc_imagenet.launch.sbatch import extra_sbatch_options
+    from hpc_imagenet.launch.slurm_jobs.sbatch import extra_sbatch_options
 
     return "requeue" in extra_sbatch_options(cluster)
 

@@ -112,7 +112,7 @@ def _largest(total: int, delay: Delay) -> int:
 
 
 def _delay(cluster: Cluster, stage: str, runs: int) -> float | None:
-    from hpc_imagenet.launch.sbatch import ArrayTask, sbatch_script, test_only
+    from hpc_imagenet.launch.slurm_jobs.sbatch import ArrayTask, sbatch_script, test_only
 
     found = re.search(r"to start at (\S+)", test_only(capacity_script(cluster, runs)))
     if found is None and runs == 1:  # a centre that takes no --gpus-per-task or --mem-per-cpu
@@ -131,8 +131,8 @@ def capacity_script(cluster: Cluster, runs: int) -> str:
 
     Memory is requested per CPU, and GPUs per task: the only form that does not depend on the nodes.
     """
-    from hpc_imagenet.launch.resource_requests import tasks_per_node
-    from hpc_imagenet.launch.sbatch import extra_sbatch_options
+    from hpc_imagenet.launch.slurm_jobs.resource_requests import tasks_per_node
+    from hpc_imagenet.launch.slurm_jobs.sbatch import extra_sbatch_options
 
     tasks, cpus = tasks_per_node(cluster, distributed=True), cluster.cpus_per_task or 1
     options: dict[str, Any] = {name: getattr(cluster, name) for name in (*_NAMED, "time")}

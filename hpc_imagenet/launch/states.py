@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from hpc_imagenet.launch import local_queue
 from hpc_imagenet.launch.executor import Executor, State
 from hpc_imagenet.launch.executors import executor_of
+from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.runs.attempt import FAILED, QUEUED, RUNNING, Attempt, Outcome
 from hpc_imagenet.runs.store import Run
 

@@ -15,10 +15,11 @@ from typing import Any
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import owner_writes
-from hpc_imagenet.launch import notification, validate
+from hpc_imagenet.launch import validate
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.states import state
+from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.launch.warm_start import keep_weights
 from hpc_imagenet.runs.attempt import CANCELLED, FINISHED
 from hpc_imagenet.runs.job import Job

@@ -12,7 +12,7 @@ from hpc_imagenet.search.study_files import EXECUTOR
 
 
 class TrialExecutor(Executor):
-    """States of trials, and their cancellation; only a worker (`stages/search.py`) starts them."""
+    """States of trials, and their cancellation; only a worker (`stages/work/search.py`) starts them."""
 
     name = EXECUTOR
     in_background = True

@@ -14,10 +14,10 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
 from hpc_imagenet.io.ownership import keep_names
-from hpc_imagenet.launch import notification
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
 from hpc_imagenet.launch.states import states
+from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.config.backbones import is_weights_name
+from hpc_imagenet.config.names.backbones import is_weights_name
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.checkpoints import INITIAL, find_checkpoint

@@ -16,7 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc_imagenet.config.host import Host, config_dir
-from hpc_imagenet.config.stored_settings import FILE, VARIABLES, config_folders, stored_value, user_folder
+from hpc_imagenet.config.input.stored_settings import (
+    FILE,
+    VARIABLES,
+    config_folders,
+    stored_value,
+    user_folder,
+)
 from hpc_imagenet.errors import UserError
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -25,7 +25,7 @@ def print_dry_run(plan: Sequence[Job], store: RunStore, executor: str, state_of:
         number = run.attempt.number + 1 if run.attempt else 1
         if needs:
             print(f"  after    {' '.join(needs)}")
-        print(f"  command  {sys.executable} -u -m hpc_imagenet.launch.task {run.folder} {number}")
+        print(f"  command  {sys.executable} -u -m hpc_imagenet.launch.tasks.task {run.folder} {number}")
         jobs.append((job, needs))
     for group in group_by_loader(jobs, lambda item: (item[0].config, item[1])):
         if len(group) > 1:

@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.text import Text
 
 from hpc_imagenet.io.printable import one_line
-from hpc_imagenet.launch.diagnosis import failure_class
 from hpc_imagenet.launch.executor import State
+from hpc_imagenet.launch.retries.diagnosis import failure_class
+from hpc_imagenet.launch.slurm_jobs.waiting import WaitingRuns
 from hpc_imagenet.launch.states import states
-from hpc_imagenet.launch.waiting import WaitingRuns
 from hpc_imagenet.report.durations import instant, seconds_between, span
 from hpc_imagenet.report.run_summary import best_top1, describe, seconds_left
 from hpc_imagenet.report.terminal_text import columns, fit

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.printable import one_line
-from hpc_imagenet.report.attempt_times import gpus_of, intervals, running_hours
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.report.published import PublishedAccuracy, published_for
-from hpc_imagenet.report.resources import energies_of
+from hpc_imagenet.report.show.attempt_times import gpus_of, intervals, running_hours
+from hpc_imagenet.report.show.resources import energies_of
 from hpc_imagenet.report.terminal_text import columns
 from hpc_imagenet.runs.store import Run
 

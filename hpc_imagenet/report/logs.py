@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.printable import one_line, printable
-from hpc_imagenet.launch.diagnosis import diagnose
+from hpc_imagenet.launch.retries.diagnosis import diagnose
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.runs.attempt import FINISHED, Attempt, log_rank
 from hpc_imagenet.runs.store import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypeGuard
 
-from hpc_imagenet.launch.diagnosis import failure_words
+from hpc_imagenet.launch.retries.diagnosis import failure_words
 from hpc_imagenet.report.durations import clock, span
 from hpc_imagenet.runs.attempt import FINISHED, QUEUED, RUNNING
 

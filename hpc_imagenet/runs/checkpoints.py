@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpc_imagenet.config.backbones import is_own
+from hpc_imagenet.config.names.backbones import is_own
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import foreign_writer
 from hpc_imagenet.runs.store import Run

@@ -1,4 +1,4 @@
-"""The stages of a job: `<name>_stage.py` declares a stage, `<name>.py` does its work on a node."""
+"""The stages of a job: `<name>_stage.py` declares a stage, `work/<name>.py` does its work on a node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Declaration of the download stage; download.py does the work."""
+"""Declaration of the download stage; work/download.py does the work."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class DownloadStage(Stage):
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         """Download; see `stages.download.run`."""
-        from hpc_imagenet.stages import download
+        from hpc_imagenet.stages.work import download
 
         return download.run(config, run, dist_env)
 

@@ -1,4 +1,4 @@
-"""Declaration of the evaluate stage; evaluate.py and the package training do the work."""
+"""Declaration of the evaluate stage; work/evaluate.py and the package training do the work."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class EvaluateStage(Stage):
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         """Evaluate; see `stages.evaluate.run`."""
-        from hpc_imagenet.stages import evaluate
+        from hpc_imagenet.stages.work import evaluate
 
         return evaluate.run(config, run, dist_env)
 

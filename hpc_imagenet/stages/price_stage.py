@@ -1,4 +1,4 @@
-"""Declaration of the price stage; price.py does the work. `price=true` makes its configs.
+"""Declaration of the price stage; work/price.py does the work. `price=true` makes its configs.
 
 Its job times a short part of a training, on one task of the training's resources.
 """
@@ -63,7 +63,7 @@ class PriceStage(Stage):
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         """Time the training; see `stages.price.run`."""
-        from hpc_imagenet.stages import price
+        from hpc_imagenet.stages.work import price
 
         return price.run(config, run, dist_env)
 

@@ -1,4 +1,4 @@
-"""Declaration of the process stage; process.py does the work."""
+"""Declaration of the process stage; work/process.py does the work."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ProcessStage(Stage):
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         """Process; see `stages.process.run`."""
-        from hpc_imagenet.stages import process
+        from hpc_imagenet.stages.work import process
 
         return process.run(config, run, dist_env)
 

@@ -1,4 +1,4 @@
-"""Declaration of the search stage: one run is one worker of a search; search.py does its work."""
+"""Declaration of the search stage: one run is one worker of a search; work/search.py does its work."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.input.search_space import describe, sample_values, trial_config
 from hpc_imagenet.config.schema import Cluster, Config, Datastore
-from hpc_imagenet.config.search_space import describe, sample_values, trial_config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.job import FindVersion
 from hpc_imagenet.runs.store import Run, RunStore
@@ -87,7 +87,7 @@ class SearchStage(Stage):
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         """Train trials until none is left; see `stages.search.run`."""
-        from hpc_imagenet.stages import search
+        from hpc_imagenet.stages.work import search
 
         return search.run(config, run, dist_env)
 

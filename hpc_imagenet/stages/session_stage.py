@@ -1,4 +1,4 @@
-"""Declaration of the session stage; session.py and the package session do the work."""
+"""Declaration of the session stage; work/session.py and the package session do the work."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SessionStage(Stage):
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         """Serve Jupyter; see `stages.session.run`."""
-        from hpc_imagenet.stages import session
+        from hpc_imagenet.stages.work import session
 
         return session.run(config, run, dist_env)
 

@@ -1,4 +1,4 @@
-"""Declaration of the train stage; train.py and the package training do the work."""
+"""Declaration of the train stage; work/train.py and the package training do the work."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import astuple
 from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.config import backbones
 from hpc_imagenet.config.loader_key import check_shared_loader, loader_key
+from hpc_imagenet.config.names import backbones
+from hpc_imagenet.config.names.tracker_names import check_installed
 from hpc_imagenet.config.schema import Cluster, Config, Datastore, cluster_for
-from hpc_imagenet.config.tracker_names import check_installed
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.manifest import Manifest
 from hpc_imagenet.errors import UserError
@@ -83,7 +83,7 @@ class TrainStage(Stage):
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         """Train; see `stages.train.run`."""
-        from hpc_imagenet.stages import train
+        from hpc_imagenet.stages.work import train
 
         return train.run(config, run, dist_env)
 

@@ -1,4 +1,4 @@
-"""Declaration of the upload stage; upload.py does the work."""
+"""Declaration of the upload stage; work/upload.py does the work."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class UploadStage(Stage):
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         """Upload; see `stages.upload.run`."""
-        from hpc_imagenet.stages import upload
+        from hpc_imagenet.stages.work import upload
 
         return upload.run(config, run, dist_env)
 

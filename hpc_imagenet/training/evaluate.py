@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import models
 from torchvision.transforms._presets import ImageClassification
 
-from hpc_imagenet.config.backbones import BACKBONES
+from hpc_imagenet.config.names.backbones import BACKBONES
 from hpc_imagenet.data.images import pillow
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
 from hpc_imagenet.errors import UserError, did_you_mean

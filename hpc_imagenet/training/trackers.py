@@ -28,8 +28,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from hpc_imagenet.config.names.tracker_names import parse_trackers
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.config.tracker_names import parse_trackers
 from hpc_imagenet.errors import Superseded
 from hpc_imagenet.io.atomic_files import read_json, write_json
 from hpc_imagenet.runs.job import signature

@@ -18,7 +18,7 @@ from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.config.schema import Config, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.stages import upload
+from hpc_imagenet.stages.work import upload
 
 
 @pytest.fixture

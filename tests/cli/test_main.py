@@ -17,7 +17,8 @@ import psutil
 import pytest
 from command_line import Cli, eventually
 
-from hpc_imagenet.launch import local_queue, submission
+from hpc_imagenet.launch import submission
+from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.runs.store import RunStore
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from hpc_imagenet.config.backbones import BACKBONES
 from hpc_imagenet.config.compose import CONF, VERSION_BASE, compose, register, with_overrides
+from hpc_imagenet.config.names.backbones import BACKBONES
 from hpc_imagenet.config.schema import Config, cluster_for, from_dict
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.plan import make_plan

@@ -10,7 +10,7 @@ from command_line import Cli
 
 import hpc_imagenet
 from hpc_imagenet.config.host import Host, find_host, without_host
-from hpc_imagenet.config.stored_settings import SENT
+from hpc_imagenet.config.input.stored_settings import SENT
 from hpc_imagenet.errors import UserError
 
 Store = Callable[[str, str], None]

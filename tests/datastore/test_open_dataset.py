@@ -23,7 +23,7 @@ from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.datastore.reader.prefetch import Prefetcher
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.stages import upload
+from hpc_imagenet.stages.work import upload
 
 pytestmark = pytest.mark.slow
 KINDS = ["moto", "rclone", "ssh"]

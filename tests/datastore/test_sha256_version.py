@@ -17,7 +17,7 @@ from hpc_imagenet.datastore import catalog, open_dataset, versions
 from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.stages import upload
+from hpc_imagenet.stages.work import upload
 
 
 @pytest.fixture

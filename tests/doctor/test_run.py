@@ -15,7 +15,7 @@ from command_line import Cli
 from fake_slurm import SRUN, queue_row, write_command
 
 from hpc_imagenet.cluster import slurm
-from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.doctor import probe_job, run
 from hpc_imagenet.doctor.check_result import FAIL, OK, WARN
 
@@ -105,7 +105,7 @@ def test_healthy_cluster_leaves_no_files(stub: StubSlurm) -> None:
     script = (stub.folder / "job.1").read_text()
     assert "--kill-on-bad-exit=1" in script
     assert "#SBATCH --time=5\n" in script
-    assert "hpc_imagenet.launch.requeue" not in script
+    assert "hpc_imagenet.launch.slurm_jobs.requeue" not in script
 
 
 @pytest.mark.slow

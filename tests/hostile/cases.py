@@ -19,7 +19,7 @@ from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.printable import MAX_LINE, error_line
-from hpc_imagenet.stages import download, process
+from hpc_imagenet.stages.work import download, process
 
 SYNSETS = (Synset(1, "n001", "kite"), Synset(2, "n002", "tench, Tinca tinca"))
 HANG = 60  # s after which a case counts as hanging: a limit, not a measurement

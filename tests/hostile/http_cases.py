@@ -17,7 +17,7 @@ from run_stage import config_of, run_stage
 from hpc_imagenet.data.download import receipt
 from hpc_imagenet.demo.http_server import Handler, serving
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.stages import download
+from hpc_imagenet.stages.work import download
 
 Reply = Callable[[bytes, str | None], bytes]  # of the archive's bytes and the Range header; what is sent
 

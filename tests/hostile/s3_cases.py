@@ -15,7 +15,7 @@ from hpc_imagenet.data.download import receipt
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.demo.http_server import Handler, serving
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.stages import download
+from hpc_imagenet.stages.work import download
 
 _LOGIN = {"AWS_ACCESS_KEY_ID": "AKIAEXAMPLE", "AWS_SECRET_ACCESS_KEY": "never-print-this"}
 _LOGIN |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "AWS_MAX_ATTEMPTS": "1"}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from hpc_imagenet.config.compose import compose
-from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.executor import State

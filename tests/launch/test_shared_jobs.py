@@ -12,8 +12,9 @@ from command_line import Cli
 from fake_slurm import queue_row, scripts, write_command
 
 from hpc_imagenet.config.compose import compose
-from hpc_imagenet.launch import shared_jobs, shared_task
+from hpc_imagenet.launch import shared_jobs
 from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.launch.tasks import shared_task
 from hpc_imagenet.runs.attempt import FAILED
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.stages.train_stage import TRAIN

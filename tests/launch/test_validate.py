@@ -12,7 +12,7 @@ from sample_dataset import make_dataset
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.dataset import Dataset
-from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.config.schema import Config, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
@@ -21,7 +21,7 @@ from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs.attempt import CANCELLED
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.stages import upload
+from hpc_imagenet.stages.work import upload
 
 DIGITS = ("dataset=digits", "cluster=local")
 

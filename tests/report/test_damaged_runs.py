@@ -14,7 +14,7 @@ import pytest
 from command_line import Cli
 from recorded_runs import change, create_run, record_run, set_times
 
-from hpc_imagenet.launch import local_queue
+from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.runs.attempt import FAILED, FINISHED, QUEUED, RUNNING
 from hpc_imagenet.runs.store import Run, RunStore

@@ -8,7 +8,7 @@ import pytest
 from command_line import Cli
 from recorded_runs import record_run, set_times
 
-from hpc_imagenet.launch.diagnosis import diagnose
+from hpc_imagenet.launch.retries.diagnosis import diagnose
 from hpc_imagenet.runs.attempt import FAILED, FINISHED
 from hpc_imagenet.runs.store import RunStore
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hpc_imagenet.config.backbones import BACKBONES
+from hpc_imagenet.config.names.backbones import BACKBONES
 from hpc_imagenet.report.published import published_accuracies, published_for
 
 

@@ -26,14 +26,15 @@ from hpc_imagenet.config.compose import compose
 from hpc_imagenet.demo import digits
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import access, atomic_files
-from hpc_imagenet.launch import local_queue, task
+from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.states import state, states
 from hpc_imagenet.launch.submission import cancel_run, plan_actions
+from hpc_imagenet.launch.tasks import task
 from hpc_imagenet.report import jobs_table, leaderboard, logs
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
 from hpc_imagenet.runs.store import Progress, Run, RunStore
-from hpc_imagenet.stages import download
+from hpc_imagenet.stages.work import download
 
 
 def run_concurrently(function: Callable[[int], object], times: int = 16) -> list[object]:
@@ -168,7 +169,7 @@ def test_attempt_of_another_running_process_is_not_started_again(tmp_path: Path)
     run = create_run(RunStore(tmp_path))
     attempt = run.new_attempt()
     attempt.start(**local_queue.process_identity(os.getpid()))
-    child = [sys.executable, "-m", "hpc_imagenet.launch.task", str(run.folder), "1"]
+    child = [sys.executable, "-m", "hpc_imagenet.launch.tasks.task", str(run.folder), "1"]
     done = subprocess.run(child, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert f"another process (pid {os.getpid()}) already runs this attempt" in done.stderr

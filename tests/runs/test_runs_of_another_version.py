@@ -10,10 +10,11 @@ from command_line import Cli
 from recorded_runs import create_run
 
 from hpc_imagenet.io import atomic_files
-from hpc_imagenet.launch import local_queue, task
-from hpc_imagenet.launch.local_worker import Worker
+from hpc_imagenet.launch.local_jobs import local_queue
+from hpc_imagenet.launch.local_jobs.local_worker import Worker
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.launch.submission import cancel_run
+from hpc_imagenet.launch.tasks import task
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED
 from hpc_imagenet.runs.store import Run, RunStore
 

@@ -14,7 +14,7 @@ from sample_dataset import write_coloured
 from sample_search import SETTINGS, SPACE, trials
 
 from hpc_imagenet.config.compose import compose
-from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.validate import version_finder
 from hpc_imagenet.runs.store import RunStore

@@ -13,8 +13,8 @@ from sample_dataset import write_coloured
 from sample_search import SETTINGS
 
 from hpc_imagenet.config.compose import compose
-from hpc_imagenet.config.overrides import with_defaults
-from hpc_imagenet.config.search_space import sample_values, text_of, trial_config
+from hpc_imagenet.config.input.overrides import with_defaults
+from hpc_imagenet.config.input.search_space import sample_values, text_of, trial_config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.stages.search_stage import SEARCH

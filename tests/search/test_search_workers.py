@@ -16,7 +16,7 @@ from command_line import Cli, eventually
 from sample_dataset import write_coloured
 from sample_search import SETTINGS, trials
 
-from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.runs.store import RunStore
 
 pytestmark = pytest.mark.slow

@@ -64,10 +64,10 @@ class Training:
         for process in self.cli.processes():
             try:
                 command, parent = process.cmdline(), process.parent()
-                inner = parent is not None and "hpc_imagenet.launch.start_task" in parent.cmdline()
+                inner = parent is not None and "hpc_imagenet.launch.tasks.start_task" in parent.cmdline()
             except psutil.Error:
                 continue
-            if "hpc_imagenet.launch.start_task" in command and not inner and "srun" not in command[0]:
+            if "hpc_imagenet.launch.tasks.start_task" in command and not inner and "srun" not in command[0]:
                 found.append(process)
         return found
 

@@ -14,7 +14,7 @@ from command_line import eventually
 from interruptions import Training, assert_equal
 from lab import Lab, LabDoor
 
-from hpc_imagenet.report.attempt_times import intervals
+from hpc_imagenet.report.show.attempt_times import intervals
 from hpc_imagenet.runs.store import Run
 
 KINDS = ("crash", "freeze", "kill", "requeue", "warning", "preemption")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lab import LabDoor
 
-from hpc_imagenet.launch.container import PACKAGE_ROOT
+from hpc_imagenet.launch.slurm_jobs.container import PACKAGE_ROOT
 
 TOP = ("bin", "lib", "lib64", "usr", "sbin")  # of this machine: the image shares its programs
 EMPTY = (

@@ -47,7 +47,7 @@ def test_a_group_is_requeued_loses_one_run_and_finishes(lab: Lab, site: LabDoor,
     cancelled, killed, kept = runs
     cluster("cancel", cancelled.id)
     (process,) = [
-        each for each in cluster.processes(killed.id) if "hpc_imagenet.launch.task" in each.cmdline()
+        each for each in cluster.processes(killed.id) if "hpc_imagenet.launch.tasks.task" in each.cmdline()
     ]
     process.kill()
     eventually(lambda: not {row["state"] for row in cluster.jobs()} & {"queued", "running"}, 600)

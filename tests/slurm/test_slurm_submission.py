@@ -17,7 +17,7 @@ import pytest
 from command_line import eventually
 from lab import LAB, Lab, LabDoor
 
-from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.io.atomic_files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -35,7 +35,7 @@ from hpc_imagenet.datastore.node_cache.cache import NodeCache
 from hpc_imagenet.datastore.node_cache.copy_process import CopyProcess
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.stages import process
+from hpc_imagenet.stages.work import process
 
 ARCHIVES = (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT)
 
@@ -93,7 +93,7 @@ class Download(Scenario):
 
     def work(self) -> None:
         """Run the stage."""
-        from hpc_imagenet.stages import download
+        from hpc_imagenet.stages.work import download
 
         config = config_of(self.state, self.url)
         config.download.connections = 4

@@ -26,7 +26,7 @@ from hpc_imagenet.data.sources import archive_folder
 from hpc_imagenet.demo import digits
 from hpc_imagenet.report import jobs_table
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.stages import download
+from hpc_imagenet.stages.work import download
 
 FILES = {
     "train": "ILSVRC2012_img_train.tar",

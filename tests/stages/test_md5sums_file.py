@@ -11,7 +11,7 @@ from faulty_server import Faults, faulty, serving
 from run_stage import config_of, run_stage, stage_error
 
 from hpc_imagenet.demo import digits
-from hpc_imagenet.stages import download
+from hpc_imagenet.stages.work import download
 
 FILES = {
     "train": "ILSVRC2012_img_train.tar",

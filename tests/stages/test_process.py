@@ -25,7 +25,7 @@ from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.demo import digits
-from hpc_imagenet.stages import download, process
+from hpc_imagenet.stages.work import download, process
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from run_stage import run_stage, stage_error
 from test_process import config_with_archives, dataset, small
 
-from hpc_imagenet.stages import process
+from hpc_imagenet.stages.work import process
 
 __all__ = ["small"]  # a fixture
 

@@ -18,7 +18,7 @@ from torchvision.datasets import imagenet
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scanned_archives
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.stages import process
+from hpc_imagenet.stages.work import process
 
 __all__ = ["small", "source"]  # fixtures
 

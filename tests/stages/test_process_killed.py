@@ -21,7 +21,7 @@ from test_process import config_with_archives as _config_with_archives
 from test_process import dataset, dataset_bytes, write_small
 
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.stages import process
+from hpc_imagenet.stages.work import process
 
 KILLS = int(os.environ.get("HPC_IMAGENET_TEST_KILLS", "8"))
 LAYOUTS = ("index", "shards", "folders")

@@ -24,7 +24,7 @@ from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.data.images import shard_transform
 from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.stages import download, process
+from hpc_imagenet.stages.work import download, process
 
 SIZE = 40_000 / 2**30  # GiB of a shard: about three train images, or all val images
 

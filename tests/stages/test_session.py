@@ -24,11 +24,12 @@ from servers import credentials, rclone, sshd
 
 import hpc_imagenet
 from hpc_imagenet.config.compose import compose
-from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import Progress, Run, RunStore
-from hpc_imagenet.stages import session, session_stage
+from hpc_imagenet.stages import session_stage
+from hpc_imagenet.stages.work import session
 
 SESSION = ("+stage=session", "dataset=digits", "cluster=local", "session.name=ana")
 

@@ -13,13 +13,13 @@ from sample_dataset import write_coloured
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
-from hpc_imagenet.config.overrides import with_defaults
+from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import validate
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.stages import train
+from hpc_imagenet.stages.work import train
 
 
 @pytest.fixture
@@ -79,7 +79,8 @@ def test_bad_settings_leave_the_run_folder_empty(tmp_path: Path, run: Run) -> No
 
 def test_importing_the_stage_does_not_import_torch() -> None:
     code = (
-        "import sys, hpc_imagenet.stages.train, hpc_imagenet.config.backbones; print('torch' in sys.modules)"
+        "import sys, hpc_imagenet.stages.work.train, hpc_imagenet.config.names.backbones; "
+        "print('torch' in sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

@@ -23,7 +23,7 @@ from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.stages import upload
+from hpc_imagenet.stages.work import upload
 
 fork = multiprocessing.get_context("fork")
 

@@ -14,7 +14,7 @@ from remote_workspace import Workspace
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import ssh_backend, ssh_connection
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.stages import upload
+from hpc_imagenet.stages.work import upload
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.stages import download, process
+from hpc_imagenet.stages.work import download, process
 from hpc_imagenet.training.evaluate import evaluate
 
 NAME = "mobilenet_v3_small"

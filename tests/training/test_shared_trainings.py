@@ -195,7 +195,7 @@ def test_stopped_job_saves_all_runs_which_resume_together(
     (leader,) = [
         parent
         for parent in process(runs["small"]).parents()
-        if "hpc_imagenet.launch.start_task" in parent.cmdline()
+        if "hpc_imagenet.launch.tasks.start_task" in parent.cmdline()
         and process(runs["large"]) in parent.children()
     ]
     leader.send_signal(number)
@@ -213,7 +213,7 @@ def test_stopped_job_saves_all_runs_which_resume_together(
 def test_runs_go_on_if_the_decoder_is_killed(shared: Cli, separate: Path) -> None:
     runs = start(shared, MODELS)
     for parent in process(runs["small"]).parents()[:2]:  # the process of the job, and submitit's
-        assert {"hpc_imagenet.launch.start_task", "submitit.local._local"} & set(parent.cmdline())
+        assert {"hpc_imagenet.launch.tasks.start_task", "submitit.local._local"} & set(parent.cmdline())
         parent.kill()
     until(shared, runs)
     for run in runs.values():

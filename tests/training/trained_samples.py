@@ -11,7 +11,7 @@ import torch
 from tiny_training import tiny_config
 from torch import nn
 
-from hpc_imagenet.config.own_network import freeze
+from hpc_imagenet.config.names.own_network import freeze
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.training.models.networks import build_network
 from hpc_imagenet.training.trained import TrainedModel, load_trained

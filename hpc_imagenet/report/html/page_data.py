@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet import __version__
-from hpc_imagenet.launch.diagnosis import NOT_FINITE
-from hpc_imagenet.report.attempt_times import intervals, nodes_of
+from hpc_imagenet.launch.retries.diagnosis import NOT_FINITE
 from hpc_imagenet.report.html.class_results import WORST, ClassResults, read_class_results
 from hpc_imagenet.report.html.config_differences import flatten, split_shared
 from hpc_imagenet.report.html.data_summary import bad_images, datastore_key, summarise_datastore
@@ -17,6 +16,7 @@ from hpc_imagenet.report.html.learning_curves import read_curves
 from hpc_imagenet.report.html.search_results import search_results
 from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.report.leaderboard import Training, trainings
+from hpc_imagenet.report.show.attempt_times import intervals, nodes_of
 from hpc_imagenet.runs.attempt import now, read_record
 from hpc_imagenet.runs.bad_batch import read_bad_batch
 from hpc_imagenet.runs.store import Run, RunStore

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import MNASNet
 
-from hpc_imagenet.config.backbones import timm_name
+from hpc_imagenet.config.names.backbones import timm_name
 from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.io.printable import escape_name
 from hpc_imagenet.training.export import loader_script

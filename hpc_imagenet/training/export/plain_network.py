@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from hpc_imagenet.config.backbones import is_own, timm_name
+from hpc_imagenet.config.names.backbones import is_own, timm_name
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.training.models import blurpool, build, pretrained
 

@@ -44,7 +44,7 @@ def build_model(
     """Return a backbone with random weights from torch's global generator.
 
     Args:
-        name: one of `hpc_imagenet.config.backbones.BACKBONES`.
+        name: one of `hpc_imagenet.config.names.backbones.BACKBONES`.
         classes: number of outputs of the last layer.
         stem: standard, small or auto (small if `size` ≤ 64).
         size: px, side of the training images.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpc_imagenet.config.own_network import file_hash, split_name
+from hpc_imagenet.config.names.own_network import file_hash, split_name
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.errors import UserError, first_line
 

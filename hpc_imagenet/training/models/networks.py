@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hpc_imagenet.config.backbones import is_own, is_weights_name, timm_name
+from hpc_imagenet.config.names.backbones import is_own, is_weights_name, timm_name
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.models import build, pretrained

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hpc_imagenet.config.backbones import timm_name
+from hpc_imagenet.config.names.backbones import timm_name
 from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.errors import UserError, first_line
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hpc_imagenet.config.backbones import timm_name
+from hpc_imagenet.config.names.backbones import timm_name
 from hpc_imagenet.config.recipe import Model
 from hpc_imagenet.config.schema import Config
 

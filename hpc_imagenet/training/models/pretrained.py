@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from hpc_imagenet.config.backbones import is_weights_name
+from hpc_imagenet.config.names.backbones import is_weights_name
 from hpc_imagenet.errors import UserError
 
 State = Mapping[str, Tensor]

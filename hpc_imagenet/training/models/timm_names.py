@@ -6,7 +6,7 @@ import timm
 from timm.models import get_pretrained_cfg
 from timm.optim import list_optimizers
 
-from hpc_imagenet.config.backbones import TimmNames
+from hpc_imagenet.config.names.backbones import TimmNames
 
 # They need other packages (bitsandbytes, apex), or gradients of gradients.
 _EXCLUDED = ("bnb", "fused", "adahessian")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpc_imagenet.config.backbones import INSTALL_TIMM, PRETRAINED, is_weights_name, timm_name
+from hpc_imagenet.config.names.backbones import INSTALL_TIMM, PRETRAINED, is_weights_name, timm_name
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.training.models.build import check_size, is_small, shrink_stem

@@ -25,7 +25,7 @@ from hpc_imagenet.data.prepare import verify
 from hpc_imagenet.data.prepare.verify import VerifyReport
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.stages import download, process, upload
+from hpc_imagenet.stages.work import download, process, upload
 
 LAYOUTS = ("index", "shards", "folders")
 

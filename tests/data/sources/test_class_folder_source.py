@@ -21,7 +21,7 @@ from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.ilsvrc.devkit import read_devkit
 from hpc_imagenet.data.sources.virtual_tar import VirtualTar, VirtualTarOfTars
 from hpc_imagenet.demo import digits
-from hpc_imagenet.stages import download
+from hpc_imagenet.stages.work import download
 
 Images = dict[str, dict[str, bytes]]  # class → name → bytes
 

@@ -27,7 +27,7 @@ from hpc_imagenet.data.sources import labelled_images_source
 from hpc_imagenet.data.sources.labelled_images_source import member_names
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.io.atomic_files import read_json
-from hpc_imagenet.stages import download, process
+from hpc_imagenet.stages.work import download, process
 from hpc_imagenet.training.loading.decode import EncodedImage
 
 NAMES = ("2", "10", "café, au lait", "=1+1 [red]", "a/b\x1b[31m", "日本")

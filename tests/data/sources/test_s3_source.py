@@ -17,7 +17,7 @@ from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.sources.range_source import ContentChanged
 from hpc_imagenet.data.sources.s3_source import S3Source
 from hpc_imagenet.demo import digits
-from hpc_imagenet.stages import download
+from hpc_imagenet.stages.work import download
 
 FILES = (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from hpc_imagenet.config.backbones import BACKBONES
+from hpc_imagenet.config.names.backbones import BACKBONES
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.models.blurpool import blur_before_halving
 from hpc_imagenet.training.models.build import _infer_shape, build_model

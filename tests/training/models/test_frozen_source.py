@@ -12,7 +12,7 @@ import pytest
 import torch
 from outcomes import new_run, train
 
-from hpc_imagenet.config import own_network
+from hpc_imagenet.config.names import own_network
 from hpc_imagenet.config.schema import Config, from_dict
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.models.networks import build_network

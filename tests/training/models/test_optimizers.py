@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpc_imagenet.config.backbones import timm_names
-from hpc_imagenet.config.optimizers import TORCH_OPTIMIZERS
+from hpc_imagenet.config.names.backbones import timm_names
+from hpc_imagenet.config.names.optimizers import TORCH_OPTIMIZERS
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.models.optim import build_optimizer
 

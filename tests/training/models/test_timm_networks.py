@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from hpc_imagenet.config import backbones
+from hpc_imagenet.config.names import backbones
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import Preempted, UserError
 from hpc_imagenet.training.loading.crop import CenterCrop, apply_crop

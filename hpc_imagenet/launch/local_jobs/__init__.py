@@ -1,0 +1,1 @@
+"""Jobs of this machine: the local queue, its worker and their executor."""

@@ -1,0 +1,68 @@
+"""The executor `local`: a queue on this machine, whose worker starts the jobs; see local_queue.py."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+
+from hpc_imagenet.launch.executor import Executor, State, code_version
+from hpc_imagenet.launch.local_jobs import local_queue
+from hpc_imagenet.runs.attempt import FINISHED, QUEUED, Attempt
+from hpc_imagenet.runs.store import Run, RunStore
+
+
+class LocalExecutor(Executor):
+    """Submit attempts to the queue of this machine."""
+
+    name = "local"
+    in_background = True
+
+    def submit(
+        self, store: RunStore, attempts: Sequence[tuple[Run, Attempt]], state_of: Mapping[str, State]
+    ) -> None:
+        """Append attempts to the queue and start a worker."""
+        from hpc_imagenet.launch.shared_jobs import group_attempts, shares_with  # imports the stages
+
+        # Write the entries first: if this process is killed in between, every submitted attempt is queued.
+        jobs = group_attempts(attempts)
+        local_queue.enqueue(store, jobs)
+        for job in jobs:
+            ids = [run.id for run, _ in job]
+            for run, attempt in job:
+                attempt.submit(
+                    self.name, host=socket.gethostname(), code=code_version(), **shares_with(ids, run.id)
+                )
+        if attempts:
+            local_queue.ensure_worker(store)
+
+    def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:
+        """Return the states of attempts by their processes, or why they are still queued."""
+        return {key: self._state(attempt) for key, attempt in attempts.items()}
+
+    def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
+        """Write the outcome and end the processes of the attempt."""
+        local_queue.cancel_here(run, attempt, reason)
+
+    def start_queued(self, store: RunStore) -> None:
+        """Start a worker unless one is running."""
+        local_queue.ensure_worker(store)
+
+    def _state(self, attempt: Attempt) -> State:
+        started = local_queue.process_record(attempt) or local_queue.is_alive(attempt)
+        if started or local_queue.is_elsewhere(attempt):
+            return local_queue.state_of_process(attempt)
+        run = Run(attempt.folder.parents[1])
+        if not run.is_mine:  # only its owner can read that queue
+            return State(QUEUED, f"waits in the queue of {run.owner}")
+        store = RunStore(attempt.folder.parents[3])
+        if not local_queue.is_worker_expected(store):
+            return State(QUEUED, "no worker is running: retry, or submit again, to start one")
+        needs = [store.run(need) for need in run.info.get("needs", ())]
+        unmet = [need.id for need in needs if not _has_finished(need)]
+        return State(QUEUED, f"waits for {' '.join(unmet)}" if unmet else "waits for its turn")
+
+
+def _has_finished(run: Run) -> bool:
+    attempt = run.attempt
+    outcome = attempt.outcome if attempt else None
+    return outcome is not None and outcome.state == FINISHED

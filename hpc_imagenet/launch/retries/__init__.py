@@ -1,0 +1,1 @@
+"""Failed runs: what their logs show, why they failed, and what a retry changes."""

@@ -1,0 +1,143 @@
+"""Run the tasks of Slurm jobs in a container: Apptainer, Singularity, Charliecloud, Podman or Pyxis.
+
+submitit starts each task as `srun … PYTHON -m submitit…`. A container replaces PYTHON by a command that runs
+the image's python3; Pyxis does the same with options of srun. The line after srun, which decides whether the
+job is requeued, runs outside the container, where Slurm's commands are.
+
+The package itself is bound from the checkout that submits, so the image needs only its dependencies.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_imagenet.cluster import slurm
+from hpc_imagenet.config.schema import Cluster, Config
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import check_own
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[3]
+_PYTHON = "python3"
+_PROGRAMS = {
+    "apptainer": "apptainer",
+    "singularity": "singularity",
+    "charliecloud": "ch-run",
+    "podman": "podman",
+}
+
+
+@dataclass(frozen=True)
+class ContainerCommand:
+    """How srun starts a task: the command in place of Python, and options of srun."""
+
+    python: str  # shell words
+    srun_args: tuple[str, ...] = ()
+
+
+def container_command(cluster: Cluster, folders: Sequence[str]) -> ContainerCommand:
+    """Return how the tasks of a job start in `cluster.container`.
+
+    Args:
+        cluster: settings with a container.
+        folders: folders of the host that the job uses, bound under the same path.
+    """
+    runtime = find_runtime(cluster)
+    bound = dict.fromkeys([str(PACKAGE_ROOT), str(Path.home()), *folders])
+    mounts = [shlex.quote(folder) for folder in bound]
+    if cluster.scratch:
+        mounts.append(f'"{cluster.scratch}"')  # its variables are expanded on the node
+    gpus = bool(cluster.gpus_per_node or {"gres", "gpus", "gpus-per-task"} & set(cluster.sbatch))
+    image, extra = shlex.quote(cluster.container or ""), shlex.join(cluster.container_args)
+    if runtime == "pyxis":
+        arguments = [f"--container-image={cluster.container}", "--container-workdir=/"]
+        arguments.append(f"--container-mounts={','.join(f'{folder}:{folder}' for folder in bound)}")
+        return ContainerCommand(_PYTHON, (*arguments, *cluster.container_args))
+    command = _COMMANDS[runtime](mounts, gpus)
+    return ContainerCommand(" ".join(filter(None, (command, extra, _separated(runtime, image), _PYTHON))))
+
+
+def _separated(runtime: str, image: str) -> str:
+    return f"{image} --" if runtime == "charliecloud" else image
+
+
+def _apptainer(program: str) -> Callable[[Sequence[str], bool], str]:
+    def command(mounts: Sequence[str], gpus: bool) -> str:
+        return " ".join([program, "exec", *(["--nv"] if gpus else []), *(f"--bind {m}" for m in mounts)])
+
+    return command
+
+
+def _charliecloud(mounts: Sequence[str], gpus: bool) -> str:
+    # GPU libraries are put into the image beforehand: ch-fromhost --nvidia IMAGE. It requires $USER.
+    return " ".join(['env USER="${USER:-$(id -un)}"', "ch-run", *(f"--bind={mount}" for mount in mounts)])
+
+
+def _podman(mounts: Sequence[str], gpus: bool) -> str:
+    words = ["podman", "run", "--rm", "--network=host", "--ipc=host", "--userns=keep-id", "--env-host"]
+    words += ["--env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+    words += ["--device=nvidia.com/gpu=all"] if gpus else []
+    return " ".join([*words, *(f"--volume={mount}:{mount}" for mount in mounts)])
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str], bool], str]] = {
+    "apptainer": _apptainer("apptainer"),
+    "singularity": _apptainer("singularity"),
+    "charliecloud": _charliecloud,
+    "podman": _podman,
+}
+
+
+def find_runtime(cluster: Cluster) -> str:
+    """Return the container runtime: the configured one, or the first that this machine has.
+
+    Raises:
+        UserError: this machine has none.
+    """
+    if cluster.container_runtime != "auto":
+        return cluster.container_runtime
+    for runtime, program in _PROGRAMS.items():
+        if shutil.which(program):
+            return runtime
+    if "--container-image" in slurm.run_command("srun", "--help").stdout:
+        return "pyxis"
+    raise UserError(
+        f"cluster.container={cluster.container}: no container runtime is found here: set "
+        "cluster.container_runtime=apptainer, and if the nodes need it cluster.setup=[module load apptainer]"
+    )
+
+
+def check_container(cluster: Cluster) -> None:
+    """Check that the image exists, if it is a path, and that there is a runtime.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    if not cluster.container:
+        return
+    find_runtime(cluster)
+    if cluster.container.startswith(("/", "~", ".")):
+        image = Path(cluster.container).expanduser()
+        if not image.exists():
+            raise UserError(
+                f"cluster.container={cluster.container}: no such file or folder; see docs/cluster.md"
+            )
+        # In a folder such as /tmp any user can have made it; elsewhere its owner is whom the user trusts.
+        public = image.resolve().parent.stat().st_mode & (stat.S_ISVTX | stat.S_IWOTH) > stat.S_ISVTX
+        if not public:
+            check_own(image.parent, None, f"cluster.container={cluster.container}", named=True)
+        check_own(image, None, f"cluster.container={cluster.container}", named=not public)
+
+
+def bound_folders(config: Config) -> tuple[str, ...]:
+    """Return the folders of the host that a job of this config uses."""
+    paths = [config.workspace, config.datastore.url, config.dataset.source]
+    if config.model.weights:
+        paths.append(str(Path(config.model.weights).parent))
+    if config.download.login:
+        paths.append(str(Path(config.download.login).parent))
+    return tuple(path for path in dict.fromkeys(paths) if path.startswith("/") and Path(path).exists())

@@ -1,0 +1,1 @@
+"""What runs on a node: the task of a job, what it records, and the message that it sends."""

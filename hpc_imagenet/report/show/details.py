@@ -1,0 +1,196 @@
+"""Everything about one run: its state, settings, result, checkpoints and files, as data or for a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from hpc_imagenet.config import dataset, recipe, schema
+from hpc_imagenet.io.printable import one_line
+from hpc_imagenet.report.durations import clock
+from hpc_imagenet.report.jobs_table import job_rows
+from hpc_imagenet.report.show.attempt_details import attempt_details, attempt_lines
+from hpc_imagenet.report.show.resources import total_energy
+from hpc_imagenet.runs.checkpoints import list_checkpoints
+from hpc_imagenet.runs.store import Run
+
+# Sections of the config that decide what a stage does, and their classes.
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "download": ("dataset", "download"),
+    "process": ("dataset", "process"),
+    "upload": ("dataset", "datastore", "upload"),
+    "train": ("datastore", "model", "recipe", "loader", "train"),
+    "evaluate": ("evaluate", "datastore", "recipe", "loader"),
+    "session": ("session",),
+}
+_CLASSES: dict[str, type] = {
+    "dataset": dataset.Dataset,
+    "datastore": schema.Datastore,
+    "download": schema.Download,
+    "process": schema.Process,
+    "upload": schema.Upload,
+    "model": recipe.Model,
+    "recipe": recipe.Recipe,
+    "loader": schema.Loader,
+    "train": schema.Train,
+    "evaluate": schema.Evaluate,
+    "session": schema.Session,
+    "cluster": schema.Cluster,
+}
+
+
+def run_details(run: Run) -> dict[str, Any]:
+    """Return what is known about a run.
+
+    Returns:
+        The row of `jobs_table.job_rows`, and settings (those that are not at their defaults, by section),
+        validations (of a training: the last and the best, with epoch, top1, top5 and loss), checkpoints and
+        files (each with path and bytes), the bytes of the whole folder on disk, attempts (each with number,
+        state, reason, executor, job, nodes, requeued, code, submitted, started and ended (ISO 8601),
+        queued_seconds, resources (see `resources.resources_of`) and diagnosis (class, text, remedy,
+        command; None unless it failed)), gpu_hours and kwh (of all attempts; kwh is None if unknown).
+    """
+    frozen, (row,) = run.readable_config(), job_rows([run])
+    attempts = attempt_details(run, row)
+    sections = (*_SECTIONS.get(row["stage"], ()), "cluster")
+    settings = {name: _changed(_CLASSES[name], frozen.get(name) or {}) for name in sections}
+    if row["stage"] == "evaluate":
+        settings["recipe"] = {k: v for k, v in settings["recipe"].items() if k.startswith("val_")}
+    if row["stage"] == "train":
+        settings[""] = {"seed": frozen.get("seed")} if "seed" in frozen else {}
+    checkpoints = list_checkpoints(run.folder)
+    return {
+        **row,
+        "settings": {name: values for name, values in settings.items() if values},
+        "validations": _validations(run.folder / "metrics.csv"),
+        "checkpoints": [_file(path) for path in checkpoints],
+        "files": [_file(path) for path in _files(run) if path not in checkpoints],
+        "bytes": _bytes_on_disk(run.folder),
+        "attempts": attempts,
+        "gpu_hours": sum(each["resources"]["gpu_hours"] for each in attempts),
+        "kwh": total_energy([_energy(each["resources"]) for each in attempts])[0],
+    }
+
+
+def render_details(details: dict[str, Any]) -> Table:
+    """Return the result of `run_details` as a table for a terminal."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def add(name: str, *parts: str) -> None:
+        if text := " · ".join(part for part in parts if part):
+            table.add_row(name, escape(one_line(text)))
+
+    add("run", details["run"])
+    again = f"attempt {details['attempt']}" if details["attempt"] > 1 else ""
+    add("state", details["state"], details["reason"], again, clock(details["seconds"]))
+    add("folder", details["dir"], f"{size(details['bytes'])} on disk")
+    newest = details["attempts"][-1:]
+    if newest and (diagnosis := newest[0]["diagnosis"]):
+        add("diagnosis", diagnosis["text"])
+        add("remedy", diagnosis["command"])
+    add("job", " ".join(["one loader with", *details["shares_with"]]) if details["shares_with"] else "")
+    settings = [
+        " ".join(f"{section}{'.' if section else ''}{name}={_typed(value)}" for name, value in values.items())
+        for section, values in details["settings"].items()
+    ]
+    for number, line in enumerate(settings):
+        add("" if number else "settings", line)
+    add("result", *(f"{name} {_short(value)}" for name, value in details["result"].items()))
+    for name, metrics in details["validations"].items():
+        accuracy = f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, loss {metrics['loss']:.4g}"
+        add(name, f"{accuracy} on val after epoch {metrics['epoch']}")
+    for each in details["attempts"]:
+        for number, line in enumerate(attempt_lines(each, len(details["attempts"]) > 1)):
+            add("" if number else f"attempt {each['number']}", line)
+    if len(details["attempts"]) > 1 and details["gpu_hours"]:
+        energy = "energy unknown" if details["kwh"] is None else f"{details['kwh']:.3g} kWh"
+        add("total", f"{details['gpu_hours']:.2f} GPU-hours", energy)
+    for title in ("checkpoints", "files"):
+        for number, file in enumerate(details[title]):
+            path = Path(file["path"])
+            inside = path.relative_to(details["dir"]) if path.is_relative_to(details["dir"]) else path
+            add("" if number else title, f"{size(file['bytes']):>8}  {inside}")
+    return table
+
+
+def _energy(resources: dict[str, Any]) -> tuple[tuple[float | None, str], float]:
+    return (resources["kwh"], resources["energy_of"]), resources["hours"]
+
+
+def size(count: int) -> str:
+    """Return a number of bytes as 12 B, 3.4 kB, 5.6 MB or 7.8 GB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
+def _changed(section: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that are set and differ from the defaults of their fields; nested ones as a.b."""
+    defaults = {entry.name: entry.default for entry in fields(section)}
+    return {
+        name: value
+        for name, value in _flat(values)
+        if value not in (None, [], "", defaults.get(name, MISSING))
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if name == "source" and isinstance(value, dict):  # text of a user's network
+            yield f"{prefix}{name}", f"[{', '.join(value)}]" if value else None
+        elif isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _validations(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the last validation in metrics.csv, and the best one, which is the first with its top-1."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # being written, or no validation
+                scores = {name: float(line[f"val_{name}"]) for name in ("top1", "top5", "loss")}
+                rows.append({"epoch": int(line["epoch"]) + 1, **scores})
+    return {"last": rows[-1], "best": max(rows, key=lambda row: row["top1"])} if rows else {}
+
+
+def _files(run: Run) -> Iterator[Path]:
+    """Yield the files of a run, without the records of its attempts, then the logs of the newest attempt."""
+    for path in sorted(run.folder.rglob("*")):
+        parts = path.relative_to(run.folder).parts
+        if path.is_file() and parts[0] != "attempts" and not any(part.startswith(".") for part in parts):
+            yield path
+    if attempt := run.attempt:
+        yield from attempt.logs()
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {"path": str(path), "bytes": path.stat().st_size}
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    """Return the size of all files; checkpoints that are names of one file count once."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
+
+
+def _typed(value: Any) -> str:
+    """Return a value as it is typed in an override."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

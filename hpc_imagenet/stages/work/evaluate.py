@@ -1,0 +1,32 @@
+"""Stage `evaluate`: top-1 and top-5 of a checkpoint on a split; see `hpc_imagenet.training.score`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.schema import Config, cluster_for
+from hpc_imagenet.datastore.open_dataset import open_dataset
+from hpc_imagenet.datastore.versions import open_version
+from hpc_imagenet.runs.store import Run
+from hpc_imagenet.stages.evaluate_stage import check_fingerprint
+from hpc_imagenet.stages.work.train import let_threads_sleep
+
+
+def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
+    """Evaluate `evaluate.checkpoint` on `evaluate.split`, and return its metrics: top1, top5 and more.
+
+    Raises:
+        UserError: bad input.
+        PeerLost: another task of the job has ended.
+    """
+    let_threads_sleep()
+    from hpc_imagenet.training.score import score
+
+    check_fingerprint(config)
+    version = open_version(config.datastore)
+    cluster, stages = cluster_for(config, "evaluate"), dist_env.local_rank == 0
+    splits = [config.evaluate.split or ""]
+    with open_dataset(version, cluster, stages, splits=splits) as store:
+        result = score(config, store, run, dist_env)
+    return {**result, "datastore": f"{version.name}@v{version.number}", "training": config.evaluate.run}

@@ -1,0 +1,360 @@
+"""Stage `search`: a worker that takes trials of a study and trains them, one after another, in its own job.
+
+Rank 0 decides; the other ranks read from a file which trial comes next. A trial is an ordinary run, whose
+attempt names this worker. It stays claimed by the worker until it has ended, so a worker that is killed and
+requeued goes on with its trial from the checkpoint; if it has ended for good, another one takes it over.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hpc_imagenet.cluster import slurm
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.input.search_space import text_of, trial_config
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.errors import PeerLost, UserError
+from hpc_imagenet.io.atomic_files import read_json, write_json
+from hpc_imagenet.runs import lease
+from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, Attempt, Outcome
+from hpc_imagenet.runs.store import Progress, Run, RunStore
+from hpc_imagenet.search.rungs import promotable
+from hpc_imagenet.search.study_files import (
+    EXECUTOR,
+    MOST_OWNERS,
+    SKIPPED,
+    Claim,
+    StudyFiles,
+    TrialRecord,
+    best,
+)
+from hpc_imagenet.stages.train_stage import TRAIN
+from hpc_imagenet.stages.work.trial import output_to, run_trial
+
+_POLL = 0.5  # s between two looks of the other ranks for the next trial
+_PORTS = 104_729  # added for each trial: the port of the last one may still be in use
+
+
+def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
+    """Train trials until none is left, or the budget is spent; every task of the job calls this.
+
+    Returns:
+        trials (number of this worker), top1 (0 to 1) and trial (run) of the best of the study so far.
+
+    Raises:
+        UserError: no trial of the study could be trained.
+        Preempted: a stop signal arrived; the trial's checkpoint is saved.
+        PeerLost: another task has ended, or a trial failed in a job of several tasks.
+        Superseded: a later start of this job holds its lease.
+    """
+    worker = SearchWorker(config, run, dist_env)
+    return worker.work()
+
+
+def ended_workers(workers: Sequence[Run]) -> set[str]:
+    """Return the ids of workers that have ended for good: with an outcome, or as Slurm reports."""
+    ended, jobs = set[str](), dict[str, str]()
+    for worker in workers:
+        attempt = worker.attempt
+        if attempt is None or attempt.outcome:
+            ended.add(worker.id)
+        elif attempt.submitted.get("executor") == "slurm":
+            jobs[str(attempt.submitted.get("job_id"))] = worker.id
+    status = slurm.query_jobs(jobs) if jobs else {}
+    return ended | {jobs[job] for job, each in status.items() if each.state in ENDED}
+
+
+@dataclass
+class SearchWorker:
+    """One worker of a study. Only rank 0 opens the study."""
+
+    config: Config
+    run: Run
+    dist_env: DistEnv
+
+    def __post_init__(self) -> None:
+        self._store = RunStore(self.run.folder.parents[1])
+        self._files = StudyFiles(self._store, str(self.config.search.name))
+        self._about = self._files.definition
+        if self._about["space"] != self.config.search.space:
+            raise UserError(
+                f"another command has just created the study {self._files.name} with another space: begin "
+                "this one with another search.name"
+            )
+        self._rungs = self._about["rungs"] if self._about["algorithm"] == "halving" else [0]
+        attempt = self.run.attempt
+        assert attempt is not None
+        self._attempt = attempt
+        self._count = 0
+        if self.dist_env.is_rank_zero:
+            from hpc_imagenet.search.study import SearchStudy
+
+            self._study = SearchStudy(self._files)
+            self._progress = Progress(self.run, every=0)
+
+    def work(self) -> dict[str, Any]:
+        """Train trials until none is left."""
+        for index in itertools.count():
+            trial = self._shared(index, self._next if self.dist_env.is_rank_zero else None)
+            if trial is None:
+                return self._result() if self.dist_env.is_rank_zero else {}
+            self._train(TrialRecord(**trial), index)
+            self._count += 1
+            gc.collect()  # the network of this trial, before the next one needs the memory
+        raise AssertionError
+
+    def _shared(self, index: int, decide: Callable[[], TrialRecord | None] | None) -> dict[str, Any] | None:
+        """Return the next trial, as rank 0 has decided it."""
+        start = f"{self._attempt.number}.{lease.restart_count()}"
+        path = self.run.folder / "trials" / f"{start}.{index}.json"
+        if decide is not None:
+            record = decide()
+            trial = asdict(record) if record else None
+            if self.dist_env.size > 1:
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, {"trial": trial})
+            return trial
+        while (found := read_json(path)) is None:
+            list(self.run.folder.iterdir())  # a network file system then forgets that there was no such file
+            time.sleep(_POLL)
+        value: dict[str, Any] | None = found["trial"]
+        return value
+
+    # Which trial comes next. Rank 0 alone.
+
+    def _next(self) -> TrialRecord | None:
+        while True:
+            if self.run.lease:
+                self.run.lease.check()
+            claim = self._unfinished() or self._promoted() or self._new()
+            self._report_progress(claim)
+            if claim is None:
+                return None
+            record = self._begin(claim)
+            if not record.ended:
+                return record
+
+    def _unfinished(self) -> Claim | None:
+        """Return a trial of this worker that has not ended, else one whose worker has ended for good."""
+        ended = {(each.trial, each.rung) for each in self._files.records() if each.ended}
+        left = [claim for claim in self._files.claims() if (claim.trial, claim.rung) not in ended]
+        for claim in left:
+            if claim.worker == self.run.id:
+                return claim
+        gone = ended_workers([self._store.run(worker) for worker in {claim.worker for claim in left}])
+        for claim in left:
+            if claim.worker not in gone:
+                continue
+            if claim.owner + 1 >= MOST_OWNERS:
+                self._give_up(claim)
+                continue
+            taken = self._files.claim(claim.trial, claim.rung, claim.owner + 1, self.run.id)
+            if taken:
+                print(f"trial {claim.trial}: taken over from {claim.worker}, which has ended", flush=True)
+                return taken
+        return None
+
+    def _give_up(self, claim: Claim) -> None:
+        record = self._files.record(claim.trial, claim.rung) or TrialRecord(claim.trial, claim.rung)
+        self._end(record, FAILED, reason=f"the {MOST_OWNERS} workers that trained it have ended")
+
+    def _promoted(self) -> Claim | None:
+        for trial, rung in promotable(self._files.records(), len(self._rungs)):
+            if claim := self._files.claim(trial, rung, 0, self.run.id):
+                return claim
+        return None
+
+    def _new(self) -> Claim | None:
+        budget = self._files.budget
+        if budget is not None and sum(each.hours for each in self._files.records()) >= budget:
+            print(f"search.budget={budget:g} GPU-hours are spent: no new trial begins", flush=True)
+            return None
+        taken = {claim.trial for claim in self._files.claims()}
+        for trial in range(self._files.target):
+            if trial not in taken and (claim := self._files.claim(trial, 0, 0, self.run.id)):
+                return claim
+        return None
+
+    def _begin(self, claim: Claim) -> TrialRecord:
+        """Return the record of a claimed trial: what is drawn for it, and its run; ended if it needs none."""
+        record = self._files.record(claim.trial, claim.rung)
+        begun = record is not None
+        if record is None:
+            record = TrialRecord(claim.trial, claim.rung)
+            if claim.rung:
+                below = self._files.record(claim.trial, claim.rung - 1)
+                assert below is not None
+                record.values = below.values
+            else:
+                record.number, drawn = self._study.draw(claim.trial)
+                space = self.config.search.space
+                record.values = {name: text_of(drawn[name], space[name]) for name in space}
+        record.worker = self.run.id
+        record.run = TRAIN.run_id(self._trial_config(record))
+        self._files.write(record)
+        if other := self._same_run(record, begun):
+            self._end(record, other.state, other.top1, other.reason, other.epochs, reused=not begun)
+        return record
+
+    def _same_run(self, record: TrialRecord, begun: bool) -> TrialRecord | None:
+        """Return how the run of a trial has ended, if it is not to be trained: finished, pruned or active.
+
+        Args:
+            record: the trial.
+            begun: whether a worker has had it before, perhaps to its end, which it could not record any more.
+        """
+        attempt = self._store.run(record.run).attempt
+        outcome = attempt.outcome if attempt else None
+        if outcome and outcome.state == FINISHED and outcome.result:
+            epochs = outcome.result.get("epochs")
+            return replace(record, state=FINISHED, top1=outcome.result.get("top1"), epochs=epochs)
+        if begun and outcome and outcome.state in (FAILED, PRUNED):
+            top1 = (outcome.result or {}).get("top1")
+            return replace(record, state=outcome.state, reason=outcome.reason, top1=top1)
+        for other in self._files.records():
+            same = other.run == record.run and (other.trial, other.rung) != (record.trial, record.rung)
+            if same and other.state == PRUNED:
+                return other
+        if attempt and outcome is None and attempt.submitted.get("worker") != self.run.id:
+            worker = attempt.submitted.get("worker")
+            if worker is None or not ended_workers([self._store.run(worker)]):
+                return replace(record, state=SKIPPED, reason="another job trains the same run")
+        return None
+
+    # One trial. Every rank.
+
+    def _trial_config(self, record: TrialRecord) -> Config:
+        values = dict(record.values)
+        if len(self._rungs) > 1:
+            values["recipe.epochs"] = str(self._rungs[record.rung])
+        return trial_config(self.config, values)
+
+    def _train(self, record: TrialRecord, index: int) -> None:
+        config = self._trial_config(record)
+        trial, rank_zero = self._store.run(record.run), self.dist_env.is_rank_zero
+        began, before = time.monotonic(), record.hours
+
+        def judge(epoch: int, top1: float) -> bool:
+            if self.run.lease:
+                self.run.lease.check()
+            record.top1, record.epochs, record.accuracies[str(epoch)] = top1, epoch, top1
+            record.hours = before + self._hours(began)
+            self._files.write(record)
+            last = epoch >= config.recipe.epochs or len(self._rungs) > 1
+            return not last and self._study.report(_number(record), epoch, top1)
+
+        if rank_zero:
+            attempt = self._start(trial, config, record)
+            trial.judge = judge
+        else:
+            attempt = self._wait_for_attempt(trial)
+            trial.judge = lambda epoch, top1: False
+        job = str(self._attempt.submitted.get("job_id") or "search").replace("/", "-")
+        place = replace(self.dist_env, port=10_000 + (self.dist_env.port + _PORTS * (index + 1)) % 20_000)
+        place = place if self.dist_env.size > 1 else self.dist_env
+        with output_to(attempt.folder / f"{job}_{self.dist_env.rank}_log"):
+            outcome, usable = run_trial(config, trial, attempt, place)
+        if rank_zero:
+            record.hours = before + self._hours(began)
+            self._finish(trial, attempt, config, record, outcome)
+        elif outcome.state == FAILED:
+            attempt.end(FAILED, outcome.reason)  # rank 0 may not have failed; it waits for this one in vain
+        if (self.dist_env.size > 1 and outcome.state != FINISHED) or (not usable and slurm.this_job()):
+            raise PeerLost(f"trial {record.trial} failed, so the worker starts anew for the next one")
+
+    def _hours(self, began: float) -> float:
+        return (time.monotonic() - began) * self.dist_env.size / 3600
+
+    def _start(self, trial: Run, config: Config, record: TrialRecord) -> Attempt:
+        """Create the trial's run, or go on with it, and take its lease."""
+        info = {"stage": "train", "label": TRAIN.label(config), "model": config.model.name, "needs": []}
+        self._store.create(trial.id, asdict(config), info)
+        trial.join_sweep(str(config.sweep))
+        attempt, own = trial.attempt, self._attempt
+        if attempt is None or attempt.outcome or attempt.submitted.get("worker") != self.run.id:
+            if attempt and not attempt.outcome:
+                attempt.end(CANCELLED, f"its worker has ended; {self.run.id} goes on with it")
+            attempt = trial.new_attempt()
+        submitted = own.submitted
+        kept = {key: submitted[key] for key in ("job_id", "host", "code") if key in submitted}
+        attempt.submit(EXECUTOR, worker=self.run.id, logs=str(attempt.folder), **kept)
+        trial.lease = lease.acquire(trial.folder, attempt.number)
+        nodes = {key: own.started[key] for key in ("nodes", "step") if key in own.started}
+        attempt.start(world_size=self.dist_env.size, **nodes)
+        values = " ".join(f"{name}={text}" for name, text in record.values.items())
+        print(f"trial {record.trial}: {values} → {trial.id}", flush=True)
+        return attempt
+
+    def _wait_for_attempt(self, trial: Run) -> Attempt:
+        while True:
+            attempt = trial.attempt
+            if attempt and attempt.submitted.get("worker") == self.run.id and not attempt.outcome:
+                return attempt
+            time.sleep(_POLL)
+
+    def _finish(
+        self, trial: Run, attempt: Attempt, config: Config, record: TrialRecord, outcome: Outcome
+    ) -> None:
+        """Write the end of a trial into its run, the study and its record."""
+        result, state, reason = outcome.result, outcome.state, outcome.reason
+        if result is not None and result["epochs"] < config.recipe.epochs:
+            state = PRUNED
+            for key in ("learned", "advice"):  # of a whole schedule
+                result.pop(key, None)
+            reason = (
+                f"after epoch {result['epochs']} of {config.recipe.epochs}, by the search {self._files.name}"
+            )
+        if result is not None and trial.lease:
+            trial.lease.check()
+        attempt.end(state, reason, result)
+        if kept := attempt.outcome:  # the first outcome is kept: perhaps the trial was cancelled
+            state, reason = kept.state, kept.reason
+        top1 = result["top1"] if result else None
+        epochs = result["epochs"] if result else record.epochs
+        self._end(record, state if state in (FINISHED, PRUNED) else FAILED, top1, reason, epochs)
+
+    def _end(
+        self,
+        record: TrialRecord,
+        state: str,
+        top1: float | None = None,
+        reason: str = "",
+        epochs: int | None = None,
+        reused: bool = False,
+    ) -> None:
+        if record.number is not None:  # first the study, so that a worker killed in between repeats this
+            self._study.end(record.number, top1 if state in (FINISHED, PRUNED) else None, state == PRUNED)
+        record.state, record.reason, record.reused = state, reason, reused
+        record.top1, record.epochs = top1 if top1 is not None else record.top1, epochs
+        self._files.write(record)
+        accuracy = "" if top1 is None else f", top-1 {100 * top1:.1f} %"
+        print(f"trial {record.trial} {state}{': ' if reason else ''}{reason}{accuracy}", flush=True)
+        if importance := self._study.importance():
+            self._files.write_importance(importance)
+
+    def _report_progress(self, claim: Claim | None) -> None:
+        records = self._files.records()
+        ended = sum(each.ended and each.rung == 0 for each in records)
+        top, note = best(records), "" if claim is None else f"trial {claim.trial}"
+        self._progress(ended, self._files.target, "trials", note, top.top1 if top else None)
+
+    def _result(self) -> dict[str, Any]:
+        records = self._files.records()
+        failed, top = [each for each in records if each.state == FAILED], best(records)
+        if failed and len(failed) == len(records):
+            raise UserError(
+                f"all {len(failed)} trials of the search {self._files.name} failed; the last one: "
+                f"{failed[-1].reason}"
+            )
+        found = {"trials": self._count, "study": self._files.name}
+        return found if top is None else {**found, "top1": top.top1, "trial": top.run}
+
+
+def _number(record: TrialRecord) -> int:
+    assert record.number is not None
+    return record.number

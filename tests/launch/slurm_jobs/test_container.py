@@ -1,0 +1,83 @@
+"""Containers: the command of each runtime, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command_line import Cli
+from fake_slurm import write_command, write_slurm
+
+from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.slurm_jobs.container import (
+    PACKAGE_ROOT,
+    check_container,
+    container_command,
+    find_runtime,
+)
+
+CLUSTER = Cluster(executor="slurm", container="/images/my image.sif", gpus_per_node=2, scratch="$TMPDIR/x")
+
+
+def command(runtime: str, **changes: object) -> str:
+    cluster = replace(CLUSTER, container_runtime=runtime, **changes)  # type: ignore[arg-type]
+    return container_command(cluster, ["/shared/runs"]).python
+
+
+def test_apptainer_binds_folders_and_gpus() -> None:
+    text = command("apptainer", container_args=["--cleanenv"])
+    assert text.startswith(f"apptainer exec --nv --bind {PACKAGE_ROOT} --bind ")
+    assert text.endswith("--bind /shared/runs --bind \"$TMPDIR/x\" --cleanenv '/images/my image.sif' python3")
+    assert "--nv" not in command("singularity", gpus_per_node=0)
+    assert "--nv" in command("singularity", gpus_per_node=None, sbatch={"gres": "gpu:2"})
+
+
+def test_podman_keeps_the_user_and_the_environment() -> None:
+    text = command("podman")
+    assert "--userns=keep-id --env-host" in text
+    assert "--volume=/shared/runs:/shared/runs" in text
+    assert "--device=nvidia.com/gpu=all" in text
+
+
+def test_charliecloud_separates_the_command() -> None:
+    assert command("charliecloud").endswith("'/images/my image.sif' -- python3")
+
+
+def test_pyxis_uses_options_of_srun() -> None:
+    found = container_command(replace(CLUSTER, container_runtime="pyxis"), ["/shared/runs"])
+    assert found.python == "python3"
+    assert found.srun_args[0] == "--container-image=/images/my image.sif"
+    assert ",/shared/runs:/shared/runs" in found.srun_args[2]
+
+
+def test_auto_takes_what_this_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no container runtime is found here: set"):
+        find_runtime(replace(CLUSTER, container="image"))
+    write_command(tmp_path, "srun", "echo '      --container-image=[USER@][REGISTRY#]IMAGE'")
+    assert find_runtime(CLUSTER) == "pyxis"
+    write_command(tmp_path, "apptainer", "true")
+    assert find_runtime(CLUSTER) == "apptainer"
+    with pytest.raises(UserError, match=r"cluster.container=/images/my image.sif: no such file or folder"):
+        check_container(CLUSTER)
+
+
+def test_the_script_runs_tasks_inside_and_decides_outside(tmp_path: Path) -> None:
+    write_slurm(tmp_path)
+    write_command(tmp_path, "apptainer", "true")
+    image = tmp_path / "image.sif"
+    image.touch()
+    cli = Cli(tmp_path / "workspace", path=f"{tmp_path}:{os.environ['PATH']}")
+    words = ("+stage=pipeline", "dataset=digits", f"dataset.source={tmp_path}", f"cluster.container={image}")
+    assert "is for Slurm jobs" in cli.refused(*words, "cluster=local")
+    cli(*words, "cluster=slurm")
+    text = (tmp_path / "script.4").read_text()
+    task, decision = (line for line in text.splitlines() if "python" in line and "export" not in line)
+    assert f"apptainer exec --nv --bind {PACKAGE_ROOT}" in task
+    assert f"--bind {tmp_path} {image} python3 -u -m hpc_imagenet" in task
+    assert "hpc_imagenet.launch.slurm_jobs.requeue" in decision
+    assert "apptainer" not in decision
+    assert f"export PYTHONPATH={PACKAGE_ROOT}\n" in text

@@ -1,0 +1,202 @@
+"""What a task records about itself, and what its attempt has used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from command_line import Cli, eventually
+from recorded_runs import create_run
+
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.cluster.gpu_meter import GpuMeter, open_meter
+from hpc_imagenet.io.atomic_files import write_json
+from hpc_imagenet.launch.tasks.usage_recorder import UsageRecorder
+from hpc_imagenet.runs.attempt import Attempt
+from hpc_imagenet.runs.store import RunStore
+from hpc_imagenet.runs.usage_records import read_usage, usage_path
+
+
+class Nvml:
+    """A replacement of the module pynvml: GPUs with counter (mJ), power (mW), use (%) and memory (bytes)."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, counters: bool = True) -> None:
+        self.counters, self.counter, self.power, self.use = counters, 5_000.0, 100_000, 50
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index > 1:
+            raise self.NVMLError
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> int:
+        return int(name.rpartition("-")[2])
+
+    def nvmlDeviceGetUUID(self, handle: int) -> bytes:
+        return b"GPU-%d" % handle
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> float:
+        if not self.counters:
+            raise self.NVMLError
+        return self.counter
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        return self.power
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
+        return SimpleNamespace(gpu=self.use)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+        return SimpleNamespace(used=7)
+
+
+def attempt_of(folder: Path) -> Attempt:
+    attempt = Attempt(folder / "attempts" / "1")
+    attempt.folder.mkdir(parents=True)
+    return attempt
+
+
+def test_energy_is_the_difference_of_the_counter() -> None:
+    nvml = Nvml()
+    meter = GpuMeter(nvml, ["0", "GPU-1", "7"], now=100.0)
+    nvml.counter, nvml.use = 25_000.0, 100
+    meter.sample(104.0)
+    nvml.use = 0
+    meter.sample(108.0)
+    expected = {"seconds": 8, "joules": 20, "use": 0.5, "memory_bytes": 7}
+    assert meter.totals() == {"GPU-0": expected, "GPU-1": expected}
+
+
+def test_without_a_counter_power_is_integrated() -> None:
+    nvml = Nvml(counters=False)
+    meter = GpuMeter(nvml, ["0"], now=0.0)
+    nvml.power = 300_000
+    meter.sample(10.0)
+    assert meter.totals()["GPU-0"]["joules"] == pytest.approx(2000)
+
+
+def test_a_counter_that_jumps_back_is_not_subtracted() -> None:
+    nvml = Nvml()
+    meter = GpuMeter(nvml, ["0"], now=0.0)
+    nvml.counter = 10.0  # the driver was loaded again
+    meter.sample(10.0)
+    assert meter.totals()["GPU-0"]["joules"] == pytest.approx(1000)
+
+
+def test_nothing_is_measured_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert open_meter(0.0) is None
+
+
+def test_a_task_records_cpu_time_memory_and_energy(tmp_path: Path) -> None:
+    attempt, nvml = attempt_of(tmp_path), Nvml()
+    with UsageRecorder(attempt, DistEnv(), lambda now: GpuMeter(nvml, ["0"], now)):
+        nvml.counter += 3_600_000
+        sum(range(3_000_000))
+    usage = read_usage(attempt)
+    assert usage.joules == pytest.approx(3600)
+    assert usage.cpu_seconds
+    assert usage.available_cpu_seconds
+    assert usage.memory_bytes
+    assert usage.memory_bytes > 10 * 2**20
+    assert (usage.gpu_use, usage.gpus) == (0.5, 1)
+
+
+def test_a_stage_that_fails_leaves_its_record(tmp_path: Path) -> None:
+    attempt = attempt_of(tmp_path)
+    with pytest.raises(ValueError, match="broken"), UsageRecorder(attempt, DistEnv(), lambda _: None):
+        raise ValueError("broken")
+    assert read_usage(attempt).cpu_seconds
+
+
+def test_a_task_that_is_killed_leaves_its_last_record(tmp_path: Path) -> None:
+    attempt = attempt_of(tmp_path)
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from hpc_imagenet.cluster.dist_env import DistEnv\n"
+        "from hpc_imagenet.launch.tasks.usage_recorder import UsageRecorder\n"
+        "from hpc_imagenet.runs.attempt import Attempt\n"
+        "with UsageRecorder(Attempt(Path(sys.argv[1])), DistEnv(rank=3), lambda _: None): time.sleep(600)"
+    )
+    task = subprocess.Popen([sys.executable, "-c", code, str(attempt.folder)])
+    try:
+        eventually(lambda: read_usage(attempt).cpu_seconds is not None)
+    finally:
+        task.kill()
+        task.wait()
+    assert usage_path(attempt, 0, 3).exists()
+
+
+def test_a_deleted_folder_fails_no_stage(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path / "gone" / "1")
+    with UsageRecorder(attempt, DistEnv(), lambda _: None):
+        pass
+    assert read_usage(attempt).cpu_seconds is None
+
+
+def record(attempt: Attempt, restarts: int, rank: int, host: str, **gpus: float) -> None:
+    path = usage_path(attempt, restarts, rank)
+    path.parent.mkdir(exist_ok=True)
+    measured = {uuid: {"seconds": 10, "joules": joules, "use": 0.5} for uuid, joules in gpus.items()}
+    values = {"seconds": 10, "cpus": 2, "cpu_seconds": 10, "memory_bytes": 100, "gpus": measured}
+    write_json(path, {"restarts": restarts, "rank": rank, "host": host, **values})
+
+
+def test_starts_and_nodes_add_up_and_a_gpu_counts_once(tmp_path: Path) -> None:
+    attempt = attempt_of(tmp_path)
+    for restarts in (0, 1):
+        for rank, host in enumerate(("n1", "n1", "n2")):
+            record(attempt, restarts, rank, host, a=50, b=70)  # each rank sees both GPUs of its node
+    usage = read_usage(attempt)
+    assert usage.joules == 2 * 2 * 120
+    assert usage.cpu_seconds == 60
+    assert usage.available_cpu_seconds == 120
+    assert usage.memory_bytes == 200  # of n1
+    assert (usage.gpu_use, usage.gpus) == (0.5, 4)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"restarts": 0, "seconds": "x"}', ""])
+def test_damaged_records_are_left_out(tmp_path: Path, content: str) -> None:
+    attempt = attempt_of(tmp_path)
+    record(attempt, 0, 0, "n1", a=1)
+    usage_path(attempt, 0, 1).write_text(content)
+    assert read_usage(attempt).joules == 1
+
+
+def test_a_job_of_the_command_line_shows_what_it_used(cli: Cli) -> None:
+    cli("+stage=download", "dataset=digits", "cluster=foreground")
+    (run,) = cli.runs()
+    (found,) = json.loads(cli("show", run, "--json").stdout)["attempts"]
+    used = found["resources"]
+    assert used["cpu_efficiency"] > 0
+    assert used["used_memory_bytes"] > 10 * 2**20
+    assert (used["kwh"], found["diagnosis"]) == (None, None)
+    assert "energy unknown" in cli("show", run).stdout
+
+
+def test_an_attempt_without_records_is_unknown(cli: Cli) -> None:
+    run = create_run(RunStore(cli.workspace), "+stage=download")
+    attempt = run.new_attempt()
+    attempt.submit("local", host="elsewhere")
+    attempt.start()
+    attempt.end("failed", "MemoryError: no page-locked memory")
+    shown = cli("show", run.id).stdout
+    assert "CPU unknown" in shown
+    assert "memory unknown" in shown
+    assert "diagnosis out of host memory" in " ".join(shown.split())
+
+
+def test_the_functions_that_are_called_are_those_of_nvidia_ml_py() -> None:
+    pynvml = pytest.importorskip("pynvml")
+    names = [name for name in vars(Nvml) if name.startswith(("nvml", "NVML"))]
+    assert len(names) == 8
+    assert [name for name in (*names, "nvmlInit") if not hasattr(pynvml, name)] == []
+    assert {"gpu"} <= {name for name, _ in pynvml.c_nvmlUtilization_t._fields_}
+    assert {"used"} <= {name for name, _ in pynvml.c_nvmlMemory_t._fields_}
