@@ -30,7 +30,7 @@ from hpc_imagenet.cli.price_plan import plan_prices
 from hpc_imagenet.cli.submit import prepare
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.runs.store import RunStore
-from hpc_imagenet.runs.time_record import Time, times_folder
+from hpc_imagenet.runs.time_record import Time, times_folders
 
 CASES = {
     "shufflenet_v2_x0_5, 8 epochs, batch 64": ("model=shufflenet_v2_x0_5",),
@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workspace", type=Path, help="folder with a datastore of the digits, or a new one")
     options = parser.parse_args()
+    sys.stdout = os.fdopen(os.dup(1), "w")  # of the table alone: a price job prints to the descriptor itself
+    os.dup2(2, 1)
     folder = options.workspace or Path(tempfile.mkdtemp(prefix="price-"))
     try:
         compare(folder, options.rounds)
@@ -88,7 +90,8 @@ def compare(folder: Path, rounds: int) -> None:
 
 def predicted_and_real(folder: Path, words: tuple[str, ...]) -> tuple[Time, Time]:
     """Price one training from a new price job, run it, and return both times."""
-    shutil.rmtree(times_folder(folder / "runs"), ignore_errors=True)
+    for records in times_folders(folder / "runs"):
+        shutil.rmtree(records)
     prepared = prepare(compose(words))
     with Path(os.devnull).open("w") as quiet:
         (price,) = plan_prices(prepared, Console(file=quiet))

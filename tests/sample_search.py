@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from command_line import Cli
@@ -16,6 +17,6 @@ SPACE = ("recipe.learning_rate=tag(log, interval(0.0001,0.1))", "recipe.label_sm
 
 def trials(cli: Cli, name: str) -> list[dict[str, Any]]:
     """Return the records of a study's trials."""
-    folder = cli.workspace / "runs/.search" / name / "trials"
+    folder = cli.workspace / f"runs/.search-{os.geteuid()}" / name / "trials"
     records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     return sorted(records, key=lambda each: (each["rung"], each["trial"]))

@@ -236,3 +236,22 @@ def test_the_same_from_python(group: Group) -> None:
     script = "import sys, hpc_imagenet; print(hpc_imagenet.jobs(workspace=sys.argv[1]))"
     done = group.bob.run(sys.executable, "-c", script, str(group.workspace))
     assert run in done.stdout, done.stderr
+
+
+def test_studies_of_two_users_with_one_name(group: Group) -> None:
+    script = """
+import sys
+from pathlib import Path
+from hpc_imagenet.io.ownership import owner_writes
+from hpc_imagenet.launch.validate import prepare_workspace
+from hpc_imagenet.runs.store import RunStore
+from hpc_imagenet.search.study_files import StudyFiles, studies
+prepare_workspace(Path(sys.argv[1]))
+store = RunStore(Path(sys.argv[1]))
+with owner_writes():
+    StudyFiles(store, "night").create({"of": sys.argv[2]}, 4, None)
+print(*(study.definition["of"] for study in studies(store)))
+"""
+    for person, expected in ((group.alice, "alice"), (group.bob, "alice bob"), (group.alice, "alice bob")):
+        done = person.python(script, str(group.workspace), person.name)
+        assert sorted(done.stdout.split()) == expected.split(), done.stderr

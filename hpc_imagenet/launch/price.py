@@ -13,7 +13,7 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.slurm_jobs.resource_requests import warning_seconds
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.runs.time_record import ZERO, Time, TimeRecord, find_record, times_folder, training_shape
+from hpc_imagenet.runs.time_record import ZERO, Time, TimeRecord, find_record, times_folders, training_shape
 from hpc_imagenet.stages.price_stage import PRICE, price_config
 from hpc_imagenet.stages.train_stage import TRAIN
 
@@ -166,7 +166,7 @@ def check_time_limits(plan: Sequence[Job], store: RunStore, state_of: Mapping[st
     Raises:
         UserError: with the limit that would be long enough.
     """
-    if not times_folder(store.folder).is_dir():
+    if not times_folders(store.folder):
         return
     sizes: dict[str, Images] = {}
     for job in plan:

@@ -1,6 +1,6 @@
 """How long the parts of a training took, by the shape of the training: what prices are computed from.
 
-    runs/.times/<hash of the shape>.json
+    runs/.times-<uid>/<hash of the shape>.json
 
 Trainings and price jobs write the file on the node; the newest one counts. Any file may be deleted at any
 time. The shape is everything that decides the speed: two trainings that differ in the learning rate or the
@@ -10,6 +10,7 @@ number of epochs share one.
 from __future__ import annotations
 
 import math
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 
 from hpc_imagenet.config.schema import Cluster, Config
 from hpc_imagenet.io.atomic_files import read_json, write_json
+from hpc_imagenet.io.ownership import make_own_folder
 from hpc_imagenet.runs.job import signature
 
 VERSION = 1  # of the files
@@ -142,27 +144,46 @@ def training_shape(config: Config, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def times_folder(runs: Path) -> Path:
-    """Return the folder of the records, below the folder of all runs."""
-    return runs / ".times"
+def times_folders(runs: Path) -> list[Path]:
+    """Return the folders of records below the folder of all runs; that of this user comes first."""
+    own = _own_folder(runs)
+    return sorted(runs.glob(".times-*"), key=lambda path: (path != own, path.name))
 
 
 def record_path(runs: Path, shape: Mapping[str, Any]) -> Path:
-    """Return the file of a shape, below the folder of all runs."""
-    return times_folder(runs) / f"{signature(shape)}.json"
+    """Return this user's file of a shape, below the folder of all runs."""
+    return _own_folder(runs) / f"{signature(shape)}.json"
 
 
 def write_record(runs: Path, record: TimeRecord) -> None:
-    """Write the record of its shape; a newer one replaces an older one."""
+    """Write the record of its shape; a newer one replaces an older one.
+
+    Raises:
+        UserError: another user could write the folder.
+        OSError: the disk is full.
+    """
     path = record_path(runs, record.shape)
-    path.parent.mkdir(exist_ok=True)
+    make_own_folder(path.parent)
     write_json(path, {"version": VERSION, **asdict(record)})
 
 
 def find_record(runs: Path, shape: Mapping[str, Any]) -> TimeRecord | None:
-    """Return the record of a shape; None if there is none, or it is damaged or of another version."""
+    """Return the record of a shape, this user's before that of another.
+
+    None if there is none, or all are damaged or of another version.
+    """
+    name = record_path(runs, shape).name
+    found = (_read(folder / name) for folder in times_folders(runs))
+    return next((record for record in found if record), None)
+
+
+def _own_folder(runs: Path) -> Path:
+    return runs / f".times-{os.geteuid()}"
+
+
+def _read(path: Path) -> TimeRecord | None:
     try:
-        raw = read_json(record_path(runs, shape))
+        raw = read_json(path)
         if raw is None or raw.pop("version") != VERSION:
             return None
         return _parsed(raw)

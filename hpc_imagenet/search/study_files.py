@@ -1,6 +1,6 @@
 """The files of a study, which its workers share; each is written once, or by the worker that has the trial.
 
-    runs/.search/<name>/
+    runs/.search-<uid>/<name>/      of one user; the others of a group's workspace read it
         study.json                  what is searched: algorithm, space, data; written once
         targets/<trials>.json       trials that a command has requested; the largest holds
         budget.json                 GPU-hours; that of the last command holds
@@ -15,11 +15,14 @@ worker still exists is what the worker's own record or Slurm says.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
+from hpc_imagenet.io.ownership import make_own_folder
 from hpc_imagenet.runs.attempt import FAILED, FINISHED, PRUNED, read_record
 from hpc_imagenet.runs.store import RunStore
 
@@ -78,11 +81,17 @@ class Claim:
 
 
 class StudyFiles:
-    """The files of one study."""
+    """The files of one study.
 
-    def __init__(self, store: RunStore, name: str) -> None:
+    Args:
+        store: runs of the workspace.
+        name: name of the study.
+        folder: its folder; None: that of this user.
+    """
+
+    def __init__(self, store: RunStore, name: str, folder: Path | None = None) -> None:
         self.name = name
-        self.folder = store.folder / ".search" / name
+        self.folder = folder or store.folder / f".search-{os.geteuid()}" / name
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -90,7 +99,13 @@ class StudyFiles:
         return read_record(self.folder / "study.json")
 
     def create(self, definition: dict[str, Any], trials: int, budget: float | None) -> None:
-        """Create the study, or continue it with more trials and another budget."""
+        """Create the study, or continue it with more trials and another budget.
+
+        Raises:
+            UserError: another user could write the folder of this user's studies.
+        """
+        self.folder.parents[1].mkdir(parents=True, exist_ok=True)
+        make_own_folder(self.folder.parent)
         for folder in ("targets", "claims", "trials"):
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
         write_json_once(self.folder / "study.json", definition)
@@ -167,9 +182,9 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def studies(store: RunStore) -> Iterator[StudyFiles]:
-    """Yield the studies of a workspace, in the order of their names."""
-    for path in sorted((store.folder / ".search").glob("*/study.json")):
-        yield StudyFiles(store, path.parent.name)
+    """Yield the studies of a workspace, of all users, in the order of their names."""
+    for path in sorted(store.folder.glob(".search-*/*/study.json"), key=lambda path: path.parent.name):
+        yield StudyFiles(store, path.parent.name, path.parent)
 
 
 def best(records: list[TrialRecord]) -> TrialRecord | None:

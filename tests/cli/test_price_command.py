@@ -31,7 +31,7 @@ def priced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cli, str]:
 
 
 def record_of(cli: Cli) -> Path:
-    (path,) = (cli.workspace / "runs" / ".times").iterdir()
+    (path,) = cli.workspace.glob("runs/.times-*/*")
     return path
 
 
@@ -113,7 +113,7 @@ def record_of_run(cli: Cli, stage: str) -> str:
     (run,) = [row["run"] for row in cli.jobs() if row["stage"] == stage]
     (text,) = [
         path.read_text()
-        for path in (cli.workspace / "runs" / ".times").iterdir()
+        for path in cli.workspace.glob("runs/.times-*/*")
         if json.loads(path.read_text())["run"] == run
     ]
     return text
@@ -130,5 +130,5 @@ def test_sizes_of_a_schedule_are_timed_each(priced: tuple[Cli, str]) -> None:
     grow = ("recipe.start_size=8", "recipe.grow_from=0", "recipe.grow_to=1", "recipe.epochs=4")
     words = [word for word in TRAINING if "epochs" not in word and "size" not in word]
     cli.process(*words, *grow, "recipe.size=24", "recipe.val_size=24", "recipe.val_resize=24", "price=true")
-    timed = [json.loads(path.read_text()) for path in (cli.workspace / "runs" / ".times").iterdir()]
+    timed = [json.loads(path.read_text()) for path in cli.workspace.glob("runs/.times-*/*")]
     assert [list(each["train"]) for each in timed if "8" in each["train"]] == [["8", "24"]]

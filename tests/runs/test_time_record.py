@@ -79,6 +79,17 @@ def test_a_damaged_record_is_none(tmp_path: Path, name: str, value: Any) -> None
     assert find_record(tmp_path, shape()) is None
 
 
+def test_a_record_of_this_user_comes_before_that_of_another(tmp_path: Path) -> None:
+    mine, other = record({16: 0.2}), record({16: 0.4})
+    write_record(tmp_path, other)
+    record_path(tmp_path, shape()).parent.rename(tmp_path / ".times-1")  # a user with another number
+    assert find_record(tmp_path, shape()) == other
+    write_record(tmp_path, mine)
+    assert find_record(tmp_path, shape()) == mine
+    record_path(tmp_path, shape()).write_text("{}")
+    assert find_record(tmp_path, shape()) == other
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"version": 1}', "{"])
 def test_a_file_that_is_no_record_is_none(tmp_path: Path, content: str) -> None:
     path = record_path(tmp_path, shape())

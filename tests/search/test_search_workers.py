@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -106,14 +107,14 @@ def test_cancelled_trial_leaves_its_worker(searching: Cli) -> None:
 
 
 def test_full_disk_of_the_study_is_one_line_and_loses_nothing(searching: Cli) -> None:
-    disk = searching.workspace / "runs/.search"
+    disk = searching.workspace / f"runs/.search-{os.geteuid()}"
     disk.mkdir(parents=True)
 
     def mount(*options: str) -> int:
         command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(disk)]
         return subprocess.run(command, capture_output=True, check=False).returncode
 
-    if shutil.which("mount") is None or mount("size=40k"):
+    if shutil.which("mount") is None or mount("size=40k", "mode=755"):
         pytest.skip("no permission to mount a file system")
     try:
         begin(searching, "recipe.epochs=20", "search.trials=3", "search.parallel=1", algorithm="median")

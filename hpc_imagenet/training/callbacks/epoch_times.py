@@ -26,6 +26,7 @@ from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.datastore.manifest import Manifest
 from hpc_imagenet.datastore.node_cache.cache import cached_bytes
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.attempt import read_record
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.runs.time_record import (
@@ -177,7 +178,7 @@ class EpochTimes(pl.Callback):
             memory=self._tasks * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             staged=self._staged(),
         )
-        with contextlib.suppress(OSError):  # a full disk must not end the training
+        with contextlib.suppress(OSError, UserError):  # a full disk, or a folder that others made
             write_record(self._runs, record)
 
 
