@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import FileLock
+
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.download import receipt
@@ -246,4 +248,6 @@ def _make_source(function: str, folder: Path) -> None:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"dataset.make={function}: {error}; set a function as package.module:name") from None
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write(folder)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # several datasets may have one source
+        if not folder.exists():
+            write(folder)
