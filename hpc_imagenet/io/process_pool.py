@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,8 +39,9 @@ def map_in_order(function: Callable[[Item], Result], items: Sequence[Item], work
         min(workers, len(items)), multiprocessing.get_context("spawn"), initializer=_end_with_parent
     )
     try:
-        for future in [pool.submit(function, item) for item in items]:
-            yield future.result()
+        futures = deque(pool.submit(function, item) for item in items)
+        while futures:
+            yield futures.popleft().result()  # a future that is kept keeps its result
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed, probably out of memory: lower process.workers, "

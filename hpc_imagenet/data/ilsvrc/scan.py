@@ -13,7 +13,7 @@ import functools
 import os
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,38 +113,64 @@ def scan(
         tars = find_class_tars(descriptor, train, devkit)
     if check != DECODE and size < (PARALLEL_LABELLED_BYTES if devkit.labels else parallel_bytes):
         workers = 1
-    class_entries = []
+    columns: dict[str, _Columns] = {"train": _Columns()}
     flat = {"val": (val, devkit.val_wnids)} if devkit.val_wnids or not devkit.labels else {}
     flat |= {"test": (test, devkit.test_wnids)} if test and devkit.test_wnids else {}
     total = len(tars) + len(flat)
     any_extension = devkit.labels is not None
     scan_class = functools.partial(_scan_class, train, decode=check == DECODE, any_extension=any_extension)
-    for number, found in enumerate(process_pool.map_in_order(scan_class, tars, workers)):
-        class_entries.append(found)
-        progress(number + 1, total)
-    splits = {
-        "train": ImageEntries(*(np.concatenate(columns) for columns in zip(*class_entries, strict=True)))
-    }
-    of_class = {
-        "train": np.repeat([labels[tar.wnid] for tar in tars], [len(part.names) for part in class_entries])
-    }
+    found_in_classes = process_pool.map_in_order(scan_class, tars, workers)
+    for number, (tar, found) in enumerate(zip(tars, found_in_classes, strict=True), 1):
+        columns["train"].add(found, labels[tar.wnid], shard=0)
+        progress(number, total)
     for number, (split, (path, wnids)) in enumerate(flat.items(), len(tars) + 1):
         with open_for_pread(path) as descriptor:
             found = tar_scan.find_images(
                 descriptor, 0, os.fstat(descriptor).st_size, str(path), any_extension
             )
-        of_class[split] = np.array(
-            [labels[wnid] for wnid in _flat_classes(found.names.tolist(), wnids, path)]
-        )
+        classes = [labels[wnid] for wnid in _flat_classes(found.names.tolist(), wnids, path)]
         if check == DECODE:
             _decode_flat(path, found, workers, decode_chunk)
-        splits[split] = found
+        columns[split] = _Columns()
+        columns[split].add(found, np.array(classes), shard=len(columns) - 1)
         progress(number, total)
     return Scan(
-        {split: _index(found, of_class[split], shard) for shard, (split, found) in enumerate(splits.items())},
-        {split: found.facts for split, found in splits.items()},
-        {split: found.names for split, found in splits.items()},
+        {split: parts.joined("index") for split, parts in columns.items()},
+        {split: parts.joined("facts") for split, parts in columns.items()},
+        {split: parts.joined("names") for split, parts in columns.items()},
     )
+
+
+@dataclass
+class _Columns:
+    """Columns of a scan in parts, which take less memory than what `find_images` returns.
+
+    Joining frees the parts of a column, so that only one column at a time is there twice.
+    """
+
+    index: list[Index] = field(default_factory=list)
+    facts: list[Array] = field(default_factory=list)
+    names: list[Array] = field(default_factory=list)
+
+    def add(self, found: ImageEntries, labels: Array | int, shard: int) -> None:
+        entries = np.empty(len(found.names), ENTRY)
+        entries["offset"], entries["length"] = found.offsets, found.lengths
+        entries["label"], entries["shard"] = labels, shard
+        self.index.append(entries)
+        self.facts.append(found.facts)
+        self.names.append(_shortened(found.names))
+
+    def joined(self, column: str) -> Array:
+        parts = getattr(self, column)
+        whole = np.concatenate(parts)
+        parts.clear()
+        return whole
+
+
+def _shortened(names: Array) -> Array:
+    """Return names without the columns that are empty in all of them; a tar's header has 100."""
+    columns = np.flatnonzero(names.view(np.uint8).reshape(len(names), -1).any(0))
+    return names.astype(f"S{columns[-1] + 1 if len(columns) else 1}")
 
 
 def find_class_tars(descriptor: int, train: Path, devkit: Devkit) -> list[ClassTar]:
@@ -250,13 +276,6 @@ def _flat_classes(names: list[bytes], wnids: Sequence[str], path: Path) -> list[
     for i, wnid in zip(order, wnids, strict=True):
         classes[i] = wnid
     return classes
-
-
-def _index(found: ImageEntries, labels: Array, shard: int) -> Index:
-    entries = np.empty(len(found.names), ENTRY)
-    entries["offset"], entries["length"] = found.offsets, found.lengths
-    entries["label"], entries["shard"] = labels, shard
-    return entries
 
 
 def name_list(names: Sequence[str]) -> str:
