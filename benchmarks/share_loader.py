@@ -74,7 +74,8 @@ def make(folder: Path, images: int) -> None:
                 tar.write(data + bytes(-len(data) % 512))
             tar.write(END)
         write_index(folder / f"{name}.npy", entries)
-        files = [File(path, (folder / path).stat().st_size, "") for path in (f"{name}.tar", f"{name}.npy")]
+        paths = [folder / f"{name}{suffix}" for suffix in (".tar", ".npy")]
+        files = [File(path.name, path.stat().st_size, "md5:") for path in paths]
         shards.append(files[0])
         splits[name] = Split(files[1], count)
     classes = tuple(ClassNames(f"n{number:08d}", (str(number),)) for number in range(10))

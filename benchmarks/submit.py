@@ -165,7 +165,7 @@ def rows(space: Workspace) -> list[Row]:
             launcher_many,
             cancel_all,
         ),
-        Row(f"jobs, {RUNS:,} runs", lambda _: [*recorded, "jobs", there], "top-1", RUNS),
+        Row(f"jobs, {RUNS:,} runs", lambda _: [*recorded, "jobs", there], "finished", RUNS),
         Row(f"jobs --json, {RUNS:,} runs", lambda _: [*recorded, "jobs", "--json", there], '"run":', RUNS),
     ]
 
