@@ -58,11 +58,17 @@ SLURM = "tests/slurm"
 LONG = (  # files of minutes, the longest first: begun last, they would keep one process busy alone
     SLURM,
     "tests/test_docs.py",
+    "tests/search/test_search_command.py",
     "tests/training/test_cuda.py",
-    "tests/session/test_server.py",
+    "tests/training/test_shared_trainings.py",
+    "tests/search/test_search_workers.py",
     "tests/cli/test_main.py",
-    "tests/training/test_resume.py",
-    "tests/training/test_recipe_ingredients.py",
+    "tests/cli/test_price_command.py",
+    "tests/benchmarks/test_gpu_benchmark.py",
+    "tests/test_second_user.py",
+    "tests/cli/runs/test_evaluate_command.py",
+    "tests/training/export/test_exporter.py",
+    "tests/stages/test_process_killed.py",
 )
 
 

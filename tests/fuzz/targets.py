@@ -47,7 +47,10 @@ from hpc_imagenet.runs.attempt import RUNNING, outcome_from, read_record
 from hpc_imagenet.runs.run_records import RecordCache
 from hpc_imagenet.runs.store import Run, RunStore
 
-_FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+_TEMPORARY = tempfile.TemporaryDirectory(  # removed when this process ends
+    prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+)
+_FOLDER = Path(_TEMPORARY.name)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages.work import process
 
+ATTEMPTS = 9  # of a run that is killed again and again
+LIMIT = 300.0  # s in which runs end
 ARCHIVES = (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT)
 
 
@@ -338,17 +340,15 @@ class Queue(Scenario):
         self.cli.close()
         super().reset()
 
+    def submit(self, *words: str) -> None:
+        """Submit both, unless they are queued, running or finished."""
+        names = ("dataset.name=a,b", f"dataset.source={self.source}")
+        self.cli("-m", "+stage=download", "dataset=ilsvrc", *names, "cluster=local", *words, code=None)
+
     def work(self) -> None:
         """Submit both until both have finished; a job that was killed counts as failed."""
-        words = (
-            "-m",
-            "+stage=download",
-            "dataset=ilsvrc",
-            "dataset.name=a,b",
-            f"dataset.source={self.source}",
-        )
-        for _ in range(9):
-            self.cli(*words, "cluster=local", "wait=true", code=None)
+        for _ in range(ATTEMPTS):
+            self.submit("wait=true")
             if self.cli.states() == ["finished"] * 2:
                 return
         raise ChildProcessError(f"the runs are {self.cli.jobs()}")
@@ -379,6 +379,23 @@ class Queue(Scenario):
         return runs, self.cli.states(), entries, archives
 
 
+class CancelRetry(Queue):
+    """Two downloads that are cancelled and retried on the local queue."""
+
+    def work(self) -> None:
+        """Submit and cancel both, then retry them until both have finished."""
+        if not self.cli.runs():
+            self.submit()
+        self.cli("cancel", "--running", code=None)
+        for _ in range(ATTEMPTS):
+            self.cli("retry", "--again", code=None)
+            eventually(lambda: not {"queued", "running"}.intersection(self.cli.states()), LIMIT)
+            if self.cli.states() == ["finished"] * 2:
+                return
+            self.submit()  # a run of which the killed command had not made the folder
+        raise ChildProcessError(f"the runs are {self.cli.jobs()}")
+
+
 def stage_scenarios(folder: Path, s3: str, ssh: str) -> list[Scenario]:
     """Return all scenarios.
 
@@ -397,4 +414,5 @@ def stage_scenarios(folder: Path, s3: str, ssh: str) -> list[Scenario]:
     found += [Fetch("fetch", folder / "fetch"), Staging("staging", folder / "staging")]
     found += [Train("train", folder / "train"), Score("evaluate", folder / "evaluate")]
     found.append(Queue("queue", folder / "queue"))
+    found.append(CancelRetry("cancel-retry", folder / "cancel"))
     return found
