@@ -175,7 +175,7 @@ def count_validation(options: argparse.Namespace) -> int:
     classes = [ClassNames(f"n{i:08d}", (f"word {i}",)) for i in range(options.classes)]
     logits, labels = torch.randn(64, options.classes), torch.arange(64) % options.classes
     accuracy, confusion = ClassificationMetrics(options.classes), ConfusionCounts(options.classes)
-    accuracy.update(logits, labels)
+    accuracy.update(logits, labels, torch.ones(64))
     confusion.update(logits, labels)
     path = options.folder / "val_classes.csv"
     write_class_accuracies(path, classes, accuracy.compute()["counts"])
