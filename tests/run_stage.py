@@ -13,10 +13,17 @@ import pytest
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import Config
+from hpc_imagenet.data.download import receipt
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.store import Run
 
 NAME = "numbers"  # of the dataset
+
+FILES = {
+    "train": "ILSVRC2012_img_train.tar",
+    "val": "ILSVRC2012_img_val.tar",
+    "devkit": "ILSVRC2012_devkit_t12.tar.gz",
+}
 
 
 @functools.cache
@@ -61,3 +68,12 @@ def stage_error(stage: ModuleType, config: Config) -> str:
         run_stage(stage, config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def assert_complete(workspace: Path, source: Path) -> None:
+    """Assert that the archives of the source, their receipts and nothing else have been downloaded."""
+    folder = workspace / "archives" / "numbers"
+    for file in FILES.values():
+        assert (folder / file).read_bytes() == (source / file).read_bytes()
+    assert not receipt.missing_receipts(folder, FILES.values())
+    assert len(list(folder.iterdir())) == 6, list(folder.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from other_users import Person, shared_folder
 
 DIGITS = ("dataset=digits", "cluster=local")
 DOWNLOAD = ("+stage=download", *DIGITS)
+REFUSALS = ("PermissionError", "BlockingIOError")
 CHECKPOINT = """
 import sys
 import torch
@@ -85,11 +87,12 @@ class Scene:
         return f"touch {self.mark}"
 
     def as_bob(self, script: str, *words: str) -> bool:
-        """Whether code of bob ends without an error."""
-        return self.bob.python(textwrap.dedent(script), *words).returncode == 0
+        """Whether code of bob ends without an error; any error but a refusal fails the test."""
+        return _ends_well(self.bob.python(textwrap.dedent(script), *words))
 
     def as_eve(self, script: str, *words: str) -> bool:
-        return self.eve.python(textwrap.dedent(script), *words).returncode == 0
+        """Whether code of eve ends without an error; any error but a refusal fails the test."""
+        return _ends_well(self.eve.python(textwrap.dedent(script), *words))
 
     def write(self, person: Person, path: Path, text: str) -> None:
         """Write a file as a user, who must be able to."""
@@ -110,6 +113,12 @@ class Scene:
         done = self.alice(*words, cwd=cwd, code=code)
         assert because in done.stderr, done.stderr
         return self.mark.exists()
+
+
+def _ends_well(done: subprocess.CompletedProcess[str]) -> bool:
+    last = done.stderr.strip().rpartition("\n")[2]
+    assert not last or last.startswith(REFUSALS), done.stderr
+    return done.returncode == 0
 
 
 Attempt = Callable[[Scene], bool]

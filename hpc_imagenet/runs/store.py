@@ -262,6 +262,11 @@ def attempt_of(run_folder: str, number: int) -> tuple[Run, Attempt]:
     return run, Attempt(run.folder / "attempts" / str(number))
 
 
+def folder_of_user(runs: Path, kind: str) -> Path:
+    """Return this user's folder of a kind (user, search, times) beside the runs: `runs/.<kind>-<uid>`."""
+    return runs / f".{kind}-{os.geteuid()}"
+
+
 class RunStore:
     """All runs of a workspace."""
 
@@ -272,7 +277,7 @@ class RunStore:
     @property
     def own_folder(self) -> Path:
         """The folder of what belongs to this user alone: queue, job arrays, submissions, cache."""
-        return self.folder / f".user-{os.geteuid()}"
+        return folder_of_user(self.folder, "user")
 
     def make_own_folder(self, *parts: str, private: bool = False) -> Path:
         """Make `own_folder` and a folder below it, and return that.

@@ -10,7 +10,6 @@ number of epochs share one.
 from __future__ import annotations
 
 import math
-import os
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from hpc_imagenet.config.schema import Cluster, Config
 from hpc_imagenet.io.atomic_files import read_json, write_json
 from hpc_imagenet.io.ownership import make_own_folder
 from hpc_imagenet.runs.job import signature
+from hpc_imagenet.runs.store import folder_of_user
 
 VERSION = 1  # of the files
 _RECIPE = (  # settings that change the speed of a step; image sizes are added by `training_shape`
@@ -146,13 +146,13 @@ def training_shape(config: Config, cluster: Cluster) -> dict[str, Any]:
 
 def times_folders(runs: Path) -> list[Path]:
     """Return the folders of records below the folder of all runs; that of this user comes first."""
-    own = _own_folder(runs)
+    own = folder_of_user(runs, "times")
     return sorted(runs.glob(".times-*"), key=lambda path: (path != own, path.name))
 
 
 def record_path(runs: Path, shape: Mapping[str, Any]) -> Path:
     """Return this user's file of a shape, below the folder of all runs."""
-    return _own_folder(runs) / f"{signature(shape)}.json"
+    return folder_of_user(runs, "times") / f"{signature(shape)}.json"
 
 
 def write_record(runs: Path, record: TimeRecord) -> None:
@@ -175,10 +175,6 @@ def find_record(runs: Path, shape: Mapping[str, Any]) -> TimeRecord | None:
     name = record_path(runs, shape).name
     found = (_read(folder / name) for folder in times_folders(runs))
     return next((record for record in found if record), None)
-
-
-def _own_folder(runs: Path) -> Path:
-    return runs / f".times-{os.geteuid()}"
 
 
 def _read(path: Path) -> TimeRecord | None:

@@ -33,7 +33,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-class WholeLinesBackend(JournalFileBackend):
+class WholeLinesBackend(JournalFileBackend):  # type: ignore[misc] # mypy skips optuna
     """Optuna's journal file, from which a line that could not be written whole is removed.
 
     On a full disk a part of a line would stay and make every later one unreadable.

@@ -15,7 +15,6 @@ worker still exists is what the worker's own record or Slurm says.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
 from hpc_imagenet.io.ownership import make_own_folder
 from hpc_imagenet.runs.attempt import FAILED, FINISHED, PRUNED, read_record
-from hpc_imagenet.runs.store import RunStore
+from hpc_imagenet.runs.store import RunStore, folder_of_user
 
 EXECUTOR = "search"  # of the attempts of trials
 RUNNING, SKIPPED = "running", "skipped"
@@ -91,7 +90,7 @@ class StudyFiles:
 
     def __init__(self, store: RunStore, name: str, folder: Path | None = None) -> None:
         self.name = name
-        self.folder = folder or store.folder / f".search-{os.geteuid()}" / name
+        self.folder = folder or folder_of_user(store.folder, "search") / name
 
     @property
     def definition(self) -> dict[str, Any]:

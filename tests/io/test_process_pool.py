@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,10 @@ def fail_on_three(number: int) -> int:
 def kill_self(number: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def array_of(number: int) -> np.ndarray:
+    return np.full(3, number)
 
 
 def test_one_worker_runs_in_this_process() -> None:
@@ -72,3 +78,13 @@ def test_parallel_scan_equals_serial_scan(tmp_path: Path, check: str) -> None:
             strict=True,
         ):
             np.testing.assert_array_equal(expected[split], parallel[split])
+
+
+@pytest.mark.slow
+def test_a_result_that_was_taken_is_not_kept() -> None:
+    results = process_pool.map_in_order(array_of, [1, 2, 3], 2)
+    first = weakref.ref(next(results))
+    assert next(results).tolist() == [2, 2, 2]
+    gc.collect()
+    assert first() is None
+    assert next(results).tolist() == [3, 3, 3]

@@ -30,6 +30,7 @@ import psutil  # noqa: E402
 import servers  # noqa: E402
 from command_line import is_alive  # noqa: E402
 from forked import CONTEXT  # noqa: E402
+from queue_scenarios import CancelRetry, Queue  # noqa: E402
 from scenarios import Scenario, stage_scenarios  # noqa: E402
 
 KINDS = ("kill",) * 7 + ("terminate",) * 2 + ("freeze",)
@@ -234,7 +235,11 @@ def main() -> int:
         )
         scenarios = [
             scenario
-            for scenario in stage_scenarios(folder, *_servers(stack, folder))
+            for scenario in (
+                *stage_scenarios(folder, *_servers(stack, folder)),
+                Queue("queue", folder / "queue"),
+                CancelRetry("cancel-retry", folder / "cancel"),
+            )
             if scenario.name.startswith(options.only)
         ]
         soak = Soak(scenarios, options.seed, options.state, stack)

@@ -17,7 +17,6 @@ from typing import Any
 
 import killing
 import torch
-from command_line import Cli, eventually
 from faulty_server import Faults, faulty, serving
 from remote_workspace import Workspace
 from run_stage import config_of, run_of, run_stage
@@ -34,11 +33,9 @@ from hpc_imagenet.datastore import catalog, versions
 from hpc_imagenet.datastore.node_cache.cache import NodeCache
 from hpc_imagenet.datastore.node_cache.copy_process import CopyProcess
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages.work import process
 
-ATTEMPTS = 9  # of a run that is killed again and again
-LIMIT = 300.0  # s in which runs end
 ARCHIVES = (ilsvrc_writer.TRAIN, ilsvrc_writer.VAL, ilsvrc_writer.DEVKIT)
 
 
@@ -319,85 +316,8 @@ class Score(Train):
         return (self.state / "result.json").read_text()
 
 
-class Queue(Scenario):
-    """Two downloads on the local queue: the command, the worker and the jobs are killed, one at a time."""
-
-    survives = True
-
-    def prepare(self, stack: contextlib.ExitStack) -> None:
-        """Write the archives."""
-        self.source = self.folder / "source"
-        self.source.mkdir(parents=True)
-        write_small(self.source, random.Random(3))
-
-    @property
-    def cli(self) -> Cli:
-        """The command line of the workspace."""
-        return Cli(self.state)
-
-    def reset(self) -> None:
-        """End all processes of the workspace, and remove it."""
-        self.cli.close()
-        super().reset()
-
-    def submit(self, *words: str) -> None:
-        """Submit both, unless they are queued, running or finished."""
-        names = ("dataset.name=a,b", f"dataset.source={self.source}")
-        self.cli("-m", "+stage=download", "dataset=ilsvrc", *names, "cluster=local", *words, code=None)
-
-    def work(self) -> None:
-        """Submit both until both have finished; a job that was killed counts as failed."""
-        for _ in range(ATTEMPTS):
-            self.submit("wait=true")
-            if self.cli.states() == ["finished"] * 2:
-                return
-        raise ChildProcessError(f"the runs are {self.cli.jobs()}")
-
-    def victims(self, pid: int) -> list[int]:
-        """Return the command, the worker and the jobs."""
-        return [pid, *(process.pid for process in self.cli.processes())]
-
-    def check(self) -> None:
-        """Compare every archive with a receipt; of a run, at most one attempt may be without an outcome."""
-        for folder in (self.state / "archives").glob("*"):
-            for file in ARCHIVES:
-                if receipt.load_receipt(folder / file):
-                    assert (folder / file).read_bytes() == (self.source / file).read_bytes(), file
-        for run in RunStore(self.state).unsorted():
-            assert sum(attempt.outcome is None for attempt in run.attempts()) <= 1, f"{run.id} runs twice"
-
-    def result(self) -> Any:
-        """Return the runs and their archives, when the worker has ended."""
-        eventually(lambda: not self.cli.processes())
-        runs = sorted(run.id for run in RunStore(self.state).unsorted())
-        entries = [path.name for path in self.state.rglob("*.entry")]
-        archives = {
-            str(path.relative_to(self.state)): path.read_bytes() if path.name in ARCHIVES else b""
-            for path in sorted((self.state / "archives").rglob("*"))
-            if path.is_file()
-        }
-        return runs, self.cli.states(), entries, archives
-
-
-class CancelRetry(Queue):
-    """Two downloads that are cancelled and retried on the local queue."""
-
-    def work(self) -> None:
-        """Submit and cancel both, then retry them until both have finished."""
-        if not self.cli.runs():
-            self.submit()
-        self.cli("cancel", "--running", code=None)
-        for _ in range(ATTEMPTS):
-            self.cli("retry", "--again", code=None)
-            eventually(lambda: not {"queued", "running"}.intersection(self.cli.states()), LIMIT)
-            if self.cli.states() == ["finished"] * 2:
-                return
-            self.submit()  # a run of which the killed command had not made the folder
-        raise ChildProcessError(f"the runs are {self.cli.jobs()}")
-
-
 def stage_scenarios(folder: Path, s3: str, ssh: str) -> list[Scenario]:
-    """Return all scenarios.
+    """Return the scenarios of single stages.
 
     Args:
         folder: an empty folder.
@@ -413,6 +333,4 @@ def stage_scenarios(folder: Path, s3: str, ssh: str) -> list[Scenario]:
         found.append(Upload("upload-ssh", folder / "ssh", f"{ssh}/{{name}}"))
     found += [Fetch("fetch", folder / "fetch"), Staging("staging", folder / "staging")]
     found += [Train("train", folder / "train"), Score("evaluate", folder / "evaluate")]
-    found.append(Queue("queue", folder / "queue"))
-    found.append(CancelRetry("cancel-retry", folder / "cancel"))
     return found

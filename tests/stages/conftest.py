@@ -1,4 +1,4 @@
-"""Fixtures for remote storage backends: two S3 servers and a host behind ssh."""
+"""Fixtures of stages: archives of the digits, two S3 servers and a host behind ssh."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ import servers
 from remote_workspace import Workspace
 
 from hpc_imagenet.datastore.backends import s3_backend, s3_client, s3_upload, ssh_connection
+from hpc_imagenet.demo import digits
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the archives of the digits; tests that change them take a copy."""
+    folder = tmp_path_factory.mktemp("sources") / "digits"
+    digits.write_digits(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

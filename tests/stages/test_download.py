@@ -18,37 +18,15 @@ import pytest
 from command_line import Cli
 from faulty_server import Faults, faulty, serving
 from rich.console import Console
-from run_stage import config_of, run_of, run_stage, stage_error
+from run_stage import FILES, assert_complete, config_of, run_of, run_stage, stage_error
 
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.download import receipt
 from hpc_imagenet.data.sources import archive_folder
 from hpc_imagenet.demo import digits
 from hpc_imagenet.report import jobs_table
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages.work import download
-
-FILES = {
-    "train": "ILSVRC2012_img_train.tar",
-    "val": "ILSVRC2012_img_val.tar",
-    "devkit": "ILSVRC2012_devkit_t12.tar.gz",
-}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources") / "digits"
-    digits.write_digits(folder)
-    return folder
-
-
-def assert_complete(workspace: Path, source: Path) -> None:
-    folder = workspace / "archives" / "numbers"
-    for file in FILES.values():
-        assert (folder / file).read_bytes() == (source / file).read_bytes()
-    assert not receipt.missing_receipts(folder, FILES.values())
-    assert len(list(folder.iterdir())) == 6, list(folder.iterdir())
 
 
 def test_download_over_http(tmp_path: Path, source: Path) -> None:
@@ -171,40 +149,6 @@ def test_truncated_archive_without_md5_is_refused(tmp_path: Path, source: Path, 
     path.write_bytes(path.read_bytes()[: -12_000 if split == "val" else -4])
     assert "truncated" in stage_error(download, config_of(tmp_path / "cut", copy))
     assert receipt.missing_receipts(tmp_path / "cut/archives/numbers", [FILES[split]])
-
-
-def test_dataset_make_creates_the_source(tmp_path: Path) -> None:
-    source = tmp_path / "sources" / "digits"
-    config = config_of(tmp_path, source, make="hpc_imagenet.demo.digits:write_digits")
-    run_stage(download, config)
-    assert_complete(tmp_path, source)
-    for function in ("hpc_imagenet.demo.digits:wrong", "nowhere:x", "nothing"):
-        error = stage_error(download, config_of(tmp_path / "b", tmp_path / "c", make=function))
-        assert f"dataset.make={function}" in error
-
-
-def test_several_datasets_of_one_source_make_it_once(tmp_path: Path, source: Path) -> None:
-    made, both = tmp_path / "sources" / "digits", threading.Barrier(2)
-    configs = [
-        config_of(tmp_path / name, made, make="hpc_imagenet.demo.digits:write_digits") for name in "ab"
-    ]
-    errors: list[BaseException] = []
-
-    def run(config: Config) -> None:
-        try:
-            both.wait(60)
-            run_stage(download, config)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(config,)) for config in configs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    for name in "ab":
-        assert_complete(tmp_path / name, source)
 
 
 def test_invalid_settings_are_refused(tmp_path: Path, source: Path) -> None:

@@ -8,23 +8,9 @@ from pathlib import Path
 
 import pytest
 from faulty_server import Faults, faulty, serving
-from run_stage import config_of, run_stage, stage_error
+from run_stage import FILES, config_of, run_stage, stage_error
 
-from hpc_imagenet.demo import digits
 from hpc_imagenet.stages.work import download
-
-FILES = {
-    "train": "ILSVRC2012_img_train.tar",
-    "val": "ILSVRC2012_img_val.tar",
-    "devkit": "ILSVRC2012_devkit_t12.tar.gz",
-}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources") / "digits"
-    digits.write_digits(folder)
-    return folder
 
 
 @pytest.mark.parametrize(

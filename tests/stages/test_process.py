@@ -24,15 +24,7 @@ from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scan, scanned_archives
 from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.demo import digits
 from hpc_imagenet.stages.work import download, process
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources") / "digits"
-    digits.write_digits(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

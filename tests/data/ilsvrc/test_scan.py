@@ -113,6 +113,7 @@ def test_scan_finds_offsets_lengths_labels_and_names(tmp_path: Path) -> None:
         assert got == expected
     train = [f"{wnid}_{i}.JPEG".encode() for wnid, images in TRAIN for i in range(len(images))]
     assert found.names["train"].tolist() == train
+    assert found.names["train"].dtype.itemsize == len(max(train, key=len)), "a tar's header has 100 bytes"
     assert found.names["val"].tolist() == [f"ILSVRC2012_val_{i:08d}.JPEG".encode() for i in (1, 2, 3)]
 
 
