@@ -12,7 +12,7 @@ from pathlib import Path
 import killing
 import pytest
 from run_stage import run_stage, stage_error
-from test_process import config_with_archives, dataset, dataset_bytes, small, source, write_small
+from test_process import config_with_archives, dataset, dataset_bytes, small, write_small
 from torchvision.datasets import imagenet
 
 from hpc_imagenet.config.schema import Config
@@ -20,7 +20,7 @@ from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scanned_archives
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.stages.work import process
 
-__all__ = ["small", "source"]  # fixtures
+__all__ = ["small"]  # a fixture
 
 
 @pytest.fixture(scope="module")
