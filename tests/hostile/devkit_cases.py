@@ -48,7 +48,7 @@ def kit(truth: bytes = b"1\n2\n", meta: bytes = _MAT, more: Sequence[tuple[str, 
 
 def bomb(megabytes: int, begin: bytes = b"") -> bytes:
     """Return a gzip file that unpacks to `begin` and zeros."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
     parts = [packer.compress(begin), *(packer.compress(bytes(1 << 20)) for _ in range(megabytes))]
     return b"".join([*parts, packer.flush()])
 
