@@ -30,6 +30,7 @@ _COLUMNS = {
     "split": "split",
     "seed": "seed",
     "state": "state",
+    "learned": "learned",
     "top1": "top-1 %",
     "published_top1": "published %",
     "published_protocol": "published by",
@@ -48,7 +49,7 @@ _COLUMNS = {
     "dir": "run folder",
 }
 _ACCURACIES = ("top1", "published_top1", "top5")
-_IN_CSV_ONLY = ("loss", "dir", "gpu_hours_per_point", "energy_of")
+_IN_CSV_ONLY = ("learned", "loss", "dir", "gpu_hours_per_point", "energy_of")
 _MEASURED = ("top5", "loss", "images_per_second", "epochs", "parameters")
 
 
@@ -94,7 +95,7 @@ def leaderboard_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
     A row is that of `jobs_table.job_rows` with datastore, seed, top5, loss, images_per_second, epochs,
     parameters, hours (of all attempts), gpu_hours (0 without GPUs), kwh (None if unknown), energy_of (`GPUs`
-    or `nodes`), gpu_hours_per_point and kwh_per_point (of top-1, in percent) and published_top1,
+    or `nodes`), learned (False: at chance) with its advice, gpu_hours_per_point and kwh_per_point (of top-1, in percent) and published_top1,
     published_protocol and published_same_protocol (None where nothing is published).
     """
     return [each.row for entry in _entries(runs) for each in (entry, *entry.evaluations)]
@@ -111,7 +112,7 @@ def render_leaderboard(table: Iterable[dict[str, Any]], width: int | None = None
     cells = {name: [cell(row) for row in rows] for name, cell in _TERMINAL.items()}
     runs = {row["run"] for row in rows}
     cells["model"] = [_name(row, runs) for row in rows]
-    for name in ("published %", "GPU-hours", "kWh"):
+    for name in ("published %", "GPU-hours", "kWh", "kWh/point"):
         if not any(cells[name]):
             del cells[name]
     widths = {name: max(map(columns, (name, *texts))) + 2 for name, texts in cells.items()}
@@ -143,7 +144,9 @@ def format_markdown(table: Sequence[dict[str, Any]]) -> str:
     """Return the leaderboard as a Markdown table: accuracies in percent."""
     keys = [key for key in _COLUMNS if key not in _IN_CSV_ONLY]
     lines = [[_COLUMNS[key] for key in keys], ["---"] * len(keys)]
-    lines += [[_markdown_cell(key, row.get(key)) for key in keys] for row in table]
+    for row in table:
+        shown = {**row, "state": _state(row)}
+        lines.append([_markdown_cell(key, shown.get(key)) for key in keys])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -254,7 +257,11 @@ _TERMINAL: dict[str, Callable[[dict[str, Any]], str]] = {
     "time": lambda row: clock(row["training_seconds"]),
     "GPU-hours": lambda row: _amount(row["gpu_hours"] or None),
     "kWh": lambda row: _amount(row["kwh"]),
+    "kWh/point": lambda row: _amount(row["kwh_per_point"]),
     "state": _state,
     "run folder": lambda row: one_line(row["dir"]),
 }
-_LEFT_OUT = ("images/s", "top-5 %", "time", "datastore", "seed", "published %", "kWh", "GPU-hours")
+_LEFT_OUT = (
+    *("kWh/point", "images/s", "top-5 %", "time", "datastore", "seed", "published %"),
+    *("kWh", "GPU-hours"),
+)

@@ -87,6 +87,11 @@ def summary(stage: str | None, result: dict[str, Any]) -> str:
             f"{speed}/s" if (speed := count("images_per_second", "img")) else "",
         ]
         parts = [*(["at chance"] if result.get("learned") is False else []), *parts, *skipped]
+    elif stage == "evaluate":
+        source = " of ".join(str(result[key]) for key in ("split", "datastore") if result.get(key))
+        top5 = result.get("top5")
+        parts = [source, count("images", "images"), f"top-5 {100 * top5:.2f} %" if _is_number(top5) else ""]
+        parts += skipped
     elif stage == "search":
         parts = [count("trials", "trials"), f"best {result['trial']}" if result.get("trial") else ""]
     elif stage == "price":

@@ -20,6 +20,7 @@ class Usage:
     """What an attempt used, over all its starts, nodes and tasks; None where nothing was recorded.
 
     Attributes:
+        cpus: CPUs that the tasks could use at the same time.
         cpu_seconds: CPU time, of user and system.
         available_cpu_seconds: CPUs that the tasks could use, times their s.
         memory_bytes: highest memory of a node: the sum of the peaks of its tasks.
@@ -28,6 +29,7 @@ class Usage:
         gpus: number of different GPUs.
     """
 
+    cpus: float | None = None
     cpu_seconds: float | None = None
     available_cpu_seconds: float | None = None
     memory_bytes: float | None = None
@@ -46,10 +48,12 @@ def read_usage(attempt: Attempt) -> Usage:
     records = [_numbers(read_record(path)) for path in sorted(attempt.folder.glob("usage/*-*.json"))]
     records = [record for record in records if record]
     memory: dict[tuple[Any, Any], float] = defaultdict(float)
+    cpus: dict[Any, float] = defaultdict(float)
     gpus: dict[tuple[Any, ...], dict[str, float]] = {}
     for record in records:
         node = record["restarts"], record["host"]
         memory[node] += record["memory_bytes"]
+        cpus[record["restarts"]] += record["cpus"]
         for uuid, measured in record["gpus"].items():
             key = (*node, uuid)
             if key not in gpus or measured["seconds"] > gpus[key]["seconds"]:
@@ -58,6 +62,7 @@ def read_usage(attempt: Attempt) -> Usage:
     seconds = sum(gpu["seconds"] for gpu in observed)
     joules = [gpu["joules"] for gpu in gpus.values() if "joules" in gpu]
     return Usage(
+        cpus=max(cpus.values(), default=None),
         cpu_seconds=sum(record["cpu_seconds"] for record in records) if records else None,
         available_cpu_seconds=sum(r["cpus"] * r["seconds"] for r in records) if records else None,
         memory_bytes=max(memory.values(), default=None),

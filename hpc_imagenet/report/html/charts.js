@@ -75,7 +75,7 @@ function scatterPlot(holder, title, xLabel, points, published, families, onOpen)
   // A little room, so that no point is cut off.
   const plot = figure(box, CHART_HEIGHT + 40, {
     x_axis_type: "log", x_axis_label: xLabel, y_axis_label: "top-1, %",
-    x_range: [Math.min(...xs) / 1.35, Math.max(...xs) * 1.35], y_range: [Math.max(0, bottom - room), Math.min(100, top + room)],
+    x_range: [Math.min(...xs) / 1.35, Math.max(...xs) * 1.35], y_range: [Math.max(0, bottom - room), Math.min(102, top + room)],
   });
   const ticker = logTicker(plot.x_range);
   plot.below[0].setv({ ticker, formatter: new Bokeh.BasicTickFormatter({ use_scientific: false }) });

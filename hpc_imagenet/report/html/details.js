@@ -14,8 +14,8 @@ function runDetails(run, data) {
     el("h3", {}, run.run),
     el("div", { class: "two-columns" },
       el("div", {}, facts([
-        ["state", el("span", {}, el("b", {}, stateText(run)), run.reason ? `: ${run.reason}` : "")],
-        ["advice", run.advice],
+        ["state", el("span", {}, el("b", {}, stateText(run)), run.reason && !run.diagnosis?.text ? `: ${run.reason}` : "")],
+        ["diagnosis", run.diagnosis?.text], ["remedy", run.diagnosis?.command], ["advice", run.advice],
         ["top-1", best], ["published", published], ["top-5", isNumber(run.top5) ? `${percent(run.top5)} %` : ""],
         ["val loss", short(run.loss)], ["datastore", run.datastore], ["seed", run.seed], ["epochs", run.epochs],
         ["parameters", number(run.parameters)], ["GPU-hours", run.gpu_hours ? number(run.gpu_hours, 2) : ""],

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet import __version__
-from hpc_imagenet.launch.retries.diagnosis import NOT_FINITE
+from hpc_imagenet.launch.executor import State
+from hpc_imagenet.launch.retries.diagnosis import NOT_FINITE, diagnose
 from hpc_imagenet.report.html.class_results import WORST, ClassResults, read_class_results
 from hpc_imagenet.report.html.config_differences import flatten, split_shared
 from hpc_imagenet.report.html.data_summary import bad_images, datastore_key, summarise_datastore
@@ -17,7 +18,7 @@ from hpc_imagenet.report.html.search_results import search_results
 from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.report.leaderboard import Training, trainings
 from hpc_imagenet.report.show.attempt_times import intervals, nodes_of
-from hpc_imagenet.runs.attempt import now, read_record
+from hpc_imagenet.runs.attempt import FAILED, now, read_record
 from hpc_imagenet.runs.bad_batch import read_bad_batch
 from hpc_imagenet.runs.store import Run, RunStore
 
@@ -28,6 +29,7 @@ _CLASS_VALUES = 500_000  # accuracies per class, over all runs; the best runs ge
 _DATASTORES = 6  # whose certificate and images are shown
 _BAD_BATCHES = 12  # trainings with a non-finite loss whose images are shown
 _BAD_IMAGES = 24  # of one step
+_DIAGNOSES = 200  # failed trainings whose logs are read
 _OTHER_JOBS = 200  # newest runs of other stages in the timeline
 
 _ROW_KEYS = (
@@ -61,7 +63,7 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
     shared, differences = split_shared([flatten(entry.frozen) for entry in found])
     keys = [_datastore_key(entry) for entry in found]
     names = _class_names(keys, classes)
-    rows, values_left, batches_left = [], _CLASS_VALUES, _BAD_BATCHES
+    rows, values_left, batches_left, diagnoses_left = [], _CLASS_VALUES, _BAD_BATCHES, _DIAGNOSES
     for entry, key, results, different in zip(found, keys, classes, differences, strict=True):
         row: dict[str, Any] = {name: entry.row.get(name) for name in _ROW_KEYS}
         row["datastore"], row["config"] = key, different
@@ -69,6 +71,9 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
         row["citation"] = entry.published.citation if entry.published else None
         row["attempts"] = _attempts(entry.run, row["state"])
         row["evaluations"] = [_evaluation(each) for each in entry.evaluations]
+        if entry.row["state"] == FAILED and diagnoses_left:
+            row["diagnosis"] = _diagnosis(entry)
+            diagnoses_left -= 1
         if entry.row["failure"] == NOT_FINITE and batches_left:
             row["bad_batch"] = _bad_batch(entry, with_images)
             batches_left -= 1
@@ -105,6 +110,15 @@ def _evaluation(entry: Training) -> dict[str, Any]:
         "datastore": _datastore_key(entry),
         "checkpoint": checkpoint.rpartition("/")[2],
     }
+
+
+def _diagnosis(entry: Training) -> dict[str, str]:
+    """Return why the newest attempt failed and what to do, each in one line; empty if the logs are not readable."""
+    with contextlib.suppress(OSError):  # such as no permission: another user's run
+        # The state of a job that left no outcome was queried with those of all others.
+        if found := diagnose(entry.run, status=State(entry.row["state"], entry.row["reason"])):
+            return {"text": found.text, "command": found.command}
+    return {}
 
 
 def _bad_batch(entry: Training, with_images: bool) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from hpc_imagenet.config import dataset, recipe, schema
+from hpc_imagenet.config.default_values import default_values
+from hpc_imagenet.config.names.tracker_names import parse_trackers
 from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.jobs_table import job_rows
@@ -21,7 +21,7 @@ from hpc_imagenet.report.show.resources import total_energy
 from hpc_imagenet.runs.checkpoints import list_checkpoints
 from hpc_imagenet.runs.store import Run
 
-# Sections of the config that decide what a stage does, and their classes.
+# Sections of the config that decide what a stage does.
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "download": ("dataset", "download"),
     "process": ("dataset", "process"),
@@ -30,27 +30,16 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate", "datastore", "recipe", "loader"),
     "session": ("session",),
 }
-_CLASSES: dict[str, type] = {
-    "dataset": dataset.Dataset,
-    "datastore": schema.Datastore,
-    "download": schema.Download,
-    "process": schema.Process,
-    "upload": schema.Upload,
-    "model": recipe.Model,
-    "recipe": recipe.Recipe,
-    "loader": schema.Loader,
-    "train": schema.Train,
-    "evaluate": schema.Evaluate,
-    "session": schema.Session,
-    "cluster": schema.Cluster,
-}
+_ALWAYS = ("model.name", "datastore.name", "seed")  # shown whether or not they are defaults
+_EMPTY: tuple[Any, ...] = (None, [], "")
 
 
 def run_details(run: Run) -> dict[str, Any]:
     """Return what is known about a run.
 
     Returns:
-        The row of `jobs_table.job_rows`, and settings (those that are not at their defaults, by section),
+        The row of `jobs_table.job_rows`, and settings (model, datastore and seed, and those that differ from
+        the defaults of conf/config.yaml and the groups it chooses, by section; "": without a section),
         validations (of a training: the last and the best, with epoch, top1, top5 and loss), checkpoints and
         files (each with path and bytes), the bytes of the whole folder on disk, attempts (each with number,
         state, reason, executor, job, nodes, requeued, code, submitted, started and ended (ISO 8601),
@@ -59,16 +48,10 @@ def run_details(run: Run) -> dict[str, Any]:
     """
     frozen, (row,) = run.readable_config(), job_rows([run])
     attempts = attempt_details(run, row)
-    sections = (*_SECTIONS.get(row["stage"], ()), "cluster")
-    settings = {name: _changed(_CLASSES[name], frozen.get(name) or {}) for name in sections}
-    if row["stage"] == "evaluate":
-        settings["recipe"] = {k: v for k, v in settings["recipe"].items() if k.startswith("val_")}
-    if row["stage"] == "train":
-        settings[""] = {"seed": frozen.get("seed")} if "seed" in frozen else {}
     checkpoints = list_checkpoints(run.folder)
     return {
         **row,
-        "settings": {name: values for name, values in settings.items() if values},
+        "settings": _changed_settings(str(row["stage"]), frozen),
         "validations": _validations(run.folder / "metrics.csv"),
         "checkpoints": [_file(path) for path in checkpoints],
         "files": [_file(path) for path in _files(run) if path not in checkpoints],
@@ -102,7 +85,7 @@ def render_details(details: dict[str, Any]) -> Table:
         " ".join(f"{section}{'.' if section else ''}{name}={_typed(value)}" for name, value in values.items())
         for section, values in details["settings"].items()
     ]
-    for number, line in enumerate(settings):
+    for number, line in enumerate([*settings, "all others are the defaults"] if settings else []):
         add("" if number else "settings", line)
     add("result", *(f"{name} {_short(value)}" for name, value in details["result"].items()))
     for name, metrics in details["validations"].items():
@@ -136,14 +119,37 @@ def size(count: int) -> str:
     return f"{value:.1f} GB"
 
 
-def _changed(section: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that are set and differ from the defaults of their fields; nested ones as a.b."""
-    defaults = {entry.name: entry.default for entry in fields(section)}
-    return {
-        name: value
-        for name, value in _flat(values)
-        if value not in (None, [], "", defaults.get(name, MISSING))
-    }
+def _changed_settings(stage: str, frozen: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings of a stage that differ from the defaults, by section; see `run_details`."""
+    defaults, found = default_values(), {}
+    for section in (*_SECTIONS.get(stage, ()), "cluster"):
+        usual = dict(_flat(_section(defaults, section)))
+        found[section] = {
+            name: value
+            for name, value in _flat(_section(frozen, section))
+            if f"{section}.{name}" in _ALWAYS or _differs(value, usual.get(name), section)
+        }
+    if stage == "evaluate":
+        found["recipe"] = {name: value for name, value in found["recipe"].items() if name.startswith("val_")}
+    if stage == "train":
+        found[""] = {"seed": frozen["seed"]} if "seed" in frozen else {}
+        with contextlib.suppress(ValueError):  # a damaged record
+            names = parse_trackers(frozen.get("tracker"))
+            if names != parse_trackers(defaults["tracker"]) and "tracker" in frozen:
+                found[""]["tracker"] = names
+    return {section: values for section, values in found.items() if values}
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a section; empty if a damaged config has something else there."""
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _differs(value: Any, usual: Any, section: str) -> bool:
+    """Whether a value is no default; what a dataset leaves empty is another one's, such as an MD5."""
+    empty = value in _EMPTY and (usual in _EMPTY or section == "dataset")
+    return not empty and value != usual
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -189,7 +195,9 @@ def _bytes_on_disk(folder: Path) -> int:
 
 def _typed(value: Any) -> str:
     """Return a value as it is typed in an override."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_typed, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _short(value: Any) -> str:

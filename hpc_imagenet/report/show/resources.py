@@ -52,9 +52,7 @@ def resources_of(run: Run, attempt: Attempt, active: bool, usage: JobUsage | Non
     gpus = usage.gpus or requested.get("gpus") or own.gpus or _local_gpus(attempt)
     return {
         "hours": hours,
-        "cpus": usage.cpus
-        or requested.get("cpus")
-        or (available / (3600 * hours) if available and hours else None),
+        "cpus": usage.cpus or requested.get("cpus") or own.cpus,
         "used_cpu_seconds": used,
         "cpu_efficiency": used / available if used is not None and available else None,
         "memory_bytes": usage.memory_bytes or requested.get("memory_bytes"),

@@ -156,7 +156,9 @@ def test_show_prints_settings_result_checkpoints_and_files(trained: Cli) -> None
         *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/epoch-2.ckpt", "val_classes.csv"),
     ):
         assert text in shown
-    assert "recipe.ema" not in shown
+    for default in ("recipe.ema", "recipe.momentum", "train.checkpoint_every_minutes"):
+        assert default not in shown
+    assert "all others are the defaults" in shown
     details = json.loads(trained("show", run, "--json").stdout)
     sizes = {Path(file["path"]).name: file["bytes"] for file in details["checkpoints"]}
     assert set(sizes) == {"best.ckpt", "last.ckpt", "previous.ckpt", "epoch-2.ckpt"}

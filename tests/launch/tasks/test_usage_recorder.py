@@ -158,6 +158,7 @@ def test_starts_and_nodes_add_up_and_a_gpu_counts_once(tmp_path: Path) -> None:
     assert usage.joules == 2 * 2 * 120
     assert usage.cpu_seconds == 60
     assert usage.available_cpu_seconds == 120
+    assert usage.cpus == 6  # of one start
     assert usage.memory_bytes == 200  # of n1
     assert (usage.gpu_use, usage.gpus) == (0.5, 4)
 
@@ -178,7 +179,9 @@ def test_a_job_of_the_command_line_shows_what_it_used(cli: Cli) -> None:
     assert used["cpu_efficiency"] > 0
     assert used["used_memory_bytes"] > 10 * 2**20
     assert (used["kwh"], found["diagnosis"]) == (None, None)
-    assert "energy unknown" in cli("show", run).stdout
+    shown = cli("show", run).stdout
+    assert "energy unknown" in shown
+    assert used["cpus"] == int(used["cpus"]) >= 1
 
 
 def test_an_attempt_without_records_is_unknown(cli: Cli) -> None:
