@@ -141,9 +141,9 @@ def describe_resources(found: dict[str, Any]) -> str:
     parts = [
         f"ran {clock(3600 * found['hours'])}"
         + (f" of {clock(found['limit_seconds'])}" if found["limit_seconds"] else ""),
-        _share("CPU", found["cpu_efficiency"], f"{found['cpus']:g} CPUs" if found["cpus"] else ""),
+        _share("CPU", found["cpu_efficiency"], _count(found["cpus"], "CPU")),
         _memory(found["used_memory_bytes"], found["memory_bytes"]),
-        _share("GPU", found["gpu_use"], f"{gpus:g} GPUs") if gpus else "",
+        _share("GPU", found["gpu_use"], _count(gpus, "GPU")) if gpus else "",
         f"{found['gpu_hours']:.2f} GPU-hours" if gpus else "",
         f"{found['kwh']:.3g} kWh of its {found['energy_of']}"
         if found["kwh"] is not None
@@ -155,6 +155,10 @@ def describe_resources(found: dict[str, Any]) -> str:
 def _share(name: str, share: float | None, of: str) -> str:
     used = "unknown" if share is None else f"{share:.0%}"
     return f"{name} {used}{f' of {of}' if of else ''}"
+
+
+def _count(number: float | None, unit: str) -> str:
+    return f"{number:g} {unit}{'' if number == 1 else 's'}" if number else ""
 
 
 def _memory(used: float | None, given: float | None) -> str:

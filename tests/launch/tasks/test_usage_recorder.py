@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,36 @@ def test_a_job_of_the_command_line_shows_what_it_used(cli: Cli) -> None:
     shown = cli("show", run).stdout
     assert "energy unknown" in shown
     assert used["cpus"] == int(used["cpus"]) >= 1
+
+
+NVML = """
+import time
+from types import SimpleNamespace
+
+class NVMLError(Exception):
+    pass
+
+nvmlInit = lambda: None
+nvmlDeviceGetHandleByIndex = lambda index: index
+nvmlDeviceGetUUID = lambda handle: f"GPU-{handle}"
+nvmlDeviceGetTotalEnergyConsumption = lambda handle: 3.6e9 * time.time()  # mJ
+nvmlDeviceGetPowerUsage = lambda handle: 3.6e9
+nvmlDeviceGetUtilizationRates = lambda handle: SimpleNamespace(gpu=75)
+nvmlDeviceGetMemoryInfo = lambda handle: SimpleNamespace(used=7)
+"""
+
+
+def test_a_job_of_the_command_line_shows_the_energy_that_nvml_reports(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/pynvml.py").write_text(NVML)
+    cli.env |= {"PYTHONPATH": os.pathsep.join([f"{tmp_path}/modules", *sys.path]), "CUDA_VISIBLE_DEVICES": "0"}
+    cli("+stage=download", "dataset=digits", "cluster=foreground")
+    (run,) = cli.runs()
+    (found,) = json.loads(cli("show", run, "--json").stdout)["attempts"]
+    record = json.loads(next((cli.workspace / "runs" / run).rglob("usage/*.json")).read_text())
+    assert found["resources"]["kwh"] == record["gpus"]["GPU-0"]["joules"] / 3.6e6 > 0
+    assert found["resources"]["energy_of"] == "GPUs"
+    assert "GPU 75% of 1 GPU ·" in " ".join(cli("show", run).stdout.split())
 
 
 def test_an_attempt_without_records_is_unknown(cli: Cli) -> None:
