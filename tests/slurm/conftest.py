@@ -12,6 +12,10 @@ import pytest
 from lab import LAB, Lab, LabDoor
 
 
+# Slurm calls it with -s SUBJECT RECIPIENT; the tests name a file as the recipient.
+MAIL = '#!/bin/sh\nprintf "%s\\n" "$2" >> "$3"\n'
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
@@ -24,8 +28,10 @@ def lab() -> Iterator[Lab]:
     """The lab of this test session, shut down at its end."""
     folder = Path(tempfile.mkdtemp(prefix="lab-"))  # short: socket paths are limited to 108 bytes
     try:
+        (folder / "mail").write_text(MAIL)
+        (folder / "mail").chmod(0o755)
         # 30 s between SIGTERM and SIGKILL, Slurm's default: time to save on a busy machine.
-        yield Lab(folder, "KillWait=30")
+        yield Lab(folder, "KillWait=30", f"MailProg={folder}/mail")
     finally:
         subprocess.run([LAB, "--dir", folder, "down"], check=False)
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Messages of a sweep on a real Slurm, to a webhook on the login node."""
+"""Messages of a sweep on a real Slurm: to a webhook on the login node, and the mails of Slurm itself."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from command_line import eventually
 from lab import Lab, LabDoor
 from webhook import TOKEN, Webhook
 
-pytest.importorskip("apprise", reason="apprise is not installed")
 TESTS = Path(__file__).resolve().parents[1]
 
 
 def test_a_sweep_announces_a_failure_and_its_end(lab: Lab, cluster: LabDoor, tmp_path: Path) -> None:
+    pytest.importorskip("apprise", reason="apprise is not installed")
     cluster.env["PYTHONPATH"] = os.pathsep.join([str(TESTS), *sys.path])
     secret = tmp_path / "webhook.txt"
     secret.touch(0o600)
@@ -34,3 +34,15 @@ def test_a_sweep_announces_a_failure_and_its_end(lab: Lab, cluster: LabDoor, tmp
         assert [line.split()[1] for line in lines] == ["failed", "finished"]
     for path in cluster.workspace.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_slurm_mails_the_end_of_a_sweep_once(cluster: LabDoor, tmp_path: Path) -> None:
+    mails = tmp_path / "mails"
+    settings = ('+cluster.sbatch.mail-type="END,FAIL,TIME_LIMIT"', f"+cluster.sbatch.mail-user={mails}")
+    source = f"dataset.source={tmp_path}/${{dataset.name}}"
+    cluster("-m", "+stage=download", "dataset=digits", "dataset.name=one,two", source, *settings)
+    cluster.until("finished", "finished", seconds=300)
+    eventually(mails.exists)
+    eventually(lambda: "Ended" in mails.read_text())
+    (subject,) = mails.read_text().splitlines()  # one array, one mail
+    assert "COMPLETED" in subject
