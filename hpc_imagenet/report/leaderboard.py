@@ -151,7 +151,7 @@ def format_markdown(table: Sequence[dict[str, Any]]) -> str:
 
 
 def _name(row: dict[str, Any], runs: Collection[str]) -> str:
-    model = one_line(row["model"])
+    model = one_line(row["model"] or row["label"])  # a damaged run.json has no model
     if row["stage"] != "evaluate":
         return model
     evaluation = f"evaluation on {one_line(row['split'])}"
@@ -247,7 +247,7 @@ def _markdown_cell(key: str, value: Any) -> str:
 
 # Columns in a terminal, and the order in which they are left out of a narrow one.
 _TERMINAL: dict[str, Callable[[dict[str, Any]], str]] = {
-    "model": lambda row: one_line(row["model"]),
+    "model": lambda row: one_line(row["model"] or row["label"]),
     "datastore": lambda row: one_line(row["datastore"] or ""),
     "seed": lambda row: "" if row["seed"] is None else one_line(row["seed"]),
     "top-1 %": lambda row: _percent(row["top1"]),

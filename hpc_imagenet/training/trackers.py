@@ -229,11 +229,11 @@ def _open_wandb(tracker: Tracker, record: dict[str, Any]) -> Logger:
 
 
 def _wandb_online() -> bool:
-    """Whether W&B has a key and its server can be reached."""
+    """Whether W&B's server can be reached and there is a login for it."""
     import wandb
 
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return bool(wandb.api.api_key) and can_reach(url)
+    return can_reach(url) and wandb.login(prompt=False, verify=False)
 
 
 def _open_mlflow(tracker: Tracker, record: dict[str, Any]) -> Logger:

@@ -77,6 +77,8 @@ def test_run_without_output_is_described(cli: Cli) -> None:
     assert (done.stdout, done.stderr[:29]) == ("", f"{run.id} · queued · ")
     done = cli("logs", run.id, "--rank", "1")
     assert "queued" in done.stderr
+    (cli.workspace / "runs/deadbeef-new").mkdir()
+    assert cli("logs", "deadbeef").stderr == "deadbeef-new · queued · is being submitted\n"
 
 
 def follow(run: Run, monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], object]) -> None:

@@ -79,10 +79,26 @@ def test_results_of_wrong_types_and_a_training_at_chance(cli: Cli) -> None:
     store = RunStore(cli.workspace)
     record_run(store, 1, FINISHED, result={"top1": "high", "top5": None, "loss": float("nan"), "epochs": []})
     record_run(store, 2, FINISHED, result={"top1": 0.1, "learned": False, "advice": "lower the rate"})
+    (store.folder / "00000001-resnet18/run.json").write_text('{"stage": "train"}')
     at_chance, damaged = page_data(cli)["runs"]
     assert (at_chance["learned"], at_chance["advice"]) == (False, "lower the rate")
     assert (damaged["top1"], damaged["loss"], damaged["epochs"]) == (None, None, None)
-    assert "finished, at chance" in cli("report").stdout
+    assert damaged["model"] == "resnet18"  # of the folder's name
+    for form in ((), ("--markdown",)):
+        table = cli("report", *form).stdout
+        assert "finished, at chance" in table
+        assert "None" not in table
+    table = list(csv.DictReader(io.StringIO(cli("report", "--csv").stdout)))
+    assert [line["learned"] for line in table] == ["False", ""]
+
+
+def test_failed_training_has_its_diagnosis_on_the_page(cli: Cli) -> None:
+    run = record_run(RunStore(cli.workspace), 1, FAILED, "ended without an outcome")
+    assert run.attempt
+    (run.attempt.folder / "1_0_log.err").write_text("MemoryError: </script>\x1b[2J\n")
+    (row,) = page_data(cli)["runs"]
+    assert row["diagnosis"]["text"] == "out of host memory: MemoryError: </script>"
+    assert "cluster.memory_gb" in row["diagnosis"]["command"]
 
 
 def test_page_of_a_workspace_without_trainings(cli: Cli) -> None:

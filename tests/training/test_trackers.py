@@ -122,6 +122,33 @@ def test_wandb_offline_keeps_one_id_over_a_requeue(
     assert b"seed-1f0c2e" in content
 
 
+ONLINE = """
+from hpc_imagenet.training import trackers
+trackers.can_reach = lambda url: True
+print(trackers._wandb_online())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "online"), [(KEY, "True"), ("", "False")])
+def test_wandb_without_a_login_is_offline_without_a_prompt(key: str, online: str, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    # A process of its own, since a login holds for the process.
+    done = subprocess.run(
+        [sys.executable, "-c", ONLINE],
+        env={**os.environ, "WANDB_API_KEY": key} if key else None,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{online}\n"
+    assert "deprecated" not in done.stderr
+    assert KEY not in done.stderr
+    assert not list(tmp_path.glob(".netrc"))
+
+
 @pytest.mark.slow
 def test_mlflow_has_one_run_over_a_requeue(
     config: Any, tiny: DatasetReader, tmp_path: Path, signal_at: Any, monkeypatch: Any, mlflow_server: str

@@ -95,7 +95,7 @@ CLASSES: dict[str, FailureClass] = {
         "out of host memory",
         r"out of (?:host )?memory|oom[-_ ]kill|\bmemoryerror\b|can(?:no|')t allocate memory|std::bad_alloc"
         r"|no page-locked memory|images at a time are too many for this machine",
-        "give it more memory with cluster.memory_gb, or set fewer loader.workers",
+        "give it more memory (on Slurm: cluster.memory_gb), or set fewer loader.workers",
         certain=True,
     ),
     NODE_FAILURE: _class(
@@ -149,7 +149,7 @@ CLASSES: dict[str, FailureClass] = {
     ),
     UNKNOWN: _class(
         "",
-        r"^exit code \d+|^slurm: (?:failed|completed|[a-z ]+ \()|wrote no outcome",
+        r"^exit code \d+|^slurm: (?:failed|completed|[a-z ]+ \()|wrote no outcome|^outcome\.json of this attempt",
         "logs RUN prints its output",
     ),
 }
@@ -220,7 +220,8 @@ def diagnose(run: Run, attempt: Attempt | None = None, status: State | None = No
     newest = run.attempt
     attempt = attempt or newest
     if attempt is None:
-        name, reason = FAILED, (status or state(run)).reason
+        status = status or state(run)
+        name, reason = status.name, status.reason
     elif outcome := attempt.outcome:
         name, reason = outcome.state, outcome.reason
     elif newest is not None and attempt.number == newest.number:

@@ -66,6 +66,7 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
     rows, values_left, batches_left, diagnoses_left = [], _CLASS_VALUES, _BAD_BATCHES, _DIAGNOSES
     for entry, key, results, different in zip(found, keys, classes, differences, strict=True):
         row: dict[str, Any] = {name: entry.row.get(name) for name in _ROW_KEYS}
+        row["model"] = row["model"] or entry.row["label"]  # a damaged run.json has no model
         row["datastore"], row["config"] = key, different
         row["sweeps"] = [str(name) for name in entry.run.info.get("sweeps") or ()]
         row["citation"] = entry.published.citation if entry.published else None

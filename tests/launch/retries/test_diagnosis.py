@@ -177,6 +177,7 @@ def test_jobs_that_slurm_ends(
         ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:1970", "peer_lost"),
         ("stopped near its time limit or by a preemption (SIGUSR2), but Slurm refused …", "time_limit"),
         ("a task was ended by SIGKILL, but Slurm refused to requeue the job (…): …", "killed"),
+        ("outcome.json of this attempt is damaged: retry resumes it", "unknown"),
         ("https://x.org/a.tar: HTTP 503", "input"),
         ("", "input"),
     ],

@@ -54,7 +54,7 @@ def test_energy_of_all_attempts_and_per_point(cli: Cli) -> None:
     assert row["gpu_hours"] == pytest.approx(4, abs=0.01)
     assert row["gpu_hours_per_point"] == pytest.approx(0.08, abs=0.001)
     assert (other["kwh"], other["kwh_per_point"]) == (None, None)
-    assert " kWh " in cli("report").stdout
+    assert re.search(r" kWh +kWh/point .*\n.* 3 +0\.06 ", cli("report").stdout)
     table = list(csv.DictReader(io.StringIO(cli("report", "--csv").stdout)))
     assert [line["kwh"] for line in table] == ["3.0", ""]
     assert "| kWh | kWh per point |" in cli("report", "--markdown").stdout
