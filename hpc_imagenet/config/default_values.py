@@ -1,4 +1,4 @@
-"""Values that settings have if nothing is typed: of the schema, of conf/config.yaml and of the groups it chooses."""
+"""Values that settings have if nothing is typed: of the schema, conf/config.yaml and the groups it chooses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def default_values() -> dict[str, Any]:
             path = CONF / group / f"{name}.yaml"
             if path.is_file():
                 file = yaml.safe_load(path.read_text())
-                _merge(values, file if group in file else {group: file})  # a dataset's file has several groups
+                # The file of a dataset has several groups.
+                _merge(values, file if group in file else {group: file})
     _merge(values, {name: value for name, value in own.items() if name != "hydra"})
     return _without_missing(values)
 

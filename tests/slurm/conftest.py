@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from lab import LAB, Lab, LabDoor
 
-
 # Slurm calls it with -s SUBJECT RECIPIENT; the tests name a file as the recipient.
 MAIL = '#!/bin/sh\nprintf "%s\\n" "$2" >> "$3"\n'
 

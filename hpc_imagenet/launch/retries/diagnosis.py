@@ -149,7 +149,8 @@ CLASSES: dict[str, FailureClass] = {
     ),
     UNKNOWN: _class(
         "",
-        r"^exit code \d+|^slurm: (?:failed|completed|[a-z ]+ \()|wrote no outcome|^outcome\.json of this attempt",
+        r"^exit code \d+|^slurm: (?:failed|completed|[a-z ]+ \()|wrote no outcome"
+        r"|^outcome\.json of this attempt is damaged",
         "logs RUN prints its output",
     ),
 }

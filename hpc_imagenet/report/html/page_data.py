@@ -114,7 +114,7 @@ def _evaluation(entry: Training) -> dict[str, Any]:
 
 
 def _diagnosis(entry: Training) -> dict[str, str]:
-    """Return why the newest attempt failed and what to do, each in one line; empty if the logs are not readable."""
+    """Return why the newest attempt failed and what to do, one line each; empty if that cannot be read."""
     with contextlib.suppress(OSError):  # such as no permission: another user's run
         # The state of a job that left no outcome was queried with those of all others.
         if found := diagnose(entry.run, status=State(entry.row["state"], entry.row["reason"])):

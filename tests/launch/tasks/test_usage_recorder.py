@@ -205,7 +205,10 @@ nvmlDeviceGetMemoryInfo = lambda handle: SimpleNamespace(used=7)
 def test_a_job_of_the_command_line_shows_the_energy_that_nvml_reports(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/pynvml.py").write_text(NVML)
-    cli.env |= {"PYTHONPATH": os.pathsep.join([f"{tmp_path}/modules", *sys.path]), "CUDA_VISIBLE_DEVICES": "0"}
+    cli.env |= {
+        "PYTHONPATH": os.pathsep.join([f"{tmp_path}/modules", *sys.path]),
+        "CUDA_VISIBLE_DEVICES": "0",
+    }
     cli("+stage=download", "dataset=digits", "cluster=foreground")
     (run,) = cli.runs()
     (found,) = json.loads(cli("show", run, "--json").stdout)["attempts"]
