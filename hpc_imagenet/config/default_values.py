@@ -1,4 +1,4 @@
-"""Values that settings have if nothing is typed: of the schema, conf/config.yaml and the groups it chooses."""
+"""Values that settings have if nothing is typed: the schema, conf/config.yaml and the groups it chooses."""
 
 from __future__ import annotations
 

@@ -96,7 +96,8 @@ def leaderboard_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
     A row is that of `jobs_table.job_rows` with datastore, seed, top5, loss, images_per_second, epochs,
     parameters, hours (of all attempts), gpu_hours (0 without GPUs), kwh (None if unknown), energy_of (`GPUs`
     or `nodes`), gpu_hours_per_point and kwh_per_point (of top-1, in percent), learned (False: at chance) with
-    its advice, and published_top1, published_protocol and published_same_protocol (None where nothing is published).
+    its advice, and published_top1, published_protocol and published_same_protocol (None where nothing is
+    published).
     """
     return [each.row for entry in _entries(runs) for each in (entry, *entry.evaluations)]
 

@@ -129,6 +129,8 @@ def _changed_settings(stage: str, frozen: dict[str, Any]) -> dict[str, dict[str,
             for name, value in _flat(_section(frozen, section))
             if f"{section}.{name}" in _ALWAYS or _differs(value, usual.get(name), section)
         }
+    others = {name for name in found["cluster"] if name.startswith("stage.") and f"stage.{stage}." not in name}
+    found["cluster"] = {name: value for name, value in found["cluster"].items() if name not in others}
     if stage == "evaluate":
         found["recipe"] = {name: value for name, value in found["recipe"].items() if name.startswith("val_")}
     if stage == "train":
