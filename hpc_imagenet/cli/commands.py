@@ -32,6 +32,7 @@ COMMANDS = {
     "verify": "verify_command",
     "datastores": "datastores",
     "doctor": "doctor_command",
+    "price": "price_command",
 }
 
 

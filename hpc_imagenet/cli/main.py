@@ -54,6 +54,7 @@ Commands:
   python -m hpc_imagenet pull RUN …            bring runs from cluster.host to this machine
   python -m hpc_imagenet verify [NAME …] [--quick] [--weights MODEL]   find missing or changed data
   python -m hpc_imagenet datastores [list | show NAME | verify NAME | fetch NAME DIR | delete NAME@vN | prune]
+  python -m hpc_imagenet price [-m] [SETTING=VALUE …] [--json]   the same as price=true in a submission
   python -m hpc_imagenet doctor [--write mine] check a cluster file, or propose one, with a probe job
 
 More: --cfg job (print the composed config)   --config-dir FOLDER (your own conf/ in addition)
@@ -226,7 +227,7 @@ def _run_on_host(host: Host, arguments: list[str]) -> int:
     from hpc_imagenet.remote.host_command import run_on_host
 
     command = arguments[0] if arguments and arguments[0] in COMMANDS else None
-    if command not in (None, "doctor", "evaluate"):
+    if command not in (None, "doctor", "evaluate", "price"):
         return run_on_host(host, without_host(arguments), submits=False)
     written = _option(arguments, "--write") if command else None
     code = run_on_host(host, arguments, submits=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,46 +11,67 @@ from dataclasses import replace
 from rich.console import Console
 
 from hpc_imagenet.cli.submit import PreparedPlan, prepare
+from hpc_imagenet.cluster.free_nodes import FreeNode, free_nodes
 from hpc_imagenet.config.schema import Datastore
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
-from hpc_imagenet.launch.price import KnownTimes, Price, images_of, known_times, price
+from hpc_imagenet.launch.price import DATA, KnownTimes, Price, images_of, known_times, price
+from hpc_imagenet.launch.search_price import possible_trials, search_price
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.validate import version_finder
 from hpc_imagenet.report.jobs_table import watch
-from hpc_imagenet.report.price_table import WIDTH, print_prices
+from hpc_imagenet.report.price_table import WIDTH, PriceReport, print_prices
+from hpc_imagenet.runs.attempt import FAILED
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.stages.price_stage import PRICE, price_config
+from hpc_imagenet.stages.search_stage import SEARCH
 from hpc_imagenet.stages.train_stage import TRAIN
 
 
-def print_plan_prices(prepared: PreparedPlan) -> None:
-    """Print the prices of a plan; nothing of it is submitted.
+def print_plan_prices(prepared: PreparedPlan, as_json: bool = False) -> None:
+    """Print the prices of a plan, as a table or as JSON; nothing of it is submitted.
 
     Raises:
         UserError: it has no training, a dataset does not exist yet, or a price job failed.
     """
-    console = Console(file=sys.stdout, width=WIDTH, highlight=False)
-    prices = plan_prices(prepared, console)
-    new = [(each.job, ()) for each in prices if not each.free]
-    starts = EXECUTORS[prepared.executor].expected_starts(prepared.store, new)
-    print_prices(prices, starts, console)
+    # Where JSON is parsed, the price jobs are shown beside it.
+    stream = sys.stderr if as_json else sys.stdout
+    console = Console(file=stream, width=WIDTH, highlight=False)
+    with contextlib.redirect_stdout(stream):  # of a price job in the foreground too
+        prices = plan_prices(prepared, console)
+    searches = [job.config for job in prepared.jobs if job.stage == SEARCH.name]
+    search = search_price(searches[0], prepared.store, prices) if searches else None
+    new = [each.job for each in prices if not each.free]
+    starts = EXECUTORS[prepared.executor].expected_starts(prepared.store, [(job, ()) for job in new])
+    report = PriceReport(prices, search, starts, _free_nodes(prices))
+    if as_json:
+        print(json.dumps(report.as_json(), indent=2))
+        return
+    print_prices(report, console)
     print("nothing was submitted (price=true)")
 
 
 def plan_prices(prepared: PreparedPlan, console: Console) -> list[Price]:
     """Return the price of each training of a plan, and show the price jobs that are needed for it.
 
+    Of a search these are its possible trials, one for each length and speed.
+
     Raises:
         UserError: see `print_plan_prices`.
     """
     find_version = version_finder()
     planned = [job for job in prepared.jobs if job.stage == TRAIN.name]
+    workers = [job for job in prepared.jobs if job.stage == SEARCH.name]
+    if workers:  # they differ in their numbers alone
+        planned = possible_trials(workers[0].config, find_version)
     trainings = [_with_data(job, find_version(job.config.datastore)) for job in planned]
     if not trainings:
         stages = ", ".join(dict.fromkeys(job.stage for job in prepared.jobs))
         raise UserError(f"price=true is for trainings, and this submission has only {stages}: remove it")
     state_of = states(map(prepared.store.run, {job.run_id for job in trainings}))
+    if workers:  # a trial that was trained already is among those that the study need not train
+        state_of = dict.fromkeys(state_of, State(FAILED, "was never submitted"))
     known: dict[str, KnownTimes | None] = {}
     for job in trainings:
         state = state_of[job.run_id]
@@ -59,9 +82,17 @@ def plan_prices(prepared: PreparedPlan, console: Console) -> list[Price]:
     found = []
     for job in trainings:
         times = known.get(job.run_id) or (known_times(job, prepared.store) if job.run_id in known else None)
-        run = prepared.store.run(job.run_id)
+        run = None if workers else prepared.store.run(job.run_id)
         found.append(price(job, run, state_of[job.run_id], times, images_of(job)))
     return found
+
+
+def _free_nodes(prices: Sequence[Price]) -> dict[str, list[FreeNode]]:
+    """Return the free nodes, by run id, of the trainings that wait for data and would be faster with more."""
+    bound = [each.job for each in prices if each.known and each.known.bound == DATA]
+    slurm = [job for job in bound if job.cluster.executor == "slurm"]
+    nodes = {name: free_nodes(name) for name in {job.cluster.partition for job in slurm}}
+    return {job.run_id: nodes[job.cluster.partition] for job in slurm}
 
 
 def _with_data(job: Job, datastore: Datastore | None) -> Job:
@@ -69,7 +100,7 @@ def _with_data(job: Job, datastore: Datastore | None) -> Job:
     if datastore is None or datastore.content != job.config.datastore.content:
         raise UserError(
             f"price=true times trainings on their images, and datastore {job.config.datastore.name} does not "
-            "have them yet: submit download, process and upload first, as stages of their own"
+            "have them yet: submit the same with +stage=download, +stage=process and +stage=upload first"
         )
     return replace(job, config=replace(job.config, datastore=datastore))
 

@@ -29,7 +29,7 @@ _KEYS = ("cluster.host", "cluster.host_folder", "cluster.host_python")
 _CONFIG_DIR = ("-cd", "--config-dir")
 
 # Commands for which cluster= is a setting of their jobs, and not only a choice of the host.
-TAKE_CLUSTER = ("doctor", "evaluate", "retry", "resume")
+TAKE_CLUSTER = ("doctor", "evaluate", "price", "retry", "resume")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from hpc_imagenet.config.schema import Config, Datastore, cluster_for
 from hpc_imagenet.launch.split import merge_alternatives
 from hpc_imagenet.runs.job import FindVersion, Job, signature
 from hpc_imagenet.stages import STAGES
+from hpc_imagenet.stages.search_stage import SEARCH
 from hpc_imagenet.stages.stage import Stage
+from hpc_imagenet.stages.train_stage import TRAIN
 
 
 def make_plan(configs: Sequence[Config], find_version: FindVersion) -> list[Job]:
@@ -23,6 +25,8 @@ def make_plan(configs: Sequence[Config], find_version: FindVersion) -> list[Job]
             stages, find = [STAGES[config.stage.name]], find_version
         else:  # the pipeline, whose data will be new
             stages, find = [stage for stage in STAGES.values() if stage.in_pipeline], _no_version
+            if config.search.algorithm:  # its workers, in place of one training
+                stages = [SEARCH if stage is TRAIN else stage for stage in stages]
         for stage in stages:
             job = _make_job(stage, config, find)
             jobs += _split_into_parts(job, stage.parts(config))

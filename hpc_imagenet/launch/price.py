@@ -131,19 +131,19 @@ class Price:
         return math.ceil((part + self.known.record.startup.wall + warning_seconds(None)) / 60)
 
 
-def price(job: Job, run: Run, state: State, known: KnownTimes | None, images: Images) -> Price:
+def price(job: Job, run: Run | None, state: State, known: KnownTimes | None, images: Images) -> Price:
     """Return the price of a training.
 
     Args:
         job: the training.
-        run: its run, whose progress counts.
+        run: its run, whose progress counts; None: from its beginning.
         state: its state.
         known: what is recorded for its shape; None: nothing.
         images: size of the dataset.
     """
     if known is None or state.finished or state.active:
         return Price(job, state)
-    work = _work(job, known.record, images, _epochs_done(job, run, images))
+    work = _work(job, known.record, images, _epochs_done(job, run, images) if run else 0)
     allowed: float = math.inf
     if _limit(job.cluster):
         allowed = 1 + (job.cluster.max_requeues if _requeues(job.cluster) else 0)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import date
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hpc_imagenet.cluster.free_nodes import FreeNode
 from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.launch.price import DATA, NETWORK, Price, sweep_seconds, tasks_of
+from hpc_imagenet.launch.search_price import SearchPrice
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.run_summary import amount
 
@@ -21,16 +26,72 @@ _LEAST = 8  # columns of a run's name at least: its signature
 _START = re.compile(r"to start at (\d+-(\d+-\d+))T(\d+:\d+)")
 
 
-def print_prices(prices: Sequence[Price], starts: Mapping[str, str], console: Console) -> None:
-    """Print a row for each training, the whole sweep, and advice.
+@dataclass(frozen=True)
+class PriceReport:
+    """The prices of a submission, and what Slurm says about them.
 
-    Args:
-        prices: the trainings, in their order.
+    Attributes:
+        prices: the trainings, in their order; of a search its possible trials.
+        search: the whole search; None: there is none.
         starts: reply of `sbatch --test-only` by run id; empty without Slurm.
-        console: where to print.
+        free: nodes of the partition, by the ids of trainings that wait for data on Slurm.
     """
-    console.print(price_table(prices, starts))
-    for line in [_total(prices), *_notes(prices, starts)]:
+
+    prices: Sequence[Price]
+    search: SearchPrice | None = None
+    starts: Mapping[str, str] = field(default_factory=dict)
+    free: Mapping[str, Sequence[FreeNode]] = field(default_factory=dict)
+
+    def notes(self, each: Price) -> list[str]:
+        """Return lines about limits, data, memory, network, copies and refusals of one training."""
+        return _notes_of(each, self.starts.get(each.job.run_id, ""), self.free.get(each.job.run_id, ()))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values: `trainings`, and the whole; null: unknown, or not set. Times are in s."""
+        priced = [each for each in self.prices if each.known]
+        whole = self.search
+        return {
+            "trainings": [self._row(each) for each in self.prices],
+            "search": asdict(whole) if whole else None,
+            "seconds": whole.seconds if whole else sweep_seconds(priced),
+            **_hours(whole.hours if whole else sum(each.device_hours for each in priced), priced),
+            "kwh": whole.kwh if whole else _sum([each.energy for each in priced]),
+            "money": whole.money if whole else _sum([each.money for each in priced]),
+        }
+
+    def _row(self, each: Price) -> dict[str, Any]:
+        found = _START.search(self.starts.get(each.job.run_id, ""))
+        return {
+            "run": each.job.run_id,
+            "label": each.job.label,
+            "state": each.state.name if each.free else None,
+            "seconds": each.total.wall,
+            **_hours(each.device_hours, [each] if each.known else []),
+            "starts": each.starts if each.known and math.isfinite(each.starts) else None,
+            "enough_time": not each.too_long,
+            "bound": each.known.bound if each.known else None,
+            "kwh": each.energy,
+            "money": each.money,
+            "start": f"{found[1]}T{found[3]}" if found else None,
+            "timed_by": each.known.record.run if each.known else None,
+            "notes": self.notes(each),
+        }
+
+
+def _hours(hours: float, priced: Sequence[Price]) -> dict[str, float | None]:
+    on_gpus = any(each.gpus for each in priced)
+    return {"gpu_hours": hours if on_gpus else None, "cpu_hours": None if on_gpus else hours}
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def print_prices(report: PriceReport, console: Console) -> None:
+    """Print a row for each training, the whole sweep or search, and advice."""
+    console.print(price_table(report.prices, report.starts))
+    for line in [_total(report.prices, report.search), *_notes(report)]:
         console.print(escape(one_line(line)), soft_wrap=True)
 
 
@@ -61,10 +122,12 @@ def price_table(prices: Sequence[Price], starts: Mapping[str, str]) -> Table:
     return table
 
 
-def _total(prices: Sequence[Price]) -> str:
+def _total(prices: Sequence[Price], search: SearchPrice | None) -> str:
     """Return the line of the whole submission."""
     priced = [each for each in prices if each.known]
     unit = "GPU-h" if any(each.gpus for each in priced) else "CPU-h"
+    if search:
+        return _search_total(search, unit)
     parts = [amount(len(prices), "trainings")]
     if free := len(prices) - len(priced):
         parts.append(f"{free} of them free: finished, or running already")
@@ -78,16 +141,35 @@ def _total(prices: Sequence[Price]) -> str:
     return " · ".join(parts)
 
 
-def _notes(prices: Sequence[Price], starts: Mapping[str, str]) -> list[str]:
-    """Return lines about limits, data, memory, network, copies and refusals, each once for equal runs."""
+def _search_total(search: SearchPrice, unit: str) -> str:
+    """Return the line of a whole search."""
+    who = f"{amount(search.trials, 'trials')} by {amount(search.workers, 'workers')}"
+    whole = f"{clock(search.seconds)} and {_number(search.hours)} {unit} if each trains to its end"
+    if search.share is None:
+        parts = [whole]
+    else:
+        seconds, hours = search.share * search.seconds, search.share * search.hours
+        parts = [
+            f"about {clock(seconds)} and {_number(hours)} {unit} if two of three end at each rung",
+            whole,
+        ]
+    parts += [f"money {_number(search.money)}"] if search.money is not None else []
+    parts += [f"{_number(search.kwh)} kWh"] if search.kwh is not None else []
+    if search.budget is not None:
+        parts.append(f"no trial begins after search.budget={search.budget:g}")
+    return f"{who}: {' · '.join(parts)}"
+
+
+def _notes(report: PriceReport) -> list[str]:
+    """Return the notes of all trainings, each once for equal runs."""
     lines: dict[str, list[str]] = {}
-    for each in prices:
-        for line in _notes_of(each, starts.get(each.job.run_id, "")):
+    for each in report.prices:
+        for line in report.notes(each):
             lines.setdefault(line, []).append(each.job.label)
     return [f"{', '.join(dict.fromkeys(labels))}: {line}" for line, labels in lines.items()]
 
 
-def _notes_of(each: Price, start: str) -> list[str]:
+def _notes_of(each: Price, start: str, free: Sequence[FreeNode]) -> list[str]:
     if each.known is None:
         return []
     lines, cluster, record = [], each.job.cluster, each.known.record
@@ -98,7 +180,7 @@ def _notes_of(each: Price, start: str) -> list[str]:
         )
     if each.known.bound == DATA:
         fix = f": {record.suggestion} would make the loader fast enough" if record.suggestion else ""
-        lines.append(f"waits for data {record.waiting or 0:.0%} of the time{fix}")
+        lines.append(f"waits for data {record.waiting or 0:.0%} of the time{fix}{_now_free(each, free)}")
     if each.known.bound == NETWORK:
         lines.append("its steps take longer than on one GPU alone: the network between the tasks bounds it")
     tasks, timed = tasks_of(each.job), int(record.shape["nodes"]) * int(record.shape["tasks"])
@@ -120,6 +202,20 @@ def _notes_of(each: Price, start: str) -> list[str]:
     if start and not _START.search(start):
         lines.append(f"sbatch --test-only: {start}")
     return lines
+
+
+def _now_free(each: Price, nodes: Sequence[FreeNode]) -> str:
+    """Return how many nodes have the CPUs now that would make the loader fast enough, and the memory."""
+    assert each.known is not None
+    needed = re.fullmatch(r"cluster\.cpus_per_task=(\d+)", each.known.record.suggestion)
+    if not needed or not nodes:
+        return ""
+    cluster = each.job.cluster
+    cpus, memory = int(needed[1]) * tasks_of(each.job) // cluster.nodes, cluster.memory_gb or 0
+    found = [node.name for node in nodes if node.cpus >= cpus and node.memory >= memory]
+    what = f"{cpus} free CPUs and {memory:g} GiB" if memory else f"{cpus} free CPUs"
+    names = f" ({', '.join(found[:3])}{' …' if len(found) > 3 else ''})" if found else ""
+    return f"; {len(found)} of {amount(len(nodes), 'nodes')} have {what} now{names}"
 
 
 def _start(reply: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.price import Images, KnownTimes, Price, known_times, price, sweep_seconds
 from hpc_imagenet.launch.validate import version_finder
-from hpc_imagenet.report.price_table import print_prices
+from hpc_imagenet.report.price_table import PriceReport, print_prices
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.runs.time_record import PassTime, Time, TimeRecord, training_shape, write_record
@@ -220,6 +221,53 @@ def test_prices_of_a_sweep_as_they_are_printed(timed: Cli) -> None:
     assert timed.runs() == []
 
 
+def test_prices_as_json_are_those_of_the_table(timed: Cli) -> None:
+    words = ("-m", *TRAINING, "cluster.time=10", "cluster.max_requeues=2", "seed=0,1")
+    found = json.loads(timed("price", "--json", *words).stdout)
+    first, second = found["trainings"]
+    assert (first["seconds"], first["starts"], first["enough_time"]) == (3698.0, 8, False)
+    assert (first["start"], first["bound"]) == ("2096-11-30T08:10", "device")
+    assert "cluster.time=" in first["notes"][0]
+    assert (first["run"], first["cpu_hours"]) != (second["run"], None)
+    assert (found["seconds"], found["search"], found["gpu_hours"]) == (3698.0, None, None)
+    assert found["cpu_hours"] == pytest.approx(2 * first["cpu_hours"])
+    assert "2 trainings · done after 1:01:38" in timed("price", *words).stdout
+    assert timed.runs() == []
+    assert "add -m" in timed.refused("price", *TRAINING, "seed=0,1")
+    assert "resnet is not an option or SETTING=VALUE" in timed.refused("price", "resnet")
+
+
+def test_a_search_costs_what_its_trials_do(timed: Cli) -> None:
+    space = "recipe.learning_rate=interval(0.1,1)"
+    words = (*TRAINING, space, "search.trials=10", "search.parallel=4")
+    done = timed("+search=asha", *words, "recipe.warmup_epochs=20", "price=true").stdout
+    # Rungs at 48 and 144 epochs. Each worker trains at most three trials of 3628 s.
+    assert "10 trials by 4 workers: about 1:40:46 and" in done
+    assert "if two of three end at each rung · 3:01:24 and" in done
+    words = (*words, "recipe.warmup_epochs=20")
+    found = json.loads(timed("price", "--json", "+search=asha", *words).stdout)["search"]
+    assert found["share"] == pytest.approx((48 + 96 / 3) / 144)
+    assert timed.runs() == []
+    plain = json.loads(timed("price", "--json", "+search=tpe", *words).stdout)["search"]
+    assert (plain["share"], plain["trials"], plain["workers"]) == (None, 10, 4)
+    assert plain["seconds"] == found["seconds"]
+
+
+def test_free_cpus_and_memory_are_named_where_a_training_waits_for_data(timed: Cli, commands: Path) -> None:
+    planned = job("cluster.gpus_per_node=0", workspace=timed.workspace)
+    waits = record(planned, waiting=0.4, suggestion="cluster.cpus_per_task=9")
+    write_record(timed.workspace / "runs", waits)
+    lines = ["debug* n1 4/12/0/16 64000 32000", "debug* n2 14/2/0/16 64000 0", "other n3 0/16/0/16 64000 0"]
+    write_command(commands, "sinfo", "\n".join(f"echo '{line}'" for line in lines))
+    done = timed(*TRAINING, "cluster.memory_gb=16", "price=true").stdout
+    line = (
+        "cluster.cpus_per_task=9 would make the loader fast enough; 1 of 2 nodes have 9 free CPUs and 16 GiB"
+    )
+    assert f"waits for data 40% of the time: {line} now (n1)" in done
+    more = timed(*TRAINING, "cluster.memory_gb=40", "price=true").stdout
+    assert "0 of 2 nodes have 9 free CPUs and 40 GiB now\n" in more
+
+
 def test_a_refusal_by_slurm_is_printed(timed: Cli, commands: Path) -> None:
     write_command(commands, "sbatch", 'echo "sbatch: error: allocation failure: Invalid account" >&2; exit 1')
     done = timed(*TRAINING, "price=true").stdout
@@ -263,7 +311,7 @@ def test_the_table_has_80_columns_whatever_it_shows(capsys: pytest.CaptureFixtur
     known = KnownTimes(record(named, device="A100", staged=(10**9, 3 * 10**9), memory=2**40), None)
     found = price(named, RunStore(Path("none")).run("x"), NEW, known, IMAGES)
     reply = "Job 7 to start at 2096-11-30T08:10:00 using 8 CPUs"
-    print_prices([found] * 2, {named.run_id: reply}, Console(width=80, highlight=False))
+    print_prices(PriceReport([found] * 2, None, {named.run_id: reply}), Console(width=80, highlight=False))
     header, *rows, total = capsys.readouterr().out.splitlines()[:4]
     assert header.split() == [
         "run",

@@ -16,8 +16,10 @@ from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.config.input.search_space import sample_values, text_of, trial_config
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.stages.search_stage import SEARCH
+from hpc_imagenet.stages.train_stage import TRAIN
 
 RATES = "recipe.learning_rate=tag(log, interval(0.05,1))"
 
@@ -51,7 +53,10 @@ def searching(cli: Cli) -> Cli:
         ),
         (("+search=asha,tpe", RATES), "selects several searches"),
         (("+search=asah", RATES), "asha"),
-        (("+search=asha", RATES, "+stage=upload"), "a search trains; prepare the data before it"),
+        (
+            ("+search=asha", RATES, "+stage=upload"),
+            "a search trains: remove +stage, or write +stage=pipeline",
+        ),
         (("+search=asha", RATES, "search.name=a/b"), "search.name=a/b is not a folder name"),
         (("+search=asha", RATES, "search.trials=0"), "search.trials=0 is too small"),
         (("+search=asha", RATES, "model=resnet18,resnet5"), "resnet5"),
@@ -153,6 +158,26 @@ def test_trial_has_the_files_of_its_choice() -> None:
     assert trial.search == ordinary.search
     with pytest.raises(UserError, match="schedules of one length"):
         compose(["+search=asha", "datastore.name=tiny", "recipe=standard90,fast16"])
+
+
+def test_pipeline_with_a_search_prepares_the_data_once_before_its_workers() -> None:
+    words = ("+search=asha", "dataset=digits", "model=resnet18", RATES, "search.parallel=2", "cluster=local")
+    configs = compose(["+stage=pipeline", *words])
+    plan = make_plan(configs, lambda _: None)
+    assert [job.stage for job in plan] == ["download", "process", "upload", "search", "search"]
+    assert [job.needs for job in plan[3:]] == [(plan[2].run_id,)] * 2
+    values = sample_values(plan[3].config.search.space)[0]
+    (alone,) = [
+        job
+        for job in make_plan(
+            compose(
+                ["+stage=pipeline", *words[1:3], f"recipe.learning_rate={values['recipe.learning_rate']}"]
+            ),
+            lambda _: None,
+        )
+        if job.stage == "train"
+    ]
+    assert TRAIN.run_id(trial_config(plan[3].config, values)) == alone.run_id
 
 
 def test_workers_are_one_array_with_the_resources_of_a_training(searching: Cli) -> None:

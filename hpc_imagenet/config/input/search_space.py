@@ -96,9 +96,10 @@ def search_configs(
     for name, values in ends.items():  # a value that no training takes is refused now, not in a job
         for text in values[1:] if name not in groups else ():
             one({**plain, **{group: ends[group][0] for group in groups}, name: text})
-    if first.stage.name != "train":
+    if first.stage.name not in ("train", "pipeline"):
         raise UserError(
-            f"+stage={first.stage.name} with +search: a search trains; prepare the data before it"
+            f"+stage={first.stage.name} with +search: a search trains: remove +stage, or write "
+            "+stage=pipeline, which prepares the data before it"
         )
     _check_epochs(first.search, drawn, choices)
     name = first.search.name or _study_name(first.search, parsed)
@@ -110,7 +111,7 @@ def search_configs(
     return [
         replace(
             config,
-            stage=replace(config.stage, name="search"),
+            stage=replace(config.stage, name="search" if first.stage.name == "train" else "pipeline"),
             search=replace(first.search, name=name, worker=number + 1, space=space, choices=choices),
         )
         for number in range(first.search.parallel)
