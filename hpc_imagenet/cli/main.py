@@ -35,7 +35,7 @@ Submit jobs (returns at once; jobs run in the background):
   datastore.name=NAME[@vN]    trains on that datastore; with a model and a recipe it needs no dataset
   datastore.url=FOLDER, user@host:/path, s3://bucket/prefix
   wait=true      wait for the jobs, with a live table; exit code 1 if a job failed
-  dry_run=true   print the jobs instead of submitting them; price=true: their time, GPU-hours and cost
+  dry_run=true   print the jobs, submit none; price=true, or the command price [--json]: their time and cost
 
 Commands:
   python -m hpc_imagenet jobs [--watch] [--running] [--failed] [--stage S] [--sweep S] [--since 2d] [--json]
@@ -54,7 +54,6 @@ Commands:
   python -m hpc_imagenet pull RUN …            bring runs from cluster.host to this machine
   python -m hpc_imagenet verify [NAME …] [--quick] [--weights MODEL]   find missing or changed data
   python -m hpc_imagenet datastores [list | show NAME | verify NAME | fetch NAME DIR | delete NAME@vN | prune]
-  python -m hpc_imagenet price [-m] [SETTING=VALUE …] [--json]   the same as price=true in a submission
   python -m hpc_imagenet doctor [--write mine] check a cluster file, or propose one, with a probe job
 
 More: --cfg job (print the composed config)   --config-dir FOLDER (your own conf/ in addition)

@@ -1,4 +1,4 @@
-"""Jobs in a real container, by Charliecloud, on the lab."""
+"""Jobs in a real container, by Charliecloud and by Podman, on the lab."""
 
 from __future__ import annotations
 
@@ -14,26 +14,36 @@ from lab import LabDoor
 from hpc_imagenet.launch.slurm_jobs.container import PACKAGE_ROOT
 
 TOP = ("bin", "lib", "lib64", "usr", "sbin")  # of this machine: the image shares its programs
-EMPTY = (
-    "dev",
-    "etc",
-    "home",
-    "mnt",
-    "proc",
-    "root",
-    "run",
-    "sys",
-    "tmp",
-    "var",
-    "opt",
-    "srv",
-    "scratch",
+EMPTY = ("dev", "etc", "home", "mnt", "proc", "root", "run", "sys", "tmp", "var", "opt", "srv", "scratch")
+PYTHON = Path(sys.executable).parent
+FOLDERS = sorted(
+    {f"/{name}" for name in TOP}
+    | {f"/{path.parts[1]}" for path in (Path(sys.prefix).parent, Path(sys.base_prefix))}
 )
+
+# As root without a service manager. Every node has images of its own, on its own disk.
+CONTAINERS = """
+[engine]
+runtime = "crun"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+tmp_dir = "{storage}/tmp"
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]
+"""
+STORAGE = """
+[storage]
+driver = "vfs"
+runroot = "{storage}/run"
+graphroot = "{storage}/images"
+"""
+# crun refuses a machine that has cgroups of both versions; a node has mounts of its own.
+ONE_CGROUP = "! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified"
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Path:
-    """An image that is a folder; ch-run creates no mount points in it."""
+def folder(tmp_path: Path) -> Path:
+    """The root folder of an image, in which every folder that is bound exists."""
     folder = tmp_path / "image"
     for name in (*TOP, *EMPTY):
         (folder / name).mkdir(parents=True)
@@ -42,30 +52,78 @@ def image(tmp_path: Path) -> Path:
     for name in ("hosts", "resolv.conf", "passwd", "group"):
         (folder / "etc" / name).touch()
     (folder / "etc" / "inside").touch()
-    words = ["ch-run", *(f"--bind=/{name}" for name in TOP), str(folder), "--", "true"]
-    tried = subprocess.run(words, env={**os.environ, "USER": "root"}, capture_output=True, check=False)
-    if tried.returncode:
-        pytest.skip(f"ch-run cannot start a container here: {tried.stderr.decode().strip()[-200:]}")
     return folder
 
 
-@pytest.mark.skipif(shutil.which("ch-run") is None, reason="no ch-run: apt install charliecloud")
-def test_a_pipeline_runs_in_a_container(cluster: LabDoor, image: Path) -> None:
-    prefix, base = Path(sys.prefix).parent, Path(sys.base_prefix)
-    folders = {f"/{name}" for name in TOP} | {f"/{path.parts[1]}" for path in (prefix, base)}
-    arguments = ",".join(f"'--bind={folder}'" for folder in sorted(folders))
-    setup = f"export PATH={Path(sys.executable).parent}:$PATH"
-    words = ("dataset=digits", "model=squeezenet1_1", "recipe.epochs=1", f"cluster.container={image}")
+def run_pipeline(cluster: LabDoor, runtime: str, image: str, arguments: list[str], setup: list[str]) -> None:
+    """Run a pipeline in a container, and check that each of its four jobs was in one."""
+    words = ("dataset=digits", "model=squeezenet1_1", "recipe.epochs=1")
+    given = ",".join(f"'{word}'" for word in arguments)
+    # The file is in the image alone: /etc of a container is not that of the node.
+    lines = ",".join(f"'{line}'" for line in (*setup, "test ! -e /etc/inside"))
     cluster(
         "+stage=pipeline",
         *words,
-        "cluster.container_runtime=charliecloud",
-        f"cluster.container_args=[{arguments}]",
-        # Seen by the container only: /etc is that of the image.
-        f"cluster.setup=['{setup}','test ! -e /etc/inside']",
+        f"cluster.container='{image}'",
+        f"cluster.container_runtime={runtime}",
+        f"cluster.container_args=[{given}]",
+        f"cluster.setup=[{lines}]",
         "wait=true",
     )
     assert set(cluster.states()) == {"finished"}
     scripts = [path.read_text() for path in cluster.workspace.rglob("*_submission.sh")]
     assert len(scripts) == 4
-    assert all(f"{image} -- python3 -u -m hpc_imagenet" in text for text in scripts)
+    separated = f"{image} --" if runtime == "charliecloud" else image
+    assert all(f"{separated} python3 -u -m hpc_imagenet" in text for text in scripts)
+
+
+@pytest.mark.skipif(shutil.which("ch-run") is None, reason="no ch-run: apt install charliecloud")
+def test_a_pipeline_runs_in_charliecloud(cluster: LabDoor, folder: Path) -> None:
+    words = ["ch-run", *(f"--bind=/{name}" for name in TOP), str(folder), "--", "true"]
+    skip_unless(words, {"USER": "root"})
+    setup = [f"export PATH={PYTHON}:$PATH"]
+    run_pipeline(cluster, "charliecloud", str(folder), [f"--bind={each}" for each in FOLDERS], setup)
+
+
+@pytest.mark.skipif(shutil.which("podman") is None, reason="no podman: apt install podman crun")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="needs root: the lab gives its nodes no ids for rootless Podman"
+)
+def test_a_pipeline_runs_in_podman(cluster: LabDoor, folder: Path, tmp_path: Path) -> None:
+    here, node = (
+        podman_settings(tmp_path / "here", tmp_path / "storage"),
+        podman_settings(tmp_path / "node", Path("/scratch/podman")),
+    )
+    archive = tmp_path / "image.tar"
+    volumes = [f"--volume={each}:{each}" for each in FOLDERS]
+    run = " ".join(
+        ["podman", "run", "--rm", "--cgroups=disabled", "--network=host", *volumes, "localhost/lab:1", "true"]
+    )
+    script = f"tar -C {folder} -c . | podman import - localhost/lab:1 && {ONE_CGROUP} && {run}"
+    skip_unless(["unshare", "--mount", "bash", "-o", "pipefail", "-c", script], here)
+    save = ["podman", "save", "--format=docker-archive", f"--output={archive}", "localhost/lab:1"]
+    subprocess.run(save, env={**os.environ, **here}, check=True, capture_output=True)
+    setup = [ONE_CGROUP, *(f"export {name}={value}" for name, value in node.items())]
+    run_pipeline(
+        cluster,
+        "podman",
+        f"docker-archive:{archive}",
+        [*volumes, f"--env=PATH={PYTHON}:/usr/bin:/bin"],
+        setup,
+    )
+
+
+def podman_settings(folder: Path, storage: Path) -> dict[str, str]:
+    """Write Podman's settings for a folder of images; return the variables that name them."""
+    folder.mkdir()
+    files = {"CONTAINERS_CONF": CONTAINERS, "CONTAINERS_STORAGE_CONF": STORAGE}
+    for name, text in files.items():
+        (folder / name).write_text(text.format(storage=storage))
+    return {name: str(folder / name) for name in files}
+
+
+def skip_unless(command: list[str], env: dict[str, str]) -> None:
+    """Skip the test if a container cannot start on this machine."""
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no container can start here: {done.stderr.decode().strip()[-200:]}")

@@ -23,6 +23,8 @@ from hpc_imagenet.io.ownership import check_own
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 _PYTHON = "python3"
+# ch-run requires the variable; torch asks for the name where the image's /etc/passwd does not have it.
+_WITH_USER = 'env USER="${USER:-$(id -un)}"'
 _PROGRAMS = {
     "apptainer": "apptainer",
     "singularity": "singularity",
@@ -73,12 +75,15 @@ def _apptainer(program: str) -> Callable[[Sequence[str], bool], str]:
 
 
 def _charliecloud(mounts: Sequence[str], gpus: bool) -> str:
-    # GPU libraries are put into the image beforehand: ch-fromhost --nvidia IMAGE. It requires $USER.
-    return " ".join(['env USER="${USER:-$(id -un)}"', "ch-run", *(f"--bind={mount}" for mount in mounts)])
+    # GPU libraries are put into the image beforehand: ch-fromhost --nvidia IMAGE.
+    return " ".join([_WITH_USER, "ch-run", *(f"--bind={mount}" for mount in mounts)])
 
 
 def _podman(mounts: Sequence[str], gpus: bool) -> str:
-    words = ["podman", "run", "--rm", "--network=host", "--ipc=host", "--userns=keep-id", "--env-host"]
+    # Its processes stay in the cgroup of the job, whose limits hold and with which they are killed.
+    words = [_WITH_USER, "podman", "run", "--rm", "--cgroups=disabled", "--network=host", "--ipc=host"]
+    words += ["--env-host"]
+    words += ['$([ "$(id -u)" = 0 ] || echo --userns=keep-id)']  # which Podman refuses to root
     words += ["--env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
     words += ["--device=nvidia.com/gpu=all"] if gpus else []
     return " ".join([*words, *(f"--volume={mount}:{mount}" for mount in mounts)])
