@@ -9,10 +9,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Gate, eventually
 from other_users import GROUP, ROOT, Person, available, ending, shared_folder
+from sample_search import SETTINGS, SPACE
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,6 +44,14 @@ class Group:
         self.alice, self.bob = Person("alice", folder, umask), Person("bob", folder)
         self.eve = Person("eve", folder)
         self.here = f"workspace={self.workspace}"
+
+    def study_folder(self, person: Person) -> Path:
+        return self.workspace / f"runs/.search-{person.uid}/night"
+
+    def study(self, person: Person) -> list[dict[str, Any]]:
+        """Return the trials of a user's study, in their order."""
+        found = (json.loads(path.read_text()) for path in self.study_folder(person).glob("trials/*.json"))
+        return sorted(found, key=lambda each: int(each["trial"]))
 
     def record(self, person: Person, number: int, state: str, label: str) -> str:
         """Write the records of a training of a user; return its id."""
@@ -236,6 +246,41 @@ def test_the_same_from_python(group: Group) -> None:
     script = "import sys, hpc_imagenet; print(hpc_imagenet.jobs(workspace=sys.argv[1]))"
     done = group.bob.run(sys.executable, "-c", script, str(group.workspace))
     assert run in done.stdout, done.stderr
+
+
+def test_searches_of_two_users_with_one_name_end_without_harm(group: Group) -> None:
+    """The same command by both: bob uses what alice has trained, and skips what she has spoilt."""
+    alice, bob, here = group.alice, group.bob, group.here
+    script = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
+    script += "from sample_dataset import write_coloured; write_coloured(Path(sys.argv[2]), 24, noise=99)"
+    done = alice.python(script, str(ROOT / "tests"), str(group.workspace / "datastores/tiny/v1"))
+    assert not done.returncode, done.stderr
+    search = ("+search=tpe", *SETTINGS, SPACE[0], "search.name=night", "cluster=foreground", here)
+    alice(*search, "search.trials=2")
+    hers = group.study(alice)
+    assert [each["state"] for each in hers] == ["finished", "finished"]
+    (outcome,) = group.workspace.glob(f"runs/{hers[1]['run']}/attempts/1/outcome.json")
+    spoilt = json.loads(outcome.read_text()) | {"result": {"top1": "all", "epochs": []}}
+    done = alice.python(
+        "import os, sys; os.remove(sys.argv[1]); open(sys.argv[1], 'w').write(sys.argv[2])",
+        str(outcome),
+        json.dumps(spoilt),
+    )
+    assert not done.returncode, done.stderr
+    files = {path: path.read_bytes() for path in group.study_folder(alice).rglob("*") if path.is_file()}
+    bob(*search, "search.trials=3")
+    his = group.study(bob)
+    assert [each["state"] for each in his] == ["finished", "skipped", "finished"]
+    assert [each["run"] for each in his[:2]] == [each["run"] for each in hers]
+    assert (his[0]["reused"], his[0]["reason"]) == (True, "alice has trained it")
+    assert his[1]["reason"] == "alice has the same run, without a result"
+    assert (group.workspace / "runs" / his[2]["run"]).stat().st_uid == bob.uid
+    assert {path: path.read_bytes() for path in files} == files
+    folders = [path for path in group.study_folder(alice).rglob("*") if path.is_dir()]
+    assert not [path for path in (group.study_folder(alice), *folders) if path.stat().st_mode & 0o022]
+    claim = str(group.study_folder(alice) / "claims/9.0.0.json")
+    assert "PermissionError" in bob.python("import sys; open(sys.argv[1], 'w')", claim).stderr
+    assert len([row for row in bob.jobs(group.workspace) if row["stage"] == "train"]) == 3
 
 
 def test_studies_of_two_users_with_one_name(group: Group) -> None:

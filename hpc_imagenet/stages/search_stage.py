@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ class SearchStage(Stage):
     distributed = True
 
     def identity(self, config: Config) -> tuple[Any, ...]:
-        """Return the study and the worker's number."""
-        return (config.search.name, config.search.worker)
+        """Return the user, whose study it is, its name and the worker's number."""
+        return (os.geteuid(), config.search.name, config.search.worker)
 
     def label(self, config: Config) -> str:
         """Return stage, study and the worker's number."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages.journal import JournalFileOpenLock
 
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.search.rungs import first_rung, promotable, rung_epochs
@@ -111,6 +115,33 @@ def test_line_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
     assert number == 1
     assert [trial.number for trial in SearchStudy(files)._study.trials] == [0, 1]
     assert b"half" not in journal.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The value of `grace_period`")
+def test_clocks_that_are_apart_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers whose clocks, like those of their files, are days apart, one of which dies with the lock."""
+    lock = partial(JournalFileOpenLock, grace_period=1)
+    monkeypatch.setattr("hpc_imagenet.search.study.JournalFileOpenLock", lock)
+    real, sequences = time.time, []
+    for days in ((0, 0, 0, 0), (2, -3, 1, -1)):
+        files, drawn = make_files(tmp_path / str(days)), []
+        for trial, shift in enumerate(days):
+            monkeypatch.setattr("time.time", lambda shift=shift: real() + 86_400 * shift)
+            assert files.claim(trial, 0, 0, f"worker{trial}")
+            assert not files.claim(trial, 0, 0, "late")
+            if any(days):
+                (files.folder / "journal.log.lock").touch()
+                for path in files.folder.rglob("*"):
+                    os.utime(path, (time.time(), time.time()))
+            study = SearchStudy(files)
+            number, values = study.draw(trial)
+            study.report(number, 1, 0.5)
+            study.end(number, 0.5)
+            drawn.append(values)
+        sequences.append(drawn)
+    assert sequences[0] == sequences[1]
+    assert [claim.worker for claim in files.claims()] == [f"worker{trial}" for trial in range(4)]
 
 
 @pytest.fixture

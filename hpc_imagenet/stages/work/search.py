@@ -208,7 +208,10 @@ class SearchWorker:
             record: the trial.
             begun: whether a worker has had it before, perhaps to its end, which it could not record any more.
         """
-        attempt = self._store.run(record.run).attempt
+        run = self._store.run(record.run)
+        if not run.is_mine:
+            return _run_of_another_user(record, run)
+        attempt = run.attempt
         outcome = attempt.outcome if attempt else None
         if outcome and outcome.state == FINISHED and outcome.result:
             epochs = outcome.result.get("epochs")
@@ -353,6 +356,21 @@ class SearchWorker:
             )
         found = {"trials": self._count, "study": self._files.name}
         return found if top is None else {**found, "top1": top.top1, "trial": top.run}
+
+
+def _run_of_another_user(record: TrialRecord, run: Run) -> TrialRecord:
+    """Return how a trial ends whose run another user of the workspace made, and alone can write.
+
+    A result is used if it can be one: this user's study must not fail because of what others have written.
+    """
+    attempt = run.attempt if run.is_readable() else None
+    outcome = attempt.outcome if attempt else None
+    if outcome and outcome.state in (FINISHED, PRUNED) and isinstance(outcome.result, dict):
+        top1, epochs = (outcome.result.get(name) for name in ("top1", "epochs"))
+        if isinstance(top1, (int, float)) and 0 <= top1 <= 1 and isinstance(epochs, int):
+            reason = f"{run.owner} has trained it"
+            return replace(record, state=outcome.state, top1=float(top1), epochs=epochs, reason=reason)
+    return replace(record, state=SKIPPED, reason=f"{run.owner} has the same run, without a result")
 
 
 def _number(record: TrialRecord) -> int:
