@@ -8,21 +8,23 @@ source trains on or is deleted.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpc_imagenet.config.input.search_space import change_models
 from hpc_imagenet.config.names.backbones import is_weights_name
+from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.checkpoints import INITIAL, find_checkpoint
+from hpc_imagenet.runs.checkpoints import INITIAL, find_checkpoint, link_or_copy
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages.evaluate_stage import fingerprint
+from hpc_imagenet.stages.search_stage import SEARCH
 from hpc_imagenet.stages.train_stage import TRAIN
 
+_STAGES = (TRAIN.name, SEARCH.name)  # which begin with weights
 _MODEL = ("name", "stem", "options", "source_hash")  # what decides the names and shapes of the weights
 _OPTIMIZER = ("optimizer", "norm_decay", "freeze")  # what decides the optimizer's state and its groups
 
@@ -30,12 +32,14 @@ _OPTIMIZER = ("optimizer", "norm_decay", "freeze")  # what decides the optimizer
 def find_weights(config: Config, store: RunStore) -> Config:
     """Return the config with the checkpoint of the run that `model.weights` names; others are unchanged.
 
+    All trials of a search begin with the same weights.
+
     Raises:
         UserError: no such run, or it has no checkpoint or another network, or, with recipe.keep_optimizer,
             another optimizer.
     """
     name = config.model.weights
-    if config.stage.name not in (TRAIN.name, "pipeline") or not name or Path(name).is_file():
+    if config.stage.name not in (*_STAGES, "pipeline") or not name or Path(name).is_file():
         return config
     if is_weights_name(config.model.name, name):
         return config
@@ -51,12 +55,14 @@ def find_weights(config: Config, store: RunStore) -> Config:
     run.check_format()
     if run.info.get("stage") != TRAIN.name:
         raise UserError(f"model.weights={name}: {run.id} is no training, so it has no weights")
-    _check_same(config, run)
     checkpoint = find_checkpoint(run)
-    model = replace(
-        config.model, weights=str(checkpoint), weights_run=run.id, weights_hash=fingerprint(checkpoint)
-    )
-    return replace(config, model=model)
+    content = fingerprint(checkpoint)
+
+    def with_weights(model: Model, recipe: Recipe) -> Model:
+        _check_same(model, recipe, run)
+        return replace(model, weights=str(checkpoint), weights_run=run.id, weights_hash=content)
+
+    return change_models(config, with_weights)
 
 
 def keep_weights(job: Job, run: Run) -> None:
@@ -66,7 +72,7 @@ def keep_weights(job: Job, run: Run) -> None:
         UserError: the source has replaced or removed it since it was found.
     """
     model, kept = job.config.model, run.folder / INITIAL
-    if job.stage != TRAIN.name or not model.weights_run or not model.weights:
+    if job.stage not in _STAGES or not model.weights_run or not model.weights:
         return
     if kept.exists() and fingerprint(kept) == model.weights_hash:
         return
@@ -74,12 +80,7 @@ def keep_weights(job: Job, run: Run) -> None:
     temporary = kept.with_name(f".{INITIAL}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        try:
-            os.link(model.weights, temporary)
-        except FileNotFoundError:
-            raise
-        except OSError:  # another file system
-            shutil.copyfile(model.weights, temporary)
+        link_or_copy(Path(model.weights), temporary)
         if fingerprint(temporary) != model.weights_hash:
             raise FileNotFoundError
         temporary.replace(kept)
@@ -92,15 +93,15 @@ def keep_weights(job: Job, run: Run) -> None:
         ) from None
 
 
-def _check_same(config: Config, run: Run) -> None:
-    """Raise unless the run has the network of `config`, and its optimizer if that is kept."""
+def _check_same(model: Model, settings: Recipe, run: Run) -> None:
+    """Raise unless the run has this network, and its optimizer if that is kept."""
     frozen = run.frozen()
     pairs: list[tuple[str, Any, Any]] = [
-        (f"model.{key}", frozen["model"].get(key), getattr(config.model, key)) for key in _MODEL
+        (f"model.{key}", frozen["model"].get(key), getattr(model, key)) for key in _MODEL
     ]
-    if config.recipe.keep_optimizer:
+    if settings.keep_optimizer:
         recipe = frozen["recipe"]
-        pairs += [(f"recipe.{key}", recipe.get(key), getattr(config.recipe, key)) for key in _OPTIMIZER]
+        pairs += [(f"recipe.{key}", recipe.get(key), getattr(settings, key)) for key in _OPTIMIZER]
     for name, old, new in pairs:
         if (old or None) != (new or None):
             why = ", with recipe.keep_optimizer=true" if name.startswith("recipe.") else ""

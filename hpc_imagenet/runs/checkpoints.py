@@ -1,7 +1,9 @@
-"""Names of the checkpoints of a run, and which one a command means; reads no file."""
+"""Names of the checkpoints of a run, and which one a command means; reads none of them."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from hpc_imagenet.config.names.backbones import is_own
@@ -70,3 +72,18 @@ def epoch_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of single epochs in `folder`, oldest epoch first."""
     numbered = [(path.stem.removeprefix("epoch-"), path) for path in folder.glob("epoch-*.ckpt")]
     return [path for _, path in sorted((int(n), path) for n, path in numbered if n.isdigit())]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a second name for a checkpoint, or a copy on another file system.
+
+    Raises:
+        FileNotFoundError: the source does not exist.
+        FileExistsError: the target does.
+    """
+    try:
+        os.link(source, target)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError:
+        shutil.copyfile(source, target)

@@ -23,6 +23,7 @@ from hpc_imagenet.launch.warm_start import find_weights, keep_weights
 from hpc_imagenet.runs.checkpoints import INITIAL
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.search.study_files import StudyFiles
 from hpc_imagenet.stages.evaluate_stage import fingerprint
 from hpc_imagenet.training.models.networks import build_network
 from hpc_imagenet.training.models.optim import build_optimizer, load_optimizer_state
@@ -96,6 +97,30 @@ def test_a_sweep_of_recipes_begins_with_one_run(trained: tuple[Cli, Run]) -> Non
     cli, source = trained
     words = ("-m", f"model.weights={source.id}", "recipe.epochs=3,4", "recipe.learning_rate=0.1,0.2")
     assert len(set(planned(cli, *words))) == 4
+
+
+def test_trials_of_a_search_begin_with_one_run(trained: tuple[Cli, Run]) -> None:
+    cli, source = trained
+    words = (
+        f"model.weights={source.id}",
+        "recipe.epochs=1",
+        "seed=5,6",
+        "search.name=warm",
+        "search.trials=2",
+    )
+    cli.process("+search=tpe", *FIXED, *words, "search.parallel=1", "cluster=foreground")
+    store = RunStore(cli.workspace)
+    (worker,) = [row["run"] for row in cli.jobs() if row["stage"] == "search"]
+    records = StudyFiles(store, "warm").records()
+    assert [record.state for record in records] == ["finished", "finished"]
+    for record in records:
+        trial = store.run(record.run)
+        assert (trial.folder / INITIAL).samefile(store.run(worker).folder / INITIAL)
+        ordinary = planned(cli, *words[:2], f"seed={record.values['seed']}")
+        assert ordinary == []  # the same run, which is finished
+        assert trial.config().model.weights_run == source.id
+    line = cli.refused("+search=tpe", "model=squeezenet1_1,resnet18", *FIXED[:1], *FIXED[2:], *words[:2])
+    assert "its model.name is squeezenet1_1, and that of this training resnet18" in line
 
 
 def test_files_keep_their_signature() -> None:

@@ -97,6 +97,7 @@ def test_arguments_output_and_exit_codes_are_those_of_the_host(shared: Laptop) -
     assert shared.process("nonsense", code=2).stderr.startswith("error: nonsense is not a command")
     assert "already finished" in shared.process("cancel", "download").stdout
     assert "no trainings in" in shared.process("report").stdout
+    assert "this submission has only download" in shared.process("price", *DOWNLOAD, code=2).stderr
     assert "no datastores in" in shared.process("datastores").stdout
     # This machine instead of the host; help needs neither.
     assert shared.process("jobs", "cluster=local").stdout == f"no runs in {shared.workspace}/runs\n"

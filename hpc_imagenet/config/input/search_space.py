@@ -135,6 +135,17 @@ def trial_config(config: Config, values: Mapping[str, str]) -> Config:
     return with_overrides(trained, [f"{name}={text}" for name, text in values.items() if name not in groups])
 
 
+def change_models(config: Config, change: Callable[[Model, Recipe], Model]) -> Config:
+    """Return the config with another model, also in every combination of files that a search may draw."""
+    choices = {}
+    for key, text in config.search.choices.items():
+        sections = json.loads(text)
+        recipe = Recipe(**sections["recipe"])
+        choices[key] = _as_text(change(Model(**sections["model"]), recipe), recipe)
+    search = replace(config.search, choices=choices)
+    return replace(config, model=change(config.model, config.recipe), search=search)
+
+
 def sample_values(space: Mapping[str, dict[str, Any]]) -> list[dict[str, str]]:
     """Return possible trials: each end or choice of each dimension, with the first of the others."""
     first = {name: _ends(dimension)[0] for name, dimension in space.items()}
@@ -228,7 +239,11 @@ def _encode(config: Config) -> str:
             f"model={config.model.name} is a network of your own, which a search cannot draw among others: "
             "set one model"
         )
-    text = json.dumps({"model": asdict(config.model), "recipe": asdict(config.recipe)})
+    return _as_text(config.model, config.recipe)
+
+
+def _as_text(model: Model, recipe: Recipe) -> str:
+    text = json.dumps({"model": asdict(model), "recipe": asdict(recipe)})
     return text.replace("$", "\\u0024")  # OmegaConf would resolve a `${…}`
 
 

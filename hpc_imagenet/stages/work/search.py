@@ -22,6 +22,7 @@ from hpc_imagenet.errors import PeerLost, UserError
 from hpc_imagenet.io.atomic_files import read_json, write_json
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, Attempt, Outcome
+from hpc_imagenet.runs.checkpoints import INITIAL, link_or_copy
 from hpc_imagenet.runs.store import Progress, Run, RunStore
 from hpc_imagenet.search.rungs import promotable
 from hpc_imagenet.search.study_files import (
@@ -278,6 +279,9 @@ class SearchWorker:
         info = {"stage": "train", "label": TRAIN.label(config), "model": config.model.name, "needs": []}
         self._store.create(trial.id, asdict(config), info)
         trial.join_sweep(str(config.sweep))
+        weights, initial = self.run.folder / INITIAL, trial.folder / INITIAL
+        if config.model.weights_run and weights.exists() and not initial.exists():
+            link_or_copy(weights, initial)
         attempt, own = trial.attempt, self._attempt
         if attempt is None or attempt.outcome or attempt.submitted.get("worker") != self.run.id:
             if attempt and not attempt.outcome:
