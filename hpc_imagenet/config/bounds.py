@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from urllib.parse import urlsplit
 
@@ -38,10 +39,11 @@ def check_values(config: Config) -> None:
     for split in ("train", "val", "devkit"):
         if split not in config.dataset.archives:
             raise UserError(f"dataset.archives.{split} is missing: set its file name (and md5)")
-    if config.cluster.container and config.cluster.executor != "slurm":
+    in_allocation = config.cluster.executor == "foreground" and "SLURM_JOB_ID" in os.environ
+    if config.cluster.container and config.cluster.executor != "slurm" and not in_allocation:
         raise UserError(
-            f"cluster.container={config.cluster.container} is for Slurm jobs: with another executor start "
-            "the command itself in the container"
+            f"cluster.container={config.cluster.container} is for Slurm jobs: on this machine start the "
+            "command itself in the container"
         )
     for stage in config.cluster.stage:
         if stage not in STAGES:

@@ -5,6 +5,7 @@ An attempt inside an allocation is recorded as one of Slurm, which knows its sta
 
 from __future__ import annotations
 
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,9 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpc_imagenet.cluster import slurm
+from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.launch.executor import Executor, State, code_version
 from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.launch.slurm_jobs import requeue
+from hpc_imagenet.launch.slurm_jobs.container import (
+    PACKAGE_ROOT,
+    bound_folders,
+    check_container,
+    container_command,
+)
 from hpc_imagenet.launch.slurm_jobs.slurm_executor import SlurmExecutor
 from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, Attempt
@@ -28,6 +36,10 @@ class ForegroundExecutor(Executor):
 
     name = "foreground"
     in_background = False
+
+    def check_settings(self, stage: str, cluster: Cluster) -> None:
+        """Raise for a container without an image or a runtime."""
+        check_container(cluster)
 
     def submit(
         self, store: RunStore, attempts: Sequence[tuple[Run, Attempt]], state_of: Mapping[str, State]
@@ -51,7 +63,8 @@ class ForegroundExecutor(Executor):
                 continue
             module = "task" if len(job) == 1 else "shared_task"
             words = [word for run, attempt in job for word in (str(run.folder), str(attempt.number))]
-            command = [sys.executable, "-u", "-m", f"hpc_imagenet.launch.tasks.{module}", *words]
+            task = ["-u", "-m", f"hpc_imagenet.launch.tasks.{module}", *words]
+            command = [sys.executable, *task]
             log = None
             for run, attempt in job:
                 details = {"code": code_version(), **shares_with([run.id for run, _ in job], run.id)}
@@ -62,7 +75,11 @@ class ForegroundExecutor(Executor):
                     local_queue.record_process(attempt)
             if allocation:
                 log = _log_folder(store, job) / f"{allocation}_0_log.err"
-                command = ["srun", *_srun_arguments(job[0][0], f"{log.parent}/{allocation}_%t_log"), *command]
+                srun = ["srun", *_srun_arguments(job[0][0], f"{log.parent}/{allocation}_%t_log")]
+                command = [*srun, *command]
+                if job[0][0].cluster().container:
+                    command = _in_container(job[0][0], srun, task)
+                    environment["PYTHONPATH"] = str(PACKAGE_ROOT)
             done = subprocess.run(command, env=environment, cwd="/", check=False)
             if allocation:
                 requeue.requeue_or_fail(job, done.returncode, log)
@@ -79,6 +96,14 @@ class ForegroundExecutor(Executor):
     def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
         """Write the outcome and end the processes of the attempt."""
         local_queue.cancel_here(run, attempt, reason)
+
+
+def _in_container(run: Run, srun: Sequence[str], task: Sequence[str]) -> list[str]:
+    """Return the command that starts the tasks of a run in its container; a shell expands its variables."""
+    config = run.own_config()
+    start = container_command(run.cluster(), bound_folders(config))
+    words = [shlex.join([*srun, *start.srun_args]), start.python, shlex.join(task)]
+    return ["sh", "-c", f"exec {' '.join(words)}"]
 
 
 def _log_folder(store: RunStore, job: Sequence[tuple[Run, Attempt]]) -> Path:

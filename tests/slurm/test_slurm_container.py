@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from lab import LabDoor
+from command_line import eventually
+from lab import LAB, Lab, LabDoor
 
 from hpc_imagenet.launch.slurm_jobs.container import PACKAGE_ROOT
 
@@ -55,26 +58,45 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def run_pipeline(cluster: LabDoor, runtime: str, image: str, arguments: list[str], setup: list[str]) -> None:
-    """Run a pipeline in a container, and check that each of its four jobs was in one."""
-    words = ("dataset=digits", "model=squeezenet1_1", "recipe.epochs=1")
+def container_settings(runtime: str, image: str, arguments: list[str]) -> tuple[str, ...]:
     given = ",".join(f"'{word}'" for word in arguments)
+    return (
+        *("dataset=digits", "model=squeezenet1_1", "recipe.epochs=1", f"cluster.container='{image}'"),
+        *(f"cluster.container_runtime={runtime}", f"cluster.container_args=[{given}]"),
+    )
+
+
+def run_pipeline(cluster: LabDoor, settings: tuple[str, ...], started: str, setup: list[str]) -> None:
+    """Run a pipeline in a container, and check that each of its four jobs was in one."""
     # The file is in the image alone: /etc of a container is not that of the node.
     lines = ",".join(f"'{line}'" for line in (*setup, "test ! -e /etc/inside"))
-    cluster(
-        "+stage=pipeline",
-        *words,
-        f"cluster.container='{image}'",
-        f"cluster.container_runtime={runtime}",
-        f"cluster.container_args=[{given}]",
-        f"cluster.setup=[{lines}]",
-        "wait=true",
-    )
+    cluster("+stage=pipeline", *settings, f"cluster.setup=[{lines}]", "wait=true")
     assert set(cluster.states()) == {"finished"}
     scripts = [path.read_text() for path in cluster.workspace.rglob("*_submission.sh")]
     assert len(scripts) == 4
-    separated = f"{image} --" if runtime == "charliecloud" else image
-    assert all(f"{separated} python3 -u -m hpc_imagenet" in text for text in scripts)
+    assert all(f"{started} python3 -u -m hpc_imagenet" in text for text in scripts)
+
+
+def submit_template(
+    cluster: LabDoor, name: str, settings: tuple[str, ...], variables: dict[str, str]
+) -> None:
+    """Submit one of the templates in slurm/ to the first node, as by hand."""
+    options = (
+        "--gpus-per-node=0",
+        "--cpus-per-task=1",
+        "--mem=1G",
+        "--time=10",
+        "--nodelist=n1",
+        "--output=out",
+    )
+    subprocess.run(
+        ["sbatch", *options, LAB.parents[1] / f"{name}.sbatch", *settings],
+        env={**cluster.env, **variables, "PATH": f"{PYTHON}:{cluster.env['PATH']}"},
+        cwd=cluster.cwd,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
 
 
 @pytest.mark.skipif(shutil.which("ch-run") is None, reason="no ch-run: apt install charliecloud")
@@ -82,18 +104,19 @@ def test_a_pipeline_runs_in_charliecloud(cluster: LabDoor, folder: Path) -> None
     words = ["ch-run", *(f"--bind=/{name}" for name in TOP), str(folder), "--", "true"]
     skip_unless(words, {"USER": "root"})
     setup = [f"export PATH={PYTHON}:$PATH"]
-    run_pipeline(cluster, "charliecloud", str(folder), [f"--bind={each}" for each in FOLDERS], setup)
+    settings = container_settings("charliecloud", str(folder), [f"--bind={each}" for each in FOLDERS])
+    run_pipeline(cluster, settings, f"{folder} --", setup)
 
 
 @pytest.mark.skipif(shutil.which("podman") is None, reason="no podman: apt install podman crun")
 @pytest.mark.skipif(
     os.geteuid() != 0, reason="needs root: the lab gives its nodes no ids for rootless Podman"
 )
-def test_a_pipeline_runs_in_podman(cluster: LabDoor, folder: Path, tmp_path: Path) -> None:
-    here, node = (
-        podman_settings(tmp_path / "here", tmp_path / "storage"),
-        podman_settings(tmp_path / "node", Path("/scratch/podman")),
-    )
+def test_pipeline_templates_and_sessions_run_in_podman(
+    cluster: LabDoor, lab: Lab, folder: Path, tmp_path: Path
+) -> None:
+    here = podman_settings(tmp_path / "here", tmp_path / "storage")
+    node = podman_settings(tmp_path / "node", Path("/scratch/podman"))
     archive = tmp_path / "image.tar"
     volumes = [f"--volume={each}:{each}" for each in FOLDERS]
     run = " ".join(
@@ -104,13 +127,24 @@ def test_a_pipeline_runs_in_podman(cluster: LabDoor, folder: Path, tmp_path: Pat
     save = ["podman", "save", "--format=docker-archive", f"--output={archive}", "localhost/lab:1"]
     subprocess.run(save, env={**os.environ, **here}, check=True, capture_output=True)
     setup = [ONE_CGROUP, *(f"export {name}={value}" for name, value in node.items())]
-    run_pipeline(
-        cluster,
-        "podman",
-        f"docker-archive:{archive}",
-        [*volumes, f"--env=PATH={PYTHON}:/usr/bin:/bin"],
-        setup,
-    )
+    arguments = [*volumes, f"--env=PATH={PYTHON}:/usr/bin:/bin"]
+    settings = container_settings("podman", f"docker-archive:{archive}", arguments)
+    run_pipeline(cluster, settings, f"docker-archive:{archive}", setup)
+
+    lab.login("srun", "--nodelist=n1", "sh", "-c", ONE_CGROUP)
+    submit_template(cluster, "train", (*settings, "seed=1", "cluster.gpus_per_node=0"), node)
+    eventually(lambda: cluster.states() == ["finished"] * 5, 300)
+    session = ("session.datastore=digits", "session.listen=address", "session.time=8")
+    submit_template(cluster, "session", (*settings, *session), node)
+    eventually(lambda: cluster.states()[5:] == ["running"], 300)
+    (row,) = [each for each in cluster.jobs() if each["stage"] == "session"]
+    shown = cluster("connect", row["run"]).stdout
+    (address,) = re.findall(r" -L \d+:(\S+) ", shown)
+    (token,) = re.findall(r"lab\?token=(\S+)", shown)
+    words = ("--silent", "--insecure", "--max-time", "60", "--header", f"Authorization: token {token}")
+    status = json.loads(lab.login("curl", *words, f"https://{address}/api/status").stdout)
+    assert status["kernels"] == 0
+    cluster("pause", row["run"])
 
 
 def podman_settings(folder: Path, storage: Path) -> dict[str, str]:

@@ -50,6 +50,8 @@ def container_command(cluster: Cluster, folders: Sequence[str]) -> ContainerComm
     """
     runtime = find_runtime(cluster)
     bound = dict.fromkeys([str(PACKAGE_ROOT), str(Path.home()), *folders])
+    if runtime in ("podman", "pyxis"):
+        bound["/tmp"] = None  # which others share: the socket of a session is in it
     mounts = [shlex.quote(folder) for folder in bound]
     if cluster.scratch:
         mounts.append(f'"{cluster.scratch}"')  # its variables are expanded on the node

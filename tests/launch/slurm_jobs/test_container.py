@@ -52,7 +52,7 @@ def test_pyxis_uses_options_of_srun() -> None:
     found = container_command(replace(CLUSTER, container_runtime="pyxis"), ["/shared/runs"])
     assert found.python == "python3"
     assert found.srun_args[0] == "--container-image=/images/my image.sif"
-    assert ",/shared/runs:/shared/runs" in found.srun_args[2]
+    assert ",/shared/runs:/shared/runs,/tmp:/tmp" in found.srun_args[2]
 
 
 def test_auto_takes_what_this_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
