@@ -131,7 +131,8 @@ def open_index(options: argparse.Namespace) -> int:
 
 def start_epoch(options: argparse.Namespace) -> int:
     """Take the first batch of an epoch from the sampler of one of eight ranks."""
-    from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler, permutation
+    from hpc_imagenet.training.loading.image_order import permutation
+    from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler
 
     share = BatchShare(min(1024, options.images), rank=3, size=8)
     next(iter(TrainSampler(options.images, SEED, share, epoch=2)))

@@ -18,7 +18,7 @@ from hpc_imagenet.errors import UserError
 # Settings of the recipe that the loader takes.
 RECIPE = (
     *("global_batch", "size", "start_size", "grow_from", "grow_to", "crop_scale", "flip"),
-    *("val_resize", "val_size"),
+    *("val_resize", "val_size", "shuffle_window"),
 )
 PREPROCESSING = ("interpolation", "crop_pct", "crop_mode")  # of model.preprocessing; the device normalises
 

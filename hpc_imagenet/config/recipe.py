@@ -116,6 +116,11 @@ class Recipe:
         False, "begin with the optimizer's state of the run in model.weights, such as its momentum"
     )
     optimizer_options: dict[str, Any] = setting(factory=dict, meaning="more arguments of the optimizer")
+    shuffle_window: int | None = setting(
+        None,
+        "images within which the order is random, so that shards are read sequentially; null: all",
+        minimum=1,
+    )
 
     def identity(self) -> dict[str, Any]:
         """Return the settings for the signature, without optional ones that have their default value."""

@@ -20,7 +20,6 @@ from hpc_imagenet.training.loading.batch_loader import BatchLoader
 from hpc_imagenet.training.loading.datamodule import ImageDataModule
 from hpc_imagenet.training.loading.decode import Pixels
 from hpc_imagenet.training.loading.image_store import Labels
-from hpc_imagenet.training.loading.sampler import TrainSampler
 from hpc_imagenet.training.models.networks import build_network
 from hpc_imagenet.training.models.preprocessing import preprocessing
 from hpc_imagenet.training.module import Classifier
@@ -68,8 +67,7 @@ class Prototype:
     def loader(self) -> BatchLoader:
         """Return the batches of the first epoch: uint8 [images, 3, size, size] and int64 [images]."""
         batches = self.loaders.train
-        sampler = TrainSampler(len(batches.split), self.config.seed, self._share)
-        return BatchLoader(batches, sampler, self.loaders.workers, self.device)
+        return BatchLoader(batches, self.loaders.train_sampler(), self.loaders.workers, self.device)
 
     def batch(self) -> tuple[Pixels, Labels]:
         """Return the first batch: pixels uint8 [images, size, size, 3], RGB, and labels [images]."""

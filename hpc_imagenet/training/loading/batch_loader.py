@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from hpc_imagenet.datastore.reader.dataset_reader import SplitReader
-from hpc_imagenet.datastore.reader.prefetch import Prefetcher
+from hpc_imagenet.datastore.reader.window_reader import open_prefetcher
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.distributed import out_of_memory
 from hpc_imagenet.training.loading import device_prefetch
 from hpc_imagenet.training.loading.crop import CropBox, CropPolicy, apply_crop
 from hpc_imagenet.training.loading.decode import EncodedImage
 from hpc_imagenet.training.loading.device_prefetch import PendingImage
-from hpc_imagenet.training.loading.sampler import PADDING, Key
+from hpc_imagenet.training.loading.sampler import PADDING, Key, TrainSampler
 
 ReadImage = Callable[[int], tuple[bytes, int]]
 Batch = tuple[Tensor, Tensor]  # uint8 [images, 3, size, size] in channels_last order, int64 [images]
@@ -258,13 +258,19 @@ class BatchLoader:
         """Yield batches in host memory, with the images that are left to the device."""
         return self._own_batches(iter(self.sampler))
 
-    def _own_batches(self, key_lists: Iterator[list[Key]]) -> Iterator[HostBatch]:
-        """Yield the batches of these keys, which this loader decodes."""
-        split = self.batches.split
-        if not split.store.shards.is_remote():
+    def _own_batches(self, key_lists: Iterator[list[Key]], taken: int = 0) -> Iterator[HostBatch]:
+        """Yield the batches of these keys, which this loader decodes.
+
+        Args:
+            key_lists: keys of the sampler's batches.
+            taken: batches of the sampler before them.
+        """
+        split, sampler = self.batches.split, self.sampler
+        windows = sampler.windows(taken) if isinstance(sampler, TrainSampler) else None
+        prefetcher = open_prefetcher(split, windows)
+        if prefetcher is None:
             yield from self._fill_batches(key_lists, split.read)
             return
-        prefetcher = Prefetcher(split)
         try:
             indexed = ((keys, image_indices(keys)) for keys in key_lists)
             yield from self._fill_batches(prefetcher.batches(indexed), prefetcher.read)

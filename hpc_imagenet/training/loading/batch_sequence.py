@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from hpc_imagenet.training.loading.batch_loader import BatchBuilder
-from hpc_imagenet.training.loading.sampler import BatchShare, Key, TrainSampler, ValSampler
+from hpc_imagenet.training.loading.sampler import Key, TrainSampler, ValSampler
+
+# Builder of the batches, their keys, and the numbers of their windows, if there are any.
+Part = tuple[BatchBuilder, Iterator[list[Key]], Iterator[int] | None]
 
 
 class BatchSequence:
@@ -18,8 +21,7 @@ class BatchSequence:
     Args:
         train: builder of the train batches.
         val: builder of the val batches.
-        seed: seed of the order.
-        share: batch of a step and its parts; of a single process.
+        sampler: order of the train images, for a single process; its position is changed.
         values: what decides the content of the batches, by name, as JSON values.
 
     Attributes:
@@ -28,10 +30,11 @@ class BatchSequence:
     """
 
     def __init__(
-        self, train: BatchBuilder, val: BatchBuilder, seed: int, share: BatchShare, values: dict[str, Any]
+        self, train: BatchBuilder, val: BatchBuilder, sampler: TrainSampler, values: dict[str, Any]
     ) -> None:
+        share = sampler.share
         self.train, self.val, self.values = train, val, values
-        self._sampler = TrainSampler(len(train.split), seed, share)
+        self._sampler = sampler
         self._val_sampler = ValSampler(len(val.split), share.images)
         self._accumulate = share.accumulate
         self.images = share.images
@@ -66,22 +69,23 @@ class BatchSequence:
         """Whether a position is that of the first batch of an epoch."""
         return position % self._per_epoch == 0
 
-    def parts(self, position: int) -> Iterator[tuple[BatchBuilder, Iterator[list[Key]]]]:
+    def parts(self, position: int) -> Iterator[Part]:
         """Yield the parts of the sequence from a position on, train and val in turn, without an end.
 
         Args:
             position: position of the first batch.
 
         Returns:
-            of each part the builder of its batches, and their keys.
+            of each part the builder of its batches, their keys, and the numbers of their windows.
         """
         first, index = divmod(position, self._per_epoch)
         for epoch in itertools.count(first):
             if index < self.train_batches:
                 self._sampler.epoch = epoch
                 self._sampler.start, done = divmod(index, self._accumulate)
-                yield self.train, itertools.islice(self._sampler, done, None)
-            yield self.val, itertools.islice(self._val_sampler, max(0, index - self.train_batches), None)
+                yield self.train, itertools.islice(self._sampler, done, None), self._sampler.windows(done)
+            done = max(0, index - self.train_batches)
+            yield self.val, itertools.islice(self._val_sampler, done, None), None
             index = 0
 
     @property

@@ -17,7 +17,7 @@ from hpc_imagenet.training.loading import device_prefetch, shared_loader
 from hpc_imagenet.training.loading.batch_loader import BatchBuilder, BatchLoader
 from hpc_imagenet.training.loading.batch_sequence import BatchSequence
 from hpc_imagenet.training.loading.crop import CenterCrop, RandomResizedCrop
-from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler, ValSampler, permutation
+from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler, ValSampler
 from hpc_imagenet.training.loading.shared_loader import SharedBatchLoader
 from hpc_imagenet.training.models.preprocessing import preprocessing
 
@@ -51,7 +51,7 @@ class ImageDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         workers = config.loader.workers
-        self.seed, self.share, self.dist_env, self.device = config.seed, share, dist_env, device
+        self.config, self.share, self.dist_env, self.device = config, share, dist_env, device
         self.workers = available_cpus(dist_env) - 1 if workers is None else workers
         if config.loader.decode == "gpu":
             line = device_prefetch.check_gpu_decode(device, max(1, self.workers))
@@ -64,12 +64,16 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Return the train loader, starting at the trainer's global step."""
-        sampler = TrainSampler(len(self.train.split), self.seed, self.share)
+        sampler = self.train_sampler()
         assert self.trainer is not None
         sampler.epoch, sampler.start = divmod(self.trainer.global_step, sampler.steps)
         return self._loader(
             self.train, sampler, lambda: self._sequence.train_position(sampler.epoch, sampler.start)
         )
+
+    def train_sampler(self) -> TrainSampler:
+        """Return a sampler of the train split, at its first batch."""
+        return train_sampler(self.config, len(self.train.split), self.share)
 
     def val_dataloader(self) -> Any:
         """Return the val loader: each image once over all ranks."""
@@ -94,9 +98,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     def images(self, step: int) -> list[tuple[str, int]]:
         """Return name and position of each image of a step (counted from 0), over all ranks."""
-        split, batch = self.train.split, self.share.batch
-        epoch, position = divmod(step, len(split) // batch)
-        indices = permutation(len(split), self.seed, epoch)[position * batch : (position + 1) * batch]
+        split, order = self.train.split, self.train_sampler().order
+        indices = next(order.batches(*divmod(step, order.steps)))
         return [(split.name(i), i) for i in indices.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,6 +131,17 @@ def builders(config: Config, train: SplitReader, val: SplitReader) -> tuple[Batc
     return BatchBuilder(train, crops, *options), BatchBuilder(val, centre, *options)
 
 
+def train_sampler(config: Config, images: int, share: BatchShare) -> TrainSampler:
+    """Return the sampler of a training, at its first batch.
+
+    Args:
+        config: config of the run.
+        images: number of images of the train split.
+        share: batch of a step and its parts.
+    """
+    return TrainSampler(images, config.seed, share, window=config.recipe.shuffle_window)
+
+
 def batch_sequence(
     config: Config, train: BatchBuilder, val: BatchBuilder, share: BatchShare
 ) -> BatchSequence:
@@ -146,4 +160,4 @@ def batch_sequence(
     values |= {"validation crop": [images.resize, images.size, images.squash]}
     values |= {"train images": len(train.split), "val images": len(val.split)}
     values |= {"data": train.split.store.manifest.content}
-    return BatchSequence(train, val, config.seed, share, values)
+    return BatchSequence(train, val, train_sampler(config, len(train.split), share), values)

@@ -1,19 +1,20 @@
 """Samplers: the images of each batch, as a function of seed, epoch, step, rank and world size.
 
-An epoch is one permutation of the split, drawn from (seed, epoch) and cut into global batches. Each global
-batch is divided among the ranks, so any number of GPUs sees the same images in the same steps, and a run
-needs only the step to resume. A sampler yields keys (epoch, index), and the loader seeds the augmentation of
-an image by (seed, epoch, index), so it is the same in any thread of any rank.
+`ImageOrder` gives the global batches of an epoch. Each is divided among the ranks, so any number of GPUs
+sees the same images in the same steps, and a run needs only the step to resume. A sampler yields keys
+(epoch, index), and the loader seeds the augmentation of an image by (seed, epoch, index), so it is the same
+in any thread of any rank.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Sampler
+
+from hpc_imagenet.training.loading.image_order import ImageOrder
 
 Key = tuple[int, int]  # epoch, index in the split
 PADDING = -1  # index and label of a padding entry
@@ -41,18 +42,10 @@ class BatchShare:
         return self.batch // (self.size * self.accumulate)
 
 
-def permutation(images: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
-    """Return the order of the images in one epoch, shape [images]: 4 bytes per image."""
-    order = np.arange(images, dtype=np.uint32)
-    np.random.default_rng([seed, epoch]).shuffle(order)
-    return order
-
-
 class TrainSampler(Sampler[list[Key]]):
     """Yields the keys of each device batch of an epoch, from step `start` on.
 
-    The images after the last full global batch are dropped; each epoch drops others. Lightning calls
-    `set_epoch` before every epoch. `len` is that of a whole epoch, as Lightning's loop expects.
+    Lightning calls `set_epoch` before every epoch. `len` is that of a whole epoch, as Lightning expects.
 
     Args:
         images: number of images of the split.
@@ -60,16 +53,25 @@ class TrainSampler(Sampler[list[Key]]):
         share: this rank's share of a global batch.
         epoch: epoch to begin with.
         start: first step of that epoch.
+        window: images among which the order is random; None: all.
     """
 
-    def __init__(self, images: int, seed: int, share: BatchShare, epoch: int = 0, start: int = 0) -> None:
-        self.images, self.seed, self.share = images, seed, share
-        self.epoch, self.start = epoch, start
+    def __init__(
+        self,
+        images: int,
+        seed: int,
+        share: BatchShare,
+        epoch: int = 0,
+        start: int = 0,
+        window: int | None = None,
+    ) -> None:
+        self.order = ImageOrder(images, seed, share.batch, window)
+        self.share, self.epoch, self.start = share, epoch, start
 
     @property
     def steps(self) -> int:
         """Steps per epoch."""
-        return self.images // self.share.batch
+        return self.order.steps
 
     def __len__(self) -> int:
         return self.steps * self.share.accumulate
@@ -81,13 +83,23 @@ class TrainSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         share, epoch = self.share, self.epoch
-        order = permutation(self.images, self.seed, epoch)
-        for step in range(self.start, self.steps):
-            global_batch = order[step * share.batch : (step + 1) * share.batch]
+        for global_batch in self.order.batches(epoch, self.start):
             # Shape [accumulate, ranks, images]: the images of a step are the same for every number of ranks.
             device_batches = global_batch.reshape(share.accumulate, share.size, share.images)[:, share.rank]
             for indices in device_batches:
                 yield [(epoch, index) for index in indices.tolist()]
+
+    def windows(self, taken: int = 0) -> Iterator[int] | None:
+        """Return the number of the window of each device batch, without an end; None if there are no windows.
+
+        Args:
+            taken: device batches that are left out.
+        """
+        if self.order.window is None:
+            return None
+        per_step = self.share.accumulate
+        batches = itertools.count(self.start * per_step + taken)
+        return (batch // (self.order.window_steps * per_step) for batch in batches)
 
 
 class ValSampler(Sampler[list[Key]]):

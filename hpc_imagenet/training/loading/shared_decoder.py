@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 from hpc_imagenet.datastore.reader.prefetch import Prefetcher
+from hpc_imagenet.datastore.reader.window_reader import WindowReader, open_prefetcher
 from hpc_imagenet.training.loading.batch_loader import (
     BatchBuilder,
     ReadImage,
@@ -117,7 +118,7 @@ class SharedDecoder:
         self._failed: set[int] = set()  # positions of batches that cannot be decoded
         self._first = self._last = 0  # the window: its first position, and the one after its last batch
         self._stream: Iterator[tuple[BatchBuilder, list[Key], ReadImage]] = iter(())
-        self._prefetchers: list[Prefetcher] = []
+        self._prefetchers: list[Prefetcher | WindowReader] = []
         self.decoded = 0  # batches
 
     def run(self) -> None:
@@ -314,16 +315,16 @@ class SharedDecoder:
         return [reader for reader in self._readers if reader.waits and not reader.follows]
 
     def _read_ahead(self, position: int) -> Iterator[tuple[BatchBuilder, list[Key], ReadImage]]:
-        """Yield builder and keys of each batch, and what reads its images: through a prefetcher if remote."""
-        for prefetcher in self._prefetchers:
-            prefetcher.close()
+        """Yield builder and keys of each batch, and what reads its images: ahead of use if it is slow."""
+        for previous in self._prefetchers:
+            previous.close()
         self._prefetchers = []
-        for builder, key_lists in self._sequence.parts(position):
+        for builder, key_lists, windows in self._sequence.parts(position):
             split = builder.split
-            if not split.store.shards.is_remote():
+            prefetcher = open_prefetcher(split, windows)
+            if prefetcher is None:
                 yield from ((builder, keys, split.read) for keys in key_lists)
                 continue
-            prefetcher = Prefetcher(split)
             self._prefetchers.append(prefetcher)
             indexed = ((keys, image_indices(keys)) for keys in key_lists)
             yield from ((builder, keys, prefetcher.read) for keys in prefetcher.batches(indexed))

@@ -144,10 +144,11 @@ class SharedBatchLoader(BatchLoader):
     def _host_batches(self) -> Iterator[HostBatch]:
         """Yield the shared batches, then those that this loader decodes."""
         key_lists = iter(self.sampler)
-        for position, keys in enumerate(key_lists, self._begin()):
-            batch = self._shared.batch(position, keys, self.batches)
+        begin = self._begin()
+        for taken, keys in enumerate(key_lists):
+            batch = self._shared.batch(begin + taken, keys, self.batches)
             if batch is None:
-                yield from self._own_batches(itertools.chain([keys], key_lists))
+                yield from self._own_batches(itertools.chain([keys], key_lists), taken)
                 return
             yield batch, keys, []
 

@@ -339,3 +339,25 @@ def test_remote_images_are_prefetched_and_identical(tiny: DatasetReader, workers
         assert torch.equal(pixels, found_pixels)
         assert torch.equal(labels, found_labels)
     assert len(expected) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_window_is_read_in_large_requests_and_gives_the_same_images(
+    tiny: DatasetReader, workers: int
+) -> None:
+    sampler = TrainSampler(40, 0, BatchShare(4), start=1, window=16)
+    split = tiny.open_split("train")
+    found = list(BatchLoader(BatchBuilder(split, CROP, 0), sampler, workers))
+    builder = BatchBuilder(split, CROP, 0)
+    for (pixels, labels), keys in zip(found, sampler, strict=True):
+        expected = builder.allocate(keys)
+        builder.fill(expected, keys, range(len(keys)))
+        assert torch.equal(pixels, expected[0])
+        assert torch.equal(labels, expected[1])
+    assert len(found) == 9
+    reader = RemoteShards(tiny)
+    reader.is_remote = lambda: False  # type: ignore[method-assign]
+    list(
+        BatchLoader(BatchBuilder(DatasetReader(tiny.folder, reader).open_split("train"), CROP, 0), sampler, 0)
+    )
+    assert "window-reader" in reader.threads

@@ -84,7 +84,7 @@ def take(reader: SharedBatches, *positions: int) -> list[bool]:
     """Request batches, compare each with what the run itself decodes, and return which ones were shared."""
     found = []
     for position in positions:
-        builder, key_lists = next(iter(reader.sequence.parts(position)))
+        builder, key_lists, _ = next(iter(reader.sequence.parts(position)))
         keys = next(key_lists)
         batch = reader.batch(position, keys, builder)
         found.append(batch is not None)
@@ -131,13 +131,14 @@ def test_parts_of_a_step_are_shared(tiny: DatasetReader) -> None:
         assert together(*calls) == [[True] * 27] * 2
 
 
-def test_loader_yields_what_a_loader_of_its_own_yields(tiny: DatasetReader) -> None:
+@pytest.mark.parametrize("window", [None, 8])
+def test_loader_yields_what_a_loader_of_its_own_yields(tiny: DatasetReader, window: int | None) -> None:
     """Also from the middle of an epoch, and when the decoder ends in the middle."""
-    with sharing(tiny, 1) as made:
+    with sharing(tiny, 1, shuffle_window=window) as made:
         shared = made.reader(0)
         builder, split = shared.sequence.train, shared.sequence.train.split
         for epoch, start, stop in ((1, 5, False), (2, 0, True)):
-            sampler = TrainSampler(len(split), 3, BatchShare(2), epoch, start)
+            sampler = TrainSampler(len(split), 3, BatchShare(2), epoch, start, window)
             position = shared.sequence.train_position(epoch, start)
             loader = SharedBatchLoader(builder, sampler, 0, shared=shared, begin=lambda at=position: at)
             own = BatchLoader(builder, sampler, 0)
