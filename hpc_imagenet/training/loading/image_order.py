@@ -2,10 +2,9 @@
 
 A permutation of the whole split reads single images at random places of the shards. With a window, the
 order is less random and the reads are long. The split is cut into blocks of `BLOCK` consecutive images,
-beginning at a random image, and the blocks are put in random order. Up to `STREAMS` streams divide that
-sequence evenly. Each step takes equally many images from every stream, and each stream is shuffled within a
-window of some steps. So a window is a set of whole blocks, whose images can be read in the order of the
-shards.
+beginning at a random image, and the blocks are distributed at random over streams of equal length. Each
+step takes equally many images from every stream, and each stream is shuffled within a window of some steps.
+So a window is a set of blocks, whose images can be read in the order of the shards.
 
 As the slots of a global batch belong to streams, each rank reads whole blocks too, as long as the number of
 ranks (times micro-batches) divides that of the streams. The order never depends on the number of ranks.
@@ -62,43 +61,51 @@ class ImageOrder:
             for step in range(start, self.steps):
                 yield order[step * self.batch : (step + 1) * self.batch]
             return
-        blocks = _Blocks(self.images, self.seed, epoch)
+        blocks = _Blocks(self, epoch)
         for number in range(start // self.window_steps, -(-self.steps // self.window_steps)):
             batches = self._window(blocks, epoch, number)
             yield from batches[max(0, start - number * self.window_steps) :]
 
+    @property
+    def streams(self) -> int:
+        """Number of streams: a power of two that divides the batch, with a block of each in a window."""
+        streams = math.gcd(self.batch, STREAMS)
+        while streams > 1 and self.window_steps * self.batch < streams * BLOCK:
+            streams //= 2
+        return streams
+
     def _window(self, blocks: _Blocks, epoch: int, number: int) -> Indices:
         """Return the global batches of a window, shape [steps, batch]."""
-        streams = math.gcd(self.batch, STREAMS)
-        share = self.batch // streams  # images of each stream in a step
+        streams, share = self.streams, self.batch // self.streams  # images of each stream in a step
         first = number * self.window_steps
         steps = min(self.window_steps, self.steps - first)
-        begins = np.arange(streams) * (self.steps * share) + first * share
-        positions = begins[:, None] + np.arange(steps * share)
-        rng = np.random.default_rng([self.seed, epoch, _WINDOW, number])
-        rng.permuted(positions, axis=1, out=positions)
-        order = blocks.images_at(positions).reshape(streams, steps, share)
-        batches: Indices = order.transpose(1, 0, 2).reshape(steps, self.batch)
+        images = blocks.images_at(np.arange(first * share, (first + steps) * share))
+        np.random.default_rng([self.seed, epoch, _WINDOW, number]).permuted(images, axis=1, out=images)
+        batches: Indices = images.reshape(streams, steps, share).transpose(1, 0, 2).reshape(steps, self.batch)
         return batches
 
 
 class _Blocks:
-    """The blocks of a split in the order of an epoch, without a list of the images: 8 bytes per block.
+    """The blocks of each stream in one epoch: 8 bytes per block, and no list of the images.
 
-    The blocks begin at a random image and continue from the last image with the first. The last block, which
-    may be shorter, remains the last.
+    Blocks follow each other from a random image on, and after the last image from the first on. The last
+    block of a stream is shorter, unless the length of the streams is a multiple of `BLOCK`.
     """
 
-    def __init__(self, images: int, seed: int, epoch: int) -> None:
-        rng = np.random.default_rng([seed, epoch])
-        self._images, self._begin = images, int(rng.integers(images))
-        self._order = np.arange(-(-images // BLOCK))
-        rng.shuffle(self._order[: images // BLOCK])
+    def __init__(self, order: ImageOrder, epoch: int) -> None:
+        length = order.steps * order.batch // order.streams
+        sizes = np.full((order.streams, -(-length // BLOCK)), BLOCK)
+        sizes[:, -1] -= sizes.shape[1] * BLOCK - length
+        rng = np.random.default_rng([order.seed, epoch])
+        self._images, first = order.images, int(rng.integers(order.images))
+        placed = rng.permutation(sizes.size)  # the blocks in the order of the split
+        ends = first + np.cumsum(sizes.flat[placed])
+        self._begins = np.empty_like(sizes)
+        self._begins.flat[placed] = ends - sizes.flat[placed]
 
     def images_at(self, positions: npt.NDArray[np.int64]) -> Indices:
-        """Return the images at some positions of the sequence of blocks."""
-        block, offset = np.divmod(positions, BLOCK)
-        images = (self._order[block] * BLOCK + offset + self._begin) % self._images
+        """Return the images at some positions of every stream, shape [streams, positions]."""
+        images = (self._begins[:, positions // BLOCK] + positions % BLOCK) % self._images
         indices: Indices = images.astype(np.uint32)
         return indices
 
