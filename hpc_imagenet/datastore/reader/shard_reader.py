@@ -44,7 +44,10 @@ class FolderShards:
     def __init__(self, folder: Path, shards: Sequence[File]) -> None:
         self.paths = [folder / shard.path for shard in shards]
         for path, shard in zip(self.paths, shards, strict=True):
-            size = path.stat().st_size if path.exists() else None
+            try:  # one call for each shard: every task of a large job makes it
+                size = path.stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                size = None
             if size != shard.bytes:
                 problem = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
                 raise UserError(

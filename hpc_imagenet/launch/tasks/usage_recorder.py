@@ -8,7 +8,7 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +24,8 @@ from hpc_imagenet.runs.lease import restart_count
 from hpc_imagenet.runs.usage_records import usage_path
 
 _SAMPLE = 5.0  # s between two samples
-_WRITE = 60.0  # s at most between two writes; shorter at first
+_WRITE = 60.0  # s at most between two writes of a small job; shorter at first
+_WRITES = 10.0  # per second over all tasks: they are in one folder of the shared file system
 
 
 class UsageRecorder:
@@ -52,6 +53,7 @@ class UsageRecorder:
         self._thread = threading.Thread(target=self._work, name="usage", daemon=True)
         self._lock = threading.Lock()  # a sample is taken by the thread or at the end, never by both
         self._memory = 0
+        self._intervals = write_intervals(dist_env.size)
 
     def __enter__(self) -> UsageRecorder:
         self._began = time.monotonic()
@@ -67,12 +69,12 @@ class UsageRecorder:
         self._write()
 
     def _work(self) -> None:
-        written, every = self._began, 1.0
+        written, every = self._began, next(self._intervals)
         while not self._ended.wait(min(_SAMPLE, every)):
             now = self._sample()
             if now - written >= every:
                 self._write()
-                written, every = now, min(_WRITE, 2 * every)
+                written, every = now, next(self._intervals)
 
     def _sample(self) -> float:
         with self._lock:
@@ -96,6 +98,14 @@ class UsageRecorder:
         with contextlib.suppress(OSError, UserError):
             make_own_folder(self._path.parent)
             write_json(self._path, record)
+
+
+def write_intervals(tasks: int) -> Iterator[float]:
+    """Yield the seconds between two writes of one of so many tasks: 1, 2, 4 … 60, or more in a large job."""
+    every = 1.0
+    while True:
+        yield max(every, tasks / _WRITES)
+        every = min(_WRITE, 2 * every)
 
 
 def _cpu_seconds_of_tree() -> float:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from recorded_runs import create_run
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.cluster.gpu_meter import GpuMeter, open_meter
 from hpc_imagenet.io.atomic_files import write_json
-from hpc_imagenet.launch.tasks.usage_recorder import UsageRecorder
+from hpc_imagenet.launch.tasks.usage_recorder import UsageRecorder, write_intervals
 from hpc_imagenet.runs.attempt import Attempt
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.runs.usage_records import read_usage, usage_path
@@ -62,6 +63,13 @@ def attempt_of(folder: Path) -> Attempt:
     attempt = Attempt(folder / "attempts" / "1")
     attempt.folder.mkdir(parents=True)
     return attempt
+
+
+def test_tasks_of_a_job_write_at_most_ten_files_a_second_together() -> None:
+    assert list(islice(write_intervals(1), 8)) == [1, 2, 4, 8, 16, 32, 60, 60]
+    for tasks in (8, 600, 8000):
+        assert all(tasks / every <= 10 for every in islice(write_intervals(tasks), 20))
+    assert next(write_intervals(8000)) == 800
 
 
 def test_energy_is_the_difference_of_the_counter() -> None:
