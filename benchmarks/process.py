@@ -222,14 +222,21 @@ def full_count(folder: Path, repeats: int) -> list[Row]:
     return table
 
 
-def watched(command: list[str]) -> tuple[Spent, int]:
-    """Return the times that a command prints, and the peak memory of its processes together, in bytes."""
+def watched(command: list[str], seen: Callable[[psutil.Process], object] | None = None) -> tuple[Spent, int]:
+    """Return the times that a command prints, and the peak memory of its processes together, in bytes.
+
+    Args:
+        command: the command.
+        seen: called with its process, many times a second.
+    """
     child = subprocess.Popen(command, stdout=subprocess.PIPE)
     peak = 0
     while child.poll() is None:
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             whole = psutil.Process(child.pid)
             peak = max(peak, sum(resident(one) for one in (whole, *whole.children(recursive=True))))
+            if seen is not None:
+                seen(whole)
         time.sleep(0.02)
     if child.returncode:
         raise SystemExit(f"{command} failed")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from process import watched
 from process_ways import OURS
 from shaped import link_archives, make_hollow
@@ -84,19 +85,29 @@ def print_row(name: str, options: argparse.Namespace) -> None:
 
 
 def print_scan(images: int, options: argparse.Namespace) -> None:
-    """Run the process stage with layout=index on hollow archives; print its time and its peak memory."""
-    results = []
+    """Run the process stage with layout=index on hollow archives; print its time and its peak memory.
+
+    The last column is the peak without pages of files, which the kernel discards when memory is short.
+    """
+    results, private = [], [0]
+
+    def record(process: psutil.Process) -> None:
+        status = Path(f"/proc/{process.pid}/status").read_text().split("RssAnon:")
+        private[-1] = max(private[-1], int(status[1].split()[0]) << 10) if status[1:] else private[-1]
+
     for _ in range(REPEATS):
         workspace = options.folder / "workspace"
         link_archives(options.folder / "hollow", workspace, hashed=False)
         (seconds, _), peak_bytes = watched(
-            [sys.executable, "-c", OURS, str(workspace), "", "1", "process.workers=1"]
+            [sys.executable, "-c", OURS, str(workspace), "", "1", "process.workers=1"], record
         )
+        private.append(0)
         results.append((seconds, peak_bytes))
         shutil.rmtree(workspace)
     seconds, peak_bytes = (statistics.median(values) for values in zip(*results, strict=True))
     name = f"process, {images:,} images (whole process)"
-    print(f"{name:44} {seconds:8.2f} {peak_bytes / 1e6:8.0f}", flush=True)
+    own = f"{statistics.median(private[:-1]) / 1e6:.0f} MB without pages of files"
+    print(f"{name:44} {seconds:8.2f} {peak_bytes / 1e6:8.0f}  {own}", flush=True)
 
 
 def measure(item: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
 ALGORITHMS = ("blake3", "sha256", "md5")  # that a manifest may name; new files get the first
+NEW_HASH = f"{ALGORITHMS[0]}:"  # of a new file whose hash is not known yet
 BLOCK = 2 << 20  # bytes read at a time
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hpc_imagenet.data.ilsvrc.column_file import ColumnFile
 from hpc_imagenet.data.ilsvrc.devkit import Devkit
 from hpc_imagenet.data.images import image_header
 from hpc_imagenet.data.tar import tar_scan
@@ -135,22 +136,19 @@ def scan(
         columns[split].add(found, np.array(classes), shard=len(columns) - 1)
         progress(number, total)
     return Scan(
-        {split: parts.joined("index") for split, parts in columns.items()},
-        {split: parts.joined("facts") for split, parts in columns.items()},
-        {split: parts.joined("names") for split, parts in columns.items()},
+        {split: parts.index.array() for split, parts in columns.items()},
+        {split: parts.facts.array() for split, parts in columns.items()},
+        {split: parts.names.array() for split, parts in columns.items()},
     )
 
 
 @dataclass
 class _Columns:
-    """Columns of a scan in parts, which take less memory than what `find_images` returns.
+    """Columns of a scan, in temporary files."""
 
-    Joining frees the parts of a column, so that only one column at a time is there twice.
-    """
-
-    index: list[Index] = field(default_factory=list)
-    facts: list[Array] = field(default_factory=list)
-    names: list[Array] = field(default_factory=list)
+    index: ColumnFile = field(default_factory=ColumnFile)
+    facts: ColumnFile = field(default_factory=ColumnFile)
+    names: ColumnFile = field(default_factory=ColumnFile)
 
     def add(self, found: ImageEntries, labels: Array | int, shard: int) -> None:
         entries = np.empty(len(found.names), ENTRY)
@@ -159,12 +157,6 @@ class _Columns:
         self.index.append(entries)
         self.facts.append(found.facts)
         self.names.append(_shortened(found.names))
-
-    def joined(self, column: str) -> Array:
-        parts = getattr(self, column)
-        whole = np.concatenate(parts)
-        parts.clear()
-        return whole
 
 
 def _shortened(names: Array) -> Array:

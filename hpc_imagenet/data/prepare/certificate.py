@@ -21,6 +21,7 @@ from hpc_imagenet.datastore.manifest import ClassNames, File
 
 JSON, PAGE = "certificate.json", "certificate.md"
 FORMAT = 1
+_CHUNK = 1 << 20  # labels that are counted at a time
 _MAX_NAMED = 50  # images with a flag are listed by name up to this number
 _EDGES = (0, 64, 128, 256, 384, 512, 768, 1024, 2048)  # px: histogram bins of the short side
 
@@ -53,10 +54,7 @@ def build_certificate(
             was found in their folder.
         tools: versions of the tools that changed images; empty if none did.
     """
-    counts = {
-        split: np.bincount(entries["label"], minlength=len(classes)).tolist()
-        for split, entries in splits.items()
-    }
+    counts = {split: _class_counts(entries["label"], len(classes)) for split, entries in splits.items()}
     return {
         "format": FORMAT,
         "name": name,
@@ -172,6 +170,15 @@ def _escape(text: str) -> str:
 
 def _settings(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _class_counts(labels: Array, classes: int) -> list[int]:
+    """Return the number of images of each class. In chunks, since bincount takes 8 bytes for each label."""
+    counts = np.zeros(classes, np.int64)
+    for begin in range(0, len(labels), _CHUNK):
+        counts += np.bincount(labels[begin : begin + _CHUNK], minlength=classes)
+    found: list[int] = counts.tolist()
+    return found
 
 
 def _sizes(entries: Index, facts: Array) -> dict[str, Any]:

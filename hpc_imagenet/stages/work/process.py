@@ -30,7 +30,7 @@ from hpc_imagenet.data.ilsvrc.scanned_archives import (
 )
 from hpc_imagenet.data.prepare import certificate, class_folder_writer, shard_writer
 from hpc_imagenet.data.tar.tar_scan import Array
-from hpc_imagenet.datastore.file_hash import hash_bytes
+from hpc_imagenet.datastore.file_hash import NEW_HASH, hash_bytes, hash_file
 from hpc_imagenet.datastore.index import Index, write_index
 from hpc_imagenet.datastore.manifest import FILE, ClassNames, File, Manifest, Split
 from hpc_imagenet.io import disk
@@ -170,7 +170,9 @@ def _images(config: Config, folder: Path, scanned: ScannedArchives) -> _Images:
 def _write_split(folder: Path, split: str, entries: Index) -> Split:
     path = folder / f"{split}.npy"
     write_index(path, entries)
-    return Split(_file(path, path.read_bytes()), len(entries))
+    size = path.stat().st_size
+    written = File(path.name, size, hash_file(path, File(path.name, size, NEW_HASH), lambda done: None))
+    return Split(written, len(entries))
 
 
 def _write(path: Path, data: bytes) -> File:
