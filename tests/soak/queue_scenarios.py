@@ -24,6 +24,7 @@ class Queue(Scenario):
     """Two downloads on the local queue: the command, the worker and the jobs are killed, one at a time."""
 
     survives = True
+    runs = 2
 
     def prepare(self, stack: contextlib.ExitStack) -> None:
         """Write the archives."""
@@ -50,7 +51,7 @@ class Queue(Scenario):
         """Submit both until both have finished; a job that was killed counts as failed."""
         for _ in range(ATTEMPTS):
             self.submit("wait=true")
-            if self.cli.states() == ["finished"] * 2:
+            if self.cli.states() == ["finished"] * self.runs:
                 return
         raise ChildProcessError(f"the runs are {self.cli.jobs()}")
 
@@ -81,12 +82,15 @@ class Queue(Scenario):
         eventually(lambda: not self.cli.processes())
         runs = sorted(run.id for run in store.unsorted())
         entries = [path.name for path in self.state.rglob("*.entry")]
-        archives = {
+        return runs, self.cli.states(), entries, self.outputs()
+
+    def outputs(self) -> dict[str, bytes]:
+        """Return the archives, and the names of all files beside them."""
+        return {
             str(path.relative_to(self.state)): path.read_bytes() if path.name in ARCHIVES else b""
             for path in sorted((self.state / "archives").rglob("*"))
             if path.is_file()
         }
-        return runs, self.cli.states(), entries, archives
 
 
 class CancelRetry(Queue):
@@ -100,7 +104,7 @@ class CancelRetry(Queue):
         for _ in range(ATTEMPTS):
             self.cli("retry", "--again", code=None)
             eventually(lambda: not {"queued", "running"}.intersection(self.cli.states()), LIMIT)
-            if self.cli.states() == ["finished"] * 2:
+            if self.cli.states() == ["finished"] * self.runs:
                 return
             self.submit()  # a run of which the killed command had not made the folder
         raise ChildProcessError(f"the runs are {self.cli.jobs()}")

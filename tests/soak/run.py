@@ -1,6 +1,6 @@
 """Kill, stop and freeze every stage at random moments, and check what is left: `make soak`.
 
-One round takes one scenario: it is begun, disturbed one to three times, checked after each, then run to its
+One round takes one scenario: it is begun, disturbed one to six times, checked after each, then run to its
 end and compared with an undisturbed run. Round N of a seed is always the same scenario with the same moments,
 as shares of the duration of an undisturbed run. `--state FILE` keeps the counts, so that a soak that was
 ended goes on with the next round; `--round N` repeats one round.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -24,16 +25,21 @@ from typing import Any
 
 _TESTS = Path(__file__).parents[1]
 # As pytest does for the files whose pieces are used here.
-sys.path[:0] = [str(_TESTS / name) for name in ("soak", "", "stages", "training", "datastore/backends")]
+sys.path[:0] = [
+    str(_TESTS / name) for name in ("soak", "", "slurm", "stages", "training", "datastore/backends")
+]
 
 import psutil  # noqa: E402
 import servers  # noqa: E402
 from command_line import is_alive  # noqa: E402
 from forked import CONTEXT  # noqa: E402
+from lab_scenarios import LabDownload, LabTrain, is_possible  # noqa: E402
 from queue_scenarios import CancelRetry, Queue  # noqa: E402
 from scenarios import Scenario, stage_scenarios  # noqa: E402
+from session_scenario import Session  # noqa: E402
 
-KINDS = ("kill",) * 7 + ("terminate",) * 2 + ("freeze",)
+SIGNALS = ("kill", "terminate", "freeze")
+DISTURBANCES = 6  # of a round, at most
 LIMIT = 600  # s after which an undisturbed run counts as hanging
 TRIES = 6  # to kill before the end
 COLUMNS = ("rounds", "kills", "survived", "lost")
@@ -78,12 +84,12 @@ class Soak:
                 scenario.prepare(self._stack)
                 scenario.reset()
                 begin = time.monotonic()
-                self._run_to_end(scenario)
+                self.run_to_end(scenario)
                 self.durations[scenario.name] = time.monotonic() - begin
                 self.expected[scenario.name] = scenario.result()
             draw = random.Random(f"{self.seed} {number}")
             scenario.reset()
-            for _ in range(draw.randint(1, 3)):
+            for _ in range(draw.randint(1, DISTURBANCES)):
                 for _ in range(TRIES):
                     hit = self._disturb(scenario, draw)
                     scenario.check()
@@ -94,7 +100,7 @@ class Soak:
                     self.durations[scenario.name] *= 0.7
                     scenario.reset()
             begin = time.monotonic()
-            self._run_to_end(scenario)
+            self.run_to_end(scenario)
             ended = time.monotonic() - begin
             self.durations[scenario.name] = max(self.durations[scenario.name], 0.5 * ended)
             found, expected = scenario.result(), self.expected[scenario.name]
@@ -112,20 +118,26 @@ class Soak:
         count["rounds"] += 1
         self.next = number + 1
 
-    def _run_to_end(self, scenario: Scenario) -> None:
+    def run_to_end(self, scenario: Scenario) -> None:
+        """Run a scenario without a disturbance."""
         child = start(scenario)
         child.join(LIMIT)
         if child.is_alive():
             child.kill()
             raise TimeoutError(f"no end within {LIMIT} s")
         if child.exitcode:
-            raise ChildProcessError(f"an undisturbed run ended with exit code {child.exitcode}")
+            lines = scenario.errors.read_text(errors="replace").strip().splitlines()
+            raise ChildProcessError(f"an undisturbed run ended with {child.exitcode}: {lines[-1:]}")
 
     def _disturb(self, scenario: Scenario, draw: random.Random) -> bool:
         """Start the work and disturb it once; return whether a process was killed or stopped."""
-        kind, share = draw.choice(KINDS), draw.random()
+        kind, share = draw.choice(scenario.kinds), draw.random()
         child = start(scenario)
         child.join(share * self.durations[scenario.name])
+        if kind not in SIGNALS:
+            hit = scenario.disturb(kind, draw)
+            child.join(LIMIT)
+            return hit
         below = [] if scenario.survives else children(child)
         victim = draw.choice(scenario.victims(child.pid or 0)) if child.is_alive() else 0
         if kind == "freeze" and victim:
@@ -184,10 +196,11 @@ def difference(found: Any, expected: Any) -> str:
     return f"{found!r:.200} instead of {expected!r:.200}"
 
 
-def start(scenario: Scenario) -> BaseProcess:
-    """Start the work of a scenario in a process of its own."""
-    began = CONTEXT.Event()
-    child = CONTEXT.Process(target=_work, args=(scenario, began))
+def start(scenario: Scenario, context: Any = CONTEXT) -> BaseProcess:
+    """Start the work of a scenario in a process of its own, of this context of multiprocessing."""
+    began = context.Event()
+    child: BaseProcess = context.Process(target=_work, args=(scenario, began))
+    scenario.folder.mkdir(parents=True, exist_ok=True)
     child.start()
     if not began.wait(120):
         raise TimeoutError("the process did not start")
@@ -195,9 +208,8 @@ def start(scenario: Scenario) -> BaseProcess:
 
 
 def _work(scenario: Scenario, began: Any) -> None:
-    null = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        os.dup2(null, descriptor)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(scenario.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     began.set()
     scenario.work()
 
@@ -239,6 +251,9 @@ def main() -> int:
                 *stage_scenarios(folder, *_servers(stack, folder)),
                 Queue("queue", folder / "queue"),
                 CancelRetry("cancel-retry", folder / "cancel"),
+                *([Session("session", folder / "session")] if importlib.util.find_spec("jupyterlab") else []),
+                *([LabDownload("lab-download", folder / "lab")] if is_possible() else []),
+                *([LabTrain("lab-train", folder / "labtrain")] if is_possible() else []),
             )
             if scenario.name.startswith(options.only)
         ]

@@ -30,6 +30,7 @@ from hpc_imagenet.config.schema import Evaluate
 from hpc_imagenet.data.download import receipt
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.datastore import catalog, versions
+from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.node_cache.cache import NodeCache
 from hpc_imagenet.datastore.node_cache.copy_process import CopyProcess
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
@@ -48,6 +49,7 @@ class Scenario(abc.ABC):
     """
 
     survives = False  # whether processes that the work has started may outlive it
+    kinds = ("kill",) * 7 + ("terminate",) * 2 + ("freeze",)  # of a disturbance, by frequency
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -56,6 +58,11 @@ class Scenario(abc.ABC):
     def state(self) -> Path:
         """The folder that the work writes, removed by `reset`."""
         return self.folder / "state"
+
+    @property
+    def errors(self) -> Path:
+        """The file with what the last process of this scenario wrote to its stderr."""
+        return self.folder / "stderr"
 
     def prepare(self, stack: contextlib.ExitStack) -> None:  # noqa: B027 - few need it
         """Make the input, and start servers that live as long as `stack`."""
@@ -71,6 +78,10 @@ class Scenario(abc.ABC):
     def victims(self, pid: int) -> list[int]:
         """Return the processes of which one is disturbed. `pid`: the one that does the work."""
         return [pid]
+
+    def disturb(self, kind: str, draw: random.Random) -> bool:
+        """Disturb the work in a way that `kinds` names; return whether anything was there to disturb."""
+        raise NotImplementedError(kind)
 
     def check(self) -> None:  # noqa: B027 - few need it
         """Fail if anything looks whole and is not."""
@@ -219,9 +230,11 @@ class Staging(Scenario):
     def prepare(self, stack: contextlib.ExitStack) -> None:
         """Write a version with three shards."""
         workspace = self.folder / "workspace"
-        self.manifest = make_dataset(workspace, images=8, image_bytes=800_000)
+        make_dataset(workspace, images=8, image_bytes=800_000)
         self.store = self.folder / "stores"
-        link_version(workspace / "datasets" / "digits", self.store / "digits" / "v1")
+        self.version = self.store / "digits" / "v1"
+        link_version(workspace / "datasets" / "digits", self.version)
+        self.manifest = load_manifest(self.version)
 
     def work(self) -> None:
         """Copy all shards."""
@@ -241,8 +254,7 @@ class Staging(Scenario):
         for shard in self.manifest.shards:
             if (descriptor := cache.open(shard)) is not None:
                 with os.fdopen(descriptor, "rb") as file:
-                    original = self.folder / "workspace" / "datasets" / "digits" / shard.path
-                    assert file.read() == original.read_bytes(), shard.path
+                    assert file.read() == (self.version / shard.path).read_bytes(), shard.path
                 found.append(shard.path)
         return found
 

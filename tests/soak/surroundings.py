@@ -1,115 +1,43 @@
-"""Full disks, read-only file systems and cut networks: `python -m tests.soak.surroundings`, as root.
+"""Full, read-only, slow and stale file systems, cut networks, clocks that jump, as root.
 
-A scenario writes to a small file system of its own (tmpfs). It must leave nothing that looks whole; when
-there is space, or the file system is writable again, a rerun must end like an undisturbed run.
+    python -m tests.soak.surroundings [--kind KIND] [--rounds 3] [--seed 0] [--minutes 30]
+
+It needs the packages e2fsprogs and strace, and a C compiler. One line per kind and scenario: rounds, how
+often the disturbance had ended the first run (failed), rounds survived and lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from tests.soak.run import Soak, start  # it puts the folders of the tests on the import path
 
+from file_systems import fill, lock, make_stale, slow_down, undisturbed  # isort: skip
+from queue_scenarios import Queue  # isort: skip
 from relay import Relay  # isort: skip
 from scenarios import Download, Fetch, Process, Scenario, Staging  # isort: skip
 from scenarios import Train, Upload, stage_scenarios  # isort: skip
 
-PLENTY = 512 << 20  # bytes
-
-
-@contextlib.contextmanager
-def mounted(place: Path, size: int) -> Iterator[None]:
-    """Mount a tmpfs of `size` bytes."""
-    place.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "soak", place], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=False)
-
-
-def remount(place: Path, options: str) -> bool:
-    """Change the options of a mount; False if it is busy, as with a file open for writing."""
-    return (
-        subprocess.run(
-            ["mount", "-o", f"remount,{options}", place], capture_output=True, check=False
-        ).returncode
-        == 0
-    )
-
-
-def place_of(scenario: Scenario) -> Path:
-    """Return the folder that a scenario writes."""
-    if isinstance(scenario, Process):
-        return Path(scenario.config.workspace) / "datasets"
-    if isinstance(scenario, Upload):
-        return Path(scenario.url)
-    return scenario.state
-
-
-def used_bytes(place: Path) -> int:
-    """Return the bytes of all files below a folder."""
-    return sum(path.lstat().st_size for path in place.rglob("*") if path.is_file())
-
-
-def fill(soak: Soak, scenario: Scenario, draw: random.Random) -> bool:
-    """Give the scenario a part of the space that it needs, then all; return whether it failed first."""
-    scenario.reset()
-    soak._run_to_end(scenario)
-    expected, needed = scenario.result(), used_bytes(place_of(scenario))
-    scenario.reset()
-    place = place_of(scenario)
-    with mounted(place, max(1 << 14, int(needed * draw.uniform(0.05, 0.95)))):
-        child = start(scenario)
-        child.join(600)
-        failed = bool(child.exitcode)
-        scenario.check()
-        assert remount(place, f"size={PLENTY}"), "the file system could not be made larger"
-        soak._run_to_end(scenario)
-        assert scenario.result() == expected, "the end state differs"
-    return failed
-
-
-def lock(soak: Soak, scenario: Scenario, draw: random.Random) -> bool:
-    """Make the file system read-only at a random moment; return whether the scenario failed by that."""
-    scenario.reset()
-    begin = time.monotonic()
-    soak._run_to_end(scenario)
-    duration, expected = time.monotonic() - begin, scenario.result()
-    scenario.reset()
-    place = place_of(scenario)
-    with mounted(place, PLENTY):
-        child = start(scenario)
-        child.join(draw.random() * duration)
-        for _ in range(2000):  # it is refused while a file is open for writing
-            if remount(place, "ro") or not child.is_alive():
-                break
-            time.sleep(0.001)
-        child.join(600)
-        failed = bool(child.exitcode)
-        assert remount(place, "rw")
-        scenario.check()
-        soak._run_to_end(scenario)
-        assert scenario.result() == expected, "the end state differs"
-    return failed
+_JUMPS = (-400 * 86_400, -3600, -61, 61, 3600, 86_400, 400 * 86_400)  # s
 
 
 def cut(soak: Soak, scenario: Scenario, draw: random.Random) -> bool:
     """Cut all connections of a download at random moments; return whether it was ended by that."""
     assert isinstance(scenario, Download)
-    scenario.reset()
-    soak._run_to_end(scenario)
-    expected, url = scenario.result(), scenario.url
-    relay = Relay()
+    expected, _ = undisturbed(soak, scenario)
+    url, relay = scenario.url, Relay()
     relay.target_port = int(url.rpartition(":")[2])
     with relay.running():
         scenario.url = f"http://127.0.0.1:{relay.port}"
@@ -122,27 +50,75 @@ def cut(soak: Soak, scenario: Scenario, draw: random.Random) -> bool:
         child.join(600)
         failed = bool(child.exitcode)
         scenario.check()
-        soak._run_to_end(scenario)
+        soak.run_to_end(scenario)
         result = scenario.result()
     scenario.url = url
     assert result == expected, "the end state differs"
     return failed
 
 
+def jump(soak: Soak, scenario: Scenario, draw: random.Random) -> bool:
+    """Let the clock jump, kill the scenario, and go on with another clock; the times of files stay right."""
+    expected, duration = undisturbed(soak, scenario)
+    scenario.reset()
+    offset = scenario.folder / "offset"
+    _write_offset(offset, 0)
+    with _faked_clock(offset):
+        child = start(scenario, multiprocessing.get_context("spawn"))
+        for _ in range(draw.randint(1, 3)):
+            child.join(draw.random() * 0.5 * duration)
+            _write_offset(offset, draw.choice(_JUMPS))
+        killed = child.is_alive() and draw.random() < 0.5
+        if killed:
+            child.kill()
+        child.join(600)
+        assert killed or child.exitcode == 0, f"after a jump of the clock: {scenario.errors.read_text()}"
+        scenario.check()
+        _write_offset(offset, draw.choice(_JUMPS))
+        child = start(scenario, multiprocessing.get_context("spawn"))
+        child.join(600)
+        assert child.exitcode == 0, f"with another clock: {scenario.errors.read_text()}"
+    assert scenario.result() == expected, "the end state differs"
+    return killed
+
+
+def _write_offset(path: Path, seconds: int) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(f"{seconds:+}")
+    new.replace(path)
+
+
+@contextlib.contextmanager
+def _faked_clock(offset: Path) -> Iterator[None]:
+    """Processes that are started have a clock of their own, `offset` s after that of the machine."""
+    library = offset.with_name("clock.so")
+    if not library.exists():
+        source = Path(__file__).with_name("clock.c")
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+    with mock.patch.dict(os.environ, {"LD_PRELOAD": str(library), "CLOCK_OFFSET": str(offset)}):
+        yield
+
+
 KINDS = {
     "full disk": (fill, (Download, Process, Upload, Fetch, Staging, Train)),
-    "read-only": (lock, (Download, Process, Upload, Fetch)),
+    "read-only": (lock, (Download, Process, Upload, Fetch, Staging, Train)),
+    "slow disk": (slow_down, (Download, Process, Upload, Fetch, Staging, Train)),
+    "stale": (make_stale, (Download, Process, Upload, Fetch, Staging, Train)),
     "cut network": (cut, (Download,)),
+    "clock": (jump, (Download, Process, Upload, Fetch, Staging, Train, Queue)),
 }
 
 
 def main() -> int:
     """Play the rounds and print one line per kind and scenario."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of each kind and scenario")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--kind", choices=KINDS, help="only this disturbance")
+    parser.add_argument("--only", default="", help="only scenarios whose names begin like this")
     options = parser.parse_args()
     deadline, lost, lines = time.monotonic() + 60 * options.minutes, 0, []
     if os.geteuid():
@@ -151,7 +127,10 @@ def main() -> int:
         folder = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True))
         )
-        scenarios = [each for each in stage_scenarios(folder, "", "") if each.name != "evaluate"]
+        scenarios = [*stage_scenarios(folder, "", ""), Queue("queue", folder / "queue")]
+        scenarios = [
+            each for each in scenarios if each.name != "evaluate" and each.name.startswith(options.only)
+        ]
         soak = Soak(scenarios, options.seed, folder / "state", stack)
         prepared: set[str] = set()
         for kind, (play, which) in KINDS.items():
@@ -172,6 +151,7 @@ def main() -> int:
                     except Exception as error:
                         counts[3] += 1
                         print(f"{kind}, {scenario.name}, round {number}: {type(error).__name__}: {error}")
+                        traceback.print_exc()
                 lost += counts[3]
                 if counts[0]:
                     lines.append(f"{kind:14}{scenario.name:16}" + "".join(f"{count:10}" for count in counts))
