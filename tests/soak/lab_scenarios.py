@@ -29,6 +29,7 @@ def is_possible() -> bool:
 class LabDownload(Queue):
     """Two downloads on the lab: the command and tasks are killed, jobs requeued or cancelled, nodes lost."""
 
+    turns, disturbances = 1, 2
     kinds = ("kill",) * 4 + ("terminate", "freeze", "requeue", "cancel", "crash")
     words: tuple[str, ...] = ("-m", "+stage=download", "dataset=ilsvrc", "dataset.name=a,b")
     runs = 2

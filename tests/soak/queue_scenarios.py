@@ -24,6 +24,7 @@ class Queue(Scenario):
     """Two downloads on the local queue: the command, the worker and the jobs are killed, one at a time."""
 
     survives = True
+    turns, disturbances = 2, 3
     runs = 2
 
     def prepare(self, stack: contextlib.ExitStack) -> None:

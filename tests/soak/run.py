@@ -1,6 +1,6 @@
 """Kill, stop and freeze every stage at random moments, and check what is left: `make soak`.
 
-One round takes one scenario: it is begun, disturbed one to six times, checked after each, then run to its
+One round takes one scenario: it is begun, disturbed some times, checked after each, then run to its
 end and compared with an undisturbed run. Round N of a seed is always the same scenario with the same moments,
 as shares of the duration of an undisturbed run. `--state FILE` keeps the counts, so that a soak that was
 ended goes on with the next round; `--round N` repeats one round.
@@ -39,7 +39,7 @@ from scenarios import Scenario, stage_scenarios  # noqa: E402
 from session_scenario import Session  # noqa: E402
 
 SIGNALS = ("kill", "terminate", "freeze")
-DISTURBANCES = 6  # of a round, at most
+TURNS = 4  # of most scenarios, until all have had theirs
 LIMIT = 600  # s after which an undisturbed run counts as hanging
 TRIES = 6  # to kill before the end
 COLUMNS = ("rounds", "kills", "survived", "lost")
@@ -58,9 +58,10 @@ class Soak:
     def __init__(
         self, scenarios: list[Scenario], seed: int, state: Path, stack: contextlib.ExitStack
     ) -> None:
-        self.scenarios, self.seed, self._path, self._stack = scenarios, seed, state, stack
+        self.seed, self._path, self._stack = seed, state, stack
         self.durations: dict[str, float] = {}
         self.expected: dict[str, Any] = {}
+        self.turns = [each for turn in range(TURNS) for each in scenarios if turn < each.turns]
         self.next = 0
         self.counts = {scenario.name: dict.fromkeys(COLUMNS, 0) for scenario in scenarios}
         self.failures: list[str] = []
@@ -77,7 +78,7 @@ class Soak:
 
     def round(self, number: int) -> None:
         """Play one round, and count it."""
-        scenario = self.scenarios[number % len(self.scenarios)]
+        scenario = self.turns[number % len(self.turns)]
         count = self.counts.setdefault(scenario.name, dict.fromkeys(COLUMNS, 0))
         try:
             if scenario.name not in self.expected:
@@ -89,7 +90,7 @@ class Soak:
                 self.expected[scenario.name] = scenario.result()
             draw = random.Random(f"{self.seed} {number}")
             scenario.reset()
-            for _ in range(draw.randint(1, DISTURBANCES)):
+            for _ in range(draw.randint(1, scenario.disturbances)):
                 for _ in range(TRIES):
                     hit = self._disturb(scenario, draw)
                     scenario.check()

@@ -49,6 +49,8 @@ class Scenario(abc.ABC):
     """
 
     survives = False  # whether processes that the work has started may outlive it
+    turns = 4  # of 4: how often it has its turn
+    disturbances = 10  # of a round, at most
     kinds = ("kill",) * 7 + ("terminate",) * 2 + ("freeze",)  # of a disturbance, by frequency
 
     def __init__(self, name: str, folder: Path) -> None:

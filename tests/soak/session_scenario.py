@@ -26,6 +26,8 @@ TEXT = "line\n" * 1000
 class Session(Scenario):
     """One session; its server and its folder in /tmp must go with it."""
 
+    turns, disturbances = 2, 3
+
     @property
     def run(self) -> Run:
         """The run of the session."""
