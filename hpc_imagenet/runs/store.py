@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,11 @@ class Run:
             )
 
     def join_sweep(self, name: str) -> None:
-        """Add the run to a sweep; it stays in those that it belongs to already."""
-        info = self.info
-        if name not in info.get("sweeps", ()):
+        """Add the run to a sweep; it stays in those that it belongs to already, or is added to meanwhile."""
+        if name in self.info.get("sweeps", ()):
+            return
+        with RunStore(self.folder.parents[1]).locked():
+            info = self.info
             write_json(self.folder / "run.json", {**info, "sweeps": [*info.get("sweeps", ()), name]})
 
     def config(self) -> Config:
@@ -292,6 +294,15 @@ class RunStore:
             make_own_folder(folder, private)
         return folder
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of this user's records that are read and written again, such as run.json."""
+        from filelock import FileLock
+
+        # In a private folder: who can open the file of a lock can hold it.
+        with FileLock(self.make_own_folder("locks", private=True) / "records.lock"):
+            yield
+
     def leave_out(self, run: Run) -> None:
         """Note that this user may not read a run."""
         try:
@@ -363,8 +374,9 @@ class RunStore:
         make_own_folder(run.folder)
         with atomic_write(run.folder / "config.yaml") as file:
             file.write(yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode())
-        kept = {key: value for key, value in run.info.items() if key in ("created", "sweeps")}
-        write_json(run.folder / "run.json", {"format": FORMAT, **info, "created": now(), **kept})
+        with self.locked():
+            kept = {key: value for key, value in run.info.items() if key in ("created", "sweeps")}
+            write_json(run.folder / "run.json", {"format": FORMAT, **info, "created": now(), **kept})
         return run
 
 

@@ -58,6 +58,18 @@ def test_write_json_once_has_one_winner_among_concurrent_writers(
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_concurrent_commands_add_a_run_to_all_their_sweeps(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    run = store.create("0-x", {}, {"stage": "train", "needs": []})
+
+    def command(number: int) -> None:
+        store.create("0-x", {}, {"stage": "train", "needs": []})
+        run.join_sweep(f"s{number}")
+
+    run_concurrently(command)
+    assert sorted(run.info["sweeps"]) == sorted(f"s{number}" for number in range(16))
+
+
 def test_atomic_write_keeps_the_old_file_after_an_exception(tmp_path: Path) -> None:
     atomic_files.write_json(tmp_path / "x.json", 1)
 

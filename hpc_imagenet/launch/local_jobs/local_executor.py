@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from hpc_imagenet.launch.executor import Executor, State, code_version
 from hpc_imagenet.launch.local_jobs import local_queue
@@ -37,7 +38,8 @@ class LocalExecutor(Executor):
 
     def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:
         """Return the states of attempts by their processes, or why they are still queued."""
-        return {key: self._state(attempt) for key, attempt in attempts.items()}
+        expected: dict[Path, bool] = {}  # whether a worker is there, by workspace: one query for all its runs
+        return {key: self._state(attempt, expected) for key, attempt in attempts.items()}
 
     def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
         """Write the outcome and end the processes of the attempt."""
@@ -47,15 +49,18 @@ class LocalExecutor(Executor):
         """Start a worker unless one is running."""
         local_queue.ensure_worker(store)
 
-    def _state(self, attempt: Attempt) -> State:
+    def _state(self, attempt: Attempt, expected: dict[Path, bool]) -> State:
         started = local_queue.process_record(attempt) or local_queue.is_alive(attempt)
         if started or local_queue.is_elsewhere(attempt):
             return local_queue.state_of_process(attempt)
         run = Run(attempt.folder.parents[1])
         if not run.is_mine:  # only its owner can read that queue
             return State(QUEUED, f"waits in the queue of {run.owner}")
-        store = RunStore(attempt.folder.parents[3])
-        if not local_queue.is_worker_expected(store):
+        workspace = attempt.folder.parents[3]
+        store = RunStore(workspace)
+        if workspace not in expected:
+            expected[workspace] = local_queue.is_worker_expected(store)
+        if not expected[workspace]:
             return State(QUEUED, "no worker is running: retry, or submit again, to start one")
         needs = [store.run(need) for need in run.info.get("needs", ())]
         unmet = [need.id for need in needs if not _has_finished(need)]

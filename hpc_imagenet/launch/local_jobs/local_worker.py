@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from hpc_imagenet.cluster import dist_env, gpus
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.launch.retries.error_logs import error_logs
 from hpc_imagenet.launch.states import states
@@ -37,13 +38,29 @@ _NO_LIMIT = 60 * 24 * 365.0  # minutes: local jobs have no time limit unless clu
 
 
 @dataclass
+class _Entry:
+    """An attempt in the queue, as this worker has last seen it."""
+
+    path: Path
+    run: Run
+    attempt: Attempt
+    job: str
+    session: bool
+    waiting: bool = False  # nothing but this worker starts it: it is read again when its turn has come
+    parallel: int | None = None  # parallel jobs allowed; None: its config has not been read yet
+
+
+@dataclass
 class Worker:
-    """The worker loop of one queue; `step` is one pass over its entries."""
+    """The worker loop of one queue; `step` is one pass over its entries.
+
+    A pass reads the records of running and of new jobs, and of those whose turn it is: a queue may have
+    thousands of jobs, and each has a handful of records.
+    """
 
     store: RunStore
     handles: list[Any] = field(default_factory=list)  # submitit jobs, kept so that ended children are reaped
-    # Parallel jobs allowed, by attempt folder (cache)
-    parallel: dict[Path, int] = field(default_factory=dict)
+    entries: dict[str, _Entry] = field(default_factory=dict)  # of the queue, by file name, in order
     since: float = field(default_factory=time.monotonic)  # when polling of needed runs began
 
     def work(self) -> None:
@@ -67,94 +84,117 @@ class Worker:
                 return
 
     def step(self) -> bool:
-        """Process every entry once: remove ended ones, start those that may start. False if none is left."""
+        """Process the entries once: remove ended ones, start those that may start. False if none is left."""
         self.handles = [job for job in self.handles if not job.done()]
-        waiting: dict[str, list[tuple[Run, Attempt]]] = {}  # attempts of each job
+        waiting: dict[str, list[_Entry]] = {}  # entries of each job
         running: list[Attempt] = []  # one of each job
         jobs: set[str] = set()  # that are running
         # Sessions do not count as running: jobs submitted from a session would wait for its end.
         sessions: list[Attempt] = []
-        for path in sorted(local_queue.queue_folder(self.store).glob("*.entry")):
-            entry = read_record(path)
-            if not (isinstance(entry.get("run"), str) and isinstance(entry.get("attempt"), int)):
-                if path.exists():
-                    print(
-                        f"the entry {path.name} of the queue is damaged: removed", file=sys.stderr, flush=True
-                    )
-                    path.unlink(missing_ok=True)  # its run counts as never started, and can be retried
+        self._list_entries()
+        for entry in list(self.entries.values()):
+            if not entry.waiting and local_queue.is_alive(entry.attempt):
+                if entry.job not in jobs:
+                    (sessions if entry.session else running).append(entry.attempt)
+                jobs.add(entry.job)
+            elif entry.waiting or self._is_waiting(entry):
+                entry.waiting = True
+                waiting.setdefault(entry.job, []).append(entry)
+        for job in waiting.values():
+            if job[0].session and (ready := self._ready(job)) and self._start(ready, running + sessions):
+                sessions.append(ready[0].attempt)
+        state_of: dict[str, State] = {}  # of needed runs
+        for job in waiting.values():
+            if job[0].session or not (ready := self._ready(job)):
                 continue
-            run = self.store.run(entry["run"])
-            attempt = Attempt(run.folder / "attempts" / str(entry["attempt"]))
-            job = entry.get("job", path.stem)
-            if local_queue.is_alive(attempt):
-                if job not in jobs:
-                    (sessions if _is_session(run) else running).append(attempt)
-                jobs.add(job)
-            elif attempt.outcome or not attempt.folder.exists():
-                notification.run_ended(run, attempt)
-                path.unlink()
-            elif local_queue.process_record(attempt):
-                attempt.end(FAILED, error_logs(attempt).last_error() or local_queue.NO_OUTCOME)
-                notification.run_ended(run, attempt)
-                path.unlink()
-            elif (newest := run.attempt) and newest.number > attempt.number:
-                # Its submission was interrupted and repeated: two attempts must never write one run.
-                attempt.end(CANCELLED, f"replaced by attempt {newest.number}")
-                path.unlink()
-            else:
-                try:
-                    run.check_format()
-                    run.frozen()  # a damaged config must not end the worker of all others
-                except UserError as error:
-                    attempt.end(FAILED, str(error))
-                    path.unlink()
-                else:
-                    waiting.setdefault(job, []).append((run, attempt))
-        for attempts in waiting.values():
-            run, attempt = attempts[0]
-            if _is_session(run) and self._start(attempts, running + sessions):
-                sessions.append(attempt)
-        for attempts in waiting.values():
-            run, attempt = attempts[0]
-            if _is_session(run):
-                continue
-            if len(running) >= self._parallel(run, attempt):
+            if len(running) >= (ready[0].parallel or 1):
                 break  # keep the order: later entries do not overtake one that waits for a free slot
-            blocked = self._blocked(run)
+            blocked = self._blocked(ready[0].run, state_of)
             if blocked:
-                for _, each in attempts:
-                    each.end(CANCELLED, blocked)
+                for entry in ready:
+                    entry.attempt.end(CANCELLED, blocked)
+                    entry.waiting = False
             elif blocked is None:
-                if not self._start(attempts, running + sessions):
+                if not self._start(ready, running + sessions):
                     break  # nor one that waits for GPUs
-                running.append(attempt)
-        return bool(waiting or running or sessions)
+                running.append(ready[0].attempt)
+        return bool(self.entries)
 
-    def _parallel(self, run: Run, attempt: Attempt) -> int:
-        """Return the maximum number of parallel jobs, including this attempt."""
-        if attempt.folder not in self.parallel:
-            self.parallel[attempt.folder] = _max_parallel(run)
-        return self.parallel[attempt.folder]
+    def _list_entries(self) -> None:
+        """Read the entries that are new, and forget those that are gone."""
+        found: dict[str, _Entry] = {}
+        for path in sorted(local_queue.queue_folder(self.store).glob("*.entry")):
+            if path.name in self.entries:
+                found[path.name] = self.entries[path.name]
+                continue
+            entry = read_record(path)
+            if isinstance(entry.get("run"), str) and isinstance(entry.get("attempt"), int):
+                run = self.store.run(entry["run"])
+                attempt = Attempt(run.folder / "attempts" / str(entry["attempt"]))
+                job = entry.get("job", path.stem)
+                found[path.name] = _Entry(path, run, attempt, job, _is_session(run))
+            elif path.exists():
+                print(f"the entry {path.name} of the queue is damaged: removed", file=sys.stderr, flush=True)
+                path.unlink(missing_ok=True)  # its run counts as never started, and can be retried
+        self.entries = found
 
-    def _blocked(self, run: Run) -> str | None:
-        """Return None if `run` may start, "" while it must wait, else the reason why it never can."""
-        needs = [self.store.run(need) for need in run.info.get("needs", ())]
-        state_of = states(needs, self.since)
+    def _is_waiting(self, entry: _Entry) -> bool:
+        """Whether an attempt that does not run may start; the entry of one that may not is removed."""
+        run, attempt = entry.run, entry.attempt
+        if attempt.outcome or not attempt.folder.exists():
+            notification.run_ended(run, attempt)
+        elif local_queue.process_record(attempt):
+            attempt.end(FAILED, error_logs(attempt).last_error() or local_queue.NO_OUTCOME)
+            notification.run_ended(run, attempt)
+        elif (newest := run.attempt) and newest.number > attempt.number:
+            # Its submission was interrupted and repeated: two attempts must never write one run.
+            attempt.end(CANCELLED, f"replaced by attempt {newest.number}")
+        else:
+            return True
+        self._remove(entry)
+        return False
+
+    def _remove(self, entry: _Entry) -> None:
+        entry.path.unlink()
+        del self.entries[entry.path.name]
+
+    def _ready(self, job: list[_Entry]) -> list[_Entry]:
+        """Return the entries of a job whose turn it is that still wait and whose configs can be read."""
+        ready = [entry for entry in job if self._is_waiting(entry)]
+        for entry in ready:
+            if entry.parallel is None:
+                try:
+                    entry.run.check_format()
+                    entry.parallel = _max_parallel(entry.run)
+                except UserError as error:  # a damaged config must not end the worker of all others
+                    entry.attempt.end(FAILED, str(error))
+                    self._remove(entry)
+        return [entry for entry in ready if entry.parallel is not None]
+
+    def _blocked(self, run: Run, state_of: dict[str, State]) -> str | None:
+        """Return None if `run` may start, "" while it must wait, else the reason why it never can.
+
+        `state_of` keeps the states of needed runs for the entries of one pass.
+        """
+        needs = list(run.info.get("needs", ()))
+        state_of |= states([self.store.run(need) for need in needs if need not in state_of], self.since)
         for need in needs:
-            state = state_of[need.id]
+            state = state_of[need]
             if state.ended and not state.finished:
                 ended = "failed" if state.name == FAILED else "was cancelled"
-                return f"needs {need.id}, which {ended}: fix that, then retry"
-        return None if all(state.finished for state in state_of.values()) else ""
+                return f"needs {need}, which {ended}: fix that, then retry"
+        return None if all(state_of[need].finished for need in needs) else ""
 
-    def _start(self, attempts: list[tuple[Run, Attempt]], running: list[Attempt]) -> bool:
+    def _start(self, entries: list[_Entry], running: list[Attempt]) -> bool:
         """Start the process of a job; False if it must wait for GPUs."""
+        attempts = [(entry.run, entry.attempt) for entry in entries]
         run, attempt = attempts[0]
         try:
             cluster, *_ = [each.own_cluster() for each, _ in attempts]
         except UserError as error:
-            for _, each in attempts:
-                each.end(FAILED, str(error))
+            for entry in entries:
+                entry.attempt.end(FAILED, str(error))
+                entry.waiting = False
             return True
         shares = bool(run.info.get("shares_loader"))
         taken = {str(gpu) for other in running for gpu in local_queue.process_record(other).get("gpus", ())}
@@ -186,6 +226,8 @@ class Worker:
         for _, attempt in attempts:
             local_queue.record_process(attempt, int(job.job_id), job_id=job.job_id, gpus=assigned)
         self.handles.append(job)
+        for entry in entries:
+            entry.waiting = False
         for _, attempt in attempts:
             if attempt.outcome:  # cancelled before the launch, when there was no process to kill yet
                 local_queue.kill(attempt)

@@ -70,6 +70,27 @@ def test_job_that_waits_for_gpus_is_not_overtaken(tmp_path: Path, monkeypatch: p
     assert not local_queue.process_record(small)
 
 
+def test_a_pass_of_the_worker_reads_no_job_before_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore(tmp_path)
+    attempts = []
+    for number in range(40):
+        config = {"cluster": {"executor": "local", "parallel": 1}, "stage": {"name": "train"}}
+        run = store.create(f"{number:02}-x", config, {"stage": "train", "needs": []})
+        attempts.append((run, run.new_attempt()))
+    local_queue.enqueue(store, [[each] for each in attempts])
+    local_queue.record_process(attempts[0][1])  # it runs, and is the only one that may
+    worker, read = Worker(store), []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    worker.step()
+    assert any(run.folder in path.parents for run, _ in attempts[2:] for path in read)
+    read.clear()
+    assert worker.step()
+    assert not [path for run, _ in attempts[2:] for path in read if run.folder in path.parents]
+
+
 def test_gpu_uuid_is_passed_as_cuda_visible_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     # A worker sets this variable for the jobs it starts; undo that for later tests.
