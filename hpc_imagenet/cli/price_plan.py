@@ -16,8 +16,8 @@ from hpc_imagenet.config.schema import Datastore
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
-from hpc_imagenet.launch.price import DATA, KnownTimes, Price, images_of, known_times, price
-from hpc_imagenet.launch.search_price import possible_trials, search_price
+from hpc_imagenet.launch.pricing.price import DATA, KnownTimes, Price, images_of, known_times, price
+from hpc_imagenet.launch.pricing.search_price import possible_trials, search_price
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.validate import version_finder
 from hpc_imagenet.report.jobs_table import watch

@@ -15,7 +15,7 @@ from hpc_imagenet.launch import submission, validate
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
 from hpc_imagenet.launch.plan import make_plan
-from hpc_imagenet.launch.price import check_time_limits
+from hpc_imagenet.launch.pricing.price import check_time_limits
 from hpc_imagenet.launch.split import choose_clusters
 from hpc_imagenet.launch.submission import Submitted
 from hpc_imagenet.launch.warm_start import find_weights

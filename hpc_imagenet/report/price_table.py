@@ -15,8 +15,8 @@ from rich.table import Table
 
 from hpc_imagenet.cluster.free_nodes import FreeNode
 from hpc_imagenet.io.printable import one_line
-from hpc_imagenet.launch.price import DATA, NETWORK, Price, sweep_seconds, tasks_of
-from hpc_imagenet.launch.search_price import SearchPrice
+from hpc_imagenet.launch.pricing.price import DATA, NETWORK, Price, sweep_seconds, tasks_of
+from hpc_imagenet.launch.pricing.search_price import SearchPrice
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.run_summary import amount
 

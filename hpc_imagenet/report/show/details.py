@@ -129,8 +129,12 @@ def _changed_settings(stage: str, frozen: dict[str, Any]) -> dict[str, dict[str,
             for name, value in _flat(_section(frozen, section))
             if f"{section}.{name}" in _ALWAYS or _differs(value, usual.get(name), section)
         }
-    others = {name for name in found["cluster"] if name.startswith("stage.") and f"stage.{stage}." not in name}
-    found["cluster"] = {name: value for name, value in found["cluster"].items() if name not in others}
+    own = f"stage.{stage}."
+    found["cluster"] = {
+        name: value
+        for name, value in found["cluster"].items()
+        if name.startswith(own) or not name.startswith("stage.")
+    }
     if stage == "evaluate":
         found["recipe"] = {name: value for name, value in found["recipe"].items() if name.startswith("val_")}
     if stage == "train":

@@ -22,7 +22,7 @@ from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.plan import make_plan
-from hpc_imagenet.launch.price import Images, KnownTimes, Price, known_times, price, sweep_seconds
+from hpc_imagenet.launch.pricing.price import Images, KnownTimes, Price, known_times, price, sweep_seconds
 from hpc_imagenet.launch.validate import version_finder
 from hpc_imagenet.report.price_table import PriceReport, print_prices
 from hpc_imagenet.runs.job import Job

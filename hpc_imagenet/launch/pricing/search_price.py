@@ -10,7 +10,7 @@ from hpc_imagenet.config.input.search_space import sample_values, trial_config
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.config.search import REDUCTION
 from hpc_imagenet.launch.plan import make_plan
-from hpc_imagenet.launch.price import Price
+from hpc_imagenet.launch.pricing.price import Price
 from hpc_imagenet.runs.job import FindVersion, Job
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.runs.time_record import training_shape

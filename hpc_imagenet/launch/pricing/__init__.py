@@ -1,0 +1,1 @@
+"""What trainings and searches will cost: time, GPU-hours, energy and money."""
