@@ -129,11 +129,10 @@ def _changed_settings(stage: str, frozen: dict[str, Any]) -> dict[str, dict[str,
             for name, value in _flat(_section(frozen, section))
             if f"{section}.{name}" in _ALWAYS or _differs(value, usual.get(name), section)
         }
-    own = f"stage.{stage}."
     found["cluster"] = {
         name: value
         for name, value in found["cluster"].items()
-        if name.startswith(own) or not name.startswith("stage.")
+        if not name.startswith("stage.") or name.startswith(f"stage.{stage}.")  # those of other stages
     }
     if stage == "evaluate":
         found["recipe"] = {name: value for name, value in found["recipe"].items() if name.startswith("val_")}
