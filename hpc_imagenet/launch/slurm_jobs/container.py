@@ -23,7 +23,7 @@ from hpc_imagenet.io.ownership import check_own
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 _PYTHON = "python3"
-# ch-run requires the variable; torch asks for the name where the image's /etc/passwd does not have it.
+# ch-run requires the variable; torch reads the name from it where the image's /etc/passwd does not have it.
 _WITH_USER = 'env USER="${USER:-$(id -un)}"'
 _PROGRAMS = {
     "apptainer": "apptainer",
