@@ -83,3 +83,26 @@ def test_the_script_runs_tasks_inside_and_decides_outside(tmp_path: Path) -> Non
     assert "hpc_imagenet.launch.slurm_jobs.requeue" in decision
     assert "apptainer" not in decision
     assert f"export PYTHONPATH={PACKAGE_ROOT}\n" in text
+
+
+def test_in_an_allocation_the_foreground_starts_its_tasks_inside(tmp_path: Path) -> None:
+    write_slurm(tmp_path)
+    write_command(tmp_path, "srun", f'printf "%s\\n" "$PYTHONPATH" "$@" > {tmp_path}/words; exit 1')
+    write_command(tmp_path, "apptainer", "true")
+    image = tmp_path / "an image.sif"
+    image.touch()
+    cli = Cli(tmp_path / "workspace", path=f"{tmp_path}:{os.environ['PATH']}")
+    words = ("+stage=download", "dataset=digits", f"cluster.container='{image}'", "cluster=foreground")
+    assert "on this machine start the command itself in the container" in cli.refused(*words)
+    cli.env["SLURM_JOB_ID"] = "7"
+    cli(*words, code=1)
+    path, *started = (tmp_path / "words").read_text().splitlines()
+    at = started.index("apptainer")
+    assert path == str(PACKAGE_ROOT)
+    assert {"--nodes=1", "--ntasks=1"} <= set(started[:at])
+    assert started[started.index(str(image)) + 1 :][:4] == [
+        "python3",
+        "-u",
+        "-m",
+        "hpc_imagenet.launch.tasks.task",
+    ]
