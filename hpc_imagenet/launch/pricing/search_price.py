@@ -100,6 +100,8 @@ def search_price(config: Config, store: RunStore, trials: Sequence[Price]) -> Se
 def _share(trial: Config, algorithm: str | None) -> float | None:
     """Return the epochs that trials take on average, of a whole schedule."""
     rungs = rung_epochs(trial.recipe.epochs, trial.recipe.warmup_epochs)
+    if len(rungs) == 1:  # the schedule is too short for another one
+        return None
     if algorithm == "asha":  # a trial goes on from rung to rung
         steps = [after - before for before, after in zip([0, *rungs], rungs, strict=False)]
     elif algorithm == "halving":  # each rung is a training of its own
