@@ -53,6 +53,7 @@ class UsageRecorder:
         self._thread = threading.Thread(target=self._work, name="usage", daemon=True)
         self._lock = threading.Lock()  # a sample is taken by the thread or at the end, never by both
         self._memory = 0
+        self._has_folder = False
         self._intervals = write_intervals(dist_env.size)
 
     def __enter__(self) -> UsageRecorder:
@@ -96,7 +97,9 @@ class UsageRecorder:
         }
         # A full disk, or a folder that was deleted or is another user's: it must not end the job.
         with contextlib.suppress(OSError, UserError):
-            make_own_folder(self._path.parent)
+            if not self._has_folder:
+                make_own_folder(self._path.parent)
+                self._has_folder = True
             write_json(self._path, record)
 
 

@@ -137,13 +137,15 @@ def test_preprocessing_is_checked(value: str, message: str) -> None:
 def test_optional_settings_are_in_the_signature_only_if_set() -> None:
     plain = composed("model=resnet18")
     assert set(plain.model.identity()) == {"name", "stem", "options"}
-    assert "optimizer_options" not in plain.recipe.identity()
+    assert not plain.recipe.identity().keys() & {"optimizer_options", "shuffle_window"}
     changed = composed(
         "model=resnet18", "+model.preprocessing.crop_pct=0.9", "+recipe.optimizer_options.nesterov=true"
     )
     assert changed.model.identity()["preprocessing"] == {"crop_pct": 0.9}
     assert changed.recipe.identity()["optimizer_options"] == {"nesterov": True}
     assert TRAIN.signature(changed) != TRAIN.signature(plain)
+    windowed = composed("model=resnet18", "recipe.shuffle_window=65536")
+    assert windowed.recipe.identity()["shuffle_window"] == 65536
 
 
 @pytest.mark.parametrize(
