@@ -88,12 +88,12 @@ def windows_of(sampler: TrainSampler) -> Iterator[list[int]]:
 
 def print_places(split: SplitReader, ranks: int, window: int | None) -> None:
     images = places = read = needed = 0
-    chosen = range(0, ranks, max(1, ranks // 8))  # eight ranks stand for all
+    chosen = range(0, ranks, max(1, ranks // 8))  # eight ranks represent all
     for rank in chosen:
         for used in windows_of(TrainSampler(len(split), SEED, BatchShare(BATCH, rank, ranks), window=window)):
             needed += int(split.index["length"][used].sum(dtype=np.int64)) + 1024 * len(used)
             images += len(used)
-            if window is None:  # one request an image, whatever lies beside it
+            if window is None:  # one request an image, whatever is beside it
                 places, read = places + len(used), needed
                 continue
             found = extents(split, used)

@@ -1,4 +1,4 @@
-"""Count what a training and the commands ask of the shared file system, and calculate it for 1,000 nodes.
+"""Count what a training and the commands request of the shared file system; calculate 1,000 nodes.
 
     python benchmarks/shared_file_system.py [--folder DIR] [--tasks 2] [--nodes 1000] [--tasks-there 8]
 
@@ -10,7 +10,7 @@ Python environment. Other files are local to a node. Failed calls count too; of 
 reads, writes and fsync. Mapped libraries are not counted.
 
 The calculation is rank 0 + (tasks - 1) x another task, from the training on two nodes. It is an upper
-limit: a node with a cache asks the server only once for each of the different paths, whatever the number of
+limit: a node with a cache queries the server only once for each of the different paths, whatever the number of
 its tasks. Usage is left out: it is written by the clock, at most ten times a second by all tasks.
 """
 

@@ -11,6 +11,7 @@ the difference shows what an image costs. Temporary files are deleted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +94,7 @@ def print_scan(images: int, options: argparse.Namespace) -> None:
     results, private = [], [0]
 
     def record(process: psutil.Process) -> None:
-        status = Path(f"/proc/{process.pid}/status").read_text().split("RssAnon:")
-        private[-1] = max(private[-1], int(status[1].split()[0]) << 10) if status[1:] else private[-1]
+        private[-1] = max(private[-1], private_bytes(process.pid))
 
     for _ in range(REPEATS):
         workspace = options.folder / "workspace"
@@ -194,10 +195,65 @@ def count_validation(options: argparse.Namespace) -> int:
     return path.stat().st_size
 
 
+def list_images(options: argparse.Namespace) -> int:
+    """List the images class by class as a scan does, write the index, make the certificate.
+
+    Returns:
+        resident bytes without pages of files, at the most.
+    """
+    from hpc_imagenet.data.ilsvrc.scan import _Columns
+    from hpc_imagenet.data.images.image_header import FACTS
+    from hpc_imagenet.data.prepare.certificate import build_certificate
+    from hpc_imagenet.data.tar.tar_scan import ImageEntries
+    from hpc_imagenet.datastore.manifest import ClassNames
+
+    columns, offset, private, ended = _Columns(), 0, [0], threading.Event()
+
+    def record() -> None:
+        while not ended.wait(0.002):
+            private.append(max(private.pop(), private_bytes(os.getpid())))
+
+    recorder = threading.Thread(target=record)
+    recorder.start()
+    for number in range(options.classes):
+        count = options.images * (number + 1) // options.classes - options.images * number // options.classes
+        names = np.array([b"n%08d_%d.JPEG" % (number, i) for i in range(count)], "S100")
+        lengths = np.full(count, 110_000)
+        offsets = offset + np.cumsum(lengths)
+        columns.add(ImageEntries(names, offsets, lengths, np.zeros(count, FACTS)), number, 0)
+        offset = int(offsets[-1])
+    index = columns.index.array()
+    write_index(options.folder / "listed.npy", index)
+    classes = [ClassNames(f"n{i:08d}", (f"word {i}",)) for i in range(options.classes)]
+    build_certificate(
+        name="x",
+        content="0",
+        classes=classes,
+        splits={"train": index},
+        facts={"train": columns.facts.array()},
+        names={"train": columns.names.array()},
+        files=(),
+        skipped=(),
+        provenance={},
+        tools={},
+    )
+    ended.set()
+    recorder.join()
+    return private[0]
+
+
+def private_bytes(process: int) -> int:
+    """Return the resident memory of a process without pages of files; 0 once it has ended."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path(f"/proc/{process}/status").read_text().split("RssAnon:")[1].split()[0]) << 10
+    return 0
+
+
 ITEMS: dict[str, Callable[[argparse.Namespace], int]] = {
     "index: open, 1,000 entries": open_index,
     "index: hash": hash_index,
     "sampler: first batch of an epoch, one rank": start_epoch,
+    "process: list of images, certificate (private)": list_images,
     "manifest: write and read": write_manifest,
     "validation: counts and val_classes.csv": count_validation,
 }

@@ -62,8 +62,8 @@ def test_extents_contain_the_images_and_no_gap_longer_than_allowed(lengths, data
         assert sum(e.shard == shard and e.begin <= offset and offset + length <= e.end for e in found) == 1
     for one, other in pairwise(found):
         assert one.shard < other.shard or other.begin - one.end > GAP
-    wanted = sum(int(split.index[image]["length"]) for image in images)
-    assert sum(e.end - e.begin for e in found) <= wanted + GAP * (len(images) - 1)
+    expected = sum(int(split.index[image]["length"]) for image in images)
+    assert sum(e.end - e.begin for e in found) <= expected + GAP * (len(images) - 1)
 
 
 def test_window_is_read_in_order_in_long_requests_before_its_batches_are_used() -> None:
