@@ -10,7 +10,7 @@ Python environment. Other files are local to a node. Failed calls count too; of 
 reads, writes and fsync. Mapped libraries are not counted.
 
 The calculation is rank 0 + (tasks - 1) x another task, from the training on two nodes. It is an upper
-limit: a node with a cache queries the server only once for each of the different paths, whatever the number of
+limit: a node with a cache queries the server once for each of the different paths, whatever the number of
 its tasks. Usage is left out: it is written by the clock, at most ten times a second by all tasks.
 """
 
