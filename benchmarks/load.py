@@ -1,6 +1,6 @@
 """Load one workspace with many runs, queued jobs, array tasks and clients at once.
 
-    python benchmarks/load.py [--only runs,queue,worker,clients,lab] [--folder FOLDER]
+    python benchmarks/load.py [--only runs,queue,worker,clients,lab] [--divide 1] [--folder FOLDER]
 
 runs      commands in a workspace of 10,000 runs
 queue     2,000 downloads queued on this machine: submit, jobs, cancel; CPU time of the worker per pass
@@ -39,7 +39,6 @@ from hpc_imagenet.launch.local_jobs.local_worker import Worker
 from hpc_imagenet.runs.attempt import CANCELLED
 from hpc_imagenet.runs.store import RunStore
 
-RUNS, QUEUED, JOBS, CLIENTS, TASKS = 10_000, 2_000, 10_000, 50, 1_000
 LIMIT = 2.0  # s that an answer may take
 PROGRAM = (sys.executable, "-m", "hpc_imagenet")
 
@@ -87,12 +86,12 @@ def download(first: int, end: int, *words: str) -> tuple[str, ...]:
     return *sweep, "+stage=download", *dataset, *words
 
 
-def many_runs(folder: Path) -> None:
-    """Time commands in a workspace of 10,000 runs."""
+def many_runs(folder: Path, count: int) -> None:
+    """Time commands in a workspace of many runs."""
     workspace, draw = Workspace(folder), random.Random(0)
-    for number in range(RUNS):
+    for number in range(count):
         make_run(workspace.folder / "runs", number, number < 100, draw)
-    first, last = sorted(path.name for path in (workspace.folder / "runs").iterdir())[:: RUNS - 1]
+    first, last = sorted(path.name for path in (workspace.folder / "runs").iterdir())[:: count - 1]
     with no_worker(workspace):
         workspace.show("jobs, the first time", "jobs")
         workspace.show("jobs", "jobs")
@@ -105,13 +104,13 @@ def many_runs(folder: Path) -> None:
         workspace.show("submit one", *download(0, 1))
 
 
-def queued(folder: Path) -> None:
-    """Queue 2,000 jobs, and time commands and one pass of the worker."""
+def queued(folder: Path, count: int) -> None:
+    """Queue many jobs, and time commands and one pass of the worker."""
     workspace = Workspace(folder)
     with no_worker(workspace):
-        workspace.show("submit 2,000", *download(0, QUEUED))
+        workspace.show("submit all", *download(0, count))
         workspace.show("jobs", "jobs")
-        workspace.show("submit one more", *download(QUEUED, QUEUED + 1))
+        workspace.show("submit one more", *download(count, count + 1))
         run = workspace.store.unsorted()[0].id
         workspace.show("cancel RUN", "cancel", run)
         worker = Worker(workspace.store)
@@ -140,8 +139,8 @@ class _True:
         return job
 
 
-def worker_memory(folder: Path) -> None:
-    """Let a worker start 10,000 jobs, 100 of them queued at a time; print its memory."""
+def worker_memory(folder: Path, count: int) -> None:
+    """Let a worker start many jobs, 100 of them queued at a time; print its memory."""
     workspace = Workspace(folder)
     with no_worker(workspace):
         workspace.quietly(*download(0, 100, "cluster.parallel=50"))
@@ -151,7 +150,7 @@ def worker_memory(folder: Path) -> None:
     worker, process, done, begin = Worker(workspace.store), psutil.Process(), 0, time.process_time()
     patched = mock.patch("hpc_imagenet.launch.local_jobs.local_worker._LocalJobs", _True)
     with patched:
-        while done < JOBS:
+        while done < count:
             for run in runs:
                 if last := run.attempt:
                     last.end(CANCELLED)
@@ -160,45 +159,45 @@ def worker_memory(folder: Path) -> None:
             while worker.step():
                 pass
             done += len(runs)
-            if done in (1_000, 2_000, 5_000, JOBS):
+            if done in (count // 10, count // 5, count // 2) or done >= count:
                 used = time.process_time() - begin
                 print(
                     f"  after {done:6,} jobs: {process.memory_info().rss / 2**20:7.1f} MiB, "
                     f"{1e3 * used / done:6.1f} ms of CPU a job, {len(worker.handles)} handles, "
-                    f"{len(worker.parallel)} cached limits",
+                    f"{len(worker.entries)} entries",
                     flush=True,
                 )
 
 
-def many_clients(folder: Path) -> None:
-    """Let 50 clients use one workspace at the same time."""
+def many_clients(folder: Path, count: int) -> None:
+    """Let many clients use one workspace at the same time."""
     workspace = Workspace(folder)
-    with no_worker(workspace), ThreadPoolExecutor(CLIENTS) as clients:
+    with no_worker(workspace), ThreadPoolExecutor(count) as clients:
 
         def at_once(name: str, words: Any) -> None:
             before = os.times()
-            times = sorted(clients.map(lambda number: workspace.quietly(*words(number)), range(CLIENTS)))
+            times = sorted(clients.map(lambda number: workspace.quietly(*words(number)), range(count)))
             after = os.times()
             cpu = (after.children_user + after.children_system) - (
                 before.children_user + before.children_system
             )
-            print_line(f"{name}: the median", times[CLIENTS // 2], cpu / CLIENTS)
+            print_line(f"{name}: the median", times[count // 2], cpu / count)
             print_line(f"{name}: the slowest", times[-1])
 
         at_once("submit one each", lambda number: download(number, number + 1))
         at_once("jobs", lambda _: ("jobs",))
         runs = [run.id for run in workspace.store.all()]
-        print(f"  runs: {len(runs)} of {CLIENTS}")
+        print(f"  runs: {len(runs)} of {count}")
         at_once("add the same run to a sweep each", lambda number: download(0, 1, f"sweep=s{number}"))
         sweeps = {name for run in workspace.store.all() for name in run.info.get("sweeps", ())}
-        print(f"  sweeps: {len(sweeps)} of {CLIENTS}")
+        print(f"  sweeps: {len(sweeps)} of {count}")
         at_once("cancel one each", lambda number: ("cancel", runs[number]))
         states = [attempt.outcome for run in workspace.store.all() if (attempt := run.attempt)]
-        print(f"  cancelled: {sum(outcome is not None for outcome in states)} of {CLIENTS}")
+        print(f"  cancelled: {sum(outcome is not None for outcome in states)} of {count}")
 
 
-def array_tasks(folder: Path) -> None:
-    """Submit 1,000 tasks to the lab, in arrays of at most 100."""
+def array_tasks(folder: Path, count: int) -> None:
+    """Submit many tasks to the lab, in arrays of at most 100."""
     lab = folder / "lab"
     subprocess.run(
         [LAB, "--dir", lab, "up", "--set", "MaxArraySize=101", "--set", "MaxJobCount=20000"], check=True
@@ -207,7 +206,7 @@ def array_tasks(folder: Path) -> None:
     workspace = Workspace(folder, env)
     try:
         held = "+cluster.sbatch.hold=true"
-        workspace.show("submit 1,000", *download(0, TASKS, "cluster=lab", held))
+        workspace.show("submit all", *download(0, count, "cluster=lab", held))
         arrays = subprocess.run(
             ["squeue", "--noheader", "--format=%A"], env=env, capture_output=True, text=True, check=True
         )
@@ -221,11 +220,11 @@ def array_tasks(folder: Path) -> None:
 
 
 ITEMS = {
-    "runs": many_runs,
-    "queue": queued,
-    "worker": worker_memory,
-    "clients": many_clients,
-    "lab": array_tasks,
+    "runs": (many_runs, 10_000),
+    "queue": (queued, 2_000),
+    "worker": (worker_memory, 10_000),
+    "clients": (many_clients, 50),
+    "lab": (array_tasks, 1_000),
 }
 
 
@@ -235,13 +234,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default=",".join(ITEMS), help="items, separated by commas")
+    parser.add_argument("--divide", type=int, default=1, help="divide all numbers by this, to try it out")
     parser.add_argument("--folder", type=Path, help="folder for the temporary workspaces")
     options = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
     for name in options.only.split(","):
         with tempfile.TemporaryDirectory(prefix="load-", dir=options.folder) as folder:
-            print(f"{name:58}{'seconds':>9}{'CPU':>9}   (load {os.getloadavg()[0]:.1f})", flush=True)
-            ITEMS[name](Path(folder).resolve())
+            play, count = ITEMS[name]
+            head = f"{name}, {count // options.divide:,}"
+            print(f"{head:58}{'seconds':>9}{'CPU':>9}   (load {os.getloadavg()[0]:.1f})", flush=True)
+            play(Path(folder).resolve(), count // options.divide)
 
 
 if __name__ == "__main__":

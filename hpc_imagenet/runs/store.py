@@ -11,8 +11,8 @@
 
 The folder of a run can be written by its owner alone, whatever the umask allows: a job executes its frozen
 config. In a group's workspace the others read it. `.user-<uid>/` holds what belongs to one user: the local
-queue, folders of job arrays, submissions, a cache, a lock. `.search-<uid>/` has the studies of their searches, and
-`.times-<uid>/` the times from which prices are computed; the others may read both.
+queue, folders of job arrays, submissions, a cache, a lock. `.search-<uid>/` has the studies of their
+searches, and `.times-<uid>/` the times from which prices are computed; the others may read both.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ SMALL = {
     "end_to_end": "--windows 2 --steps 2 --batch 8 --size 32",
     "jobs": "--runs 100 --active 10 --repeats 1",
     "layouts": "--images 1000 --classes 10 --repeats 1",
+    "load": "--only runs,queue,worker,clients --divide 10",
     "loader": "--images 64 --repeats 1 --limit 60 --only ours ours-tiled folder-float",
     "price": "--rounds 1",
     "process": "--train 200 --val 20 --classes 4 --repeats 1",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # as pytest does
 
-SECONDS, MEGABYTES, LENGTH = 1, 2048, 100_000  # limits of one call, and bytes of one input
+SECONDS, MEGABYTES, LENGTH = 10, 2048, 100_000  # limits of one call, and bytes of one input
 
 
 def main() -> None:
