@@ -6,7 +6,8 @@ The first table is calculated from the samplers and an index of images of ImageN
 consecutive bytes begin that a rank reads, with gaps of up to 1 MiB; excess is what is read beyond the
 images. The second one is measured on a file of `--gb` whose pages were dropped from the cache: requests
 that had to wait for the disk, as RWF_NOWAIT reports it; jumps are those that did not begin where the one
-before ended. Images are not decoded.
+before ended. Images are not decoded. The last table counts the classes of a batch and of a window, with
+1,000 classes of equal size in the order of the split.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hpc_imagenet.datastore.manifest import File, Manifest, Split
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
 from hpc_imagenet.datastore.reader.shard_reader import FolderShards
 from hpc_imagenet.datastore.reader.window_reader import extents, open_prefetcher
+from hpc_imagenet.training.loading.image_order import ImageOrder
 from hpc_imagenet.training.loading.sampler import BatchShare, TrainSampler
 
 BATCH = 1024
@@ -57,6 +59,9 @@ def main() -> None:
         print(f"{'':24}{'requests':>10}{'kB each':>9}{'jumps':>8}{'median jump, MB':>17}{'s':>8}{'MB/s':>7}")
         for each in (None, window):
             print_cold(split, each)
+    print(f"\n{'classes, mean':24}{'batch of 256':>14}{'window':>10}")
+    for each in (None, options.window):
+        print_classes(options.images, each)
 
 
 def make_split(folder: Path, images: int, sparse: bool = False) -> SplitReader:
@@ -150,6 +155,19 @@ def print_cold(split: SplitReader, window: int | None) -> None:
     jump, rate = statistics.median(jumps) / 1e6, sum(used) / 1e6 / seconds
     print(f"{name:24}{len(counted.waited):10,}{each:9,.0f}{len(jumps):8,}{jump:17,.1f}", end="")
     print(f"{seconds:8.1f}{rate:7,.0f}", flush=True)
+
+
+def print_classes(images: int, window: int | None, classes: int = 1000) -> None:
+    order = ImageOrder(images, SEED, 256, window)
+    batches = list(itertools.islice(order.batches(0), 4 * order.window_steps))
+    labels = [np.unique(batch.astype(np.int64) * classes // images) for batch in batches]
+    windows = [
+        len(np.unique(np.concatenate(labels[begin : begin + order.window_steps])))
+        for begin in range(0, len(labels), order.window_steps)
+    ]
+    of_batch = statistics.mean(len(each) for each in labels)
+    name = "whole split" if window is None else "window"
+    print(f"{name:24}{of_batch:14.0f}{statistics.mean(windows):10.0f}", flush=True)
 
 
 if __name__ == "__main__":

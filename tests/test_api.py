@@ -36,6 +36,7 @@ def held(url: str, name: str) -> str:
     )
 
 
+@pytest.mark.slow
 def test_import_does_not_load_other_modules() -> None:
     code = (
         "import sys, hpc_imagenet; before = set(sys.modules); "
@@ -55,6 +56,7 @@ def test_public_names_are_not_shadowed_by_modules() -> None:
         _ = hpc_imagenet.nothing
 
 
+@pytest.mark.slow
 def test_handle_equals_the_run_of_the_command_line(python: Cli, gate: tuple[Gate, str]) -> None:
     server, url = gate
     (run,) = hpc_imagenet.submit(held(url, "birds"))
@@ -72,6 +74,7 @@ def test_handle_equals_the_run_of_the_command_line(python: Cli, gate: tuple[Gate
     assert run.state() == "failed" == hpc_imagenet.command("jobs", "--json")[0]["state"]
 
 
+@pytest.mark.slow
 def test_sweep_returns_a_handle_per_combination_that_can_be_cancelled(
     python: Cli, gate: tuple[Gate, str]
 ) -> None:
@@ -98,6 +101,7 @@ def test_result_of_a_finished_stage(python: Cli, tmp_path: Path) -> None:
     assert "digits" in hpc_imagenet.command("jobs")
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_same_as_the_command_line(python: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["+stage=pipeline", "dataset=digits", "cluster=local", "dry_run=true"]
     assert hpc_imagenet.submit(overrides) == []
@@ -127,6 +131,7 @@ ARGUMENTS = {
     "verify": ["digits --quick", "broken --quick", "nothing"],
     "datastores": ["", "--json", "list", "show nothing", "prune", "fetch"],
     "doctor": ["cluster=nowhere", "strange"],
+    "price": ["strange", "dataset=digits", "--json dataset=digits"],
 }
 
 

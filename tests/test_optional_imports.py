@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -35,6 +36,7 @@ def required(distribution: str) -> Iterator[str]:
             yield canonicalize_name(requirement.name)
 
 
+@pytest.mark.slow
 def test_mypy_needs_no_optional_package() -> None:
     installed, names = set(required("hpc-imagenet")), packages_distributions()
     optional = {

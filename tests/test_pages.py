@@ -16,6 +16,7 @@ from docs_reader import BLOCK, PAGES, ROOT, commands
 from hpc_imagenet.config import dataset, schema, settings_page
 
 
+@pytest.mark.slow
 def test_notebooks_are_those_of_their_scripts() -> None:
     make: typing.Any = runpy.run_path(str(ROOT / "notebooks/make.py"))
     assert make["scripts"]()
@@ -127,6 +128,7 @@ def imports() -> Iterator[tuple[str, str]]:
                 yield from ((name, alias.name) for alias in node.names)
 
 
+@pytest.mark.slow
 def test_packages_import_only_the_layers_below_them() -> None:
     for name, module in imports():
         package = name.removesuffix(".py").partition("/")[0]
@@ -137,6 +139,7 @@ def test_packages_import_only_the_layers_below_them() -> None:
         assert package in (*LAYERS, "__init__", "__main__"), f"{name}: give {package} a layer"
 
 
+@pytest.mark.slow
 def test_heavy_packages_are_imported_in_one_place() -> None:
     for name, module in imports():
         home = HOMES.get(module.partition(".")[0])
@@ -154,6 +157,7 @@ def test_every_setting_has_a_meaning() -> None:
     assert [row for row in rows if row.endswith("|  |")] == []
 
 
+@pytest.mark.slow
 def test_no_public_class_or_module_name_occurs_twice() -> None:
     classes: dict[str, list[str]] = {}
     modules: dict[str, list[str]] = {}

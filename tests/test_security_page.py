@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hpc_imagenet"
 # Names, as they are written with what they are imported from, and what the page calls them.
@@ -65,6 +67,7 @@ def listed() -> dict[str, set[str]]:
     return {name: {kind.strip() for kind in kinds.split(",")} for name, kinds in rows}
 
 
+@pytest.mark.slow
 def test_every_place_that_loads_or_executes_is_listed() -> None:
     modules = sorted(PACKAGE.rglob("*.py"))
     found = {path.relative_to(PACKAGE).as_posix(): set(found_in(path)) for path in modules}

@@ -38,6 +38,7 @@ def pages() -> list[Path]:
     return sorted([*found, ROOT / "slurm/lab/lab", ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 
 
+@pytest.mark.slow
 def test_no_private_words() -> None:
     hits = []
     for path in pages():

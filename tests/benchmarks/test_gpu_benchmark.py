@@ -55,6 +55,7 @@ def item(name: str, function: str, expected: float = 1, limit: float = 60, alone
     return Item(name, function, f"stub:{function}", expected, limit, alone)
 
 
+@pytest.mark.slow
 def test_results_are_printed_and_kept(runner: Runner, tmp_path: Path, capsys) -> None:
     assert (
         runner.run([item("A0", "good", alone=True), item("A1", "good"), item("B1", "good", alone=True)]) == 0
@@ -70,6 +71,7 @@ def test_results_are_printed_and_kept(runner: Runner, tmp_path: Path, capsys) ->
     assert kept[0]["reports"][0] == {"line": "fine on cpu", "ok": True, "figure": 1.5}
 
 
+@pytest.mark.slow
 def test_a_wrong_check_and_a_crash_are_failures(runner: Runner, capsys) -> None:
     assert runner.run([item("A1", "wrong"), item("A2", "broken"), item("A3", "good")]) == 1
     out = capsys.readouterr().out
@@ -80,6 +82,7 @@ def test_a_wrong_check_and_a_crash_are_failures(runner: Runner, capsys) -> None:
     assert "gpu.py: 3 checks, 1 wrong; 3 items, 2 failed, 0 skipped" in out
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_budget_is_skipped(runner: Runner, capsys) -> None:
     assert runner.run([item("A1", "good"), item("B1", "good", expected=700)]) == 0
     out = capsys.readouterr().out
@@ -87,6 +90,7 @@ def test_what_does_not_fit_the_budget_is_skipped(runner: Runner, capsys) -> None
     assert "1 skipped" in out
 
 
+@pytest.mark.slow
 def test_an_item_that_hangs_is_killed_with_all_that_it_has_started(
     runner: Runner, tmp_path: Path, capsys
 ) -> None:
@@ -105,6 +109,7 @@ def _item(process: psutil.Process) -> str | None:
         return None
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all_and_keeps_what_is_known(tmp_path: Path) -> None:
     (tmp_path / "stub.py").write_text(STUB)
     script = tmp_path / "run.py"
@@ -128,6 +133,7 @@ def test_an_interrupt_ends_all_and_keeps_what_is_known(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "gpu.json").read_text())[0]["state"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -137,6 +137,7 @@ def test_a_network_that_fails_does_not_stop_the_others(options: Options, reports
     assert rates["vit_b_16 True"] == 256 / 0.2
 
 
+@pytest.mark.slow
 def test_timm_is_compared_with_ours(options: Options, reports, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     (options.folder / "step.json").write_text(json.dumps({"resnet50 False": 250.0, "resnet50 True": 300.0}))

@@ -26,6 +26,7 @@ DIGITS = ("dataset=digits", "cluster=local")
 QUICK = ("recipe.epochs=1", "model=mobilenet_v3_small")
 
 
+@pytest.mark.slow
 def test_submit_does_not_import_heavy_modules(cli: Cli) -> None:
     script = (
         "import sys; from hpc_imagenet.cli.main import run\n"
@@ -45,6 +46,7 @@ def test_submit_does_not_import_heavy_modules(cli: Cli) -> None:
     assert done.stdout.count("submitted") == 5
 
 
+@pytest.mark.slow
 def test_help_fits_on_one_screen_and_lists_commands(cli: Cli) -> None:
     lines = cli.process("--help").stdout.splitlines()
     assert len(lines) <= 40
@@ -54,6 +56,7 @@ def test_help_fits_on_one_screen_and_lists_commands(cli: Cli) -> None:
     assert "--json" in cli("jobs", "--help").stdout
 
 
+@pytest.mark.slow
 def test_user_error_prints_one_line_and_exits_with_2(cli: Cli) -> None:
     done = cli.process("model=resnet81", code=2)
     assert done.stdout == ""
@@ -67,6 +70,7 @@ def test_empty_workspace_is_not_an_error(cli: Cli) -> None:
     assert "no runs" in cli("jobs").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
@@ -99,6 +103,7 @@ def test_invalid_command_line_prints_one_line_and_submits_nothing(
         assert fragment in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -116,12 +121,14 @@ def test_read_only_commands_print_and_write_no_file(cli: Cli, arguments: tuple[s
     assert sorted(path.name for path in cli.cwd.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_tab_completion_by_hydra(cli: Cli) -> None:
     cli.env |= {"COMP_LINE": "hpc-imagenet model=resnet1", "COMP_POINT": "26"}
     completions = cli.process("-sc", "query=bash").stdout.split()
     assert {"model=resnet18", "model=resnet101", "model=resnet152"} <= set(completions)
 
 
+@pytest.mark.slow
 def test_unwritable_workspace_is_an_error(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     line = cli.refused("+stage=download", *DIGITS, f"workspace={tmp_path}/file/below")
@@ -129,6 +136,7 @@ def test_unwritable_workspace_is_an_error(cli: Cli, tmp_path: Path) -> None:
     assert f"workspace={tmp_path}/file/below" in line
 
 
+@pytest.mark.slow
 def test_other_errors_of_a_submission_name_the_file(cli: Cli, tmp_path: Path) -> None:
     error = OSError(errno.EIO, "Input/output error", str(tmp_path / "config.yaml"))
     with mock.patch.object(submission, "submit_plan", side_effect=error):
@@ -139,6 +147,7 @@ def test_other_errors_of_a_submission_name_the_file(cli: Cli, tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_dry_run_prints_jobs_and_writes_no_file(cli: Cli) -> None:
     done = cli("-m", "+stage=pipeline", *DIGITS, "model=resnet18,resnet50", "dry_run=true")
     assert done.stdout.count("would be submitted") == 5

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from command_line import Cli
 
+pytestmark = pytest.mark.slow
+
 NETWORK = """
 from torch import nn
 
@@ -17,7 +19,6 @@ def build(num_classes, width=8):
 SMALL = ("dataset=digits", "recipe=demo", "recipe.epochs=1", "cluster=local", "cluster.gpus_per_node=0")
 
 
-@pytest.mark.slow
 def test_a_queued_training_runs_the_network_as_it_was_submitted(cli: Cli) -> None:
     file = cli.cwd / "own_cli.py"
     file.write_text(NETWORK)

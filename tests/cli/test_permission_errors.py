@@ -107,6 +107,7 @@ def test_workspace_of_another_user_is_refused_with_its_owner(public_path: Path) 
     assert str(refusal.value).startswith(line + owned)
 
 
+@pytest.mark.slow
 def test_permission_error_of_a_submission_names_file_and_owner(cli: Cli, tmp_path: Path) -> None:
     file, owner = tmp_path / "config.yaml", pwd.getpwuid(os.geteuid()).pw_name
     file.touch()

@@ -17,6 +17,8 @@ from hpc_imagenet.config.schema import Config, cluster_for, from_dict
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.plan import make_plan
 
+pytestmark = pytest.mark.slow
+
 GROUPS = ("cluster", "dataset", "datastore", "model", "recipe", "stage")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 CHOICES.remove(("cluster", "auto"))  # replaced by another file; see test_slurm.py
@@ -60,7 +62,6 @@ def test_dataset_selects_its_recipe_unless_the_user_does() -> None:
     assert one("recipe=standard90", "dataset=digits").recipe == one().recipe
 
 
-@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(
     models=st.lists(st.sampled_from(["resnet18", "resnet50", "vgg11"]), min_size=1, max_size=2, unique=True),

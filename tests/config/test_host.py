@@ -90,6 +90,7 @@ def test_pull_needs_a_host(cli: Cli) -> None:
     assert "cluster.host, which is not set: add" in cli.refused("pull", "run")
 
 
+@pytest.mark.slow
 def test_python_submits_on_this_machine_only(store: Store) -> None:
     store("hpc_imagenet.yaml", "cluster: local\ncluster.host: a\n")
     with pytest.raises(UserError, match=r"cluster.host=a is for the command line"):

@@ -17,6 +17,7 @@ def test_new_files_are_hashed_with_blake3() -> None:
     assert hash_bytes(b"") == f"blake3:{empty}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @given(data=st.binary(max_size=5000), block=st.integers(1, 6000))
 def test_file_has_the_hash_of_its_bytes_whatever_the_block(

@@ -13,6 +13,7 @@ entries = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(rows=st.lists(entries, min_size=1, max_size=50))
 def test_write_and_open_round_trip(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, ...]]

@@ -38,6 +38,7 @@ manifests = st.builds(
 ).filter(lambda manifest: len({file.path for file in manifest.all_files()}) == len(manifest.all_files()))
 
 
+@pytest.mark.slow
 @given(manifest=manifests)
 def test_save_and_load_round_trip(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> None:
     folder = tmp_path_factory.mktemp("dataset")
@@ -46,6 +47,7 @@ def test_save_and_load_round_trip(tmp_path_factory: pytest.TempPathFactory, mani
     assert [path.name for path in folder.iterdir()] == [FILE]
 
 
+@pytest.mark.slow
 @given(manifest=manifests)
 def test_totals_count_all_files(manifest: Manifest) -> None:
     assert len(manifest.all_files()) == len(manifest.shards) + len(manifest.splits) + len(manifest.files)

@@ -84,6 +84,7 @@ def test_it_is_verified(workspace: Path) -> None:
     assert any(problem.startswith(f"{shard} is damaged") for problem in report.problems)
 
 
+@pytest.mark.slow
 def test_it_is_fetched_and_staged(workspace: Path) -> None:
     backend = versions.open_backend(str(workspace / "datastores"))
     entry = catalog.find_version(backend, "digits@v1")

@@ -31,6 +31,7 @@ def write_version(url: str, name: str, number: int, content: str) -> None:
     Manifest(name, content, "", (), (), {}).save(folder)
 
 
+@pytest.mark.slow
 @given(name=names, number=st.none() | st.integers(1, 10**9 - 1))
 def test_parse_reference(name: str, number: int | None) -> None:
     reference = name if number is None else f"{name}@v{number}"
@@ -46,6 +47,7 @@ def test_invalid_reference_is_refused(wrong: str) -> None:
         versions.parse_reference(wrong)
 
 
+@pytest.mark.slow
 def test_open_backend_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     for url, folder in {
@@ -195,6 +197,7 @@ def test_file_instead_of_version_folder_is_reported(url: str) -> None:
     assert [path.name for path in (Path(url) / "a").iterdir()] == ["v1"]
 
 
+@pytest.mark.slow
 def test_concurrent_claims_of_different_content_get_different_numbers(url: str) -> None:
     context = multiprocessing.get_context("fork")
     contents = [f"content {i % 6}" for i in range(12)]
@@ -215,6 +218,7 @@ def test_concurrent_claims_of_different_content_get_different_numbers(url: str) 
     assert sorted(number for _, number in pairs) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_open_version_without_heavy_imports(url: str) -> None:
     write_version(url, "a", 1, "one")
     heavy = {"torch", "numpy", "boto3", "filelock", "submitit"}

@@ -24,6 +24,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_digits_archives_have_the_ilsvrc_layout(archives: Path) -> None:
     assert sorted(path.name for path in archives.iterdir()) == [
         ilsvrc_writer.DEVKIT,
@@ -41,6 +42,7 @@ def test_digits_archives_have_the_ilsvrc_layout(archives: Path) -> None:
     assert [devkit.wnid_of[i] for i in range(1, 11)] != list(devkit.names), "ids must not be in label order"
 
 
+@pytest.mark.slow
 def test_each_source_image_occurs_once_with_its_label(archives: Path) -> None:
     devkit = read_devkit(archives / ilsvrc_writer.DEVKIT)
     found = scan.scan(archives / ilsvrc_writer.TRAIN, archives / ilsvrc_writer.VAL, devkit)
@@ -68,12 +70,14 @@ def test_each_source_image_occurs_once_with_its_label(archives: Path) -> None:
     assert len(set(nearest.tolist())) > 1780
 
 
+@pytest.mark.slow
 def test_digits_archives_are_reproducible(archives: Path, tmp_path: Path) -> None:
     digits.write_digits(tmp_path / "again")
     for path in archives.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_write_digits_rejects_a_non_empty_folder(archives: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in archives.iterdir()}
     with pytest.raises(UserError, match="cannot be written"):

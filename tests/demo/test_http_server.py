@@ -55,6 +55,7 @@ def test_http_server_returns_404_outside_the_folder(folder: Path) -> None:
         assert get(f"{url}/%2e%2e/secret").status == 404
 
 
+@pytest.mark.slow
 def test_http_server_command_writes_the_port_file(folder: Path, tmp_path: Path) -> None:
     port = tmp_path / "port"
     command = [sys.executable, "-m", "hpc_imagenet.demo.http_server", str(folder), "--port-file", str(port)]

@@ -46,6 +46,7 @@ def test_partitions_are_those_that_are_up_with_their_smallest_node(commands: Pat
     assert (short.gpus, short.gpu_types, short.preempted) == (2, (), True)
 
 
+@pytest.mark.slow
 def test_the_proposal_can_be_used_and_says_where_its_values_come_from(commands: Path, tmp_path: Path) -> None:
     text = propose("mine", find_partitions(), ["physics", "maths"], ["normal", "long"], {})
     (tmp_path / "cluster").mkdir()

@@ -91,6 +91,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubSlurm:
 ONE_PROBE = "~cluster.stage.download"  # the settings of training: one probe for both stages
 
 
+@pytest.mark.slow
 def test_healthy_cluster_leaves_no_files(stub: StubSlurm) -> None:
     lines = stub.doctor("cluster.cpus_per_task=1")
     assert {line["status"] for line in lines.values()} <= {OK, WARN}, lines
@@ -117,6 +118,7 @@ def test_failed_check_keeps_logs(stub: StubSlurm) -> None:
     assert list(stub.left[0].glob("train/1_0_log.err"))
 
 
+@pytest.mark.slow
 def test_text_output(stub: StubSlurm) -> None:
     done = stub.cli("doctor", "cluster=slurm", "dataset=digits", "cluster.time=90", code=1)
     assert (
@@ -127,6 +129,7 @@ def test_text_output(stub: StubSlurm) -> None:
     assert done.stdout.endswith("4 checks failed\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -149,6 +152,7 @@ def test_refusal_of_sbatch_names_the_setting(stub: StubSlurm, message: str, word
     assert ("train", "probe") not in lines
 
 
+@pytest.mark.slow
 def test_stage_setting_is_named_in_full(stub: StubSlurm) -> None:
     stub.replace(
         "sbatch", "[[ $1 == --version ]] || { echo 'invalid partition specified: net' >&2; exit 1; }"
@@ -158,6 +162,7 @@ def test_stage_setting_is_named_in_full(stub: StubSlurm) -> None:
     assert "cluster.partition=null" in lines["login", "upload"]["fix"]
 
 
+@pytest.mark.slow
 def test_sbatch_refuses_after_test_only(stub: StubSlurm) -> None:
     usual = STUBS["sbatch"].replace(
         "\nn=$((", "\necho 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1\nn=$(("
@@ -180,6 +185,7 @@ def test_pending_probe_is_cancelled_at_timeout(stub: StubSlurm) -> None:
     assert stub.left == []
 
 
+@pytest.mark.slow
 def test_probe_that_can_never_start_is_cancelled_at_once(stub: StubSlurm) -> None:
     stub.replace("squeue", f"echo '{queue_row(1, 'PENDING', 'InvalidQOS')}'")
     stub.replace("srun", "true")
@@ -231,6 +237,7 @@ def test_no_accounting_is_a_warning(stub: StubSlurm) -> None:
     assert "storage is disabled" in lines["login", "sacct"]["found"]
 
 
+@pytest.mark.slow
 def test_squeue_fails(stub: StubSlurm) -> None:
     stub.replace("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     lines = stub.doctor(code=1)
@@ -238,6 +245,7 @@ def test_squeue_fails(stub: StubSlurm) -> None:
     assert {where for where, _ in lines} == {"login"}
 
 
+@pytest.mark.slow
 def test_no_slurm_commands(stub: StubSlurm, tmp_path: Path) -> None:
     stub.cli.env["PATH"] = str(tmp_path)
     line = stub.doctor(code=1)["login", "commands"]
@@ -245,6 +253,7 @@ def test_no_slurm_commands(stub: StubSlurm, tmp_path: Path) -> None:
     assert "cluster=local" in line["fix"]
 
 
+@pytest.mark.slow
 def test_workspace_cannot_be_created(stub: StubSlurm, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     lines = stub.doctor(f"workspace={tmp_path}/file/workspace", code=1)
@@ -266,6 +275,7 @@ def test_source_folder_missing_on_node(stub: StubSlurm) -> None:
     assert "dataset.source=FOLDER" in line["fix"]
 
 
+@pytest.mark.slow
 def test_local_probe_is_a_process(stub: StubSlurm) -> None:
     done = stub.cli("doctor", "cluster=local", "dataset=digits")
     assert done.stdout.endswith("no check failed\n")

@@ -10,6 +10,7 @@ from targets import TARGETS
 TIMES = 60  # damaged inputs of each target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_damaged_seeds_raise_nothing_but_documented_errors(name: str) -> None:
     target = TARGETS[name]

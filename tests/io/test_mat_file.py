@@ -11,6 +11,7 @@ from hpc_imagenet.io import mat_file
 from hpc_imagenet.io.mat_file import flat, read_mat
 
 
+@pytest.mark.slow
 def test_variables_are_plain_values() -> None:
     found = read_mat(
         mat(one=5, text="abc", numbers=np.array([[1, 2], [3, 4]]), names=cells("a", "bc")), "x.mat"
@@ -20,6 +21,7 @@ def test_variables_are_plain_values() -> None:
     assert flat(found["one"]) == [5]
 
 
+@pytest.mark.slow
 def test_structures_are_dicts_in_the_order_of_their_fields() -> None:
     rows = read_mat(cars(("a.jpg", 1), ("b.jpg", 2)), "x.mat")["annotations"]
     assert rows == [

@@ -94,6 +94,7 @@ manifest = load_manifest(folder)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "act",
     [

@@ -14,6 +14,8 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs.store import RunStore
 
+pytestmark = pytest.mark.slow
+
 TRAINED = (
     *("model=squeezenet1_1", "recipe=demo", "recipe.epochs=1", "recipe.global_batch=4"),
     "cluster=foreground",
@@ -59,7 +61,6 @@ def test_the_run_is_that_of_a_pipeline(birds: tuple[Cli, tuple[str, ...]], datas
     assert len(set(re.findall(r"\w{8}-squeezenet1_1", both))) == 2
 
 
-@pytest.mark.slow
 def test_it_trains_and_a_pipeline_finds_it_finished(birds: tuple[Cli, tuple[str, ...]]) -> None:
     cli, made = birds
     cli("dataset=images", "datastore.name=birds", *TRAINED)

@@ -37,6 +37,7 @@ def only_config(*overrides: str) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_pipeline_of_a_sweep_shares_data_stages() -> None:
     plan = jobs("+stage=pipeline", "dataset=digits", "model=resnet18,resnet50", "seed=0,1")
     assert [job.stage for job in plan] == ["download", "process", "upload", *["train"] * 4]
@@ -51,6 +52,7 @@ def test_every_stage_and_executor_of_the_schema_is_in_its_table() -> None:
     assert all(name == stage.name for name, stage in STAGES.items())
 
 
+@pytest.mark.slow
 def test_planning_imports_no_heavy_package() -> None:
     program = (
         "import sys; import hpc_imagenet.cli.submit; "
@@ -61,10 +63,12 @@ def test_planning_imports_no_heavy_package() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_duplicate_configs_are_one_job() -> None:
     assert len(jobs("dataset=digits", "model=resnet18,resnet18")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -81,6 +85,7 @@ def test_signature_covers_settings_that_determine_the_result(change: str) -> Non
     assert only_job("dataset=digits", change).signature != only_job("dataset=digits").signature
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -99,18 +104,21 @@ def test_signature_ignores_cluster_paths_and_progress_settings(change: str) -> N
     assert only_job("dataset=digits", change).run_id == only_job("dataset=digits").run_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["download", "process", "upload", "train"])
 def test_signature_is_independent_of_the_workspace_path(stage: str) -> None:
     words = (f"+stage={stage}", "dataset=digits")
     assert only_job(*words, "workspace=/a").run_id == only_job(*words, "workspace=/b").run_id
 
 
+@pytest.mark.slow
 def test_upload_signature_covers_datastore_url_and_name() -> None:
     words = ("+stage=upload", "dataset=digits")
     assert only_job(*words).run_id != only_job(*words, "datastore.url=/other").run_id
     assert only_job(*words).run_id != only_job(*words, "datastore.name=copy").run_id
 
 
+@pytest.mark.slow
 def test_pinned_md5s_make_the_content_hash_independent_of_the_source() -> None:
     pins = [
         f"dataset.archives.{split}.md5={md5}"
@@ -126,6 +134,7 @@ def test_pinned_md5s_make_the_content_hash_independent_of_the_source() -> None:
     assert content_hash(pinned[0]) == content_hash(pinned[1]) != content_hash(first)
 
 
+@pytest.mark.slow
 def test_training_on_a_stored_version_has_the_run_id_of_the_pipelines_training() -> None:
     (config,) = compose(["dataset=digits"])
     images = content_hash(config.dataset)
@@ -137,6 +146,7 @@ def test_training_on_a_stored_version_has_the_run_id_of_the_pipelines_training()
     assert train.config.datastore.content == images
 
 
+@pytest.mark.slow
 def test_training_signature_covers_the_datastore_content() -> None:
     (config,) = compose(["dataset=digits"])
     found = [
@@ -146,6 +156,7 @@ def test_training_signature_covers_the_datastore_content() -> None:
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 def test_process_tasks_run_in_parallel_and_one_job_merges_them() -> None:
     words = ("+stage=pipeline", "dataset=digits", "process.layout=shards")
     whole, cut = jobs(*words), jobs(*words, "process.tasks=3")
@@ -163,6 +174,7 @@ def test_process_tasks_run_in_parallel_and_one_job_merges_them() -> None:
     assert len({job.run_id for job in cut}) == len(cut)
 
 
+@pytest.mark.slow
 def test_upload_tasks_are_all_needed_by_the_final_upload() -> None:
     words = ["+stage=pipeline", "dataset=digits"]
     whole, cut = jobs(*words), jobs(*words, "upload.tasks=2")

@@ -35,6 +35,7 @@ def groups(*overrides: str) -> list[list[str]]:
     return [[f"{job.config.model.name}/{job.config.recipe.epochs}" for job in group] for group in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "behind",
     [
@@ -53,6 +54,7 @@ def test_settings_behind_the_loader_may_differ(behind: str) -> None:
     assert [len(group) for group in groups("model=resnet18,vgg11", f"+{behind}".replace("+r", "r"))] == [4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
     [
@@ -70,6 +72,7 @@ def test_runs_are_grouped_by_what_feeds_the_loader(before: str) -> None:
     assert [len(group) for group in groups("model=resnet18,vgg11", before)] == [2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", ["train.accumulate=2", "loader.on_corrupt=skip", "cluster.time=60", "cluster.gpus_per_node=2"]
 )
@@ -82,6 +85,7 @@ def test_so_do_settings_outside_the_signature(setting: str) -> None:
     assert len(keys) == 2
 
 
+@pytest.mark.slow
 def test_timm_networks_share_if_filter_and_crop_are_set() -> None:
     models = "model=timm/resnet18,timm/vit_tiny_patch16_224,resnet18"
     assert [len(group) for group in groups(models)] == [1, 1, 1]
@@ -89,6 +93,7 @@ def test_timm_networks_share_if_filter_and_crop_are_set() -> None:
     assert [len(group) for group in groups(models, own)] == [3]
 
 
+@pytest.mark.slow
 def test_large_groups_are_divided_evenly() -> None:
     rates = ",".join(f"0.{number}" for number in range(1, 8))
     sweep = (f"recipe.learning_rate={rates}", "model=resnet18")
@@ -96,6 +101,7 @@ def test_large_groups_are_divided_evenly() -> None:
     assert [len(group) for group in groups(*sweep, "train.share_runs=2")] == [1, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_share_loader_is_no_part_of_the_signature() -> None:
     ids = [
         make_plan(compose(["+stage=train", "dataset=digits", f"train.share_loader={value}"]), lambda _: None)[
@@ -114,6 +120,7 @@ def submitted(cli: Cli) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 def test_a_group_is_one_slurm_job(cluster: Cli, commands: Path) -> None:
     cluster(*SWEEP, "recipe.learning_rate=0.1,0.2", "+cluster.stage.train.gpus_per_node=3")
     train = scripts(commands)[3]
@@ -131,6 +138,7 @@ def test_a_group_is_one_slurm_job(cluster: Cli, commands: Path) -> None:
     assert "shares a loader with 3" in cluster("jobs").stdout
 
 
+@pytest.mark.slow
 def test_groups_of_equal_size_are_an_array(cluster: Cli, commands: Path) -> None:
     cluster(*SWEEP, "recipe.global_batch=32,64", "+cluster.stage.train.gpus_per_node=4")
     train = scripts(commands)[3]
@@ -139,12 +147,14 @@ def test_groups_of_equal_size_are_an_array(cluster: Cli, commands: Path) -> None
     assert sorted(record["job_id"] for record in submitted(cluster).values()) == ["4_0"] * 2 + ["4_1"] * 2
 
 
+@pytest.mark.slow
 def test_dry_run_shows_which_runs_share(cluster: Cli) -> None:
     text = cluster(*SWEEP, "dry_run=true").stdout
     assert re.search(r"\none job with one loader: \w+-resnet18 \w+-squeezenet1_1\n", text)
     assert re.search(r"sbatch script of \w+-resnet18 \w+-squeezenet1_1 \(one loader\):", text)
 
 
+@pytest.mark.slow
 def test_cancelling_one_leaves_the_job_until_none_is_left(cluster: Cli, commands: Path) -> None:
     cluster(*SWEEP, "recipe.learning_rate=0.1,0.2")
     rows = [("1", "COMPLETED"), ("2", "COMPLETED"), ("3", "COMPLETED"), ("4", "PENDING")]
@@ -163,6 +173,7 @@ def test_cancelling_one_leaves_the_job_until_none_is_left(cluster: Cli, commands
     ]
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_share_are_refused(cluster: Cli) -> None:
     for setting, message in (
         (

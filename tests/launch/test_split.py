@@ -58,6 +58,7 @@ def partitions(commands: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_sweep_over_two_cluster_files_is_one_sweep_of_single_runs(two: Cli, commands: Path) -> None:
     done = two(*SWEEP, "cluster=left,right")
     assert partitions(commands) == {"left": 3, "right": 5}
@@ -79,6 +80,7 @@ def test_sweep_over_two_cluster_files_is_one_sweep_of_single_runs(two: Cli, comm
     assert "split by" not in two(*SWEEP, "cluster=left,right").stdout
 
 
+@pytest.mark.slow
 def test_dry_run_shows_the_split_and_writes_nothing(two: Cli, commands: Path) -> None:
     done = two(*SWEEP, "cluster=right,left", "dry_run=true")
     assert "split by sbatch --test-only: 5 with cluster.partition=right" in done.stdout
@@ -91,6 +93,7 @@ def test_without_m_it_is_refused_with_the_form_that_works(two: Cli) -> None:
     assert "cluster=left,right is a sweep: add -m" in error
 
 
+@pytest.mark.slow
 def test_one_run_goes_to_the_cluster_that_starts_it_first(two: Cli, commands: Path) -> None:
     words = ("-m", "+stage=pipeline", "dataset=digits", "model=resnet18", "cluster=right,left")
     assert "sweep:" not in two(*words).stdout
@@ -104,12 +107,14 @@ def test_clusters_of_different_hosts_are_refused(two: Cli, tmp_path: Path) -> No
     assert "different hosts (left on this machine, right on me@far)" in error
 
 
+@pytest.mark.slow
 def test_a_setting_that_one_of_the_clusters_cannot_have_is_refused(two: Cli, tmp_path: Path) -> None:
     path = tmp_path / "conf" / "cluster" / "right.yaml"
     path.write_text(path.read_text() + "time: null\n")
     assert "cluster.time is not set" in two.refused(*SWEEP, "cluster=left,right")
 
 
+@pytest.mark.slow
 def test_centre_that_estimates_single_jobs_only_gets_equal_shares(two: Cli, commands: Path) -> None:
     """Neither the number of tasks nor GPUs per task may be requested there."""
     refused = "[[ $text == *--ntasks=* ]] && { echo 'use --nodes' >&2; exit 1; }"
@@ -118,6 +123,7 @@ def test_centre_that_estimates_single_jobs_only_gets_equal_shares(two: Cli, comm
     assert partitions(commands) == {"left": 4, "right": 4}
 
 
+@pytest.mark.slow
 def test_on_this_machine_the_first_settings_count(two: Cli, commands: Path) -> None:
     words = ("-m", "+stage=pipeline", "dataset=digits", "model=resnet18", "cluster=local", "dry_run=true")
     done = two(*words, "cluster.parallel=1,2", "seed=1,2")

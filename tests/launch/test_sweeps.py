@@ -12,6 +12,8 @@ from hpc_imagenet.api import submit
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED
 from hpc_imagenet.runs.store import RunStore
 
+pytestmark = pytest.mark.slow
+
 DOWNLOAD = ("+stage=download", "dataset=digits", "cluster.time=60")
 SWEPT = ("-m", "dataset.revision=a,b,c", *DOWNLOAD)
 

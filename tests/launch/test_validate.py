@@ -49,6 +49,7 @@ def test_sweep_over_datastore_versions_finds_each(store: Datastore) -> None:
     assert len({one and one.content for one in both}) == 2
 
 
+@pytest.mark.slow
 def test_sweep_queries_a_datastore_once(
     store: Datastore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +85,7 @@ def active_run(store: RunStore, job: Job) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_plan_with_two_processings_of_one_dataset_is_refused(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     with pytest.raises(UserError, match=r"dataset.name=digits would be processed into one folder with two"):
@@ -98,6 +100,7 @@ def test_plan_with_two_processings_of_one_dataset_is_refused(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["process", "upload"])
 def test_dataset_of_an_active_run_is_not_processed_with_other_settings(tmp_path: Path, stage: str) -> None:
     store = RunStore(tmp_path)
@@ -119,6 +122,7 @@ def test_dataset_of_an_active_run_is_not_processed_with_other_settings(tmp_path:
     validate.check_no_conflict([retried], [])
 
 
+@pytest.mark.slow
 def test_dataset_is_not_processed_while_another_version_may_be_writing_it(tmp_path: Path) -> None:
     store, plan = RunStore(tmp_path), pipeline(tmp_path)
     old = store.create("0-process-digits", {}, {"stage": "process", "label": "process-digits"})
@@ -131,6 +135,7 @@ def test_dataset_is_not_processed_while_another_version_may_be_writing_it(tmp_pa
     validate.validate_jobs(plan, store)
 
 
+@pytest.mark.slow
 def test_slurm_job_cannot_depend_on_a_run_of_the_local_queue(tmp_path: Path) -> None:
     store, slurm = RunStore(tmp_path), pipeline(tmp_path, "cluster=slurm")
     runs = [active_run(store, job) for job in slurm[:3]]
@@ -140,6 +145,7 @@ def test_slurm_job_cannot_depend_on_a_run_of_the_local_queue(tmp_path: Path) -> 
     validate.validate_jobs(slurm[:3], store)  # all are active, so nothing is submitted
 
 
+@pytest.mark.slow
 def test_global_batch_larger_than_the_processed_dataset_is_refused(tmp_path: Path) -> None:
     store, whole = RunStore(tmp_path), pipeline(tmp_path, "recipe.global_batch=64")
     validate.validate_jobs(whole, store)
@@ -153,6 +159,7 @@ def test_global_batch_larger_than_the_processed_dataset_is_refused(tmp_path: Pat
     validate.validate_jobs(pipeline(tmp_path, "recipe.global_batch=24"), store)
 
 
+@pytest.mark.slow
 def test_pipeline_into_a_datastore_that_trainings_cannot_read_is_refused(tmp_path: Path) -> None:
     words = ["+stage=pipeline", *DIGITS, "datastore.url=host:/data", "model=resnet18,resnet50"]
     sweep = make_plan(compose(words, multirun=True), lambda store: None)

@@ -34,6 +34,7 @@ def complete_run(cli: Cli) -> Run:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("record", "content"),
     [
@@ -64,6 +65,7 @@ def test_every_command_survives_a_damaged_record(cli: Cli, record: str, content:
         assert "submitted" in cli("retry", run.id).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"cluster: {", b"[1]", b"a: 1", b"\xff"])
 def test_run_without_a_readable_config_is_not_retried(cli: Cli, content: bytes) -> None:
     run = complete_run(cli)
@@ -76,6 +78,7 @@ def test_run_without_a_readable_config_is_not_retried(cli: Cli, content: bytes) 
     assert "submitted" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "outcome",
     [
@@ -93,6 +96,7 @@ def test_outcome_of_another_version_is_listed(cli: Cli, outcome: dict[str, Any])
     cli("jobs")
 
 
+@pytest.mark.slow
 def test_values_of_unexpected_types_are_listed(cli: Cli) -> None:
     run = complete_run(cli)
     change(run.folder / "run.json", created=5, label=["x"], sweeps="s", stage=None, model={})
@@ -126,6 +130,7 @@ def test_clocks_that_jump_give_no_negative_durations(cli: Cli) -> None:
     assert cli("jobs", "--since", "1h").stdout.count("finished") == 1
 
 
+@pytest.mark.slow
 def test_folder_of_the_future_is_not_being_submitted_for_ever(cli: Cli) -> None:
     run = create_run(RunStore(cli.workspace))
     for ahead, expected in ((0.0, QUEUED), (600.0, QUEUED), (86_400.0, FAILED), (-600.0, FAILED)):

@@ -82,6 +82,7 @@ def store(cli: Cli) -> RunStore:
     return store
 
 
+@pytest.mark.slow
 def test_table_fits_the_terminal(cli: Cli, store: RunStore) -> None:
     terminal = Terminal(cli, "jobs")
     assert terminal.end() == 0
@@ -93,6 +94,7 @@ def test_table_fits_the_terminal(cli: Cli, store: RunStore) -> None:
     assert "\x1b[2J" not in terminal.printed
 
 
+@pytest.mark.slow
 def test_watch_follows_size_and_keys_and_leaves_the_screen_as_it_was(cli: Cli, store: RunStore) -> None:
     terminal = Terminal(cli, "jobs", "--watch")
     first = terminal.until(lambda text: "40 finished" in text)
@@ -113,6 +115,7 @@ def test_watch_follows_size_and_keys_and_leaves_the_screen_as_it_was(cli: Cli, s
     assert NORMAL in terminal.printed
 
 
+@pytest.mark.slow
 def test_watch_sends_only_what_changes(cli: Cli, store: RunStore) -> None:
     terminal = Terminal(cli, "jobs", "--watch")
     terminal.until(lambda text: "q leaves" in text)
@@ -127,6 +130,7 @@ def test_watch_sends_only_what_changes(cli: Cli, store: RunStore) -> None:
     assert "interrupted" not in terminal.printed
 
 
+@pytest.mark.slow
 def test_watch_needs_a_terminal_that_is_known(cli: Cli, store: RunStore) -> None:
     assert "jobs --watch needs a terminal" in cli.process("jobs", "--watch", code=2).stderr
     terminal = Terminal(cli, "jobs", "--watch", term="no-such-terminal")
@@ -138,6 +142,7 @@ def test_watch_needs_a_terminal_that_is_known(cli: Cli, store: RunStore) -> None
     assert ALTERNATE not in terminal.printed
 
 
+@pytest.mark.slow
 def test_watch_of_an_empty_workspace_waits_for_runs(cli: Cli) -> None:
     terminal = Terminal(cli, "jobs", "--watch")
     terminal.until(lambda text: "no runs" in text)

@@ -126,6 +126,7 @@ def test_best_top1_is_that_of_all_validations(store: RunStore) -> None:
     assert [row["best_top1"] for row in job_rows(store.all())] == [0.6, 0.7, 0.6, None]
 
 
+@pytest.mark.slow
 def test_filters_select_rows(cli: Cli, store: RunStore) -> None:
     record_run(store, 1, FINISHED, stage="download", label="download-x")
     record_run(store, 2, FAILED, "why", sweeps=("seed-1a", "mine"))

@@ -63,6 +63,7 @@ def test_ranks_are_labelled_and_chosen(cli: Cli, run: Run) -> None:
     assert f"{run.id} has no log of rank 3; its ranks: 0 1 2 10" in cli.refused("logs", run.id, "--rank=3")
 
 
+@pytest.mark.slow
 def test_last_lines_are_chosen(cli: Cli, run: Run) -> None:
     write(run, 1, 0, STARTING + "".join(f"{n}\n" for n in range(200_000)) + STARTING, "w1\nw2\nw3")
     assert cli("logs", run.id, "-n", "2").stdout == "199998\n199999\nw2\nw3\n"

@@ -26,6 +26,7 @@ def page_data(cli: Cli, *options: str) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.slow
 def test_page_of_a_sweep(sweep: Cli) -> None:
     data = page_data(sweep)
     runs = {run["state"]: run for run in data["runs"]}
@@ -48,6 +49,7 @@ def test_page_of_a_sweep(sweep: Cli) -> None:
     assert any("recipe.learning_rate" in run["config"] for run in data["runs"])
 
 
+@pytest.mark.slow
 def test_page_without_images_or_without_the_datastore(sweep: Cli) -> None:
     data = page_data(sweep, "--no-images")
     assert data["datastores"]["imagenet@v1"]["thumbnails"] == {}
@@ -56,6 +58,7 @@ def test_page_without_images_or_without_the_datastore(sweep: Cli) -> None:
     assert "no datastore imagenet" in data["datastores"]["imagenet@v1"]["note"]
 
 
+@pytest.mark.slow
 def test_page_of_damaged_moved_and_foreign_runs(sweep: Cli) -> None:
     folders = sorted((sweep.workspace / "runs").iterdir())
     (folders[0] / "config.yaml").unlink()
@@ -110,6 +113,7 @@ def test_page_of_a_workspace_without_trainings(cli: Cli) -> None:
     assert cli("report", "--markdown").stdout.splitlines()[1].startswith("| --- |")
 
 
+@pytest.mark.slow
 def test_csv_and_markdown(sweep: Cli) -> None:
     rows = list(csv.DictReader(io.StringIO(sweep("report", "--csv").stdout)))
     assert len(rows) == 20

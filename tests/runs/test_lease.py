@@ -48,6 +48,7 @@ def test_lease_of_equal_starts_is_held_by_the_second(tmp_path: Path) -> None:
         first.check()
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3)), min_size=1, max_size=8))
 def test_exactly_the_newest_start_holds_the_lease(

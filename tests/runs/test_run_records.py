@@ -78,6 +78,7 @@ def test_run_that_has_just_changed_is_not_cached(tmp_path: Path, monkeypatch: py
     assert reads(store, monkeypatch) == {"1"}
 
 
+@pytest.mark.slow
 def test_lost_or_damaged_cache_is_made_anew(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, path = rows(store), store.own_folder / CACHE_FILE
     whole = path.read_bytes()
@@ -131,6 +132,7 @@ def test_run_that_is_deleted_while_it_is_listed_is_left_out(
     assert len(rows(store)) == 4
 
 
+@pytest.mark.slow
 def test_few_new_runs_do_not_rewrite_a_large_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = RunStore(tmp_path)
     for number in range(220):

@@ -84,6 +84,7 @@ def test_atomic_write_keeps_the_old_file_after_an_exception(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+@pytest.mark.slow
 def test_file_modes_follow_the_umask_which_is_never_set(tmp_path: Path) -> None:
     """The umask belongs to the process: setting it would change the modes of files of other threads."""
     real, before = os.umask, os.umask(0o027)
@@ -116,6 +117,7 @@ def test_first_outcome_of_an_attempt_is_kept(tmp_path: Path) -> None:
     assert attempt.outcome.state == CANCELLED
 
 
+@pytest.mark.slow
 def test_frozen_config_round_trips_through_yaml(tmp_path: Path) -> None:
     run = create_run(RunStore(tmp_path), "seed=7")
     assert yaml.safe_load((run.folder / "config.yaml").read_text())["seed"] == 7
@@ -123,6 +125,7 @@ def test_frozen_config_round_trips_through_yaml(tmp_path: Path) -> None:
     assert run.config().recipe == compose(["dataset=digits"])[0].recipe
 
 
+@pytest.mark.slow
 def test_run_is_found_by_a_unique_prefix_of_id_or_label(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     first, second = create_run(store, "model=resnet18"), create_run(store, "model=resnet18", "seed=1")
@@ -136,6 +139,7 @@ def test_run_is_found_by_a_unique_prefix_of_id_or_label(tmp_path: Path) -> None:
         store.find("nowhere")
 
 
+@pytest.mark.slow
 def test_run_that_is_being_submitted_is_not_submitted_again(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     plan = make_plan(compose(["dataset=digits", f"workspace={tmp_path}"]), lambda _: None)
@@ -152,6 +156,7 @@ def test_run_that_is_being_submitted_is_not_submitted_again(tmp_path: Path) -> N
     assert actions() == [(run.id, "submitted")]
 
 
+@pytest.mark.slow
 def test_states_without_an_outcome(tmp_path: Path) -> None:
     run = create_run(RunStore(tmp_path))
     assert state(run).name == QUEUED  # the folder exists, and another process may be submitting it
@@ -177,6 +182,7 @@ def test_states_without_an_outcome(tmp_path: Path) -> None:
     assert state(run).name == QUEUED
 
 
+@pytest.mark.slow
 def test_attempt_of_another_running_process_is_not_started_again(tmp_path: Path) -> None:
     run = create_run(RunStore(tmp_path))
     attempt = run.new_attempt()
@@ -189,6 +195,7 @@ def test_attempt_of_another_running_process_is_not_started_again(tmp_path: Path)
     assert attempt.outcome is None
 
 
+@pytest.mark.slow
 def test_stage_that_meets_a_file_of_another_user_ends_with_its_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +215,7 @@ def test_stage_that_meets_a_file_of_another_user_ends_with_its_owner(
     )
 
 
+@pytest.mark.slow
 def test_job_of_another_host_is_as_last_recorded_and_cannot_be_cancelled(tmp_path: Path) -> None:
     run = create_run(RunStore(tmp_path))
     attempt = run.new_attempt()
@@ -224,6 +232,7 @@ def test_job_of_another_host_is_as_last_recorded_and_cannot_be_cancelled(tmp_pat
     assert queued.outcome
 
 
+@pytest.mark.slow
 def test_follow_logs_waits_for_the_rest_of_a_multibyte_character(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,6 +307,7 @@ def test_progress_is_throttled_but_the_last_step_is_written(tmp_path: Path) -> N
     assert written["rate"] > 0
 
 
+@pytest.mark.slow
 def test_job_rows_and_leaderboard(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     for seed, top1 in enumerate((0.5, None, 0.9)):
@@ -322,6 +332,7 @@ def test_job_rows_and_leaderboard(tmp_path: Path) -> None:
     assert "1:15" in captured.get()
 
 
+@pytest.mark.slow
 def test_thousand_runs_are_listed_with_one_scan_of_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def as_of_another_version(run: Run) -> str:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outcome", [FAILED, FINISHED])
 def test_run_of_another_version_is_refused_by_submission_and_retry(cli: Cli, outcome: str) -> None:
     words = ("+stage=download", "dataset=digits")
@@ -46,6 +47,7 @@ def test_run_of_another_version_is_refused_by_submission_and_retry(cli: Cli, out
     cli("report")
 
 
+@pytest.mark.slow
 def test_session_of_another_version_is_not_resumed(cli: Cli) -> None:
     run = create_run(RunStore(cli.workspace), "+stage=session", "cluster=local")
     run.new_attempt().end(CANCELLED, "paused")
@@ -53,6 +55,7 @@ def test_session_of_another_version_is_not_resumed(cli: Cli) -> None:
     assert cli.refused("resume", run.id) == f"error: {line}"
 
 
+@pytest.mark.slow
 def test_queued_run_of_another_version_can_be_cancelled(tmp_path: Path) -> None:
     run = create_run(RunStore(tmp_path))
     attempt = run.new_attempt()
@@ -62,6 +65,7 @@ def test_queued_run_of_another_version_can_be_cancelled(tmp_path: Path) -> None:
     assert state(run).name == CANCELLED
 
 
+@pytest.mark.slow
 def test_job_of_another_version_ends_with_the_refusal(tmp_path: Path) -> None:
     run = create_run(RunStore(tmp_path), "+stage=download")
     attempt, line = run.new_attempt(), as_of_another_version(run)

@@ -21,6 +21,8 @@ from hpc_imagenet.runs.time_record import (
     write_record,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def shape(*overrides: str) -> dict[str, Any]:
     (config,) = compose(["dataset=digits", "cluster=local", *overrides])

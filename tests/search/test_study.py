@@ -35,6 +35,7 @@ def make_files(workspace: Path, algorithm: str = "asha", **more: Any) -> StudyFi
     return files
 
 
+@pytest.mark.slow
 def test_drawn_values_depend_on_seed_number_and_results_alone(tmp_path: Path) -> None:
     sequences = []
     for name in ("first", "second"):

@@ -29,6 +29,7 @@ from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages.work import download
 
 
+@pytest.mark.slow
 def test_download_over_http(tmp_path: Path, source: Path) -> None:
     size = sum((source / file).stat().st_size for file in FILES.values())
     faults = Faults()
@@ -123,6 +124,7 @@ def test_archives_copied_by_hand_are_verified_in_place(tmp_path: Path, source: P
         )
 
 
+@pytest.mark.slow
 def test_different_archive_of_the_same_name_is_refused(tmp_path: Path, source: Path) -> None:
     run_stage(download, config_of(tmp_path, source))
     other = tmp_path / "other"
@@ -269,6 +271,7 @@ def test_killed_while_making_archives_of_class_folders(tmp_path: Path, source: P
     assert not receipt.missing_receipts(below / "numbers", FILES.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 @pytest.mark.parametrize("kind", ["tmpfs"])
 def test_resumes_after_a_full_disk(tmp_path: Path, source: Path, kind: str) -> None:
@@ -354,6 +357,7 @@ def test_login_appears_only_in_the_requests(tmp_path: Path, source: Path, cli: C
     assert list(tmp_path.rglob("config.yaml")), "there is no config.yaml to search"
 
 
+@pytest.mark.slow
 def test_login_in_the_source_url_is_refused_and_not_shown(cli: Cli) -> None:
     for source in ("https://ada:s3cr3t@x.example/y", "https://x.example/y?token=s3cr3t"):
         error = cli.refused(

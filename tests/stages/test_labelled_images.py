@@ -11,6 +11,8 @@ from sample_images import encoded
 
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("2, deux", "10 [red]", "café au lait", "日本=x")
 
 

@@ -3,10 +3,13 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
 from run_stage import assert_complete, config_of, run_stage, stage_error
 
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.stages.work import download
+
+pytestmark = pytest.mark.slow
 
 
 def test_dataset_make_creates_the_source(tmp_path: Path) -> None:

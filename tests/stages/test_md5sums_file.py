@@ -13,6 +13,7 @@ from run_stage import FILES, config_of, run_stage, stage_error
 from hpc_imagenet.stages.work import download
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

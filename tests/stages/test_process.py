@@ -65,6 +65,7 @@ def dataset_bytes(config: Config) -> dict[str, bytes]:
     return {**files, "manifest": json.dumps(manifest).encode()}
 
 
+@pytest.mark.slow
 def test_index_layout(tmp_path: Path, source: Path) -> None:
     config = config_with_archives(tmp_path, source)
     config.datastore.content = "abc"
@@ -96,6 +97,7 @@ def test_index_layout(tmp_path: Path, source: Path) -> None:
                 assert images.name(i).startswith(f"{manifest.classes[label].wnid}_")
 
 
+@pytest.mark.slow
 def test_dataset_is_committed_under_a_lock(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from hpc_imagenet.stages.work import process
 __all__ = ["small"]  # a fixture
 
 
+@pytest.mark.slow
 def test_free_bytes_and_inodes_are_checked_first(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_class_folders_are_readable_by_torchvision(folders: Config) -> None:
     root = dataset(folders)
     metas = {(root / folder / "meta.bin").read_bytes() for folder in (".", "train", "val")}
@@ -46,6 +47,7 @@ def test_class_folders_are_readable_by_torchvision(folders: Config) -> None:
     assert not list(root.rglob(".*")), "a temporary file was left behind"
 
 
+@pytest.mark.slow
 def test_class_folders_equal_those_of_torchvision(
     folders: Config, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +80,7 @@ def test_complete_class_folders_are_not_rewritten(tmp_path: Path, small: Path) -
     assert {path: path.stat().st_mtime_ns for path in dataset(config).rglob("n*")} == before
 
 
+@pytest.mark.slow
 def test_incomplete_split_is_resumed(tmp_path: Path, small: Path) -> None:
     config = config_with_archives(tmp_path, small, "folders")
     run_stage(process, config)
@@ -95,6 +98,7 @@ def test_incomplete_split_is_resumed(tmp_path: Path, small: Path) -> None:
     assert (root / "train" / "n1" / "n1_7.JPEG").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_class_folders_of_other_archives_are_replaced(tmp_path: Path, small: Path) -> None:
     config = config_with_archives(tmp_path, small, "folders")
     run_stage(process, config)
@@ -124,6 +128,7 @@ def part_of(config: Config, part: int | None, parts: int) -> Config:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4, 9])
 def test_class_folders_in_parts_equal_a_single_run(tmp_path: Path, small: Path, parts: int) -> None:
     single = config_with_archives(tmp_path / "whole", small, "folders")

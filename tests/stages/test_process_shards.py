@@ -88,6 +88,7 @@ def images(folder: Path, split: str) -> list[tuple[str, bytes, int]]:
     return [(reader.name(i), *reader.read(i)) for i in range(len(reader))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["archive", "shuffled"])
 def test_shards_contain_the_images_in_archive_order(tmp_path: Path, source: Path, order: str) -> None:
     config = config_with_archives(tmp_path / "shards", source, order=order)
@@ -133,6 +134,7 @@ def names_of(path: Path) -> list[str]:
         return archive.getnames()
 
 
+@pytest.mark.slow
 def test_shuffle_depends_only_on_the_seed(tmp_path: Path, source: Path) -> None:
     names = []
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -142,6 +144,7 @@ def test_shuffle_depends_only_on_the_seed(tmp_path: Path, source: Path) -> None:
     assert names[0] == names[1] != names[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"order": "shuffled"}, {"resize": "short:20"}, {"resize": "long:33", "order": "shuffled"}],
@@ -182,6 +185,7 @@ def test_missing_shards_are_reported(tmp_path: Path, source: Path) -> None:
     assert run_stage(process, part_of(config, None, 3))["images"] == 34
 
 
+@pytest.mark.slow
 def test_only_incomplete_shards_are_rewritten(tmp_path: Path, source: Path) -> None:
     config = config_with_archives(tmp_path, source)
     run_stage(process, config)
@@ -202,6 +206,7 @@ def test_only_incomplete_shards_are_rewritten(tmp_path: Path, source: Path) -> N
     assert not list(shards[0].parent.glob(".*"))
 
 
+@pytest.mark.slow
 def test_shards_of_other_settings_are_separate(tmp_path: Path, source: Path) -> None:
     config = config_with_archives(tmp_path, source)
     run_stage(process, config)
@@ -215,6 +220,7 @@ def test_shards_of_other_settings_are_separate(tmp_path: Path, source: Path) -> 
     assert load_manifest(dataset(small)).provenance["process"]["resize"] == "short:20"
 
 
+@pytest.mark.slow
 def test_resized_shards(tmp_path: Path, source: Path) -> None:
     config = config_with_archives(tmp_path, source, resize="short:20", quality=80)
     run_stage(process, config)
@@ -233,6 +239,7 @@ def test_resized_shards(tmp_path: Path, source: Path) -> None:
     assert certificate["tools"]["pillow"].startswith(Image.__version__)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("jpegtran"), reason="no jpegtran on the PATH")
 def test_normalised_and_tiled_shards(tmp_path: Path, source: Path) -> None:
     config = config_with_archives(tmp_path, source, normalise=True, tile=True)
@@ -329,6 +336,7 @@ def test_corrupt_images_are_named_or_skipped(tmp_path: Path, source: Path, layou
         assert len(list((dataset(config) / "val").rglob("*.JPEG"))) == 4
 
 
+@pytest.mark.slow
 def test_decode_check_finds_images_with_an_intact_header(tmp_path: Path, source: Path) -> None:
     other = tmp_path / "source"
     shutil.copytree(source, other)

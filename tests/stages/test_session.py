@@ -174,6 +174,7 @@ def test_datastore_on_an_ssh_host_is_fetched_to_the_node(cli: Cli, monkeypatch: 
     assert DatasetReader(link).manifest.images == 1797
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("create", [Path.touch, Path.mkdir])
 def test_user_file_named_datastore_is_kept(cli: Cli, tmp_path: Path, create: Callable[[Path], None]) -> None:
     create(tmp_path / "datastore")
@@ -195,6 +196,7 @@ def test_too_few_gpus_are_reported_in_one_line(cli: Cli) -> None:
     assert re.fullmatch(r"session\.gpus=64, but \S+ has \d+ available: .*", cli.jobs()[0]["reason"])
 
 
+@pytest.mark.slow
 def test_invalid_session_settings_are_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for setting, message in (
         ("session.datastore=nothing", "no datastore nothing"),
@@ -216,6 +218,7 @@ def test_session_commands_refuse_other_runs(cli: Cli) -> None:
         assert "is not a session" in cli.refused(command, "download-digits")
 
 
+@pytest.mark.slow
 def test_session_signature_depends_only_on_its_name(cli: Cli) -> None:
     def planned_run(*words: str) -> str:
         output = cli(*with_defaults(SESSION, words), "dry_run=true").stdout

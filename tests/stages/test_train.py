@@ -21,6 +21,8 @@ from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages.work import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:

@@ -212,6 +212,7 @@ def test_gnu_tar_reads_the_shards(workspace: Workspace) -> None:
     assert sorted(listed) == sorted(name for _, _, name in workspace.images(workspace.version(1)))
 
 
+@pytest.mark.slow
 def test_concurrent_uploads_of_the_same_content_create_one_version(workspace: Workspace) -> None:
     results = run_concurrently([lambda: workspace.upload()] * 4)
     assert {result["version"] for result in results} == {1}
@@ -219,6 +220,7 @@ def test_concurrent_uploads_of_the_same_content_create_one_version(workspace: Wo
     assert_complete(workspace.version(1))
 
 
+@pytest.mark.slow
 def test_concurrent_uploads_of_different_content_create_a_version_each(workspace: Workspace) -> None:
     for name in ("a", "b", "c"):
         make_dataset(workspace.root, name, content=f"of {name}")

@@ -64,6 +64,7 @@ def wrong_images(run: Run) -> int:
         )
 
 
+@pytest.mark.slow
 def test_training_writes_its_confused_classes(reference: tuple[Run, dict[str, Any]]) -> None:
     run, _ = reference
     found = rows_of(run.folder / "val_confusion.csv")

@@ -112,6 +112,7 @@ def compare(
     return refused, float(off.mean()), float(off.max())
 
 
+@pytest.mark.slow
 def test_nvjpeg_is_available(device: torch.device) -> None:
     """Without nvJPEG, CPUs would decode everything, and the other tests would pass."""
     line = device_prefetch.check_gpu_decode(device, max(1, len(os.sched_getaffinity(0)) - 1))

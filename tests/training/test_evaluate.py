@@ -19,6 +19,8 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.stages.work import download, process
 from hpc_imagenet.training.evaluate import evaluate
 
+pytestmark = pytest.mark.slow
+
 NAME = "mobilenet_v3_small"
 FILE = "mobilenet_v3_small-047dcff4.pth"  # its name in torchvision's cache
 
@@ -54,7 +56,6 @@ def weights(classes: int, answer: int) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.slow
 def test_evaluates_a_weights_file(few: DatasetReader, tmp_path: Path) -> None:
     torch.save(weights(6, answer=1), tmp_path / "w.pth")
     result = evaluate(few, f"{NAME}={tmp_path / 'w.pth'}", 0)
@@ -72,7 +73,6 @@ def test_evaluates_an_old_file_without_num_batches_tracked(few: DatasetReader, t
     assert evaluate(few, f"{NAME}={tmp_path / 'w.pth'}", 0).top1 == pytest.approx(0.2)
 
 
-@pytest.mark.slow
 def test_evaluates_weights_in_torchvision_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "cache" / "hub" / "checkpoints"
@@ -91,7 +91,6 @@ def test_evaluates_weights_in_torchvision_cache(tmp_path: Path, monkeypatch: pyt
     assert "top-1 20.00%, top-5 100.00% of 20 images of val (published: 67.67% and 87.40%)" in output
 
 
-@pytest.mark.slow
 def test_errors_are_one_line(few: DatasetReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "text").write_text("no weights")

@@ -69,6 +69,7 @@ def test_val_classes_csv_has_accuracy_per_class(
         assert hits / 13 == pytest.approx(result[name], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_non_finite_loss_aborts_with_step_and_images(
     config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:
@@ -92,6 +93,7 @@ def test_non_finite_loss_aborts_with_step_and_images(
     assert all(torch.isfinite(value).all() for value in saved(run)["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_unreadable_image_fails_or_is_skipped(config, tiny: DatasetReader, tmp_path: Path) -> None:
     shutil.copytree(tiny.folder, tmp_path / "v1")
     offset, length, *_ = tiny.open_split("train").index[7].item()
@@ -133,6 +135,7 @@ def test_accumulate_gives_the_same_step(
         torch.testing.assert_close(saved(two)["state_dict"][name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_deterministic_does_not_change_identity_or_cpu_results(
     config, tiny: DatasetReader, tmp_path: Path, reference
 ) -> None:
@@ -201,6 +204,7 @@ def test_two_ranks_match_one_rank(tiny: DatasetReader, tmp_path: Path, reference
     assert again[0]["loss"] == pytest.approx(one["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_variables_of_an_outer_slurm_job_are_ignored(
     config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:

@@ -35,6 +35,7 @@ def labels(prediction: Prediction) -> list[int]:
     return [guess.label for guess in prediction.guesses]
 
 
+@pytest.mark.slow
 def test_probabilities_are_those_of_validation(
     trained: TrainedModel, tiny: DatasetReader, tmp_path: Path
 ) -> None:

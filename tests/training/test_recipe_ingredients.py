@@ -18,6 +18,8 @@ from hpc_imagenet.training.loading.sampler import BatchShare
 from hpc_imagenet.training.models.build import build_model
 from hpc_imagenet.training.module import Classifier
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "averaged": {"ema": 0.8, "ema_every": 2, "schedule": "linear", "blurpool": True, "val_flip": True},
     "mixed": {"mixup": 0.2, "cutmix": 1.0, "augment": "trivial", "erase": 0.5},
@@ -25,7 +27,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_resume_is_exact_with_optional_recipe_settings(
     name, config, tiny: DatasetReader, tmp_path: Path, reference, signal_at, monkeypatch
@@ -73,7 +74,6 @@ def test_compile_supports_every_size_of_progressive_resizing(config, monkeypatch
     assert counter.frame_count == 13
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_resume_is_exact_for_a_compiled_network(
     config, tiny: DatasetReader, tmp_path: Path, signal_at, monkeypatch
@@ -90,7 +90,6 @@ def test_resume_is_exact_for_a_compiled_network(
     assert_same_training(alone, run)
 
 
-@pytest.mark.slow
 def test_ema_weights_are_evaluated(config, tiny: DatasetReader, tmp_path: Path, monkeypatch) -> None:
     biases: dict[int, torch.Tensor] = {}  # after each step
     original = ProgressReporter.on_train_batch_end
@@ -113,7 +112,6 @@ def test_ema_weights_are_evaluated(config, tiny: DatasetReader, tmp_path: Path, 
     assert results(train(settings, tiny, new_run(tmp_path / "next"))) == pytest.approx(results(result))
 
 
-@pytest.mark.slow
 def test_weights_are_evaluated_before_the_first_ema_update(
     config, tiny: DatasetReader, tmp_path: Path
 ) -> None:
@@ -122,7 +120,6 @@ def test_weights_are_evaluated_before_the_first_ema_update(
     assert results(train(settings, tiny, new_run(tmp_path / "run"))) == results(plain)
 
 
-@pytest.mark.slow
 def test_linear_probe_trains_only_the_classifier(
     config, tiny: DatasetReader, tmp_path: Path, signal_at, monkeypatch
 ) -> None:
@@ -145,7 +142,6 @@ def test_linear_probe_trains_only_the_classifier(
     assert_same_training(alone, run)
 
 
-@pytest.mark.slow
 def test_image_sizes_of_progressive_resizing(
     config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:

@@ -30,6 +30,7 @@ def test_lr_factor_warms_up_and_decays_to_zero() -> None:
     assert lr_factor(0, 100, 0) == 1
 
 
+@pytest.mark.slow
 def test_norm_decay_excludes_norms_and_biases(config) -> None:
     model = build_model("resnet18", 10, size=32)
     total = sum(p.numel() for p in model.parameters())
@@ -42,6 +43,7 @@ def test_norm_decay_excludes_norms_and_biases(config) -> None:
     assert isinstance(build_optimizer(model, config(optimizer="adamw").recipe), torch.optim.AdamW)
 
 
+@pytest.mark.slow
 def test_norm_momentum() -> None:
     model = build_model("mobilenet_v3_small", 10, size=32)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]

@@ -79,6 +79,7 @@ def test_what_it_refuses(cli: Cli) -> None:
     assert "no run xyz" in cli.refused("tensorboard", "xyz")
 
 
+@pytest.mark.slow
 def test_trackers_on_the_command_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     line = cli.refused("+stage=pipeline", "dataset=digits", "tracker=wanbd")
     assert "tracker=wanbd is unknown; did you mean: wandb" in line
@@ -91,6 +92,7 @@ def test_trackers_on_the_command_line(cli: Cli, monkeypatch: pytest.MonkeyPatch)
     assert "pip install -c constraints.txt -e '.[" in line
 
 
+@pytest.mark.slow
 def test_trackers_are_not_part_of_the_signature() -> None:
     identities = [
         signature(compose(["dataset=digits", f"tracker={tracker}"])[0].training_identity())

@@ -40,18 +40,21 @@ def source(*overrides: str, multirun: bool = False) -> str:
     return config.dataset.source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multirun", [False, True])
 @pytest.mark.parametrize("path", TYPED)
 def test_a_path_is_taken_as_typed(path: str, multirun: bool) -> None:
     assert source(f"dataset.source={path}", multirun=multirun) == path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["true", "1e3", "007", "[a]", "a=b", "(x)", "range(3)"])
 def test_a_relative_path_is_text(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert source(f"dataset.source={name}") == str(tmp_path / name)
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="$,"), min_size=1))
 def test_any_text_after_a_slash_is_the_path(text: str) -> None:
     for path in (f"/data/{text}", f"/data/birds,{text}x"):
@@ -60,6 +63,7 @@ def test_any_text_after_a_slash_is_the_path(text: str) -> None:
             assert OverridesParser.create().parse_override(word).value() == path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
@@ -76,6 +80,7 @@ def test_hydra_quotes_interpolations_and_home_still_work(
     assert source(word) == str(tmp_path / expected)
 
 
+@pytest.mark.slow
 def test_null_and_other_text_keep_their_meaning() -> None:
     hint = "it's (not) for all; see é"
     (config,) = compose(["model.weights=null", "download.login=null", f"dataset.hint={hint}"])
@@ -84,6 +89,7 @@ def test_null_and_other_text_keep_their_meaning() -> None:
     assert config.dataset.hint == hint
 
 
+@pytest.mark.slow
 def test_commas_between_paths_are_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sources(text: str) -> list[str]:
         configs = compose([*NAMED, f"dataset.source={text}", "seed=0,1"], multirun=True)
@@ -100,6 +106,7 @@ def test_commas_between_paths_are_a_sweep(tmp_path: Path, monkeypatch: pytest.Mo
         source("dataset.source=/a,/b")
 
 
+@pytest.mark.slow
 def test_a_source_of_many_characters_is_read(cli: Cli) -> None:
     folder = cli.cwd / 'it\'s "my" birds, 2020 (a=b) #1 50% é'
     for split in ("train", "val"):
@@ -112,6 +119,7 @@ def test_a_source_of_many_characters_is_read(cli: Cli) -> None:
     assert yaml.safe_load(cli("--cfg", "job", *words[:-1]).stdout)["dataset"]["source"] == str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "form"),
     [
@@ -130,6 +138,7 @@ def test_the_error_of_a_quoting_mistake_shows_the_quoted_form(word: str, form: s
     compose([typed])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["a $HOME", 'say "x"', "`x`", "it's", "plain!"])
 def test_quoted_form_passes_a_shell_unchanged(text: str) -> None:
     (typed,) = shlex.split(quoted_form(f"dataset.hint={text}"))
@@ -208,11 +217,13 @@ def test_lists_are_refused_within_a_sweep_too() -> None:
         compose(["model=[resnet18,resnet50],vgg11"], multirun=True)
 
 
+@pytest.mark.slow
 def test_the_same_value_twice_is_accepted() -> None:
     (config,) = compose(["seed=3", "seed=3", "+stage=upload", "+stage=upload"])
     assert (config.seed, config.stage.name) == (3, "upload")
 
 
+@pytest.mark.slow
 def test_with_overrides_refuses_a_setting_given_twice() -> None:
     (config,) = compose(["+stage=session"])
     with pytest.raises(UserError, match=r"session.gpus=1 and session.gpus=2 set session.gpus twice"):

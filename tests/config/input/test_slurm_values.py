@@ -33,6 +33,7 @@ def test_times_are_read_as_sbatch_reads_them(value: object, minutes: int) -> Non
     assert parse_minutes(value) == minutes
 
 
+@pytest.mark.slow
 @given(st.integers(0, 99), st.integers(0, 23), st.integers(0, 59))
 def test_days_hours_and_minutes_add_up(days: int, hours: int, minutes: int) -> None:
     assert parse_minutes(f"{days}-{hours:02}:{minutes:02}:00") == (24 * days + hours) * 60 + minutes
@@ -50,6 +51,7 @@ def test_gpus_take_a_type() -> None:
     assert (parse_gpus(4), parse_gpus("4"), parse_gpus("a100:4")) == (4, 4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -70,6 +72,7 @@ def test_a_value_that_slurm_would_not_take_is_refused(override: str, message: st
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_cluster_takes_slurms_notation_and_jobs_get_numbers() -> None:
     (config,) = compose(
         [
@@ -86,12 +89,14 @@ def test_a_cluster_takes_slurms_notation_and_jobs_get_numbers() -> None:
     assert (train.time, train.gpus_per_node, train.gpu_type) == (720, 2, "a100")
 
 
+@pytest.mark.slow
 def test_a_session_takes_them_too() -> None:
     (config,) = compose(["cluster=slurm", "+stage=session", "session.time=2:00:00", "session.gpus=v100:1"])
     cluster = cluster_for(config, "session")
     assert (cluster.time, cluster.gpus_per_node, cluster.gpu_type) == (122, 1, "v100")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["time: 24:00:00", "stage: {train: {time: 12:00:00, nodes: 1}}"])
 def test_a_time_that_yaml_would_misread_is_refused(line: str, tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()

@@ -40,6 +40,7 @@ def composed(*overrides: str) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_precedence_is_command_line_environment_project_user_package(
     places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,6 +54,7 @@ def test_precedence_is_command_line_environment_project_user_package(
     assert composed("workspace=/typed").workspace == "/typed"
 
 
+@pytest.mark.slow
 def test_a_stored_cluster_is_the_default(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     places.store(places.user, "defaults: [slurm]\npartition: gpu\ntime: 30", "cluster/mine.yaml")
     places.store(places.user, "cluster: mine\ncluster.account: me\nrecipe: fast16\ndatastore: {url: /shared}")
@@ -66,6 +68,7 @@ def test_a_stored_cluster_is_the_default(places: Places, monkeypatch: pytest.Mon
     assert composed().cluster.executor == "local"
 
 
+@pytest.mark.slow
 def test_stored_values_are_any_of_conf(places: Places) -> None:
     places.store(
         places.project,
@@ -98,6 +101,7 @@ def test_a_file_that_is_no_settings_is_refused(places: Places, text: str, messag
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_conf_of_another_application_is_left_alone(places: Places) -> None:
     places.store(places.project / "conf", "a: 1", "config.yaml")
     places.store(places.project / "conf", "defaults: [local]", "cluster/mine.yaml")
@@ -107,6 +111,7 @@ def test_the_conf_of_another_application_is_left_alone(places: Places) -> None:
     assert composed("cluster=mine").cluster.executor == "local"
 
 
+@pytest.mark.slow
 def test_commands_find_the_stored_workspace_and_info_shows_where_it_is_stored(
     places: Places, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ MEANT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEANT)
 def test_the_setting_that_was_meant_comes_first(name: str) -> None:
     for prefix in ("", "recipe.", "trainer.", "model."):
@@ -43,6 +44,7 @@ def test_the_setting_that_was_meant_comes_first(name: str) -> None:
             assert suggested.split(", ")[0] == f"; did you mean: {MEANT[name]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["lr=0.1", "+lr=0.1", "recipe.lr=0.1", "+recipe.lr=0.1", "optim.lr=0.1"])
 def test_an_unknown_setting_is_one_line_with_the_setting_that_was_meant(word: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -51,6 +53,7 @@ def test_an_unknown_setting_is_one_line_with_the_setting_that_was_meant(word: st
     assert str(caught.value) == f"{key} is an unknown setting; did you mean: recipe.learning_rate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "suggested"),
     [
@@ -68,6 +71,7 @@ def test_misspelt_names_suggest_similar_ones(key: str, suggested: str) -> None:
     assert suggested in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "instead"),
     [("num_classes", "the dataset decides it"), ("train.resume", "retry RUN resumes a run")],

@@ -24,6 +24,7 @@ def composed(*overrides: str) -> Config:
     return compose([*BASE, *overrides])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm/resnet18", "timm/resnet18.a1_in1k", "timm/vit_tiny_patch16_224"])
 def test_timm_networks_are_choices_of_the_group(name: str) -> None:
     model = composed(f"model={name}").model
@@ -31,6 +32,7 @@ def test_timm_networks_are_choices_of_the_group(name: str) -> None:
     assert composed("model.name=" + name).model.name == name
 
 
+@pytest.mark.slow
 def test_timm_networks_in_a_sweep() -> None:
     configs = compose([*BASE, "model=resnet18,timm/resnet18,timm/test_vit", "seed=1,2"], multirun=True)
     assert [config.model.name for config in configs[::2]] == ["resnet18", "timm/resnet18", "timm/test_vit"]
@@ -55,6 +57,7 @@ def test_unknown_networks_suggest_near_ones(given: str, message: str) -> None:
         composed(f"model={given}")
 
 
+@pytest.mark.slow
 def test_a_file_of_this_folder_suggests_the_form_of_an_own_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +75,7 @@ def test_a_file_of_this_folder_suggests_the_form_of_an_own_network(
         assert str(caught.value) == f"model={given} {hint} {meant}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
@@ -88,6 +92,7 @@ def test_weights_are_checked(name: str, weights: str, message: str) -> None:
         TRAIN.check_settings(config, config.cluster)
 
 
+@pytest.mark.slow
 def test_valid_weights_pass(tmp_path: Path) -> None:
     (tmp_path / "w.pth").touch()
     backbones.check_weights("timm/resnet18", "pretrained")
@@ -101,6 +106,7 @@ def test_valid_weights_pass(tmp_path: Path) -> None:
     assert composed("model=timm/resnet18", "model.weights=a1_in1k").model.weights == "a1_in1k"
 
 
+@pytest.mark.slow
 def test_without_timm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -111,12 +117,14 @@ def test_without_timm_the_error_says_how_to_install_it(monkeypatch: pytest.Monke
             composed(setting)
 
 
+@pytest.mark.slow
 def test_names_of_another_timm_are_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.0")
     assert composed("model=timm/newest_network").model.name == "timm/newest_network"
     backbones.check_weights("timm/resnet18", "newest_in1k")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -134,6 +142,7 @@ def test_preprocessing_is_checked(value: str, message: str) -> None:
         TRAIN.check_settings(config, config.cluster)
 
 
+@pytest.mark.slow
 def test_optional_settings_are_in_the_signature_only_if_set() -> None:
     plain = composed("model=resnet18")
     assert set(plain.model.identity()) == {"name", "stem", "options"}
@@ -148,6 +157,7 @@ def test_optional_settings_are_in_the_signature_only_if_set() -> None:
     assert windowed.recipe.identity()["shuffle_window"] == 65536
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -165,11 +175,13 @@ def test_optimizers_are_checked(overrides: list[str], message: str) -> None:
         composed(*settings)
 
 
+@pytest.mark.slow
 def test_other_optimizers_pass() -> None:
     for name in ("sgd", "rmsprop", "timm/lamb"):
         check_optimizer(composed(f"recipe.optimizer={name}").recipe)
 
 
+@pytest.mark.slow
 def test_no_heavy_package_is_imported_for_names_of_timm(tmp_path: Path) -> None:
     heavy = "import sys; print([name for name in ('torch', 'timm', 'numpy') if name in sys.modules])"
     command = "from hpc_imagenet.config.compose import compose; compose(sys.argv[1:]);"

@@ -41,6 +41,7 @@ def composed(*overrides: str) -> Config:
     return compose(["dataset=digits", "recipe=demo", "cluster=local", *overrides])[0]
 
 
+@pytest.mark.slow
 def test_the_file_is_frozen_and_its_hash_is_in_the_signature(folder: Path) -> None:
     write(folder, {"mine.py": FACTORY, "other.py": "raise SystemExit"})
     first = composed("model=mine:build")
@@ -53,6 +54,7 @@ def test_the_file_is_frozen_and_its_hash_is_in_the_signature(folder: Path) -> No
     assert with_overrides(first, ["cluster.time=5"]).model == first.model  # frozen stays frozen
 
 
+@pytest.mark.slow
 def test_any_text_survives_the_frozen_config(folder: Path) -> None:
     text = FACTORY + "TEXT = '${nothing} ${oc.env:HOME} \\${a} \u2028 é 模型\t'  # :\r\n# {}\n"
     Path("mine.py").write_bytes(text.encode())
@@ -62,6 +64,7 @@ def test_any_text_survives_the_frozen_config(folder: Path) -> None:
     assert with_overrides(run.config(), ["cluster.time=5"]).model == config.model
 
 
+@pytest.mark.slow
 def test_files_that_it_imports_are_frozen_too(folder: Path) -> None:
     write(
         folder,
@@ -82,6 +85,7 @@ def test_files_that_it_imports_are_frozen_too(folder: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_an_installed_package_is_identified_by_its_hash(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +97,7 @@ def test_an_installed_package_is_identified_by_its_hash(
     assert model.source_hash == own_network.file_hash(site / "installed_nets.py")
 
 
+@pytest.mark.slow
 def test_a_package_of_a_folder_on_the_path_is_frozen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(
         folder / "project", {"editable_nets.py": "import editable_part\n" + FACTORY, "editable_part.py": ""}
@@ -101,6 +106,7 @@ def test_a_package_of_a_folder_on_the_path_is_frozen(folder: Path, monkeypatch: 
     assert set(composed("model=editable_nets:build").model.source) == {"editable_nets.py", "editable_part.py"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
@@ -134,6 +140,7 @@ def test_errors_are_one_line_before_anything_is_submitted(
         composed(*chosen, *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -159,6 +166,7 @@ def test_names_of_another_form_are_refused() -> None:
             own_network.split_name(name)
 
 
+@pytest.mark.slow
 def test_nothing_is_imported(folder: Path) -> None:
     write(folder, {"loud.py": "raise SystemExit('imported')\n" + FACTORY})
     assert composed("model=loud:build").model.source_hash

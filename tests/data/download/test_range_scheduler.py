@@ -58,6 +58,7 @@ def assert_complete(target: Path, served: Path) -> None:
     assert sorted(path.name for path in target.parent.iterdir()) == [FILE, f"{FILE}.receipt.json"]
 
 
+@pytest.mark.slow
 def test_parallel_ranges_start_at_the_beginning(served: Path, target: Path) -> None:
     faults, progress = Faults(pause=0.02, chunk_size=1 << 15), list[int]()
     with serving(served, faulty(faults)) as url:
@@ -78,6 +79,7 @@ def test_single_stream_from_a_server_without_ranges(served: Path, target: Path) 
     assert len(faults.requests) == 1
 
 
+@pytest.mark.slow
 def test_broken_connections_are_resumed_in_parallel(served: Path, target: Path) -> None:
     rng = random.Random(7)
     faults = Faults(drops=[1 << 30, *(rng.randrange(200_000) for _ in range(12))], pause=0.002)
@@ -89,6 +91,7 @@ def test_broken_connections_are_resumed_in_parallel(served: Path, target: Path) 
     assert_complete(target, served)
 
 
+@pytest.mark.slow
 def test_connections_are_retired_if_the_server_accepts_fewer(
     served: Path, target: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -159,6 +162,7 @@ def test_changed_etag_restarts_the_download(
     assert "has changed on the server; restarting the download" in caplog.text
 
 
+@pytest.mark.slow
 def test_expired_login_keeps_the_downloaded_bytes(served: Path, target: Path) -> None:
     faults = Faults(pause=0.005, chunk_size=1 << 15)
     with serving(served, faulty(faults)) as url:
@@ -197,6 +201,7 @@ def test_parallel_download_resumes_a_single_stream(served: Path, target: Path) -
 Spans = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=30)
 
 
+@pytest.mark.slow
 @given(Spans)
 @settings(max_examples=60, deadline=None)
 def test_partial_file_tracks_written_spans(spans: list[tuple[int, int]]) -> None:

@@ -36,6 +36,7 @@ def test_ids_name_folders_and_names_stay_readable(name: str, id_: str, shown: st
     assert escape_name(name) == shown
 
 
+@pytest.mark.slow
 @given(one=st.text(max_size=5), other=st.text(max_size=5))
 def test_different_names_have_different_ids(one: str, other: str) -> None:
     assert (class_id(one) == class_id(other)) == (one == other)

@@ -45,6 +45,7 @@ def repack(path: Path, members: list[tuple[str, bytes]]) -> None:
             archive.addfile(header, io.BytesIO(data))
 
 
+@pytest.mark.slow
 def test_read_devkit(tmp_path: Path) -> None:
     _, _, path = write(tmp_path)
     assert read_devkit(path) == Devkit(
@@ -55,11 +56,13 @@ def test_read_devkit(tmp_path: Path) -> None:
     assert list(read_devkit(path).names) == ["n001", "n002", "n003"], "a label is the index in this order"
 
 
+@pytest.mark.slow
 def test_read_devkit_with_one_class(tmp_path: Path) -> None:
     ilsvrc_writer.write_devkit(tmp_path / "kit", [Synset(7, "n1", "x")], [7])
     assert read_devkit(tmp_path / "kit") == Devkit({"n1": ("x",)}, {7: "n1"}, ["n1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("synsets", "truth", "message"),
     [
@@ -79,6 +82,7 @@ def test_inconsistent_devkit_is_rejected(
         read_devkit(tmp_path / "kit.tar.gz")
 
 
+@pytest.mark.slow
 def test_invalid_devkit_error_names_the_problem(tmp_path: Path) -> None:
     _, _, path = write(tmp_path)
     whole = path.read_bytes()

@@ -93,6 +93,7 @@ def test_non_images_are_corrupt(data: bytes) -> None:
     assert image_header.decode_error(data)
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=300), st.sampled_from([data for data, _ in KINDS]), st.integers(0, 700))
 def test_inspect_accepts_arbitrary_bytes(noise: bytes, data: bytes, offset: int) -> None:
     damaged = data[:offset] + noise + data[offset + len(noise) :]

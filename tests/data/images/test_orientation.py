@@ -55,6 +55,7 @@ def test_images_without_orientation_are_upright(path: Path, kind: str) -> None:
     assert read_orientation(path.with_name("absent")) == 1
 
 
+@pytest.mark.slow
 @given(noise=st.binary(max_size=120), value=st.integers(0, 65_535))
 @settings(max_examples=60, deadline=None)
 def test_damaged_exif_is_no_error(noise: bytes, value: int, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -32,6 +32,7 @@ def pixels(data: bytes) -> np.ndarray:  # type: ignore[type-arg]
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from(["short", "long"]), st.integers(1, 600))
 def test_size_limits_the_chosen_side(width: int, height: int, side: str, px: int) -> None:
     new = ShardTransform(side, px).size(width, height)

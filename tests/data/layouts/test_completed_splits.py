@@ -23,6 +23,7 @@ def labels_of(classes: dict[str, int], prefix: str = "") -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @given(sizes, st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
 def test_a_share_of_each_class_is_chosen(classes: dict[str, int], fraction: float, seed: int) -> None:
     labels = labels_of(classes)
@@ -31,6 +32,7 @@ def test_a_share_of_each_class_is_chosen(classes: dict[str, int], fraction: floa
         assert chosen[name] == min(max(int(size * fraction + 0.5), min(size - 1, 1)), size - 1)
 
 
+@pytest.mark.slow
 @given(sizes, st.integers(0, 99))
 def test_the_choice_depends_on_names_and_seed_only(classes: dict[str, int], seed: int) -> None:
     chosen = stratified_choice(labels_of(classes), 0.3, seed)
@@ -88,6 +90,7 @@ def hash_of(*overrides: str) -> str:
     return content_hash(config.dataset)
 
 
+@pytest.mark.slow
 def test_the_settings_that_choose_images_are_in_the_content() -> None:
     words = [
         *((), ("dataset.splits.train=a",), ("dataset.labels=t.csv",), ("dataset.val_fraction=0.1",)),
@@ -99,6 +102,7 @@ def test_the_settings_that_choose_images_are_in_the_content() -> None:
     assert hash_of("dataset.hint=x") == hash_of()
 
 
+@pytest.mark.slow
 def test_archives_have_the_content_that_they_had_before_there_were_labelled_images() -> None:
     (config,) = compose(["dataset=ilsvrc", "dataset.name=x", "dataset.source=/x"])
     config.dataset.revision = "r"
@@ -106,6 +110,7 @@ def test_archives_have_the_content_that_they_had_before_there_were_labelled_imag
     assert content_hash(config.dataset) == "f3d6b9be"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -37,6 +37,7 @@ def test_every_layout_is_found(tmp_path: Path, name: str) -> None:
     assert find_images(root, dataset_of(**sample.settings), 1) == found
 
 
+@pytest.mark.slow
 def test_labels_of_lists_and_tables_are_those_of_their_images(tmp_path: Path) -> None:
     for name, split, expected in (
         ("tiny_imagenet", "val", {"val_0": "n01443537", "val_1": "n01629819"}),

@@ -65,6 +65,7 @@ def run_verify(folder: Path, quick: bool = False) -> VerifyReport:
     return verify.verify_dataset(folder, quick=quick, workers=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_new_dataset_has_no_problems(workspaces: dict[str, Path], layout: str) -> None:
     folder = workspaces[layout] / "datasets" / "numbers"
@@ -165,6 +166,7 @@ def test_find_folders_by_name_version_and_path(workspaces: dict[str, Path], tmp_
             verify.find_folders(workspace, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_verify_uploaded_version(copy_dataset: Callable[[str], Path], layout: str) -> None:
     workspace = copy_dataset(layout).parents[1]
@@ -197,6 +199,7 @@ def test_verify_command(copy_dataset: Callable[[str], Path]) -> None:
     assert "nothing to verify" in cli("verify", code=2).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("verify", "digits"), ("datastores", "verify", "digits@v1")])
 def test_interrupt_stops_while_a_large_file_is_hashed(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     manifest = make_dataset(tmp_path)

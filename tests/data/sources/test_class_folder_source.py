@@ -128,6 +128,7 @@ def read_archives(workspace: Path) -> tuple[Images, Images, dict[str, tuple[str,
     return train, val, kit.names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_archives_are_made_of_every_layout(
     tmp_path: Path, images: dict[str, Images], kind: str, capsys: pytest.CaptureFixture[str]
@@ -180,6 +181,7 @@ def test_equal_val_names_are_prefixed_with_the_class(tmp_path: Path, images: dic
     }
 
 
+@pytest.mark.slow
 def test_parquet_without_paths_names_classes_by_label(tmp_path: Path, images: dict[str, Images]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -259,6 +261,7 @@ def test_md5_setting_is_refused_for_archives_made_of_images(
     assert "set dataset=ilsvrc dataset.name=NAME, which has no MD5s" in error
 
 
+@pytest.mark.slow
 def test_file_that_changes_during_the_download_is_refused(
     tmp_path: Path, images: dict[str, Images], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +284,7 @@ def test_file_that_changes_during_the_download_is_refused(
     assert read_archives(tmp_path)[0]["n90000005"][changing.name] == b"12"
 
 
+@pytest.mark.slow
 @given(names=st.lists(st.text("abcdé", min_size=1, max_size=110), unique=True, max_size=5), data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_virtual_tar_can_be_read_from_any_offset(names: list[str], data: st.DataObject) -> None:

@@ -90,6 +90,7 @@ def pixels(data: bytes) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["index", "shards", "folders"])
 def test_every_image_arrives_with_its_label(
     tmp_path: Path, found: LabelledImages, layout: str, capsys: pytest.CaptureFixture[str]
@@ -125,6 +126,7 @@ def test_every_image_arrives_with_its_label(
         assert len(list((folder / "test" / "café, au lait").iterdir())) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [("train",), ("train", "val"), ("train", "test")])
 def test_absent_split_is_left_out(
     tmp_path: Path, splits: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -140,6 +142,7 @@ def test_absent_split_is_left_out(
     assert verify_dataset(folder, quick=False, workers=1).problems == []
 
 
+@pytest.mark.slow
 def test_archives_can_be_taken_from_another_workspace(tmp_path: Path, found: LabelledImages) -> None:
     run_stage(download, config_of(tmp_path / "one", found.root))
     config = config_of(tmp_path / "two", tmp_path / "one/archives/numbers")
@@ -152,6 +155,7 @@ def test_archives_can_be_taken_from_another_workspace(tmp_path: Path, found: Lab
     )
 
 
+@pytest.mark.slow
 def test_other_settings_are_not_taken_for_the_same_archives(tmp_path: Path, found: LabelledImages) -> None:
     config = config_of(tmp_path, found.root)
     run_stage(download, config)
@@ -161,6 +165,7 @@ def test_other_settings_are_not_taken_for_the_same_archives(tmp_path: Path, foun
     assert "; set another dataset.name, or remove " in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["header", "decode"])
 def test_corrupt_images_of_any_format_are_found(
     tmp_path: Path, found: LabelledImages, check: str, monkeypatch: pytest.MonkeyPatch
@@ -210,6 +215,7 @@ def rotated(orientation: int, size: tuple[int, int], kind: str = "JPEG") -> byte
     return encoded(kind, size=size, exif=exif)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [True, False])
 def test_exif_orientation_is_applied_and_counted(
     tmp_path: Path, program: bool, monkeypatch: pytest.MonkeyPatch

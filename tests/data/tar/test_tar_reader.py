@@ -65,6 +65,7 @@ path = (
 files = st.lists(st.tuples(path, st.binary(max_size=1500)), max_size=6, unique_by=lambda file: file[0])
 
 
+@pytest.mark.slow
 @given(files=files, form=st.sampled_from(["gnu", "pax"]), front=st.integers(0, 3))
 def test_members_equal_those_of_tarfile(files: list[tuple[str, bytes]], form: str, front: int) -> None:
     inner = build(files, form)
@@ -78,6 +79,7 @@ def test_members_equal_those_of_tarfile(files: list[tuple[str, bytes]], form: st
     assert moved == [m._replace(offset=m.offset + skip) for m in expected]
 
 
+@pytest.mark.slow
 @given(st.lists(st.text("abc/é", min_size=1, max_size=200), max_size=5), st.binary(max_size=600))
 def test_members_of_ustar_equal_those_of_tarfile(names: list[str], data: bytes) -> None:
     kept = []
@@ -147,6 +149,7 @@ def with_checksum(data: bytearray, position: int = 0) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gnu", "pax"])
 def test_truncation_anywhere_is_reported(form: str) -> None:
     whole = build([("a" * 150, b"1" * 700), ("b", b"2" * 512), ("c", b"")], form)

@@ -62,6 +62,7 @@ files = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     files=files,
@@ -149,6 +150,7 @@ def test_links_and_devices_are_rejected(kind: bytes, message: str) -> None:
         find(buffer.getvalue())
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.data())
 def test_fast_scan_gives_the_errors_of_the_full_scan(draw: st.DataObject) -> None:

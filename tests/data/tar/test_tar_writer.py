@@ -18,6 +18,7 @@ from hpc_imagenet.io.tar_header import member_header
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=120)
 
 
+@pytest.mark.slow
 @given(names.filter(lambda name: not name.endswith("/")), st.integers(0, 8**11 + 3))
 def test_member_headers_equal_those_of_tarfile(name: str, length: int) -> None:
     info = tarfile.TarInfo(name)
@@ -25,6 +26,7 @@ def test_member_headers_equal_those_of_tarfile(name: str, length: int) -> None:
     assert member_header(name, length) == info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(names, st.binary(max_size=3000), st.booleans()), max_size=5),

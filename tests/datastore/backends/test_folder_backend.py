@@ -256,6 +256,7 @@ def test_other_os_errors_are_not_converted(tmp_path: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
 
+@pytest.mark.slow
 def test_lock_is_released_when_its_holder_dies(tmp_path: Path) -> None:
     waited: list[bool] = []
     code = f"""

@@ -123,6 +123,7 @@ def test_nothing_is_evicted_if_the_file_does_not_fit(tmp_path: Path) -> None:
     assert all(read(node_cache, number) for number in (1, 2, 3))
 
 
+@pytest.mark.slow
 def test_a_file_is_busy_while_another_process_fetches_it_until_that_dies(tmp_path: Path) -> None:
     ready, running = multiprocessing.get_context("fork").Event(), tmp_path / "running"
     running.touch()

@@ -53,6 +53,7 @@ def children() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_copy_process_fetches_hashes_and_reports_errors(stores: Path, shard: File, tmp_path: Path) -> None:
     copier = CopyProcess(str(stores), "digits/v1", tmp_path)
     try:
@@ -73,6 +74,7 @@ def test_copy_process_fetches_hashes_and_reports_errors(stores: Path, shard: Fil
         copier.fetch(shard, tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_killed_copy_process_is_reported_and_restarted(stores: Path, shard: File, tmp_path: Path) -> None:
     copier = CopyProcess(str(stores), "digits/v1", tmp_path)
     try:
@@ -98,11 +100,13 @@ def test_output_that_is_not_json_is_reported(stores: Path, shard: File, tmp_path
     copier.close()
 
 
+@pytest.mark.slow
 def test_copy_process_ends_with_its_parent_while_idle(stores: Path, shard: File, tmp_path: Path) -> None:
     request = "copier.fetch(shard, Path(sys.argv[2], 'copy'))"
     assert stderr_after_parent_dies(request, stores, shard, tmp_path) == ""
 
 
+@pytest.mark.slow
 def test_copy_process_ends_with_its_parent_during_a_request(
     stores: Path, shard: File, large: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +120,7 @@ def test_copy_process_ends_with_its_parent_during_a_request(
     assert stderr_after_parent_dies(request, stores, shard, tmp_path) == ""
 
 
+@pytest.mark.slow
 def test_close_aborts_a_running_request(stores: Path, shard: File, large: Path, tmp_path: Path) -> None:
     copier = CopyProcess(str(stores), "digits/v1", tmp_path)
     with ThreadPoolExecutor(1) as pool:

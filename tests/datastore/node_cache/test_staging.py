@@ -111,6 +111,7 @@ def test_reading_starts_from_the_source_and_continues_from_the_copies(
         assert images(store) == correct
 
 
+@pytest.mark.slow
 def test_a_second_rank_reads_the_copies_of_the_first(version: Version, tmp_path: Path) -> None:
     cluster = Cluster(scratch=str(tmp_path / "disk"))
     with (
@@ -143,6 +144,7 @@ def test_closing_ends_a_read_that_waits_for_a_shard(version: Version, tmp_path: 
             reading.result(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_is_detected_by_reread_and_copied_again(version: Version, tmp_path: Path) -> None:
     with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
         wait_until(lambda: not store.shards.is_remote() or not images(store))
@@ -161,6 +163,7 @@ def test_a_damaged_copy_is_detected_by_reread_and_copied_again(version: Version,
         assert images(store) == expected(version)
 
 
+@pytest.mark.slow
 def test_only_the_shards_of_the_splits_that_are_read_are_copied(version: Version, tmp_path: Path) -> None:
     scratch = tmp_path / "disk"
     with open_dataset(version, Cluster(scratch=str(scratch)), stages=True, splits=("val", "test")) as store:
@@ -169,6 +172,7 @@ def test_only_the_shards_of_the_splits_that_are_read_are_copied(version: Version
         assert len(cached(scratch)) == 1
 
 
+@pytest.mark.slow
 def test_an_intact_copy_of_an_undecodable_image_is_kept(version: Version, tmp_path: Path) -> None:
     with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
         wait_until(lambda: bool(images(store)) and not store.shards.is_remote())
@@ -177,6 +181,7 @@ def test_an_intact_copy_of_an_undecodable_image_is_kept(version: Version, tmp_pa
         assert not store.shards.is_remote()
 
 
+@pytest.mark.slow
 def test_shards_that_do_not_fit_are_read_from_the_source(
     version: Version, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ names = st.text("abcdefghijklmnop_0123456789", min_size=1, max_size=90).map(lamb
 shards = st.lists(st.dictionaries(names, st.binary(max_size=2000), max_size=5), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @given(shards=shards.filter(any))
 def test_reader_returns_the_same_bytes_as_tarfile(
     tmp_path_factory: pytest.TempPathFactory, shards: list[dict[str, bytes]]
@@ -62,6 +63,7 @@ def test_pickled_reader_opens_its_own_files(folder: Path) -> None:
     assert list(copy.open_split("train")) == images
 
 
+@pytest.mark.slow
 def test_forked_processes_read_concurrently(folder: Path) -> None:
     # Forked processes share the file offset, so reads must not use it: pread, not read.
     split = DatasetReader(folder).open_split("train")

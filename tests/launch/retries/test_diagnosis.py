@@ -133,6 +133,7 @@ SRUN = "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited with ex
 PEER = "lost another task of this job: [gloo/transport/tcp/pair.cc:538] Connection reset by peer\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "errors", "kind", "remedy"),
     [
@@ -217,6 +218,7 @@ def test_last_error_of_a_log() -> None:
     assert last("error: model.name=x is unknown\n") == "model.name=x is unknown"
 
 
+@pytest.mark.slow
 def test_failure_of_damaged_records(cluster: Cli) -> None:
     cluster(*SUBMIT)
     (run,) = RunStore(cluster.workspace).all()

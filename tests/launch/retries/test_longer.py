@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from command_line import Cli
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.retries.longer import shorter_runs
 from hpc_imagenet.runs.store import Run, RunStore
+
+pytestmark = pytest.mark.slow
 
 FIXED = ("dataset=digits", "model=resnet18", "cluster=local")
 

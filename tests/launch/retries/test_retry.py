@@ -9,6 +9,8 @@ from hpc_imagenet import Handle, UserError
 from hpc_imagenet.runs.attempt import FAILED
 from hpc_imagenet.runs.store import Run, RunStore
 
+pytestmark = pytest.mark.slow
+
 SUBMIT = ("dataset=digits", "cluster=slurm", "cluster.time=1:00:00", "cluster.memory_gb=4G")
 
 

@@ -67,6 +67,7 @@ def test_auto_takes_what_this_machine_has(tmp_path: Path, monkeypatch: pytest.Mo
         check_container(CLUSTER)
 
 
+@pytest.mark.slow
 def test_the_script_runs_tasks_inside_and_decides_outside(tmp_path: Path) -> None:
     write_slurm(tmp_path)
     write_command(tmp_path, "apptainer", "true")

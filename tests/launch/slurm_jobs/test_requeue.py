@@ -151,6 +151,7 @@ def test_superseded_copy_neither_requeues_nor_fails(job: Job) -> None:
     assert job.attempt.outcome is None
 
 
+@pytest.mark.slow
 def test_run_and_attempt_are_read_from_submitits_pickle(cli: Cli, job: Job) -> None:
     write_command(job.folder, "sbatch", "echo Submitted batch job 5")
     write_command(job.folder, "srun", "true")

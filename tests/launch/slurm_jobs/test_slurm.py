@@ -25,10 +25,12 @@ from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED, RUNNI
 from hpc_imagenet.runs.store import Run, RunStore
 
 
+@pytest.mark.slow
 def test_slurm_job_without_cluster_time_is_refused(cluster: Cli) -> None:
     assert "cluster.time" in cluster.refused("+stage=download", "dataset=digits", "cluster.time=null")
 
 
+@pytest.mark.slow
 def test_retry_refuses_a_foreground_run(cluster: Cli, commands: Path) -> None:
     cluster.env["SLURM_JOB_ID"] = "5"
     # The stub srun does nothing, so there is no outcome.
@@ -37,6 +39,7 @@ def test_retry_refuses_a_foreground_run(cluster: Cli, commands: Path) -> None:
     assert "cluster=foreground" in cluster("retry", row["run"], code=2).stderr
 
 
+@pytest.mark.slow
 def test_foreground_task_gets_the_cpus_of_its_allocation(cluster: Cli, commands: Path) -> None:
     """Since 22.05 srun reads SRUN_CPUS_PER_TASK; without it each task gets one CPU."""
     write_command(commands, "srun", f"env > {commands}/srun-env")
@@ -51,6 +54,7 @@ def test_foreground_task_gets_the_cpus_of_its_allocation(cluster: Cli, commands:
     assert "attempts/1/" not in output
 
 
+@pytest.mark.slow
 def test_pipeline_is_a_dependency_chain_that_ends_in_one_array(cluster: Cli, commands: Path) -> None:
     cluster(
         "-m",
@@ -77,12 +81,14 @@ def test_pipeline_is_a_dependency_chain_that_ends_in_one_array(cluster: Cli, com
         assert sys.executable in script
 
 
+@pytest.mark.slow
 def test_variables_of_an_outer_allocation_are_not_passed_to_sbatch(cluster: Cli, commands: Path) -> None:
     cluster.env |= {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_CONF": "/etc/slurm.conf"}
     cluster("+stage=download", "dataset=digits", "cluster=slurm")
     assert (commands / "env").read_text() == "SLURM_CONF=/etc/slurm.conf\n"
 
 
+@pytest.mark.slow
 def test_dry_run_prints_sbatch_scripts_and_submits_nothing(cluster: Cli, commands: Path) -> None:
     done = cluster(
         "-m",
@@ -101,6 +107,7 @@ def test_dry_run_prints_sbatch_scripts_and_submits_nothing(cluster: Cli, command
     assert not cluster.workspace.exists()
 
 
+@pytest.mark.slow
 def test_sbatch_error_is_one_line_and_fails_all_jobs(cluster: Cli, commands: Path) -> None:
     write_command(
         commands, "sbatch", "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1"
@@ -113,11 +120,13 @@ def test_sbatch_error_is_one_line_and_fails_all_jobs(cluster: Cli, commands: Pat
     assert all("invalid partition" in row["reason"] for row in rows)
 
 
+@pytest.mark.slow
 def test_cluster_sbatch_adds_options(cluster: Cli, commands: Path) -> None:
     cluster("+stage=download", "dataset=digits", "cluster=slurm", "+cluster.sbatch.reservation=spring")
     assert "#SBATCH --reservation=spring\n" in scripts(commands)[0]
 
 
+@pytest.mark.slow
 def test_states_come_from_squeue_and_cancel_runs_scancel(cluster: Cli, commands: Path) -> None:
     cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
     (commands / "queue").write_text(
@@ -132,6 +141,7 @@ def test_states_come_from_squeue_and_cancel_runs_scancel(cluster: Cli, commands:
     assert cluster.jobs()[1]["state"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_dataset_is_not_queued_with_two_processing_settings_at_once(cluster: Cli, commands: Path) -> None:
     words = ("+stage=pipeline", "dataset=digits", "cluster=slurm")
     cluster(*words)
@@ -146,6 +156,7 @@ def test_dataset_is_not_queued_with_two_processing_settings_at_once(cluster: Cli
     assert cluster.jobs()[1]["attempt"] == 1
 
 
+@pytest.mark.slow
 def test_dependency_on_a_local_run_fails_the_jobs_not_yet_submitted(cluster: Cli, commands: Path) -> None:
     cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
     *_, upload, train = RunStore(cluster.workspace).all()
@@ -156,6 +167,7 @@ def test_dependency_on_a_local_run_fails_the_jobs_not_yet_submitted(cluster: Cli
     assert len(scripts(commands)) == 4
 
 
+@pytest.mark.slow
 def test_a_submission_and_a_retry_query_slurm_once(cluster: Cli, commands: Path) -> None:
     words = ("-m", "+stage=pipeline", "dataset=digits", "cluster=slurm", "seed=0,1")
     squeue = (commands / "squeue").read_text().removeprefix("#!/bin/sh\n")
@@ -182,6 +194,7 @@ def test_a_submission_and_a_retry_query_slurm_once(cluster: Cli, commands: Path)
     assert queries() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
@@ -199,6 +212,7 @@ def test_requeue_can_be_disabled_in_cluster_sbatch(
     assert re.findall(r"#SBATCH (--[a-z-]*requeue.*)", scripts(commands)[0]) == [line]
 
 
+@pytest.mark.slow
 def test_cancel_of_a_foreground_run_cancels_only_its_step(
     cluster: Cli, commands: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +231,7 @@ def test_cancel_of_a_foreground_run_cancels_only_its_step(
     assert cluster.states() == ["cancelled"]
 
 
+@pytest.mark.slow
 def test_second_submission_submits_only_ended_jobs(cluster: Cli, commands: Path) -> None:
     words = ("+stage=pipeline", "dataset=digits", "cluster=slurm")
     cluster(*words)
@@ -262,6 +277,7 @@ def test_jobs_that_left_the_queue_are_queried_from_sacct(
     assert "3" not in found  # squeue is current: a job that it does not list is not running
 
 
+@pytest.mark.slow
 def test_jobs_are_not_ended_while_slurm_does_not_answer(cluster: Cli, commands: Path) -> None:
     cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
     write_command(
@@ -274,6 +290,7 @@ def test_jobs_are_not_ended_while_slurm_does_not_answer(cluster: Cli, commands: 
     assert set(cluster.states()) == {"failed"}
 
 
+@pytest.mark.slow
 def test_executor_slurm_without_sbatch_is_refused(cli: Cli, tmp_path: Path) -> None:
     cli.env["PATH"] = str(tmp_path)
     assert "no sbatch" in cli.refused("+stage=download", "dataset=digits", "cluster=slurm")
@@ -288,6 +305,7 @@ def blocked(run: Run) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wait",
     [

@@ -96,6 +96,7 @@ def run_of_job(cli: Cli, folder: Path, lines: str) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_show_of_a_slurm_job(cli: Cli, tmp_path: Path) -> None:
     run = run_of_job(cli, tmp_path / "bin", JOB)
     details = json.loads(cli("show", run.id, "--json").stdout)
@@ -116,6 +117,7 @@ def test_show_of_a_slurm_job(cli: Cli, tmp_path: Path) -> None:
         assert part in text
 
 
+@pytest.mark.slow
 def test_attempts_add_up(cli: Cli, tmp_path: Path) -> None:
     run = run_of_job(cli, tmp_path / "bin", JOB.replace("|0|60|", "|3600000|60|"))
     first = run.attempt
@@ -134,6 +136,7 @@ def test_attempts_add_up(cli: Cli, tmp_path: Path) -> None:
     assert (details["kwh"], round(details["gpu_hours"], 2)) == (2, 6)
 
 
+@pytest.mark.slow
 def test_answers_about_ended_jobs_are_kept(cli: Cli, tmp_path: Path) -> None:
     run = run_of_job(cli, tmp_path / "bin", JOB)
     first = cli("show", run.id, "--json").stdout
@@ -145,6 +148,7 @@ def test_answers_about_ended_jobs_are_kept(cli: Cli, tmp_path: Path) -> None:
     assert slurm_usage(run.attempts()) == {}
 
 
+@pytest.mark.slow
 def test_a_cluster_without_sacct(cli: Cli, tmp_path: Path) -> None:
     run = run_of_job(cli, tmp_path / "bin", JOB)
     (tmp_path / "bin" / "sacct").unlink()

@@ -9,6 +9,7 @@ from command_line import Cli
 from fake_slurm import scripts, write_command
 
 
+@pytest.mark.slow
 def test_cluster_auto_is_slurm_if_slurm_replies(cluster: Cli, commands: Path) -> None:
     done = cluster("+stage=pipeline", "dataset=digits", "cluster.time=60")
     assert "cluster: slurm (Slurm replies)" in done.stdout
@@ -18,6 +19,7 @@ def test_cluster_auto_is_slurm_if_slurm_replies(cluster: Cli, commands: Path) ->
     assert "#SBATCH --time=60\n" in scripts(commands)[3]
 
 
+@pytest.mark.slow
 def test_cluster_auto_is_local_without_sbatch(cli: Cli, tmp_path: Path) -> None:
     cli.env["PATH"] = str(tmp_path)
     for words in (("cluster=auto",), ()):
@@ -25,6 +27,7 @@ def test_cluster_auto_is_local_without_sbatch(cli: Cli, tmp_path: Path) -> None:
         assert "cluster: local (no sbatch is on the PATH)" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "shown"),
     [
@@ -47,6 +50,7 @@ def test_cluster_auto_is_refused_while_a_configured_slurm_is_down(cluster: Cli, 
     assert "cluster=local" in error
 
 
+@pytest.mark.slow
 def test_a_held_job_names_the_command_that_releases_it(cluster: Cli, commands: Path) -> None:
     cluster("+stage=download", "dataset=digits", "cluster=slurm")
     row = "1|PENDING|0|0|launch failed requeued held"
@@ -55,6 +59,7 @@ def test_a_held_job_names_the_command_that_releases_it(cluster: Cli, commands: P
     assert (job["state"], job["reason"]) == ("queued", "launch failed requeued held: scontrol release 1")
 
 
+@pytest.mark.slow
 def test_sbatch_options_take_lists_flags_and_nothing_that_sbatch_refuses(
     cluster: Cli, commands: Path
 ) -> None:
@@ -75,6 +80,7 @@ def test_sbatch_options_take_lists_flags_and_nothing_that_sbatch_refuses(
     assert "nice" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "lines"),
     [
@@ -100,6 +106,7 @@ def test_gpu_request_keeps_one_task_per_gpu_and_no_gpu_for_data_stages(
     assert "--gpu" not in download
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
@@ -128,6 +135,7 @@ def test_contradicting_requests_are_refused(
     assert problem in cluster.refused(*words, *settings)
 
 
+@pytest.mark.slow
 def test_gpus_by_options_of_sbatch_alone(cluster: Cli, commands: Path) -> None:
     """The number of tasks is then set as well; other stages request none."""
     train = '+cluster.stage.train={gpus_per_node: null, tasks_per_node: 4, sbatch: {gpus: "8"}}'
@@ -138,6 +146,7 @@ def test_gpus_by_options_of_sbatch_alone(cluster: Cli, commands: Path) -> None:
     assert "--gpus" not in scripts(commands)[0]
 
 
+@pytest.mark.slow
 def test_retry_after_too_little_memory_raises_memory_per_cpu(cluster: Cli, commands: Path) -> None:
     words = ("+stage=download", "dataset=digits", "cluster=slurm", "+cluster.sbatch.mem-per-cpu=3G")
     cluster(*words)

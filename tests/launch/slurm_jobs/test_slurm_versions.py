@@ -103,6 +103,7 @@ def test_times_that_are_none(slurm_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert slurm.expected_start("123") is None
 
 
+@pytest.mark.slow
 def test_cluster_behind_the_same_login_node(cluster: Cli, commands: Path) -> None:
     """SLURM_CLUSTERS reaches all commands; sbatch then names the cluster after the id."""
     words = ("+stage=download", "dataset=digits", "cluster=slurm")
@@ -129,6 +130,7 @@ def test_accounting_that_is_disabled(slurm_path: Path) -> None:
     assert slurm.user_associations("account") == []
 
 
+@pytest.mark.slow
 def test_refused_account_and_qos_name_those_of_the_user(cluster: Cli, commands: Path) -> None:
     words = ("+stage=download", "dataset=digits", "cluster=slurm", "cluster.account=x")
     write_command(

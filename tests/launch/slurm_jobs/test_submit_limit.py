@@ -61,6 +61,7 @@ def sizes(commands: Path) -> list[int]:
     return [int(each[1]) + 1 if each else 1 for each in found]
 
 
+@pytest.mark.slow
 def test_sweep_beyond_the_limit_is_sent_in_parts_and_nothing_twice(limited: Cli, commands: Path) -> None:
     done = limited(*SWEEP, NAMES)
     assert sizes(commands) == [4]
@@ -88,6 +89,7 @@ def test_sweep_beyond_the_limit_is_sent_in_parts_and_nothing_twice(limited: Cli,
     assert len(set(jobs)) == 10
 
 
+@pytest.mark.slow
 def test_jobs_that_need_a_waiting_run_wait_too(limited: Cli, commands: Path) -> None:
     raise_limit(commands, 2)
     words = ("+stage=pipeline", "dataset=digits", "cluster=slurm", "cluster.qos=few")
@@ -104,6 +106,7 @@ def test_jobs_that_need_a_waiting_run_wait_too(limited: Cli, commands: Path) -> 
     assert len(scripts(commands)) == 4
 
 
+@pytest.mark.slow
 def test_waiting_run_can_be_cancelled(limited: Cli, commands: Path) -> None:
     raise_limit(commands, 0)
     limited("+stage=download", "dataset=digits", "cluster=slurm")
@@ -119,6 +122,7 @@ def test_waiting_run_can_be_cancelled(limited: Cli, commands: Path) -> None:
     assert sizes(commands) == [1]
 
 
+@pytest.mark.slow
 def test_two_retries_at_once_submit_a_waiting_run_once(limited: Cli, commands: Path) -> None:
     limited(*SWEEP, NAMES)
     raise_limit(commands, 100)
@@ -132,6 +136,7 @@ def test_two_retries_at_once_submit_a_waiting_run_once(limited: Cli, commands: P
     assert sizes(commands) == [4, 6]
 
 
+@pytest.mark.slow
 def test_a_slurm_whose_test_only_ignores_limits(limited: Cli, commands: Path) -> None:
     (commands / "blind").touch()
     limited(*SWEEP, NAMES)
@@ -142,6 +147,7 @@ def test_a_slurm_whose_test_only_ignores_limits(limited: Cli, commands: Path) ->
     assert sum(sizes(commands)) == 10
 
 
+@pytest.mark.slow
 def test_another_refusal_is_an_error_and_what_waits_keeps_waiting(limited: Cli, commands: Path) -> None:
     limited(*SWEEP, NAMES)
     write_command(commands, "sbatch", "echo 'sbatch: error: Invalid qos specification' >&2; exit 1")
@@ -150,6 +156,7 @@ def test_another_refusal_is_an_error_and_what_waits_keeps_waiting(limited: Cli, 
     assert limited.states().count("failed") == 6
 
 
+@pytest.mark.slow
 def test_waiting_command_submits_the_rest(
     limited: Cli, commands: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_failing_message_fails_no_run(cli: Cli) -> None:
     assert cli.states() == ["finished"]
 
 
+@pytest.mark.slow
 def test_a_sweep_sends_its_failures_and_its_end_once(tmp_path: Path, secret: Path, webhook: Webhook) -> None:
     first, second, third = submission(tmp_path, secret, 3)
     end(first, FINISHED, result={"top1": 0.7614})
@@ -115,6 +116,7 @@ def test_a_requeue_sends_nothing(tmp_path: Path, secret: Path, webhook: Webhook)
     assert webhook.titles == ["00000000-net: cancelled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "line"),
     [
@@ -135,5 +137,6 @@ def test_a_bad_notify_is_refused_without_its_secret(cli: Cli, value: str, line: 
     assert TOKEN not in refused
 
 
+@pytest.mark.slow
 def test_notify_cannot_be_swept(cli: Cli) -> None:
     assert "notify cannot be swept" in cli.refused("-m", "dataset=digits", "notify=./a,./b")

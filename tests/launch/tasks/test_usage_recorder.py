@@ -125,6 +125,7 @@ def test_a_stage_that_fails_leaves_its_record(tmp_path: Path) -> None:
     assert read_usage(attempt).cpu_seconds
 
 
+@pytest.mark.slow
 def test_a_task_that_is_killed_leaves_its_last_record(tmp_path: Path) -> None:
     attempt = attempt_of(tmp_path)
     code = (
@@ -180,6 +181,7 @@ def test_damaged_records_are_left_out(tmp_path: Path, content: str) -> None:
     assert read_usage(attempt).joules == 1
 
 
+@pytest.mark.slow
 def test_a_job_of_the_command_line_shows_what_it_used(cli: Cli) -> None:
     cli("+stage=download", "dataset=digits", "cluster=foreground")
     (run,) = cli.runs()
@@ -226,6 +228,7 @@ def test_a_job_of_the_command_line_shows_the_energy_that_nvml_reports(cli: Cli, 
     assert "GPU 75% of 1 GPU ·" in " ".join(cli("show", run).stdout.split())
 
 
+@pytest.mark.slow
 def test_an_attempt_without_records_is_unknown(cli: Cli) -> None:
     run = create_run(RunStore(cli.workspace), "+stage=download")
     attempt = run.new_attempt()

@@ -87,6 +87,7 @@ def test_any_text_is_safe_within_a_script(text: str) -> None:
     assert "alert(1)" not in html or "\\u003cscript\\u003ealert(1)" in html
 
 
+@pytest.mark.slow
 def test_scripts_of_bokeh_are_in_the_page_and_in_its_policy() -> None:
     pytest.importorskip("bokeh", reason="bokeh, of the extra report, is not installed")
     plain, html = render_page({}, plots=False).decode(), render_page({}).decode()

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from command_line import Cli
 from recorded_runs import change, create_run
 from rich.console import Console
@@ -13,6 +14,8 @@ from rich.console import Console
 from hpc_imagenet.report.show.run_differences import compare_runs, render_comparison
 from hpc_imagenet.runs.attempt import FAILED, FINISHED
 from hpc_imagenet.runs.store import Run, RunStore
+
+pytestmark = pytest.mark.slow
 
 TRAINING = ("datastore.name=digits", "datastore.version=1", "+stage=train")
 

@@ -63,6 +63,7 @@ def test_erase_zeroes_a_rectangle_of_some_images() -> None:
     assert not (erase(torch.ones(400, 3, 32, 32), rows, 0.0) == 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [(2, 1), (1, 2), (2, 2)])
 def test_augmentation_is_independent_of_the_world_size(config, world: tuple[int, int]) -> None:
     size, accumulate = world

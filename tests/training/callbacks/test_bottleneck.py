@@ -64,6 +64,7 @@ def test_bottleneck_json_has_rates_and_suggestion(
     )
 
 
+@pytest.mark.slow
 def test_pause_between_steps_is_not_waiting_for_data(
     config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:

@@ -22,6 +22,8 @@ from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.stages.evaluate_stage import fingerprint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(cli: Cli) -> str:
@@ -164,7 +166,6 @@ def test_python_does_the_same(cli: Cli, run: str, images: Path) -> None:
                 hpc_imagenet.predict(run, wrong)
 
 
-@pytest.mark.slow
 def test_python_evaluates_and_the_card_lists_the_result(cli: Cli) -> None:
     write_store(cli.workspace / "datastores/digits/v1", {"train": 16, "val": 13})
     with mock.patch.dict(os.environ, cli.env, clear=True):

@@ -23,6 +23,8 @@ from hpc_imagenet.training.export.exporter import export_network
 from hpc_imagenet.training.predictor import predict_images
 from hpc_imagenet.training.trained import TrainedModel
 
+pytestmark = pytest.mark.slow
+
 SQUASH = {"crop_mode": "squash", "interpolation": "bicubic", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
 FILES = {"README.md", "config.json", "load.py"}
 # What a user would write, with `images` and the export as current folder.
@@ -83,7 +85,6 @@ def exported(trained: TrainedModel, name: str, folder: Path) -> Path:
     return export_network(trained, folder / "out", name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_libraries_load_every_format(name: str, tmp_path: Path) -> None:
     network = "timm/vit_tiny_patch16_224.augreg_in21k" if name == "hf" else "resnet18"
@@ -108,7 +109,6 @@ def test_plain_libraries_load_every_format(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "network", "recipe"),
     [
@@ -154,7 +154,6 @@ def test_the_script_gives_the_same_predictions(
         ("timm/tf_efficientnet_lite0", 32, {}),  # layers of timm's own
     ],
 )
-@pytest.mark.slow
 def test_code_builds_networks_whose_layers_were_changed(
     network: str, size: int, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -169,7 +168,6 @@ def test_code_builds_networks_whose_layers_were_changed(
     assert (" changed " in architecture) == changed
 
 
-@pytest.mark.slow
 def test_a_network_of_the_user_is_exported_with_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +265,6 @@ def test_a_full_disk_and_a_read_only_folder_are_named(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.slow
 def test_weights_beyond_a_file_of_onnx_are_beside_it(tmp_path: Path) -> None:
     import onnxruntime
 

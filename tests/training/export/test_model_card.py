@@ -18,6 +18,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     return trained_of(tmp_path_factory.mktemp("trained"), "squeezenet1_1", val_resize=36, ema=0.9)
 
 
+@pytest.mark.slow
 def test_names_everything_that_a_user_needs(trained: TrainedModel) -> None:
     card = model_card(trained, "state_dict", None)
     for text in (
@@ -63,6 +64,7 @@ def test_the_hub_reads_the_front_matter(trained: TrainedModel, in_timm: bool) ->
     assert ("differ from those of the network in timm" in card) == (not in_timm)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_within_an_epoch_has_no_accuracy(trained: TrainedModel, tmp_path: Path) -> None:
     import torch
 

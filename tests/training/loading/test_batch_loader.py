@@ -151,6 +151,7 @@ def test_prefetches_two_batches_or_one_task_per_thread(
     assert len(sampled) == started + 1
 
 
+@pytest.mark.slow
 def test_epochs_do_not_leak_threads_files_or_memory(tiny: DatasetReader) -> None:
     """Also if an epoch is abandoned in the middle."""
     loader = BatchLoader(

@@ -61,6 +61,7 @@ def matches_pillow(data: bytes, box: tuple[int, int, int, int]) -> bool:
     return np.array_equal(EncodedImage(data).pixels(box), pillow(data)[box[1] : box[3], box[0] : box[2]])
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(parts(), st.sampled_from([0, 1, 2]), st.booleans())
 def test_part_has_the_pixels_of_the_whole(part, subsampling: int, progressive: bool) -> None:
@@ -68,6 +69,7 @@ def test_part_has_the_pixels_of_the_whole(part, subsampling: int, progressive: b
     assert matches_pillow(noisy(size, subsampling, progressive=progressive), box)
 
 
+@pytest.mark.slow
 @needs_jpegtran
 @settings(max_examples=25, deadline=None)
 @given(parts(), st.sampled_from([0, 1, 2]), st.sampled_from(["1B", "2B", "3B", "1", "2"]))

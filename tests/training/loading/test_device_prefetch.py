@@ -124,6 +124,7 @@ def test_thread_transfers_one_batch_ahead(monkeypatch) -> None:
     assert "sender" not in str(threading.enumerate())
 
 
+@pytest.mark.slow
 def test_check_gpu_decode_reports_rates_or_an_error(monkeypatch) -> None:
     line = device_prefetch.check_gpu_decode(torch.device("cpu"), threads=3)
     assert re.fullmatch(r"libjpeg: [\d,]+ images/s; 3 CPU threads: about [\d,]+(, so .*)?", line)

@@ -6,6 +6,7 @@ from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,6 +69,7 @@ def test_order_without_a_window_is_the_permutation(training) -> None:
     assert seen == permutation(training.images, training.seed, 0)[: len(seen)].tolist()
 
 
+@pytest.mark.slow
 @given(trainings(), st.integers(0, 3))
 def test_world_size_does_not_change_global_batches(training, epoch) -> None:
     alone = global_batches(training._replace(size=1, accumulate=1), epoch)
@@ -75,6 +77,7 @@ def test_world_size_does_not_change_global_batches(training, epoch) -> None:
     assert [list(chain(*step)) for step in shared] == [list(chain(*step)) for step in alone]
 
 
+@pytest.mark.slow
 @given(trainings(), st.integers(0, 3), st.data())
 def test_start_skips_the_first_steps(training, epoch, data) -> None:
     start = data.draw(st.integers(0, training.images // training.batch))
@@ -141,6 +144,7 @@ def test_start_applies_to_its_own_epoch_only() -> None:
     assert [e for ((e, _), _) in sampler] == [2] * 5
 
 
+@pytest.mark.slow
 @given(st.integers(1, 60), st.integers(1, 9), world_sizes)
 def test_val_sampler_yields_every_image_once(images, batch, size) -> None:
     ranks = [list(ValSampler(images, batch, rank, size)) for rank in range(size)]

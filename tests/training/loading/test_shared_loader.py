@@ -113,6 +113,7 @@ def together(*calls: Any) -> list[Any]:
     return results
 
 
+@pytest.mark.slow
 def test_each_batch_is_decoded_once_for_all_runs(tiny: DatasetReader) -> None:
     end = EPOCHS * (TRAIN + VAL)
     with sharing(tiny, 3, start_size=8, grow_from=0, grow_to=3) as made:
@@ -205,6 +206,7 @@ def test_run_that_ends_is_forgotten(tiny: DatasetReader) -> None:
         assert all(take(readers[2], *range(1, 2 * SLOTS)))
 
 
+@pytest.mark.slow
 def test_runs_that_resume_at_different_positions(tiny: DatasetReader) -> None:
     """Most follow; one far behind and one far ahead take their own loaders."""
     with sharing(tiny, 4, patience=3) as made:

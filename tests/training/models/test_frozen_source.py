@@ -54,6 +54,7 @@ def freeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any) -> Any:
     return frozen
 
 
+@pytest.mark.slow
 def test_later_edits_change_nothing(freeze: Any) -> None:
     settings = freeze(options={"width": 6})
     for file in ("own_net.py", "own_late.py", "own_parts/head.py"):
@@ -68,6 +69,7 @@ def test_later_edits_change_nothing(freeze: Any) -> None:
     assert other[0].kernel_size == (5, 5)
 
 
+@pytest.mark.slow
 def test_the_frozen_source_replaces_an_imported_module(freeze: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = freeze()
     monkeypatch.syspath_prepend(Path.cwd())
