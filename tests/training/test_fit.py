@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import Preempted, UserError
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.training.loading.sampler import permutation
+from hpc_imagenet.training.loading.image_order import permutation
 from hpc_imagenet.training.module import Classifier
 
 
