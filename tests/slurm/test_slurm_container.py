@@ -141,7 +141,16 @@ def test_pipeline_templates_and_sessions_run_in_podman(
     shown = cluster("connect", row["run"]).stdout
     (address,) = re.findall(r" -L \d+:(\S+) ", shown)
     (token,) = re.findall(r"lab\?token=(\S+)", shown)
-    words = ("--silent", "--insecure", "--max-time", "60", "--header", f"Authorization: token {token}")
+    words = (
+        "--silent",
+        "--insecure",
+        "--max-time",
+        "60",
+        "--header",
+        "Host: localhost",
+        "--header",
+        f"Authorization: token {token}",
+    )
     status = json.loads(lab.login("curl", *words, f"https://{address}/api/status").stdout)
     assert status["kernels"] == 0
     cluster("pause", row["run"])
