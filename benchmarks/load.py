@@ -91,7 +91,7 @@ def many_runs(folder: Path, count: int) -> None:
     workspace, draw = Workspace(folder), random.Random(0)
     for number in range(count):
         make_run(workspace.folder / "runs", number, number < 100, draw)
-    first, last = sorted(path.name for path in (workspace.folder / "runs").iterdir())[:: count - 1]
+    last = max(path.name for path in (workspace.folder / "runs").iterdir())
     with no_worker(workspace):
         workspace.show("jobs, the first time", "jobs")
         workspace.show("jobs", "jobs")
@@ -100,8 +100,8 @@ def many_runs(folder: Path, count: int) -> None:
         workspace.show("report --json", "report", "--json")
         workspace.show("show RUN", "show", last)
         workspace.show("logs RUN", "logs", last)
-        workspace.show("cancel RUN", "cancel", first)
         workspace.show("submit one", *download(0, 1))
+        workspace.show("cancel RUN", "cancel", "download-d0")
 
 
 def queued(folder: Path, count: int) -> None:
@@ -199,12 +199,11 @@ def many_clients(folder: Path, count: int) -> None:
 def array_tasks(folder: Path, count: int) -> None:
     """Submit many tasks to the lab, in arrays of at most 100."""
     lab = folder / "lab"
-    subprocess.run(
-        [LAB, "--dir", lab, "up", "--set", "MaxArraySize=101", "--set", "MaxJobCount=20000"], check=True
-    )
     env = {**os.environ, "PATH": f"{lab}/bin:{os.environ['PATH']}", "SLURM_CONF": f"{lab}/etc/slurm.conf"}
     workspace = Workspace(folder, env)
     try:
+        settings = ("--set", "MaxArraySize=101", "--set", "MaxJobCount=20000")
+        subprocess.run([LAB, "--dir", lab, "up", *settings, f"--end-with={os.getpid()}"], check=True)
         held = "+cluster.sbatch.hold=true"
         workspace.show("submit all", *download(0, count, "cluster=lab", held))
         arrays = subprocess.run(
