@@ -51,6 +51,10 @@ def faulty(faults: Faults) -> type[Handler]:
     """Return a request handler with the given faults."""
 
     class Faulty(Handler):
+        _stall: float
+        _drop: int | None
+        _etag: str | None
+
         def _is_faulty(self) -> bool:
             return faults.only in self.path and self.command == "GET"
 
@@ -95,10 +99,20 @@ def faulty(faults: Faults) -> type[Handler]:
                 self.end_headers()
                 self.wfile.write(LOGIN_PAGE)
             else:
+                self._take_faults()
                 super()._answer(body)
 
+        def _take_faults(self) -> None:
+            """Take the faults of this request before it is answered: the next one may come before its end."""
+            self._stall, self._drop, self._etag = 0.0, None, faults.etags[0] if faults.etags else None
+            if self._is_faulty():
+                self._stall = faults.stalls.pop(0) if faults.stalls else 0.0
+                self._drop = faults.drops.pop(0) if faults.drops else None
+                if len(faults.etags) > 1:
+                    faults.etags.pop(0)
+
         def etag(self, path: Path) -> str:
-            return faults.etags[0] if faults.etags else super().etag(path)
+            return self._etag or super().etag(path)
 
         def send_header(self, keyword: str, value: str) -> None:
             if keyword == "Content-Length" and not faults.length and faults.only in self.path:
@@ -113,11 +127,8 @@ def faulty(faults: Faults) -> type[Handler]:
         def send_body(self, file: BinaryIO, begin: int, end: int) -> None:
             if not self._is_faulty():
                 return super().send_body(file, begin, end)
-            if len(faults.etags) > 1:  # the headers are sent, so the next request sees another file
-                faults.etags.pop(0)
-            if faults.stalls:
-                time.sleep(faults.stalls.pop(0))
-            stop = begin + faults.drops.pop(0) if faults.drops else end
+            time.sleep(self._stall)
+            stop = end if self._drop is None else begin + self._drop
             file.seek(begin)
             while begin < min(stop, end):
                 time.sleep(faults.pause)

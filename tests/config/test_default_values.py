@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import pytest
+
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.default_values import default_values
 
@@ -19,6 +21,7 @@ def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_they_are_those_of_a_command_without_settings() -> None:
     (config,) = compose(["cluster=local", "workspace=/w", "session.name=me"])
     composed, found = leaves(asdict(config)), leaves(default_values())

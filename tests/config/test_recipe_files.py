@@ -14,6 +14,8 @@ from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.validate import validate_jobs
 from hpc_imagenet.runs.store import RunStore
 
+pytestmark = pytest.mark.slow
+
 NAMES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 IMAGES = 1_281_167
 
@@ -23,7 +25,6 @@ def recipe(name: str, *overrides: str) -> Recipe:
     return compose([f"recipe={name}", *overrides])[0].recipe
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_comments_match_its_schedule(name: str) -> None:
     composed, text = recipe(name), (CONF / "recipe" / f"{name}.yaml").read_text()
@@ -43,7 +44,6 @@ def test_progressive_resizing_of_fast_recipes(name: str, small: int) -> None:
     assert sizes == [160] * small + [192] * (len(sizes) - small)
 
 
-@pytest.mark.slow
 def test_progressive_resizing_uses_multiples_of_the_gcd() -> None:
     settings = ("epochs=6", "start_size=128", "grow_from=1", "grow_to=5", "size=224")
     sizes = recipe("demo", *(f"recipe.{setting}" for setting in settings)).sizes
@@ -51,7 +51,6 @@ def test_progressive_resizing_uses_multiples_of_the_gcd() -> None:
     assert recipe("demo").sizes == [16] * 8
 
 
-@pytest.mark.slow
 def test_signature_ignores_defaults_and_speed_settings() -> None:
     def signature(*overrides: str) -> str:
         return make_plan(compose(["dataset=digits", *overrides]), lambda _: None)[0].signature
@@ -65,14 +64,12 @@ def test_signature_ignores_defaults_and_speed_settings() -> None:
     assert signature("model.weights=IMAGENET1K_V1") != plain
 
 
-@pytest.mark.slow
 def test_weights_setting_is_a_name_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert compose(["model.weights=IMAGENET1K_V2"])[0].model.weights == "IMAGENET1K_V2"
     assert compose(["model.weights=w.pth"])[0].model.weights == str(tmp_path / "w.pth")
 
 
-@pytest.mark.slow
 def test_missing_weights_are_an_error_at_submission(tmp_path: Path) -> None:
     def validate(*overrides: str) -> None:
         validate_jobs(make_plan(compose(["dataset=digits", *overrides]), lambda _: None), RunStore(tmp_path))
@@ -87,7 +84,6 @@ def test_missing_weights_are_an_error_at_submission(tmp_path: Path) -> None:
         validate("recipe=linear_probe", "model.weights=IMAGENET1K_V1", f"datastore.url={tmp_path}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [

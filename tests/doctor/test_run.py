@@ -19,6 +19,8 @@ from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.doctor import probe_job, run
 from hpc_imagenet.doctor.check_result import FAIL, OK, WARN
 
+pytestmark = pytest.mark.slow
+
 # This Slurm starts every job at once, on this machine, as one task, and keeps all jobs in the queue.
 STUBS = {
     "sbatch": """
@@ -91,7 +93,6 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubSlurm:
 ONE_PROBE = "~cluster.stage.download"  # the settings of training: one probe for both stages
 
 
-@pytest.mark.slow
 def test_healthy_cluster_leaves_no_files(stub: StubSlurm) -> None:
     lines = stub.doctor("cluster.cpus_per_task=1")
     assert {line["status"] for line in lines.values()} <= {OK, WARN}, lines
@@ -109,7 +110,6 @@ def test_healthy_cluster_leaves_no_files(stub: StubSlurm) -> None:
     assert "hpc_imagenet.launch.slurm_jobs.requeue" not in script
 
 
-@pytest.mark.slow
 def test_failed_check_keeps_logs(stub: StubSlurm) -> None:
     settings = ["cluster.cpus_per_task=4096", "cluster.scratch=/no/where", "cluster.setup=['echo began >&2']"]
     lines = stub.doctor(*settings, ONE_PROBE, code=1)
@@ -118,7 +118,6 @@ def test_failed_check_keeps_logs(stub: StubSlurm) -> None:
     assert list(stub.left[0].glob("train/1_0_log.err"))
 
 
-@pytest.mark.slow
 def test_text_output(stub: StubSlurm) -> None:
     done = stub.cli("doctor", "cluster=slurm", "dataset=digits", "cluster.time=90", code=1)
     assert (
@@ -129,7 +128,6 @@ def test_text_output(stub: StubSlurm) -> None:
     assert done.stdout.endswith("4 checks failed\n")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -152,7 +150,6 @@ def test_refusal_of_sbatch_names_the_setting(stub: StubSlurm, message: str, word
     assert ("train", "probe") not in lines
 
 
-@pytest.mark.slow
 def test_stage_setting_is_named_in_full(stub: StubSlurm) -> None:
     stub.replace(
         "sbatch", "[[ $1 == --version ]] || { echo 'invalid partition specified: net' >&2; exit 1; }"
@@ -162,7 +159,6 @@ def test_stage_setting_is_named_in_full(stub: StubSlurm) -> None:
     assert "cluster.partition=null" in lines["login", "upload"]["fix"]
 
 
-@pytest.mark.slow
 def test_sbatch_refuses_after_test_only(stub: StubSlurm) -> None:
     usual = STUBS["sbatch"].replace(
         "\nn=$((", "\necho 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1\nn=$(("
@@ -173,7 +169,6 @@ def test_sbatch_refuses_after_test_only(stub: StubSlurm) -> None:
     assert "QOSMaxSubmitJobPerUserLimit" in line["found"]
 
 
-@pytest.mark.slow
 def test_pending_probe_is_cancelled_at_timeout(stub: StubSlurm) -> None:
     stub.replace("squeue", f"echo '{queue_row(1, 'PENDING', 'Resources')}'")
     stub.replace("srun", "true")
@@ -185,7 +180,6 @@ def test_pending_probe_is_cancelled_at_timeout(stub: StubSlurm) -> None:
     assert stub.left == []
 
 
-@pytest.mark.slow
 def test_probe_that_can_never_start_is_cancelled_at_once(stub: StubSlurm) -> None:
     stub.replace("squeue", f"echo '{queue_row(1, 'PENDING', 'InvalidQOS')}'")
     stub.replace("srun", "true")
@@ -194,7 +188,6 @@ def test_probe_that_can_never_start_is_cancelled_at_once(stub: StubSlurm) -> Non
     assert stub.cancelled == "1\n"
 
 
-@pytest.mark.slow
 def test_workspace_not_shared(stub: StubSlurm) -> None:
     # Slurm cannot open the job's output file there, and ends the job.
     stub.replace(
@@ -207,7 +200,6 @@ def test_workspace_not_shared(stub: StubSlurm) -> None:
     assert "workspace=FOLDER" in line["fix"]
 
 
-@pytest.mark.slow
 def test_no_python_on_node(stub: StubSlurm) -> None:
     stub.replace(
         "srun", "echo 'slurmstepd: error: execve(): /x/python: No such file or directory' >&2; exit 2"
@@ -218,7 +210,6 @@ def test_no_python_on_node(stub: StubSlurm) -> None:
     assert stub.left
 
 
-@pytest.mark.slow
 def test_stderr_of_setup_is_shown(stub: StubSlurm) -> None:
     line = stub.doctor(ONE_PROBE, "cluster.cpus_per_task=1", "cluster.setup=[no-such-module load]")[
         "train", "printed"
@@ -227,7 +218,6 @@ def test_stderr_of_setup_is_shown(stub: StubSlurm) -> None:
     assert "no-such-module: command not found" in line["found"]
 
 
-@pytest.mark.slow
 def test_no_accounting_is_a_warning(stub: StubSlurm) -> None:
     stub.replace("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     lines = stub.doctor(ONE_PROBE, "cluster.cpus_per_task=1")
@@ -237,7 +227,6 @@ def test_no_accounting_is_a_warning(stub: StubSlurm) -> None:
     assert "storage is disabled" in lines["login", "sacct"]["found"]
 
 
-@pytest.mark.slow
 def test_squeue_fails(stub: StubSlurm) -> None:
     stub.replace("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     lines = stub.doctor(code=1)
@@ -245,7 +234,6 @@ def test_squeue_fails(stub: StubSlurm) -> None:
     assert {where for where, _ in lines} == {"login"}
 
 
-@pytest.mark.slow
 def test_no_slurm_commands(stub: StubSlurm, tmp_path: Path) -> None:
     stub.cli.env["PATH"] = str(tmp_path)
     line = stub.doctor(code=1)["login", "commands"]
@@ -253,7 +241,6 @@ def test_no_slurm_commands(stub: StubSlurm, tmp_path: Path) -> None:
     assert "cluster=local" in line["fix"]
 
 
-@pytest.mark.slow
 def test_workspace_cannot_be_created(stub: StubSlurm, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     lines = stub.doctor(f"workspace={tmp_path}/file/workspace", code=1)
@@ -261,7 +248,6 @@ def test_workspace_cannot_be_created(stub: StubSlurm, tmp_path: Path) -> None:
     assert ("train", "probe") not in lines
 
 
-@pytest.mark.slow
 def test_source_folder_missing_on_node(stub: StubSlurm) -> None:
     words = (
         ONE_PROBE,
@@ -275,7 +261,6 @@ def test_source_folder_missing_on_node(stub: StubSlurm) -> None:
     assert "dataset.source=FOLDER" in line["fix"]
 
 
-@pytest.mark.slow
 def test_local_probe_is_a_process(stub: StubSlurm) -> None:
     done = stub.cli("doctor", "cluster=local", "dataset=digits")
     assert done.stdout.endswith("no check failed\n")
@@ -298,7 +283,6 @@ def test_invalid_arguments(cli: Cli, words: tuple[str, ...], word: str) -> None:
     assert word in cli.refused("doctor", *words)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_cancels_the_probe(stub: StubSlurm, number: signal.Signals) -> None:
     stub.replace("squeue", f"echo '{queue_row(1, 'PENDING', 'Priority')}'")
@@ -333,7 +317,6 @@ def test_signal_cancels_the_probe(stub: StubSlurm, number: signal.Signals) -> No
     assert stub.left == []
 
 
-@pytest.mark.slow
 def test_old_probe_folders_are_removed(tmp_path: Path, stub: StubSlurm) -> None:
     folder = stub.cli.workspace / "runs/.doctor"
     for name in ("old", "new"):

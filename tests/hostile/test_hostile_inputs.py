@@ -15,15 +15,10 @@ def test_corpus_is_large_and_its_names_are_unique() -> None:
     assert len(set(names)) == len(names)
 
 
-SLOW = ("s3", "ssh")
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=f"{case.kind}: {case.name}", marks=[pytest.mark.slow] * (case.kind in SLOW))
-        for case in CASES
-    ],
+    [pytest.param(case, id=f"{case.kind}: {case.name}") for case in CASES],
 )
 def test_hostile_input_is_refused_in_one_line_or_survived(case: Case, tmp_path: Path) -> None:
     judged = judge(case, tmp_path)

@@ -43,6 +43,7 @@ def shown(cli: Cli, *options: str) -> dict[str, Any] | None:
     return json.loads(found[1])["runs"][0].get("bad_batch")
 
 
+@pytest.mark.slow
 def test_images_are_shown_by_name(cli: Cli, diverged: Run) -> None:
     found = shown(cli)
     assert found

@@ -21,6 +21,8 @@ from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.stages.search_stage import SEARCH
 from hpc_imagenet.stages.train_stage import TRAIN
 
+pytestmark = pytest.mark.slow
+
 RATES = "recipe.learning_rate=tag(log, interval(0.05,1))"
 
 
@@ -30,7 +32,6 @@ def searching(cli: Cli) -> Cli:
     return cli
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -70,7 +71,6 @@ def test_refused(searching: Cli, words: tuple[str, ...], message: str) -> None:
     assert not list(searching.workspace.glob("runs/.search*"))
 
 
-@pytest.mark.slow
 def test_missing_optuna_is_one_line(searching: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find(name))
@@ -80,7 +80,6 @@ def test_missing_optuna_is_one_line(searching: Cli, monkeypatch: pytest.MonkeyPa
     )
 
 
-@pytest.mark.slow
 def test_study_of_another_space_is_refused_with_the_difference(searching: Cli) -> None:
     def refused(*words: str) -> str:
         return searching.refused(
@@ -110,7 +109,6 @@ def test_study_of_another_space_is_refused_with_the_difference(searching: Cli) -
     assert "the content of the data=0 instead of the content of the data=1" in refused("+search=asha")
 
 
-@pytest.mark.slow
 def test_same_settings_are_the_same_study(searching: Cli) -> None:
     def name(*words: str) -> str:
         done = searching("+search=asha", *SETTINGS, *words, "dry_run=true")
@@ -129,7 +127,6 @@ def space_of(*words: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     return config, config.search.space
 
 
-@pytest.mark.slow
 def test_space_in_the_grammar_of_sweeps() -> None:
     _, space = space_of(
         "recipe.epochs=int(interval(3,9))",
@@ -151,7 +148,6 @@ def test_space_in_the_grammar_of_sweeps() -> None:
     assert len(sample_values(space)) == 1 + 1 + 1 + 2 + 1 + 1 + 1 + 1
 
 
-@pytest.mark.slow
 def test_trial_has_the_files_of_its_choice() -> None:
     config, space = space_of(
         "model=resnet18,timm/resnet50", "recipe=standard90,fast16", "recipe.ema=0.9,0.99"
@@ -186,7 +182,6 @@ def test_pipeline_with_a_search_prepares_the_data_once_before_its_workers() -> N
     assert TRAIN.run_id(trial_config(plan[3].config, values)) == alone.run_id
 
 
-@pytest.mark.slow
 def test_workers_are_one_array_with_the_resources_of_a_training(searching: Cli) -> None:
     words = ("+cluster.stage={train: {time: 77, cpus_per_task: 3}}", "search.parallel=3", "cluster.time=5")
     (first, *others) = compose(

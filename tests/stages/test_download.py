@@ -49,6 +49,7 @@ def test_download_over_http(tmp_path: Path, source: Path) -> None:
         assert len(faults.requests) == count, "the second run sent requests"
 
 
+@pytest.mark.slow
 def test_md5_settings_make_md5sums_unnecessary(tmp_path: Path, source: Path) -> None:
     sums = dict(reversed(line.split()) for line in (source / "md5sums").read_text().splitlines())
     faults = Faults()

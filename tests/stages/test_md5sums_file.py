@@ -39,6 +39,7 @@ def test_unreadable_md5sums_are_refused(tmp_path: Path, source: Path, text: str,
     run_stage(download, config_of(tmp_path, copy, **sums))  # they are not needed
 
 
+@pytest.mark.slow
 def test_md5sums_that_is_a_folder_is_refused(tmp_path: Path, source: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)

@@ -119,6 +119,7 @@ def test_dataset_is_committed_under_a_lock(
     assert locked == ["_write_split", "_write_split", "_build_manifest", "_build_manifest"]
 
 
+@pytest.mark.slow
 def test_default_content_hash_is_stable(tmp_path: Path, small: Path) -> None:
     config = config_with_archives(tmp_path, small)
     run_stage(process, config)
@@ -128,6 +129,7 @@ def test_default_content_hash_is_stable(tmp_path: Path, small: Path) -> None:
     assert load_manifest(dataset(config)).content == first
 
 
+@pytest.mark.slow
 def test_meta_bin_equals_that_of_torchvision(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

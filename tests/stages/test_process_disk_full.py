@@ -15,10 +15,11 @@ from test_process import config_with_archives, dataset, small
 
 from hpc_imagenet.stages.work import process
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["small"]  # a fixture
 
 
-@pytest.mark.slow
 def test_free_bytes_and_inodes_are_checked_first(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

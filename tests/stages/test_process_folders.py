@@ -62,6 +62,7 @@ def test_class_folders_equal_those_of_torchvision(
         assert mine == killing.snapshot(tmp_path / split)
 
 
+@pytest.mark.slow
 def test_class_folders_have_current_times_and_default_modes(folders: Config) -> None:
     umask = os.umask(0)
     os.umask(umask)

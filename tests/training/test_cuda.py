@@ -165,6 +165,7 @@ class DtypeRecorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_step_loss_on_a_gpu_is_computed_in_float32() -> None:
     """Autocast does not cast cross-entropy on a GPU. Fake tensors show it without a GPU."""
     module = classifier(label_smoothing=0.1)

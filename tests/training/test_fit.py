@@ -19,6 +19,7 @@ from hpc_imagenet.training.loading.image_order import permutation
 from hpc_imagenet.training.module import Classifier
 
 
+@pytest.mark.slow
 def test_result_progress_and_metrics_of_a_training(
     tiny: DatasetReader, reference: tuple[Run, dict[str, Any]]
 ) -> None:
@@ -150,6 +151,7 @@ def test_deterministic_does_not_change_identity_or_cpu_results(
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_missing_deterministic_algorithm_error(
     config, tiny: DatasetReader, tmp_path: Path, monkeypatch
 ) -> None:

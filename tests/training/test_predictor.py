@@ -67,6 +67,7 @@ def test_probabilities_are_those_of_validation(
             assert list(found) == sorted(found, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_turned_photograph_is_classified_upright(trained: TrainedModel, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30, 44, 3), np.uint8)
     exif = Image.Exif()

@@ -18,6 +18,7 @@ from hpc_imagenet.errors import UserError
 parts_of_names = st.lists(st.lists(st.binary(min_size=1, max_size=9), min_size=1, max_size=6), max_size=6)
 
 
+@pytest.mark.slow
 @given(parts_of_names)
 def test_strings_of_any_width_are_those_of_concatenate(parts: list[list[bytes]]) -> None:
     arrays = [np.array(part, "S") for part in parts]

@@ -103,6 +103,7 @@ def test_invalid_devkit_error_names_the_problem(tmp_path: Path) -> None:
         read_devkit(path)
 
 
+@pytest.mark.slow
 def test_scan_finds_offsets_lengths_labels_and_names(tmp_path: Path) -> None:
     paths = write(tmp_path)
     found = read(tmp_path)

@@ -162,12 +162,14 @@ def test_archives_are_made_of_every_layout(
     assert len(list((tmp_path / "archives/numbers").iterdir())) == 6
 
 
+@pytest.mark.slow
 def test_source_may_be_the_inner_kaggle_folder(tmp_path: Path, images: dict[str, Images]) -> None:
     source = write_kaggle(tmp_path / "source", images)
     run_stage(download, config_of(tmp_path, source / "ILSVRC" / "Data" / "CLS-LOC"))
     assert read_archives(tmp_path)[:2] == (images["train"], images["val"])
 
 
+@pytest.mark.slow
 def test_equal_val_names_are_prefixed_with_the_class(tmp_path: Path, images: dict[str, Images]) -> None:
     val = {
         wnid: {"1.JPEG": data, "2.JPEG": data}

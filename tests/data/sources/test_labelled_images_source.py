@@ -184,6 +184,7 @@ def test_corrupt_images_of_any_format_are_found(
     assert (result["test"], result["skipped"]) == (42, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["index", "shards", "folders"])
 def test_long_names_are_reported_in_full(
     tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
@@ -278,6 +279,7 @@ def upright(path: Path) -> np.ndarray:
         return np.array(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
 
 
+@pytest.mark.slow
 def test_killed_download_keeps_the_images_that_were_turned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

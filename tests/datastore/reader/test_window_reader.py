@@ -50,6 +50,7 @@ def make_split(lengths: list[int], shard_of: list[int] | None = None) -> SplitRe
     return SplitReader(store, entries)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 3 * GAP), min_size=1, max_size=30), st.data())
 def test_extents_contain_the_images_and_no_gap_longer_than_allowed(lengths, data) -> None:
     shards = sorted(data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths))))

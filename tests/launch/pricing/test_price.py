@@ -60,6 +60,7 @@ def priced(*overrides: str, times: dict[str, Any] | None = None, state: State = 
     return price(planned, RunStore(Path("none")).run(planned.run_id), state, known, IMAGES)
 
 
+@pytest.mark.slow
 def test_the_time_is_that_of_all_parts() -> None:
     found = priced("recipe.epochs=5")
     # 10 batches, 2 validation batches and a checkpoint an epoch
@@ -69,12 +70,14 @@ def test_the_time_is_that_of_all_parts() -> None:
     assert found.device_hours == pytest.approx(8 * found.total.wall / 3600 * 2 / 8)  # two CPUs
 
 
+@pytest.mark.slow
 def test_every_image_size_of_a_schedule_has_its_own_time() -> None:
     grow = ("recipe.epochs=6", "recipe.start_size=8", "recipe.grow_from=2", "recipe.grow_to=3")
     times = {"train": {8: PassTime(Time(1, 1)), 16: PassTime(Time(4, 4))}}
     assert priced(*grow, times=times).total.wall == 10 + 6 * (2 + 3) + 3 * 10 * 1 + 3 * 10 * 4
 
 
+@pytest.mark.slow
 def test_checkpoints_within_long_epochs_are_counted() -> None:
     often = priced("recipe.epochs=10", "train.checkpoint_every_minutes=1")
     assert often.total.wall == priced("recipe.epochs=10").total.wall + 3 * (10 * 25 // 60)
@@ -87,6 +90,7 @@ def test_what_need_not_be_computed_is_free(state: str) -> None:
     assert (found.known, found.device_hours, found.total) == (None, 0, Time())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_costs_its_rest(tmp_path: Path) -> None:
     planned = job("cluster.gpus_per_node=0", "recipe.epochs=4")
     run, known = RunStore(tmp_path).run(planned.run_id), KnownTimes(record(planned), None)
@@ -98,6 +102,7 @@ def test_an_interrupted_run_costs_its_rest(tmp_path: Path) -> None:
     assert price(planned, run, NEW, known, IMAGES).work.wall == 4 * 25
 
 
+@pytest.mark.slow
 def test_starts_within_the_time_limit() -> None:
     # 1 h 40 min of work. A start of 20 min has 10 s of startup, and 90 s are left for the checkpoint.
     words = ("recipe.epochs=240", "cluster.time=20")
@@ -112,6 +117,7 @@ def test_starts_within_the_time_limit() -> None:
     assert priced("recipe.epochs=240", "cluster.time=1", times={"startup": Time(60, 1)}).starts == math.inf
 
 
+@pytest.mark.slow
 @given(st.integers(1, 4000), st.integers(0, 20), st.floats(0, 400))
 def test_the_limit_that_is_proposed_is_long_enough(epochs: int, requeues: int, startup: float) -> None:
     planned = job("cluster.gpus_per_node=0")
@@ -128,6 +134,7 @@ def test_the_limit_that_is_proposed_is_long_enough(epochs: int, requeues: int, s
     assert not longer.too_long
 
 
+@pytest.mark.slow
 def test_gpus_cost_money_and_energy() -> None:
     sizes = ("cluster.gpus_per_node=4", "cluster.nodes=2", "recipe.global_batch=200", "recipe.epochs=28")
     planned = job(*sizes, "cluster.gpu_hour_price=2.5", "cluster.gpu_watts=500")
@@ -141,6 +148,7 @@ def test_gpus_cost_money_and_energy() -> None:
     assert (priced().money, priced().energy) == (None, None)
 
 
+@pytest.mark.slow
 def test_what_bounds_a_training() -> None:
     planned = job("cluster.gpus_per_node=2")
     fast, slow = record(planned), record(planned, train={16: PassTime(Time(2.5, 2))})
@@ -150,6 +158,7 @@ def test_what_bounds_a_training() -> None:
     assert KnownTimes(fast, fast).bound == KnownTimes(fast, slow).bound == "device"
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_share_the_slots() -> None:
     runs = [priced(f"seed={seed}", "cluster.array_parallelism=2") for seed in range(5)]
     assert sweep_seconds(runs) == 3 * runs[0].total.wall
@@ -186,6 +195,7 @@ def timed(cluster: Cli, commands: Path) -> Cli:
 TRAINING = (*FIXED, "cluster=slurm", "cluster.gpus_per_node=0", "recipe.epochs=144")
 
 
+@pytest.mark.slow
 def test_a_time_limit_that_is_too_short_is_refused_with_one_that_is_not(timed: Cli) -> None:
     words = (*TRAINING, "cluster.max_requeues=2")
     line = timed.refused(*words, "cluster.time=10")
@@ -198,6 +208,7 @@ def test_a_time_limit_that_is_too_short_is_refused_with_one_that_is_not(timed: C
     assert "submitted" in timed(*words, f"cluster.time={enough}").stdout
 
 
+@pytest.mark.slow
 def test_an_unknown_price_refuses_nothing(timed: Cli) -> None:
     words = (*TRAINING, "cluster.max_requeues=0", "cluster.time=10")
     assert "submitted" in timed(*words, "recipe.size=32").stdout
@@ -206,6 +217,7 @@ def test_an_unknown_price_refuses_nothing(timed: Cli) -> None:
     assert "submitted" in timed(*words).stdout
 
 
+@pytest.mark.slow
 def test_prices_of_a_sweep_as_they_are_printed(timed: Cli) -> None:
     words = ("-m", *TRAINING, "cluster.time=10", "cluster.max_requeues=2", "price=true")
     done = timed(*words, "recipe.learning_rate=0.1,0.2,0.3", "cluster.array_parallelism=2").stdout
@@ -221,6 +233,7 @@ def test_prices_of_a_sweep_as_they_are_printed(timed: Cli) -> None:
     assert timed.runs() == []
 
 
+@pytest.mark.slow
 def test_prices_as_json_are_those_of_the_table(timed: Cli) -> None:
     words = ("-m", *TRAINING, "cluster.time=10", "cluster.max_requeues=2", "seed=0,1")
     found = json.loads(timed("price", "--json", *words).stdout)
@@ -237,6 +250,7 @@ def test_prices_as_json_are_those_of_the_table(timed: Cli) -> None:
     assert "resnet is not an option or SETTING=VALUE" in timed.refused("price", "resnet")
 
 
+@pytest.mark.slow
 def test_a_search_costs_what_its_trials_do(timed: Cli) -> None:
     space = "recipe.learning_rate=interval(0.1,1)"
     words = (*TRAINING, space, "search.trials=10", "search.parallel=4")
@@ -253,6 +267,7 @@ def test_a_search_costs_what_its_trials_do(timed: Cli) -> None:
     assert plain["seconds"] == found["seconds"]
 
 
+@pytest.mark.slow
 def test_free_cpus_and_memory_are_named_where_a_training_waits_for_data(timed: Cli, commands: Path) -> None:
     planned = job("cluster.gpus_per_node=0", workspace=timed.workspace)
     waits = record(planned, waiting=0.4, suggestion="cluster.cpus_per_task=9")
@@ -268,12 +283,14 @@ def test_free_cpus_and_memory_are_named_where_a_training_waits_for_data(timed: C
     assert "0 of 2 nodes have 9 free CPUs and 40 GiB now\n" in more
 
 
+@pytest.mark.slow
 def test_a_refusal_by_slurm_is_printed(timed: Cli, commands: Path) -> None:
     write_command(commands, "sbatch", 'echo "sbatch: error: allocation failure: Invalid account" >&2; exit 1')
     done = timed(*TRAINING, "price=true").stdout
     assert "resnet18: sbatch --test-only: allocation failure: Invalid account" in done
 
 
+@pytest.mark.slow
 def test_only_trainings_on_existing_data_have_a_price(cluster: Cli) -> None:
     words = ("cluster=slurm", "price=true")
     assert "no datastore digits" in cluster.refused(*FIXED, *words)
@@ -287,11 +304,13 @@ def test_only_trainings_on_existing_data_have_a_price(cluster: Cli) -> None:
     assert "price cannot be swept" in cluster.refused("-m", *FIXED, "cluster=slurm", "price=true,false")
 
 
+@pytest.mark.slow
 def test_without_slurm_there_is_nothing_to_price_on(cli: Cli) -> None:
     cli.env["PATH"] = "/nowhere"
     assert "no sbatch is on the PATH" in cli.refused(*FIXED, "cluster=slurm", "price=true")
 
 
+@pytest.mark.slow
 def test_one_task_counts_for_all_until_all_were_timed(tmp_path: Path) -> None:
     planned = job("cluster.gpus_per_node=4", "cluster.nodes=2", "recipe.global_batch=200")
     store = RunStore(tmp_path)
@@ -305,6 +324,7 @@ def test_one_task_counts_for_all_until_all_were_timed(tmp_path: Path) -> None:
     assert known_times(planned, store) == KnownTimes(together, one)
 
 
+@pytest.mark.slow
 def test_the_table_has_80_columns_whatever_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
     rates = ("cluster.gpu_hour_price=2.5", "cluster.gpu_watts=500")
     named = job("cluster.gpus_per_node=1", "model=shufflenet_v2_x0_5", "recipe.epochs=3000", *rates)

@@ -86,6 +86,7 @@ def test_the_script_runs_tasks_inside_and_decides_outside(tmp_path: Path) -> Non
     assert f"export PYTHONPATH={PACKAGE_ROOT}\n" in text
 
 
+@pytest.mark.slow
 def test_in_an_allocation_the_foreground_starts_its_tasks_inside(tmp_path: Path) -> None:
     write_slurm(tmp_path)
     write_command(tmp_path, "srun", f'printf "%s\\n" "$PYTHONPATH" "$@" > {tmp_path}/words; exit 1')

@@ -15,6 +15,8 @@ from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, Attempt
 from hpc_imagenet.runs.store import Run, RunStore
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("apprise", reason="apprise is not installed")
 
 
@@ -50,7 +52,6 @@ def end(pair: tuple[Run, Attempt], state: str, **details: Any) -> None:
     notification.run_ended(*pair)
 
 
-@pytest.mark.slow
 def test_jobs_of_the_local_queue_send_messages(cli: Cli, secret: Path, webhook: Webhook) -> None:
     """Failures at once, and the end of the submission."""
     settings = ("cluster=local", "dataset=ilsvrc", "download.retries=0")
@@ -66,7 +67,6 @@ def test_jobs_of_the_local_queue_send_messages(cli: Cli, secret: Path, webhook: 
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
 
-@pytest.mark.slow
 def test_a_run_in_the_foreground_sends_one_message(cli: Cli, webhook: Webhook) -> None:
     cli.env["LAB_WEBHOOK"] = webhook.url
     cli("+stage=download", "dataset=digits", "cluster=foreground", "notify=LAB_WEBHOOK")
@@ -76,7 +76,6 @@ def test_a_run_in_the_foreground_sends_one_message(cli: Cli, webhook: Webhook) -
     assert len(webhook.messages) == 1  # nothing was submitted
 
 
-@pytest.mark.slow
 def test_a_failing_message_fails_no_run(cli: Cli) -> None:
     cli.env["LAB_WEBHOOK"] = f"json://127.0.0.1:{free_port()}/{TOKEN}"
     done = cli.process("+stage=download", "dataset=digits", "cluster=foreground", "notify=LAB_WEBHOOK")
@@ -85,7 +84,6 @@ def test_a_failing_message_fails_no_run(cli: Cli) -> None:
     assert cli.states() == ["finished"]
 
 
-@pytest.mark.slow
 def test_a_sweep_sends_its_failures_and_its_end_once(tmp_path: Path, secret: Path, webhook: Webhook) -> None:
     first, second, third = submission(tmp_path, secret, 3)
     end(first, FINISHED, result={"top1": 0.7614})
@@ -116,7 +114,6 @@ def test_a_requeue_sends_nothing(tmp_path: Path, secret: Path, webhook: Webhook)
     assert webhook.titles == ["00000000-net: cancelled"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "line"),
     [
@@ -137,6 +134,5 @@ def test_a_bad_notify_is_refused_without_its_secret(cli: Cli, value: str, line: 
     assert TOKEN not in refused
 
 
-@pytest.mark.slow
 def test_notify_cannot_be_swept(cli: Cli) -> None:
     assert "notify cannot be swept" in cli.refused("-m", "dataset=digits", "notify=./a,./b")

@@ -212,6 +212,7 @@ nvmlDeviceGetMemoryInfo = lambda handle: SimpleNamespace(used=7)
 """
 
 
+@pytest.mark.slow
 def test_a_job_of_the_command_line_shows_the_energy_that_nvml_reports(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/pynvml.py").write_text(NVML)

@@ -101,6 +101,7 @@ def test_scripts_of_bokeh_are_in_the_page_and_in_its_policy() -> None:
     assert "Bokeh Contributors" not in plain
 
 
+@pytest.mark.slow
 def test_only_a_live_page_may_send_requests() -> None:
     assert b"connect-src" not in render_page({})
     assert b"connect-src 'self'" in render_page({}, live="data.json")

@@ -115,6 +115,7 @@ def evaluation(store: RunStore, number: int, training: str | None, top1: float) 
     return run
 
 
+@pytest.mark.slow
 def test_evaluations_are_beside_their_training(cli: Cli) -> None:
     store = RunStore(cli.workspace)
     best, second = trained(store, 1, top1=0.8), trained(store, 2, top1=0.5)

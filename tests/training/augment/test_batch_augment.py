@@ -91,6 +91,7 @@ def test_augmentation_is_independent_of_the_world_size(config, world: tuple[int,
     assert not torch.equal(other.augment_pixels(images, 8, 0), other.augment_pixels(images, 7, 0))
 
 
+@pytest.mark.slow
 def test_padding_images_do_not_change_the_loss(config) -> None:
     """Their labels are all 0, and the loss is the mean of the other images, mixed or not."""
     recipe = config(mixup=1.0).recipe

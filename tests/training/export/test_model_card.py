@@ -36,6 +36,7 @@ def test_names_everything_that_a_user_needs(trained: TrainedModel) -> None:
         assert text in card, text
 
 
+@pytest.mark.slow
 def test_class_names_are_shown_as_written(trained: TrainedModel) -> None:
     rows = [line for line in model_card(trained, "onnx", None).splitlines() if line.startswith("| ")]
     shown = rows[-len(NAMES) :]

@@ -91,6 +91,7 @@ def test_augmentation_depends_only_on_seed_epoch_and_image(tiny: DatasetReader) 
         assert not torch.equal(once[0], other[0])
 
 
+@pytest.mark.slow
 def test_number_of_threads_does_not_change_batches(tiny: DatasetReader) -> None:
     split = tiny.open_split("train")
 

@@ -43,6 +43,7 @@ def load_batch(
     return next(iter(BatchLoader(batches, TrainSampler(40, 0, BatchShare(40)), 2)))
 
 
+@pytest.mark.slow
 def test_gpu_decode_gives_the_same_batch(tiny: DatasetReader) -> None:
     """The code path of `loader.decode=gpu` resizes float pixels instead of bytes."""
     buffer = io.BytesIO()

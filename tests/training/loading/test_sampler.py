@@ -51,6 +51,7 @@ def global_batches(training: Training, epoch: int = 0, start: int = 0) -> list[l
     return [parts[s : s + accumulate] for s in range(0, len(parts), accumulate)]
 
 
+@pytest.mark.slow
 @given(trainings(), st.integers(0, 3))
 def test_epoch_has_every_image_at_most_once_and_drops_less_than_a_batch(training, epoch) -> None:
     images, batch = training.images, training.batch
@@ -62,6 +63,7 @@ def test_epoch_has_every_image_at_most_once_and_drops_less_than_a_batch(training
     assert set(seen) <= set(range(images))
 
 
+@pytest.mark.slow
 @given(trainings())
 def test_order_without_a_window_is_the_permutation(training) -> None:
     steps = global_batches(training._replace(window=None))
@@ -84,6 +86,7 @@ def test_start_skips_the_first_steps(training, epoch, data) -> None:
     assert global_batches(training, epoch, start) == global_batches(training, epoch)[start:]
 
 
+@pytest.mark.slow
 @given(trainings(), st.data())
 def test_windows_number_the_device_batches_of_equal_windows(training, data) -> None:
     images, seed, size, accumulate, batch, _ = training
@@ -99,6 +102,7 @@ def test_windows_number_the_device_batches_of_equal_windows(training, data) -> N
     assert plain.windows() is None
 
 
+@pytest.mark.slow
 @given(st.sampled_from([1, 2, 4, 8, 16]), st.integers(0, 5))
 def test_a_rank_reads_whole_blocks_within_a_window(size, epoch) -> None:
     images, batch, window = 20_000, 16, 2048  # per rank and window two blocks or more

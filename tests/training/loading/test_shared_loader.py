@@ -125,6 +125,7 @@ def test_each_batch_is_decoded_once_for_all_runs(tiny: DatasetReader) -> None:
     assert made.decoder.decoded == end
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_are_shared(tiny: DatasetReader) -> None:
     with sharing(tiny, 2, accumulate=2) as made:
         readers = [made.reader(number) for number in range(2)]
@@ -162,6 +163,7 @@ def test_runs_have_their_own_speed_within_the_ring(tiny: DatasetReader) -> None:
         assert take(fast, SLOTS, SLOTS + 1) == [True] * 2
 
 
+@pytest.mark.slow
 def test_run_that_falls_behind_does_not_stop_the_others(tiny: DatasetReader) -> None:
     with sharing(tiny, 2, patience=0.2) as made:
         fast, slow = made.reader(0), made.reader(1)
@@ -234,6 +236,7 @@ def test_run_with_other_images_takes_its_own_loader(tiny: DatasetReader, capsys)
     assert "own loader: it differs from the other runs in crop_scale, flip" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_unreadable_image_is_the_error_of_every_run(tiny: DatasetReader, monkeypatch) -> None:
     with sharing(tiny, 2) as made:
         readers = [made.reader(number) for number in range(2)]
