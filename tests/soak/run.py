@@ -122,10 +122,7 @@ class Soak:
     def run_to_end(self, scenario: Scenario) -> None:
         """Run a scenario without a disturbance."""
         child = start(scenario)
-        child.join(LIMIT)
-        if child.is_alive():
-            child.kill()
-            raise TimeoutError(f"no end within {LIMIT} s")
+        _await_end(child)
         if child.exitcode:
             lines = scenario.errors.read_text(errors="replace").strip().splitlines()
             raise ChildProcessError(f"an undisturbed run ended with {child.exitcode}: {lines[-1:]}")
@@ -137,7 +134,7 @@ class Soak:
         child.join(share * self.durations[scenario.name])
         if kind not in SIGNALS:
             hit = scenario.disturb(kind, draw)
-            child.join(LIMIT)
+            _await_end(child)
             return hit
         below = [] if scenario.survives else children(child)
         victim = draw.choice(scenario.victims(child.pid or 0)) if child.is_alive() else 0
@@ -149,7 +146,7 @@ class Soak:
         hit = child.is_alive() and bool(victim)
         if victim not in (0, child.pid):  # a worker or a job; the command goes on without it
             hit = _send(victim, signal.SIGTERM if kind == "terminate" else signal.SIGKILL)
-            child.join(LIMIT)
+            _await_end(child)
             return hit
         if kind == "terminate":
             child.terminate()
@@ -213,6 +210,14 @@ def _work(scenario: Scenario, began: Any) -> None:
     os.dup2(os.open(scenario.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     began.set()
     scenario.work()
+
+
+def _await_end(child: BaseProcess) -> None:
+    """Wait for the end of a command; one that waits for ever is a lost round."""
+    child.join(LIMIT)
+    if child.is_alive():
+        child.kill()
+        raise TimeoutError(f"no end within {LIMIT} s")
 
 
 def _send(pid: int, number: signal.Signals) -> bool:
