@@ -46,8 +46,9 @@ class LocalExecutor(Executor):
         local_queue.cancel_here(run, attempt, reason)
 
     def start_queued(self, store: RunStore) -> None:
-        """Start a worker unless one is running."""
-        local_queue.ensure_worker(store)
+        """Start a worker unless one is running, or nothing is in the queue of this machine."""
+        if any(local_queue.queue_folder(store).glob("*.entry")):
+            local_queue.ensure_worker(store)
 
     def _state(self, attempt: Attempt, expected: dict[Path, bool]) -> State:
         started = local_queue.process_record(attempt) or local_queue.is_alive(attempt)

@@ -229,6 +229,28 @@ def test_wait_prints_state_changes_and_exits_with_1_on_failure(cli: Cli, gate: t
     assert "404" in done.stdout
 
 
+def test_waiting_command_starts_a_worker_when_its_worker_was_killed(cli: Cli, gate: tuple[Gate, str]) -> None:
+    held, url = gate
+    submit(cli, url, "a", "b")
+    eventually(lambda: held.waiting == ["a"])
+    worker = json.loads((local_queue.queue_folder(RunStore(cli.workspace)) / "worker.json").read_text())
+    words = (*DOWNLOAD, "dataset.name=b", f"dataset.source={url}/b", "wait=true")
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "hpc_imagenet", *words],
+        env=cli.env,
+        cwd=cli.cwd,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stdout
+    assert any(line.startswith("queued") for line in waiting.stdout)  # it waits now
+    psutil.Process(worker["pid"]).kill()
+    held.open.set()
+    waiting.communicate(timeout=120)
+    assert waiting.returncode == 1  # the server has no such file
+    assert held.waiting == ["a", "b"]
+
+
 def test_reused_pid_is_not_taken_for_the_job(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     attempt = store.run("0-x").new_attempt()
