@@ -60,7 +60,7 @@ def test_page_without_images_or_without_the_datastore(sweep: Cli) -> None:
 
 @pytest.mark.slow
 def test_page_of_damaged_moved_and_foreign_runs(sweep: Cli) -> None:
-    folders = sorted((sweep.workspace / "runs").iterdir())
+    folders = sorted((sweep.workspace / "runs").glob("[!.]*"))
     (folders[0] / "config.yaml").unlink()
     (folders[1] / "config.yaml").write_text("model: {name: [")
     (folders[2] / "config.yaml").write_text("of: another version\n")

@@ -301,7 +301,7 @@ def blocked(run: Run) -> None:
     store = RunStore(run.folder.parents[1])
     dependent = store.create("0-dependent", {}, {"stage": "train", "needs": [run.id]})
     worker = Worker(store, since=time.monotonic())
-    while worker._blocked(dependent) == "":
+    while worker._blocked(dependent, {}) == "":
         time.sleep(0.2)
 
 
