@@ -231,7 +231,7 @@ def _check_permissions(workspace: Path) -> None:
         mode = stat.S_IMODE(status.st_mode)
         if status.st_gid != GROUP or mode & 0o007:
             wrong.append(f"{path}: {mode:o} {status.st_gid}")
-        private = "queue" in parts or path.name == "token"
+        private = {"queue", "locks"} & set(parts) or path.name == "token"
         if not private and not mode & 0o040:
             wrong.append(f"{path}: {mode:o}, which the group cannot read")
         if len(parts) > 1 and parts[0] == "runs" and mode & 0o020:

@@ -148,7 +148,7 @@ HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.ha
 
 
 def test_hostile_text_is_shown_as_text(sweep: Cli, tmp_path: Path) -> None:
-    for folder in (sweep.workspace / "runs").iterdir():
+    for folder in (sweep.workspace / "runs").glob("[!.]*"):
         info: dict[str, Any] = read_json(folder / "run.json") or {}
         write_json(folder / "run.json", {**info, "model": HOSTILE, "label": HOSTILE, "sweeps": [HOSTILE]})
         config = (folder / "config.yaml").read_text()
