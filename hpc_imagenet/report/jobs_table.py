@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.launch.executor import State
-from hpc_imagenet.launch.executors import executor_of
+from hpc_imagenet.launch.executors import start_queued
 from hpc_imagenet.launch.retries.diagnosis import failure_class
 from hpc_imagenet.launch.slurm_jobs.waiting import WaitingRuns
 from hpc_imagenet.launch.states import states
@@ -26,7 +26,7 @@ from hpc_imagenet.runs.store import Run, RunStore
 
 COLOURS = {QUEUED: "yellow", RUNNING: "cyan", FINISHED: "green", FAILED: "red", CANCELLED: "magenta"}
 COLOURS[PRUNED] = "blue"
-_RESTART = 5.0  # s between two looks whether something starts the queued attempts
+_CHECK = 5.0  # s after which a waiting command starts again a local worker that was killed
 _HEADER = ("id", "label", "state", "progress, result or reason", "top-1", "nodes", "age")
 _DETAILS = 24  # columns that progress, result or reason get at least
 _LABEL, _NODES = 24, 10  # columns of label and nodes at most
@@ -195,13 +195,20 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
         Whether all runs finished.
     """
     began, waiting = time.monotonic(), WaitingRuns()
-    restarted = began
+    checked = began
+
+    def rows() -> list[dict[str, Any]]:
+        nonlocal checked
+        waiting.submit(runs)
+        if time.monotonic() - checked >= _CHECK:
+            start_queued(RunStore(runs[0].folder.parents[1]), runs)
+            checked = time.monotonic()
+        return job_rows(runs, began)
+
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                waiting.submit(runs)
-                restarted = _start_queued(runs, restarted)
-                table = job_rows(runs, began)
+                table = rows()
                 lines = table_lines(table, console.width)
                 live.update(Text("\n").join(Text.assemble(*line) for line in lines), refresh=True)
                 if _all_ended(table):
@@ -210,9 +217,7 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
     else:
         shown: dict[str, str] = {}
         while True:
-            waiting.submit(runs)
-            restarted = _start_queued(runs, restarted)
-            table = job_rows(runs, began)
+            table = rows()
             for row in table:
                 if shown.get(row["run"]) != row["state"]:
                     shown[row["run"]] = row["state"]
@@ -227,16 +232,6 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
 def terminal() -> Console:
     """Return the console for tables; 240 columns if piped, so that rows are not wrapped."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240, highlight=False)
-
-
-def _start_queued(runs: Sequence[Run], last: float) -> float:
-    """Start what starts queued attempts, at most every `_RESTART` s; return when that was done last."""
-    if time.monotonic() - last < _RESTART:
-        return last
-    attempts = [run.attempt for run in runs if run.is_mine]
-    for executor in {executor_of(attempt) for attempt in attempts if attempt and not attempt.outcome}:
-        executor.start_queued(RunStore(runs[0].folder.parents[1]))
-    return time.monotonic()
 
 
 def _all_ended(table: Sequence[dict[str, Any]]) -> bool:

@@ -1,4 +1,4 @@
-"""Names of the checkpoints of a run, and which one a command means; reads none of them."""
+"""Names of the checkpoints of a run, which one a command means, and copies of them for other runs."""
 
 from __future__ import annotations
 

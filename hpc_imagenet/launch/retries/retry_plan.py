@@ -16,7 +16,7 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.launch import validate
 from hpc_imagenet.launch.executor import State, code_version
-from hpc_imagenet.launch.executors import EXECUTORS, executor_of
+from hpc_imagenet.launch.executors import EXECUTORS, start_queued
 from hpc_imagenet.launch.retries.diagnosis import HOST_MEMORY, Diagnosis, class_of, diagnose
 from hpc_imagenet.launch.retries.error_logs import quoted
 from hpc_imagenet.launch.retries.remedies import cluster_setting
@@ -146,9 +146,7 @@ def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
 
 
 def _send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
-    for entry in plan.skipped:
-        if attempt := entry.run.attempt:
-            executor_of(attempt).start_queued(store)
+    start_queued(store, [entry.run for entry in plan.skipped])
     entries = list(plan.skipped)
     for executor, group in plan.groups.items():
         for planned in group:
