@@ -57,7 +57,7 @@ def searching(cli: Cli) -> Cli:
         (("+search=asah", RATES), "asha"),
         (
             ("+search=asha", RATES, "+stage=upload"),
-            "a search trains: remove +stage, or write +stage=pipeline",
+            "cannot be combined with +search: remove +stage, or write +stage=pipeline",
         ),
         (("+search=asha", RATES, "search.name=a/b"), "search.name=a/b is not a folder name"),
         (("+search=asha", RATES, "search.trials=0"), "search.trials=0 is too small"),

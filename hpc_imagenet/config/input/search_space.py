@@ -98,8 +98,8 @@ def search_configs(
             one({**plain, **{group: ends[group][0] for group in groups}, name: text})
     if first.stage.name not in ("train", "pipeline"):
         raise UserError(
-            f"+stage={first.stage.name} with +search: a search trains: remove +stage, or write "
-            "+stage=pipeline, which prepares the data before it"
+            f"+stage={first.stage.name} cannot be combined with +search: remove +stage, or write "
+            "+stage=pipeline to prepare the data first"
         )
     _check_epochs(first.search, drawn, choices)
     name = first.search.name or _study_name(first.search, parsed)
