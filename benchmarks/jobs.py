@@ -12,6 +12,7 @@ Deletes everything.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -22,13 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from hpc_imagenet.config.compose import compose
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED
-from hpc_imagenet.runs.run_records import CACHE_FILE
-from hpc_imagenet.runs.store import FORMAT
+from hpc_imagenet.runs.run_records import RecordCache
+from hpc_imagenet.runs.store import FORMAT, RunStore
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_b0", "vit_b_16")
 SWEEP = 100  # runs of each sweep
@@ -38,6 +43,16 @@ def write(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2))
 
 
+@functools.cache
+def frozen_config(model: str) -> str:
+    """Return the content of config.yaml of a training, as the package freezes it."""
+    overrides = ["dataset=imagenet", "cluster=slurm", "cluster.gpus_per_node=8", f"model={model}"]
+    (config,) = compose([*overrides, "workspace=/w", "datastore.url=/d"])
+    frozen = asdict(config)
+    frozen["stage"]["name"] = "train"
+    return yaml.safe_dump(frozen, sort_keys=False)
+
+
 def make_run(runs: Path, number: int, active: bool, rng: random.Random) -> None:
     """Write the folder of one training as the package does, but without fsync, and in the past."""
     model, begin = rng.choice(MODELS), datetime.now(timezone.utc) - timedelta(minutes=20 * number + 60)
@@ -45,6 +60,7 @@ def make_run(runs: Path, number: int, active: bool, rng: random.Random) -> None:
     attempt = folder / "attempts" / "1"
     attempt.mkdir(parents=True)
     info = {"format": FORMAT, "stage": "train", "label": model, "model": model, "needs": [], "created": time}
+    (folder / "config.yaml").write_text(frozen_config(model))
     write(folder / "run.json", info | {"sweeps": [f"seed-{number // SWEEP:06x}"]})
     write(attempt / "submitted.json", {"executor": "local", "time": time, "host": "elsewhere"})
     write(attempt / "started.json", {"time": time, "host": "n1", "nodes": "n[1-2]", "restarts": 0})
@@ -84,7 +100,7 @@ def main() -> None:
         runs = Path(folder).resolve() / "runs"
         for number in range(options.runs):
             make_run(runs, number, number < options.active, rng)
-        cache = runs / CACHE_FILE
+        cache = RunStore(Path(folder).resolve()).own_folder / RecordCache.file
         env = {**os.environ, "HPC_IMAGENET_WORKSPACE": folder}
         jobs = [sys.executable, "-m", "hpc_imagenet", "jobs"]
         rows = (

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.report.jobs_table import COLOURS, Line, table_lines
+from hpc_imagenet.report.jobs_table import COLOURS, table_lines
+from hpc_imagenet.report.terminal_text import Line
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, PRUNED, QUEUED, RUNNING
 
 _INTERVAL = 2.0  # s between two readings of the runs

@@ -19,7 +19,7 @@ from hpc_imagenet.launch.slurm_jobs.waiting import WaitingRuns
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.report.durations import instant, seconds_between, span
 from hpc_imagenet.report.run_summary import best_top1, describe, seconds_left
-from hpc_imagenet.report.terminal_text import columns, fit
+from hpc_imagenet.report.terminal_text import Line, columns, fit, print_lines
 from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, QUEUED, RUNNING
 from hpc_imagenet.runs.run_records import RecordCache, RunRecord, read_run
 from hpc_imagenet.runs.store import Run, RunStore
@@ -31,9 +31,6 @@ _HEADER = ("id", "label", "state", "progress, result or reason", "top-1", "nodes
 _DETAILS = 24  # columns that progress, result or reason get at least
 _LABEL, _NODES = 24, 10  # columns of label and nodes at most
 _SHRINK = ((1, 18), (5, 5), (1, 12))  # columns that become so narrow, one after the other, to make space
-
-Line = list[tuple[str, str]]
-"""A line of a table: its parts with their styles, which rich understands."""
 
 
 def job_rows(runs: Iterable[Run], since: float | None = None) -> list[dict[str, Any]]:
@@ -162,22 +159,8 @@ def _joined(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def print_jobs(table: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print the rows of `job_rows`: on a terminal in its width, else whole.
-
-    Not through rich, which takes seconds for 10,000 rows; it only gives the colours.
-    """
-    paint = {style: _escape_codes(console, style) for style in {"", "bold", *COLOURS.values()}}
-    for line in table_lines(table, console.width if console.is_terminal else None):
-        text = "".join(paint[style][0] + part + paint[style][1] for part, style in line)
-        console.file.write(f"{text.rstrip()}\n")
-
-
-def _escape_codes(console: Console, style: str) -> tuple[str, str]:
-    """Return what the terminal needs before and after text of a style; empty without colours."""
-    with console.capture() as captured:
-        console.print(Text("|", style), end="")
-    before, _, after = captured.get().partition("|")
-    return before, after
+    """Print the rows of `job_rows`: on a terminal in its width, else whole."""
+    print_lines(table_lines(table, console.width if console.is_terminal else None), console)
 
 
 def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:

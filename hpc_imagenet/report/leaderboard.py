@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
-from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.report.durations import clock
-from hpc_imagenet.report.jobs_table import job_rows
-from hpc_imagenet.report.published import PublishedAccuracy, published_for
-from hpc_imagenet.report.show.attempt_times import gpus_of, intervals, running_hours
+from hpc_imagenet.report.jobs_table import workspace_rows
+from hpc_imagenet.report.leaderboard_details import Details, DetailsCache
+from hpc_imagenet.report.published import PublishedAccuracy
 from hpc_imagenet.report.show.resources import energies_of
-from hpc_imagenet.report.terminal_text import columns
-from hpc_imagenet.runs.store import Run
+from hpc_imagenet.report.terminal_text import Line, columns, fit
+from hpc_imagenet.runs.attempt import QUEUED, RUNNING
+from hpc_imagenet.runs.run_records import RecordCache
+from hpc_imagenet.runs.store import Run, RunStore
 
 # Columns of --csv and --markdown: key of a row, heading of the Markdown table.
 _COLUMNS = {
@@ -55,25 +54,39 @@ _MEASURED = ("top5", "loss", "images_per_second", "epochs", "parameters")
 
 @dataclass(frozen=True)
 class Training:
-    """A training, its frozen config (empty if that cannot be read), its row, and its evaluations."""
+    """A training or an evaluation: its row, what is published of it, and its evaluations."""
 
     run: Run
-    frozen: dict[str, Any]
     row: dict[str, Any]
     published: PublishedAccuracy | None
     evaluations: tuple[Training, ...] = ()  # newest last
 
+    @functools.cached_property
+    def frozen(self) -> dict[str, Any]:
+        """The frozen config; empty if it cannot be read."""
+        return self.run.readable_config()
 
-def trainings(runs: Iterable[Run]) -> list[Training]:
-    """Return all trainings among `runs`, highest top-1 first; runs without one are last."""
-    return [entry for entry in _entries(runs) if entry.row["stage"] == "train"]
+
+def trainings(store: RunStore) -> list[Training]:
+    """Return all trainings that this user may read, highest top-1 first; those without one are last."""
+    return [entry for entry in _entries(store) if entry.row["stage"] == "train"]
 
 
-def _entries(runs: Iterable[Run]) -> list[Training]:
+def _entries(store: RunStore) -> list[Training]:
     """Return trainings with their evaluations, and the evaluations of other checkpoints, best first."""
-    found = [run for run in runs if run.info.get("stage") in ("train", "evaluate")]
-    rows, energies = job_rows(found), energies_of(found)
-    entries = [_training(run, row, *energies[run.id]) for run, row in zip(found, rows, strict=True)]
+    rows = workspace_rows(store, RecordCache(store))
+    rows = [row for row in rows if row["stage"] in ("train", "evaluate")]
+    cache = DetailsCache(store, {row["run"] for row in rows if row["state"] in (QUEUED, RUNNING)})
+    runs = [store.run(row["run"]) for row in rows]
+    details = cache.read(runs)
+    cache.save(runs)
+    energies = energies_of(run for run in runs if run.id in details and not details[run.id].measured)
+    entries = []
+    for run, row in zip(runs, rows, strict=True):
+        if run.id in details:
+            found = details[run.id]
+            kwh, energy_of = energies.get(run.id, (found.kwh, found.energy_of))
+            entries.append(_training(run, row, found._replace(kwh=kwh, energy_of=energy_of)))
     known = {entry.run.id for entry in entries}
     evaluations: dict[str, list[Training]] = {}
     for entry in entries:
@@ -87,7 +100,7 @@ def _entries(runs: Iterable[Run]) -> list[Training]:
     return sorted(first, key=lambda entry: (entry.row["top1"] is None, -(entry.row["top1"] or 0)))
 
 
-def leaderboard_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
+def leaderboard_rows(store: RunStore) -> list[dict[str, Any]]:
     """Return one row per training or evaluation: trainings as in `trainings`, each before its evaluations.
 
     A training is judged on `split` val after its last epoch. An evaluation has a checkpoint of the run
@@ -99,11 +112,11 @@ def leaderboard_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
     its advice, and published_top1, published_protocol and published_same_protocol (None where nothing is
     published).
     """
-    return [each.row for entry in _entries(runs) for each in (entry, *entry.evaluations)]
+    return [each.row for entry in _entries(store) for each in (entry, *entry.evaluations)]
 
 
-def render_leaderboard(table: Iterable[dict[str, Any]], width: int | None = None) -> Table:
-    """Return the leaderboard as a table for a terminal.
+def leaderboard_lines(table: Iterable[dict[str, Any]], width: int | None = None) -> list[Line]:
+    """Return a header and one line per row, for a terminal.
 
     Args:
         table: result of `leaderboard_rows`.
@@ -116,20 +129,18 @@ def render_leaderboard(table: Iterable[dict[str, Any]], width: int | None = None
     for name in ("published %", "GPU-hours", "kWh", "kWh/point"):
         if not any(cells[name]):
             del cells[name]
-    widths = {name: max(map(columns, (name, *texts))) + 2 for name, texts in cells.items()}
+    widths = {name: max(map(columns, (name, *texts))) for name, texts in cells.items()}
     for name in ("run folder", *_LEFT_OUT):
-        if width is not None and name in cells and sum(widths[each] for each in cells) - 2 > width:
+        if width is not None and name in cells and sum(widths[each] + 2 for each in cells) - 2 > width:
             del cells[name]
             if name == "run folder":
-                cells["run"], widths["run"] = [one_line(row["run"])[:8] for row in rows], 10
-    rendered = Table(box=None, pad_edge=False, header_style="bold")
-    for name in cells:
-        is_text = name in ("model", "datastore", "state", "run", "run folder")
-        rendered.add_column(name, justify="left" if is_text else "right", no_wrap=name != "run folder")
-    rendered.columns[-1].overflow = "fold"
-    for row in zip(*cells.values(), strict=True):
-        rendered.add_row(*map(escape, row))
-    return rendered
+                cells["run"], widths["run"] = [one_line(row["run"])[:8] for row in rows], 8
+
+    def line(texts: Sequence[str]) -> str:
+        parts = zip(cells, texts, strict=True)
+        return "  ".join(fit(text, widths[name], right=name not in _TEXTS) for name, text in parts)
+
+    return [[(line(list(cells)), "bold")], *([(line(row), "")] for row in zip(*cells.values(), strict=True))]
 
 
 def format_csv(table: Sequence[dict[str, Any]]) -> str:
@@ -159,51 +170,28 @@ def _name(row: dict[str, Any], runs: Collection[str]) -> str:
     return f"  {evaluation}" if row["training"] in runs else f"{model} ({evaluation})"
 
 
-def _training(run: Run, row: dict[str, Any], kwh: float | None, energy_of: str) -> Training:
-    frozen = run.readable_config()  # config() takes 50 ms and may fail for old runs
+def _training(run: Run, row: dict[str, Any], details: Details) -> Training:
     result = row.pop("result")
     row |= {key: _number(result.get(key)) for key in _MEASURED}
     row |= {key: result.get(key) for key in ("learned", "advice")}
     row["top1"] = _number(row["top1"])
     # Wall time of the training loop in the last attempt; `hours` is the time of the jobs of all attempts.
     row["training_seconds"] = result.get("seconds")
-    row["datastore"] = _get(frozen, "datastore", "name")
-    row["seed"] = frozen.get("seed")
-    is_training = row["stage"] == "train"
-    row["split"] = "val" if is_training else _get(frozen, "evaluate", "split")
-    row["training"] = None if is_training else _get(frozen, "evaluate", "run")
-    row["hours"], gpus = _hours(run, row["state"]), 0
-    published, same = None, None
-    try:
-        gpus = gpus_of(run, frozen)
-        published, same = (published_for(frozen) if is_training else None) or (None, None)
-    except (KeyError, TypeError, ValueError, AttributeError, UserError):  # a config of another version
-        pass
-    row["gpu_hours"] = round(gpus * row["hours"], 4)
-    row["kwh"], row["energy_of"] = kwh, energy_of
+    row |= {key: getattr(details, key) for key in ("datastore", "seed", "split", "training", "hours")}
+    row["gpu_hours"] = round(details.gpus * details.hours, 4)
+    row["kwh"], row["energy_of"] = details.kwh, details.energy_of
     for name in ("gpu_hours", "kwh"):
         row[f"{name}_per_point"] = row[name] / (100 * row["top1"]) if row[name] and row["top1"] else None
+    published = details.published
     row["published_top1"] = published.top1 if published else None
     row["published_protocol"] = _protocol(published) if published else None
-    row["published_same_protocol"] = same
-    return Training(run, frozen, row, published)
-
-
-def _hours(run: Run, state: str) -> float:
-    attempts = run.attempts()
-    active = state in ("queued", "running")
-    parts = [intervals(attempt, active and attempt is attempts[-1]) for attempt in attempts]
-    return round(sum(map(running_hours, parts)), 4)
+    row["published_same_protocol"] = details.same_protocol
+    return Training(run, row, published)
 
 
 def _number(value: Any) -> float | None:
     """Return a finite number; None for anything else that a damaged or foreign record may hold."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _get(values: dict[str, Any], group: str, name: str) -> Any:
-    inner = values.get(group)
-    return inner.get(name) if isinstance(inner, dict) else None
 
 
 def _protocol(published: PublishedAccuracy) -> str:
@@ -262,6 +250,7 @@ _TERMINAL: dict[str, Callable[[dict[str, Any]], str]] = {
     "state": _state,
     "run folder": lambda row: one_line(row["dir"]),
 }
+_TEXTS = ("model", "datastore", "state", "run", "run folder")  # the others are numbers
 _LEFT_OUT = (
     *("kWh/point", "images/s", "top-5 %", "time", "datastore", "seed", "published %"),
     *("kWh", "GPU-hours"),

@@ -31,7 +31,7 @@ from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.states import state, states
 from hpc_imagenet.launch.submission import cancel_run, plan_actions
 from hpc_imagenet.launch.tasks import task
-from hpc_imagenet.report import jobs_table, leaderboard, logs
+from hpc_imagenet.report import jobs_table, leaderboard, logs, terminal_text
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
 from hpc_imagenet.runs.store import Progress, Run, RunStore
 from hpc_imagenet.stages.work import download
@@ -308,7 +308,7 @@ def test_progress_is_throttled_but_the_last_step_is_written(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_job_rows_and_leaderboard(tmp_path: Path) -> None:
+def test_job_rows_and_leaderboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = RunStore(tmp_path)
     for seed, top1 in enumerate((0.5, None, 0.9)):
         attempt = create_run(store, f"seed={seed}").new_attempt()
@@ -321,15 +321,15 @@ def test_job_rows_and_leaderboard(tmp_path: Path) -> None:
     assert {"run", "stage", "model", "state", "top1", "dir"} <= rows[0].keys()
     old = store.all()[0].folder / "config.yaml"  # written by a version with other settings
     old.write_text(old.read_text().replace("recipe:\n", "recipe:\n  gone: 1\n"))
-    board = leaderboard.leaderboard_rows(store.all())
+    board = leaderboard.leaderboard_rows(store)
     assert [row["top1"] for row in board] == [0.9, 0.5, None]
     assert [row["seed"] for row in board] == [2, 0, 1]
-    console = jobs_table.terminal()
-    with console.capture() as captured:
-        console.print(leaderboard.render_leaderboard([{**row, "dir": "/a/[b]/c"} for row in board]))
-    assert "90.00" in captured.get()
-    assert captured.get().count("/a/[b]/c") == 3
-    assert "1:15" in captured.get()
+    lines = leaderboard.leaderboard_lines([{**row, "dir": "/a/[b]/c"} for row in board])
+    terminal_text.print_lines(lines, jobs_table.terminal())
+    shown = capsys.readouterr().out
+    assert "90.00" in shown
+    assert shown.count("/a/[b]/c") == 3
+    assert "1:15" in shown
 
 
 @pytest.mark.slow

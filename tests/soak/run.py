@@ -76,8 +76,8 @@ class Soak:
         """Number of processes that were really killed or stopped."""
         return sum(count["kills"] for count in self.counts.values())
 
-    def round(self, number: int) -> None:
-        """Play one round, and count it."""
+    def round(self, number: int) -> str:
+        """Play one round, count it, and return the name of its scenario."""
         scenario = self.turns[number % len(self.turns)]
         count = self.counts.setdefault(scenario.name, dict.fromkeys(COLUMNS, 0))
         try:
@@ -118,6 +118,7 @@ class Soak:
             traceback.print_exc()
         count["rounds"] += 1
         self.next = number + 1
+        return scenario.name
 
     def run_to_end(self, scenario: Scenario) -> None:
         """Run a scenario without a disturbance."""
@@ -268,8 +269,11 @@ def main() -> int:
             soak.round(options.round)
             return 1 if soak.failures else 0
         while soak.kills < options.kills and time.monotonic() < deadline:
-            soak.round(soak.next)
+            began, kills = time.monotonic(), soak.kills
+            name = soak.round(soak.next)
             soak.save()
+            line = f"round {soak.next - 1:4}  {name:16} {soak.kills - kills:3} kills"
+            print(f"{line} {time.monotonic() - began:6.1f} s, {soak.kills} kills in all", flush=True)
         print(f"{soak.kills} kills, seed {soak.seed}, {soak.next} rounds\n{soak.table()}")
         return 1 if soak.failures else 0
 

@@ -25,8 +25,9 @@ def _report(store: RunStore, options: argparse.Namespace) -> int:
         return _serve(store, options)
     from hpc_imagenet.report import leaderboard
     from hpc_imagenet.report.jobs_table import terminal
+    from hpc_imagenet.report.terminal_text import print_lines
 
-    rows = leaderboard.leaderboard_rows(store.readable())
+    rows = leaderboard.leaderboard_rows(store)
     if options.json:
         print(json.dumps(rows, indent=2))
     elif options.csv:
@@ -38,7 +39,7 @@ def _report(store: RunStore, options: argparse.Namespace) -> int:
     else:
         console = terminal()
         width = console.width if console.is_terminal else None
-        console.print(leaderboard.render_leaderboard(rows, width))
+        print_lines(leaderboard.leaderboard_lines(rows, width), console)
     say_left_out(store)
     return 0
 

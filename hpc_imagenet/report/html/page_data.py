@@ -57,7 +57,7 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
         with_images: whether thumbnails of val images are part of it.
     """
     runs = store.readable()
-    found = trainings(runs)
+    found = trainings(store)
     points = max(_MIN_POINTS, min(_MAX_POINTS, _CURVE_POINTS // max(1, len(found))))
     classes = [read_class_results(entry.run.folder) for entry in found]
     shared, differences = split_shared([flatten(entry.frozen) for entry in found])

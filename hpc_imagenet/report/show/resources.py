@@ -75,6 +75,11 @@ def energy(attempt: Attempt, usage: JobUsage | None) -> tuple[float | None, str]
     return None, ""
 
 
+def needs_slurm(attempt: Attempt) -> bool:
+    """Whether only Slurm can know the energy of an attempt."""
+    return attempt.submitted.get("executor") == SlurmExecutor.name and energy(attempt, None)[0] is None
+
+
 def energies_of(runs: Iterable[Run]) -> dict[str, tuple[float | None, str]]:
     """Return the kWh of each run over all its attempts, by its id, and of what; see `energy`.
 
@@ -82,12 +87,7 @@ def energies_of(runs: Iterable[Run]) -> dict[str, tuple[float | None, str]]:
     """
     attempts = {run.id: run.attempts() for run in runs}
     usages: dict[Attempt, JobUsage] = {}
-    unmeasured = [
-        attempt
-        for each in attempts.values()
-        for attempt in each
-        if attempt.submitted.get("executor") == SlurmExecutor.name and energy(attempt, None)[0] is None
-    ]
+    unmeasured = [attempt for each in attempts.values() for attempt in each if needs_slurm(attempt)]
     if unmeasured and slurm.is_available() and slurm_accounting.records_energy():
         usages = slurm_usage(unmeasured)
     else:

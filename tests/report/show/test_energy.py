@@ -16,8 +16,9 @@ from recorded_runs import record_run, set_times
 from rich.console import Console
 
 from hpc_imagenet.io.atomic_files import write_json
-from hpc_imagenet.report.leaderboard import leaderboard_rows, render_leaderboard
+from hpc_imagenet.report.leaderboard import leaderboard_lines, leaderboard_rows
 from hpc_imagenet.report.show.resources import energies_of
+from hpc_imagenet.report.terminal_text import print_lines
 from hpc_imagenet.runs.attempt import FINISHED, Attempt
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.runs.usage_records import usage_path
@@ -144,8 +145,7 @@ def test_the_leaderboard_fits_the_terminal(cli: Cli, width: int) -> None:
         assert run.attempt
         measured(run.attempt, 3.6e6)
     out = io.StringIO()
-    table = render_leaderboard(leaderboard_rows(store.all()), width)
-    Console(file=out, width=width).print(table)
+    print_lines(leaderboard_lines(leaderboard_rows(store), width), Console(file=out, width=width))
     head, *lines = out.getvalue().splitlines()
     assert len(lines) == 3
     assert "…" not in out.getvalue()

@@ -12,9 +12,9 @@ import pytest
 from recorded_runs import change, record_run, settle
 
 from hpc_imagenet.report.jobs_table import job_rows, workspace_rows
-from hpc_imagenet.runs import run_records
+from hpc_imagenet.runs import ended_cache
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED
-from hpc_imagenet.runs.run_records import CACHE_FILE, RecordCache
+from hpc_imagenet.runs.run_records import RecordCache
 from hpc_imagenet.runs.store import Run, RunStore
 
 
@@ -39,17 +39,17 @@ def rows(store: RunStore) -> list[dict[str, Any]]:
 def reads(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Return the runs whose records a command reads from their folders."""
     read: list[Run] = []
-    real = run_records.read_run
-    monkeypatch.setattr(run_records, "read_run", lambda run: read.append(run) or real(run))
+    real = RecordCache.read_run
+    monkeypatch.setattr(RecordCache, "read_run", lambda cache, run: read.append(run) or real(cache, run))
     rows(store)
-    monkeypatch.setattr(run_records, "read_run", real)
+    monkeypatch.setattr(RecordCache, "read_run", real)
     return {run.id[7] for run in read}
 
 
 def test_ended_runs_are_read_once(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     first = rows(store)
     assert [row["state"] for row in first] == [FINISHED, FAILED, CANCELLED, QUEUED]
-    assert (store.own_folder / CACHE_FILE).exists()
+    assert (store.own_folder / RecordCache.file).exists()
     assert reads(store, monkeypatch) == {"4"}
     assert rows(store) == first
     assert [row["run"] for row in job_rows(store.all())] == [row["run"] for row in first]
@@ -68,7 +68,7 @@ def test_changed_runs_are_read_again(store: RunStore, monkeypatch: pytest.Monkey
         *((one.id, QUEUED), (two.id, FAILED), (four.id, FINISHED))
     ]
     assert rows(store)[1]["sweeps"] == ["later"]
-    assert CANCELLED not in (store.own_folder / CACHE_FILE).read_text()
+    assert CANCELLED not in (store.own_folder / RecordCache.file).read_text()
 
 
 def test_run_that_has_just_changed_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_run_that_has_just_changed_is_not_cached(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.slow
 def test_lost_or_damaged_cache_is_made_anew(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, path = rows(store), store.own_folder / CACHE_FILE
+    expected, path = rows(store), store.own_folder / RecordCache.file
     whole = path.read_bytes()
     rng = random.Random(0)
     damages = [whole[:size] for size in (0, 1, 8, 9, 10, len(whole) // 2, len(whole) - 1)]
@@ -98,19 +98,19 @@ def test_lost_or_damaged_cache_is_made_anew(store: RunStore, monkeypatch: pytest
 
 def test_cache_of_another_version_is_made_anew(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = rows(store)
-    monkeypatch.setattr(run_records, "_VERSION", run_records._VERSION + 1)
+    monkeypatch.setattr(RecordCache, "version", RecordCache.version + 1)
     assert reads(store, monkeypatch) == {"1", "2", "3", "4"}
     assert rows(store) == expected
-    path = store.own_folder / CACHE_FILE
-    content = json.dumps({"version": run_records._VERSION, "runs": {store.all()[0].id: [1, 2, 3]}}).encode()
-    path.write_bytes(b"%08x\n" % run_records.zlib.crc32(content) + content)  # of another form
+    path = store.own_folder / RecordCache.file
+    content = json.dumps({"version": RecordCache.version, "runs": {store.all()[0].id: [1, 2, 3]}}).encode()
+    path.write_bytes(b"%08x\n" % ended_cache.zlib.crc32(content) + content)  # of another form
     assert rows(store) == expected
 
 
 def test_cache_that_cannot_be_written_is_no_error(store: RunStore) -> None:
     expected = rows(store)
-    (store.own_folder / CACHE_FILE).unlink()
-    (store.own_folder / CACHE_FILE).mkdir()
+    (store.own_folder / RecordCache.file).unlink()
+    (store.own_folder / RecordCache.file).mkdir()
     assert rows(store) == expected
 
 
@@ -138,7 +138,7 @@ def test_few_new_runs_do_not_rewrite_a_large_cache(tmp_path: Path, monkeypatch: 
     for number in range(220):
         settle(record_run(store, number, FINISHED))
     rows(store)
-    path = store.own_folder / CACHE_FILE
+    path = store.own_folder / RecordCache.file
     before = path.stat().st_ino
     settle(record_run(store, 999, FINISHED))
     change(store.all()[0].folder / "run.json", sweeps=["x"])
