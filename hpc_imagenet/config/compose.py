@@ -7,9 +7,9 @@ plain values (`seed=range(100)`) are applied to a copy of that config, as Hydra 
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
+import pickle
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -240,14 +240,15 @@ def _combinations(parsed: list[Override], multirun: bool, loader: ConfigLoader) 
         if override.type is OverrideType.CHANGE and override.key_or_group not in groups
     }
     (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    base: dict[tuple[str, ...], DictConfig] = {}
+    pickled: dict[tuple[str, ...], bytes] = {}  # a copy of it is made 8 times as fast as by `copy.deepcopy`
     values: dict[str, Any] = {}
     for combination in combinations:
         composed = tuple(line for line in combination if line.partition("=")[0] not in copied)
-        if composed not in base:
-            base[composed] = hydra_compose("config", overrides=list(composed))
-            OmegaConf.update(base[composed], "workspace", _absolute("workspace", base[composed].workspace))
-        config = copy.deepcopy(base[composed]) if copied else base[composed]
+        if composed not in pickled:
+            base = hydra_compose("config", overrides=list(composed))
+            OmegaConf.update(base, "workspace", _absolute("workspace", base.workspace))
+            pickled[composed] = pickle.dumps(base)
+        config: DictConfig = pickle.loads(pickled[composed])
         for line in combination:
             key = line.partition("=")[0]
             if key in copied:
