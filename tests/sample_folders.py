@@ -13,8 +13,7 @@ from typing import Any
 from PIL import Image
 
 from hpc_imagenet.config.dataset import Dataset
-from hpc_imagenet.data.layouts.image_finder import find_images
-from hpc_imagenet.data.layouts.labelled_images import LabelledImages
+from hpc_imagenet.data.layouts.image_finder import LabelledImages, find_images
 
 Text = str | bytes
 

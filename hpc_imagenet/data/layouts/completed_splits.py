@@ -10,9 +10,10 @@ from collections.abc import Iterable
 
 from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.ilsvrc.labels_file import MAX_ID_BYTES, class_id
-from hpc_imagenet.data.layouts.labelled_images import Labels
 from hpc_imagenet.data.layouts.split_names import class_keys, natural_key, same_class
 from hpc_imagenet.errors import UserError
+
+Labels = dict[str, str]  # path of an image → its class
 
 
 def require_disjoint(samples: dict[str, Labels], source: str) -> None:

@@ -4,17 +4,61 @@ from __future__ import annotations
 
 import shlex
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc_imagenet.config.dataset import Dataset
-from hpc_imagenet.data.layouts.completed_splits import complete_splits, match_classes, require_disjoint
+from hpc_imagenet.data.layouts.completed_splits import (
+    Labels,
+    complete_splits,
+    match_classes,
+    require_disjoint,
+)
 from hpc_imagenet.data.layouts.folder_tree import foreign_images
-from hpc_imagenet.data.layouts.labelled_images import SPLITS, ImageFile, LabelledImages, Labels
 from hpc_imagenet.data.layouts.layout_search import LayoutSearch
+from hpc_imagenet.data.layouts.split_names import SPLITS
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.printable import escape_name
 
 _CHUNK = 2000  # files whose sizes a thread reads at a time
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """One image and its label.
+
+    Attributes:
+        path: relative to the root, with `/`.
+        label: index of its class.
+        size: bytes.
+        time: mtime in ns.
+    """
+
+    path: str
+    label: int
+    size: int
+    time: int
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The images of a folder by split.
+
+    Attributes:
+        root: folder that the paths are relative to.
+        layout: how classes and splits were found, for the log.
+        classes: names of the classes as written, in label order.
+        splits: train, val and test → images, sorted by class and path; train is never empty.
+        skipped: reason → number of files that are no images of the dataset.
+        warnings: what the user should know, one line each.
+    """
+
+    root: Path
+    layout: str
+    classes: tuple[str, ...]
+    splits: dict[str, list[ImageFile]]
+    skipped: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def find_images(folder: Path, dataset: Dataset, threads: int) -> LabelledImages:

@@ -10,11 +10,11 @@ from posixpath import splitext
 from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.layouts import class_folders
 from hpc_imagenet.data.layouts.class_folders import WHOLE_PATH, Level, class_of, descend, is_flat
+from hpc_imagenet.data.layouts.completed_splits import Labels
 from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, scan_folder
 from hpc_imagenet.data.layouts.joined_tables import read_joined
-from hpc_imagenet.data.layouts.labelled_images import SPLITS, Labels
 from hpc_imagenet.data.layouts.split_folders import find_base, find_splits, folders_beside, folders_named
-from hpc_imagenet.data.layouts.split_names import split_of
+from hpc_imagenet.data.layouts.split_names import SPLITS, split_of
 from hpc_imagenet.data.layouts.table_labels import TableLabels, names_for_numbers, read_labels
 from hpc_imagenet.data.layouts.table_search import TableSearch, read_list
 from hpc_imagenet.errors import UserError, did_you_mean

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+SPLITS = ("train", "val", "test")
 _WORDS = {
     "train": "train",
     "training": "train",

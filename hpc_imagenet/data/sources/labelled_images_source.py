@@ -22,7 +22,7 @@ from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.download.origin import origin_of
 from hpc_imagenet.data.ilsvrc.labels_file import MAX_ID_BYTES, LabelsFile, class_id
 from hpc_imagenet.data.images import orientation
-from hpc_imagenet.data.layouts.labelled_images import ImageFile, LabelledImages
+from hpc_imagenet.data.layouts.image_finder import ImageFile, LabelledImages
 from hpc_imagenet.data.sources.virtual_archives import VirtualArchives
 from hpc_imagenet.data.sources.virtual_tar import InMemoryFile, VirtualFile, VirtualTar, VirtualTarOfTars
 from hpc_imagenet.errors import UserError

@@ -23,8 +23,7 @@ from hpc_imagenet.data.download.expected import (
 )
 from hpc_imagenet.data.download.origin import check_same_origin, has_archives, origin_of, source_folder
 from hpc_imagenet.data.download.partial_file import allocated_bytes
-from hpc_imagenet.data.layouts.image_finder import find_images
-from hpc_imagenet.data.layouts.labelled_images import LabelledImages
+from hpc_imagenet.data.layouts.image_finder import LabelledImages, find_images
 from hpc_imagenet.data.sources import class_folder_source, labelled_images_source, parquet_source
 from hpc_imagenet.data.sources.archive_folder import ArchiveFolder, verify_in_place
 from hpc_imagenet.data.sources.http_credentials import HttpCredentials

@@ -9,8 +9,7 @@ from collected_layouts import COLLECTED
 from research_layouts import RESEARCH
 from sample_folders import Files, Sample, dataset_of, find, write_sample
 
-from hpc_imagenet.data.layouts.image_finder import find_images
-from hpc_imagenet.data.layouts.labelled_images import LabelledImages
+from hpc_imagenet.data.layouts.image_finder import LabelledImages, find_images
 
 AB = "{a,b}/{1..4}.jpg"
 SAMPLES = {build.__name__: build for build in (*RESEARCH, *COLLECTED)}

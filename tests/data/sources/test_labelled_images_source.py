@@ -21,7 +21,7 @@ from sample_images import encoded
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.images.orientation import read_orientation
-from hpc_imagenet.data.layouts.labelled_images import ImageFile, LabelledImages
+from hpc_imagenet.data.layouts.image_finder import ImageFile, LabelledImages
 from hpc_imagenet.data.prepare.verify import verify_dataset
 from hpc_imagenet.data.sources import labelled_images_source
 from hpc_imagenet.data.sources.labelled_images_source import member_names
