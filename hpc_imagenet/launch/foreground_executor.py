@@ -80,9 +80,9 @@ class ForegroundExecutor(Executor):
                 if job[0][0].cluster().container:
                     command = _in_container(job[0][0], srun, task)
                     environment["PYTHONPATH"] = str(PACKAGE_ROOT)
-            done = subprocess.run(command, env=environment, cwd="/", check=False)
+            code = run_job(command, environment)
             if allocation:
-                requeue.requeue_or_fail(job, done.returncode, log)
+                requeue.requeue_or_fail(job, code, log)
             for run, attempt in job:
                 notification.run_ended(run, attempt)
                 outcome = attempt.outcome
@@ -96,6 +96,11 @@ class ForegroundExecutor(Executor):
     def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
         """Write the outcome and end the processes of the attempt."""
         local_queue.cancel_here(run, attempt, reason)
+
+
+def run_job(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the command of a job, wait, and return its exit code."""
+    return subprocess.run(command, env=environment, cwd="/", check=False).returncode
 
 
 def _in_container(run: Run, srun: Sequence[str], task: Sequence[str]) -> list[str]:

@@ -19,8 +19,11 @@ def _export(store: RunStore, options: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(find_source(store, options.run), options.set.get("checkpoint"))
 
     from hpc_imagenet.report.show.evaluations import evaluations
-    from hpc_imagenet.training.export.exporter import export_network
-    from hpc_imagenet.training.trained import load_trained
+    from hpc_imagenet.stages.work.train import torch_import
+
+    with torch_import():
+        from hpc_imagenet.training.export.exporter import export_network
+        from hpc_imagenet.training.trained import load_trained
 
     export_network(load_trained(checkpoint), out, options.format, evaluations(store, checkpoint))
     print(f"exported {checkpoint} to {out}; how to use it: {out / 'README.md'}")

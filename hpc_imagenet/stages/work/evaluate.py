@@ -10,7 +10,7 @@ from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages.evaluate_stage import check_fingerprint
-from hpc_imagenet.stages.work.train import let_threads_sleep
+from hpc_imagenet.stages.work.train import torch_import
 
 
 def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
@@ -20,10 +20,10 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         UserError: bad input.
         PeerLost: another task of the job has ended.
     """
-    let_threads_sleep()
-    from hpc_imagenet.training.score import score
-
     check_fingerprint(config)
+    with torch_import():
+        from hpc_imagenet.training.score import score
+
     version = open_version(config.datastore)
     cluster, stages = cluster_for(config, "evaluate"), dist_env.local_rank == 0
     splits = [config.evaluate.split or ""]

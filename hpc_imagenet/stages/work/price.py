@@ -20,7 +20,7 @@ from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitRea
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.runs.time_record import training_shape
-from hpc_imagenet.stages.work.train import let_threads_sleep
+from hpc_imagenet.stages.work.train import torch_import
 
 STEPS = 100  # in all, of one image size
 LEAST_STEPS = 20  # of each epoch, if there are many sizes
@@ -36,9 +36,9 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         UserError: bad input.
         Preempted: a stop signal arrived.
     """
-    let_threads_sleep()
-    from hpc_imagenet.training.callbacks.epoch_times import PassLimit
-    from hpc_imagenet.training.fit import fit
+    with torch_import():
+        from hpc_imagenet.training.callbacks.epoch_times import PassLimit
+        from hpc_imagenet.training.fit import fit
 
     checkpoints = run.folder / "checkpoints"
     shutil.rmtree(checkpoints, ignore_errors=True)  # of an attempt that was killed

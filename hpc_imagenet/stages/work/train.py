@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import socket
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +27,8 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         Preempted: a stop signal arrived; a checkpoint is saved.
         PeerLost: another task of the job has ended.
     """
-    let_threads_sleep()
-    from hpc_imagenet.training.fit import fit
+    with torch_import():
+        from hpc_imagenet.training.fit import fit
 
     version = open_version(config.datastore)
     cluster, stages = cluster_for(config, "train"), dist_env.local_rank == 0
@@ -52,10 +55,10 @@ def decode_for(configs: Sequence[Config], connections: Mapping[str, socket.socke
     Raises:
         UserError: the datastore cannot be read.
     """
-    let_threads_sleep()
-    from hpc_imagenet.training.loading import datamodule
-    from hpc_imagenet.training.loading.sampler import BatchShare
-    from hpc_imagenet.training.loading.shared_decoder import SharedDecoder
+    with torch_import():
+        from hpc_imagenet.training.loading import datamodule
+        from hpc_imagenet.training.loading.sampler import BatchShare
+        from hpc_imagenet.training.loading.shared_decoder import SharedDecoder
 
     config = max(configs, key=lambda each: each.recipe.epochs)
     share = BatchShare(config.recipe.global_batch, accumulate=config.train.accumulate)
@@ -74,9 +77,21 @@ def decode_for(configs: Sequence[Config], connections: Mapping[str, socket.socke
         ).run()
 
 
-def let_threads_sleep() -> None:
-    """Let the threads of OpenMP sleep while they wait; call it before torch is imported.
+@contextlib.contextmanager
+def torch_import() -> Iterator[None]:
+    """Import torch faster within this context, and let its threads sleep while they wait.
 
-    Spinning threads make a training on CPUs many times slower on a machine that is also used otherwise.
+    Torch, torchvision and Lightning create a million objects that stay. Searching them for garbage again and
+    again takes a fifth of the import, and would go on in the training.
     """
+    # Spinning threads make a training on CPUs many times slower on a machine that is also used otherwise.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
