@@ -119,7 +119,7 @@ def queue(options: Options) -> None:
     """A1: train the digits by the local queue, kill one training between two epochs, and retry it."""
     home = Workspace(options.folder / "queue")
     # On a GPU an epoch takes less than a second: enough epochs to hit one between two polls.
-    length = ("recipe.epochs=4", "model.name=squeezenet1_1") if options.toy else ("recipe.epochs=24",)
+    length = ("recipe.epochs=4", "model.name=shufflenet_v2_x0_5") if options.toy else ("recipe.epochs=24",)
     place = ("cluster=local", "cluster.parallel=2", f"seed={','.join(map(str, SEEDS))}", *length)
     home("-m", "+stage=pipeline", "dataset=digits", "model=resnet18", *place)
     try:

@@ -18,20 +18,26 @@ from unittest import mock
 
 import psutil
 import pytest
+from forked import run_job
 
 from hpc_imagenet.cli.main import main
+from hpc_imagenet.launch import foreground_executor
 
 
 class Cli:
-    """`cli("jobs")` runs `python -m hpc_imagenet jobs` on a private workspace."""
+    """`cli("jobs")` runs `python -m hpc_imagenet jobs` on a private workspace.
 
-    def __init__(self, workspace: Path, path: str | None = None) -> None:
+    With `forked`, commands in this process fork jobs of cluster=foreground from one with torch imported.
+    """
+
+    def __init__(self, workspace: Path, path: str | None = None, forked: bool = False) -> None:
         self.workspace = workspace
         self.cwd = workspace.parent
         self.env = {**os.environ, "HPC_IMAGENET_WORKSPACE": str(workspace)}
         self.env.pop("SLURM_JOB_ID", None)
         if path is not None:
             self.env["PATH"] = path
+        self.run_job = run_job if forked else foreground_executor.run_job
 
     def __call__(self, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run a command within this process, which saves the start of Python; else as `process`."""
@@ -40,6 +46,7 @@ class Cli:
         try:
             with (
                 mock.patch.dict(os.environ, self.env, clear=True),
+                mock.patch.object(foreground_executor, "run_job", self.run_job),
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(err),
                 pytest.raises(SystemExit) as end,
@@ -115,14 +122,19 @@ class Cli:
 def eventually(
     condition: Callable[[], bool], seconds: float = 60, again: Callable[[], object] = lambda: None
 ) -> None:
-    """Return as soon as `condition()`; fail after `seconds`, which is a limit and not a measurement."""
+    """Return as soon as `condition()`; fail after `seconds`, which is a limit and not a measurement.
+
+    A condition that takes long, as commands of Slurm do, is looked at less often.
+    """
     end = time.monotonic() + seconds
     while True:
+        begin = time.monotonic()
         again()
         if condition():
             return
-        assert time.monotonic() < end, "the condition was not met in time"
-        time.sleep(0.1)
+        now = time.monotonic()
+        assert now < end, "the condition was not met in time"
+        time.sleep(min(max(0.1, 5 * (now - begin)), 1))
 
 
 def is_alive(pid: int) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,24 @@ os.environ.pop("HPC_IMAGENET_CLUSTER", None)
 # Spinning threads make a training many times slower on a busy machine. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Tests start hundreds of processes, which would compile the package again and again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # A shell starts background processes with SIGINT ignored, and child processes would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Search for garbage neither while torch and the tests are imported, nor later among what that leaves."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Assign whole files to each process, and all tests of the Slurm lab to one of them."""
+    """Assign whole files to each process, and those of the Slurm lab to two of them."""
     from xdist.scheduler import LoadFileScheduling
 
     class Shares(LoadFileScheduling):
@@ -55,26 +72,35 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 SLURM = "tests/slurm"
+# About half of the time of the tests on the lab. They have a lab of their own, beside that of the others.
+INTERRUPTIONS = ("interruptions", "slurm_search", "slurm_session", "slurm_shared_loader", "slurm_sites")
 LONG = (  # files of minutes, the longest first: begun last, they would keep one process busy alone
     SLURM,
+    f"{SLURM}/interruptions",
     "tests/test_docs.py",
-    "tests/search/test_search_command.py",
-    "tests/training/test_cuda.py",
     "tests/training/test_shared_trainings.py",
     "tests/search/test_search_workers.py",
-    "tests/cli/test_main.py",
-    "tests/cli/test_price_command.py",
     "tests/benchmarks/test_gpu_benchmark.py",
-    "tests/test_second_user.py",
-    "tests/cli/runs/test_evaluate_command.py",
+    "tests/search/test_search_command.py",
+    "tests/training/test_cuda.py",
+    "tests/cli/test_main.py",
+    "tests/stages/test_upload_remote.py",
+    "tests/datastore/backends/test_backend_contract.py",
     "tests/training/export/test_exporter.py",
+    "tests/hostile/test_hostile_inputs.py",
+    "tests/stages/test_upload_faults.py",
+    "tests/test_second_user.py",
+    "tests/cli/test_price_command.py",
+    "tests/stages/test_upload_killed.py",
     "tests/stages/test_process_killed.py",
 )
 
 
 def _share(nodeid: str) -> str:
     file = nodeid.partition("::")[0]
-    return SLURM if file.startswith(f"{SLURM}/") else file
+    if not file.startswith(f"{SLURM}/"):
+        return file
+    return f"{SLURM}/interruptions" if Path(file).stem.removeprefix("test_") in INTERRUPTIONS else SLURM
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BIN = Path(sys.executable).parent
-SMALL = "mobilenet_v3_small"
+SMALL = "shufflenet_v2_x0_5"
 
 
 STAGES = ("download", "process", "upload", "train")

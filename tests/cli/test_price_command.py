@@ -25,7 +25,7 @@ TRAINING = (
 @pytest.fixture(scope="module")
 def priced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cli, str]:
     """A workspace with a datastore, and what the first price=true printed."""
-    cli = Cli(tmp_path_factory.mktemp("priced") / "workspace")
+    cli = Cli(tmp_path_factory.mktemp("priced") / "workspace", forked=True)
     write_store(cli.workspace / "datastores" / "digits" / "v1", {"train": 40, "val": 13})
     return cli, cli.process(*TRAINING, "price=true").stdout
 
@@ -55,7 +55,7 @@ def test_a_price_job_times_a_training_and_submits_nothing(priced: tuple[Cli, str
 def test_trainings_of_the_same_shape_are_not_timed_again(priced: tuple[Cli, str]) -> None:
     cli, _ = priced
     words = ("-m", *TRAINING[:3], *TRAINING[4:], "price=true", "recipe.epochs=1,3", "seed=0,1", "sweep=four")
-    printed = cli.process(*words).stdout
+    printed = cli(*words).stdout
     assert "4 trainings · done after" in printed
     assert len(cli.jobs()) == 1
     times = [line.split()[1] for line in printed.splitlines()[2:6]]
@@ -66,7 +66,7 @@ def test_trainings_of_the_same_shape_are_not_timed_again(priced: tuple[Cli, str]
 def test_a_broken_record_is_measured_anew(priced: tuple[Cli, str]) -> None:
     cli, _ = priced
     record_of(cli).write_text('{"version": 1, "train":')
-    assert "timed by" in cli.process(*TRAINING, "price=true").stdout
+    assert "timed by" in cli(*TRAINING, "price=true").stdout
     (row,) = cli.jobs()
     assert (row["attempt"], row["state"]) == (2, "finished")
     assert json.loads(record_of(cli).read_text())["run"] == row["run"]
@@ -98,13 +98,13 @@ def test_two_prices_at_once_share_one_job(priced: tuple[Cli, str], tmp_path: Pat
 
 def test_a_training_records_its_own_times_and_is_free_when_finished(priced: tuple[Cli, str]) -> None:
     cli, _ = priced
-    cli.process(*TRAINING)
+    cli(*TRAINING)
     record = json.loads(record_of_run(cli, "train"))
     assert (record["short"], list(record["train"])) == (False, ["16"])
-    printed = cli.process(*TRAINING, "price=true").stdout
+    printed = cli(*TRAINING, "price=true").stdout
     assert "finished" in printed
     assert "1 training · 1 of them free: finished, or running already\n" in printed
-    longer = cli.process(*TRAINING[:3], *TRAINING[4:], "recipe.epochs=3", "price=true").stdout
+    longer = cli(*TRAINING[:3], *TRAINING[4:], "recipe.epochs=3", "price=true").stdout
     (row,) = [line for line in longer.splitlines() if " device " in line]
     assert row.split()[-1] == record["run"].partition("-")[0]
 
@@ -121,7 +121,7 @@ def record_of_run(cli: Cli, stage: str) -> str:
 
 def test_a_price_job_that_fails_is_one_error_line(priced: tuple[Cli, str]) -> None:
     cli, _ = priced
-    done = cli.process(*TRAINING, "recipe.freeze=true", f"model.weights={os.devnull}", "price=true", code=2)
+    done = cli(*TRAINING, "recipe.freeze=true", f"model.weights={os.devnull}", "price=true", code=2)
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
@@ -129,6 +129,6 @@ def test_sizes_of_a_schedule_are_timed_each(priced: tuple[Cli, str]) -> None:
     cli, _ = priced
     grow = ("recipe.start_size=8", "recipe.grow_from=0", "recipe.grow_to=1", "recipe.epochs=4")
     words = [word for word in TRAINING if "epochs" not in word and "size" not in word]
-    cli.process(*words, *grow, "recipe.size=24", "recipe.val_size=24", "recipe.val_resize=24", "price=true")
+    cli(*words, *grow, "recipe.size=24", "recipe.val_size=24", "recipe.val_resize=24", "price=true")
     timed = [json.loads(path.read_text()) for path in cli.workspace.glob("runs/.times-*/*")]
     assert [list(each["train"]) for each in timed if "8" in each["train"]] == [["8", "24"]]

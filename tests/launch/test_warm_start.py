@@ -37,9 +37,9 @@ SOURCE = (*FIXED, "cluster=foreground", "recipe.epochs=2", "recipe.ema=0.9")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cli, Run]:
     """A workspace with a finished training."""
-    cli = Cli(tmp_path_factory.mktemp("warm") / "workspace")
+    cli = Cli(tmp_path_factory.mktemp("warm") / "workspace", forked=True)
     write_store(cli.workspace / "datastores" / "digits" / "v1", {"train": 40, "val": 13})
-    cli.process(*SOURCE)
+    cli(*SOURCE)
     (run,) = RunStore(cli.workspace).all()
     return cli, run
 
@@ -60,7 +60,7 @@ def test_a_training_begins_with_the_weights_of_a_run(trained: tuple[Cli, Run]) -
     still = ("recipe.learning_rate=0", "recipe.epochs=1", "seed=1", "cluster=foreground")
     best = source.folder / "checkpoints" / "best.ckpt"
     for words, prefix in (((), "ema_model."), (("recipe.keep_optimizer=true",), "model.")):
-        printed = cli.process(*FIXED, *still, f"model.weights={source.id}", *words).stdout
+        printed = cli(*FIXED, *still, f"model.weights={source.id}", *words).stdout
         (name,) = re.findall(r"^submitted +(\S+)", printed, re.MULTILINE)
         run = RunStore(cli.workspace).run(name)
         assert (run.folder / INITIAL).samefile(best)
@@ -108,7 +108,7 @@ def test_trials_of_a_search_begin_with_one_run(trained: tuple[Cli, Run]) -> None
         "search.name=warm",
         "search.trials=2",
     )
-    cli.process("+search=tpe", *FIXED, *words, "search.parallel=1", "cluster=foreground")
+    cli("+search=tpe", *FIXED, *words, "search.parallel=1", "cluster=foreground")
     store = RunStore(cli.workspace)
     (worker,) = [row["run"] for row in cli.jobs() if row["stage"] == "search"]
     records = StudyFiles(store, "warm").records()

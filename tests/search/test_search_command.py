@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def searching(cli: Cli) -> Cli:
+def searching(tmp_path: Path) -> Iterator[Cli]:
+    cli = Cli(tmp_path / "workspace", forked=True)
     write_coloured(cli.workspace / "datastores/tiny/v1", 24, noise=99)
-    return cli
+    yield cli
+    cli.close()
 
 
 def search(cli: Cli, *words: str, algorithm: str = "asha") -> list[dict[str, Any]]:
@@ -70,7 +73,7 @@ def test_trial_is_the_ordinary_run_with_the_same_settings(searching: Cli) -> Non
     assert json.loads(json.dumps(frozen)) == run.frozen()
     assert "already finished" in searching(*ordinary).stdout
     # Its weights do not depend on the trainings before it.
-    alone = Cli(searching.workspace.parent / "alone")
+    alone = Cli(searching.workspace.parent / "alone", forked=True)
     write_coloured(alone.workspace / "datastores/tiny/v1", 24, noise=99)
     alone(*ordinary[:-1])
     for name, expected in weights(alone.workspace / "runs" / run.id).items():

@@ -25,9 +25,9 @@ TRAINING = (
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     """A workspace with one finished training, on a datastore with the splits train, val and test."""
-    cli = Cli(tmp_path_factory.mktemp("trained") / "workspace")
+    cli = Cli(tmp_path_factory.mktemp("trained") / "workspace", forked=True)
     write_store(cli.workspace / "datastores" / "digits" / "v1", {"train": 40, "val": 13, "test": 17})
-    cli.process(*TRAINING)
+    cli(*TRAINING)
     return cli
 
 
@@ -50,7 +50,7 @@ def test_an_evaluation_is_a_run_on_the_leaderboard(trained: Cli) -> None:
     )
     assert {row["training"] for row in rows} == {None, training["run"]}
     assert "\n  evaluation on test" in trained("report").stdout  # below its training
-    assert "already finished" in trained.process("evaluate", training["run"], "cluster=foreground").stdout
+    assert "already finished" in trained("evaluate", training["run"], "cluster=foreground").stdout
 
 
 def test_an_evaluation_of_a_file_in_another_workspace(trained: Cli, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_changes_before_its_evaluation_is_not_evaluated(
     file = tmp_path / "runs" / "copy" / "checkpoints" / "last.ckpt"
     shutil.copytree(training, file.parents[1])
     other = f"workspace={tmp_path}"
-    trained.process("evaluate", str(file), other, "cluster=foreground")
+    trained("evaluate", str(file), other, "cluster=foreground")
     (row,) = [
         row for row in json.loads(trained("jobs", "--json", other).stdout) if row["stage"] == "evaluate"
     ]
