@@ -93,7 +93,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_pruned_trial_is_no_failure_and_can_be_trained_to_its_end(searching: Cli) -> None:
     words = ("recipe.learning_rate=0.01,1e-9,1e-8", "recipe.epochs=6", "search.trials=6", "search.parallel=1")
-    found = search(searching, *words, "model=resnet18")
+    model = ("model=resnet18", "model.stem=standard")
+    found = search(searching, *words, *model)
     pruned = [each for each in found if each["state"] == "pruned" and not each["reused"]]
     assert pruned
     assert all(each["epochs"] == 2 for each in pruned)
@@ -103,7 +104,7 @@ def test_pruned_trial_is_no_failure_and_can_be_trained_to_its_end(searching: Cli
     assert "no run that matches has failed" in searching("retry", "--sweep", "study").stdout
     assert searching("jobs", "--failed").stdout.count("\n") == 1  # the header
     rate = pruned[0]["values"]["recipe.learning_rate"]
-    ordinary = with_defaults(SETTINGS, [f"recipe.learning_rate={rate}", "recipe.epochs=6", "model=resnet18"])
+    ordinary = with_defaults(SETTINGS, [f"recipe.learning_rate={rate}", "recipe.epochs=6", *model])
     searching(*ordinary, "cluster=local", "wait=true")
     log = searching("logs", pruned[0]["run"]).stdout
     row = next(row for row in searching.jobs() if row["run"] == pruned[0]["run"])
