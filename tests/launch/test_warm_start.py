@@ -146,7 +146,7 @@ def test_a_source_that_trains_on_changes_nothing(trained: tuple[Cli, Run], tmp_p
     own = replace(made.config.model, weights=str(copied.folder / "checkpoints" / "best.ckpt"))
     made = replace(made, config=replace(made.config, model=own))
     keep_weights(made, run)
-    shutil.copy(copied.folder / "checkpoints" / "last.ckpt", tmp_path / "other.ckpt")
+    shutil.copy(copied.folder / "checkpoints" / "previous.ckpt", tmp_path / "other.ckpt")
     (tmp_path / "other.ckpt").replace(copied.folder / "checkpoints" / "best.ckpt")  # as training does
     keep_weights(made, run)  # a second attempt
     assert fingerprint(run.folder / INITIAL) == made.config.model.weights_hash
