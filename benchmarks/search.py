@@ -1,11 +1,16 @@
 """Compare a search with a grid of the digits on the Slurm lab: cost until the grid's best accuracy.
 
-    python benchmarks/search.py [--points 7] [--trials 12]
+    python benchmarks/search.py [--trials 18]
 
-It starts a private Slurm cluster (slurm/lab) and stops it again. First a sweep over a grid of learning rates,
-then ASHA over the interval that the grid covers, with four workers on four nodes, of which two are preempted
-by Slurm while they train. Cost is the CPU time of all processes of the jobs, with their start; the lab has no
-GPU. Then the search goes on to its end, to see whether anything was lost or a worker was idle.
+It starts a private Slurm cluster (slurm/lab) and stops it again. First a sweep over a grid of six learning
+rates and three weight decays, then ASHA over the intervals that the grid covers, with as many trials, four
+workers on four nodes, and Slurm preempting two of them while they train. Cost is the CPU time of all
+processes of the jobs, with their start; the lab has no GPU. A trial has reached the grid's best if its top-1 at the end
+of its schedule is as high. The search goes on to its end, to see whether anything was lost or a worker idle.
+
+One search is one draw of many. The pruner is therefore also replayed over the curves of the grid, in many
+orders, with the first rung at several epochs: how often the best point is trained to its end, and after which
+share of the epochs.
 """
 
 from __future__ import annotations
@@ -14,8 +19,10 @@ import argparse
 import csv
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import random
 import statistics
 import tempfile
 import threading
@@ -26,26 +33,32 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 from lab_site import LabSite
 
-from hpc_imagenet.runs.store import RunStore
+from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.search.rungs import first_rung
+from hpc_imagenet.search.study import pruner
 from hpc_imagenet.search.study_files import StudyFiles
 
 PACKAGES = ("hpc-imagenet", "optuna", "submitit", "torch")
-LOW, HIGH = 0.003, 1.0  # learning rates
-EPOCHS = 27  # rungs at 1, 3 and 9
+RATES, DECAYS = (0.003, 1.0, 6), (1e-5, 1e-3, 3)  # from, to, points on a logarithmic scale
+EPOCHS, WARMUP = 27, 1  # warm-up of the recipe demo; rungs at 3 and 9
+FIRST_RUNG = first_rung(EPOCHS, WARMUP)
 TRAINING = (
     *("dataset=digits", "model=shufflenet_v2_x0_5", "cluster=lab", "tracker=null", f"recipe.epochs={EPOCHS}"),
-    *("recipe.warmup_epochs=0", "recipe.norm_momentum=0.3", "train.checkpoint_every_minutes=0.1"),
+    *(f"recipe.warmup_epochs={WARMUP}", "recipe.norm_momentum=0.3", "train.checkpoint_every_minutes=0.1"),
     *("cluster.partition=low", "cluster.cpus_per_task=1", "+cluster.sbatch.exclusive=true"),
 )
 WORKERS, PREEMPTED = 4, 2
+ORDERS = 500  # replays
+MOST = 0.35  # share of the grid's cost
 _TICK = 0.5  # s
 
 
 class CpuMeter(threading.Thread):
-    """Sums the CPU time of all processes whose command line names a workspace, every half second."""
+    """Sums the CPU time of the processes that name a workspace, but the command `jobs`, every half second."""
 
     def __init__(self, workspace: Path) -> None:
         super().__init__(daemon=True)
@@ -56,7 +69,8 @@ class CpuMeter(threading.Thread):
         while True:
             for process in psutil.process_iter():
                 try:
-                    if self._word in " ".join(process.cmdline()) and process.pid != os.getpid():
+                    line = process.cmdline()
+                    if self._word in " ".join(line) and "jobs" not in line and process.pid != os.getpid():
                         times = process.cpu_times()
                         self._seconds[process.pid, process.create_time()] = times.user + times.system
                 except psutil.Error:
@@ -83,7 +97,7 @@ class Site(LabSite):
         return f"datastore.url={self.folder / 'data/datastores'}"
 
 
-def until(condition: Callable[[], bool], tick: float = 1.0, seconds: float = 1800) -> None:
+def until(condition: Callable[[], bool], tick: float = 1.0, seconds: float = 3600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -91,23 +105,95 @@ def until(condition: Callable[[], bool], tick: float = 1.0, seconds: float = 180
         time.sleep(tick)
 
 
-def grid(site: Site, points: int) -> tuple[float, float]:
-    """Train the grid; return its best top-1 (0 to 1) and its CPU time in s."""
-    rates = [LOW * (HIGH / LOW) ** (i / (points - 1)) for i in range(points)]
+def spread(low: float, high: float, points: int) -> list[str]:
+    """Return points of an interval on a logarithmic scale, as they are typed."""
+    return [f"{low * (high / low) ** (i / (points - 1)):.4g}" for i in range(points)]
+
+
+def grid(site: Site) -> tuple[list[list[float]], float]:
+    """Train the grid; return the top-1 (0 to 1) of each point after each epoch, and the CPU time in s."""
     meter = CpuMeter(site.folder / "grid")
     meter.start()
-    swept = f"recipe.learning_rate={','.join(f'{rate:.4g}' for rate in rates)}"
-    site.command("-m", *TRAINING, site.data, swept, workspace="grid")
-    until(lambda: all(row["state"] not in ("queued", "running") for row in site.rows("grid", "train")), 5)
-    rows = site.rows("grid", "train")
-    assert [row["state"] for row in rows] == ["finished"] * points, rows
-    tops = [row["top1"] for row in rows]
-    print(
-        f"grid: {points} learning rates, {points * EPOCHS} epochs, "
-        f"top-1 {' '.join(f'{100 * top:.1f}' for top in tops)} %",
-        flush=True,
-    )
-    return max(tops), meter.seconds
+    rates, decays = spread(*RATES), spread(*DECAYS)
+    swept = (f"recipe.learning_rate={','.join(rates)}", f"recipe.weight_decay={','.join(decays)}")
+    site.command("-m", *TRAINING, site.data, *swept, workspace="grid")
+    until(lambda: all(row["state"] not in ("queued", "running") for row in site.rows("grid", "train")), 20)
+    cost = meter.seconds
+    rows, store = site.rows("grid", "train"), RunStore(site.folder / "grid")
+    assert [row["state"] for row in rows] == ["finished"] * len(rates) * len(decays), rows
+    curves = []
+    print(f"grid: {len(rows)} points, {len(rows) * EPOCHS} epochs; top-1 in %, a line a learning rate")
+    for rate in rates:
+        line = []
+        for decay in decays:
+            recipe = {"learning_rate": float(rate), "weight_decay": float(decay)}
+            (run,) = [
+                run
+                for run in (store.run(row["run"]) for row in rows)
+                if all(getattr(run.config().recipe, name) == value for name, value in recipe.items())
+            ]
+            curves.append(validations(run))
+            line.append(f"{100 * curves[-1][-1]:.1f}")
+        print(f"  {rate:>8}: {' '.join(line)}", flush=True)
+    return curves, cost
+
+
+def validations(run: Run) -> list[float]:
+    """Return the top-1 (0 to 1) after each epoch; fail if one was validated twice or not at all."""
+    with (run.folder / "metrics.csv").open() as file:
+        rows = [
+            (int(line["epoch"]), float(line["val_top1"])) for line in csv.DictReader(file) if line["val_top1"]
+        ]
+    assert [epoch for epoch, _ in rows] == list(range(len(rows))), (run.id, rows)
+    return [top1 for _, top1 in rows]
+
+
+def replay(curves: list[list[float]], best: float) -> None:
+    """Replay ASHA over the curves of the grid in many orders, and print what becomes of the best point."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for warmup in (0, 1, 3):
+        ended = [one_order(curves, best, warmup, random.Random(order)) for order in range(ORDERS)]
+        shares = [reached / len(curves) / EPOCHS for reached, _ in ended if reached]
+        within = sum(share <= MOST for share in shares)
+        median = statistics.median(shares or [math.nan])
+        epochs = statistics.mean(total for _, total in ended) / len(curves) / EPOCHS
+        print(
+            f"replay of {ORDERS} orders, first rung after {first_rung(EPOCHS, warmup)} epochs: "
+            f"{len(shares) / ORDERS:.0%} reach {100 * best:.2f} %, after {median:.2f} of the grid's epochs in the "
+            f"median; {within / ORDERS:.0%} after {MOST} at most; all trials take {epochs:.2f}",
+            flush=True,
+        )
+
+
+def one_order(
+    curves: list[list[float]], best: float, warmup: int, generator: random.Random
+) -> tuple[int | None, int]:
+    """Return the epochs of all trials until one reached `best`, if it did, and to the end of all trials."""
+    about = {"algorithm": "asha", "epochs": EPOCHS, "warmup": warmup}
+    study = optuna.create_study(direction="maximize", pruner=pruner(about))
+    left = generator.sample(curves, len(curves))
+    workers = [(generator.random(), number) for number in range(WORKERS)]
+    trials: dict[int, tuple[optuna.Trial, list[float], int]] = {}
+    reached, total = None, 0
+    while workers:
+        workers.sort()
+        now, number = workers.pop(0)
+        if number not in trials:
+            if not left:
+                continue
+            trials[number] = (study.ask(), left.pop(), 0)
+        trial, curve, done = trials.pop(number)
+        done, total = done + 1, total + 1
+        trial.report(curve[done - 1], done)
+        if done == EPOCHS:
+            study.tell(trial, curve[-1])
+            reached = total if reached is None and curve[-1] >= best else reached
+        elif trial.should_prune():
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            trials[number] = (trial, curve, done)
+        workers.append((now + generator.uniform(0.9, 1.1), number))
+    return reached, total
 
 
 def preempt(site: Site, files: StudyFiles) -> list[str]:
@@ -137,21 +223,26 @@ def search(site: Site, trials: int, best: float) -> tuple[float, float, list[str
     """Search; return CPU times in s, until a trial reached `best` and of the whole, and the victims."""
     meter = CpuMeter(site.folder / "search")
     meter.start()
-    space = f"recipe.learning_rate=tag(log,interval({LOW:g},{HIGH:g}))"
+    space = [
+        f"recipe.{name}=tag(log,interval({low:g},{high:g}))"
+        for name, (low, high, _) in (("learning_rate", RATES), ("weight_decay", DECAYS))
+    ]
     settings = (f"search.trials={trials}", f"search.parallel={WORKERS}", "search.name=study")
-    site.command("+search=asha", *TRAINING, site.data, space, *settings, workspace="search")
+    site.command("+search=asha", *TRAINING, site.data, *space, *settings, workspace="search")
     files = StudyFiles(RunStore(site.folder / "search"), "study")
     victims = preempt(site, files)
     reached = float("nan")
 
     def over() -> bool:
         nonlocal reached
-        tops = [top for each in files.records() for top in each.accuracies.values()]
+        records = files.records()
+        tops = [each.top1 or 0.0 for each in records if each.state == "finished"]
         if reached != reached and tops and max(tops) >= best:
             reached = meter.seconds
-            at = sum(each.epochs or 0 for each in files.records())
-            print(f"a trial has reached {100 * max(tops):.2f} % after {at} epochs of all trials", flush=True)
-        records = files.records()
+            at = sum(each.epochs or 0 for each in records)
+            print(
+                f"a trial has ended with {100 * max(tops):.2f} % after {at} epochs of all trials", flush=True
+            )
         return len(records) == trials and all(each.ended for each in records)
 
     until(over)
@@ -166,12 +257,12 @@ def check(site: Site, victims: list[str]) -> None:
     states = [each.state for each in records]
     counts = ", ".join(f"{states.count(name)} {name}" for name in sorted(set(states)))
     print(f"trials: {counts}; epochs: {sum(each.epochs or 0 for each in records)}", flush=True)
+    tops = sorted((each.top1 or 0.0 for each in records if each.state == "finished"), reverse=True)
+    print(f"top-1 of the finished trials: {' '.join(f'{100 * top:.2f}' for top in tops)} %")
     requeued = {row["run"]: row["requeued"] for row in site.rows("search", "search")}
     assert all(requeued[victim] == 1 for victim in victims), requeued
     for record in records:
-        with (store.run(record.run).folder / "metrics.csv").open() as file:
-            validated = [int(line["epoch"]) for line in csv.DictReader(file) if line["val_top1"]]
-        assert validated == list(range(record.epochs or 0)), (record.run, validated)
+        assert len(validations(store.run(record.run))) == record.epochs, record
         assert sorted(map(int, record.accuracies)) == list(range(1, (record.epochs or 0) + 1)), record
     print(f"preempted and requeued: {', '.join(victims)}; each epoch of each trial was validated once")
     gaps, lasts = [], []
@@ -186,8 +277,10 @@ def check(site: Site, victims: list[str]) -> None:
                 lasts.append((_moment(attempt.outcome.time) - _moment(begins[-1])) / (record.epochs or 1))
         times.sort()
         gaps += [after[0] - before[1] for before, after in pairwise(times)]
-    rung = statistics.median(lasts)
-    print(f"idle between two trials: {max(gaps):.1f} s at most; the first rung, one epoch: {rung:.1f} s")
+    rung = FIRST_RUNG * statistics.median(lasts)
+    print(
+        f"idle between two trials: {max(gaps):.1f} s at most; the {FIRST_RUNG} epochs to a rung: {rung:.1f} s"
+    )
 
 
 def _moment(text: str) -> float:
@@ -196,8 +289,9 @@ def _moment(text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--points", type=int, default=7, help="learning rates of the grid (7)")
-    parser.add_argument("--trials", type=int, default=12, help="trials of the search (12)")
+    parser.add_argument(
+        "--trials", type=int, default=18, help="trials of the search (18, as many as the grid)"
+    )
     options = parser.parse_args()
     memory = psutil.virtual_memory().total / 2**30
     name, cores = platform.processor() or platform.machine(), len(os.sched_getaffinity(0))
@@ -208,9 +302,11 @@ def main() -> None:
         with site.running():
             for stage in ("download", "process", "upload"):
                 site.command(f"+stage={stage}", "dataset=digits", "cluster=foreground", workspace="data")
-            best, cost = grid(site, options.points)
+            curves, cost = grid(site)
+            best = max(curve[-1] for curve in curves)
+            print(f"grid: {cost:.0f} CPU-s, best top-1 {100 * best:.2f} %", flush=True)
+            replay(curves, best)
             reached, whole, victims = search(site, options.trials, best)
-            print(f"grid: {cost:.0f} CPU-s, best top-1 {100 * best:.2f} %")
             print(
                 f"ASHA: {reached:.0f} CPU-s until a trial reached it ({reached / cost:.2f} of the grid); "
                 f"{whole:.0f} CPU-s to the end of all {options.trials} trials ({whole / cost:.2f})"

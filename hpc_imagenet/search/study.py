@@ -89,7 +89,7 @@ class SearchStudy:
             storage=storage,
             study_name=files.name,
             direction="maximize",
-            pruner=_pruner(definition),
+            pruner=pruner(definition),
             load_if_exists=True,
         )
 
@@ -156,7 +156,8 @@ def _distribution(dimension: dict[str, Any]) -> BaseDistribution:
     return kind(dimension["low"], dimension["high"], log=dimension["log"])
 
 
-def _pruner(definition: dict[str, Any]) -> optuna.pruners.BasePruner:
+def pruner(definition: dict[str, Any]) -> optuna.pruners.BasePruner:
+    """Return what decides which trials are pruned, of a study's algorithm, epochs and warm-up."""
     rung = first_rung(definition["epochs"], definition["warmup"])
     if definition["algorithm"] == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=rung, reduction_factor=REDUCTION)
