@@ -1,12 +1,13 @@
 """Compare a search with a grid of the digits on the Slurm lab: cost until the grid's best accuracy.
 
-    python benchmarks/search.py [--trials 18]
+    python benchmarks/search.py [--trials 18] [--seeds 3]
 
 It starts a private Slurm cluster (slurm/lab) and stops it again. First a sweep over a grid of six learning
-rates and three weight decays, then ASHA over the intervals that the grid covers, with as many trials, four
-workers on four nodes, and Slurm preempting two of them while they train. Cost is the CPU time of all
-processes of the jobs, with their start; the lab has no GPU. A trial has reached the grid's best if its top-1 at the end
-of its schedule is as high. The search goes on to its end, to see whether anything was lost or a worker idle.
+rates and three weight decays of a small network, then ASHA over the intervals that the grid covers, with as
+many trials, four workers on four nodes, and Slurm preempting two of them while they train, once for each
+of three seeds. Cost is the CPU time of all processes of the jobs, with their start; the lab has no GPU. A trial has reached the grid's best
+if its top-1 at the end of its schedule is as high. The search goes on to its end, to see whether anything was
+lost or a worker was idle.
 
 One search is one draw of many. The pruner is therefore also replayed over the curves of the grid, in many
 orders, with the first rung at several epochs: how often the best point is trained to its end, and after which
@@ -38,7 +39,7 @@ import psutil
 from lab_site import LabSite
 
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.search.rungs import first_rung
+from hpc_imagenet.search.rungs import first_rung, rung_epochs
 from hpc_imagenet.search.study import pruner
 from hpc_imagenet.search.study_files import StudyFiles
 
@@ -47,7 +48,13 @@ RATES, DECAYS = (0.003, 1.0, 6), (1e-5, 1e-3, 3)  # from, to, points on a logari
 EPOCHS, WARMUP = 27, 1  # warm-up of the recipe demo; rungs at 3 and 9
 FIRST_RUNG = first_rung(EPOCHS, WARMUP)
 TRAINING = (
-    *("dataset=digits", "model=shufflenet_v2_x0_5", "cluster=lab", "tracker=null", f"recipe.epochs={EPOCHS}"),
+    *(
+        "dataset=digits",
+        "model=small_network:network",
+        "cluster=lab",
+        "tracker=null",
+        f"recipe.epochs={EPOCHS}",
+    ),
     *(f"recipe.warmup_epochs={WARMUP}", "recipe.norm_momentum=0.3", "train.checkpoint_every_minutes=0.1"),
     *("cluster.partition=low", "cluster.cpus_per_task=1", "+cluster.sbatch.exclusive=true"),
 )
@@ -55,6 +62,20 @@ WORKERS, PREEMPTED = 4, 2
 ORDERS = 500  # replays
 MOST = 0.35  # share of the grid's cost
 _TICK = 0.5  # s
+
+
+NETWORK = """
+from torch import nn
+
+
+def network(num_classes):
+    layers, before = [], 3
+    for channels in (16, 32, 64):
+        layers += [nn.Conv2d(before, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        layers.append(nn.MaxPool2d(2))
+        before = channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes))
+"""
 
 
 class CpuMeter(threading.Thread):
@@ -155,12 +176,12 @@ def replay(curves: list[list[float]], best: float) -> None:
         ended = [one_order(curves, best, warmup, random.Random(order)) for order in range(ORDERS)]
         shares = [reached / len(curves) / EPOCHS for reached, _ in ended if reached]
         within = sum(share <= MOST for share in shares)
-        median = statistics.median(shares or [math.nan])
+        median, reach = statistics.median(shares or [math.nan]), len(shares) / ORDERS
         epochs = statistics.mean(total for _, total in ended) / len(curves) / EPOCHS
         print(
             f"replay of {ORDERS} orders, first rung after {first_rung(EPOCHS, warmup)} epochs: "
-            f"{len(shares) / ORDERS:.0%} reach {100 * best:.2f} %, after {median:.2f} of the grid's epochs in the "
-            f"median; {within / ORDERS:.0%} after {MOST} at most; all trials take {epochs:.2f}",
+            f"{reach:.0%} reach {100 * best:.2f} %, in the median after {median:.2f} of the grid's epochs; "
+            f"{within / ORDERS:.0%} after {MOST} at most; all trials take {epochs:.2f}",
             flush=True,
         )
 
@@ -196,14 +217,14 @@ def one_order(
     return reached, total
 
 
-def preempt(site: Site, files: StudyFiles) -> list[str]:
+def preempt(site: Site, workspace: str, files: StudyFiles) -> list[str]:
     """Preempt two workers whose trials have a checkpoint; return their runs."""
     victims: list[str] = []
     while len(victims) < PREEMPTED:
         for record in files.records():
-            last = site.folder / "search/runs" / record.run / "checkpoints/last.ckpt"
+            last = site.folder / workspace / "runs" / record.run / "checkpoints/last.ckpt"
             if record.state == "running" and record.worker not in victims and last.exists():
-                row = next(row for row in site.rows("search", "search") if row["run"] == record.worker)
+                row = next(row for row in site.rows(workspace, "search") if row["run"] == record.worker)
                 if row["state"] != "running" or row["requeued"]:
                     continue
                 options = (
@@ -219,18 +240,24 @@ def preempt(site: Site, files: StudyFiles) -> list[str]:
     return victims
 
 
-def search(site: Site, trials: int, best: float) -> tuple[float, float, list[str]]:
+def search(site: Site, trials: int, seed: int, best: float) -> tuple[float, float, list[str]]:
     """Search; return CPU times in s, until a trial reached `best` and of the whole, and the victims."""
-    meter = CpuMeter(site.folder / "search")
+    workspace = f"search{seed}"
+    meter = CpuMeter(site.folder / workspace)
     meter.start()
     space = [
         f"recipe.{name}=tag(log,interval({low:g},{high:g}))"
         for name, (low, high, _) in (("learning_rate", RATES), ("weight_decay", DECAYS))
     ]
-    settings = (f"search.trials={trials}", f"search.parallel={WORKERS}", "search.name=study")
-    site.command("+search=asha", *TRAINING, site.data, *space, *settings, workspace="search")
-    files = StudyFiles(RunStore(site.folder / "search"), "study")
-    victims = preempt(site, files)
+    settings = (
+        f"search.trials={trials}",
+        f"search.parallel={WORKERS}",
+        f"search.seed={seed}",
+        "search.name=study",
+    )
+    site.command("+search=asha", *TRAINING, site.data, *space, *settings, workspace=workspace)
+    files = StudyFiles(RunStore(site.folder / workspace), "study")
+    victims = preempt(site, workspace, files)
     reached = float("nan")
 
     def over() -> bool:
@@ -246,20 +273,22 @@ def search(site: Site, trials: int, best: float) -> tuple[float, float, list[str
         return len(records) == trials and all(each.ended for each in records)
 
     until(over)
-    until(lambda: all(row["state"] not in ("queued", "running") for row in site.rows("search", "search")))
+    until(lambda: all(row["state"] not in ("queued", "running") for row in site.rows(workspace, "search")))
     return reached, meter.seconds, victims
 
 
-def check(site: Site, victims: list[str]) -> None:
-    """Print what became of the trials, and how long workers were idle; fail if an epoch was lost."""
-    store = RunStore(site.folder / "search")
+def check(site: Site, workspace: str, victims: list[str]) -> None:
+    """Print what became of the trials of a search, and how long workers were idle; fail if an epoch was lost."""
+    store = RunStore(site.folder / workspace)
     records = StudyFiles(store, "study").records()
     states = [each.state for each in records]
     counts = ", ".join(f"{states.count(name)} {name}" for name in sorted(set(states)))
-    print(f"trials: {counts}; epochs: {sum(each.epochs or 0 for each in records)}", flush=True)
+    epochs = sum(each.epochs or 0 for each in records)
+    share = epochs / (RATES[2] * DECAYS[2] * EPOCHS)
+    print(f"trials: {counts}; {epochs} epochs ({share:.2f} of the grid)", flush=True)
     tops = sorted((each.top1 or 0.0 for each in records if each.state == "finished"), reverse=True)
     print(f"top-1 of the finished trials: {' '.join(f'{100 * top:.2f}' for top in tops)} %")
-    requeued = {row["run"]: row["requeued"] for row in site.rows("search", "search")}
+    requeued = {row["run"]: row["requeued"] for row in site.rows(workspace, "search")}
     assert all(requeued[victim] == 1 for victim in victims), requeued
     for record in records:
         assert len(validations(store.run(record.run))) == record.epochs, record
@@ -292,13 +321,16 @@ def main() -> None:
     parser.add_argument(
         "--trials", type=int, default=18, help="trials of the search (18, as many as the grid)"
     )
+    parser.add_argument("--seeds", type=int, default=3, help="searches, each with a seed of its own (3)")
     options = parser.parse_args()
     memory = psutil.virtual_memory().total / 2**30
     name, cores = platform.processor() or platform.machine(), len(os.sched_getaffinity(0))
     print(f"{name}, {cores} CPU cores, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f} at the start")
+    print(f"ASHA with {options.trials} trials, rungs at {rung_epochs(EPOCHS, WARMUP)} epochs")
     print(", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES), flush=True)
     with tempfile.TemporaryDirectory(prefix="lab-") as folder:
         site = Site(Path(folder))
+        (site.folder / "small_network.py").write_text(NETWORK)
         with site.running():
             for stage in ("download", "process", "upload"):
                 site.command(f"+stage={stage}", "dataset=digits", "cluster=foreground", workspace="data")
@@ -306,12 +338,13 @@ def main() -> None:
             best = max(curve[-1] for curve in curves)
             print(f"grid: {cost:.0f} CPU-s, best top-1 {100 * best:.2f} %", flush=True)
             replay(curves, best)
-            reached, whole, victims = search(site, options.trials, best)
-            print(
-                f"ASHA: {reached:.0f} CPU-s until a trial reached it ({reached / cost:.2f} of the grid); "
-                f"{whole:.0f} CPU-s to the end of all {options.trials} trials ({whole / cost:.2f})"
-            )
-            check(site, victims)
+            for seed in range(options.seeds):
+                reached, whole, victims = search(site, options.trials, seed, best)
+                print(
+                    f"ASHA, seed {seed}: {reached:.0f} CPU-s until a trial reached it ({reached / cost:.2f} of the "
+                    f"grid); {whole:.0f} CPU-s to the end of all trials ({whole / cost:.2f})"
+                )
+                check(site, f"search{seed}", victims)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def plan_prices(prepared: PreparedPlan, console: Console) -> list[Price]:
     planned = [job for job in prepared.jobs if job.stage == TRAIN.name]
     workers = [job for job in prepared.jobs if job.stage == SEARCH.name]
     if workers:  # they differ in their numbers alone
-        planned = possible_trials(workers[0].config, find_version)
+        planned = possible_trials(workers[0], find_version)
     trainings = [_with_data(job, find_version(job.config.datastore)) for job in planned]
     if not trainings:
         stages = ", ".join(dict.fromkeys(job.stage for job in prepared.jobs))

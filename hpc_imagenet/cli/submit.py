@@ -15,7 +15,7 @@ from hpc_imagenet.launch import submission, validate
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
 from hpc_imagenet.launch.plan import make_plan
-from hpc_imagenet.launch.pricing.price import check_time_limits
+from hpc_imagenet.launch.pricing.time_limits import check_time_limits
 from hpc_imagenet.launch.split import choose_clusters
 from hpc_imagenet.launch.submission import Submitted
 from hpc_imagenet.launch.warm_start import find_weights
@@ -87,9 +87,10 @@ def prepare(configs: Sequence[Config]) -> PreparedPlan:
     EXECUTORS[first.cluster.executor].check_available()
     store = RunStore(Path(first.workspace))
     configs = [find_weights(config, store) for config in configs]
-    jobs = make_plan(configs, validate.version_finder())
+    find_version = validate.version_finder()
+    jobs = make_plan(configs, find_version)
     state_of = validate.validate_jobs(jobs, store)
     jobs, split = choose_clusters(jobs, state_of)
     if not first.price:  # which shows the limit that would be long enough
-        check_time_limits(jobs, store, state_of)
+        check_time_limits(jobs, store, state_of, find_version)
     return PreparedPlan(jobs, store, first.cluster.executor, state_of, first, split)

@@ -17,6 +17,7 @@ from hpc_imagenet.cluster.free_nodes import FreeNode
 from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.launch.pricing.price import DATA, NETWORK, Price, sweep_seconds, tasks_of
 from hpc_imagenet.launch.pricing.search_price import SearchPrice
+from hpc_imagenet.launch.pricing.time_limits import search_needs
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.run_summary import amount
 
@@ -91,7 +92,7 @@ def _sum(values: Sequence[float | None]) -> float | None:
 def print_prices(report: PriceReport, console: Console) -> None:
     """Print a row for each training, the whole sweep or search, and advice."""
     console.print(price_table(report.prices, report.starts))
-    for line in [_total(report.prices, report.search), *_notes(report)]:
+    for line in [_total(report.prices, report.search), *_limit_of_search(report), *_notes(report)]:
         console.print(escape(one_line(line)), soft_wrap=True)
 
 
@@ -158,6 +159,16 @@ def _search_total(search: SearchPrice, unit: str) -> str:
     if search.budget is not None:
         parts.append(f"no trial begins after search.budget={search.budget:g}")
     return f"{who}: {' · '.join(parts)}"
+
+
+def _limit_of_search(report: PriceReport) -> list[str]:
+    """Return a line if the workers of a search would not end all trials within their time limits."""
+    search, cluster = report.search, report.prices[0].job.cluster
+    if search is None or any(each.too_long for each in report.prices):
+        return []
+    fix = search_needs(search, report.prices)
+    limits = f"cluster.time={cluster.time} and {report.prices[0].allowed - 1:g} requeues"
+    return [f"{limits} are too short for all trials; {fix} would do"] if fix else []
 
 
 def _notes(report: PriceReport) -> list[str]:

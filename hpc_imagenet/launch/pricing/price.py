@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpc_imagenet.config.schema import Cluster, Config, cluster_for
 from hpc_imagenet.datastore.versions import open_version
-from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.slurm_jobs.resource_requests import warning_seconds
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.runs.time_record import ZERO, Time, TimeRecord, find_record, times_folders, training_shape
+from hpc_imagenet.runs.time_record import ZERO, Time, TimeRecord, find_record, training_shape
 from hpc_imagenet.stages.price_stage import PRICE, price_config
-from hpc_imagenet.stages.train_stage import TRAIN
 
 DATA, DEVICE, NETWORK = "data", "device", "network"
 _WAITING = 0.1  # share of the time without data from which a training counts as bound by it
@@ -118,17 +116,15 @@ class Price:
     @property
     def too_long(self) -> bool:
         """Whether it would certainly not end within its time limit and its requeues."""
-        if self.known is None or self.free or not _limit(self.job.cluster):
+        if self.known is None or self.free:
             return False
-        least = self.work * (1 - _TOLERANCE)
-        return _starts(least, self.known.record, self.job.cluster) > self.allowed
+        return exceeds_limit(self.work.wall, self.known.record.startup.wall, self.job.cluster)
 
     @property
     def minutes_needed(self) -> int:
         """A `cluster.time` in minutes with which it ends within its requeues."""
         assert self.known is not None
-        part = self.work.wall * (1 + _TOLERANCE) / self.allowed
-        return math.ceil((part + self.known.record.startup.wall + warning_seconds(None)) / 60)
+        return minutes_needed(self.work.wall, self.known.record.startup.wall, self.job.cluster)
 
 
 def price(job: Job, run: Run | None, state: State, known: KnownTimes | None, images: Images) -> Price:
@@ -144,10 +140,25 @@ def price(job: Job, run: Run | None, state: State, known: KnownTimes | None, ima
     if known is None or state.finished or state.active:
         return Price(job, state)
     work = _work(job, known.record, images, _epochs_done(job, run, images) if run else 0)
-    allowed: float = math.inf
-    if _limit(job.cluster):
-        allowed = 1 + (job.cluster.max_requeues if _requeues(job.cluster) else 0)
-    return Price(job, state, known, work, _starts(work, known.record, job.cluster), allowed)
+    starts = _starts(work.wall, known.record.startup.wall, job.cluster)
+    return Price(job, state, known, work, starts, _allowed_starts(job.cluster))
+
+
+def exceeds_limit(work: float, startup: float, cluster: Cluster) -> bool:
+    """Whether a job would certainly not end within its time limit and its requeues.
+
+    Args:
+        work: s that it computes, without startup.
+        startup: s of each start.
+        cluster: its resources.
+    """
+    return _starts(work * (1 - _TOLERANCE), startup, cluster) > _allowed_starts(cluster)
+
+
+def minutes_needed(work: float, startup: float, cluster: Cluster) -> int:
+    """Return a `cluster.time` in minutes with which a job ends within its requeues; as `exceeds_limit`."""
+    part = work * (1 + _TOLERANCE) / _allowed_starts(cluster)
+    return math.ceil((part + startup + warning_seconds(None)) / 60)
 
 
 def known_times(job: Job, store: RunStore) -> KnownTimes | None:
@@ -158,37 +169,6 @@ def known_times(job: Job, store: RunStore) -> KnownTimes | None:
         return KnownTimes(alone, None) if alone else None
     record = find_record(store.folder, training_shape(job.config, job.cluster)) or alone
     return KnownTimes(record, alone) if record else None
-
-
-def check_time_limits(plan: Sequence[Job], store: RunStore, state_of: Mapping[str, State]) -> None:
-    """Raise for a training that cannot end within its time limit and its requeues, if its time is recorded.
-
-    Raises:
-        UserError: with the limit that would be long enough.
-    """
-    if not times_folders(store.folder):
-        return
-    sizes: dict[str, Images] = {}
-    for job in plan:
-        if job.stage != TRAIN.name or not _limit(job.cluster):
-            continue
-        known = known_times(job, store)
-        if known is None:
-            continue
-        key = repr(job.config.datastore)
-        if key not in sizes:
-            try:
-                sizes[key] = images_of(job)
-            except UserError:  # other jobs of the plan will write it
-                continue
-        found = price(job, store.run(job.run_id), state_of[job.run_id], known, sizes[key])
-        if found.too_long:
-            minutes, seen = found.work.wall / 60, known.record.run
-            raise UserError(
-                f"cluster.time={job.cluster.time} is too short: {job.run_id} takes {minutes:.0f} minutes (as "
-                f"{seen} has shown), and would not end with {found.allowed - 1:g} requeues: "
-                f"set cluster.time={found.minutes_needed}"
-            )
 
 
 def images_of(job: Job) -> Images:
@@ -262,14 +242,21 @@ def _epochs_done(job: Job, run: Run, images: Images) -> float:
     return float(min(max(0.0, done / per_epoch), recipe.epochs))
 
 
-def _starts(work: Time, record: TimeRecord, cluster: Cluster) -> float:
+def _starts(work: float, startup: float, cluster: Cluster) -> float:
     limit = _limit(cluster)
     if not limit:
         return 1
-    usable = limit - record.startup.wall - warning_seconds(cluster.time)
-    if work.wall + record.startup.wall <= limit:
+    usable = limit - startup - warning_seconds(cluster.time)
+    if work + startup <= limit:
         return 1
-    return math.ceil(work.wall / usable) if usable > 0 else math.inf
+    return math.ceil(work / usable) if usable > 0 else math.inf
+
+
+def _allowed_starts(cluster: Cluster) -> float:
+    """Return how often a job may be started; infinity: it has no time limit."""
+    if not _limit(cluster):
+        return math.inf
+    return 1 + (cluster.max_requeues if _requeues(cluster) else 0)
 
 
 def _limit(cluster: Cluster) -> float | None:

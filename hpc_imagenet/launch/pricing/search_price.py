@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hpc_imagenet.config.input.search_space import sample_values, trial_config
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.config.search import REDUCTION
 from hpc_imagenet.launch.plan import make_plan
-from hpc_imagenet.launch.pricing.price import Price
+from hpc_imagenet.launch.pricing.price import Price, tasks_of
 from hpc_imagenet.runs.job import FindVersion, Job
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.runs.time_record import training_shape
@@ -29,6 +29,8 @@ class SearchPrice:
         seconds: until the last one ends, if each trains its whole schedule.
         hours: GPU-hours (without GPUs: CPU-hours) of all, if each trains its whole schedule.
         share: of both, if two of three trials end at each rung; None: the search has no rungs.
+        work: s of all workers together, without startup: `share` of all schedules, or until the budget is
+            spent. 0 of a `median` search: how many trials it prunes is not known.
         budget: GPU-hours after which no trial begins; None: unlimited.
         money: of all, as `hours`; None: no price is set, or there is no GPU.
         kwh: of all, as `hours`; None: no power is set, or there is no GPU.
@@ -39,24 +41,29 @@ class SearchPrice:
     seconds: float
     hours: float
     share: float | None
+    work: float
     budget: float | None
     money: float | None
     kwh: float | None
 
 
-def possible_trials(config: Config, find_version: FindVersion) -> list[Job]:
-    """Return trainings that a search may draw, one for each length and speed.
+def possible_trials(worker: Job, find_version: FindVersion) -> list[Job]:
+    """Return trainings that a search may draw, one for each length and speed, with the worker's time limit.
 
     Args:
-        config: config of a worker.
+        worker: a worker of the search.
         find_version: as for `make_plan`.
     """
+    config, limits = worker.config, worker.cluster
     found: dict[str, Job] = {}
     for values in sample_values(config.search.space):
         trial = trial_config(config, values)
         shape = training_shape(trial, cluster_for(trial, TRAIN.name))
         (job,) = make_plan([trial], find_version)
-        found.setdefault(repr((shape, trial.recipe.epochs)), job)
+        cluster = replace(
+            job.cluster, time=limits.time, max_requeues=limits.max_requeues, sbatch=limits.sbatch
+        )
+        found.setdefault(repr((shape, trial.recipe.epochs)), replace(job, cluster=cluster))
     return list(found.values())
 
 
@@ -70,7 +77,8 @@ def search_price(config: Config, store: RunStore, trials: Sequence[Price]) -> Se
     """
     search = config.search
     files = StudyFiles(store, str(search.name))
-    begun = {record.trial for record in files.records() if record.ended}
+    records = files.records()
+    begun = {record.trial for record in records if record.ended}
     left = max(0, search.trials - len(begun))
     workers = max(1, min(search.parallel, left))
     if config.cluster.executor != "slurm":
@@ -85,12 +93,19 @@ def search_price(config: Config, store: RunStore, trials: Sequence[Price]) -> Se
         value = mean(values)
         return None if value is None else left * value
 
+    share = _share(trials[0].job.config, search.algorithm)
+    work = 0.0 if search.algorithm == "median" else left * (mean([each.work.wall for each in trials]) or 0.0)
+    work *= 1.0 if share is None else share
+    if search.budget is not None:
+        rest = max(0.0, search.budget - sum(record.hours for record in records))
+        work = min(work, 3600 * rest / tasks_of(trials[0].job))
     return SearchPrice(
         trials=left,
         workers=workers,
         seconds=rounds * (mean([each.total.wall for each in trials]) or 0.0),
         hours=of_all([each.device_hours for each in trials]) or 0.0,
-        share=_share(trials[0].job.config, search.algorithm),
+        share=share,
+        work=work,
         budget=search.budget,
         money=of_all([each.money for each in trials]),
         kwh=of_all([each.energy for each in trials]),
