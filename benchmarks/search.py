@@ -4,10 +4,10 @@
 
 It starts a private Slurm cluster (slurm/lab) and stops it again. First a sweep over a grid of six learning
 rates and three weight decays of a small network, then ASHA over the intervals that the grid covers, with as
-many trials, four workers on four nodes, and Slurm preempting two of them while they train, once for each
-of three seeds. Cost is the CPU time of all processes of the jobs, with their start; the lab has no GPU. A trial has reached the grid's best
-if its top-1 at the end of its schedule is as high. The search goes on to its end, to see whether anything was
-lost or a worker was idle.
+many trials, four workers on four nodes, and Slurm preempting two of them while they train, once for each of
+three seeds. Cost is the CPU time of all processes of the jobs, with their start; the lab has no GPU. A trial
+has reached the grid's best if its top-1 at the end of its schedule is as high. The search goes on to its end,
+to see whether anything was lost or a worker was idle.
 
 One search is one draw of many. The pruner is therefore also replayed over the curves of the grid, in many
 orders, with the first rung at several epochs: how often the best point is trained to its end, and after which
@@ -278,7 +278,7 @@ def search(site: Site, trials: int, seed: int, best: float) -> tuple[float, floa
 
 
 def check(site: Site, workspace: str, victims: list[str]) -> None:
-    """Print what became of the trials of a search, and how long workers were idle; fail if an epoch was lost."""
+    """Print what became of the trials, and how long workers were idle; fail if an epoch was lost."""
     store = RunStore(site.folder / workspace)
     records = StudyFiles(store, "study").records()
     states = [each.state for each in records]
@@ -341,8 +341,8 @@ def main() -> None:
             for seed in range(options.seeds):
                 reached, whole, victims = search(site, options.trials, seed, best)
                 print(
-                    f"ASHA, seed {seed}: {reached:.0f} CPU-s until a trial reached it ({reached / cost:.2f} of the "
-                    f"grid); {whole:.0f} CPU-s to the end of all trials ({whole / cost:.2f})"
+                    f"ASHA, seed {seed}: {reached:.0f} CPU-s until a trial reached it ({reached / cost:.2f} of "
+                    f"the grid); {whole:.0f} CPU-s to the end of all trials ({whole / cost:.2f})"
                 )
                 check(site, f"search{seed}", victims)
 

@@ -75,8 +75,8 @@ def _check_training(job: Job, store: RunStore, state: State, sizes: dict[str, Im
         return
     raise UserError(
         f"cluster.time={job.cluster.time} is too short: {job.run_id} takes {found.work.wall / 60:.0f} "
-        f"minutes (as {found.known.record.run} has shown), and would not end with {found.allowed - 1:g} requeues: "
-        f"set cluster.time={found.minutes_needed}"
+        f"minutes (as {found.known.record.run} has shown), and would not end with {found.allowed - 1:g} "
+        f"requeues: set cluster.time={found.minutes_needed}"
     )
 
 
@@ -86,8 +86,7 @@ def _check_search(worker: Job, store: RunStore, find_version: FindVersion, sizes
         possible = possible_trials(worker, find_version)
     except UserError:  # other jobs of the plan will write the data
         return
-    state = State(FAILED, "was never submitted")  # a trial begins anew
-    prices = [_price(trial, store, state, sizes) for trial in possible]
+    prices = [_price(trial, store, None, sizes) for trial in possible]
     trials = [each for each in prices if each is not None and each.known]
     if not trials:
         return
@@ -114,8 +113,15 @@ def _check_search(worker: Job, store: RunStore, find_version: FindVersion, sizes
         )
 
 
-def _price(job: Job, store: RunStore, state: State, sizes: dict[str, Images]) -> Price | None:
-    """Return the price of a training; None: its times are not recorded, or its data do not exist yet."""
+def _price(job: Job, store: RunStore, state: State | None, sizes: dict[str, Images]) -> Price | None:
+    """Return the price of a training; None: its times are not recorded, or its data do not exist yet.
+
+    Args:
+        job: the training.
+        store: runs of the workspace.
+        state: state of its run, whose progress counts; None: it begins anew.
+        sizes: sizes of datasets that are known already.
+    """
     known = known_times(job, store)
     if known is None:
         return None
@@ -125,5 +131,6 @@ def _price(job: Job, store: RunStore, state: State, sizes: dict[str, Images]) ->
             sizes[key] = images_of(job)
         except UserError:  # other jobs of the plan will write it
             return None
-    run = store.run(job.run_id) if job.stage == TRAIN.name else None
-    return price(job, run, state, known, sizes[key])
+    if state is None:
+        return price(job, None, State(FAILED), known, sizes[key])
+    return price(job, store.run(job.run_id), state, known, sizes[key])

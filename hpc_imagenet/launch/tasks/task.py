@@ -108,7 +108,8 @@ def run_task(run_folder: Path, number: int) -> dict[str, Any]:
         _fail(attempt, error)
     except BaseException as error:
         if is_disk_full(error):
-            attempt.end(FAILED, f"no space left in {run_folder.parents[1]}: free some space, then retry")
+            folder = run_folder.parents[1]
+            _fail(attempt, UserError(f"no space left in {folder}: free some space, then retry"))
         if isinstance(error, PermissionError) and error.filename:
             attempt.end(FAILED, explain_permission_error(error, run_folder.parents[1]))
         attempt.end(FAILED, traceback.format_exception_only(type(error), error)[-1].strip())

@@ -267,6 +267,50 @@ def test_a_search_costs_what_its_trials_do(timed: Cli) -> None:
     assert plain["seconds"] == found["seconds"]
 
 
+SEARCH = (
+    *TRAINING,
+    "recipe.learning_rate=interval(0.1,1)",
+    "recipe.warmup_epochs=20",
+    "cluster.max_requeues=2",
+)
+
+
+@pytest.mark.slow
+def test_a_time_limit_in_which_a_trial_cannot_end_is_refused(timed: Cli) -> None:
+    words = ("+search=asha", *SEARCH, "search.trials=2", "search.name=night")
+    line = timed.refused(*words, "cluster.time=10")
+    assert "cluster.time=10 is too short for a trial of the search night: " in line
+    assert "takes 60 minutes (as c0ffee00-price-resnet18 has shown)" in line
+    enough = line.rpartition("cluster.time=")[2]
+    assert 20 < int(enough) < 30
+    assert "would not end it with 2 requeues" in line
+    assert not list(timed.workspace.glob("runs/.search*"))
+    assert "submitted" in timed(*words, f"cluster.time={enough}").stdout
+    assert (
+        "submitted"
+        in timed(*with_defaults(words, ("search.name=unknown",)), "cluster.time=10", "recipe.size=32").stdout
+    )
+
+
+@pytest.mark.slow
+def test_a_time_limit_in_which_workers_cannot_train_all_trials_is_refused(timed: Cli) -> None:
+    words = (*SEARCH, "cluster.time=60", "search.trials=30", "search.parallel=2", "dry_run=true")
+    line = timed.refused("+search=tpe", *words)
+    assert "cluster.time=60 is too short: 30 trials take each of 2 workers about 904 minutes (as" in line
+    time, parallel = line.rpartition(": set ")[2].split(" or ")
+    assert parallel == "search.parallel=10"  # three hours of work each
+    for fix in (time, parallel, "search.budget=5"):
+        assert "would be submitted" in timed("+search=tpe", *with_defaults(words, (fix,))).stdout
+    # Rungs at 48 and 144 epochs: trials take 5 / 9 of a schedule on average.
+    assert "about 502 minutes if two of three end at each rung" in timed.refused("+search=asha", *words)
+    assert "would be submitted" in timed("+search=median", *words).stdout  # prunes none, or most
+    priced = timed("price", "+search=tpe", *words).stdout
+    assert (
+        f"cluster.time=60 and 2 requeues are too short for all trials; {time} or {parallel} would do"
+        in priced
+    )
+
+
 @pytest.mark.slow
 def test_free_cpus_and_memory_are_named_where_a_training_waits_for_data(timed: Cli, commands: Path) -> None:
     planned = job("cluster.gpus_per_node=0", workspace=timed.workspace)
