@@ -172,14 +172,14 @@ def validations(run: Run) -> list[float]:
 def replay(curves: list[list[float]], best: float) -> None:
     """Replay ASHA over the curves of the grid in many orders, and print what becomes of the best point."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for warmup in (0, 1, 3):
-        ended = [one_order(curves, best, warmup, random.Random(order)) for order in range(ORDERS)]
+    for rung in (1, FIRST_RUNG, 9):
+        ended = [one_order(curves, best, rung, random.Random(order)) for order in range(ORDERS)]
         shares = [reached / len(curves) / EPOCHS for reached, _ in ended if reached]
         within = sum(share <= MOST for share in shares)
         median, reach = statistics.median(shares or [math.nan]), len(shares) / ORDERS
         epochs = statistics.mean(total for _, total in ended) / len(curves) / EPOCHS
         print(
-            f"replay of {ORDERS} orders, first rung after {first_rung(EPOCHS, warmup)} epochs: "
+            f"replay of {ORDERS} orders, first rung after {rung} epochs: "
             f"{reach:.0%} reach {100 * best:.2f} %, in the median after {median:.2f} of the grid's epochs; "
             f"{within / ORDERS:.0%} after {MOST} at most; all trials take {epochs:.2f}",
             flush=True,
@@ -187,11 +187,10 @@ def replay(curves: list[list[float]], best: float) -> None:
 
 
 def one_order(
-    curves: list[list[float]], best: float, warmup: int, generator: random.Random
+    curves: list[list[float]], best: float, rung: int, generator: random.Random
 ) -> tuple[int | None, int]:
     """Return the epochs of all trials until one reached `best`, if it did, and to the end of all trials."""
-    about = {"algorithm": "asha", "epochs": EPOCHS, "warmup": warmup}
-    study = optuna.create_study(direction="maximize", pruner=pruner(about))
+    study = optuna.create_study(direction="maximize", pruner=pruner("asha", rung))
     left = generator.sample(curves, len(curves))
     workers = [(generator.random(), number) for number in range(WORKERS)]
     trials: dict[int, tuple[optuna.Trial, list[float], int]] = {}
@@ -341,8 +340,8 @@ def main() -> None:
             for seed in range(options.seeds):
                 reached, whole, victims = search(site, options.trials, seed, best)
                 print(
-                    f"ASHA, seed {seed}: {reached:.0f} CPU-s until a trial reached it ({reached / cost:.2f} of "
-                    f"the grid); {whole:.0f} CPU-s to the end of all trials ({whole / cost:.2f})"
+                    f"ASHA, seed {seed}: {reached:.0f} CPU-s until a trial reached it ({reached / cost:.2f} "
+                    f"of the grid); {whole:.0f} CPU-s to the end of all trials ({whole / cost:.2f})"
                 )
                 check(site, f"search{seed}", victims)
 

@@ -144,6 +144,8 @@ def _total(prices: Sequence[Price], search: SearchPrice | None) -> str:
 
 def _search_total(search: SearchPrice, unit: str) -> str:
     """Return the line of a whole search."""
+    if not search.trials:
+        return "no trial of the search is left: more search.trials would continue it"
     who = f"{amount(search.trials, 'trials')} by {amount(search.workers, 'workers')}"
     whole = f"{clock(search.seconds)} and {_number(search.hours)} {unit} if each trains to its end"
     if search.share is None:

@@ -48,6 +48,7 @@ class Run:
         self.id = folder.name
         self.lease: Lease | None = None  # held if this process runs the job
         self.judge: Judge | None = None  # of a trial of a search, if this process runs it
+        self.follows = False  # whether this process has trained another trial before
 
     @property
     def info(self) -> dict[str, Any]:

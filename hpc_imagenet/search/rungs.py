@@ -1,7 +1,7 @@
 """Rungs of a search: the epochs at which trials are compared, and which of them go on.
 
-Every rung has `REDUCTION` times the epochs of the one before. The first one comes after the warm-up, in which
-accuracies say little.
+Every rung has `REDUCTION` times the epochs of the one before. The first one comes after the warm-up, and not
+after one epoch: there accuracies say little (benchmarks/results/search.txt).
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from hpc_imagenet.search.study_files import TrialRecord
 
 
 def first_rung(epochs: int, warmup: float) -> int:
-    """Return the epochs of the first rung: those of the schedule, divided as often as the warm-up allows."""
+    """Return the epochs of the first rung: those of the schedule, divided as often as the warm-up allows.
+
+    Args:
+        epochs: of the schedule.
+        warmup: epochs of the warm-up; less than one counts as one.
+    """
     rung = epochs
-    while rung // REDUCTION > warmup:
+    while rung // REDUCTION > max(warmup, 1):
         rung //= REDUCTION
     return rung
 

@@ -89,7 +89,7 @@ class SearchStudy:
             storage=storage,
             study_name=files.name,
             direction="maximize",
-            pruner=pruner(definition),
+            pruner=pruner(definition["algorithm"], first_rung(definition["epochs"], definition["warmup"])),
             load_if_exists=True,
         )
 
@@ -156,11 +156,10 @@ def _distribution(dimension: dict[str, Any]) -> BaseDistribution:
     return kind(dimension["low"], dimension["high"], log=dimension["log"])
 
 
-def pruner(definition: dict[str, Any]) -> optuna.pruners.BasePruner:
-    """Return what decides which trials are pruned, of a study's algorithm, epochs and warm-up."""
-    rung = first_rung(definition["epochs"], definition["warmup"])
-    if definition["algorithm"] == "asha":
+def pruner(algorithm: str, rung: int) -> optuna.pruners.BasePruner:
+    """Return what decides which trials of an algorithm are pruned, from the epochs of the first rung on."""
+    if algorithm == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=rung, reduction_factor=REDUCTION)
-    if definition["algorithm"] == "median":
+    if algorithm == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=_MEDIAN_STARTUP, n_warmup_steps=rung - 1)
     return optuna.pruners.NopPruner()

@@ -182,7 +182,7 @@ def test_rungs() -> None:
     assert rung_epochs(16, 2) == [5, 16]
     assert rung_epochs(8, 1) == [2, 8]
     assert rung_epochs(1, 0) == [1]
-    assert first_rung(100, 0) == 1
+    assert first_rung(100, 0) == first_rung(100, 1) == 3
 
 
 def test_promotion_takes_the_best_third_of_the_highest_rung_first() -> None:

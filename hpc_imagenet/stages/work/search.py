@@ -241,6 +241,7 @@ class SearchWorker:
     def _train(self, record: TrialRecord, index: int) -> None:
         config = self._trial_config(record)
         trial, rank_zero = self._store.run(record.run), self.dist_env.is_rank_zero
+        trial.follows = index > 0
         began, before = time.monotonic(), record.hours
 
         def judge(epoch: int, top1: float) -> bool:

@@ -67,6 +67,7 @@ class EpochTimes(pl.Callback):
         staged: returns the bytes in the node's cache, and those of the dataset; None without a cache.
         tasks: tasks of this job on this node, whose memory is assumed to be that of this one.
         limit: of a price job; None: whole epochs.
+        follows: whether this process has trained before, so that its startup is that of an earlier record.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class EpochTimes(pl.Callback):
         staged: Callable[[], tuple[int, int] | None],
         tasks: int,
         limit: PassLimit | None = None,
+        follows: bool = False,
     ) -> None:
         self._runs, self._known, self._sizes = path, record, sizes
         self._bottleneck, self._staged, self._tasks, self._limit = bottleneck, staged, tasks, limit
@@ -85,6 +87,7 @@ class EpochTimes(pl.Callback):
         self._validations: list[_Pass] = []
         self._after: list[Time] = []
         self._startup: Time | None = None
+        self._created = _now() if follows else None
         self._pass: _Pass | None = None  # the one that is being timed
         self._since = ZERO  # end of the last part
 
@@ -164,14 +167,19 @@ class EpochTimes(pl.Callback):
         if self._runs is None or self._startup is None or not self._validations or len(passes) < 2:
             return
         found = read_record(self._bottleneck)
-        if end is None and (earlier := find_record(self._runs, self._known["shape"])):
+        startup, earlier = self._startup, None
+        if end is None or self._created:
+            earlier = find_record(self._runs, self._known["shape"])
+        if self._created:
+            startup = earlier.startup if earlier else startup - self._created
+        if end is None and earlier:
             end = earlier.end
         record = TimeRecord(
             **self._known,
             train=_by_size(self._training),
             validation=_summary(self._validations, ()),
             after=_median(self._after),
-            startup=self._startup,
+            startup=startup,
             end=end or ZERO,
             waiting=found.get("waiting"),
             suggestion=str(found.get("suggestion", "")),
@@ -214,6 +222,7 @@ def epoch_times(
         staged,
         dist_env.local_size,
         limit,
+        run.follows,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,27 @@ def test_all_time_belongs_to_one_part(
     )
     total = last.startup + epoch * 3 + times.first + last.validation.first + last.end
     assert total.wall == epoch_times._now().wall - 1
+
+
+def test_the_startup_of_a_later_trial_is_not_the_age_of_its_process(
+    config: Callable[..., Config],
+    tiny: DatasetReader,
+    tmp_path: Path,
+    written: list[TimeRecord],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings, run = config(epochs=2), new_run(tmp_path / "run")
+    settings.tracker, run.follows = [], True
+    for _ in range(1000):
+        epoch_times._now()
+    fit(settings, tiny, run, DistEnv())
+    assert written[-1].startup.wall == 1
+    known = replace(written[-1], startup=Time(70, 30))
+    monkeypatch.setattr(epoch_times, "find_record", lambda runs, shape: known)
+    second = new_run(tmp_path / "second")
+    second.follows = True
+    fit(settings, tiny, second, DistEnv())
+    assert written[-1].startup == known.startup
 
 
 def test_a_limit_of_batches_ends_epochs_after_a_validation(
