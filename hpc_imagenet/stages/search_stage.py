@@ -45,11 +45,16 @@ class SearchStage(Stage):
         return TRAIN.datastore(config, find_version)
 
     def check_settings(self, config: Config, cluster: Cluster) -> None:
-        """Raise for trials that cannot be trained, another study of this name, and a missing Optuna."""
+        """Raise for trials that cannot be trained, another study of this name, a shared loader, no Optuna."""
         if not cluster.container and importlib.util.find_spec("optuna") is None:
             raise UserError(
                 f"+search={config.search.algorithm} needs the package optuna: "
                 "pip install -c constraints.txt -e '.[search]'"
+            )
+        if config.train.share_loader:
+            raise UserError(
+                "train.share_loader=true is for trainings that run at once, and a worker of a search trains one "
+                "trial after another: remove it"
             )
         if config.search.worker > 1:
             return  # the workers differ in their numbers alone

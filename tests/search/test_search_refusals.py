@@ -59,6 +59,7 @@ def searching(cli: Cli) -> Cli:
             ("+search=asha", RATES, "+stage=upload"),
             "cannot be combined with +search: remove +stage, or write +stage=pipeline",
         ),
+        (("+search=asha", RATES, "train.share_loader=true"), "trains one trial after another: remove it"),
         (("+search=asha", RATES, "search.name=a/b"), "search.name=a/b is not a folder name"),
         (("+search=asha", RATES, "search.trials=0"), "search.trials=0 is too small"),
         (("+search=asha", RATES, "model=resnet18,resnet5"), "resnet5"),
