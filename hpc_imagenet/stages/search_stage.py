@@ -53,8 +53,8 @@ class SearchStage(Stage):
             )
         if config.train.share_loader:
             raise UserError(
-                "train.share_loader=true is for trainings that run at once, and a worker of a search trains one "
-                "trial after another: remove it"
+                "train.share_loader=true is for trainings that run at once, and a worker of a search trains "
+                "one trial after another: remove it"
             )
         if config.search.worker > 1:
             return  # the workers differ in their numbers alone
