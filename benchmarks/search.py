@@ -1,6 +1,6 @@
 """Compare a search with a grid of the digits on the Slurm lab: cost until the grid's best accuracy.
 
-    python benchmarks/search.py [--trials 18] [--seeds 3]
+    python benchmarks/search.py [--points 6] [--trials 18] [--seeds 3]
 
 It starts a private Slurm cluster (slurm/lab) and stops it again. First a sweep over a grid of six learning
 rates and three weight decays of a small network, then ASHA over the intervals that the grid covers, with as
@@ -44,7 +44,8 @@ from hpc_imagenet.search.study import pruner
 from hpc_imagenet.search.study_files import StudyFiles
 
 PACKAGES = ("hpc-imagenet", "optuna", "submitit", "torch")
-RATES, DECAYS = (0.003, 1.0, 6), (1e-5, 1e-3, 3)  # from, to, points on a logarithmic scale
+RATES, DECAYS = (0.003, 1.0), (1e-5, 1e-3)  # ends of logarithmic intervals
+POINTS = 3  # weight decays of the grid
 EPOCHS, WARMUP = 27, 1  # warm-up of the recipe demo; rungs at 3 and 9
 FIRST_RUNG = first_rung(EPOCHS, WARMUP)
 TRAINING = (
@@ -131,11 +132,11 @@ def spread(low: float, high: float, points: int) -> list[str]:
     return [f"{low * (high / low) ** (i / (points - 1)):.4g}" for i in range(points)]
 
 
-def grid(site: Site) -> tuple[list[list[float]], float]:
+def grid(site: Site, points: int) -> tuple[list[list[float]], float]:
     """Train the grid; return the top-1 (0 to 1) of each point after each epoch, and the CPU time in s."""
     meter = CpuMeter(site.folder / "grid")
     meter.start()
-    rates, decays = spread(*RATES), spread(*DECAYS)
+    rates, decays = spread(*RATES, points), spread(*DECAYS, POINTS)
     swept = (f"recipe.learning_rate={','.join(rates)}", f"recipe.weight_decay={','.join(decays)}")
     site.command("-m", *TRAINING, site.data, *swept, workspace="grid")
     until(lambda: all(row["state"] not in ("queued", "running") for row in site.rows("grid", "train")), 20)
@@ -220,7 +221,10 @@ def preempt(site: Site, workspace: str, files: StudyFiles) -> list[str]:
     """Preempt two workers whose trials have a checkpoint; return their runs."""
     victims: list[str] = []
     while len(victims) < PREEMPTED:
-        for record in files.records():
+        records = files.records()
+        if sum(each.ended for each in records) == files.target:
+            break
+        for record in records:
             last = site.folder / workspace / "runs" / record.run / "checkpoints/last.ckpt"
             if record.state == "running" and record.worker not in victims and last.exists():
                 row = next(row for row in site.rows(workspace, "search") if row["run"] == record.worker)
@@ -246,7 +250,7 @@ def search(site: Site, trials: int, seed: int, best: float) -> tuple[float, floa
     meter.start()
     space = [
         f"recipe.{name}=tag(log,interval({low:g},{high:g}))"
-        for name, (low, high, _) in (("learning_rate", RATES), ("weight_decay", DECAYS))
+        for name, (low, high) in (("learning_rate", RATES), ("weight_decay", DECAYS))
     ]
     settings = (
         f"search.trials={trials}",
@@ -276,14 +280,14 @@ def search(site: Site, trials: int, seed: int, best: float) -> tuple[float, floa
     return reached, meter.seconds, victims
 
 
-def check(site: Site, workspace: str, victims: list[str]) -> None:
+def check(site: Site, workspace: str, points: int, victims: list[str]) -> None:
     """Print what became of the trials, and how long workers were idle; fail if an epoch was lost."""
     store = RunStore(site.folder / workspace)
     records = StudyFiles(store, "study").records()
     states = [each.state for each in records]
     counts = ", ".join(f"{states.count(name)} {name}" for name in sorted(set(states)))
     epochs = sum(each.epochs or 0 for each in records)
-    share = epochs / (RATES[2] * DECAYS[2] * EPOCHS)
+    share = epochs / (points * EPOCHS)
     print(f"trials: {counts}; {epochs} epochs ({share:.2f} of the grid)", flush=True)
     tops = sorted((each.top1 or 0.0 for each in records if each.state == "finished"), reverse=True)
     print(f"top-1 of the finished trials: {' '.join(f'{100 * top:.2f}' for top in tops)} %")
@@ -305,10 +309,8 @@ def check(site: Site, workspace: str, victims: list[str]) -> None:
                 lasts.append((_moment(attempt.outcome.time) - _moment(begins[-1])) / (record.epochs or 1))
         times.sort()
         gaps += [after[0] - before[1] for before, after in pairwise(times)]
-    rung = FIRST_RUNG * statistics.median(lasts)
-    print(
-        f"idle between two trials: {max(gaps):.1f} s at most; the {FIRST_RUNG} epochs to a rung: {rung:.1f} s"
-    )
+    rung, idle = FIRST_RUNG * statistics.median(lasts), max(gaps, default=0)
+    print(f"idle between two trials: {idle:.1f} s at most; the {FIRST_RUNG} epochs to a rung: {rung:.1f} s")
 
 
 def _moment(text: str) -> float:
@@ -317,6 +319,7 @@ def _moment(text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--points", type=int, default=6, help="learning rates of the grid (6)")
     parser.add_argument(
         "--trials", type=int, default=18, help="trials of the search (18, as many as the grid)"
     )
@@ -333,7 +336,7 @@ def main() -> None:
         with site.running():
             for stage in ("download", "process", "upload"):
                 site.command(f"+stage={stage}", "dataset=digits", "cluster=foreground", workspace="data")
-            curves, cost = grid(site)
+            curves, cost = grid(site, options.points)
             best = max(curve[-1] for curve in curves)
             print(f"grid: {cost:.0f} CPU-s, best top-1 {100 * best:.2f} %", flush=True)
             replay(curves, best)
@@ -343,7 +346,7 @@ def main() -> None:
                     f"ASHA, seed {seed}: {reached:.0f} CPU-s until a trial reached it ({reached / cost:.2f} "
                     f"of the grid); {whole:.0f} CPU-s to the end of all trials ({whole / cost:.2f})"
                 )
-                check(site, f"search{seed}", victims)
+                check(site, f"search{seed}", len(curves), victims)
 
 
 if __name__ == "__main__":

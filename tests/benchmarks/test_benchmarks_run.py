@@ -20,7 +20,7 @@ SMALL = {
     "price": "--rounds 1",
     "process": "--train 200 --val 20 --classes 4 --repeats 1",
     "report_page": "--runs 20 --repeats 1",
-    "search": "--points 2 --trials 2",
+    "search": "--points 2 --trials 4 --seeds 1",
     "sequential_reads": "--images 20000 --window 2048 --gb 0.2",
     "share_loader": "--images 128 --epochs 2 --repeats 1",
     "shared_file_system": "--tasks 1",
