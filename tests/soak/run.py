@@ -65,6 +65,7 @@ class Soak:
         self.next = 0
         self.counts = {scenario.name: dict.fromkeys(COLUMNS, 0) for scenario in scenarios}
         self.failures: list[str] = []
+        self.stopped = False
         if state.exists():
             kept = json.loads(state.read_text())
             if kept["seed"] == seed:
@@ -111,6 +112,8 @@ class Soak:
                 )
             count["survived"] += 1
         except Exception as error:
+            if self.stopped:  # a command in this process took the exit for its own
+                sys.exit(1)
             count["lost"] += 1
             reason = f"round {number} of seed {self.seed}, {scenario.name}: {type(error).__name__}: {error}"
             self.failures.append(reason[:500])
@@ -160,6 +163,11 @@ class Soak:
                 raise AssertionError(f"processes are left: {left}")
             time.sleep(0.05)
         return hit and child.exitcode != 0
+
+    def stop(self) -> None:
+        """End without counting the round, and end the servers."""
+        self.stopped = True
+        sys.exit(1)
 
     def save(self) -> None:
         """Write the state file."""
@@ -247,7 +255,6 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only scenarios whose names begin like this")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended
     with contextlib.ExitStack() as stack:
         folder = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True))
@@ -265,6 +272,7 @@ def main() -> int:
             if scenario.name.startswith(options.only)
         ]
         soak = Soak(scenarios, options.seed, options.state, stack)
+        signal.signal(signal.SIGTERM, lambda *_: soak.stop())
         if options.round is not None:
             soak.round(options.round)
             return 1 if soak.failures else 0
