@@ -6,9 +6,11 @@ A version of synthetic images of ImageNet's size (500 x 375 px, about 105 kB) is
 from the page cache before each start. A new process opens it with cluster.scratch, and a loader with one
 thread per CPU makes batches of 64 at 224 px: first while a process of low priority copies and hashes the
 shards, then from the copies. First batch: s from opening the version, and the same with the imports of
-Python and torch. The last row is without scratch. Then the index of ImageNet's full count: ms to open it,
-and the private dirty memory that a process needs to open it and look up images (the page cache does not
-count).
+Python and torch. Read: bytes that this process and the copying one have read from the disk meanwhile, as a
+multiple of those of the version (Linux counts them in /proc/PID/io): 1.0 if each byte is read once for both.
+CPU: s of the copying process per GB. The last row is without scratch. Then the index of ImageNet's full
+count: ms to open it, and the private dirty memory that a process needs to open it and look up images (the
+page cache does not count).
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ def child(home: Path, scratch: str, seconds: float) -> None:
         for far, most in phases:
             batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epochs without end
             images, since = 0, time.perf_counter()
-            while time.perf_counter() - since < most and (not far or store.shards.is_remote()):
+            while time.perf_counter() - since < most and (not far or not store.shards.is_complete()):
                 next(batches)
                 measured.setdefault("first", time.perf_counter() - begin)
                 measured.setdefault("start", time.perf_counter() - started)
@@ -108,10 +110,28 @@ def child(home: Path, scratch: str, seconds: float) -> None:
                 if far and images % (16 * BATCH) == 0:  # the loader polls only the shards that it reads
                     [staged_shard(store, shard) for shard in range(len(store.manifest.shards))]
             took = time.perf_counter() - since
-            measured |= {"while": images / took, "took": took} if far else {"after": images / took}
+            if far:
+                copying = store.shards._copier._process.pid  # type: ignore[attr-defined]
+                size = sum(shard.bytes for shard in store.manifest.shards)
+                measured |= {"while": images / took, "took": took, "cpu": cpu_seconds(copying) / size * 1e9}
+                measured["read"] = (read_bytes(os.getpid()) + read_bytes(copying)) / size
+            else:
+                measured["after"] = images / took
     print(json.dumps(measured))
     sys.stdout.flush()
     os._exit(0)
+
+
+def read_bytes(pid: int) -> int:
+    """Return the bytes that a process has caused to be read from a disk."""
+    counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(counts["read_bytes"])
+
+
+def cpu_seconds(pid: int) -> float:
+    import psutil
+
+    return sum(psutil.Process(pid).cpu_times()[:2])
 
 
 def staged_shard(store: object, shard: int) -> bool:
@@ -177,13 +197,16 @@ def main() -> None:
         )
         print(f"{options.repeats}\n")
         print(f"{'':22}{'first batch s':>15}{'with imports':>14}{'staged after s':>16}", end="")
-        print(f"{'images/s while':>16}{'after':>8}{'ratio':>7}")
+        print(f"{'images/s while':>16}{'after':>8}{'ratio':>7}{'read':>7}{'CPU s/GB':>10}")
         for row, found in seen.items():
             middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
             print(f"{row:22}{middle['first']:15.2f}{middle['start']:14.2f}", end="")
             if "while" in middle:
                 ratio = statistics.median(one["while"] / one["after"] for one in found)
-                print(f"{middle['took']:16.1f}{middle['while']:16.0f}{middle['after']:8.0f}{ratio:7.2f}")
+                print(
+                    f"{middle['took']:16.1f}{middle['while']:16.0f}{middle['after']:8.0f}{ratio:7.2f}", end=""
+                )
+                print(f"{middle['read']:7.2f}{middle['cpu']:10.2f}")
             else:
                 print(f"{'':16}{'':16}{middle['after']:8.0f}")
         opening, memory = index_of_full_count(Path(name))

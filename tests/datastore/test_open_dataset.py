@@ -95,11 +95,11 @@ def test_images_are_identical_from_the_backend_and_from_the_node_cache(
     with open_dataset(version, cluster, stages=True, intervals=StagingIntervals(cached=0.01)) as store:
         assert images(store) == expected
         for _ in range(3000):
-            if not store.shards.is_remote():
+            if store.shards.is_complete():
                 break
             time.sleep(0.01)
             images(store)
-        assert not store.shards.is_remote()
+        assert store.shards.is_complete()
         assert images(store) == expected
 
 

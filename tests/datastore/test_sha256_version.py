@@ -94,7 +94,7 @@ def test_it_is_fetched_and_staged(workspace: Path) -> None:
     version = versions.open_version(Datastore("digits", str(workspace / "datastores")))
     cluster = Cluster(scratch=str(workspace / "scratch"))
     with open_dataset.open_dataset(version, cluster, stages=True) as reader:
-        while reader.shards.is_remote():  # type: ignore[attr-defined]
+        while not reader.shards.is_complete():  # type: ignore[attr-defined]
             reader.shards.poll(0)  # type: ignore[attr-defined]
         assert images(reader) == expected
     (cache,) = (workspace / "scratch").iterdir()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.node_cache.cache import CopyResult, NodeCache, ShardCopier
-from hpc_imagenet.datastore.reader.shard_reader import ShardReader, raise_open_files_limit
+from hpc_imagenet.datastore.reader.shard_reader import ShardReader, advise_read, raise_open_files_limit
 from hpc_imagenet.errors import UserError
 
 
@@ -108,9 +108,25 @@ class StagedShards:
             self._refetch.set()
         return original
 
+    def read_ahead(self, shard: int, offset: int, length: int) -> None:
+        """Have the kernel read the range, of the copy or the source, into the page cache, without waiting.
+
+        The copy process reads the source through the same page cache, so each byte is fetched once.
+        """
+        descriptor = self._descriptors.get(shard)
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                advise_read(descriptor, offset, length)
+        elif self._source is not None:
+            self._source.read_ahead(shard, offset, length)
+
     def is_remote(self) -> bool:
-        """Whether any shard that is copied is not cached on this node yet."""
-        return len(self._descriptors) < len(self._selected)
+        """Whether a shard is still read by requests to a server, or waited for."""
+        return not self.is_complete() and (self._source is None or self._source.is_remote())
+
+    def is_complete(self) -> bool:
+        """Whether all shards that are copied are cached on this node, and open."""
+        return len(self._descriptors) >= len(self._selected)
 
     def poll(self, shard: int) -> bool:
         """Check now whether a shard is cached, and open it if so; return whether it is."""

@@ -1,7 +1,8 @@
-"""Prefetch images where reads are latency-bound: from a bucket or a busy file system.
+"""Read images ahead of use: the sampler determines their order in advance.
 
-The sampler determines the order of the images in advance, so threads that only wait for I/O read the next
-batches, up to a limit of memory.
+`PagePrefetcher` is for files: the kernel reads the next batches into the page cache, so that no decoding
+thread waits for the disk. `Prefetcher` is for buckets and hosts, which the kernel cannot read: threads that
+only wait for I/O read the next batches, up to a limit of memory.
 """
 
 from __future__ import annotations
@@ -16,8 +17,54 @@ from hpc_imagenet.datastore.reader.dataset_reader import SplitReader
 
 THREADS = 32  # concurrent reads
 MEMORY = 256 << 20  # bytes of images that are prefetched and not consumed yet
+MAX_PENDING = 8  # batches that the kernel is still to be advised of
 
 Item = TypeVar("Item")
+
+
+class PagePrefetcher:
+    """Has the kernel read the images of each batch while earlier batches are decoded.
+
+    Nothing is read again or kept here: it only advises the kernel, image by image, in one thread.
+
+    Args:
+        split: split to read from; its shards are files.
+    """
+
+    def __init__(self, split: SplitReader) -> None:
+        self._split = split
+        self._thread = ThreadPoolExecutor(1, "page-prefetcher")
+        self._pending: deque[Future[None]] = deque()
+
+    def batches(self, batches: Iterable[tuple[Item, Sequence[int]]]) -> Iterator[Item]:
+        """Yield the batches in order; the reads of each have been requested, or soon will be.
+
+        Args:
+            batches: pairs of a batch and the indices of its images.
+        """
+        for batch, images in batches:
+            while self._pending and self._pending[0].done():
+                self._pending.popleft()
+            if len(self._pending) < MAX_PENDING:  # advice that comes too late is of no use
+                self._pending.append(self._thread.submit(self._advise, images))
+            yield batch
+
+    def read(self, image: int) -> tuple[bytes, int]:
+        """Return the bytes and the label of an image.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        return self._split.read(image)
+
+    def close(self) -> None:
+        """Stop prefetching."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _advise(self, images: Sequence[int]) -> None:
+        read_ahead = self._split.store.shards.read_ahead
+        for offset, length, _, shard in self._split.index[list(images)].tolist():
+            read_ahead(shard, offset, length)
 
 
 class Prefetcher:

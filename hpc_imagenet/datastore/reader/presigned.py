@@ -78,6 +78,9 @@ class PresignedShards:
         """Return `data`: the bucket is the only source."""
         return data
 
+    def read_ahead(self, shard: int, offset: int, length: int) -> None:
+        """Do nothing: there is no page cache, so `Prefetcher` reads ahead."""
+
     def is_remote(self) -> bool:
         """Return True: each read waits for the network."""
         return True

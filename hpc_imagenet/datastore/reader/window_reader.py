@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from hpc_imagenet.datastore.reader.dataset_reader import SplitReader
-from hpc_imagenet.datastore.reader.prefetch import Prefetcher
+from hpc_imagenet.datastore.reader.prefetch import PagePrefetcher, Prefetcher
 
 REQUEST = 4 << 20  # bytes of a read
 GAP = 1 << 20  # bytes that are read too, rather than skipped: other headers, or images of other ranks
@@ -35,7 +35,7 @@ class Extent(NamedTuple):
 
 
 class WindowReader:
-    """Reads the images of a split window by window; an alternative to `Prefetcher`.
+    """Reads the images of a split window by window; an alternative to `PagePrefetcher`.
 
     Args:
         split: split to read from; its shards are files.
@@ -105,8 +105,10 @@ def extents(split: SplitReader, images: Sequence[int]) -> list[Extent]:
     return [Extent(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
 
-def open_prefetcher(split: SplitReader, windows: Iterator[int] | None) -> Prefetcher | WindowReader | None:
-    """Return what reads the images of an epoch ahead of use; None if the page cache does.
+def open_prefetcher(
+    split: SplitReader, windows: Iterator[int] | None
+) -> Prefetcher | PagePrefetcher | WindowReader:
+    """Return what reads the images of an epoch ahead of use.
 
     Args:
         split: split to read from.
@@ -114,4 +116,4 @@ def open_prefetcher(split: SplitReader, windows: Iterator[int] | None) -> Prefet
     """
     if split.store.shards.is_remote():
         return Prefetcher(split)
-    return None if windows is None else WindowReader(split, windows)
+    return PagePrefetcher(split) if windows is None else WindowReader(split, windows)

@@ -268,9 +268,6 @@ class BatchLoader:
         split, sampler = self.batches.split, self.sampler
         windows = sampler.windows(taken) if isinstance(sampler, TrainSampler) else None
         prefetcher = open_prefetcher(split, windows)
-        if prefetcher is None:
-            yield from self._fill_batches(key_lists, split.read)
-            return
         try:
             indexed = ((keys, image_indices(keys)) for keys in key_lists)
             yield from self._fill_batches(prefetcher.batches(indexed), prefetcher.read)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hpc_imagenet.datastore.reader.prefetch import Prefetcher
+from hpc_imagenet.datastore.reader.prefetch import PagePrefetcher, Prefetcher
 from hpc_imagenet.datastore.reader.window_reader import WindowReader, open_prefetcher
 from hpc_imagenet.training.loading.batch_loader import (
     BatchBuilder,
@@ -118,7 +118,7 @@ class SharedDecoder:
         self._failed: set[int] = set()  # positions of batches that cannot be decoded
         self._first = self._last = 0  # the window: its first position, and the one after its last batch
         self._stream: Iterator[tuple[BatchBuilder, list[Key], ReadImage]] = iter(())
-        self._prefetchers: list[Prefetcher | WindowReader] = []
+        self._prefetchers: list[Prefetcher | PagePrefetcher | WindowReader] = []
         self.decoded = 0  # batches
 
     def run(self) -> None:
@@ -320,11 +320,7 @@ class SharedDecoder:
             previous.close()
         self._prefetchers = []
         for builder, key_lists, windows in self._sequence.parts(position):
-            split = builder.split
-            prefetcher = open_prefetcher(split, windows)
-            if prefetcher is None:
-                yield from ((builder, keys, split.read) for keys in key_lists)
-                continue
+            prefetcher = open_prefetcher(builder.split, windows)
             self._prefetchers.append(prefetcher)
             indexed = ((keys, image_indices(keys)) for keys in key_lists)
             yield from ((builder, keys, prefetcher.read) for keys in prefetcher.batches(indexed))

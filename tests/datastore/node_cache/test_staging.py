@@ -98,13 +98,13 @@ def test_reading_starts_from_the_source_and_continues_from_the_copies(
     correct = expected(version)
     with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copier=copier) as store:
         assert images(store) == correct
-        assert store.shards.is_remote()
+        assert not store.shards.is_complete()
         copier.permits.release()
         wait_until(lambda: len(cached(tmp_path / "disk")) == 1)
         assert images(store) == correct
-        assert store.shards.is_remote()
+        assert not store.shards.is_complete()
         copier.permits.release(2)
-        wait_until(lambda: not store.shards.is_remote())
+        wait_until(lambda: store.shards.is_complete())
         # The source is not read any more.
         for path in (tmp_path / "workspace" / "archives" / "digits").iterdir():
             path.write_bytes(b"")
@@ -120,7 +120,7 @@ def test_a_second_rank_reads_the_copies_of_the_first(version: Version, tmp_path:
     ):
         wait_until(lambda: len(cached(tmp_path / "disk")) == 3)
         images(second)
-        wait_until(lambda: bool(images(second)) and not second.shards.is_remote())
+        wait_until(lambda: bool(images(second)) and second.shards.is_complete())
         assert images(second) == expected(version)
 
 
@@ -147,7 +147,7 @@ def test_closing_ends_a_read_that_waits_for_a_shard(version: Version, tmp_path: 
 @pytest.mark.slow
 def test_a_damaged_copy_is_detected_by_reread_and_copied_again(version: Version, tmp_path: Path) -> None:
     with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
-        wait_until(lambda: not store.shards.is_remote() or not images(store))
+        wait_until(lambda: store.shards.is_complete() or not images(store))
         train = store.open_split("train")
         correct, _ = train.read(3)
         shard = int(train.index[3]["shard"])
@@ -159,7 +159,7 @@ def test_a_damaged_copy_is_detected_by_reread_and_copied_again(version: Version,
         assert wrong != correct
         assert train.reread(3, wrong) == correct
         assert train.read(3)[0] == correct
-        wait_until(lambda: copy.exists() and bool(train.read(3)) and not store.shards.is_remote())
+        wait_until(lambda: copy.exists() and bool(train.read(3)) and store.shards.is_complete())
         assert images(store) == expected(version)
 
 
@@ -167,7 +167,7 @@ def test_a_damaged_copy_is_detected_by_reread_and_copied_again(version: Version,
 def test_only_the_shards_of_the_splits_that_are_read_are_copied(version: Version, tmp_path: Path) -> None:
     scratch = tmp_path / "disk"
     with open_dataset(version, Cluster(scratch=str(scratch)), stages=True, splits=("val", "test")) as store:
-        wait_until(lambda: bool(list(store.open_split("val"))) and not store.shards.is_remote())
+        wait_until(lambda: bool(list(store.open_split("val"))) and store.shards.is_complete())
         assert images(store) == expected(version)
         assert len(cached(scratch)) == 1
 
@@ -175,10 +175,10 @@ def test_only_the_shards_of_the_splits_that_are_read_are_copied(version: Version
 @pytest.mark.slow
 def test_an_intact_copy_of_an_undecodable_image_is_kept(version: Version, tmp_path: Path) -> None:
     with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True) as store:
-        wait_until(lambda: bool(images(store)) and not store.shards.is_remote())
+        wait_until(lambda: bool(images(store)) and store.shards.is_complete())
         train = store.open_split("train")
         assert train.reread(3, train.read(3)[0]) == train.read(3)[0]
-        assert not store.shards.is_remote()
+        assert store.shards.is_complete()
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_failed_copies_are_retried(version: Version, copier: GatedCopier, tmp_pa
     copier.failures = 2
     copier.permits.release(10)
     with open_dataset(version, Cluster(scratch=str(tmp_path / "disk")), stages=True, copier=copier) as store:
-        wait_until(lambda: bool(images(store)) and not store.shards.is_remote())
+        wait_until(lambda: bool(images(store)) and store.shards.is_complete())
     assert len(cached(tmp_path / "disk")) == 3
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hpc_imagenet.datastore.index import ENTRY
 from hpc_imagenet.datastore.reader import window_reader
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
+from hpc_imagenet.datastore.reader.prefetch import PagePrefetcher, Prefetcher
 from hpc_imagenet.datastore.reader.window_reader import GAP, REQUEST, WindowReader, extents, open_prefetcher
 from hpc_imagenet.errors import UserError
 
@@ -34,6 +35,9 @@ class RecordingShards:
 
     def reread(self, shard: int, offset: int, length: int, data: bytes) -> bytes:
         return data
+
+    def read_ahead(self, shard: int, offset: int, length: int) -> None:
+        pass
 
     def is_remote(self) -> bool:
         return self.remote
@@ -136,10 +140,8 @@ def test_closed_reader_ends_within_one_request(monkeypatch: pytest.MonkeyPatch) 
 
 def test_window_reader_is_for_files_and_orders_with_windows_only() -> None:
     split = make_split([1000])
-    assert open_prefetcher(split, None) is None
+    assert isinstance(open_prefetcher(split, None), PagePrefetcher)
     assert isinstance(open_prefetcher(split, count()), WindowReader)
     split.store.shards = RecordingShards(remote=True)
-    remote = open_prefetcher(split, count())
-    assert not isinstance(remote, WindowReader)
-    assert remote is not None
-    remote.close()
+    assert isinstance(open_prefetcher(split, None), Prefetcher)
+    assert isinstance(open_prefetcher(split, count()), Prefetcher)

@@ -324,6 +324,9 @@ class RemoteShards:
     def reread(self, shard: int, offset: int, length: int, data: bytes) -> bytes:
         return self._shards.read(shard, offset, length)
 
+    def read_ahead(self, shard: int, offset: int, length: int) -> None:
+        pass
+
     def is_remote(self) -> bool:
         return True
 
