@@ -51,6 +51,23 @@ def test_resume_after_signal_is_bit_identical(
     assert_same_training(reference[0], run)
 
 
+def test_resume_within_a_window_is_bit_identical(
+    config, tiny: DatasetReader, tmp_path: Path, signal_at, monkeypatch
+) -> None:
+    """Windows of two steps: after step 8 of both epochs, the next window of the second is half done."""
+    windowed = {"shuffle_window": 16}
+    whole, run = new_run(tmp_path / "whole"), new_run(tmp_path / "run")
+    expected = results(train(config(**windowed), tiny, whole))
+    signal_at(8)
+    with pytest.raises(Preempted, match="SIGUSR2 after step 8, which is saved"):
+        train(config(**windowed), tiny, run)
+    monkeypatch.undo()
+    changed = config(**windowed)
+    changed.loader.workers = 2  # the others had 0
+    assert results(train(changed, tiny, run)) == expected
+    assert_same_training(whole, run)
+
+
 def test_resume_in_the_middle_of_a_validation(
     config, tiny: DatasetReader, tmp_path: Path, reference, monkeypatch
 ) -> None:
