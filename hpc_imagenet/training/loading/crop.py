@@ -112,15 +112,14 @@ def apply_crop(pixels: Tensor, crop: CropBox, out: Tensor) -> None:
     size, resized = out.shape[-1], (crop.height, crop.width)
     if pixels.shape[-2:] != resized:
         # The operator behind F.interpolate(antialias=True), which has no `out` and would need another copy.
-        exact = resized == (size, size)
-        target = out if exact else torch.empty(0, dtype=torch.uint8)
+        in_place = resized == (size, size) and not crop.mirrored
+        target = out if in_place else torch.empty(0, dtype=torch.uint8)
         _RESIZE[crop.interpolation](pixels, resized, False, None, None, out=target)
+        if in_place:  # every further operation on a tensor holds the GIL for microseconds
+            return
         pixels = target
     square = pixels[..., crop.upper : crop.upper + size, crop.left : crop.left + size]
-    if crop.mirrored:
-        out.copy_(square.flip(-1))
-    elif square.data_ptr() != out.data_ptr():
-        out.copy_(square)
+    out.copy_(square.flip(-1) if crop.mirrored else square)
 
 
 _RESIZE = {
