@@ -8,7 +8,7 @@ do the same: RandomResizedCrop to 224 px of at least 0.08 of the area, mirrored 
 64. Each runs in its own process, bound to as many CPUs as it has workers; they alternate, so that a busy
 moment affects all of them. `--peers` is an interpreter with litdata, webdataset, DALI, FFCV and SPDL, if
 this one lacks them; installing FFCV builds it against the headers of OpenCV and libjpeg-turbo, and its
-images are JPEGs that it has encoded; SPDL (spdl-core, spdl-io) needs the libraries of FFmpeg. A way that
+images are JPEGs that it has encoded, and rows of short side 256 are compared with its own of that size; SPDL (spdl-core, spdl-io) needs the libraries of FFmpeg. A way that
 takes longer than `--limit` is killed with its processes, and its row says `timed out`.
 
 Off: difference to the same crops by Pillow in grey levels, mean over all pixels, and the worst. CPU ms: of
@@ -95,9 +95,8 @@ def show(rows: list[Row]) -> None:
             line += f"{two:11,.0f}{two / row.median('rate'):7.2f}"
         else:
             line += f"{row.why[:16]:>18}"
-        bases = (
-            ("", "read-litdata", "") if row.name.startswith("read") else ("folder-float", "litdata", "ffcv")
-        )
+        ffcv = "ffcv-short256" if "short256" in row.name else "ffcv"
+        bases = ("", "read-litdata", "") if row.name.startswith("read") else ("folder-float", "litdata", ffcv)
         for base, columns in zip(bases, (15, 11, 8), strict=True):
             results = base in by_name and by_name[base].results[1]
             ratio = f"{row.median('rate') / by_name[base].median('rate'):.2f}" if results else ""

@@ -172,7 +172,8 @@ class Images:
         return Image.open(self.paths[i]).convert("RGB"), int(self.paths[i].parent.name[1:])
 
 if __name__ == "__main__":
-    image = RGBImageField(write_mode="jpg", max_resolution=500, jpeg_quality=int(sys.argv[3]))
+    quality, resolution = map(int, sys.argv[3].split(","))
+    image = RGBImageField(write_mode="jpg", max_resolution=resolution, jpeg_quality=quality)
     writer = DatasetWriter(f"{sys.argv[2]}/train.beton", {"image": image, "label": IntField()}, num_workers=2)
     writer.from_indexed_dataset(Images(sys.argv[1]))
 """
@@ -184,8 +185,9 @@ def convert(folder: Path, peers: str) -> None:
         ("litdata", LITDATA, "image"),
         ("litdata-bytes", LITDATA, "bytes"),
         ("webdataset", WEBDATASET, ""),
-        ("ffcv", FFCV, "90"),  # its default, which its authors use
-        ("ffcv-same", FFCV, str(QUALITY)),
+        ("ffcv", FFCV, f"90,{WIDTH}"),  # its default quality, which its authors use
+        ("ffcv-same", FFCV, f"{QUALITY},{WIDTH}"),
+        ("ffcv-short256", FFCV, f"90,{256 * WIDTH // HEIGHT}"),  # it limits the long side
     ):
         (folder / name).mkdir()
         script = folder / f"write-{name}.py"

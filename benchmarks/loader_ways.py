@@ -291,6 +291,7 @@ WAYS: dict[str, tuple[str, Callable[[Path, int], Way]]] = {
     "dali": ("DALI on CPU, uint8", dali),
     "ffcv": ("FFCV, JPEG of quality 90", lambda f, w: ffcv(f, w, "ffcv")),
     "ffcv-same": ("FFCV, JPEG of the same quality", lambda f, w: ffcv(f, w, "ffcv-same")),
+    "ffcv-short256": ("FFCV, short side 256, quality 90", lambda f, w: ffcv(f, w, "ffcv-short256")),
     "ours": ("ours", lambda f, w: ours(f, w, "archive")),
     "ours-processes": ("ours, worker processes", lambda f, w: ours(f, w, "archive", processes=True)),
     "ours-tiled": ("ours, tiled shards", lambda f, w: ours(f, w, "tiled")),

@@ -6,6 +6,7 @@ import io
 import random
 import shutil
 import subprocess
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,10 +17,18 @@ from sample_images import encoded
 
 from hpc_imagenet.data.images.image_header import TILED, inspect
 from hpc_imagenet.data.images.shard_transform import ShardTransform
+from hpc_imagenet.training.loading import decode
 from hpc_imagenet.training.loading.decode import EncodedImage
 
 JPEGTRAN = shutil.which("jpegtran")
 needs_jpegtran = pytest.mark.skipif(JPEGTRAN is None, reason="no jpegtran (libjpeg-turbo-progs)")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_images_are_spliced() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "_MIN_SPARED", 0)
+        yield
 
 
 def pillow(data: bytes) -> np.ndarray:
@@ -96,6 +105,23 @@ def test_only_the_part_of_a_tiled_image_is_decoded() -> None:
     assert not np.array_equal(
         EncodedImage(bytes(damaged)).pixels((60, 0, 100, 16)), pillow(data)[:16, 60:100]
     )
+
+
+@needs_jpegtran
+def test_tiled_image_is_spliced_only_if_that_spares_enough_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part spares two thirds of the image's data: the rows above it and the columns beside it."""
+    image = EncodedImage(with_restart_markers(noisy((160, 160), 2), "1B"))
+    decoded, real = [], decode._decode_jpeg
+
+    def record(data: bytes, width: int, height: int, strict: bool = True) -> np.ndarray:
+        decoded.append((width, height))
+        return real(data, width, height, strict)
+
+    monkeypatch.setattr(decode, "_decode_jpeg", record)
+    for spared in (0.5, 0.8):  # of the data
+        monkeypatch.setattr(decode, "_MIN_SPARED", int(spared * len(image._data)))
+        image.pixels((100, 100, 130, 130))
+    assert decoded == [(48, 48), (160, 144)]
 
 
 @needs_jpegtran
