@@ -8,8 +8,9 @@ do the same: RandomResizedCrop to 224 px of at least 0.08 of the area, mirrored 
 64. Each runs in its own process, bound to as many CPUs as it has workers; they alternate, so that a busy
 moment affects all of them. `--peers` is an interpreter with litdata, webdataset, DALI, FFCV and SPDL, if
 this one lacks them; installing FFCV builds it against the headers of OpenCV and libjpeg-turbo, and its
-images are JPEGs that it has encoded, and rows of short side 256 are compared with its own of that size; SPDL (spdl-core, spdl-io) needs the libraries of FFmpeg. A way that
-takes longer than `--limit` is killed with its processes, and its row says `timed out`.
+images are JPEGs that it has encoded (rows of short side 256 are compared with its own of that size); SPDL
+(spdl-core, spdl-io) needs the libraries of FFmpeg. A way that takes longer
+than `--limit` is killed with its processes, and its row says `timed out`.
 
 Off: difference to the same crops by Pillow in grey levels, mean over all pixels, and the worst. CPU ms: of
 all processes, per image. First: seconds from opening the data to the first batch, without imports.

@@ -17,6 +17,7 @@ SMALL = {
     "layouts": "--images 1000 --classes 10 --repeats 1",
     "load": "--only runs,queue,worker,clients --divide 10",
     "loader": "--images 64 --repeats 1 --limit 60 --only ours ours-tiled folder-float",
+    "loader_lock": "--images 4 --repeats 1",
     "price": "--rounds 1",
     "process": "--train 200 --val 20 --classes 4 --repeats 1",
     "report_page": "--runs 20 --repeats 1",
