@@ -35,6 +35,7 @@ class PagePrefetcher:
         self._split = split
         self._thread = ThreadPoolExecutor(1, "page-prefetcher")
         self._pending: deque[Future[None]] = deque()
+        self._closed = False
 
     def batches(self, batches: Iterable[tuple[Item, Sequence[int]]]) -> Iterator[Item]:
         """Yield the batches in order; the reads of each have been requested, or soon will be.
@@ -58,12 +59,15 @@ class PagePrefetcher:
         return self._split.read(image)
 
     def close(self) -> None:
-        """Stop prefetching."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Stop prefetching, and wait for the thread, which ends within one image."""
+        self._closed = True
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _advise(self, images: Sequence[int]) -> None:
         read_ahead = self._split.store.shards.read_ahead
         for offset, length, _, shard in self._split.index[list(images)].tolist():
+            if self._closed:
+                return
             read_ahead(shard, offset, length)
 
 
