@@ -48,11 +48,11 @@ def seconds(split: SplitReader, repeats: int) -> float:
 def without_decoding(split: SplitReader, repeats: int) -> float:
     """Return the same with nothing decoded and only 4 px resized."""
     tiny, resizes = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), dict(crop._RESIZE)
-    room = torch.empty(1, 3, 4, 4, dtype=torch.uint8)
+    target = torch.empty(1, 3, 4, 4, dtype=torch.uint8)
     whole = np.zeros((512, 512, 3), np.uint8)
 
     def resize(pixels: Any, size: Any, *rest: Any, out: Any) -> None:
-        resizes["bilinear"](tiny, (4, 4), *rest, out=room)
+        resizes["bilinear"](tiny, (4, 4), *rest, out=target)
         if not out.numel():
             out.resize_(1, 3, *size, memory_format=torch.channels_last)
 

@@ -23,7 +23,7 @@ from hpc_imagenet.datastore.file_hash import hash_file
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
-NICE = 10  # niceness: a tenth of a core's time beside a process that uses all of it
+NICE = 10  # niceness of copies that the training waits for: a tenth of a core's time beside busy processes
 
 
 class CopyProcess:
@@ -104,9 +104,18 @@ class CopyProcess:
             return self._process
 
 
+def _lower_priority(url: str) -> None:
+    """Leave the CPUs to the training where it reads shards in place until they are copied."""
+    if hasattr(os, "SCHED_IDLE") and not versions.is_remote(url):  # Linux
+        # Niceness is not enough: between two images a core is free, and the copy keeps it for a whole write.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.nice(max(0, NICE - os.nice(0)))
+
+
 def main(url: str, version: str, scratch: str, parent: str) -> None:
     """Serve requests until stdin is closed or the process `parent` is gone."""
-    os.nice(max(0, NICE - os.nice(0)))
+    _lower_priority(url)
 
     def exit_without_parent(_: int) -> None:  # called for each block; a killed parent cannot end its children
         if os.getppid() != int(parent):

@@ -66,12 +66,24 @@ def test_copy_process_fetches_hashes_and_reports_errors(stores: Path, shard: Fil
             copier.fetch(File("none", 1, shard.hash), tmp_path / "none")
         assert not (tmp_path / "none").exists()
         (child,) = children()
-        assert child.nice() == min(19, max(NICE, os.nice(0)))
+        assert os.sched_getscheduler(child.pid) == os.SCHED_IDLE
     finally:
         copier.close()
     eventually(lambda: not children())
     with pytest.raises(UserError, match="the copy process is closed"):
         copier.fetch(shard, tmp_path / "copy")
+
+
+@pytest.mark.slow
+def test_copies_that_a_training_waits_for_are_not_idle(shard: File, tmp_path: Path) -> None:
+    copier = CopyProcess("s3://bucket", "digits/v1", tmp_path)
+    try:
+        copier.hash(Path(__file__), shard)
+        (child,) = children()
+        assert os.sched_getscheduler(child.pid) == os.SCHED_OTHER
+        assert child.nice() == min(19, max(NICE, os.nice(0)))
+    finally:
+        copier.close()
 
 
 @pytest.mark.slow
