@@ -1,6 +1,6 @@
 """What the leaderboard shows of a run beside its row of the jobs table, and a cache of it for ended runs.
 
-Most of it comes from the frozen config, which takes 5 ms to parse.
+Most of it comes from the frozen config, which takes milliseconds to parse.
 """
 
 from __future__ import annotations
