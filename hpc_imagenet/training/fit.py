@@ -30,6 +30,7 @@ from hpc_imagenet.training.callbacks.checkpoint_file import (
     KeptCheckpoints,
     identity_differences,
     newest_checkpoint,
+    remove_leftovers,
 )
 from hpc_imagenet.training.callbacks.epoch_times import PassLimit, epoch_times
 from hpc_imagenet.training.callbacks.learning_check import LearningCheck
@@ -139,6 +140,9 @@ def fit(
 
     check_lease = run.lease.check if run.lease else lambda: None
     kept = KeptCheckpoints(checkpoints, identity, config.train.keep_checkpoints or 0, check_lease)
+    if dist_env.is_rank_zero:
+        check_lease()
+        remove_leftovers(checkpoints)
     if checkpoint and dist_env.is_rank_zero:
         print(f"resuming from step {checkpoint.step}", flush=True)
         kept.keep(checkpoint.path, checkpoint.metrics)  # the process may have been killed just before that

@@ -81,6 +81,12 @@ def write_checkpoint(
             _link(path, path.with_name(PREVIOUS))
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of checkpoints that killed attempts have left; only the lease holder may."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint without its weights.
 

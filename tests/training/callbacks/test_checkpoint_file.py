@@ -104,9 +104,11 @@ def test_best_of_a_training_that_is_stopped_and_resumed(
         train(changed, tiny, run)
     monkeypatch.undo()
     assert best_of(run) == best_line(run)
+    (run.folder / "checkpoints" / ".last.ckpt.0904c0af440b0a05.tmp").write_bytes(b"killed while writing")
     result = train(changed, tiny, run)
     assert best_of(run) == best_line(run) == (result["best_top1"], result["best_epoch"])
     folder = run.folder / "checkpoints"
+    assert not list(folder.glob(".*"))
     assert kept_epochs(folder) == ["epoch-2.ckpt", "epoch-3.ckpt", "epoch-4.ckpt"]
     assert (folder / LAST).samefile(folder / "epoch-4.ckpt")
     for path in (folder / LAST, folder / "epoch-2.ckpt"):
