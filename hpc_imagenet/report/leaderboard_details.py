@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 from hpc_imagenet import __version__
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.report.durations import instant, seconds_between
 from hpc_imagenet.report.published import PublishedAccuracy, published_for
 from hpc_imagenet.report.show.attempt_times import gpus_of, intervals, running_hours
 from hpc_imagenet.report.show.resources import energies_of, needs_slurm
 from hpc_imagenet.runs.ended_cache import EndedRunCache
 from hpc_imagenet.runs.store import Run, RunStore
+
+_LATE = 600.0  # s after the end within which other tasks of the job may still record their energy
 
 
 class Details(NamedTuple):
@@ -103,8 +106,9 @@ class DetailsCache(EndedRunCache[Details]):
 
     def read_run(self, run: Run) -> tuple[Details, bool]:
         """Read the details of a run."""
-        has_ended = bool(run.attempt and run.attempt.outcome)
-        return read_details(run, run.id in self._active), has_ended
+        outcome = run.attempt.outcome if run.attempt else None
+        ago = seconds_between(instant(outcome.time), None) if outcome else None
+        return read_details(run, run.id in self._active), (ago or 0) > _LATE
 
     def encode(self, value: Details) -> list[Any]:
         """Return the fields."""

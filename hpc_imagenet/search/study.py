@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from hpc_imagenet.config.search import REDUCTION
-from hpc_imagenet.search.rungs import first_rung
+from hpc_imagenet.search.rungs import rung_epochs
 from hpc_imagenet.search.study_files import StudyFiles
 
 _STARTUP = 10  # trials that are drawn at random, before the estimator draws near the best
@@ -85,11 +85,15 @@ class SearchStudy:
         self._space = {name: _distribution(each) for name, each in definition["space"].items()}
         journal = str(files.folder / "journal.log")
         storage = JournalStorage(WholeLinesBackend(journal, JournalFileOpenLock(journal)))
+        rungs = rung_epochs(definition["epochs"], definition["warmup"])
+        # Optuna's further rung would be after 15 of 16 epochs, where the rungs are [5, 16]: it is not used.
+        is_asha = definition["algorithm"] == "asha"
+        self._prune_before = rungs[0] * REDUCTION ** (len(rungs) - 1) if is_asha else rungs[-1]
         self._study = optuna.create_study(
             storage=storage,
             study_name=files.name,
             direction="maximize",
-            pruner=pruner(definition["algorithm"], first_rung(definition["epochs"], definition["warmup"])),
+            pruner=pruner(definition["algorithm"], rungs[0]),
             load_if_exists=True,
         )
 
@@ -116,7 +120,7 @@ class SearchStudy:
         trial = optuna.trial.Trial(self._study, trial_id)
         if epoch not in recorded.intermediate_values:
             trial.report(top1, epoch)
-        return bool(trial.should_prune())
+        return epoch < self._prune_before and bool(trial.should_prune())
 
     def end(self, number: int, top1: float | None, pruned: bool = False) -> None:
         """Record the end of a trial; without an accuracy it has failed. Nothing if it has ended before."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from command_line import Cli
-from recorded_runs import change, settle
+from recorded_runs import change, set_times, settle
 
 from hpc_imagenet.report.leaderboard import leaderboard_rows
 from hpc_imagenet.report.leaderboard_details import DetailsCache
@@ -52,6 +53,16 @@ def test_configs_of_ended_trainings_are_read_once(sweep: Cli, monkeypatch: pytes
     best = store.run(first[0]["run"])
     best.new_attempt().submit("local", host="elsewhere")  # a retry
     assert reads(store, monkeypatch) == {*unended, best.id}
+
+
+def test_trainings_that_have_just_ended_are_read_again(sweep: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RunStore(sweep.workspace)
+    late = next(run for run in store.all() if run.attempt and run.attempt.outcome)
+    set_times(late, outcome=timedelta(0))  # another task may record its energy in a moment
+    for run in store.all():
+        settle(run)
+    rows(store)
+    assert late.id in reads(store, monkeypatch)
 
 
 def test_energy_that_slurm_knows_later_is_shown_of_cached_runs(sweep: Cli) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,19 +55,34 @@ def test_drawn_values_depend_on_seed_number_and_results_alone(tmp_path: Path) ->
     assert study.draw(0)[1] != sequences[0][0]
 
 
-def test_asha_prunes_at_rungs_alone(tmp_path: Path) -> None:
-    study = SearchStudy(make_files(tmp_path))
+def pruned_by_asha(
+    tmp_path: Path, epochs: int, qualities: Sequence[Callable[[int], float]]
+) -> dict[int, list[int]]:
+    """Train trials one after the other; return the epochs after which they are pruned."""
+    study = SearchStudy(make_files(tmp_path, epochs=epochs))
     pruned: dict[int, list[int]] = {}
-    for trial, quality in enumerate((0.9, 0.1, 0.2, 0.95, 0.3, 0.4)):
+    for trial, quality_after in enumerate(qualities):
         number, _ = study.draw(trial)
-        for epoch in range(1, 9):
+        for epoch in range(1, epochs):
+            quality = quality_after(epoch)
             if study.report(number, epoch, quality):
                 pruned.setdefault(trial, []).append(epoch)
                 study.end(number, quality, pruned=True)
                 break
         else:
             study.end(number, quality)
-    assert pruned == {1: [3], 2: [3], 4: [3], 5: [3]}
+    return pruned
+
+
+def test_asha_prunes_at_rungs_alone(tmp_path: Path) -> None:
+    qualities = [lambda _, value=value: value for value in (0.9, 0.1, 0.2, 0.95, 0.3, 0.4)]
+    assert pruned_by_asha(tmp_path, 9, qualities) == {1: [3], 2: [3], 4: [3], 5: [3]}
+
+
+def test_asha_prunes_nothing_shortly_before_the_end(tmp_path: Path) -> None:
+    # The rungs are [5, 16]. Three times the first one is 15, when the second trial is not the best any more.
+    qualities = [lambda epoch: 0.5, lambda epoch: 0.6 if epoch < 10 else 0.1, lambda epoch: 0.1]
+    assert pruned_by_asha(tmp_path, 16, qualities) == {2: [5]}
 
 
 def test_report_is_repeated_after_a_restart(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def _export(store: RunStore, options: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(find_source(store, options.run), options.set.get("checkpoint"))
 
     from hpc_imagenet.report.show.evaluations import evaluations
-    from hpc_imagenet.stages.work.train import torch_import
+    from hpc_imagenet.training.torch_import import torch_import
 
     with torch_import():
         from hpc_imagenet.training.export.exporter import export_network

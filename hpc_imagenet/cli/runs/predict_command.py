@@ -19,7 +19,7 @@ def _predict(store: RunStore, options: argparse.Namespace) -> int:
         raise UserError(f"--top {options.top}: type 1 or more")
     checkpoint = find_checkpoint(find_source(store, options.run), options.set.get("checkpoint"))
 
-    from hpc_imagenet.stages.work.train import torch_import
+    from hpc_imagenet.training.torch_import import torch_import
 
     with torch_import():
         from hpc_imagenet.training.predictor import find_image_files, predict_images, prediction_row

@@ -23,7 +23,7 @@ from hpc_imagenet.datastore.file_hash import hash_file
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
-NICE = 10  # niceness of copies that the training waits for: a tenth of a core's time beside busy processes
+NICE = 10  # niceness: a tenth of a core's time beside a process that uses all of it
 
 
 class CopyProcess:
@@ -106,11 +106,11 @@ class CopyProcess:
 
 def _lower_priority(url: str) -> None:
     """Leave the CPUs to the training where it reads shards in place until they are copied."""
+    os.nice(max(0, NICE - os.nice(0)))
     if hasattr(os, "SCHED_IDLE") and not versions.is_remote(url):  # Linux
         # Niceness is not enough: between two images a core is free, and the copy keeps it for a whole write.
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    else:
-        os.nice(max(0, NICE - os.nice(0)))
+        with contextlib.suppress(OSError):  # a container may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def main(url: str, version: str, scratch: str, parent: str) -> None:

@@ -22,20 +22,39 @@ MAX_PENDING = 8  # batches that the kernel is still to be advised of
 Item = TypeVar("Item")
 
 
-class PagePrefetcher:
+class PageCacheReader:
+    """Reads images of files that a thread of its own has brought into the page cache; nothing else is kept.
+
+    Args:
+        split: split to read from; its shards are files.
+        name: of the thread.
+    """
+
+    def __init__(self, split: SplitReader, name: str) -> None:
+        self._split, self._thread = split, ThreadPoolExecutor(1, name)
+        self._closed = False
+
+    def read(self, image: int) -> tuple[bytes, int]:
+        """Return the bytes and the label of an image.
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        return self._split.read(image)
+
+
+class PagePrefetcher(PageCacheReader):
     """Has the kernel read the images of each batch while earlier batches are decoded.
 
-    Nothing is read again or kept here: it only advises the kernel, image by image, in one thread.
+    It only advises the kernel, image by image.
 
     Args:
         split: split to read from; its shards are files.
     """
 
     def __init__(self, split: SplitReader) -> None:
-        self._split = split
-        self._thread = ThreadPoolExecutor(1, "page-prefetcher")
+        super().__init__(split, "page-prefetcher")
         self._pending: deque[Future[None]] = deque()
-        self._closed = False
 
     def batches(self, batches: Iterable[tuple[Item, Sequence[int]]]) -> Iterator[Item]:
         """Yield the batches in order; the reads of each have been requested, or soon will be.
@@ -49,14 +68,6 @@ class PagePrefetcher:
             if len(self._pending) < MAX_PENDING:  # advice that comes too late is of no use
                 self._pending.append(self._thread.submit(self._advise, images))
             yield batch
-
-    def read(self, image: int) -> tuple[bytes, int]:
-        """Return the bytes and the label of an image.
-
-        Raises:
-            UserError: the image cannot be read.
-        """
-        return self._split.read(image)
 
     def close(self) -> None:
         """Stop prefetching, and wait for the thread, which ends within one image."""

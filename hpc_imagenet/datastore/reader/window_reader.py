@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from hpc_imagenet.datastore.reader.dataset_reader import SplitReader
-from hpc_imagenet.datastore.reader.prefetch import PagePrefetcher, Prefetcher
+from hpc_imagenet.datastore.reader.prefetch import PageCacheReader, PagePrefetcher, Prefetcher
 
 REQUEST = 4 << 20  # bytes of a read
 GAP = 1 << 20  # bytes that are read too, rather than skipped: other headers, or images of other ranks
@@ -34,7 +34,7 @@ class Extent(NamedTuple):
     end: int
 
 
-class WindowReader:
+class WindowReader(PageCacheReader):
     """Reads the images of a split window by window; an alternative to `PagePrefetcher`.
 
     Args:
@@ -43,9 +43,8 @@ class WindowReader:
     """
 
     def __init__(self, split: SplitReader, windows: Iterator[int]) -> None:
-        self._split, self._windows = split, windows
-        self._thread = ThreadPoolExecutor(1, "window-reader")
-        self._closed = False
+        super().__init__(split, "window-reader")
+        self._windows = windows
 
     def batches(self, batches: Iterable[Batch[Item]]) -> Iterator[Item]:
         """Yield the batches in order, those of a window after its images were read.
@@ -63,14 +62,6 @@ class WindowReader:
             previous = window, reading
         if previous is not None:
             yield from _wait(*previous)
-
-    def read(self, image: int) -> tuple[bytes, int]:
-        """Return the bytes and the label of an image.
-
-        Raises:
-            UserError: the image cannot be read.
-        """
-        return self._split.read(image)
 
     def close(self) -> None:
         """Stop reading: within a request, since a process that is to end soon waits for the thread."""

@@ -10,7 +10,7 @@ from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages.evaluate_stage import check_fingerprint
-from hpc_imagenet.stages.work.train import torch_import
+from hpc_imagenet.training.torch_import import torch_import
 
 
 def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitRea
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.runs.time_record import training_shape
-from hpc_imagenet.stages.work.train import torch_import
+from hpc_imagenet.training.torch_import import torch_import
 
 STEPS = 100  # in all, of one image size
 LEAST_STEPS = 20  # of each epoch, if there are many sizes

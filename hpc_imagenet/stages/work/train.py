@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
 import socket
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +13,7 @@ from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs.checkpoints import INITIAL
 from hpc_imagenet.runs.store import Run
+from hpc_imagenet.training.torch_import import torch_import
 
 
 def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
@@ -75,23 +72,3 @@ def decode_for(configs: Sequence[Config], connections: Mapping[str, socket.socke
             available_cpus(DistEnv()) - 1 if workers is None else workers,
             config.train.share_wait_seconds,
         ).run()
-
-
-@contextlib.contextmanager
-def torch_import() -> Iterator[None]:
-    """Import torch faster within this context, and let its threads sleep while they wait.
-
-    Torch, torchvision and Lightning create a million objects that stay. Searching them for garbage again and
-    again takes a fifth of the import, and would go on in the training.
-    """
-    # Spinning threads make a training on CPUs many times slower on a machine that is also used otherwise.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

@@ -296,7 +296,7 @@ def test_a_time_limit_in_which_a_trial_cannot_end_is_refused(timed: Cli) -> None
 def test_a_time_limit_in_which_workers_cannot_train_all_trials_is_refused(timed: Cli) -> None:
     words = (*SEARCH, "cluster.time=60", "search.trials=30", "search.parallel=2", "dry_run=true")
     line = timed.refused("+search=tpe", *words)
-    assert "cluster.time=60 is too short: 30 trials take each of 2 workers about 904 minutes (as" in line
+    assert "cluster.time=60 is too short: for 30 trials each of 2 workers needs about 904 minutes (as" in line
     time, parallel = line.rpartition(": set ")[2].split(" or ")
     assert parallel == "search.parallel=10"  # three hours of work each
     for fix in (time, parallel, "search.budget=5"):
