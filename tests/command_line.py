@@ -120,7 +120,7 @@ class Cli:
 
 
 def eventually(
-    condition: Callable[[], bool], seconds: float = 60, again: Callable[[], object] = lambda: None
+    condition: Callable[[], bool], seconds: float = 120, again: Callable[[], object] = lambda: None
 ) -> None:
     """Return as soon as `condition()`; fail after `seconds`, which is a limit and not a measurement.
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from PIL import Image
 
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import atomic_folder
 
 SIDE = 32  # px
 QUALITY = 95
@@ -42,15 +41,11 @@ def write_digits(folder: Path, copies: int = 1) -> None:
     """
     images, labels = _digits()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.urandom(8).hex()}.tmp")
     try:
-        temporary.mkdir()
-        _write(temporary, images, labels, copies)
-        temporary.rename(folder)
+        with atomic_folder(folder) as temporary:
+            _write(temporary, images, labels, copies)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def wnid(digit: int) -> str:

@@ -1,12 +1,15 @@
-"""Atomic file writes: a temporary file in the same folder, fsync, then rename or hard link."""
+"""Atomic writes of files and folders: a temporary one beside it, fsync, then rename or hard link."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import glob
 import json
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +17,7 @@ from typing import IO, Any
 WRITEBACK_BYTES = 16 << 20  # bytes after which write-back of a growing file is started
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})  # a full disk; an exceeded quota
 
+_LEFTOVER_AGE = 86_400.0  # s after which a temporary folder without new files is that of a killed process
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: start write-back without waiting for it
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
@@ -39,6 +43,29 @@ def atomic_write(
             before()
         name.replace(path)
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a temporary folder that becomes `path` when the block ends without an exception.
+
+    After an exception the temporary folder is removed. One that a killed process left beside it is removed by
+    the next call for the same `path`, a day after the last file was added to it.
+
+    Args:
+        path: a folder that does not exist or is empty.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE:
+                shutil.rmtree(leftover)
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_read_only(descriptor: int) -> None:

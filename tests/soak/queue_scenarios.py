@@ -101,11 +101,16 @@ class CancelRetry(Queue):
         """Submit and cancel both, then retry them until both have finished."""
         if not self.cli.runs():
             self.submit()
-        self.cli("cancel", "--running", code=None)
+        self.all("cancel")
         for _ in range(ATTEMPTS):
-            self.cli("retry", "--again", code=None)
+            self.all("retry", "--again")
             eventually(lambda: not {"queued", "running"}.intersection(self.cli.states()), LIMIT)
             if self.cli.states() == ["finished"] * self.runs:
                 return
             self.submit()  # a run of which the killed command had not made the folder
         raise ChildProcessError(f"the runs are {self.cli.jobs()}")
+
+    def all(self, command: str, *options: str) -> None:
+        """Cancel or retry all runs; it may fail, as nothing may be left to do, but not by its options."""
+        done = self.cli(command, "--stage", "download", *options, code=None)
+        assert f"{command}: give RUN" not in done.stderr, done.stderr

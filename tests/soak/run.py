@@ -275,6 +275,7 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: soak.stop())
         if options.round is not None:
             soak.round(options.round)
+            print(soak.table())
             return 1 if soak.failures else 0
         while soak.kills < options.kills and time.monotonic() < deadline:
             began, kills = time.monotonic(), soak.kills

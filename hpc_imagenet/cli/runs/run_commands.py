@@ -18,9 +18,10 @@ from hpc_imagenet.cli.runs.run_selection import (
     selected_rows,
 )
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.io.printable import error_line, one_line
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, QUEUED
-from hpc_imagenet.runs.store import RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 
 
 def _jobs(store: RunStore, options: argparse.Namespace) -> int:
@@ -106,6 +107,7 @@ def _cancel(store: RunStore, options: argparse.Namespace) -> int:
 
 
 def _retry(store: RunStore, options: argparse.Namespace) -> int:
+    from hpc_imagenet.launch.executors import start_queued
     from hpc_imagenet.launch.retries.longer import refuse_longer
     from hpc_imagenet.launch.retries.retry_plan import plan_retry, send_retry
     from hpc_imagenet.launch.slurm_jobs.waiting import describe_waiting
@@ -114,11 +116,13 @@ def _retry(store: RunStore, options: argparse.Namespace) -> int:
     settings = [word for word in options.runs if "=" in word]
     options.runs = [word for word in options.runs if "=" not in word]
     runs, by_options = named_or_selected(store, options, "retry")
+    queued: list[Run] = []  # of a selection; if their worker was killed, nothing else would start them
     if longer := [line for line in settings if line.startswith("recipe.epochs=") and runs]:
         refuse_longer(runs[0], longer[0])
     if by_options:
         state_of = states(runs)
         again = {key for key, each in state_of.items() if each.waiting or each.name in (FAILED, CANCELLED)}
+        queued = [run for run in runs if state_of[run.id].name == QUEUED and run.id not in again]
         runs = [run for run in runs if run.id in again]
         if not runs:
             print("no run that matches has failed, was cancelled or waits")
@@ -132,6 +136,8 @@ def _retry(store: RunStore, options: argparse.Namespace) -> int:
         print("nothing was submitted (--dry-run)")
         return 0
     entries = send_retry(store, plan)
+    with owner_writes():
+        start_queued(store, queued)
     for entry in entries:
         print(f"{entry.label}  {one_line(entry.run.id)}")
     command = f"--sweep {options.sweep}" if options.sweep else ""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import atomic_folder
 from hpc_imagenet.io.disk import require_free_space
 from hpc_imagenet.training.export.export_formats import check_target, find_format
 from hpc_imagenet.training.export.model_card import FILE, model_card
@@ -40,15 +39,11 @@ def export_network(
     out = check_target(out)
     weights = sum(value.nbytes for value in trained.network.state_dict().values())
     require_free_space(out.parent, weights + _OTHER_BYTES, f"--format {name}")
-    temporary = out.with_name(f".{out.name}.{os.urandom(8).hex()}.tmp")
     try:
-        temporary.mkdir()
-        plain = write_files(trained, name, temporary)
-        card = model_card(trained, name, plain, evaluations)
-        (temporary / FILE).write_text(card, encoding="utf-8")
-        temporary.replace(out)  # replaces an empty folder
+        with atomic_folder(out) as temporary:
+            plain = write_files(trained, name, temporary)
+            card = model_card(trained, name, plain, evaluations)
+            (temporary / FILE).write_text(card, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out

@@ -173,6 +173,24 @@ def test_killed_worker_ends_no_job_and_resubmitting_starts_a_worker(cli: Cli, ga
     assert [row["attempt"] for row in rows] == [1, 1]
 
 
+@pytest.mark.parametrize("words", [("--stage", "download"), ("download-b",)], ids=["a selection", "a name"])
+def test_retry_starts_a_worker_for_runs_that_are_queued(
+    cli: Cli, gate: tuple[Gate, str], words: tuple[str, ...]
+) -> None:
+    held, url = gate
+    submit(cli, url, "a", "b")
+    eventually(lambda: held.waiting == ["a"])
+    worker = json.loads((local_queue.queue_folder(RunStore(cli.workspace)) / "worker.json").read_text())
+    psutil.Process(worker["pid"]).kill()
+    eventually(lambda: "no worker is running" in cli.jobs()[1]["reason"])
+    cli("retry", "--dry-run", *words)
+    assert "no worker is running" in cli.jobs()[1]["reason"]
+    cli("retry", *words)
+    held.open.set()
+    cli.until("failed", "failed")
+    assert held.waiting == ["a", "b"]
+
+
 def test_interrupted_submission_is_not_run_twice(cli: Cli, gate: tuple[Gate, str]) -> None:
     held, url = gate
     submit(cli, url, "a")
