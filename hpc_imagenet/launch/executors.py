@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.launch.executor import Executor
 from hpc_imagenet.launch.foreground_executor import ForegroundExecutor
 from hpc_imagenet.launch.local_jobs.local_executor import LocalExecutor
@@ -31,5 +32,6 @@ def executor_of(attempt: Attempt) -> Executor:
 def start_queued(store: RunStore, runs: Iterable[Run]) -> None:
     """Make sure that something starts those of the runs which are queued already, such as a local worker."""
     attempts = [run.attempt for run in runs if run.is_mine]
-    for executor in {executor_of(attempt) for attempt in attempts if attempt and not attempt.outcome}:
-        executor.start_queued(store)
+    with owner_writes():
+        for executor in {executor_of(attempt) for attempt in attempts if attempt and not attempt.outcome}:
+            executor.start_queued(store)

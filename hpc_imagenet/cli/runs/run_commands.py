@@ -18,7 +18,6 @@ from hpc_imagenet.cli.runs.run_selection import (
     selected_rows,
 )
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.io.printable import error_line, one_line
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, QUEUED
 from hpc_imagenet.runs.store import Run, RunStore
@@ -136,8 +135,7 @@ def _retry(store: RunStore, options: argparse.Namespace) -> int:
         print("nothing was submitted (--dry-run)")
         return 0
     entries = send_retry(store, plan)
-    with owner_writes():
-        start_queued(store, queued)
+    start_queued(store, queued)
     for entry in entries:
         print(f"{entry.label}  {one_line(entry.run.id)}")
     command = f"--sweep {options.sweep}" if options.sweep else ""

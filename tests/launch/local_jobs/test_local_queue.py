@@ -15,6 +15,8 @@ import pytest
 from command_line import Cli, Gate, eventually
 
 from hpc_imagenet.cluster import dist_env
+from hpc_imagenet.io.ownership import UMASK
+from hpc_imagenet.launch.executors import start_queued
 from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.launch.local_jobs.local_worker import Worker
 from hpc_imagenet.runs.store import RunStore
@@ -29,6 +31,17 @@ def submit(cli: Cli, url: str, *names: str, settings: tuple[str, ...] = ()) -> N
     """Submit one waiting download per dataset name, in this order."""
     sources = [f"dataset.source={url}/${{dataset.name}}", f"dataset.name={','.join(names)}"]
     cli("-m", *DOWNLOAD, *sources, *settings)
+
+
+def worker_of(cli: Cli) -> psutil.Process:
+    record = local_queue.queue_folder(RunStore(cli.workspace)) / "worker.json"
+    return psutil.Process(json.loads(record.read_text())["pid"])
+
+
+def kill_worker(cli: Cli) -> None:
+    """Kill the worker while the second run is queued."""
+    worker_of(cli).kill()
+    eventually(lambda: "no worker is running" in cli.jobs()[1]["reason"])
 
 
 def test_jobs_run_one_at_a_time_in_order(cli: Cli, gate: tuple[Gate, str]) -> None:
@@ -162,9 +175,7 @@ def test_killed_worker_ends_no_job_and_resubmitting_starts_a_worker(cli: Cli, ga
     held, url = gate
     submit(cli, url, "a", "b")
     eventually(lambda: held.waiting == ["a"])
-    worker = json.loads((local_queue.queue_folder(RunStore(cli.workspace)) / "worker.json").read_text())
-    psutil.Process(worker["pid"]).kill()
-    eventually(lambda: "no worker is running" in cli.jobs()[1]["reason"])
+    kill_worker(cli)
     assert cli.states() == ["running", "queued"]
     submit(cli, url, "a", "b")
     held.open.set()
@@ -180,15 +191,25 @@ def test_retry_starts_a_worker_for_runs_that_are_queued(
     held, url = gate
     submit(cli, url, "a", "b")
     eventually(lambda: held.waiting == ["a"])
-    worker = json.loads((local_queue.queue_folder(RunStore(cli.workspace)) / "worker.json").read_text())
-    psutil.Process(worker["pid"]).kill()
-    eventually(lambda: "no worker is running" in cli.jobs()[1]["reason"])
+    kill_worker(cli)
     cli("retry", "--dry-run", *words)
     assert "no worker is running" in cli.jobs()[1]["reason"]
     cli("retry", *words)
     held.open.set()
     cli.until("failed", "failed")
     assert held.waiting == ["a", "b"]
+
+
+def test_a_worker_that_is_started_later_knows_the_umask_for_shared_data(
+    cli: Cli, gate: tuple[Gate, str]
+) -> None:
+    held, url = gate
+    submit(cli, url, "a", "b")
+    eventually(lambda: held.waiting == ["a"])
+    kill_worker(cli)
+    store = RunStore(cli.workspace)
+    start_queued(store, [store.find("download-b")])
+    assert UMASK in worker_of(cli).environ()
 
 
 def test_interrupted_submission_is_not_run_twice(cli: Cli, gate: tuple[Gate, str]) -> None:
@@ -251,7 +272,7 @@ def test_waiting_command_starts_a_worker_when_its_worker_was_killed(cli: Cli, ga
     held, url = gate
     submit(cli, url, "a", "b")
     eventually(lambda: held.waiting == ["a"])
-    worker = json.loads((local_queue.queue_folder(RunStore(cli.workspace)) / "worker.json").read_text())
+    worker = worker_of(cli)
     words = (*DOWNLOAD, "dataset.name=b", f"dataset.source={url}/b", "wait=true")
     waiting = subprocess.Popen(
         [sys.executable, "-m", "hpc_imagenet", *words],
@@ -262,7 +283,7 @@ def test_waiting_command_starts_a_worker_when_its_worker_was_killed(cli: Cli, ga
     )
     assert waiting.stdout
     assert any(line.startswith("queued") for line in waiting.stdout)  # it waits now
-    psutil.Process(worker["pid"]).kill()
+    worker.kill()
     held.open.set()
     waiting.communicate(timeout=120)
     assert waiting.returncode == 1  # the server has no such file
