@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.layouts.image_finder import LabelledImages, find_images
+from hpc_imagenet.errors import UserError
 
 Text = str | bytes
 
@@ -118,3 +120,13 @@ def find(root: Path, images: list[str], files: Files | None = None, **settings: 
     """Write a folder, and return the images that are found in it."""
     write_sample(root, Sample(images, "", (0, 0, 0), files or {}))
     return find_images(root, dataset_of(**settings), 2)
+
+
+def refusal(root: Path, images: list[str], files: Files | None = None, **settings: Any) -> str:
+    """Write a folder as `find` does, and return the line that refuses it, with SOURCE for its path."""
+    root.mkdir(exist_ok=True)
+    with pytest.raises(UserError) as caught:
+        find(root, images, files, **settings)
+    line = str(caught.value).replace(str(root), "SOURCE")
+    assert "\n" not in line
+    return line

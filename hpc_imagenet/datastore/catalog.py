@@ -2,7 +2,7 @@
 
 A version is deleted in an order that can be interrupted at any point: write deleted.json, remove the
 manifest, then remove the rest. Without its manifest a version no longer exists, and deleted.json keeps its
-number from being used again.
+number from being used again. On a full disk deleted.json is written last: until then the folder keeps it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hpc_imagenet.config.schema import Datastore
 from hpc_imagenet.datastore import hardlink_check, versions
+from hpc_imagenet.datastore.backends.folder_backend import FolderBackend
 from hpc_imagenet.datastore.backends.storage_backend import (
     ProgressCallback,
     ProgressCounter,
@@ -25,14 +26,16 @@ from hpc_imagenet.datastore.backends.storage_backend import (
     fetch_files,
 )
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
-from hpc_imagenet.datastore.versions import COMPLETE, DELETED, GONE, PARTIAL
+from hpc_imagenet.datastore.unreadable import unreadable_versions
+from hpc_imagenet.datastore.versions import COMPLETE, DELETED, GONE, PARTIAL, UNREADABLE
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import is_disk_full
 from hpc_imagenet.io.disk import require_free_space
 
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A version and its state: complete, partial, or deleted with files remaining."""
+    """A version and its state: complete, unreadable, partial, or deleted with files remaining."""
 
     name: str
     number: int
@@ -70,6 +73,8 @@ def list_versions(backend: StorageBackend, name: str | None = None) -> list[Cata
         elif f"{path}/{DELETED}" in contents:
             if set(backend.files(path)) != {DELETED}:
                 entries.append(CatalogEntry(datastore, int(number), GONE))
+        elif unreadable_versions(backend, [path]):
+            entries.append(CatalogEntry(datastore, int(number), UNREADABLE))
         else:
             claim = versions.parse_json_object(contents.get(f"{path}/{versions.CLAIM}"))
             by = " on ".join(claim[key] for key in ("run", "host") if key in claim)
@@ -83,7 +88,7 @@ def find_version(backend: StorageBackend, reference: str) -> CatalogEntry:
     Raises:
         UserError: no such version exists.
     """
-    version = versions.open_version(Datastore(reference, backend.url))
+    version = versions.open_version(Datastore(reference, backend.url), backend)
     return CatalogEntry(version.name, version.number, COMPLETE, version.manifest, version.manifest.created)
 
 
@@ -99,35 +104,54 @@ def verify_version(
 
 
 def fetch_version(
-    backend: StorageBackend, entry: CatalogEntry, target: Path, threads: int, progress: ProgressCallback
+    backend: StorageBackend,
+    entry: CatalogEntry,
+    target: Path,
+    threads: int,
+    progress: ProgressCallback,
+    check: bool = True,
 ) -> Path:
     """Download a version to `target/<name>/v<N>/`, so that training can read it with datastore.url=target.
 
     An interrupted fetch resumes: files that exist are verified by their hash and kept. The manifest is
-    written last.
+    written last. Damaged files of a complete copy are fetched again.
+
+    Args:
+        backend: where the version is stored.
+        entry: the version.
+        target: a local folder.
+        threads: number of files at a time.
+        progress: called with the number of bytes done.
+        check: whether to verify a copy that is complete; else it is used as it is.
 
     Raises:
         UserError: `target` has another version of that number, the disk has too little free space, or a
             file does not match its hash.
     """
     assert entry.manifest is not None
-    local = versions.open_backend(str(target))
+    local = FolderBackend(target)  # whatever its name: host:folder is a folder here
     folder = target / entry.path
     manifest = entry.manifest
     with explain_os_errors(f"fetch {entry.reference}", target):
         note = {"run": "fetch", "from": backend.url, "time": _now()}
-        claim = versions.claim_version(local, Datastore(entry.reference, str(target)), manifest.content, note)
-        if claim.complete:
-            return folder
+        place, fix = Datastore(entry.reference, str(target)), f"fetch it to another folder than {target}"
+        claim = versions.claim_version(local, place, manifest.content, note, fix)
+        complete, counter, wrong = claim.complete, ProgressCounter(progress), None
+        if complete:
+            wrong = _wrong_files(local, entry, threads, counter) if check else []
+            if not wrong:
+                return folder
         lock = f"{claim.path}/{versions.LOCK}"
         with local.lock(lock, lambda: progress(0, f"waiting for another fetch of {entry.reference}")):
-            present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            require_free_space(target, manifest.bytes - present, entry.reference)
-            counter = ProgressCounter(progress)
-            hashes = _hash_files(local, entry, threads, counter)
-            missing = [file for file, found in hashes if found != file.hash]
-            fetch_files(backend, entry.path, missing, folder, threads, counter)
-            for file in manifest.all_files():
+            if wrong:  # a damaged file takes its space until another one is there
+                require_free_space(target, sum(file.bytes for file in wrong), entry.reference)
+            else:
+                present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                require_free_space(target, manifest.bytes - present, entry.reference)
+                wrong = _wrong_files(local, entry, threads, counter)
+            fetch_files(backend, entry.path, wrong, folder, threads, counter)
+            # Files of a complete version that are intact may be hard links, whose permissions are left alone.
+            for file in wrong if complete else manifest.all_files():
                 (folder / file.path).chmod((folder / file.path).stat().st_mode & ~0o222)
             upload = {**(manifest.provenance.get("upload") or {})}
             upload.pop(hardlink_check.STAMPS, None)  # modification times of the original files
@@ -139,10 +163,19 @@ def fetch_version(
 def delete_version(backend: StorageBackend, entry: CatalogEntry) -> None:
     """Delete a version, manifest first. Calling it again completes an interrupted deletion."""
     note = {"time": _now(), "content": entry.manifest.content if entry.manifest else None}
+    path, data = f"{entry.path}/{DELETED}", json.dumps(note).encode()
     with explain_os_errors("datastore.url", backend.url):
-        backend.create(f"{entry.path}/{DELETED}", json.dumps(note).encode())
+        try:
+            backend.create(path, data)
+            full = False
+        except OSError as error:
+            full = is_disk_full(error)  # then only deleting makes space for the note
+            if not full:
+                raise
         backend.remove([f"{entry.path}/{FILE}"])
         backend.delete_all(entry.path, DELETED)
+        if full:
+            backend.create(path, data)
 
 
 def is_stale(backend: StorageBackend, entry: CatalogEntry, seconds: float) -> bool:
@@ -155,7 +188,7 @@ def is_stale(backend: StorageBackend, entry: CatalogEntry, seconds: float) -> bo
 
 @contextlib.contextmanager
 def exclusive(backend: StorageBackend, entry: CatalogEntry) -> Iterator[None]:
-    """Hold the upload lock of a partial version, if the backend has locks.
+    """Hold the locks of all uploads to a partial version, those of its parts too, if the backend has locks.
 
     Raises:
         UserError: an upload to the version is running.
@@ -166,7 +199,10 @@ def exclusive(backend: StorageBackend, entry: CatalogEntry) -> Iterator[None]:
             f"{entry.reference}: an upload to it is running; wait for it or cancel it, then run prune again"
         )
 
-    with backend.lock(f"{entry.path}/{versions.LOCK}", refuse):
+    names = {versions.LOCK, *(name for name in backend.files(entry.path) if name.endswith(".lock"))}
+    with contextlib.ExitStack() as locks:
+        for name in sorted(names):
+            locks.enter_context(backend.lock(f"{entry.path}/{name}", refuse))
         yield
 
 
@@ -181,6 +217,13 @@ def _hash_files(
             lambda file: backend.hash(f"{entry.path}/{file.path}", file, counter.for_file(file.path)), files
         )
         return list(zip(files, hashes, strict=True))
+
+
+def _wrong_files(
+    local: StorageBackend, entry: CatalogEntry, threads: int, counter: ProgressCounter
+) -> list[File]:
+    """Return the files of a copy that are missing or damaged."""
+    return [file for file, found in _hash_files(local, entry, threads, counter) if found != file.hash]
 
 
 def _now() -> str:

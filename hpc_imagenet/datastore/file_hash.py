@@ -7,7 +7,9 @@ gives.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +19,12 @@ from blake3 import blake3
 
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import BackgroundWriteback, StreamingWriter
 
 ALGORITHMS = ("blake3", "sha256", "md5")  # that a manifest may name; new files get the first
 NEW_HASH = f"{ALGORITHMS[0]}:"  # of a new file whose hash is not known yet
 BLOCK = 2 << 20  # bytes read at a time
+_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 def new_digest(algorithm: str = ALGORITHMS[0]) -> Any:
@@ -110,16 +114,61 @@ def hash_blocks(
     return done
 
 
-def read_and_hash(
-    reader: IO[bytes],
-    file: File,
-    progress: Callable[[int], None],
-    write: Callable[[memoryview], object] = lambda block: None,
-) -> str:
+def read_and_hash(reader: IO[bytes], file: File, progress: Callable[[int], None]) -> str:
     """Read an unbuffered file to its end and return its hash in the manifest's format."""
     with ThreadedHash(file) as hashing:
-        hash_blocks(reader, hashing, progress, write)
+        hash_blocks(reader, hashing, progress)
         return hashing.digest()
+
+
+def copy_and_hash(reader: IO[bytes], writer: IO[bytes], file: File, progress: Callable[[int], None]) -> str:
+    """Copy an unbuffered file to an empty one and return the hash of the copy, in the manifest's format.
+
+    The kernel copies, and the copy is read for the hash while it is in the page cache. Where the file systems
+    permit no such copy (copy_file_range(2), "ERRORS"), this process reads and writes.
+
+    Args:
+        reader: unbuffered file at its beginning.
+        writer: empty file that is open for reading too.
+        file: says which hash.
+        progress: called with the number of bytes copied.
+    """
+    done, number = 0, 0
+    blocks = [memoryview(bytearray(BLOCK)) for _ in range(2)]
+    writeback = BackgroundWriteback(writer.fileno())
+    with ThreadedHash(file) as hashing:
+        while copied := _copy_range(reader.fileno(), writer.fileno()):
+            block = blocks[number % 2][:copied]
+            _read_at(writer.fileno(), block, done)
+            hashing.wait()  # so that the other block is free for the next iteration
+            hashing.add(block)
+            done, number = done + copied, number + 1
+            writeback.written_up_to(done)
+            progress(done)
+        # The end of the file, or all of it if the kernel does not copy.
+        write = StreamingWriter(writer.fileno(), done).write
+        hash_blocks(reader, hashing, lambda more: progress(done + more), write)
+        return hashing.digest()
+
+
+def _copy_range(source: int, target: int) -> int:
+    """Copy up to a block at the positions of both files; return the bytes copied, 0 if the kernel cannot."""
+    if not hasattr(os, "copy_file_range"):  # not on Linux
+        return 0
+    try:
+        return os.copy_file_range(source, target, BLOCK)
+    except OSError as error:
+        if error.errno in _NO_COPY:
+            return 0
+        raise
+
+
+def _read_at(file: int, block: memoryview, offset: int) -> None:
+    """Fill `block` with the bytes of a file from `offset`."""
+    while block:
+        if not (got := os.preadv(file, [block], offset)):
+            raise OSError(errno.EIO, "a copy is shorter than what was written to it")
+        offset, block = offset + got, block[got:]
 
 
 def hash_file(path: Path, file: File, progress: Callable[[int], None]) -> str:

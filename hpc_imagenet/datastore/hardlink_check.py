@@ -9,6 +9,7 @@ and are not checked.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,9 +35,10 @@ def check_links(folder: Path, manifest: Manifest) -> None:
     for path, uploaded_ns in (upload.get(STAMPS) or {}).items():
         status = (folder / path).stat()
         if status.st_nlink > 1 and status.st_mtime_ns != uploaded_ns:
-            number = upload.get("version")
+            number, quoted = upload.get("version"), shlex.quote(f"{folder / path}")
             raise UserError(
                 f"{folder / path} was modified after its upload: it is a hard link to an archive. Check its "
                 f"bytes with python -m hpc_imagenet datastores verify {manifest.name}@v{number}; if they "
-                "differ, delete this version and upload a new one with +stage=upload"
+                "differ, delete this version and upload a new one with +stage=upload; if they are the same, "
+                f"give it a copy of its own: cp -p {quoted} {quoted}.own && mv {quoted}.own {quoted}"
             )

@@ -71,7 +71,7 @@ class Manifest:
     created: str  # ISO 8601, UTC
     classes: tuple[ClassNames, ...]
     shards: tuple[File, ...]  # `shard` of an index entry is the position in this tuple
-    splits: dict[str, Split]  # train, val
+    splits: dict[str, Split]  # train, val, test
     files: tuple[File, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
 

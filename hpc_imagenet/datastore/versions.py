@@ -21,14 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_imagenet.datastore.backends.storage_backend import StorageBackend, StoredFile, SupportsRangeReads
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
+from hpc_imagenet.datastore.unreadable import newest_unreadable, warn_once
 from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.io.atomic_files import decode_json
 
 if TYPE_CHECKING:  # imports packages that a transfer does not need
     from hpc_imagenet.config.schema import Datastore
 
 CLAIM, LOCK, DELETED = "upload.json", "upload.lock", "deleted.json"
-COMPLETE, PARTIAL, GONE = "complete", "partial", "deleted"  # states of a version
+# States of a version; one whose manifest only its owner may read is unreadable.
+COMPLETE, PARTIAL, GONE, UNREADABLE = "complete", "partial", "deleted", "unreadable"
 CONNECTIONS = 8  # parallel requests to S3
 
 _REFERENCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:@v([1-9][0-9]{0,8}))?")
@@ -169,8 +172,10 @@ def open_backend(url: str, connections: int = CONNECTIONS) -> StorageBackend:
         path = url.removeprefix("file:")
         url = "/" + path.lstrip("/") if path.startswith("/") else path
     elif _SCHEME.fullmatch(url):
+        scheme = url.partition("://")[0]  # the rest may hold a password by mistake
         raise UserError(
-            f"datastore.url={url} has an unknown scheme: type a folder, user@host:/path or s3://bucket/prefix"
+            f"datastore.url={scheme}:// has an unknown scheme: type a folder, user@host:/path or "
+            "s3://bucket/prefix"
         )
     elif _HOST.fullmatch(url):
         from hpc_imagenet.datastore.backends.ssh_backend import SshBackend
@@ -180,7 +185,7 @@ def open_backend(url: str, connections: int = CONNECTIONS) -> StorageBackend:
         raise UserError("datastore.url is empty: type a folder that the jobs can read")
     from hpc_imagenet.datastore.backends.folder_backend import FolderBackend
 
-    return FolderBackend(Path(url).expanduser())
+    return FolderBackend(expand_home(url))
 
 
 def is_remote(url: str) -> bool:
@@ -228,16 +233,30 @@ def pinned(datastore: Datastore) -> tuple[str, int | None]:
     return name, number or datastore.version
 
 
-def open_version(datastore: Datastore) -> Version:
+def open_version(datastore: Datastore, backend: StorageBackend | None = None) -> Version:
     """Return the version that `datastore` selects: the pinned one, or the newest (with `content`, if set).
 
+    A newer version of another user that cannot be read is left out with a warning.
+
+    Args:
+        datastore: name, maybe a pinned version or a content.
+        backend: where it is stored; None: a new one for `datastore.url`.
+
     Raises:
-        UserError: the datastore or version does not exist, or the pinned version has other content.
+        UserError: the datastore or version does not exist or cannot be read, or the pinned version has other
+            content.
     """
     name, number = pinned(datastore)
-    backend = open_backend(datastore.url)
+    backend = backend or open_backend(datastore.url)
     manifests = _manifests(backend, name)
     listed = _format_numbers(sorted(manifests))
+    if number not in manifests:
+        newest = max(manifests, default=0)
+        hidden = newest_unreadable(backend, name, number, newest)
+        if hidden and (number is not None or not manifests):
+            raise UserError(hidden)
+        if hidden and datastore.content is None:  # else the version with this content is as good
+            warn_once(f"{hidden}; until then v{newest} is the newest")
     if not manifests:
         raise UserError(_no_version_message(backend, name))
     if number is not None and number not in manifests:
@@ -258,7 +277,11 @@ def open_version(datastore: Datastore) -> Version:
 
 
 def claim_version(
-    backend: StorageBackend, datastore: Datastore, content: str, owner: Mapping[str, str]
+    backend: StorageBackend,
+    datastore: Datastore,
+    content: str,
+    owner: Mapping[str, str],
+    fix: str | None = None,
 ) -> VersionClaim:
     """Claim the version number for uploading `content`.
 
@@ -271,6 +294,7 @@ def claim_version(
         datastore: its name and maybe a pinned version.
         content: short hash of the images; see `Manifest`.
         owner: run, host and time of the upload, written to upload.json.
+        fix: what to type if a pinned number is taken, for the error; None: drop it.
 
     Raises:
         UserError: the pinned version has other content.
@@ -284,10 +308,8 @@ def claim_version(
         if number in existing:
             states = {COMPLETE: "exists", PARTIAL: "is claimed by another upload", GONE: "was deleted"}
             state = states[existing[number][1]]
-            raise UserError(
-                f"datastore {name}@v{number} {state}; versions never change: drop @v{number} to create the "
-                "next one"
-            )
+            fix = fix or f"drop @v{number} to create the next one"
+            raise UserError(f"datastore {name}@v{number} {state}; versions never change: {fix}")
         # One above the highest number ever claimed, so that no number is used twice.
         free = number if number is not None else max(existing, default=0) + 1
         data = json.dumps({"content": content, **owner}, indent=2).encode() + b"\n"

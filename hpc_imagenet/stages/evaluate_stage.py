@@ -58,7 +58,7 @@ class EvaluateStage(Stage):
         """Raise never: the result is in the run folder."""
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-        """Evaluate; see `stages.evaluate.run`."""
+        """Evaluate; see `stages.work.evaluate.run`."""
         from hpc_imagenet.stages.work import evaluate
 
         return evaluate.run(config, run, dist_env)

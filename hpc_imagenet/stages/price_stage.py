@@ -62,7 +62,7 @@ class PriceStage(Stage):
             raise UserError("the record of the times is missing or damaged")
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-        """Time the training; see `stages.price.run`."""
+        """Time the training; see `stages.work.price.run`."""
         from hpc_imagenet.stages.work import price
 
         return price.run(config, run, dist_env)

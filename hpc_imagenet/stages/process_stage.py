@@ -7,6 +7,7 @@ from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Cluster, Config
+from hpc_imagenet.data.download.receipt import load_receipt
 from hpc_imagenet.datastore.manifest import Manifest, load_manifest
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.job import content_hash
@@ -57,7 +58,7 @@ class ProcessStage(Stage):
             )
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-        """Process; see `stages.process.run`."""
+        """Process; see `stages.work.process.run`."""
         from hpc_imagenet.stages.work import process
 
         return process.run(config, run, dist_env)
@@ -67,7 +68,7 @@ def load_dataset(config: Config) -> Manifest:
     """Return the manifest of the processed dataset.
 
     Raises:
-        UserError: it is missing or has other content.
+        UserError: it is missing, has other content, or was made of other archives than those there now.
     """
     folder = Path(config.workspace) / "datasets" / config.dataset.name
     try:
@@ -78,6 +79,13 @@ def load_dataset(config: Config) -> Manifest:
         raise UserError(
             f"{folder} was made from other archives or with other settings: run +stage=process again"
         )
+    archives = Path(config.workspace) / "archives" / config.dataset.name
+    for file, md5 in (manifest.provenance.get("archives") or {}).items():
+        made = load_receipt(archives / file)
+        if made is not None and made.md5 != md5:
+            raise UserError(
+                f"{archives / file} is not the archive that {folder} was made of: run +stage=process"
+            )
     return manifest
 
 

@@ -92,7 +92,7 @@ class SearchStage(Stage):
         raise UserError(f"trials of the search {search.name} are left")
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-        """Train trials until none is left; see `stages.search.run`."""
+        """Train trials until none is left; see `stages.work.search.run`."""
         from hpc_imagenet.stages.work import search
 
         return search.run(config, run, dist_env)

@@ -57,7 +57,7 @@ class SessionStage(Stage):
         raise UserError("an ended session has no output to reuse; submit it again to resume it")
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-        """Serve Jupyter; see `stages.session.run`."""
+        """Serve Jupyter; see `stages.work.session.run`."""
         from hpc_imagenet.stages.work import session
 
         return session.run(config, run, dist_env)

@@ -82,7 +82,7 @@ class TrainStage(Stage):
         """Raise never: the result of a training is in its run folder."""
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-        """Train; see `stages.train.run`."""
+        """Train; see `stages.work.train.run`."""
         from hpc_imagenet.stages.work import train
 
         return train.run(config, run, dist_env)

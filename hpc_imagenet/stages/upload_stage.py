@@ -54,7 +54,7 @@ class UploadStage(Stage):
         versions.open_version(config.datastore)
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
-        """Upload; see `stages.upload.run`."""
+        """Upload; see `stages.work.upload.run`."""
         from hpc_imagenet.stages.work import upload
 
         return upload.run(config, run, dist_env)

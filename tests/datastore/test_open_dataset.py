@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import servers
+from command_line import eventually
 from faulty_s3 import Faults, proxy
 from sample_dataset import make_dataset
 
@@ -94,12 +94,7 @@ def test_images_are_identical_from_the_backend_and_from_the_node_cache(
     cluster = Cluster(scratch=str(tmp_path / "disk"))
     with open_dataset(version, cluster, stages=True, intervals=StagingIntervals(cached=0.01)) as store:
         assert images(store) == expected
-        for _ in range(3000):
-            if store.shards.is_complete():
-                break
-            time.sleep(0.01)
-            images(store)
-        assert store.shards.is_complete()
+        eventually(store.shards.is_complete, 300, lambda: images(store))
         assert images(store) == expected
 
 

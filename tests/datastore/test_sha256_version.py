@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from command_line import eventually
 from sample_dataset import file_of, make_dataset
 
 from hpc_imagenet.cluster.dist_env import DistEnv
@@ -94,8 +96,9 @@ def test_it_is_fetched_and_staged(workspace: Path) -> None:
     version = versions.open_version(Datastore("digits", str(workspace / "datastores")))
     cluster = Cluster(scratch=str(workspace / "scratch"))
     with open_dataset.open_dataset(version, cluster, stages=True) as reader:
-        while not reader.shards.is_complete():  # type: ignore[attr-defined]
-            reader.shards.poll(0)  # type: ignore[attr-defined]
+        shards: Any = reader.shards
+        numbers = range(len(version.manifest.shards))
+        eventually(shards.is_complete, 300, lambda: [shards.poll(number) for number in numbers])
         assert images(reader) == expected
     (cache,) = (workspace / "scratch").iterdir()
     assert sorted(path.name for path in cache.glob("sha256-*")) == sorted(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import killing
 import pytest
@@ -24,8 +26,10 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.data.download import receipt
 from hpc_imagenet.data.sources import archive_folder
 from hpc_imagenet.demo import digits
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.report import jobs_table
 from hpc_imagenet.runs.store import Run
+from hpc_imagenet.stages.download_stage import DOWNLOAD
 from hpc_imagenet.stages.work import download
 
 
@@ -35,7 +39,9 @@ def test_download_over_http(tmp_path: Path, source: Path) -> None:
     faults = Faults()
     with serving(source, faulty(faults)) as url:
         config = config_of(tmp_path, url)
-        assert run_stage(download, config) == {"bytes": size, "files": 3, "downloaded": size}
+        result = run_stage(download, config)
+        sums = {file: hashlib.md5((source / file).read_bytes()).hexdigest() for file in FILES.values()}
+        assert result == {"bytes": size, "files": 3, "downloaded": size, "md5": sums}
         assert_complete(tmp_path, source)
         made = [tmp_path / "archives/numbers" / file for file in FILES.values()]
         assert not [path for path in made if path.stat().st_mode & 0o222]
@@ -45,8 +51,23 @@ def test_download_over_http(tmp_path: Path, source: Path) -> None:
         progress = json.loads((tmp_path / "runs/abc-stage/progress.json").read_text())
         assert (progress["done"], progress["total"], progress["unit"]) == (size, size, "B")
         count = len(faults.requests)
-        assert run_stage(download, config) == {"bytes": size, "files": 3, "downloaded": 0}
+        assert run_stage(download, config) == {**result, "downloaded": 0}
         assert len(faults.requests) == count, "the second run sent requests"
+
+
+@pytest.mark.slow
+def test_credentials_are_read_before_submission_for_a_server_only(tmp_path: Path) -> None:
+    login = tmp_path / "netrc"
+    login.write_text("machine other.example login a password b")
+    login.chmod(0o600)
+    for source in (str(tmp_path), "s3://bucket/x", "HTTPS://images.example/x"):
+        config = config_of(tmp_path, source)
+        config.download.login = str(login)
+        expected: Any = contextlib.nullcontext()
+        if source.startswith("HTTPS"):
+            expected = pytest.raises(UserError, match="without an entry for images")
+        with expected:
+            DOWNLOAD.check_input(config, config.cluster, planned=False)
 
 
 @pytest.mark.slow
@@ -126,10 +147,13 @@ def test_archives_copied_by_hand_are_verified_in_place(tmp_path: Path, source: P
 
 
 @pytest.mark.slow
-def test_different_archive_of_the_same_name_is_refused(tmp_path: Path, source: Path) -> None:
+def test_different_archive_of_the_same_name_is_refused(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_stage(download, config_of(tmp_path, source))
     other = tmp_path / "other"
-    digits.write_digits(other, copies=2)
+    monkeypatch.setattr(digits, "QUALITY", 90)
+    digits.write_digits(other)
     error = stage_error(download, config_of(tmp_path, other))
     assert "is another archive" in error
     assert "dataset.name" in error
@@ -202,6 +226,7 @@ def kill_and_restart(tmp_path: Path, source: Path, kills: int) -> None:
             first_request, limit = len(faults.requests), faults.sent + rng.uniform(0, 4e6)
             process = killing.start("download", config, run)
             hit = killing.kill_when(process, lambda limit=limit: faults.sent >= limit)
+            assert hit or process.exitcode == 0
             killed += hit
             folder = tmp_path / "archives" / "numbers"
             for file in FILES.values():

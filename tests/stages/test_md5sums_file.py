@@ -10,6 +10,8 @@ import pytest
 from faulty_server import Faults, faulty, serving
 from run_stage import FILES, config_of, run_stage, stage_error
 
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.stages.download_stage import DOWNLOAD
 from hpc_imagenet.stages.work import download
 
 
@@ -62,3 +64,17 @@ def test_md5sums_that_a_server_refuses_are_named_in_a_warning(
         run_stage(download, config_of(tmp_path, url))
         line = f"warning: {url}/md5sums cannot be read ({reason}): archives are not compared with it"
     assert line in capsys.readouterr().out
+
+
+def test_archives_are_not_those_of_another_revision(tmp_path: Path, source: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    (copy / "md5sums").unlink()
+    with serving(copy) as url:
+        for origin in (copy, url):
+            config = config_of(tmp_path / str(len(str(origin))), origin)
+            run_stage(download, config)
+            config.dataset.revision = "v2"
+            assert "without an MD5 it cannot be compared with" in stage_error(download, config)
+            with pytest.raises(UserError, match=r"with that of .* with \{.revision.: .v2.\}; set"):
+                DOWNLOAD.check_output(config)

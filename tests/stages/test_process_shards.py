@@ -154,7 +154,7 @@ def test_shards_in_parts_equal_a_single_run(
 ) -> None:
     single = config_with_archives(tmp_path / "whole", source, **settings)
     result = run_stage(process, single)
-    for parts in (2, 5, 40):
+    for parts in (5,) if settings else (2, 5, 40):  # 40: more parts than images
         in_parts = config_with_archives(tmp_path / str(parts), source, **settings)
         counts = [
             run_stage(process, part_of(in_parts, part, parts))["images"] for part in reversed(range(parts))

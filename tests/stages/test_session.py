@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from command_line import Cli, eventually
 from servers import credentials, rclone, sshd
 
 import hpc_imagenet
+from hpc_imagenet.cluster import gpus
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
@@ -194,6 +196,22 @@ def test_too_few_gpus_are_reported_in_one_line(cli: Cli) -> None:
     cli(*SESSION, "session.gpus=64")
     cli.until("failed")
     assert re.fullmatch(r"session\.gpus=64, but \S+ has \d+ available: .*", cli.jobs()[0]["reason"])
+
+
+@pytest.mark.parametrize(("visible", "count"), [(None, 2), ("0", 1), ("-1", 0), ("", 0)])
+def test_gpus_are_counted_with_and_without_the_variable_of_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int
+) -> None:
+    for number in range(2):
+        (tmp_path / f"nvidia{number}").touch()
+    monkeypatch.setattr(gpus, "available_gpus", partial(gpus.available_gpus, tmp_path))
+    for name in ("SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    session._check_gpus(count)
+    with pytest.raises(UserError, match=rf"session.gpus={count + 1}, but \S+ has {count} available"):
+        session._check_gpus(count + 1)
 
 
 @pytest.mark.slow

@@ -343,6 +343,15 @@ def test_linked_archive_keeps_its_mode_and_changes_are_detected(workspace: Works
     DatasetReader(copy)
 
 
+def test_a_version_whose_archive_was_only_touched_opens_after_the_advice(workspace: Workspace) -> None:
+    workspace.upload()
+    os.utime(workspace.dataset / workspace.manifest.shards[0].path, ns=(1, 1))
+    with pytest.raises(UserError, match="if they are the same, give it a copy of its own: ") as refused:
+        DatasetReader(workspace.version(1))
+    subprocess.run(str(refused.value).rpartition("own: ")[2], shell=True, check=True)
+    DatasetReader(workspace.version(1))
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_every_file_is_in_exactly_one_part(workspace: Workspace, parts: int) -> None:
     items = [storage_backend.UploadFile(Path(file.path), file) for file in workspace.manifest.all_files()]

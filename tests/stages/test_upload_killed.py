@@ -46,6 +46,7 @@ def test_upload_resumes_after_a_kill_at_any_moment(
         if child.exitcode == -signal.SIGKILL:
             killed += 1
         else:  # it finished first: the first upload was slower, with cold caches
+            assert child.exitcode == 0
             duration *= 0.8
         assert versions.complete_versions(url, name) in ([], [1])
         result = workspace.upload(url, name)

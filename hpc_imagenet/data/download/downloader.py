@@ -37,6 +37,7 @@ class Downloader:
         connections: number of parallel connections.
         limit: bytes per second, all connections together; None for no limit.
         hint: dataset.hint, appended to errors.
+        origin: origin for the receipts; empty: the prefix of the source.
         sleep: function that waits between attempts; None for a wait that ends with the download.
         sizes: sizes of ranges and reads.
         min_rate: bytes per second; a connection below that for a whole `timeout` counts as broken.
@@ -53,6 +54,7 @@ class Downloader:
         connections: int = 1,
         limit: float | None = None,
         hint: str = "",
+        origin: str = "",
         sleep: Callable[[float], object] | None = None,
         sizes: TransferSizes = SIZES,
         min_rate: float = MIN_RATE,
@@ -63,6 +65,7 @@ class Downloader:
         self.connections = connections
         self.rate_limiter = RateLimiter(limit)
         self.hint = hint
+        self.origin = origin or source.prefix
         self.tail = f"; {hint}" if hint else ""
         self.sleep = sleep
         self.sizes = sizes
@@ -134,7 +137,7 @@ class Downloader:
             expected,
             target,
             url,
-            self.source.prefix,
+            self.origin,
             lambda part: Transfer(self, expected, part, progress).run(),
             progress,
         )

@@ -198,6 +198,12 @@ def check_complete(path: Path, expected: ExpectedArchive, md5: str, name: str) -
 
 def quarantine(path: Path, target: Path, error: UserError) -> UserError:
     """Rename a wrong file to `<target>.bad`; return the error extended by the new name."""
+    bad = set_aside(path, target)
+    return UserError(f"{error}; the file is kept as {bad}; run the same command again to retry")
+
+
+def set_aside(path: Path, target: Path) -> Path:
+    """Rename a file that is not the archive `target` to `<target>.bad`; return that name."""
     bad = target.with_name(target.name + ".bad")
     path.replace(bad)
-    return UserError(f"{error}; the file is kept as {bad}; run the same command again to retry")
+    return bad

@@ -21,7 +21,7 @@ from typing import Any
 
 from hpc_imagenet.data.sources.range_source import Origin
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.atomic_files import make_read_only, read_json, sync_folder, write_json
+from hpc_imagenet.io.atomic_files import WRITE_BYTES, make_read_only, read_json, sync_folder, write_json
 
 SUFFIX = ".part"
 SAVE_INTERVAL_FACTOR = 10  # time between saves, as a multiple of the duration of a save …
@@ -130,7 +130,7 @@ class PartialFile:
         begin = at
         try:
             while rest:
-                done = os.pwrite(self.file, rest, at)
+                done = os.pwrite(self.file, rest[:WRITE_BYTES], at)
                 at, rest = at + done, rest[done:]
         finally:
             if at > begin:

@@ -63,7 +63,7 @@ class RangeScheduler:
         connections: number of connections in use.
     """
 
-    def __init__(self, part: PartialFile, connections: int, min_steal: int = SIZES.min_steal) -> None:
+    def __init__(self, part: PartialFile, connections: int, min_steal: int) -> None:
         self._part, self._min_steal = part, min_steal
         self._claims: list[RangeClaim] = []
         self.connections = connections

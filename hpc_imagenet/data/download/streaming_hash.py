@@ -29,6 +29,7 @@ class StreamingHash:
         self._stopped = False
         self._error: BaseException | None = None
         self._md5 = new_md5()
+        self._generation = part.generation  # of the bytes that are hashed
         self.hashed = 0
         self._thread = threading.Thread(target=self._run, name="md5", daemon=True)
 
@@ -51,14 +52,20 @@ class StreamingHash:
         Raises:
             UserError: the file was truncated by another process.
         """
-        while self._error is None and self.hashed < self._part.contiguous_size:
+        while self._behind():
             tick()
             with self._part.changed:
-                if self._error is None and self.hashed < self._part.contiguous_size:
+                if self._behind():
                     self._part.changed.wait(1.0)
         if self._error is not None:
             raise self._error
         return self._md5.hexdigest()
+
+    def _behind(self) -> bool:
+        with self._part.changed:
+            if self._error is not None:
+                return False
+            return self._generation != self._part.generation or self.hashed < self._part.contiguous_size
 
     def _run(self) -> None:
         try:
@@ -70,26 +77,26 @@ class StreamingHash:
 
     def _hash_prefix(self) -> None:
         part, buffer = self._part, memoryview(bytearray(CHUNK))
-        generation = part.generation
         while True:
             with part.changed:
                 while (
                     not self._stopped
-                    and part.generation == generation
+                    and part.generation == self._generation
                     and part.contiguous_size <= self.hashed
                 ):
                     part.changed.wait()
                 if self._stopped:
                     return
-                if part.generation != generation:
-                    generation, self.hashed, self._md5 = part.generation, 0, new_md5()
+                if part.generation != self._generation:
+                    self._generation, self.hashed, self._md5 = part.generation, 0, new_md5()
+                    part.changed.notify_all()
                 size = min(CHUNK, part.contiguous_size - self.hashed)
             if not size:
                 continue
             done = os.preadv(part.file, [buffer[:size]], self.hashed)
             self._md5.update(buffer[:done])
             with part.changed:
-                if part.generation != generation:
+                if part.generation != self._generation:
                     continue
                 if not done:
                     raise UserError(

@@ -55,6 +55,7 @@ def download_and_verify(
         except UserError as error:
             part.discard_state()
             raise quarantine(part.path, target, error) from None
-        receipt.write_receipt(target, md5, source, expected.md5_source, stat)
+        state = (part.origin and part.origin.etag) or ""
+        receipt.write_receipt(target, md5, source, expected.md5_source, stat, state)
         part.finalize()
     return transferred

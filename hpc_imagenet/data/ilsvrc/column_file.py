@@ -6,6 +6,7 @@ scan of ImageNet-21k would otherwise take 0.6 GB.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from typing import Any
 
@@ -32,7 +33,8 @@ class ColumnFile:
         self._rows = 0
 
     def __del__(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take is written again
+            self._file.close()
 
     def append(self, part: Array) -> None:
         """Append rows. Parts have one dtype; of strings the longest one decides.
@@ -46,6 +48,7 @@ class ColumnFile:
             elif part.dtype.itemsize > self._dtype.itemsize:
                 self._widen(part.dtype)
             self._file.write(part.astype(self._dtype, copy=False).tobytes())
+            self._file.flush()
             self._rows += len(part)
         except OSError as error:
             if not is_disk_full(error):
@@ -57,7 +60,6 @@ class ColumnFile:
 
     def array(self) -> Array:
         """Return all rows, shape [rows], mapped from the file; changes of the array do not reach the file."""
-        self._file.flush()
         if self._dtype is None or not self._rows:
             return np.empty(0, self._dtype or np.uint8)
         return np.memmap(self._file, self._dtype, "c", shape=(self._rows,))

@@ -41,14 +41,12 @@ class Devkit:
     Attributes:
         names: wnid → names of the class, in alphabetical order of the wnids (of a labels.json: in its order),
             so that the index of a class is its label.
-        wnid_of: the kit's own id → wnid.
         val_wnids: wnid of every val image, in file name order.
         test_wnids: the same of the test images; only in a labels.json.
         labels: the labels.json of archives that are made of labelled images; None for ILSVRC's kit.
     """
 
     names: dict[str, tuple[str, ...]]
-    wnid_of: dict[int, str]
     val_wnids: list[str]
     test_wnids: list[str] = field(default_factory=list)
     labels: LabelsFile | None = None
@@ -77,14 +75,13 @@ def read_devkit(path: Path) -> Devkit:
                 f"{path}: {TRUTH} line {number} is {text}, which is not the id of a class in {META}"
             )
         val_wnids.append(wnid_of[int(line)])
-    return Devkit(names, wnid_of, val_wnids)
+    return Devkit(names, val_wnids)
 
 
 def _from_labels(labels: LabelsFile) -> Devkit:
     wnids = [class_id(name) for name in labels.classes]
     return Devkit(
         {wnid: (escape_name(name),) for wnid, name in zip(wnids, labels.classes, strict=True)},
-        dict(enumerate(wnids, 1)),
         [wnids[label] for label in labels.val],
         [wnids[label] for label in labels.test],
         labels,

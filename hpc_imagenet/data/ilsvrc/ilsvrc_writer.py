@@ -78,9 +78,9 @@ def encode_devkit(synsets: Sequence[Synset], truth: Sequence[int]) -> bytes:
     return buffer.getvalue()
 
 
-def write_md5sums(folder: Path, files: Sequence[str] = (TRAIN, VAL, DEVKIT)) -> None:
+def write_md5sums(folder: Path) -> None:
     """Write the file `md5sums` next to the archives, in the format of the command md5sum."""
-    lines = (f"{md5_of_file(folder / file, lambda done: None)}  {file}\n" for file in files)
+    lines = (f"{md5_of_file(folder / file, lambda done: None)}  {file}\n" for file in (TRAIN, VAL, DEVKIT))
     (folder / MD5SUMS_FILE).write_text("".join(lines))
 
 

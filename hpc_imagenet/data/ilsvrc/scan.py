@@ -97,8 +97,8 @@ def scan(
         check: HEADER reads 2 kB of each image; DECODE reads and decodes every image.
         workers: maximum number of processes.
         progress: callback with (tars scanned, tars in total): one tar per class, and the val archive.
-        parallel_bytes: size of the train archive below which HEADER uses one process, since starting worker
-            processes takes longer than the scan.
+        parallel_bytes: size of ILSVRC's train archive below which HEADER uses one process, since starting
+            worker processes takes longer than the scan; of labelled images it is `PARALLEL_LABELLED_BYTES`.
         decode_chunk: number of val images that one call of a worker decodes.
 
     Raises:

@@ -146,7 +146,7 @@ def _decode_info(data: bytes) -> ImageInfo:
             flags = {"JPEG": 0, "MPO": 0, "PNG": PNG}.get(image.format or "", OTHER)
             flags |= {"1": GREY, "L": GREY, "LA": GREY, "I;16": GREY, "CMYK": CMYK}.get(image.mode, 0)
             flags |= PROGRESSIVE if image.info.get("progressive") else 0
-            flags |= ROTATED if image.getexif().get(ORIENTATION, 1) in range(2, 9) else 0
+            flags |= ROTATED if pillow.exif_orientation(image) in range(2, 9) else 0
             return _clipped_info(image.width, image.height, flags)
     except pillow.ERRORS:
         return ImageInfo(0, 0, CORRUPT)

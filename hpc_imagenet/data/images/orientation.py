@@ -10,6 +10,7 @@ Source: Exif 2.3 table 4 (orientation); PNG specification 11.3.3 (eXIf); WebP co
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import struct
 import subprocess
@@ -26,6 +27,8 @@ UPRIGHT = 1
 QUALITY = 95  # of a JPEG that jpegtran cannot turn
 
 _HEAD = 4096  # bytes: holds the start of any Exif segment
+_TAIL = 70_000  # bytes: holds Exif of up to 64 kB, as in a JPEG, at the end of a PNG
+_PNG = b"\x89PNG\r\n\x1a\n"
 _SHORT = 3  # type of a TIFF entry: 16 bits
 _VP8X_EXIF = 8  # flag in a WebP file: it has Exif data
 _TURNS = {  # orientation → jpegtran's options
@@ -45,11 +48,12 @@ def read_orientation(path: Path) -> int:
     """Return the EXIF orientation of a file, 1 to 8; 1 (upright) also if it has none or cannot be read."""
     try:
         with path.open("rb") as file:
-            value = _peek(file.read(_HEAD))
+            head = file.read(_HEAD)
+            value = _peek_png(file.fileno()) if head.startswith(_PNG) else _peek(head)
             if value is None:
                 file.seek(0)
                 with pillow.open_image(file) as image:
-                    value = image.getexif().get(ORIENTATION, UPRIGHT)
+                    value = pillow.exif_orientation(image)
     except pillow.ERRORS:
         return UPRIGHT  # the process stage reports unreadable images
     return value if value in _TURNS else UPRIGHT
@@ -94,7 +98,24 @@ def _peek(head: bytes) -> int | None:
         return UPRIGHT
     if head[:4] == b"RIFF" and head[12:16] == b"VP8X":
         return None if head[20] & _VP8X_EXIF else UPRIGHT
-    return None if head.startswith(b"\x89PNG") and b"eXIf" in head else UPRIGHT
+    return UPRIGHT
+
+
+def _peek_png(descriptor: int) -> int | None:
+    """Return that a PNG is upright if none of its chunks is Exif; None if one is.
+
+    It may be behind a colour profile, of which only the header is read, or behind the pixels. These are
+    thousands of chunks, so what is behind them is searched for at the end of the file.
+
+    Raises:
+        struct.error: the file ends before its pixels.
+    """
+    at, kind = len(_PNG), b""
+    while kind not in (b"IDAT", b"eXIf"):
+        size, kind = struct.unpack(">I4s", os.pread(descriptor, 8, at))
+        at += size + 12
+    tail = os.pread(descriptor, _TAIL, max(at, os.fstat(descriptor).st_size - _TAIL))
+    return None if kind == b"eXIf" or b"eXIf" in tail else UPRIGHT
 
 
 def _first_directory(tiff: bytes) -> int:

@@ -15,6 +15,8 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from hpc_imagenet.data.images.image_header import ORIENTATION
+
 # What Pillow raises for damaged or unsupported files; AVIF's decoder raises RuntimeError.
 ERRORS = (
     OSError,
@@ -41,6 +43,14 @@ def open_image(file: IO[bytes]) -> Iterator[Image.Image]:
         warnings.simplefilter("ignore")  # warnings about damaged Exif, which decoding does not need
         with Image.open(file) as image:
             yield image
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened image; 1 also if its Exif is damaged."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except (*ERRORS, TypeError):  # TypeError: not a number
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

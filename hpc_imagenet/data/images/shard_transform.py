@@ -1,8 +1,8 @@
 """Image transform applied while shards are written: resize, normalise to baseline RGB JPEG, restart markers.
 
-Resizing decodes and encodes with Pillow, and reduces with torch; normalising a PNG or a CMYK JPEG decodes
-and encodes. A progressive JPEG is
-normalised without loss by jpegtran of libjpeg-turbo, which writes the same coefficients into a new file.
+Resizing decodes and encodes with Pillow, and reduces with torch. Normalising decodes and encodes a PNG or a
+CMYK JPEG; a progressive JPEG is rewritten without loss by jpegtran of libjpeg-turbo, with the same
+coefficients.
 Tiling runs jpegtran on every JPEG, with optimised Huffman tables and a restart marker after every block of 8
 or 16 px, so that a part of the image can be decoded without the rest.
 """
@@ -100,7 +100,7 @@ class ShardTransform:
                 if info.flags & ROTATED:
                     # Keep only the orientation: other Exif data of cameras cannot always be written back.
                     options["exif"] = exif = Image.Exif()
-                    exif[image_header.ORIENTATION] = image.getexif().get(image_header.ORIENTATION, 1)
+                    exif[image_header.ORIENTATION] = pillow.exif_orientation(image)
                 if size is None:
                     return _save(_to_rgb_or_grey(image), {**_NEAR_LOSSLESS, **options})
                 # Decode a JPEG at reduced scale if that is still at least twice the target size.

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 
 from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder
 from hpc_imagenet.data.layouts.split_names import is_series_of_parts, split_of
 from hpc_imagenet.errors import UserError
 
-WHOLE_PATH = 0  # as level: the class is the whole path of folders
-
-
-@dataclass(frozen=True)
-class Level:
-    """Depth of the class folders.
-
-    Attributes:
-        depth: 1 for the folders of the folder that is searched, 2 for those in them …; or `WHOLE_PATH`.
-    """
-
-    depth: int
+# A level is the depth of the class folders: 1 for the folders of the folder that is searched, 2 for those in
+# them …; or this: the class is the whole path of folders.
+WHOLE_PATH = -1
 
 
 def descend(folder: Folder, classes: Collection[str] = (), above_splits: bool = False) -> Folder:
@@ -52,8 +42,8 @@ def is_flat(folder: Folder) -> bool:
     return is_series_of_parts([each.name for each in folder.filled])
 
 
-def find_level(folder: Folder, source: str) -> Level:
-    """Return the level of the class folders.
+def find_level(folder: Folder, source: str) -> int:
+    """Return the level of the class folders: 1, 2 … or `WHOLE_PATH`.
 
     Args:
         folder: the folder that is searched.
@@ -66,16 +56,16 @@ def find_level(folder: Folder, source: str) -> Level:
     inner = {each.name: [name.name for name in each.filled] for each in filled}
     without = [each for each in filled if not each.images and len(inner[each.name]) > 1]
     if any(each.images for each in filled) and not without:
-        return Level(1)
+        return 1
     names = {name for names in inner.values() for name in names}
     if all(name.lower() in IMAGE_FOLDERS for name in names):
-        return Level(1)
+        return 1
     if all(len(names) == 1 for names in inner.values()) and (
         len(names) == 1 or all(names == [name] for name, names in inner.items())
     ):
-        return Level(1)
-    if len(filled) > 2 and all(len(each.name) == 1 and each.name.isalpha() for each in filled):
-        return Level(WHOLE_PATH)  # alphabetical, as SUN397
+        return 1
+    if len(filled) > 2 and all(_is_initial(letter, name) for letter in inner for name in inner[letter]):
+        return WHOLE_PATH  # alphabetical, as SUN397
     example = (without or filled)[0]
     within = inner[example.name][0]
     raise UserError(
@@ -83,6 +73,10 @@ def find_level(folder: Folder, source: str) -> Level:
         f"the class is {example.name}, dataset.labels=folder:2 if it is {within}, or "
         f"dataset.splits.train={example.path} if its folders are all classes"
     )
+
+
+def _is_initial(letter: str, name: str) -> bool:
+    return len(letter) == 1 and letter.isalpha() and name[:1].lower() == letter.lower()
 
 
 def splits_in_classes(folder: Folder) -> bool:
@@ -93,7 +87,7 @@ def splits_in_classes(folder: Folder) -> bool:
     return below and flat and len(names) > 1 and all(split_of(name) for name in names)
 
 
-def class_of(path: str, folder: Folder, level: Level) -> str | None:
+def class_of(path: str, folder: Folder, level: int) -> str | None:
     """Return the class of an image by its path; None if the path has too few folders.
 
     Args:
@@ -102,16 +96,16 @@ def class_of(path: str, folder: Folder, level: Level) -> str | None:
         level: their level.
     """
     folders = path[len(folder.path) :].strip("/").split("/")[:-1]
-    if level.depth == WHOLE_PATH:
+    if level == WHOLE_PATH:
         while folders and folders[-1].lower() in IMAGE_FOLDERS:
             folders.pop()
-        if len(folders) > 1 and len(folders[0]) == 1:
+        if len(folders) > 1 and _is_initial(folders[0], folders[1]):
             folders = folders[1:]
         return "/".join(folders) or None
-    return folders[level.depth - 1] if len(folders) >= level.depth else None
+    return folders[level - 1] if len(folders) >= level else None
 
 
-def empty_classes(folder: Folder, level: Level, pool: bool) -> Iterator[str]:
+def empty_classes(folder: Folder, level: int, pool: bool) -> Iterator[str]:
     """Yield the names of class folders without images.
 
     Args:
@@ -120,7 +114,7 @@ def empty_classes(folder: Folder, level: Level, pool: bool) -> Iterator[str]:
         pool: whether it is the dataset's folder, so that folders of other files are no class folders.
     """
     level_folders = [folder]
-    for _ in range(level.depth):
+    for _ in range(level):
         level_folders = [inner for each in level_folders for inner in each.folders]
-    if level.depth:
+    if level != WHOLE_PATH:
         yield from (each.name for each in level_folders if not each.total and (each.is_empty or not pool))

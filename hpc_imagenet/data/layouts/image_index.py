@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from posixpath import dirname, splitext
 
 from hpc_imagenet.data.layouts.folder_tree import IMAGE_ENDINGS
@@ -43,13 +43,18 @@ class ImageIndex:
         Raises:
             UserError: two images have that rank.
         """
+        found = self.nearest(reference, rank)
+        if len(found) > 1:
+            raise UserError(ambiguity(table, reference, found))
+        return found[0] if found else None
+
+    def nearest(self, reference: str, rank: Rank) -> list[str]:
+        """Return the paths of the lowest rank that a table's value may mean, sorted; see `find`."""
         found = self._candidates(reference)
         if len(found) < 2:
-            return found[0] if found else None
+            return found
         ranks = sorted((rank(dirname(path)), path) for path in found)
-        if ranks[0][0] == ranks[1][0]:
-            raise UserError(f"{table}: {reference} may be {ranks[0][1]} or {ranks[1][1]}; write its path")
-        return ranks[0][1]
+        return [path for each, path in ranks if each == ranks[0][0]]
 
     def _candidates(self, reference: str) -> list[str]:
         folders, _, name = reference.strip().replace("\\", "/").removeprefix("./").strip("/").rpartition("/")
@@ -70,6 +75,11 @@ class ImageIndex:
             if not folders:
                 return []
         return found
+
+
+def ambiguity(table: str, reference: str, found: Sequence[str]) -> str:
+    """Return the error of a table's value that may mean several images."""
+    return f"{table}: {reference} may be {found[0]} or {found[1]}; write its path"
 
 
 def rank_folders(table_folder: str, split: str | None) -> Rank:

@@ -17,7 +17,7 @@ def read_joined(root: Path, tree: Folder) -> Table | None:
     """Return path, label and split of every image of such a dataset; None if the folder has none.
 
     Raises:
-        UserError: a MATLAB file cannot be read.
+        UserError: a file is a link to a missing one, or a MATLAB file cannot be read.
     """
     for folder in tree.walk():
         if set(_CUB) <= set(folder.others):
@@ -32,7 +32,7 @@ def _read_cub(root: Path, folder: str) -> Table:
     paths, labels, training, names = (
         dict(
             [*line.split(maxsplit=1), ""][:2]
-            for line in read_text(root / folder / file).splitlines()
+            for line in read_text(root / folder / file).split("\n")
             if line.strip()
         )
         for file in _CUB

@@ -2,7 +2,7 @@
 
 | file | rows |
 |---|---|
-| .csv, .tsv, .tab | as they are; the delimiter is the most frequent of , ; tab and | in the first line |
+| .csv, .tsv, .tab | as they are; the most frequent of , ; tab and | in the header delimits, or X of `sep=X` |
 | .txt, .lst, no header | a path, or a path and a label, with or without an ending |
 | .jsonl, .json with a list of objects | their fields |
 | .json with `images`, `annotations` and `categories` | file name and category, as in COCO and iNaturalist |
@@ -41,12 +41,14 @@ class Table:
     Attributes:
         path: of the file, relative to the dataset's folder.
         header: names of the columns; their numbers from 1 on if the file has no header.
-        rows: one per image.
+        rows: one per image, each of as many values as the header.
+        problem: which row was cut or filled up, so that its class may be wrong; empty if none was.
     """
 
     path: str
     header: list[str]
     rows: Rows
+    problem: str = ""
 
     @property
     def folder(self) -> str:
@@ -73,10 +75,11 @@ def read_table(root: Path, path: str, is_image: IsImage) -> Table | None:
         is_image: whether a value names an image of the dataset.
 
     Raises:
-        UserError: the file is not UTF-8.
+        UserError: the file is missing or not UTF-8.
     """
     ending = splitext(path)[1].lower()
     file = root / path
+    _check_file(file)
     if file.stat().st_size > _MAX_BYTES:
         return None
     if ending == ".mat":
@@ -92,7 +95,7 @@ def read_table(root: Path, path: str, is_image: IsImage) -> Table | None:
     if ending == ".jsonl":
         try:
             return _table(
-                path, _objects([decode_json(line) for line in read_text(file).splitlines() if line.strip()])
+                path, _objects([decode_json(line) for line in read_text(file).split("\n") if line.strip()])
             )
         except ValueError:
             return None
@@ -109,31 +112,48 @@ def _table(path: str, rows: Rows | None, is_image: IsImage | None = None) -> Tab
         header = [str(number) for number in range(1, len(rows[0]) + 1)]
     else:
         header, rows = [name.strip() for name in rows[0]], rows[1:]
+    problem = ""
     for number, row in enumerate(rows, 1):
-        if len(row) < len(header):
-            if is_image is None or len(header) - len(row) > len(header) // 2:
-                raise UserError(
-                    f"{path}: row {number} has {len(row)} columns, the first {len(header)}; correct it"
-                )
-            row.extend([""] * (len(header) - len(row)))
-    return Table(path, header, rows) if rows else None
+        fix = ""
+        if len(header) - len(row) > len(header) // 2:
+            fix = "correct it"
+        elif any(value.strip() for value in row[len(header) :]):
+            fix = "put a value that has the delimiter in it in quotes"
+        if fix and not problem:
+            problem = f"{path}: row {number} has {len(row)} columns, the first {len(header)}; {fix}"
+        row[len(header) :] = [""] * (len(header) - len(row))
+    return Table(path, header, rows, problem) if rows else None
 
 
 def read_text(file: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        UserError: it is not UTF-8.
+        UserError: it is missing or not UTF-8.
     """
+    _check_file(file)
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
+        ending = file.suffix.lower()
+        if ending and ending not in TABLE_ENDINGS:
+            raise UserError(
+                f"{file}: tables and lists are read from text, not from {ending}; save it as .csv"
+            ) from None
         raise UserError(f"{file} is not UTF-8; save it as UTF-8") from None
 
 
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file} is a link to a missing file; restore the file or remove the link")
+
+
 def _csv_rows(text: str) -> Rows:
-    first = text.partition("\n")[0]
-    delimiter = max(",;\t|", key=first.count)
+    first, _, rest = text.partition("\n")
+    if excel := re.fullmatch(r"sep=([,;\t|])\r?", first):  # Excel marks the delimiter so
+        delimiter, text = excel[1], rest
+    else:
+        delimiter = max(",;\t|", key=first.count)
     try:
         return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
     except csv.Error:  # such as a field of more than 128 kB
@@ -141,7 +161,7 @@ def _csv_rows(text: str) -> Rows:
 
 
 def _read_list(path: str, text: str, is_image: IsImage) -> Table | None:
-    lines = [line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
+    lines = [line.strip() for line in text.split("\n") if line.strip() and line[0] != "#"]
     for split in _LINE_FORMS:
         sample = [split(line) for line in lines[:_SAMPLE]]
         if not sample or len({len(row) for row in sample}) > 1:
@@ -149,11 +169,19 @@ def _read_list(path: str, text: str, is_image: IsImage) -> Table | None:
         header = not is_image(sample[0][0])  # such as `path label`
         if len(sample) > header and all(is_image(row[0]) for row in sample[header:]):
             rows = [split(line) for line in lines[header:]]
-            width = len(rows[0])
-            if any(len(row) != width for row in rows):
-                number = next(n for n, row in enumerate(rows, 1 + header) if len(row) != width)
-                raise UserError(f"{path}: line {number} has another form than the first; correct it")
-            return Table(path, ["1", "2"][:width], rows)
+            width, columns = len(rows[0]), ["1", "2"][: len(rows[0])]
+            other = next((number for number, row in enumerate(rows, 1 + header) if len(row) != width), None)
+            problem = ""
+            if width > 2:
+                problem = (
+                    f"{path}: line {1 + header} has {width} values; write a path and a class, with a tab "
+                    "between them"
+                )
+            elif other:
+                problem = f"{path}: line {other} has another form than the first; correct it"
+            if problem:
+                rows = [[*row, ""][: len(columns)] for row in rows]
+            return Table(path, columns, rows, problem)
     return None
 
 
@@ -176,7 +204,7 @@ def _at_last_space(line: str) -> list[str]:
 
 
 def _by_comma(line: str) -> list[str]:
-    return [value.strip() for value in line.split(",")][:2]
+    return [value.strip() for value in line.rstrip(",").split(",")]
 
 
 # The forms of a line, tried in this order. Paths and labels may contain spaces, but not both.
@@ -206,7 +234,11 @@ def _objects(items: list[Any]) -> Rows | None:
         return None
     header = list(dict.fromkeys(key for item in items for key in item))
     scalar = [key for key in header if not any(isinstance(item.get(key), (dict, list)) for item in items)]
-    return [scalar, *([str(item.get(key, "")) for key in scalar] for item in items)]
+    return [scalar, *([_text(item.get(key)) for key in scalar] for item in items)]
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or value != value else str(value)  # null, or NaN as pandas writes it
 
 
 def _coco(data: dict[str, Any]) -> Rows:
@@ -248,6 +280,7 @@ def load_mat(file: Path) -> dict[str, Any]:
     """Return the variables of a MATLAB file, see `mat_file.read_mat`.
 
     Raises:
-        UserError: it is not one that scipy reads.
+        UserError: it is missing, or not one that scipy reads.
     """
+    _check_file(file)
     return read_mat(file.read_bytes(), str(file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ from posixpath import splitext
 
 from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.layouts import class_folders
-from hpc_imagenet.data.layouts.class_folders import WHOLE_PATH, Level, class_of, descend, is_flat
+from hpc_imagenet.data.layouts.class_folders import WHOLE_PATH, class_of, descend, is_flat
 from hpc_imagenet.data.layouts.completed_splits import Labels
 from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, scan_folder
 from hpc_imagenet.data.layouts.joined_tables import read_joined
@@ -51,10 +52,11 @@ class LayoutSearch:
         self._left: Counter[str] = Counter()  # as `skipped`, of the images of the tree
         self._samples: dict[str, Labels] = {split: {} for split in SPLITS}
         self._train_table: Labels = {}  # training images whose class is from a table
-        self._train_level: Level | None = None
+        self._train_path = ""  # of that table
+        self._train_level: int | None = None
         self._train_names: set[str] = set()  # of the folders beside the class folders of train
         # At most one of these is set, by dataset.labels.
-        self._level: Level | None = None
+        self._level: int | None = None
         self._pattern: re.Pattern[str] | None = None
         self._table: TableLabels | None = None
         self._columns: list[str] = []  # of the table of dataset.labels
@@ -68,6 +70,10 @@ class LayoutSearch:
         if self._dataset.labels is not None:
             self._read_labels_setting(self._dataset.labels)
         self._assign({split: path for split, path in self._dataset.splits.items() if path})
+        level = "path" if self._train_level == WHOLE_PATH else self._train_level or 1
+        classes = self._train_path or f"folder:{level}"
+        train = self._samples["train"]
+        self.warnings += self._tables.check_splits(train, self._tree, self._dataset, classes, self._table)
         self._name_numbers()
         rest = self._tree.total - sum(map(len, self._samples.values())) - self._left.total()
         self._left["beside the splits and classes"] += rest
@@ -79,7 +85,7 @@ class LayoutSearch:
         if kind == "folder":
             if rest != "path" and not re.fullmatch("[1-9]", rest):
                 raise UserError(f"dataset.labels={value} is not folder:1, folder:2 … or folder:path")
-            self._level = Level(WHOLE_PATH if rest == "path" else int(rest))
+            self._level = WHOLE_PATH if rest == "path" else int(rest)
         elif kind == "filename":
             try:
                 self._pattern = re.compile(rest or _BEFORE_NUMBER)
@@ -92,18 +98,20 @@ class LayoutSearch:
 
     def _read_label_file(self, value: str) -> TableLabels:
         path, columns = value, list[str]()
-        while not (self._root / path).is_file():
+        while not os.path.isfile(self._root / path):  # noqa: PTH113 - Path.is_file refuses long names
             path, colon, column = path.rpartition(":")
             if not colon:
-                files = [name for folder in self._tree.walk() for name in folder.others][:200]
-                meant = did_you_mean(value, files) if files else ""
+                meant = did_you_mean(value, self._tables.files[:200])
                 raise UserError(f"dataset.labels={value}: no such file in {self.source}{meant}")
             columns.insert(0, column)
         table, index = self._tables.read(path, self._tree, "dataset.labels")
         labels = read_labels(table, index, split_of(table.stem), columns)
-        if labels is None or labels.column is None:
+        if labels is not None and labels.problem:
+            labels.require_splits(columns)
+            self.warnings.append(f"{labels.problem}; it is ignored, as dataset.labels={value}")
+        if labels is None or (labels.column is None and not labels.splits):
             raise UserError(f"dataset.labels={value}: no column names the images and another the classes")
-        self._columns = columns or [labels.column]
+        self._columns = columns or ([labels.column] if labels.column is not None else [])
         return self._complete(labels)
 
     # Which images are in which split.
@@ -129,7 +137,9 @@ class LayoutSearch:
                 raise UserError(f"{self.source} has {seen}, but no train; set dataset.splits.train=FOLDER")
             folders |= more
         if not folders and not lists:
-            if not self._dataset.labels and class_folders.splits_in_classes(base):
+            # With another setting training would be on all splits.
+            by_folder = self._dataset.labels is None or self._level == 1
+            if by_folder and class_folders.splits_in_classes(base):
                 return self._assign_splits_in_classes(base)
             lists = self._tables.lists([base], self._columns, not self._has_level(base))
         pool: Labels = {}  # the images outside of folders of splits
@@ -151,7 +161,7 @@ class LayoutSearch:
 
     def _list_named(self, split: str, value: str) -> TableLabels:
         setting = f"dataset.splits.{split}"
-        if not (self._root / value).is_file():
+        if not os.path.isfile(self._root / value):  # noqa: PTH113
             names = [folder.path for folder in self._tree.walk()][1:200]
             raise UserError(
                 f"{setting}={value}: no such folder or list in {self.source}{did_you_mean(value, names)}"
@@ -171,7 +181,7 @@ class LayoutSearch:
                 return True
             return self._tables.labels_for("train", folders, self._tree) is not None
 
-        found = find_splits(base, self.source, is_labelled, self._left)
+        found = find_splits(base, self.source, is_labelled, self._level in (1, WHOLE_PATH), self._left)
         found = {split: folders for split, folders in found.items() if split not in known}
         used = [folder for folders in (*found.values(), *known.values()) for folder in folders]
         if found and "train" in {*found, *known}:
@@ -226,10 +236,11 @@ class LayoutSearch:
     def _label_list(self, split: str, listed: TableLabels, pool: Labels, explicit: bool) -> Labels:
         self._complete(listed)
         if listed.column is not None:
+            listed.require_splits(self._columns)
             self.how = self.how or f"classes of {listed.where}"
             labels = {path: label for path, label in listed.labels.items() if label}
             if split == "train":
-                self._train_table = dict(labels)
+                self._train_table, self._train_path = dict(labels), listed.table.path
             return labels
         labels = {path: pool[path] for path in listed.labels if path in pool}
         if len(labels) < len(listed.labels):
@@ -273,7 +284,7 @@ class LayoutSearch:
         self.how = self.how or "class folders"
         return labels
 
-    def _compare_with_tables(self, labels: Labels, folders: list[Folder], level: Level) -> None:
+    def _compare_with_tables(self, labels: Labels, folders: list[Folder], level: int) -> None:
         """Refuse folders that divide the images in another way than a table's column of classes."""
         table = self._tables.second_labels(folders, self._tree)
         if table is None:
@@ -284,9 +295,10 @@ class LayoutSearch:
             return  # a table of few images, or a column that describes single images
         if len(set(pairs)) > max(len(ours), len(theirs)):  # neither divides the groups of the other
             first, second = pairs[0]
+            depth = "path" if level == WHOLE_PATH else level
             raise UserError(
                 f"{self.source}: the class may be the folder, such as {first}, or that of {table.where}, "
-                f"such as {second}; set dataset.labels=folder:{level.depth or 'path'}, or "
+                f"such as {second}; set dataset.labels=folder:{depth}, or "
                 f"dataset.labels='{table.table.path}:{table.column}'"
             )
         if ours != theirs and not all(name.isdecimal() for name in theirs):
@@ -306,9 +318,10 @@ class LayoutSearch:
             else:
                 self._left[reason] += 1
         if not labels and (explicit or split != "test"):
+            other = f"; set dataset.splits.{split} to the table of its classes" if table else ""
             raise UserError(
                 f"dataset.labels={self._dataset.labels} gives no image of {split} a class, such as "
-                f"{next(folders[0].paths())}"
+                f"{next(folders[0].paths())}{other}"
             )
         self.how = f"classes of {table.where}" if table else "classes in file names"
         if split == "train" and table:
@@ -330,22 +343,28 @@ class LayoutSearch:
             if split == "test" and not explicit:
                 self._skip_test(folders[0].path, total)
                 return {}
+            path = next(folders[0].paths(), folders[0].path)
+            unused = self._tables.describe_unused(path)
             if alone and alone.lower() not in IMAGE_FOLDERS and not split_of(alone):
                 where = f"{self.source}/{folders[0].path}".removesuffix(alone).rstrip("/")
                 raise UserError(
                     f"{where} has one class folder only, {alone}; a class needs others beside it, unless "
                     "dataset.labels=TABLE or, for names such as cat_1.jpg, dataset.labels=filename gives the "
-                    "classes"
+                    f"classes{unused}"
                 )
-            path = next(folders[0].paths(), folders[0].path)
             if parts := [folder.name for folder in folders[0].filled]:
                 raise UserError(
                     f"{self.source}: {parts[0]} … {parts[-1]} may be classes, or parts of one set without a "
-                    "table of classes; set dataset.labels=folder:1 or dataset.labels=TABLE"
+                    f"table of classes; set dataset.labels=folder:1 or dataset.labels=TABLE{unused}"
                 )
+            beside = self._folders[folders[0].path.rpartition("/")[0]].filled
+            named = split == "train" and split_of(folders[0].name)
+            if named and not all(split_of(folder.name) for folder in beside):
+                unused = f", or dataset.labels=folder:1 if {folders[0].name} is a class{unused}"
             raise UserError(
                 f"{self.source}/{path} is in no class folder, and no table gives its class; set "
                 "dataset.labels=TABLE, or dataset.labels=filename if names such as cat_1.jpg begin with it"
+                f"{unused}"
             )
         self._complete(found)
         labels = {path: label for path, label in found.labels.items() if label}
@@ -353,7 +372,7 @@ class LayoutSearch:
         self._left[f"no class in {found.table.path}"] += len(found.labels) - len(labels)
         self.how = self.how or f"classes of {found.where}"
         if split == "train":
-            self._train_table = dict(labels)
+            self._train_table, self._train_path = dict(labels), found.table.path
         if pool and found.splits:
             self.how = f"classes and splits of {found.table.path}"
             for path in [path for path in labels if found.splits[path] != "train"]:
@@ -374,18 +393,8 @@ class LayoutSearch:
 
     def _name_numbers(self) -> None:
         """Replace numbers as labels by the names that folders or file names show."""
-
-        def parent(path: str) -> str:
-            return path.split("/")[-2] if "/" in path else ""
-
-        def folders(path: str) -> str:
-            return class_of(path, base, Level(WHOLE_PATH)) or ""
-
-        def begin(path: str) -> str:
-            return re.sub(r"[\s._-]*[0-9]+$", "", splitext(path.rpartition("/")[2])[0])
-
         base = descend(self._tree)
-        names = names_for_numbers(self._train_table, [parent, folders, begin])
+        names = names_for_numbers(self._train_table, lambda path: class_of(path, base, WHOLE_PATH) or "")
         if names:
             for labels in self._samples.values():
                 labels.update({path: names.get(label, label) for path, label in labels.items()})

@@ -17,7 +17,11 @@ _MAX_DEPTH = 3  # of folders beside others that are searched for splits
 
 
 def find_splits(
-    base: Folder, source: str, is_labelled: Callable[[list[Folder]], bool], skipped: Counter[str]
+    base: Folder,
+    source: str,
+    is_labelled: Callable[[list[Folder]], bool],
+    are_classes: bool,
+    skipped: Counter[str],
 ) -> dict[str, list[Folder]]:
     """Return split → its folders; empty if no names mean splits.
 
@@ -25,6 +29,7 @@ def find_splits(
         base: the folder that contains them.
         source: the dataset's folder, for errors.
         is_labelled: whether a table or setting labels the images of some folders.
+        are_classes: whether a setting says that folders of images are classes.
         skipped: reason → number of files that are left out; is extended.
 
     Raises:
@@ -40,12 +45,10 @@ def find_splits(
     if others:
         if "train" not in named:
             return {}
-        # Classes may be called train and plane: then train has no classes within.
-        if (
-            len(named) == 1
-            and all(is_flat(descend(each)) for each in named["train"])
-            and not is_labelled(named["train"])
-        ):
+        # Classes may be called train and plane: then train has no classes within. Beside a test without any,
+        # both may be splits whose table is missing, so only a setting makes classes of them.
+        flat = all(is_flat(descend(each)) for folders in named.values() for each in folders)
+        if flat and (are_classes or (len(named) == 1 and not is_labelled(named["train"]))):
             return {}
     for split, folders in named.items():
         kept = [folder for folder in folders if not words_of(folder.name) & _MASK_WORDS] or folders

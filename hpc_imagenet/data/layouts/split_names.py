@@ -7,37 +7,17 @@ import unicodedata
 from collections.abc import Iterable
 
 SPLITS = ("train", "val", "test")
-_WORDS = {
-    "train": "train",
-    "training": "train",
-    "trn": "train",
-    "trainset": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "eval": "val",
-    "valset": "val",
-    "test": "test",
-    "testing": "test",
-    "tst": "test",
-    "testset": "test",
+_MEANINGS = {
+    "train": ("train", "training", "trn", "trainset"),
+    "val": ("val", "valid", "validation", "dev", "eval", "valset"),
+    "test": ("test", "testing", "tst", "testset"),
 }
+_WORDS = {word: split for split, words in _MEANINGS.items() for word in words}
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # also the words of trainLabels
-_DIGITS = re.compile(r"(\d+)")
-_PART_WORDS = {
-    "part",
-    "images",
-    "image",
-    "imgs",
-    "img",
-    "batch",
-    "chunk",
-    "photos",
-    "data",
-    "folder",
-    "shard",
-}
+_DIGITS = re.compile(r"(\d{1,4000})")  # int() refuses more than 4300 digits
+_PART_WORDS = frozenset(
+    ("part", "images", "image", "imgs", "img", "batch", "chunk", "photos", "data", "folder", "shard")
+)
 
 
 def words_of(name: str) -> set[str]:
@@ -49,6 +29,11 @@ def split_of(name: str) -> str | None:
     """Return the split that a name means; None if it means none, or several, as `train_test_split` does."""
     splits = {_WORDS[word] for word in words_of(name) if word in _WORDS}
     return splits.pop() if len(splits) == 1 else None
+
+
+def is_split(value: str) -> bool:
+    """Whether a value is the word for a split and no more, as `Train` and `val` are."""
+    return split_of(value) is not None and len(words_of(value)) == 1
 
 
 def is_trainval(name: str) -> bool:
@@ -92,4 +77,4 @@ def class_keys(classes: Iterable[str]) -> dict[str, str]:
 
 
 def _keys(name: str) -> list[str]:
-    return [name, unicodedata.normalize("NFC", name), *([str(int(name))] if name.isdecimal() else [])]
+    return [name, unicodedata.normalize("NFC", name), *([str(int(name))] if _DIGITS.fullmatch(name) else [])]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from posixpath import splitext
 
-from hpc_imagenet.data.layouts.image_index import ImageIndex, rank_folders
+from hpc_imagenet.data.layouts.image_index import ImageIndex, ambiguity, rank_folders
 from hpc_imagenet.data.layouts.label_table import Table
-from hpc_imagenet.data.layouts.split_names import split_of
+from hpc_imagenet.data.layouts.split_names import SPLITS, is_split, split_of
 from hpc_imagenet.errors import UserError, did_you_mean
 
 _ONE = "only datasets with one class per image are supported"
@@ -25,7 +26,13 @@ _LABEL_HEADERS = (
     *("classidx", "labelidx", "classindex", "targetid", "y"),
 )
 _NUMBER = re.compile(r"[+-]?[0-9]*[.,]?[0-9]*")
-_SPLIT_HEADERS = ("split", "set", "subset", "partition", "phase", "dataset", "usage")
+_SPLIT_HEADERS = ("split", "splits", "datasplit", "subset", "partition")  # mean nothing else
+_MAYBE_SPLIT_HEADERS = ("set", "phase", "dataset", "usage", "group")
+_MAX_SPLITS = 6  # values of a column of splits that has another header
+
+
+class DamagedTableError(UserError):
+    """A table has rows that were cut or filled up."""
 
 
 @dataclass
@@ -36,21 +43,37 @@ class TableLabels:
         table: the table.
         labels: path → label; None as label if the table has none.
         splits: path → split, if the table has a column of splits.
+        image: name of the column of images.
         column: name of the column of labels; None if there is none, "" if there is one per class.
         missing: values that name no image.
+        problem: why its splits are not known, so that `splits` is empty; empty if they are, or it has none.
     """
 
     table: Table
     labels: dict[str, str | None]
     splits: dict[str, str]
+    image: str
     column: str | None
     missing: list[str]
+    problem: str = ""
 
     @property
     def where(self) -> str:
         """Where its labels are, for the log."""
         named = self.column and not self.column.isdecimal()
         return f"{self.table.path}, column {self.column}" if named else self.table.path
+
+    def require_splits(self, columns: Sequence[str] = ()) -> None:
+        """Raise a UserError if its splits are not known, with the setting that ignores them.
+
+        Args:
+            columns: those that dataset.labels names; splits that are not known are ignored if they are two.
+        """
+        if self.problem and len(columns) < 2:
+            ignore = f"remove dataset.labels={self.table.path}, which has no classes"
+            if self.column is not None:
+                ignore = f"set dataset.labels='{self.table.path}:{self.image}:{self.column}' to ignore it"
+            raise UserError(f"{self.problem}, or {ignore}")
 
 
 def read_labels(
@@ -62,44 +85,99 @@ def read_labels(
         table: the table.
         index: the images.
         split: split of the table; None if it has none.
-        columns: names of the column of labels, or of those of images and labels; empty: detected.
+        columns: names of the column of labels, or of those of images and labels; empty: detected, as is the
+            one of labels if its name is empty.
         unlabelled: whether labels are of no interest, as they are known from folders.
 
     Raises:
         UserError: it is ambiguous which column has the labels, or an image has two labels.
+        DamagedTableError: the labels or splits of some rows may be wrong.
     """
     for name in columns:
-        if name not in table.header:
+        if name and name not in table.header:
             raise UserError(f"{table.path} has no column {name}{did_you_mean(name, table.header)}")
     image = columns[0] if len(columns) > 1 else _image_column(table, index)
     if image is None:
         return None
-    split_column = _split_column(table, image)
+    split_column, problem = _split_column(table, (image, *columns))
     rest = [name for name in table.header if name not in ("", "Unnamed: 0", image, split_column)]
     column: str | None = None
     values: list[str] | None = None
     if unlabelled:
         pass
-    elif columns:
+    elif columns and columns[-1]:
         column, values = columns[-1], table.column(columns[-1])
     else:
         column, values = _label_values(table, rest)
-    return _resolve(table, index, split, image, split_column, column, values)
+    if (values is not None or split_column) and table.problem:
+        raise DamagedTableError(table.problem)
+    result = TableLabels(table, {}, {}, image, column, [], problem)
+    _resolve(result, index, split, None if problem else split_column, values)
+    return result
+
+
+def read_held_out(
+    table: Table, index: ImageIndex, split: str | None, train: Collection[str]
+) -> tuple[list[str], str]:
+    """Return the training images that a table's column of splits holds out, and why they are not known.
+
+    Args:
+        table: the table.
+        index: all images.
+        split: split of the table; None if it has none.
+        train: paths of the training images.
+    """
+    image = _image_column(table, index)
+    column, problem = _split_column(table, (image,)) if image is not None else (None, "")
+    if image is None or column is None:
+        return [], ""
+    ranks = {each: rank_folders(table.folder, each) for each in (None, *SPLITS)}
+    splits: dict[str, str] = {}
+    unclear, held_out = "", False
+    for reference, value in zip(table.column(image), table.column(column), strict=True):
+        meant = None if problem else split_of(value)
+        found = index.nearest(reference, ranks[split or meant])
+        if not any(path in train for path in found):  # such as a row of val beside the folder val
+            continue
+        if problem or table.problem:
+            return [], table.problem or problem
+        named = str(meant)
+        if len(found) > 1:
+            unclear = unclear or ambiguity(table.path, reference, found)
+            held_out = held_out or named != "train"
+        elif splits.setdefault(found[0], named) != named:
+            return [], _contradiction(table, reference, splits[found[0]], named)
+    if held_out:
+        return [], unclear
+    return [path for path, named in splits.items() if named != "train"], ""
+
+
+def unmatched_splits(table: Table, index: ImageIndex) -> str | None:
+    """Return the column of splits of a table whose rows name no image, such as a list of patients.
+
+    Args:
+        table: the table.
+        index: all images.
+    """
+    if _image_column(table, index) is not None:
+        return None
+    column, problem = _split_column(table, ())
+    several = column is not None and len({split_of(value) for value in table.column(column)}) > 1
+    return column if several and not problem else None
 
 
 def _resolve(
-    table: Table,
+    result: TableLabels,
     index: ImageIndex,
     split: str | None,
-    image: str,
     split_column: str | None,
-    column: str | None,
     values: list[str] | None,
-) -> TableLabels:
+) -> None:
+    """Fill in the labels, splits and missing images of a table."""
+    table = result.table
     rank = rank_folders(table.folder, split)
-    result = TableLabels(table, {}, {}, column, [])
     splits = table.column(split_column) if split_column else None
-    for row, reference in enumerate(table.column(image)):
+    for row, reference in enumerate(table.column(result.image)):
         path = index.find(reference, rank, table.path)
         if path is None:
             result.missing.append(reference)
@@ -110,12 +188,22 @@ def _resolve(
                 f"{table.path}: {reference} has the classes {result.labels[path]} and {label}; {_ONE}"
             )
         if splits:
-            result.splits[path] = split_of(splits[row]) or splits[row]
+            named = str(split_of(splits[row]))
+            if result.splits.setdefault(path, named) != named:
+                result.problem = _contradiction(table, reference, result.splits[path], named)
+    if result.problem:
+        result.splits.clear()
     names = set(filter(None, values or ()))
     for name in names:
         if "|" in name and names.issuperset(name.split("|")):
             raise UserError(f"{table.path} has several classes for one image, such as {name}; {_ONE}")
-    return result
+
+
+def _contradiction(table: Table, reference: str, first: str, second: str) -> str:
+    return (
+        f"{table.path}: {reference} is in {first} and in {second}; an image belongs to one split only, "
+        "so remove one of its rows"
+    )
 
 
 def _image_column(table: Table, index: ImageIndex) -> str | None:
@@ -129,13 +217,50 @@ def _image_column(table: Table, index: ImageIndex) -> str | None:
     return next((name for name in by_name if name and names_images(name)), None)
 
 
-def _split_column(table: Table, image: str) -> str | None:
+def _split_column(table: Table, others: Sequence[str]) -> tuple[str | None, str]:
+    """Return the column of splits, None if there is none, and why its splits are not known.
+
+    Args:
+        table: the table.
+        others: its columns of images and classes.
+    """
+    found: dict[str, list[str | None]] = {}
+    unknown: dict[str, str] = {}  # column → its first value that is no split
     for name in table.header:
-        if name != image and _plain(name) in _SPLIT_HEADERS:
-            values = set(table.column(name))
-            if len(values) <= 6 and all(split_of(value) for value in values):
-                return name
-    return None
+        if name in others or not _may_be_splits(table, name):
+            continue
+        column = table.column(name)
+        splits = [split_of(value) for value in column]
+        if None in splits:
+            unknown[name] = column[splits.index(None)]
+        else:
+            found[name] = splits
+    names = list(found)
+    if unknown and not any(_plain(name) in _SPLIT_HEADERS for name in names):
+        name, value = next(iter(unknown.items()))
+        return name, (
+            f"{table.path}: column {name} has {value[:40]!r}, which is none of train, val and test; "
+            "write one of these, or remove these rows or the column"
+        )
+    for other in names[1:]:
+        if found[other] != found[names[0]]:
+            return names[0], (
+                f"{table.path}: columns {names[0]} and {other} have different splits; remove one of them"
+            )
+    return (names[0] if names else None), ""
+
+
+def _may_be_splits(table: Table, name: str) -> bool:
+    """Whether a column is meant to have splits, by its header, or as two of a few values are splits."""
+    header, place = _plain(name), table.header.index(name)
+    if header in _SPLIT_HEADERS:
+        return any(table.column(name))
+    if header in _MAYBE_SPLIT_HEADERS:
+        return any(map(split_of, set(table.column(name))))
+    if header in _LABEL_HEADERS or len({row[place] for row in table.rows[:_SAMPLE]}) > _MAX_SPLITS:
+        return False
+    values = set(table.column(name))
+    return len(values) <= _MAX_SPLITS and len({split_of(value) for value in values if is_split(value)}) > 1
 
 
 def _label_values(table: Table, columns: list[str]) -> tuple[str | None, list[str] | None]:
@@ -201,18 +326,27 @@ def _place(name: str, known: tuple[str, ...]) -> int:
     return known.index(_plain(name)) if _plain(name) in known else len(known)
 
 
-def names_for_numbers(labels: dict[str, str], described: Sequence[Callable[[str], str]]) -> dict[str, str]:
+def names_for_numbers(labels: dict[str, str], folders_of: Callable[[str], str]) -> dict[str, str]:
     """Return number → name of its class, if paths show the names; empty if they do not.
+
+    Names may be those of the images' folders, of all folders of their paths, or the beginnings of file names;
+    the first that give each number a name of its own are used.
 
     Args:
         labels: path → number of its class.
-        described: functions from a path to what may be the name of its class; the first that gives each
-            number a name of its own is used.
+        folders_of: returns the folders of a path that may be its class.
     """
+
+    def parent(path: str) -> str:
+        return path.split("/")[-2] if "/" in path else ""
+
+    def begin(path: str) -> str:
+        return re.sub(r"[\s._-]*[0-9]+$", "", splitext(path.rpartition("/")[2])[0])
+
     paths, numbers = list(labels), list(labels.values())
     if not numbers or not all(number.isdecimal() for number in numbers):
         return {}
-    for name_of in described:
+    for name_of in (parent, folders_of, begin):
         names = [name_of(path) for path in paths]
         if all(names) and is_bijection(numbers, names):
             return dict(zip(numbers, names, strict=True))

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from posixpath import splitext
 
+from hpc_imagenet.config.dataset import Dataset
+from hpc_imagenet.data.layouts.class_folders import descend, find_level
 from hpc_imagenet.data.layouts.folder_tree import Folder
 from hpc_imagenet.data.layouts.image_index import ImageIndex
 from hpc_imagenet.data.layouts.label_table import TABLE_ENDINGS, Table, read_table
 from hpc_imagenet.data.layouts.split_names import is_trainval, split_of, words_of
-from hpc_imagenet.data.layouts.table_labels import TableLabels, has_classes, is_bijection, read_labels
+from hpc_imagenet.data.layouts.table_labels import (
+    DamagedTableError,
+    TableLabels,
+    has_classes,
+    is_bijection,
+    read_held_out,
+    read_labels,
+    unmatched_splits,
+)
 from hpc_imagenet.errors import UserError
 
 _OTHER_FILES = {"submission", "sample", "readme", "license", "licence", "requirements", "citation"}
 _MAT_FILES = {"list", "annos"}  # of Stanford Dogs and Cars; others are features or masks, and large
 _TABLES = (".csv", ".tsv", ".tab", ".jsonl")
+_UNREAD = (".parquet", ".xlsx", ".xls", ".ods", ".feather", ".arrow")
+_MAX_SHOWN = 60  # characters of a line in an error
 _MAX_FILES, _MAX_FOLDERS, _MAX_DEPTH = 60, 30, 4  # more are one file or folder per image or class
 
 
@@ -26,11 +38,15 @@ class TableSearch:
         root: the folder.
         tree: its tree.
         source: dataset.source, for errors.
+
+    Attributes:
+        files: paths of what may be tables and lists.
     """
 
     def __init__(self, root: Path, tree: Folder, source: str) -> None:
         self._root, self._source = root, source
-        self._files = list(_candidates(tree, 0))
+        self.files = _candidates(tree, TABLE_ENDINGS)
+        self._unread = _candidates(tree, _UNREAD)
         self._index: dict[tuple[str, ...], ImageIndex] = {}
 
     def index(self, folders: Sequence[Folder]) -> ImageIndex:
@@ -85,10 +101,10 @@ class TableSearch:
             endings: of the files that are read.
 
         Raises:
-            UserError: two tables differ, or it is ambiguous which column has the labels.
+            UserError: two tables differ, one is damaged, or it is ambiguous which column has the labels.
         """
         found, problem = [], None
-        for path in self._files:
+        for path in self.files:
             if _file_split(path) not in (None, split) or not path.lower().endswith(endings):
                 continue
             # A table of all splits names images of each, and a bare `1.png` is not one of train and of test.
@@ -97,6 +113,8 @@ class TableSearch:
             try:
                 table = read_table(self._root, path, index.__contains__)
                 labels = read_labels(table, index, None if shared else split) if table else None
+            except DamagedTableError as error:  # it may be the one that has the classes
+                raise UserError(f"{error}, or set dataset.labels to the table of the classes") from None
             except UserError as error:
                 problem = problem or error
                 continue
@@ -104,6 +122,7 @@ class TableSearch:
                 paths = {path for folder in folders for path in folder.paths()}
                 labels.labels = {path: name for path, name in labels.labels.items() if path in paths}
             if labels and labels.labels and labels.column is not None and not _is_count(labels):
+                labels.require_splits()
                 found.append(labels)
         if problem and not found:
             raise problem
@@ -124,7 +143,7 @@ class TableSearch:
             UserError: two lists of one split differ.
         """
         found: dict[str, list[TableLabels]] = {"train": [], "trainval": [], "val": [], "test": []}
-        files = [(_list_split(path), path) for path in self._files]
+        files = [(_list_split(path), path) for path in self.files]
         for split, path in sorted(files, key=lambda each: list(found).index(each[0] or "test")):
             if split is None:
                 continue
@@ -149,9 +168,108 @@ class TableSearch:
         lists = {split: self._only(tables, f"dataset.splits.{split}") for split, tables in found.items()}
         return {split: labels for split, labels in lists.items() if labels}
 
+    def describe_unused(self, image: str) -> str:
+        """Return why a table beside images is none of their classes, for an error; empty without one.
+
+        Args:
+            image: path of one of the images.
+        """
+        files = [path for path in self.files if not path.endswith(".mat")]
+        files.sort(key=lambda path: not path.lower().endswith(_TABLES))
+        if not files:
+            return f"; {self._unread[0]} is not read, save it as .csv" if self._unread else ""
+        with (self._root / files[0]).open(encoding="utf-8-sig", errors="replace") as file:
+            lines = [file.readline(_MAX_SHOWN).strip() for _ in range(2)]
+        shown = " and ".join(repr(line) for line in lines if line) or "nothing"
+        return (
+            f"; {files[0]} has no column of names such as {image.rpartition('/')[2]} beside one of classes, "
+            f"it begins with {shown}"
+        )
+
+    def check_splits(
+        self, train: Collection[str], tree: Folder, dataset: Dataset, classes: str, known: TableLabels | None
+    ) -> list[str]:
+        """Refuse training images that a table holds out; return warnings of splits that are ignored.
+
+        Args:
+            train: paths of the training images.
+            tree: the whole tree.
+            dataset: its settings `labels` and `splits`.
+            classes: value of `labels` that takes the classes from where they are.
+            known: the table of `labels`, which is not read again.
+
+        Raises:
+            UserError: no setting ignores the table, or its splits cannot be read.
+        """
+        explicit = " and ".join(f"dataset.splits.{split}" for split, path in dataset.splits.items() if path)
+        warnings = list[str]()
+        for path in self.files:
+            own = known is not None and path == known.table.path
+            problem, uses = self._held_out(path, train, tree, known if own else None, warnings)
+            if not problem:
+                continue
+            if dataset.labels is not None and (not own or dataset.splits.get("train")):
+                warnings.append(f"{problem}; it is ignored, as dataset.labels={dataset.labels}")
+                continue
+            ignore = f"set dataset.labels={classes}" if path != classes else "remove the column"
+            if own:
+                uses, ignore = [], "set dataset.splits.train"
+            elif uses and classes in self.files and path != classes:
+                uses = [f"add it to {classes}"]
+            if uses or own:
+                uses += [f"remove {explicit}"] if explicit else []
+                problem = f"{problem}; {' and '.join(uses)} to use it"
+            raise UserError(f"{problem}, or {ignore} to ignore it")
+        return warnings
+
+    def _held_out(
+        self,
+        path: str,
+        train: Collection[str],
+        tree: Folder,
+        known: TableLabels | None,
+        warnings: list[str],
+    ) -> tuple[str, list[str]]:
+        """Return what is wrong with the splits of a table, and what takes them; empty if nothing is wrong.
+
+        A table whose rows name no image is added to the warnings, as it may be of something else.
+        """
+        index = self.index([tree])
+        try:
+            table = None if known else read_table(self._root, path, index.__contains__)
+        except UserError:  # not a table
+            return "", []
+        held, problem, uses = [], "", [f"set dataset.labels={path}"]
+        if known:
+            held = [image for image, split in known.splits.items() if split != "train" and image in train]
+        elif table:
+            held, problem = read_held_out(table, index, _file_split(path), train)
+            if column := unmatched_splits(table, index):
+                warnings.append(f"not used: {path} has splits in its column {column}, but names no image")
+        if not held:
+            return problem, []
+        if table and not self._gives_classes(table, index, tree):
+            uses.insert(0, f"add a column of classes to {path}")
+        return (
+            f"{path} has a column of splits, by which {len(held)} of {len(train)} training images are not "
+            f"for training, such as {held[0]}",
+            uses,
+        )
+
+    def _gives_classes(self, table: Table, index: ImageIndex, tree: Folder) -> bool:
+        """Whether a table has classes, or the folders of a tree give them if it is that of `labels`."""
+        try:
+            found = read_labels(table, index, None)
+        except UserError:  # names the setting for its classes
+            return True
+        try:
+            return bool((found and found.column is not None) or find_level(descend(tree), self._source))
+        except UserError:  # the folders may be splits
+            return False
+
     def _only(self, found: list[TableLabels], setting: str) -> TableLabels | None:
         """Return the one table, or one of several that state the same."""
-        found = sorted(found, key=lambda each: each.column is None)
+        found = sorted(found, key=lambda each: (each.column is None, not each.splits))
         for other in found[1:]:
             first = found[0]
             same = first.labels.keys() == other.labels.keys()
@@ -174,21 +292,17 @@ def _is_count(labels: TableLabels) -> bool:
     return len(names) == len(labels.labels) > 10 and all(name and name.isdecimal() for name in names)
 
 
-def _candidates(folder: Folder, depth: int) -> list[str]:
+def _candidates(folder: Folder, endings: tuple[str, ...], depth: int = 0) -> list[str]:
     found = []
     if len(folder.others) <= _MAX_FILES:
         prefix = f"{folder.path}/" if folder.path else ""
         for name in folder.others:
             ending, words = splitext(name.lower())[1], words_of(name)
-            if (
-                ending in TABLE_ENDINGS
-                and not words & _OTHER_FILES
-                and (ending != ".mat" or words & _MAT_FILES)
-            ):
+            if ending in endings and not words & _OTHER_FILES and (ending != ".mat" or words & _MAT_FILES):
                 found.append(prefix + name)
     if depth < _MAX_DEPTH and len(folder.folders) <= _MAX_FOLDERS:
         for inner in folder.folders:
-            found += _candidates(inner, depth + 1)
+            found += _candidates(inner, endings, depth + 1)
     return found
 
 

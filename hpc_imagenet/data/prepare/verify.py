@@ -24,6 +24,7 @@ from hpc_imagenet.datastore.file_hash import hash_file
 from hpc_imagenet.datastore.index import Index, open_index
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, load_manifest
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.io.tar_header import BLOCK, member_size, name_before
 
 SAMPLE = 1000  # index entries checked per split
@@ -52,7 +53,7 @@ def find_folders(workspace: Path, target: str) -> list[Path]:
     Raises:
         UserError: no dataset, datastore or folder matches.
     """
-    folder = Path(target).expanduser()
+    folder = expand_home(target)
     if (folder / FILE).exists():
         return [folder]
     name, number = versions.parse_reference(target) if "/" not in target else (target, None)
@@ -89,8 +90,14 @@ def verify_dataset(
     report = VerifyReport(folder)
     try:
         manifest = load_manifest(folder)
-    except (FileNotFoundError, UserError) as error:
-        report.problems.append(f"{folder / FILE} is missing" if isinstance(error, OSError) else str(error))
+    except FileNotFoundError:
+        report.problems.append(f"{folder / FILE} is missing")
+        return report
+    except OSError as error:
+        report.problems.append(f"{folder / FILE} cannot be read: {error.strerror}")
+        return report
+    except UserError as error:
+        report.problems.append(str(error))
         return report
     report.images = manifest.images
     counter = ProgressCounter(lambda done, note: None)
@@ -177,6 +184,9 @@ def _verify_sample(folder: Path, manifest: Manifest, path: Path, entries: Index)
                     is_header = member_size(os.pread(descriptor, BLOCK, offset - BLOCK)) == length
                 except ValueError:
                     is_header = False
+                except OSError as error:
+                    yield f"{shards[number]} cannot be read: {error.strerror}"
+                    return
                 if not is_header:
                     yield f"{path}: entry {row} is byte {offset} of {shards[number]}, where no image begins"
                     return
@@ -230,7 +240,12 @@ def _verify_class_folders(
             return [f"{class_folder}: {error.strerror}"], 0
         if len(sizes) != len(rows):
             return [f"{class_folder} has {len(sizes)} files instead of {len(rows)}"], 0
-        return ([], 0) if quick or not have_shards else _compare(class_folder, sizes, shards, entries[rows])
+        if quick or not have_shards:
+            return [], 0
+        try:
+            return _compare(class_folder, sizes, shards, entries[rows])
+        except OSError as error:
+            return [f"{class_folder} cannot be compared with the shards: {error.strerror}"], 0
 
     labels = range(len(manifest.classes))
     bad_classes = 0

@@ -77,16 +77,22 @@ class ArchiveFolder:
         return 0
 
 
+class _StillChangingError(UserError):
+    """A file was modified while it was read."""
+
+
 def verify_in_place(
     target: Path, expected: ExpectedArchive, source: str, progress: Callable[[int], None]
 ) -> None:
     """Verify an archive that exists at its final path without a valid receipt, and write the receipt.
 
     Raises:
-        UserError: it is not the expected archive; it is renamed to `<target>.bad`.
+        UserError: it is not the expected archive; it is renamed to `<target>.bad`, unless it still changes.
     """
     try:
         verify_and_record(target, expected, target, source, progress)
+    except _StillChangingError:
+        raise  # another program writes to it, under this name
     except UserError as error:
         raise quarantine(target, target, error) from None
 
@@ -103,7 +109,9 @@ def verify_and_record(
     md5 = md5_of_file(path, progress)
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise UserError(f"{path}: changed while it was read; run the same command again once it is complete")
+        raise _StillChangingError(
+            f"{path}: changed while it was read; run the same command again once it is complete"
+        )
     check_complete(path, expected, md5, str(path))
     receipt.write_receipt(target, md5, source, expected.md5_source, before)
 

@@ -19,14 +19,14 @@ import warnings
 from pathlib import Path
 
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.access import read_private
+from hpc_imagenet.io.access import expand_home, read_private
 
 log = logging.getLogger(__name__)
 
 COOKIE = "HPC_IMAGENET_COOKIE"  # environment variable with the value of the header Cookie
 HEADER = "HPC_IMAGENET_HEADER"  # environment variable with a full header: `Authorization: Bearer …`
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]+)")
-_NETRC = re.compile(r"\s*(machine|default)\s", re.MULTILINE)
+_NETRC = re.compile(r"\s*(machine|default)\s")
 
 
 class HttpCredentials:
@@ -46,14 +46,15 @@ class HttpCredentials:
         self._jar: http.cookiejar.MozillaCookieJar | None = None
         host = urllib.parse.urlsplit(prefix).hostname or ""
         if path is not None:
-            self._load_file(Path(path).expanduser(), host)
+            self._load_file(expand_home(path), host)
         elif os.environ.get(COOKIE) or os.environ.get(HEADER):
             if cookie := os.environ.get(COOKIE):
                 self._headers |= _parse_header(f"Cookie: {cookie}", f"the environment variable {COOKIE}")
             if header := os.environ.get(HEADER):
                 self._headers |= _parse_header(header, f"the environment variable {HEADER}")
         else:
-            default_path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+            # Without a home folder there is no such file, which is no error.
+            default_path = Path(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))  # noqa: PTH111
             if default_path.is_file() and _netrc_has_host(default_path, host):
                 self._load_file(default_path, host)
         if (self._headers or self._jar is not None) and prefix.startswith("http:"):
@@ -75,9 +76,10 @@ class HttpCredentials:
         elif _NETRC.match(_without_comments(text)):
             try:
                 entry = netrc.netrc(str(path)).authenticators(host)
-            except (netrc.NetrcParseError, OSError):
+            except (netrc.NetrcParseError, OSError, UnicodeDecodeError):
                 raise UserError(
-                    f"{path}: not a valid netrc; its lines are: machine HOST login NAME password PASSWORD"
+                    f"{path}: not a valid netrc; its lines are, in UTF-8: machine HOST login NAME password "
+                    "PASSWORD"
                 ) from None
             if entry is None:
                 raise UserError(
@@ -100,9 +102,10 @@ def _load_cookies(path: Path) -> http.cookiejar.MozillaCookieJar:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of an invalid line with a traceback
             jar.load(str(path), ignore_discard=True, ignore_expires=True)
-    except (http.cookiejar.LoadError, OSError):
+    except (http.cookiejar.LoadError, OSError, UnicodeDecodeError):
         raise UserError(
-            f"download.login={path}: not a valid cookie file; export the cookies in Netscape's format"
+            f"download.login={path}: not a valid cookie file; export the cookies in Netscape's format, in "
+            "UTF-8"
         ) from None
     for cookie in jar:
         # Browsers write 0 for session cookies, which a cookie jar takes for expired ones.

@@ -171,19 +171,31 @@ class _HttpResponse:
 
 
 def _connection_pool(prefix: str, timeout: float, connections: int) -> urllib3.PoolManager:
-    """Return a connection pool that uses the environment's proxy, except for loopback addresses."""
+    """Return a connection pool that uses the environment's proxy, except for loopback addresses.
+
+    Raises:
+        UserError: the proxy is not valid; its URL is not shown, as it may hold a password.
+    """
     timeouts = urllib3.Timeout(connect=timeout, read=timeout)
     parts = urllib.parse.urlsplit(prefix)
     host = parts.hostname or ""
     proxy = urllib.request.getproxies().get(parts.scheme)
     if not proxy or _is_loopback(host) or urllib.request.proxy_bypass(host):
         return urllib3.PoolManager(timeout=timeouts, maxsize=connections)
-    login = urllib.parse.urlsplit(proxy)
-    headers = None
-    if login.username:
-        pair = f"{urllib.parse.unquote(login.username)}:{urllib.parse.unquote(login.password or '')}"
-        headers = urllib3.make_headers(proxy_basic_auth=pair)
-    return urllib3.ProxyManager(proxy, timeout=timeouts, maxsize=connections, proxy_headers=headers)
+    if "://" not in proxy:  # as curl and wget take it
+        proxy = f"http://{proxy}"
+    try:
+        login = urllib.parse.urlsplit(proxy)
+        headers = None
+        if login.username:
+            pair = f"{urllib.parse.unquote(login.username)}:{urllib.parse.unquote(login.password or '')}"
+            headers = urllib3.make_headers(proxy_basic_auth=pair)
+        return urllib3.ProxyManager(proxy, timeout=timeouts, maxsize=connections, proxy_headers=headers)
+    except (HTTPError, ValueError):
+        raise UserError(
+            f"the environment variable {parts.scheme}_proxy is not a proxy that can be used; set it to "
+            "http://HOST:PORT, with % escapes in a password"
+        ) from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.download.origin import origin_of
@@ -27,9 +27,10 @@ from hpc_imagenet.data.sources.virtual_archives import VirtualArchives
 from hpc_imagenet.data.sources.virtual_tar import InMemoryFile, VirtualFile, VirtualTar, VirtualTarOfTars
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk
-from hpc_imagenet.io.atomic_files import atomic_write
+from hpc_imagenet.io.atomic_files import atomic_write, read_json, write_json
 from hpc_imagenet.io.printable import escape_name
 
+FOUND = "images.json"  # beside the archives: what was found in the source folder
 UPRIGHT_FOLDER = ".upright"  # beside the archives, until they are complete
 _FLAT = ("val", "test")
 _LOSSLESS, _ENCODED = ".lossless", ".encoded"
@@ -51,7 +52,7 @@ class LabelledImagesSource(VirtualArchives):
         super().__init__(found.root, origin_of(dataset), files)
         self._found = found
         self._orient = dataset.orient
-        self._folder = folder / UPRIGHT_FOLDER
+        self._upright = folder / UPRIGHT_FOLDER
         self._threads = threads
 
     def make(self) -> dict[str, VirtualFile]:
@@ -102,26 +103,28 @@ class LabelledImagesSource(VirtualArchives):
         The copies are kept in a folder, so that a download that was killed makes none of them twice.
         """
         root = self._found.root
-        files = [file for split in self._found.splits.values() for file in split]
+        images = [file for split in self._found.splits.values() for file in split]
         with ThreadPoolExecutor(self._threads) as pool:
-            values = pool.map(lambda file: orientation.read_orientation(root / file.path), files)
+            values = pool.map(lambda file: orientation.read_orientation(root / file.path), images)
             rotated = [
                 (file, value)
-                for file, value in zip(files, values, strict=True)
+                for file, value in zip(images, values, strict=True)
                 if value != orientation.UPRIGHT
             ]
             if not rotated:
                 return {}
             print(f"turning {len(rotated)} images upright, by their EXIF orientation", flush=True)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            size = sum(file.size for file, _ in rotated)
-            disk.require_free_space(self._folder, size, "the images that are turned upright", len(rotated))
+            self._upright.mkdir(parents=True, exist_ok=True)
+            kept = [copy.stat().st_size for copy in self._upright.iterdir()]  # of a killed attempt
+            size = sum(file.size for file, _ in rotated) - sum(kept)
+            files = len(rotated) - len(kept)
+            disk.require_free_space(self._upright, size, "the images that are turned upright", files)
             copies = pool.map(lambda item: self._copy_upright(*item), rotated)
             return {file.path: copy for (file, _), copy in zip(rotated, copies, strict=True)}
 
     def _copy_upright(self, file: ImageFile, value: int) -> _Upright:
         key = f"{file.path}\0{file.size}\0{file.time}\0{value}".encode("utf-8", "surrogateescape")
-        path = self._folder / hashlib.sha256(key).hexdigest()[:32]
+        path = self._upright / hashlib.sha256(key).hexdigest()[:32]
         for suffix in (_LOSSLESS, _ENCODED):
             if (copy := path.with_suffix(suffix)).exists():
                 return _Upright(copy.resolve(), copy.stat().st_size)
@@ -144,6 +147,60 @@ class _Upright(NamedTuple):
 
     path: Path
     size: int  # bytes
+
+
+def record_images(found: LabelledImages, folder: Path) -> None:
+    """Record the images that archives are made of, in the folder of the archives."""
+    write_json(folder / FOUND, _describe(found))
+
+
+def check_unchanged(found: LabelledImages, folder: Path) -> None:
+    """Compare the images of a folder with those that the archives were made of.
+
+    Args:
+        found: the images as they are now.
+        folder: folder of the archives.
+
+    Raises:
+        UserError: images were added, removed, changed or labelled in another way.
+    """
+    try:
+        before = read_json(folder / FOUND) or {}
+    except ValueError:  # damaged
+        return
+    after = _describe(found)
+    if before.get("state", after["state"]) == after["state"]:
+        return
+    then, now = (
+        ", ".join(f"{number} {split}" for split, number in each["images"].items() if number)
+        for each in (before, after)
+    )
+    if before.get("untimed") == after["untimed"]:
+        raise UserError(
+            f"the times of files in {found.root} have changed since {folder} was made of it: remove "
+            f"{folder}, so that the contents are compared; stages after the download, such as +stage=train, "
+            "do not need this"
+        )
+    change = "other files, sizes or labels" if then == now else f"then {then}; now {now}"
+    raise UserError(
+        f"{found.root} has changed since {folder} was made of it ({change}): remove {folder} and set "
+        "dataset.revision=NAME, a new name, to take the images as they are now; stages after the download, "
+        "such as +stage=train, still use those of then"
+    )
+
+
+def _describe(found: LabelledImages) -> dict[str, Any]:
+    """Return a hash of the images' paths, sizes, labels and mtimes, one without these, and their numbers."""
+    untimed = hashlib.sha256("\0".join(found.classes).encode("utf-8", "surrogateescape"))
+    times = hashlib.sha256()
+    for split, files in sorted(found.splits.items()):
+        for file in files:
+            line = f"{split}\0{file.path}\0{file.size}\0{file.label}\n"
+            untimed.update(line.encode("utf-8", "surrogateescape"))
+            times.update(f"{file.time}\n".encode())
+    images = {split: len(files) for split, files in found.splits.items()}
+    state = f"{untimed.hexdigest()} {times.hexdigest()}"
+    return {"state": state, "untimed": untimed.hexdigest(), "images": images}
 
 
 def remove_upright_copies(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
     [data/]train-00000-of-00294.parquet …  [data/]validation-00000-of-00014.parquet …
 
-Columns: `image` (bytes, path) and `label`. The wnid is taken from the end of the path
+Columns: `image` (bytes and path, or bytes) and `label`. The wnid is taken from the end of the path
 (n01440764_10026_n01440764.JPEG) and removed from the name; where the path has none, the class is named by its
 label. The images are unordered, but a class tar is contiguous: so the shards are read twice, for the sizes
 and for the bytes, and the archives once more for the MD5.
@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hpc_imagenet.data.download import receipt
 from hpc_imagenet.data.download.expected import ExpectedArchive
 from hpc_imagenet.data.download.partial_file import PartialFile, allocated_bytes
 from hpc_imagenet.data.download.verified_download import download_and_verify
@@ -75,6 +76,11 @@ class ParquetSource:
         self._source = source
         self._split_of = {file: split for split, file in files.items()}
 
+    def remove_outdated(self, folder: Path) -> None:
+        """Remove the archives in a folder that were made of shards which have changed since."""
+        for file, split in self._split_of.items():
+            receipt.remove_outdated(folder / file, self._source, self._state(split))
+
     def text(self, file: str) -> str | None:
         """Return None: there are no text files such as md5sums beside parquet shards."""
         return None
@@ -95,8 +101,7 @@ class ParquetSource:
 
         def fill(part: PartialFile) -> int:
             size = self.size(expected) or 0
-            state = self._devkit.state if split == "devkit" else self._plans[split].state
-            origin = Origin(f"{folder} as {expected.file}", state, None, size, ranges=True)
+            origin = Origin(f"{folder} as {expected.file}", self._state(split), None, size, ranges=True)
             if part.origin != origin:
                 part.restart(origin)
             disk.require_free_space(target.parent, size - allocated_bytes(part.target), expected.file)
@@ -110,6 +115,9 @@ class ParquetSource:
         return download_and_verify(
             expected, target, f"{folder} as {expected.file}", self._source, fill, progress
         )
+
+    def _state(self, split: str) -> str:
+        return self._devkit.state if split == "devkit" else self._plans[split].state
 
     def _chunks(self, split: str) -> Iterator[tuple[int, bytes]]:
         """Yield (offset, data) until an archive is complete, in the order of the shards."""
@@ -186,12 +194,15 @@ class ParquetSource:
                         images, labels = batch.column("image"), batch.column("label").to_pylist()
                         for image, label in zip(images.to_pylist(), labels, strict=True):
                             number += 1
-                            data = image["bytes"]
+                            packed = image if isinstance(image, dict) else {"bytes": image}
+                            data = packed["bytes"]
                             if not data:
                                 raise UserError(
                                     f"{path}: a row with label {label} has no image; fetch the shard again"
                                 )
-                            yield *_name_and_class(image.get("path"), split, number, label), data
+                            if not isinstance(data, bytes):
+                                raise UserError(f"{path}: the column image holds {data!r:.40}, not bytes")
+                            yield *_name_and_class(packed.get("path"), split, number, label, path), data
             except (pyarrow.ArrowException, KeyError, OSError) as error:
                 reason = " ".join(str(error).split())
                 raise UserError(
@@ -213,11 +224,15 @@ class ParquetSource:
         return dict(zip(wnids, map(str, names), strict=True)) if len(names) == len(wnids) else {}
 
 
-def _name_and_class(path: str | None, split: str, number: int, label: int) -> tuple[str, str]:
+def _name_and_class(path: str | None, split: str, number: int, label: Any, shard: Path) -> tuple[str, str]:
     """Return the member name and the class of an image."""
     name = (path or "").rsplit("/", 1)[-1]
     if match := _NAME.fullmatch(name):
         return f"{match['stem']}.{match['ending']}", match["wnid"]
+    if not isinstance(label, int):
+        raise UserError(
+            f"{shard}: the column label holds {label!r:.40}, not the number of a class; write class folders"
+        )
     return f"{split}_{number:08d}.JPEG", _class_of_label(label)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+from hpc_imagenet.data.download import receipt
+from hpc_imagenet.data.download.expected import set_aside
 from hpc_imagenet.data.sources.range_source import ContentChanged, NotAvailable, Origin
 from hpc_imagenet.data.sources.virtual_tar import VirtualFile
 
@@ -34,6 +36,26 @@ class VirtualArchives(ABC):
     @cached_property
     def _archives(self) -> dict[str, VirtualFile]:
         return self.make()  # once, as listing a million files is slow
+
+    def is_outdated(self, folder: Path) -> bool:
+        """Whether an archive in a folder was made of files which have changed since."""
+        return any(
+            receipt.is_outdated(folder / file, self.prefix, self._archives[split].state)
+            for file, split in self._split_of.items()
+        )
+
+    def remove_outdated(self, folder: Path) -> None:
+        """Remove the archives in a folder that were made of files which have changed since.
+
+        Beside the new ones they would have images of other splits, or not fit the labels. What one without a
+        receipt was made of is unknown: it is kept as `<file>.bad`.
+        """
+        for file, split in self._split_of.items():
+            path = folder / file
+            if path.exists() and receipt.load_receipt(path) is None:
+                bad = set_aside(path, path)
+                print(f"{path}: what it was made of is unknown; kept as {bad}, making it again", flush=True)
+            receipt.remove_outdated(folder / file, self.prefix, self._archives[split].state)
 
     def url(self, file: str) -> str:
         """Return the name of an archive in logs, errors and the state file."""

@@ -8,6 +8,7 @@ Format: POSIX.1-1988 ustar, long names as in GNU tar.
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -56,7 +57,7 @@ class VirtualTar:
     Args:
         root: folder that `paths` are relative to.
         names: names of the members.
-        paths: paths of the files.
+        paths: paths of the files; an absolute one is that of a copy, whose name says what is in it.
         sizes: sizes of the files in bytes.
         times: mtimes of the files in ns.
     """
@@ -74,7 +75,9 @@ class VirtualTar:
         self._begins, self.length = member_offsets(names, self._sizes)
         digest = hashlib.sha256()
         for name, path, size, time in zip(names, paths, sizes, times, strict=True):
-            digest.update(f"{name}\0{path}\0{size}\0{time}\n".encode("utf-8", "surrogateescape"))
+            # Not where a copy is: that is in the workspace, which may be moved.
+            stated = posixpath.basename(path) if posixpath.isabs(path) else path
+            digest.update(f"{name}\0{stated}\0{size}\0{time}\n".encode("utf-8", "surrogateescape"))
         self.state = digest.hexdigest()
 
     def read_from(self, at: int) -> bytes:

@@ -31,10 +31,10 @@ from hpc_imagenet.datastore.backends.storage_backend import (
     check_size,
     source_changed_error,
 )
-from hpc_imagenet.datastore.file_hash import hash_file, read_and_hash
+from hpc_imagenet.datastore.file_hash import copy_and_hash, hash_file, read_and_hash
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.atomic_files import StreamingWriter, atomic_write, make_read_only, sync_folder
+from hpc_imagenet.io.atomic_files import atomic_write, make_read_only, sync_folder
 from hpc_imagenet.io.disk import require_free_space
 
 COPY_THREADS = 4
@@ -53,19 +53,18 @@ class FolderBackend:
 
     def versions(self, name: str | None = None) -> list[str]:
         """Return the paths of all versions ever started."""
-        datastores = [self._root / name] if name else _subfolders(self._root)
-        return [
-            f"{datastore.name}/{version.name}"
-            for datastore in datastores
-            for version in _subfolders(datastore)
-            if VERSION.fullmatch(version.name)
-        ]
+        found = []
+        for datastore in [self._root / name] if name else _subfolders(self._root):
+            # A datastore of another user that cannot be read is left out of a list of all.
+            with contextlib.suppress(*() if name else (PermissionError,)):
+                found += [f"{datastore.name}/{version.name}" for version in _subfolders(datastore)]
+        return [path for path in found if VERSION.fullmatch(path.rpartition("/")[2])]
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """Return the contents of the files that exist, by path."""
+        """Return the contents of the files that exist and may be read, by path."""
         contents = {}
         for path in paths:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 contents[path] = (self._root / path).read_bytes()
         return contents
 
@@ -195,11 +194,12 @@ class FolderBackend:
         """Copy a file to `target` and verify its hash on the way."""
         part = target.with_name(f".{target.name}.part")
         try:
-            with (self._root / path).open("rb", buffering=0) as reader, part.open("wb") as writer:
-                value = read_and_hash(reader, file, progress, StreamingWriter(writer.fileno()).write)
-                os.fsync(writer.fileno())
+            reader = (self._root / path).open("rb", buffering=0)
         except FileNotFoundError:
             raise UserError(f"{self.url}/{path} is missing") from None
+        with reader, part.open("w+b") as writer:
+            value = copy_and_hash(reader, writer, file, progress)
+            os.fsync(writer.fileno())
         if damage := file.damage(f"{self.url}/{path}", value):
             part.unlink()
             raise UserError(damage)
@@ -282,7 +282,7 @@ def _is_stored(
 def _copy(item: UploadFile, destination: Path, progress: Callable[[int], None]) -> None:
     with item.source.open("rb", buffering=0) as reader, atomic_write(destination) as writer:
         before = os.fstat(reader.fileno())
-        value = read_and_hash(reader, item.file, progress, StreamingWriter(writer.fileno()).write)
+        value = copy_and_hash(reader, writer, item.file, progress)
         after = os.fstat(reader.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise source_changed_error(item, "modified while it was read")

@@ -113,7 +113,8 @@ class S3Client:
         parts = urllib.parse.urlsplit(url)
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise UserError(
-                "datastore.url must be s3://bucket/prefix without credentials, ? or #: boto3 finds them"
+                "datastore.url must be s3://bucket/prefix without credentials, ? or #: boto3 finds "
+                "credentials by itself"
             )
         if not parts.netloc:
             raise UserError(f"datastore.url={url} has no bucket: type s3://bucket/prefix")

@@ -77,7 +77,8 @@ class SshBackend:
     def versions(self, name: str | None = None) -> list[str]:
         """Return the paths of all versions ever started."""
         output = self._ssh.run(
-            'test -d "$1" || exit 0; cd "$1" && find . -mindepth $2 -maxdepth $2 -type d -printf "%P\\0"',
+            'test -d "$1" || exit 0; cd "$1" && find . -ignore_readdir_race -mindepth 1 -maxdepth $2 -type d '
+            '-printf "%P\\0" -not -readable -prune',  # a datastore of another user is left out
             *([self._ssh.remote_path(name), "1"] if name else [self._ssh.root, "2"]),
         )
         folders = [os.fsdecode(entry) for entry in output.split(b"\0") if entry]
@@ -85,12 +86,12 @@ class SshBackend:
         return sorted(path for path in paths if _VERSION.fullmatch(path))
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """Return the contents of the files that exist, by path; transferred as one tar."""
+        """Return the contents of the files that exist and may be read, by path; transferred as one tar."""
         if not paths:
             return {}
         output = self._ssh.run(
             'cd "$1" 2>/dev/null || exit 0; '
-            'while IFS= read -r f; do test -f "$f" && printf "%s\\0" "$f"; done | '
+            'while IFS= read -r f; do test -f "$f" && test -r "$f" && printf "%s\\0" "$f"; done | '
             "tar -cf - --null --no-recursion -T -",
             self._ssh.root,
             data=_lines(paths),
@@ -105,7 +106,7 @@ class SshBackend:
     def files(self, path: str) -> dict[str, StoredFile]:
         """Return all files below `path`."""
         output = self._ssh.run(
-            'test -d "$1" || exit 0; cd "$1" && find . -type f -printf "%s %T@ %P\\0"',
+            'test -d "$1" || exit 0; cd "$1" && find . -ignore_readdir_race -type f -printf "%s %T@ %P\\0"',
             self._ssh.remote_path(path),
         )
         entries = (os.fsdecode(entry).split(" ", 2) for entry in output.split(b"\0") if entry)
@@ -224,7 +225,7 @@ class SshBackend:
             return
         part, ended = folder / FETCHED, threading.Event()
         part.mkdir(exist_ok=True)
-        with contextlib.closing(NodeTempDir("rsync")) as temporary, ThreadPoolExecutor(1) as threads:
+        with contextlib.closing(NodeTempDir("rsync")) as temporary, counter.threads(1) as threads:
             names = temporary.folder / "names"
             names.write_bytes(b"".join(file.path.encode() + b"\0" for file in files))
             hashing = threads.submit(_hash_arriving, part, sorted(files, key=_rsync_order), ended, counter)

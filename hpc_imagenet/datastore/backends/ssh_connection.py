@@ -39,6 +39,7 @@ _URL = re.compile(r"((?:[^@:/]+@)?[^@:/][^@:/]*):(?!:|[^/]*@)(.+)", re.DOTALL)
 # Never prompt for a password, and detect a dead connection within a minute.
 _SSH = "ssh -o BatchMode=yes -o ConnectTimeout=60 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 _PROGRESS = re.compile(rb"^ *(\d+) +\d+%", re.MULTILINE)
+_VANISHED = 24  # exit code of rsync: all but files that were removed meanwhile is sent
 _CONNECTION_ERRORS = {10, 12, 30, 35, 255}  # exit codes of rsync and ssh for a failed or lost connection
 _PERMANENT = ("Permission denied", "verification failed", "Could not resolve", "No space left", "quota")
 
@@ -118,7 +119,7 @@ class SshConnection:
         step: str,
         arguments: list[str],
         progress: Callable[[int], None] = lambda done: None,
-        links: bool = True,
+        changing: bool = False,
     ) -> None:
         """Run rsync.
 
@@ -126,12 +127,14 @@ class SshConnection:
             step: name of the transfer for messages, such as "sending".
             arguments: of rsync.
             progress: called with the number of bytes done.
-            links: whether to send what symbolic links lead to; else they are left out.
+            changing: whether this is a folder that a running job writes: symbolic links are left out, else
+                what they lead to is sent; and a file that vanishes meanwhile is no error.
         """
-        if links:
+        if not changing:
             arguments = ["-L", *arguments]
-        env = {**environment_without_secrets(), "LC_ALL": "C"}
-        self._retry(step, lambda out: self._rsync(*arguments, _out=out, _out_bufsize=0, _env=env), progress)
+        options = {"_out_bufsize": 0, "_env": {**environment_without_secrets(), "LC_ALL": "C"}}
+        options["_ok_code"] = [0, _VANISHED] if changing else [0]
+        self._retry(step, lambda out: self._rsync(*arguments, _out=out, **options), progress)
 
     def _retry(
         self, step: str, call: Callable[[Any], Any], progress: Callable[[int], None] = lambda done: None

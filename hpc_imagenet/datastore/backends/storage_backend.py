@@ -94,7 +94,7 @@ class StorageBackend(Protocol):
         """Return the paths of all versions ever started, of one datastore or of all."""
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """Return the contents of the small files that exist, by path."""
+        """Return the contents of the small files that exist and may be read, by path."""
 
     def files(self, path: str) -> dict[str, StoredFile]:
         """Return all files below `path`, including hidden ones, by their paths relative to it."""

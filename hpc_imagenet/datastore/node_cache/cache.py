@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import fcntl
 import json
 import os
 import platform
-import pwd
 import stat
 import time
 from collections.abc import Iterable
@@ -30,9 +30,11 @@ from filelock import FileLock, Timeout
 
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.io.atomic_files import write_json
+from hpc_imagenet.io.ownership import user_name
 
-MAX_VERIFIED_AGE = 24 * 3600.0  # s
+MAX_VERIFIED_AGE = 24 * 3600.0  # s since its last verification after which a file is hashed again before use
 KEEP_FREE = 0.02  # fraction of the disk
 
 
@@ -64,24 +66,21 @@ class NodeCache:
         scratch: `cluster.scratch`, a folder on the node's own disk or in its memory. The node's environment
             variables (such as $SLURM_TMPDIR) are expanded.
         limit: maximum size of the cache in bytes; None: the free space of the disk.
-        max_verified_age: s since its last verification after which a file is hashed again before use.
 
     Raises:
         UserError: a variable is not set on this node, the cache folder cannot be created, or another user
             owns it or can write to it.
     """
 
-    def __init__(
-        self, scratch: str | Path, limit: int | None = None, max_verified_age: float = MAX_VERIFIED_AGE
-    ) -> None:
-        expanded = Path(os.path.expandvars(scratch)).expanduser()
+    def __init__(self, scratch: str | Path, limit: int | None = None) -> None:
+        expanded = expand_home(os.path.expandvars(scratch))
         if "$" in str(expanded):
             raise UserError(
                 f"cluster.scratch={scratch}: this variable is not set on {platform.node()}; "
                 "use another folder, or cluster.scratch=null"
             )
         self.folder = _cache_folder(expanded)
-        self.limit, self.max_verified_age = limit, max_verified_age
+        self.limit = limit
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self.folder.lstat()
@@ -94,7 +93,7 @@ class NodeCache:
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise UserError(
                 f"{self.folder} must be a folder that only you can write to, but its owner is "
-                f"{_user_name(status.st_uid)} and its mode {status.st_mode & 0o7777:o}: remove it, or use "
+                f"{user_name(status.st_uid)} and its mode {status.st_mode & 0o7777:o}: remove it, or use "
                 "another cluster.scratch"
             )
 
@@ -115,12 +114,17 @@ class NodeCache:
         except OSError:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):  # the file is being evicted
+                    raise
+                # A file system without locks, from which nothing is evicted.
             status = os.fstat(descriptor)
             if status.st_uid == os.getuid() and self._is_verified(path, file, status):
                 os.utime(_note(path))  # time of the last use, for eviction
                 return descriptor
-        except OSError:  # the file is being evicted
+        except OSError:
             pass
         os.close(descriptor)
         return None
@@ -166,7 +170,7 @@ class NodeCache:
     def _is_verified(self, path: Path, file: File, status: os.stat_result) -> bool:
         try:
             note = json.loads(_note(path).read_bytes())
-            recent = 0 <= time.time() - note["proved"] < self.max_verified_age
+            recent = 0 <= time.time() - note["proved"] < MAX_VERIFIED_AGE
             return recent and note["stamp"] == _stamp(status) and status.st_size == file.bytes
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -215,7 +219,7 @@ def cached_bytes(scratch: str, files: Iterable[File]) -> int:
 
     Nothing is created or verified.
     """
-    folder = _cache_folder(Path(os.path.expandvars(scratch)).expanduser())
+    folder = _cache_folder(expand_home(os.path.expandvars(scratch)))
     return sum(file.bytes for file in files if (folder / file.hash.replace(":", "-")).is_file())
 
 
@@ -257,13 +261,6 @@ def _size(path: Path) -> int:
         return path.lstat().st_blocks * 512
     except OSError:
         return 0
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _remove(path: Path) -> None:

@@ -74,9 +74,6 @@ class StagedShards:
         if copier is not None:
             self._thread.start()
 
-    def __getstate__(self) -> dict[str, object]:
-        raise TypeError("staged shards cannot be pickled: open the dataset in each process that reads it")
-
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """Return `length` bytes of a shard from `offset`."""
         descriptor = self._descriptors.get(shard)
@@ -201,7 +198,7 @@ class StagedShards:
                 return
         size = sum(self._shards[n].bytes for n in self._selected if n not in full)
         print(
-            f"staging: copied {size / 1e9:.3f} GB to {self._cache.folder} in "
+            f"staging: {size / 1e9:.3f} GB are in {self._cache.folder} after "
             f"{time.monotonic() - begin:.1f} s",
             flush=True,
         )

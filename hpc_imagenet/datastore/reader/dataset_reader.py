@@ -37,7 +37,7 @@ class DatasetReader:
         self.shards: ShardReader = shards or folder_shards(folder, self.manifest)
 
     def open_split(self, name: str) -> SplitReader:
-        """Open one split, `train` or `val`.
+        """Open one split: `train`, `val` or `test`.
 
         Raises:
             UserError: the dataset has no such split, or its index cannot be read.

@@ -12,6 +12,11 @@ from typing import Protocol
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
+_FIX = (
+    "if it belongs to a dataset, create it again with +stage=process; if to a datastore, delete the version "
+    "with datastores delete and upload it again"
+)
+
 
 class ShardReader(Protocol):
     """Random access to the shards of one dataset, by shard number. Thread-safe."""
@@ -45,6 +50,7 @@ class FolderShards:
     """
 
     def __init__(self, folder: Path, shards: Sequence[File]) -> None:
+        self._descriptors: dict[int, int] = {}
         self.paths = [folder / shard.path for shard in shards]
         for path, shard in zip(self.paths, shards, strict=True):
             try:  # one call for each shard: every task of a large job makes it
@@ -53,12 +59,13 @@ class FolderShards:
                 size = None
             if size != shard.bytes:
                 problem = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
-                raise UserError(
-                    f"{path} {problem}: create the dataset again with +stage=process, "
-                    "or download the version again"
-                )
-        self._descriptors: dict[int, int] = {}
+                raise UserError(f"{path} {problem}: {_FIX}")
         raise_open_files_limit()
+
+    def __del__(self) -> None:
+        # A search opens a dataset for each trial; open files would exhaust the limit and keep deleted ones.
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the open files: another process opens its own."""
@@ -72,8 +79,7 @@ class FolderShards:
         data = os.pread(descriptor, length, offset)
         if len(data) != length:
             raise UserError(
-                f"{self.paths[shard]} ends inside the image at byte {offset}: it was truncated; "
-                "create the dataset again with +stage=process"
+                f"{self.paths[shard]} ends inside the image at byte {offset}, so it was truncated: {_FIX}"
             )
         return data
 

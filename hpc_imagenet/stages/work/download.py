@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from hpc_imagenet.data.download.expected import (
     archive_folder,
     expected_archives,
     parse_sums,
+    set_aside,
 )
 from hpc_imagenet.data.download.origin import check_same_origin, has_archives, origin_of, source_folder
 from hpc_imagenet.data.download.partial_file import allocated_bytes
@@ -59,7 +60,8 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """Fetch the archives of `config.dataset` into the workspace and verify them.
 
     Returns:
-        `bytes` and number (`files`) of all archives, and `downloaded`: bytes transferred over the network.
+        `bytes` and number (`files`) of all archives, `downloaded`: bytes transferred over the network, and
+        `md5`: the MD5 of each file.
 
     Raises:
         UserError: an archive cannot be fetched, or is not the expected one.
@@ -83,12 +85,42 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
             archives = expected_archives(config.dataset, sums)
         downloaded = _fetch_missing(archives, folder, source, config, progress)
     labelled_images_source.remove_upright_copies(folder)
-    for expected in archives:  # all are complete, so files of killed attempts are not needed any more
-        for leftover in (*folder.glob(f".{expected.file}.*"), folder / f"{expected.file}.part.json"):
+    # All are complete, so files of killed attempts are not needed any more.
+    for file in (*(expected.file for expected in archives), labelled_images_source.FOUND):
+        for leftover in (*folder.glob(f".{file}.*"), folder / f"{file}.part.json"):
             leftover.unlink(missing_ok=True)
     total = sum((folder / expected.file).stat().st_size for expected in archives)
     progress(total, total, "B")
-    return {"bytes": total, "files": len(archives), "downloaded": downloaded}
+    md5s = _require_same_archives(config, run, folder, archives)
+    return {"bytes": total, "files": len(archives), "downloaded": downloaded, "md5": md5s}
+
+
+def _require_same_archives(
+    config: Config, run: Run, folder: Path, archives: Sequence[ExpectedArchive]
+) -> dict[str, str]:
+    """Return the MD5 of each archive; they must be those of this run's earlier attempts.
+
+    A run's signature stands for its images, also where datasets and trainings are looked up. If the settings
+    have no MD5s, the source may have changed since.
+
+    Raises:
+        UserError: they differ. Their receipts are removed, so that no other stage takes them; archives that
+            were made or linked here are renamed to `<file>.bad`.
+    """
+    receipts = {each.file: receipt.load_receipt(folder / each.file) for each in archives}
+    md5s = {file: made.md5 for file, made in receipts.items() if made}
+    results = [outcome.result or {} for attempt in run.attempts() if (outcome := attempt.outcome)]
+    for before in (result["md5"] for result in results if isinstance(result.get("md5"), dict)):
+        if changed := [file for file, md5 in md5s.items() if before.get(file, md5) != md5]:
+            for file in md5s:
+                receipt.remove_receipt(folder / file)
+                if source_folder(config.dataset) is not None:
+                    set_aside(folder / file, folder / file)
+            raise UserError(
+                f"{folder / changed[0]} has other images than before, of which a dataset may have been made: "
+                "set dataset.revision=NAME, a new name, to keep both apart"
+            )
+    return md5s
 
 
 def open_source(config: Config) -> ArchiveSource:
@@ -96,7 +128,7 @@ def open_source(config: Config) -> ArchiveSource:
 
     A folder without the archives is searched for class folders, the Kaggle layout and parquet shards, or with
     dataset.format=images for labelled images in any layout, and archives are made of them. A missing folder
-    is first created by dataset.make, if set.
+    is first created by dataset.make, if set. Archives of an earlier run whose files have changed are removed.
 
     Raises:
         UserError: dataset.source has an unsupported scheme, dataset.make fails, or an MD5 or size is
@@ -113,23 +145,28 @@ def open_source(config: Config) -> ArchiveSource:
         _make_source(config.dataset.make, folder)
     if not has_archives(folder, config.dataset):
         files = {split: archive.file for split, archive in config.dataset.archives.items()}
+        target = archive_folder(Path(config.workspace), config.dataset)
         if config.dataset.format == "images":
             found = find_images(folder, config.dataset, settings.connections)
             _announce_images(config, found)
-            target = archive_folder(Path(config.workspace), config.dataset)
             images = labelled_images_source.LabelledImagesSource(
                 found, config.dataset, target, settings.connections
             )
+            images.remove_outdated(target)
+            labelled_images_source.record_images(found, target)
             return _downloader(images, config)
         if layout := class_folder_source.detect_layout(folder):
             _announce_packing(config, layout.kind)
             class_folders = class_folder_source.ClassFolderSource(
-                layout, config.dataset.source, files, settings.connections
+                layout, origin_of(config.dataset), files, settings.connections
             )
+            class_folders.remove_outdated(target)
             return _downloader(class_folders, config)
         if shards := parquet_source.find_parquet_shards(folder):
             _announce_packing(config, parquet_source.KIND)
-            return parquet_source.ParquetSource(shards, config.dataset.source, files)
+            parquet = parquet_source.ParquetSource(shards, origin_of(config.dataset), files)
+            parquet.remove_outdated(target)
+            return parquet
     return ArchiveFolder(folder, origin_of(config.dataset))
 
 
@@ -142,6 +179,7 @@ def _downloader(source: RangeSource, config: Config) -> Downloader:
         connections=settings.connections,
         limit=None if settings.limit is None else settings.limit * 1e6,
         hint=config.dataset.hint,
+        origin=origin_of(config.dataset),
     )
 
 

@@ -7,7 +7,6 @@ requeued goes on with its trial from the checkpoint; if it has ended for good, a
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from hpc_imagenet.search.study_files import (
     best,
 )
 from hpc_imagenet.stages.train_stage import TRAIN
-from hpc_imagenet.stages.work.trial import output_to, run_trial
+from hpc_imagenet.stages.work.trial import free_memory, has_lost_gpu, output_to, run_trial
 
 _POLL = 0.5  # s between two looks of the other ranks for the next trial
 _PORTS = 104_729  # added for each trial: the port of the last one may still be in use
@@ -50,7 +49,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     Raises:
         UserError: no trial of the study could be trained.
         Preempted: a stop signal arrived; the trial's checkpoint is saved.
-        PeerLost: another task has ended, or a trial failed in a job of several tasks.
+        PeerLost: another task has ended, or a trial failed after which this process can train no other one.
         Superseded: a later start of this job holds its lease.
     """
     worker = SearchWorker(config, run, dist_env)
@@ -58,7 +57,10 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
 
 
 def ended_workers(workers: Sequence[Run]) -> set[str]:
-    """Return the ids of workers that have ended for good: with an outcome, or as Slurm reports."""
+    """Return the ids of workers that have ended for good: with an outcome, or as Slurm reports.
+
+    A job that Slurm no longer knows has ended: without accounting it forgets jobs after minutes.
+    """
     ended, jobs = set[str](), dict[str, str]()
     for worker in workers:
         attempt = worker.attempt
@@ -66,8 +68,10 @@ def ended_workers(workers: Sequence[Run]) -> set[str]:
             ended.add(worker.id)
         elif attempt.submitted.get("executor") == "slurm":
             jobs[str(attempt.submitted.get("job_id"))] = worker.id
-    status = slurm.query_jobs(jobs) if jobs else {}
-    return ended | {jobs[job] for job, each in status.items() if each.state in ENDED}
+    if not slurm.is_available():
+        return ended
+    status = slurm.query_jobs(jobs)
+    return ended | {worker for job, worker in jobs.items() if job not in status or status[job].state in ENDED}
 
 
 @dataclass
@@ -106,7 +110,7 @@ class SearchWorker:
                 return self._result() if self.dist_env.is_rank_zero else {}
             self._train(TrialRecord(**trial), index)
             self._count += 1
-            gc.collect()  # the network of this trial, before the next one needs the memory
+            free_memory()
         raise AssertionError
 
     def _shared(self, index: int, decide: Callable[[], TrialRecord | None] | None) -> dict[str, Any] | None:
@@ -132,7 +136,9 @@ class SearchWorker:
         while True:
             if self.run.lease:
                 self.run.lease.check()
-            claim = self._unfinished() or self._promoted() or self._new()
+            claim = self._unfinished()
+            if claim is None and not self._is_spent():
+                claim = self._promoted() or self._new()
             self._report_progress(claim)
             if claim is None:
                 return None
@@ -164,6 +170,13 @@ class SearchWorker:
         record = self._files.record(claim.trial, claim.rung) or TrialRecord(claim.trial, claim.rung)
         self._end(record, FAILED, reason=f"the {MOST_OWNERS} workers that trained it have ended")
 
+    def _is_spent(self) -> bool:
+        budget = self._files.budget
+        if budget is None or sum(each.hours for each in self._files.records()) < budget:
+            return False
+        print(f"search.budget={budget:g} GPU-hours are spent: no trial begins", flush=True)
+        return True
+
     def _promoted(self) -> Claim | None:
         for trial, rung in promotable(self._files.records(), len(self._rungs)):
             if claim := self._files.claim(trial, rung, 0, self.run.id):
@@ -171,10 +184,6 @@ class SearchWorker:
         return None
 
     def _new(self) -> Claim | None:
-        budget = self._files.budget
-        if budget is not None and sum(each.hours for each in self._files.records()) >= budget:
-            print(f"search.budget={budget:g} GPU-hours are spent: no new trial begins", flush=True)
-            return None
         taken = {claim.trial for claim in self._files.claims()}
         for trial in range(self._files.target):
             if trial not in taken and (claim := self._files.claim(trial, 0, 0, self.run.id)):
@@ -263,14 +272,17 @@ class SearchWorker:
         place = replace(self.dist_env, port=10_000 + (self.dist_env.port + _PORTS * (index + 1)) % 20_000)
         place = place if self.dist_env.size > 1 else self.dist_env
         with output_to(attempt.folder / f"{job}_{self.dist_env.rank}_log"):
-            outcome, usable = run_trial(config, trial, attempt, place)
+            outcome, expected = run_trial(config, trial, attempt, place)
         if rank_zero:
             record.hours = before + self._hours(began)
             self._finish(trial, attempt, config, record, outcome)
         elif outcome.state == FAILED:
             attempt.end(FAILED, outcome.reason)  # rank 0 may not have failed; it waits for this one in vain
-        if (self.dist_env.size > 1 and outcome.state != FINISHED) or (not usable and slurm.this_job()):
-            raise PeerLost(f"trial {record.trial} failed, so the worker starts anew for the next one")
+        if outcome.state == FINISHED:
+            return
+        # On Slurm a new start, after whatever a trial may have left behind, needs no retry.
+        if self.dist_env.size > 1 or (not expected and slurm.this_job()) or has_lost_gpu():
+            raise PeerLost(f"trial {record.trial} failed, so the next one needs a new start of this worker")
 
     def _hours(self, began: float) -> float:
         return (time.monotonic() - began) * self.dist_env.size / 3600

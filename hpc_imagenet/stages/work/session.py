@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.cluster import slurm
+from hpc_imagenet.cluster import gpus, slurm
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.datastore import catalog, versions
@@ -152,9 +152,9 @@ def _warn(line: str, server: JupyterServer) -> None:
 
 
 def _check_gpus(required: int) -> None:
-    # Slurm allocates the requested GPUs or does not start the job; the local queue may have fewer.
+    # Slurm allocates the requested GPUs or does not start the job; this machine may have fewer.
     if required and slurm.this_job() is None:
-        available = len([gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu])
+        available = len(gpus.available_gpus())
         if available < required:
             raise UserError(
                 f"session.gpus={required}, but {socket.gethostname()} has {available} available: "
@@ -218,4 +218,4 @@ def _fetch_to_node(config: Config, version: versions.Version, progress: Progress
     def report(done: int, _: str) -> None:
         progress(done, total, "B", f"fetching {entry.reference} to this node")
 
-    return catalog.fetch_version(version.backend, entry, target, 4, report)
+    return catalog.fetch_version(version.backend, entry, target, 4, report, check=False)

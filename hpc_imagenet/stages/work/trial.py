@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import traceback
@@ -22,7 +23,7 @@ def run_trial(config: Config, trial: Run, attempt: Attempt, dist_env: DistEnv) -
     """Train; what stops the worker as well is raised.
 
     Returns:
-        How it ended, and whether this process can train another one: not after an error of CUDA.
+        How it ended, and whether that is an end that this package expects, and not an error with a traceback.
     """
     try:
         return Outcome(FINISHED, result=TRAIN.run(config, trial, dist_env)), True
@@ -41,6 +42,24 @@ def run_trial(config: Config, trial: Run, attempt: Attempt, dist_env: DistEnv) -
             raise  # the next trial would fail as well
         traceback.print_exc()
         return Outcome(FAILED, traceback.format_exception_only(type(error), error)[-1].strip()), False
+
+
+def has_lost_gpu() -> bool:
+    """Whether every further call of CUDA fails in this process, as after an illegal memory access."""
+    torch = sys.modules.get("torch")  # a trial may fail before it is imported
+    try:
+        if torch and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def free_memory() -> None:
+    """Free the memory of the last trial for the next one, also on the GPU for nvJPEG, cuDNN and kernels."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

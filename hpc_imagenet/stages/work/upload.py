@@ -57,6 +57,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
             return {**result, "bytes": stats.total, **dataclasses.asdict(stats)}
         claim.remove_upload_files()
         uploaded = claim.manifest()
+        _require_same_images(uploaded, manifest, f"{claim.name}@v{claim.number}", config)
     progress(uploaded.bytes, uploaded.bytes, "bytes")
     stats.kept = uploaded.bytes - stats.copied - stats.linked - stats.reused
     return {**result, "images": uploaded.images, "bytes": uploaded.bytes, **dataclasses.asdict(stats)}
@@ -83,6 +84,20 @@ def _load_dataset(source: Path, config: Config) -> tuple[Manifest, float]:
             "run +stage=process to create it"
         )
     return manifest, manifest_time
+
+
+def _require_same_images(uploaded: Manifest, manifest: Manifest, reference: str, config: Config) -> None:
+    """Raise if a version with the content of this dataset was made of other archives.
+
+    Without MD5s in the settings, the content is a hash of the settings alone.
+    """
+    theirs, ours = (each.provenance.get("archives") or {} for each in (uploaded, manifest))
+    if any(theirs.get(file, md5) != md5 for file, md5 in ours.items()):
+        archives = Path(config.workspace) / "archives" / config.dataset.name
+        raise UserError(
+            f"{reference} was made with the same settings, but of other images: remove {archives} and set "
+            "dataset.revision=NAME, a new name, to upload these as another version"
+        )
 
 
 def _upload(

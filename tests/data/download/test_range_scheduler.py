@@ -112,6 +112,8 @@ def test_stalled_range_is_fetched_by_another_connection(served: Path, target: Pa
         loader.sleep = lambda seconds: None
         loader.fetch(EXPECTED, target, lambda done: None)
     assert_complete(target, served)
+    begins = [header.partition("-")[0] for _, _, header in faults.requests if header]
+    assert len(begins) > len(set(begins)), "the stalled range was not requested again"
 
 
 def test_slow_connection_is_replaced(served: Path, target: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,16 @@ def test_receipt_is_invalid_after_a_change_of_size_or_mtime(archive: Path) -> No
     assert receipt.load_receipt(archive) is None
 
 
+def test_only_a_known_other_state_of_the_same_origin_is_outdated(archive: Path) -> None:
+    receipt.remove_outdated(archive, "http://x", "2")
+    receipt.write_receipt(archive, "0" * 32, "/data", "", archive.stat(), "1")
+    receipt.remove_outdated(archive, "/data", "1")
+    receipt.remove_outdated(archive, "http://x", "2")
+    assert archive.exists()
+    receipt.remove_outdated(archive, "/data", "2")
+    assert not list(archive.parent.iterdir())
+
+
 def test_missing_or_invalid_receipt_is_reported_as_missing(archive: Path) -> None:
     assert receipt.missing_receipts(archive.parent, ["x.tar", "y.tar"]) == ["y.tar"]
     receipt_path = archive.with_name("x.tar.receipt.json")

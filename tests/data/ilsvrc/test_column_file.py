@@ -62,3 +62,9 @@ def test_full_disk_names_the_folder_and_the_variable(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=f"no space left in {tempfile.gettempdir()} .* TMPDIR"):
         column.append(np.arange(1000))
     full.close()
+
+
+def test_full_disk_is_reported_by_append_also_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "wb"))  # noqa: PTH123, SIM115
+    with pytest.raises(UserError, match="no space left in "):
+        ColumnFile().append(np.arange(10))

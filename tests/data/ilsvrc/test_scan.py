@@ -50,7 +50,6 @@ def test_read_devkit(tmp_path: Path) -> None:
     _, _, path = write(tmp_path)
     assert read_devkit(path) == Devkit(
         {"n001": ("kite",), "n002": ("goldfish", "Carassius auratus"), "n003": ("tench", "Tinca tinca")},
-        {1: "n003", 2: "n001", 3: "n002"},
         ["n001", "n002", "n003"],
     )
     assert list(read_devkit(path).names) == ["n001", "n002", "n003"], "a label is the index in this order"
@@ -59,7 +58,7 @@ def test_read_devkit(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_read_devkit_with_one_class(tmp_path: Path) -> None:
     ilsvrc_writer.write_devkit(tmp_path / "kit", [Synset(7, "n1", "x")], [7])
-    assert read_devkit(tmp_path / "kit") == Devkit({"n1": ("x",)}, {7: "n1"}, ["n1"])
+    assert read_devkit(tmp_path / "kit") == Devkit({"n1": ("x",)}, ["n1"])
 
 
 @pytest.mark.slow
@@ -197,6 +196,6 @@ def test_damaged_class_tar_error_names_the_tar_and_byte(tmp_path: Path) -> None:
 
 def test_too_many_classes_for_the_index_are_rejected(tmp_path: Path) -> None:
     write(tmp_path)
-    devkit = Devkit({f"n{i:05d}": ("x",) for i in range(65_537)}, {}, [])
+    devkit = Devkit({f"n{i:05d}": ("x",) for i in range(65_537)}, [])
     with pytest.raises(UserError, match="at most 65536"):
         scan.scan(tmp_path / "train.tar", tmp_path / "val.tar", devkit)

@@ -58,6 +58,11 @@ def test_decode_info_agrees_with_inspect(data: bytes, flags: int) -> None:
     assert image_header._decode_info(data) == ImageInfo(16, 12, flags)
 
 
+def test_an_image_with_damaged_exif_is_not_corrupt() -> None:
+    data = encoded("WEBP", exif=b"Exif\0\0garbage")
+    assert image_header.inspect(data) == ImageInfo(16, 12, OTHER)
+
+
 def test_peek_needs_only_the_first_bytes_of_a_plain_jpeg() -> None:
     data = jpeg(random.Random(1), 1500)
     assert image_header.peek(data[: image_header.HEAD], data[-2:]) == image_header.inspect(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,35 @@ def test_orientation_is_found_anywhere_in_the_header(path: Path, order: bytes, g
         for before in (0, 9):
             path.write_bytes(encoded(exif=exif_bytes(value, order, before=before, gap=gap)))
             assert read_orientation(path) == value
+
+
+def test_exif_of_a_png_is_found_behind_a_profile_and_behind_the_pixels(path: Path) -> None:
+    for options in ({}, {"icc_profile": b"x" * 9000}):
+        data = encoded("PNG", exif=exif_bytes(6, b"MM"), **options)
+        path.write_bytes(data)
+        assert read_orientation(path) == 6
+        begin = data.index(b"eXIf") - 4
+        end = begin + 12 + int.from_bytes(data[begin : begin + 4], "big")
+        path.write_bytes(data[:begin] + data[end:-12] + data[begin:end] + data[-12:])
+        assert read_orientation(path) == 6
+        path.write_bytes(data[:begin] + data[end:])
+        assert read_orientation(path) == 1
+
+
+def test_the_pixels_of_a_png_are_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = 1000 * (b"\x00\x00\x20\x00IDAT" + bytes((1 << 13) + 4))
+    data = encoded("PNG", exif=exif_bytes(6, b"MM"))
+    read, pread = [], os.pread
+
+    def recorded(descriptor: int, size: int, at: int) -> bytes:
+        read.append(pread(descriptor, size, at))
+        return read[-1]
+
+    monkeypatch.setattr(os, "pread", recorded)
+    path.write_bytes(data[: data.index(b"eXIf") - 4] + pixels + data[-12:])
+    assert read_orientation(path) == 1
+    assert len(read) < 10
+    assert sum(map(len, read)) < 100_000
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])

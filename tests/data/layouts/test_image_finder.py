@@ -114,6 +114,54 @@ def test_a_table_with_equal_names_in_train_and_test_labels_train(tmp_path: Path)
     assert found.skipped["test image without a class"] == 4
 
 
+def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
+    rows = [f'{{"file_name": "{n}.jpg", "label": "{"ab"[n % 2]}"}}\n' for n in range(1, 5)]
+    rows += ['{"file_name": "5.jpg", "label": null}\n', '{"file_name": "6.jpg", "label": NaN}\n']
+    found = find(tmp_path, ["{1..6}.jpg"], {"metadata.jsonl": "".join(rows)}, val_fraction=0.5)
+    assert found.classes == ("a", "b")
+    assert found.skipped["no class in metadata.jsonl"] == 2
+
+
+def test_a_line_of_a_table_ends_at_a_line_feed_only(tmp_path: Path) -> None:
+    rows = [
+        f'{{"file_name": "{n}.jpg", "note": {{}}, "label": "\u2028{"ab"[n % 2]}"}}\r\n' for n in range(1, 5)
+    ]
+    found = find(tmp_path / "json", ["{1..4}.jpg"], {"metadata.jsonl": "".join(rows)}, val_fraction=0.5)
+    assert found.classes == ("a", "b")
+    text = "".join(f"{n}.jpg a\x85{n % 2}\n" for n in range(1, 5))
+    found = find(tmp_path / "list", ["{1..4}.jpg"], {"labels.txt": text}, val_fraction=0.5)
+    assert found.classes == ("a\x850", "a\x851")
+
+
+def test_class_folders_of_one_letter_keep_it(tmp_path: Path) -> None:
+    images = ["{A,B,C}/person{1,2}/{1..2}.jpg"]
+    found = find(tmp_path, images, labels="folder:path", val_fraction=0.5)
+    assert found.classes == ("A/person1", "A/person2", "B/person1", "B/person2", "C/person1", "C/person2")
+    assert find(tmp_path, [], labels="folder:1", val_fraction=0.5).classes == ("A", "B", "C")
+
+
+def test_a_delimiter_at_the_end_of_rows_is_no_value(tmp_path: Path) -> None:
+    rows = "1.jpg,a,\n2.jpg,b,\n3.jpg,a,\n4.jpg,b,\n"
+    for name, text in (("t.csv", f"file,label\n{rows}"), ("t.txt", rows)):
+        found = find(tmp_path / name, ["{1..4}.jpg"], {name: text}, val_fraction=0.5)
+        assert found.classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("test.txt", "b/3.jpg,1,2,3\nb/4.jpg,4,5,6\n"),
+        ("test.txt", "b/3.jpg 1\n" * 100 + "b/4.jpg\n"),
+        ("test.csv", "file,note\nb/3.jpg,old\nb/4.jpg,old, torn\n"),
+        ("test.csv", "file,note,year\nb/3.jpg,old,1999\nb/4.jpg\n"),
+    ],
+)
+def test_only_the_paths_of_a_list_beside_class_folders_matter(tmp_path: Path, name: str, rows: str) -> None:
+    found = find(tmp_path, [AB], {name: rows}, val_fraction=0.5)
+    assert list(classes_by_path(found, "test")) == ["b/3.jpg", "b/4.jpg"]
+    assert found.layout.startswith("class folders, splits by lists")
+
+
 def test_a_table_may_have_paths_of_another_machine(tmp_path: Path) -> None:
     rows = "".join(f"C:\\photos\\img\\{n}.jpg;{('cat', 'dog')[n % 2]}\n" for n in range(1, 5))
     found = find(tmp_path, ["img/{1..4}.jpg"], {"labels.csv": rows}, labels="labels.csv:2", val_fraction=0.5)
@@ -145,3 +193,11 @@ def test_skipped_files_are_counted_by_reason(tmp_path: Path) -> None:
         "folder of the system": 2,
         "not an image (.txt)": 1,
     }
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_the_line_in_which_excel_marks_the_delimiter_is_read(tmp_path: Path, delimiter: str) -> None:
+    rows = "".join(f"{n}.jpg{delimiter}a, {n % 2}\r\n" for n in range(1, 5))
+    text = f"sep={delimiter}\r\nfile{delimiter}label\r\n{rows}"
+    found = find(tmp_path, ["{1..4}.jpg"], {"labels.csv": text}, val_fraction=0.5)
+    assert found.classes == ("a, 0", "a, 1")

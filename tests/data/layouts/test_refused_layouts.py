@@ -7,20 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_folders import Files, Sample, Text, dataset_of, find, lines, write_sample
+from sample_folders import Files, Sample, Text, dataset_of, find, lines, refusal, write_sample
 
 from hpc_imagenet.data.layouts.image_finder import find_images
 from hpc_imagenet.errors import UserError
-
-
-def error(root: Path, images: list[str], files: Files | None = None, **settings: Any) -> str:
-    root.mkdir(exist_ok=True)
-    with pytest.raises(UserError) as caught:
-        find(root, images, files, **settings)
-    line = str(caught.value).replace(str(root), "SOURCE")
-    assert "\n" not in line
-    return line
-
 
 AB = "{a,b}/{1..4}.jpg"
 SPECIES = "image,species,family,order\n1,a,x,p\n2,b,x,p\n3,a,x,q\n4,b,y,q\n"
@@ -164,6 +154,14 @@ SPECIES = "image,species,family,order\n1,a,x,p\n2,b,x,p\n3,a,x,q\n4,b,y,q\n"
             {"labels": "t.csv"},
             "dataset.labels=t.csv: no column names the images",
         ),
+        ([AB], {}, {"labels": "u" * 300}, f"dataset.labels={'u' * 300}: no such file in SOURCE"),
+        ([AB], {}, {"splits": {"val": "u" * 300}}, f"dataset.splits.val={'u' * 300}: no such folder or list"),
+        (
+            ["{1..3}.jpg"],
+            {"t.csv": f"id,y\n1,{'9' * 5000}\n2,b\n3,b\n"},
+            {},
+            f"SOURCE: the class name '{'9' * 40}' … has more than 200 bytes; shorten it",
+        ),
         ([AB], {}, {"splits": {"val": "hold"}}, "dataset.splits.val=hold: no such folder or list in SOURCE"),
         (
             ["i/{1..4}.jpg"],
@@ -214,6 +212,40 @@ SPECIES = "image,species,family,order\n1,a,x,p\n2,b,x,p\n3,a,x,q\n4,b,y,q\n"
             {"t.csv": "id,y\n1,a\n2,b\n3,a", "u.csv": "id,y\n1,a\n2,b\n3,b"},
             {},
             "SOURCE has t.csv and u.csv, which differ; set dataset.labels=t.csv, or the other one",
+        ),
+        (
+            ["{1..3}.jpg"],
+            {"t.csv": "file,label\n1.jpg,crane, bird\n2.jpg,crane, machine\n3.jpg,owl\n"},
+            {},
+            "t.csv: row 1 has 3 columns, the first 2; put a value that has the delimiter in it in quotes",
+        ),
+        (
+            ["{1..3}.jpg"],
+            {"labels.txt": "1.jpg,crane, bird\n2.jpg,crane, machine\n3.jpg,owl, bird\n"},
+            {},
+            "labels.txt: line 1 has 3 values; write a path and a class, with a tab between them",
+        ),
+        (
+            ["i/{1..4}.jpg"],
+            {
+                "labels.csv": "file,label,note\n1,a,\n2,b,one, two\n3,a,\n4,b,\n",
+                "meta.csv": "file,camera\n1,x\n2,x\n3,y\n4,y\n",
+            },
+            {"val_fraction": 0.5},
+            "labels.csv: row 2 has 4 columns, the first 3; put a value that has the delimiter in it in quotes"
+            ", or set dataset.labels to the table of the classes",
+        ),
+        (
+            ["i/{1..4}.jpg"],
+            {"train.csv": "file,label\n1,a\n2,b\n", "val.csv": "file,label\n3,a\n4,b,c\n"},
+            {},
+            "val.csv: row 2 has 3 columns, the first 2; put a value that has the delimiter in it in quotes",
+        ),
+        (
+            ["{A,B,C}/person{1,2}/{1..4}.jpg"],
+            {},
+            {},
+            "SOURCE/A has folders of images, such as person1; set dataset.labels=folder:1 if the class",
         ),
         ([AB], {"train.txt": "1.jpg\n"}, {}, "train.txt: 1.jpg may be a/1.jpg or b/1.jpg; write its path"),
         (
@@ -284,7 +316,7 @@ SPECIES = "image,species,family,order\n1,a,x,p\n2,b,x,p\n3,a,x,q\n4,b,y,q\n"
 def test_refusals_say_what_was_seen_and_which_setting_decides(
     tmp_path: Path, images: list[str], files: Files, settings: dict[str, Any], expected: str
 ) -> None:
-    assert error(tmp_path / "data", images, files, **settings).startswith(expected)
+    assert refusal(tmp_path / "data", images, files, **settings).startswith(expected)
 
 
 def test_a_missing_folder_and_a_link_to_a_missing_image_are_refused(tmp_path: Path) -> None:
@@ -295,7 +327,11 @@ def test_a_missing_folder_and_a_link_to_a_missing_image_are_refused(tmp_path: Pa
         find_images(tmp_path / "file", dataset_of(), 1)
     write_sample(tmp_path / "data", Sample([AB], "", (0, 0, 0)))
     (tmp_path / "data/a/9.jpg").symlink_to(tmp_path / "absent.jpg")
-    assert "is a link to a missing file" in error(tmp_path / "data", [])
+    assert "is a link to a missing file" in refusal(tmp_path / "data", [])
+    for name in ("labels.csv", "imagelabels.mat"):
+        write_sample(tmp_path / name, Sample(["{1..4}.jpg"], "", (0, 0, 0), {"setid.mat": "x"}))
+        (tmp_path / name / name).symlink_to(tmp_path / "absent")
+        assert refusal(tmp_path / name, []).startswith(f"SOURCE/{name} is a link to a missing file; restore")
 
 
 CAMERAS = "{camera1,camera2}/{fox,owl}_{1..4}.jpg"
@@ -308,7 +344,7 @@ def species() -> Text:
 
 @pytest.mark.parametrize("name", ["animals.csv", "train.csv"])
 def test_a_table_that_contradicts_class_folders_is_refused(tmp_path: Path, name: str) -> None:
-    assert error(tmp_path, [CAMERAS], {name: species()}, val_fraction=0.25) == (
+    assert refusal(tmp_path, [CAMERAS], {name: species()}, val_fraction=0.25) == (
         f"SOURCE: the class may be the folder, such as camera1, or that of {name}, column animal, such as "
         f"fox; set dataset.labels=folder:1, or dataset.labels='{name}:animal'"
     )
@@ -343,45 +379,4 @@ def test_a_class_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system has names in UTF-8 only")
     (tmp_path / os.fsdecode(b"caf\xe9") / "1.jpg").write_bytes(b"x")
-    assert error(tmp_path, [], val_fraction=0.5) == r"SOURCE: the class 'caf\udce9' is not UTF-8; rename it"
-
-
-@pytest.mark.parametrize(
-    ("settings", "counts"),
-    [
-        ({"splits": {"val": "holdout"}}, (8, 2, 0)),
-        ({"splits": {"test": "holdout"}, "val_fraction": 0.25}, (6, 2, 2)),
-        ({"splits": {"train": "[ab]", "val": "holdout"}}, None),
-    ],
-)
-def test_a_split_may_be_named(
-    tmp_path: Path, settings: dict[str, Any], counts: tuple[int, ...] | None
-) -> None:
-    images = [AB, "holdout/{a,b}/9.jpg"]
-    if counts is None:
-        assert "is in no class folder" in error(tmp_path, images, **settings)
-    else:
-        found = find(tmp_path, images, **settings)
-        assert tuple(len(files) for files in found.splits.values()) == counts
-
-
-def test_a_pattern_names_several_folders_of_a_split(tmp_path: Path) -> None:
-    images = ["train_{clean,noisy}/{a,b}/{1..3}.jpg", "val/{a,b}/1.jpg"]
-    assert "each may be train" in error(tmp_path, images)
-    found = find(tmp_path, [], splits={"train": "train_*"})
-    assert [len(files) for files in found.splits.values()] == [12, 2, 0]
-    assert found.warnings == ()
-
-
-def test_a_column_that_a_setting_names_is_that_of_all_lists(tmp_path: Path) -> None:
-    rows = {"train": (1, 2, 3, 4), "val": (5, 6), "test": (7, 8)}
-    files: Files = {
-        f"{split}.csv": "image,age,kind\n" + "".join(f"{n}.jpg,{n},{'ab'[n % 2]}\n" for n in numbers)
-        for split, numbers in rows.items()
-    }
-    assert "train.csv has the columns age, kind, and each may be" in error(tmp_path, ["i/{1..8}.jpg"], files)
-    found = find(tmp_path, [], labels="train.csv:kind")
-    assert found.classes == ("a", "b")
-    assert [len(files) for files in found.splits.values()] == [4, 2, 2]
-    splits = {split: f"{split}.csv" for split in rows}
-    assert find(tmp_path, [], labels="train.csv:kind", splits=splits).splits == found.splits
+    assert refusal(tmp_path, [], val_fraction=0.5) == r"SOURCE: the class 'caf\udce9' is not UTF-8; rename it"

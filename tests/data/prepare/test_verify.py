@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -129,6 +131,33 @@ def test_verify_names_each_problem(
         problems = run_verify(folder, quick=quick).problems
         assert any(message in line for line in problems), problems
         assert not any("\n" in line for line in problems)
+
+
+@pytest.mark.parametrize(
+    ("layout", "quick", "message"),
+    [
+        ("index", True, "cannot be read: Input/output error"),
+        ("folders", False, "n1 cannot be compared with the shards: Input/output error"),
+    ],
+)
+def test_a_read_error_is_one_problem(
+    copy_dataset: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+    quick: bool,
+    message: str,
+) -> None:
+    folder = copy_dataset(layout)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    problems = run_verify(folder, quick).problems
+    assert any(message in line for line in problems), problems
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+    assert run_verify(folder, quick).problems == [f"{folder}/manifest.json cannot be read: Is a directory"]
 
 
 def test_quick_verify_finds_invalid_index_entries(copy_dataset: Callable[[str], Path]) -> None:

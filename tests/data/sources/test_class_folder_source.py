@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.ilsvrc.devkit import read_devkit
 from hpc_imagenet.data.sources.virtual_tar import VirtualTar, VirtualTarOfTars
 from hpc_imagenet.demo import digits
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.stages.download_stage import DOWNLOAD
 from hpc_imagenet.stages.work import download
 
 Images = dict[str, dict[str, bytes]]  # class → name → bytes
@@ -162,6 +165,43 @@ def test_archives_are_made_of_every_layout(
     assert len(list((tmp_path / "archives/numbers").iterdir())) == 6
 
 
+@pytest.mark.parametrize("write", [write_class_folders, write_kaggle])
+def test_changed_class_folders_are_noticed_before_submission(
+    tmp_path: Path, images: dict[str, Images], write: Callable[[Path, dict[str, Images]], Path]
+) -> None:
+    folder = write(tmp_path / "folders", images)
+    config = config_of(tmp_path / "workspace", folder)
+    run_stage(download, config)
+    DOWNLOAD.check_input(config, config.cluster, planned=False)
+    changed = next(folder.rglob("train/*/*"))
+    changed.write_bytes(changed.read_bytes() + b"x")
+    with pytest.raises(
+        UserError, match=r"has changed since .*archives/numbers was made of it: remove .*archives"
+    ):
+        DOWNLOAD.check_input(config, config.cluster, planned=False)
+    shutil.rmtree(folder)  # the images may go once the archives are made of them
+    DOWNLOAD.check_input(config, config.cluster, planned=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_archives_of_changed_files_are_made_again(
+    tmp_path: Path, images: dict[str, Images], kind: str
+) -> None:
+    source = LAYOUTS[kind](tmp_path / "source", images)
+    run_stage(download, config_of(tmp_path, source))
+    archives = tmp_path / "archives/numbers"
+    (archives / ilsvrc_writer.VAL).unlink()  # as if the first job was killed before it
+    val = dict(images["val"])
+    one, two = sorted(val)[:2]
+    val[one], val[two] = val[two], val[one]
+    train = {**images["train"], one: images["train"][two]}
+    shutil.rmtree(source)
+    LAYOUTS[kind](source, {"train": train, "val": val})
+    run_stage(download, config_of(tmp_path, source))
+    assert read_archives(tmp_path)[:2] == (train, val)
+
+
 @pytest.mark.slow
 def test_source_may_be_the_inner_kaggle_folder(tmp_path: Path, images: dict[str, Images]) -> None:
     source = write_kaggle(tmp_path / "source", images)
@@ -200,6 +240,37 @@ def test_parquet_without_paths_names_classes_by_label(tmp_path: Path, images: di
     assert {wnid: len(files) for wnid, files in train.items()} == {f"class{n:05d}": 3 for n in range(3)}
     assert list(train["class00001"]) == ["train_00000002.JPEG", "train_00000005.JPEG", "train_00000008.JPEG"]
     assert sum(map(len, val.values())) == 9
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"image": None, "label": 1}, "a row with label 1 has no image; fetch the shard again"),
+        ({"image": "1.jpg", "label": 1}, "the column image holds '1.jpg', not bytes"),
+        ({"image": b"x", "label": "cat"}, "the column label holds 'cat', not the number of a class"),
+        ({"image": b"x", "label": None}, "the column label holds None, not the number of a class"),
+    ],
+)
+def test_parquet_of_another_form_is_refused(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name in ("train", "val"):
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / f"{name}-0.parquet")
+    assert f"{tmp_path}/train-0.parquet: {reason}" in stage_error(download, config_of(tmp_path, tmp_path))
+
+
+@pytest.mark.slow
+def test_parquet_may_hold_plain_bytes(tmp_path: Path, images: dict[str, Images]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    data = next(iter(images["train"][digits.wnid(0)].values()))
+    for name in ("train", "val"):
+        table = pyarrow.Table.from_pylist([{"image": data, "label": n} for n in (0, 1)])
+        parquet.write_table(table, tmp_path / f"{name}-0.parquet")
+    run_stage(download, config_of(tmp_path, tmp_path))
+    assert read_archives(tmp_path)[0]["class00001"] == {"train_00000002.JPEG": data}
 
 
 def remove_solution_line(source: Path) -> None:

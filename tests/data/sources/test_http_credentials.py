@@ -112,6 +112,18 @@ def test_invalid_file_content_is_not_shown_in_the_error(tmp_path: Path, text: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "start", ["# Netscape HTTP Cookie File\nx.example\tTRUE\t/\tTRUE\t0\tsession\t", "machine x password "]
+)
+def test_secrets_that_are_not_utf_8_are_refused(tmp_path: Path, start: str) -> None:
+    path = tmp_path / "login"
+    path.write_bytes(start.encode() + SECRET.encode() + b"\xe9\n")
+    path.chmod(0o600)
+    with pytest.raises(UserError, match="UTF-8") as caught:
+        HttpCredentials(HOST, str(path))
+    assert SECRET not in str(caught.value)
+
+
 def test_header_with_line_break_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COOKIE, f"{SECRET}\r\nX-More: 1")
     with pytest.raises(UserError) as caught:
@@ -123,6 +135,8 @@ def test_header_with_line_break_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"download\.login=.*/none cannot be read \(No such file"):
         HttpCredentials(HOST, str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no user's home folder here"):
+        HttpCredentials(HOST, "~nosuchuser/x")
 
 
 @pytest.fixture

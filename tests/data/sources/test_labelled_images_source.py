@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import io
-import json
 import random
 import shutil
 import tarfile
@@ -14,19 +10,15 @@ from pathlib import Path
 import killing
 import numpy as np
 import pytest
-from PIL import Image
+from labelled_folders import add, config_of, pixels, rotated, use
 from run_stage import run_of, run_stage, stage_error
 from sample_images import encoded
 
-from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.data.images.orientation import read_orientation
 from hpc_imagenet.data.layouts.image_finder import ImageFile, LabelledImages
 from hpc_imagenet.data.prepare.verify import verify_dataset
-from hpc_imagenet.data.sources import labelled_images_source
 from hpc_imagenet.data.sources.labelled_images_source import member_names
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.stages.work import download, process
 from hpc_imagenet.training.loading.decode import EncodedImage
 
@@ -40,29 +32,6 @@ FORMATS = {
     "tif": "TIFF",
     "jp2": "JPEG2000",
 }
-
-
-@functools.cache
-def _composed() -> Config:
-    return compose(["dataset=images", "dataset.name=numbers", "dataset.source=x", "workspace=x"])[0]
-
-
-def config_of(workspace: Path, source: Path, layout: str = "index") -> Config:
-    config = copy.deepcopy(_composed())
-    config.workspace, config.dataset.source = str(workspace), str(source)
-    config.download.retries, config.download.connections = 0, 2
-    config.process.layout, config.process.workers = layout, 1
-    return config
-
-
-def add(
-    root: Path, splits: dict[str, list[ImageFile]], split: str, path: str, label: int, data: bytes
-) -> None:
-    file = root / path
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(data)
-    stat = file.stat()
-    splits.setdefault(split, []).append(ImageFile(path, label, stat.st_size, stat.st_mtime_ns))
 
 
 def small_folder(root: Path, splits: tuple[str, ...] = ("train", "val", "test")) -> LabelledImages:
@@ -79,15 +48,6 @@ def small_folder(root: Path, splits: tuple[str, ...] = ("train", "val", "test"))
 @pytest.fixture
 def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabelledImages:
     return use(small_folder(tmp_path / "source"), monkeypatch)
-
-
-def use(found: LabelledImages, monkeypatch: pytest.MonkeyPatch) -> LabelledImages:
-    monkeypatch.setattr(download, "find_images", lambda folder, dataset, threads: found)
-    return found
-
-
-def pixels(data: bytes) -> np.ndarray:
-    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 @pytest.mark.slow
@@ -210,105 +170,6 @@ def test_long_names_are_reported_in_full(
     assert verify_dataset(folder, quick=False, workers=1).problems == []
 
 
-def rotated(orientation: int, size: tuple[int, int], kind: str = "JPEG") -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(kind, size=size, exif=exif)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("program", [True, False])
-def test_exif_orientation_is_applied_and_counted(
-    tmp_path: Path, program: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if program and not shutil.which("jpegtran"):
-        pytest.skip("no jpegtran (libjpeg-turbo-progs)")
-    if not program:
-        monkeypatch.setenv("PATH", str(tmp_path))
-    splits: dict[str, list[ImageFile]] = {}
-    root = tmp_path / "source"
-    for value in range(1, 9):
-        add(root, splits, "train", f"train/a/{value}.jpg", 0, rotated(value, (64, 48)))
-        add(root, splits, "val", f"val/a/odd{value}.jpg", 0, rotated(value, (61, 45)))
-        add(root, splits, "test", f"test/a/{value}.png", 0, rotated(value, (64, 48), "PNG"))
-        add(root, splits, "test", f"test/a/web{value}.webp", 0, rotated(value, (64, 48), "WEBP"))
-    found = use(LabelledImages(root, "x", ("a",), splits), monkeypatch)
-    config = config_of(tmp_path, root)
-    run_stage(download, config)
-    archives = tmp_path / "archives" / "numbers"
-    labels = json.loads((archives / "labels.json").read_text())
-    assert labels["oriented"] == 28
-    # 2 and 4 only flip; the sides of odd images are no multiples of the blocks, which all but 5 need.
-    lossy = {f"val/a/odd{value}.jpg" for value in range(2, 9) if value != 5}
-    assert set(labels["reencoded"]) >= lossy
-    if program:
-        assert set(labels["reencoded"]) == lossy
-    assert not (archives / labelled_images_source.UPRIGHT_FOLDER).exists()
-    run_stage(process, config)
-    reader = DatasetReader(tmp_path / "datasets" / "numbers")
-    for split, files in found.splits.items():
-        stored = reader.open_split(split)
-        named = {stored.name(i): stored.read(i)[0] for i in range(len(stored))}
-        for file in files:
-            name = file.path.rsplit("/", 1)[1]
-            (tmp_path / name).write_bytes(named[name])
-            assert read_orientation(tmp_path / name) == 1
-            expected = upright(root / file.path)
-            difference = np.abs(pixels(named[name]).astype(int) - expected)
-            assert difference.mean() < 2, name
-    certificate = read_json(tmp_path / "datasets/numbers/certificate.json")
-    assert certificate
-    assert certificate["folder"]["oriented"] == 28
-    page = (tmp_path / "datasets/numbers/certificate.md").read_text()
-    assert "- turned upright by their EXIF orientation: 28" in page
-
-    config = config_of(tmp_path / "off", root)
-    config.dataset.orient = False
-    run_stage(download, config)
-    with tarfile.open(tmp_path / "off/archives/numbers/val.tar") as tar:
-        for member in tar:
-            extracted = tar.extractfile(member)
-            assert extracted
-            assert extracted.read() == (root / "val/a" / member.name).read_bytes()
-
-
-def upright(path: Path) -> np.ndarray:
-    from PIL import ImageOps
-
-    with Image.open(path) as image:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
-
-
-@pytest.mark.slow
-def test_killed_download_keeps_the_images_that_were_turned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    splits: dict[str, list[ImageFile]] = {"val": [], "test": []}
-    for number in range(6):
-        add(tmp_path / "source", splits, "train", f"a/{number}.jpg", 0, rotated(6, (48, 32 + 16 * number)))
-    found = use(LabelledImages(tmp_path / "source", "x", ("a",), splits), monkeypatch)
-    run_stage(download, config_of(tmp_path / "whole", found.root))
-    made = labelled_images_source.orientation.make_upright
-    calls: list[int] = []
-
-    def make_three(data: bytes, value: int) -> tuple[bytes, bool]:
-        calls.append(value)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return made(data, value)
-
-    monkeypatch.setattr(labelled_images_source.orientation, "make_upright", make_three)
-    config = config_of(tmp_path, found.root)
-    config.download.connections = 1
-    with pytest.raises(KeyboardInterrupt):
-        run_stage(download, config)
-    run_stage(download, config)
-    assert len(calls) <= 8
-    for file in ("train.tar", "labels.json"):
-        one, two = (workspace / "archives/numbers" / file for workspace in (tmp_path, tmp_path / "whole"))
-        assert one.read_bytes() == two.read_bytes()
-
-
 @pytest.mark.slow
 def test_archives_are_the_same_after_kills_at_random_steps(tmp_path: Path) -> None:
     source = tmp_path / "source"
@@ -329,6 +190,34 @@ def test_archives_are_the_same_after_kills_at_random_steps(tmp_path: Path) -> No
             shutil.rmtree(archives)
     run_stage(download, config)
     assert archive_bytes(config) == archive_bytes(expected)
+
+
+@pytest.mark.slow
+def test_archives_are_made_again_if_their_files_have_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "source"
+    for number in range(12):
+        add(root, {}, "", f"{'ab'[number % 2]}/{number}.png", 0, encoded("PNG", size=(9, 9 + number)))
+    config, fresh = config_of(tmp_path / "one", root), config_of(tmp_path / "two", root)
+    for each in (config, fresh):
+        each.dataset.val_fraction = 0.3
+    run_stage(download, config)
+    archives = tmp_path / "one/archives/numbers"
+    with tarfile.open(archives / "val.tar") as tar:
+        first = tar.getnames()[0]
+    (archives / "val.tar").unlink()  # as if the first job was killed before it
+    next(root.glob(f"*/{first}")).unlink()  # another image is taken for val
+    capsys.readouterr()
+    run_stage(download, config)
+    assert f"{archives}/train.tar: the files that it was made of have changed" in capsys.readouterr().out
+    run_stage(download, fresh)
+    assert archive_bytes(config) == archive_bytes(fresh)
+
+    (archives / "test.tar").unlink()
+    times = {file: (archives / file).stat().st_mtime_ns for file in ("train.tar", "val.tar")}
+    run_stage(download, config)  # nothing else is made again
+    assert {file: (archives / file).stat().st_mtime_ns for file in times} == times
 
 
 def archive_bytes(config: Config) -> dict[str, bytes]:

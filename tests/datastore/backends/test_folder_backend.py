@@ -179,6 +179,15 @@ def test_progress_counts_every_byte_once(
     assert reported == [*range(100, 3_001, 100), 3_000]
 
 
+def test_fetch_names_the_file_or_folder_that_is_missing(target: Path, item: UploadFile) -> None:
+    send([item], target, FUTURE, ignore)
+    backend, gone = FolderBackend(target.parent), target / "gone" / "a.tar"
+    with pytest.raises(FileNotFoundError, match=r"gone/\.a\.tar\.part"):
+        backend.fetch(f"v1/{item.file.path}", item.file, gone, lambda done: None)
+    with pytest.raises(UserError, match=r"v1/none\.tar is missing$"):
+        backend.fetch("v1/none.tar", item.file, target / "a.tar", lambda done: None)
+
+
 def test_free_space_is_checked_before_copying(
     target: Path, item: UploadFile, no_links: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 """The node cache: verification, locking between processes, and eviction."""
 
+import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -12,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.node_cache import cache
 from hpc_imagenet.datastore.node_cache.cache import CopyResult, NodeCache, cached_bytes
 from hpc_imagenet.errors import UserError
 
@@ -85,9 +88,12 @@ def test_a_modified_file_is_detected_and_fetched_again(tmp_path: Path) -> None:
     assert read(node_cache, 1) == data_of(1)
 
 
-def test_a_file_verified_long_ago_is_hashed_again_but_not_fetched(tmp_path: Path) -> None:
-    source, later = Source(), NodeCache(tmp_path, max_verified_age=0.0)
-    source.cache(NodeCache(tmp_path), 1)
+def test_a_file_verified_long_ago_is_hashed_again_but_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, later = Source(), NodeCache(tmp_path)
+    source.cache(later, 1)
+    monkeypatch.setattr(cache, "MAX_VERIFIED_AGE", 0.0)
     assert later.open(file_of(1)) is None
     source.cache(later, 1)
     assert (source.fetched, source.verified) == (["shards/1.tar"], ["shards/1.tar"])
@@ -170,6 +176,22 @@ def test_a_folder_that_other_users_can_write_to_is_refused(tmp_path: Path) -> No
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cluster\.scratch"):
         NodeCache(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("number", "opens"), [(errno.ENOSYS, True), (errno.ENOLCK, True), (errno.EAGAIN, False)]
+)
+def test_copies_on_a_file_system_without_locks_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, opens: bool
+) -> None:
+    node_cache = NodeCache(tmp_path)
+    Source().cache(node_cache, 1)
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert read(node_cache, 1) == (data_of(1) if opens else None)
 
 
 def test_cached_bytes_counts_complete_copies_and_creates_nothing(tmp_path: Path) -> None:

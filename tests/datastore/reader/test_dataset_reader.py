@@ -1,5 +1,6 @@
 """DatasetReader and FolderShards: reading, processes, threads and errors."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -115,14 +116,18 @@ def test_more_shards_are_read_than_the_soft_limit_of_open_files(tmp_path: Path) 
     for number in range(50):
         (tmp_path / f"{number}").write_bytes(b"%02d" % number)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 10, hard))
+    gc.collect()  # readers of earlier tests, which would be closed in the middle of this one
+    before = open_descriptors()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before) + 10, hard))
     try:
         files = FolderShards(tmp_path, [File(f"{number}", 2, "md5:0") for number in range(50)])
         assert [files.read(number, 0, 2) for number in range(50)] == [b"%02d" % n for n in range(50)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    for descriptor in files._descriptors.values():
-        os.close(descriptor)
+    assert len(open_descriptors() - before) == 50
+    del files
+    gc.collect()
+    assert not open_descriptors() - before
 
 
 def test_the_second_thread_to_open_a_shard_closes_its_descriptor(

@@ -1,0 +1,116 @@
+"""A worker of a search: which trials it begins, and of which workers it takes over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from fake_slurm import queue_row, write_slurm
+from sample_search import SETTINGS
+
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.input.overrides import with_defaults
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.errors import PeerLost, UserError
+from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.search.study_files import StudyFiles, TrialRecord
+from hpc_imagenet.stages.search_stage import definition, is_complete
+from hpc_imagenet.stages.train_stage import TrainStage
+from hpc_imagenet.stages.work import search
+
+
+def worker_of_study(folder: Path, *words: str, budget: float | None = None) -> tuple[Config, Run, StudyFiles]:
+    """Return a worker of a new study of three trials, with its config."""
+    space = ("recipe.learning_rate=interval(0.01,0.1)", "search.name=study", "search.parallel=1")
+    (config,) = compose([*space, *with_defaults(SETTINGS, [*words, f"workspace={folder}"])])
+    store = RunStore(folder)
+    files = StudyFiles(store, "study")
+    files.create(definition(config), trials=3, budget=budget)
+    worker = store.create("0badcafe-search", {}, {"stage": "search"})
+    attempt = worker.new_attempt()
+    attempt.submit("foreground")
+    attempt.start()
+    return config, worker, files
+
+
+@pytest.mark.slow
+def test_no_trial_begins_after_the_budget_at_any_rung(tmp_path: Path) -> None:
+    config, worker, files = worker_of_study(tmp_path, "+search=halving", "recipe.epochs=6", budget=2.0)
+    for number in range(3):  # the best of the three would be trained for more epochs
+        files.claim(number, 0, 0, "worker")
+        files.write(TrialRecord(number, state="finished", top1=number / 3, hours=1.0, run=f"{number}-x"))
+    assert is_complete(files, 3, 2.0)
+    assert search.run(config, worker, DistEnv())["trials"] == 0
+    assert len(files.claims()) == 3
+
+
+def cuda_error(*_: object) -> NoReturn:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: misaligned address"), UserError("no decoder")])
+def test_no_trial_begins_in_a_process_that_has_lost_its_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def train(stage: TrainStage, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
+        if run.follows:
+            monkeypatch.setattr(torch.cuda, "synchronize", cuda_error)
+            raise error
+        return {"top1": 0.5, "epochs": 2}
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(TrainStage, "run", train)
+    config, worker, files = worker_of_study(tmp_path, "+search=tpe")
+    with pytest.raises(PeerLost, match="trial 1 failed, so the next one needs a new start"):
+        search.run(config, worker, DistEnv())
+    assert [each.state for each in files.records()] == ["finished", "failed"]
+    assert len(files.claims()) == 2
+
+
+@pytest.mark.slow
+def test_failed_trials_leave_the_next_one_the_memory_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def train(*_: object) -> NoReturn:
+        events.append("train")
+        raise ValueError
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("free"))
+    monkeypatch.setattr(TrainStage, "run", train)
+    config, worker, _ = worker_of_study(tmp_path, "+search=tpe")
+    with pytest.raises(UserError, match="all 3 trials of the search study failed"):
+        search.run(config, worker, DistEnv())
+    assert events == ["train", "free"] * 3
+
+
+@pytest.mark.parametrize(
+    ("squeue", "ended"),
+    [
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", False),
+        (f"echo '{queue_row(77, 'RUNNING')}'", False),
+        (f"echo '{queue_row(77, 'FAILED')}'", True),
+        (None, False),  # no Slurm here
+    ],
+)
+def test_worker_that_slurm_does_not_know_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: str | None, ended: bool
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if squeue is not None:
+        write_slurm(tmp_path)
+        (tmp_path / "squeue").write_text(f"#!/bin/bash\n{squeue}\n")
+    worker = RunStore(tmp_path).create("0badcafe-search", {}, {"stage": "search"})
+    worker.new_attempt().submit("slurm", job_id="77")
+    assert search.ended_workers([worker]) == ({worker.id} if ended else set())
