@@ -89,9 +89,10 @@ def _port(job: int, step: int = 0, restart: int = 0) -> int:
 
 
 def _first_address(env: Mapping[str, str]) -> str:
-    """Return the name of the first node; its address if the name does not resolve here."""
-    host, address = _first_host(env["SLURM_JOB_NODELIST"]), env.get("SLURM_LAUNCH_NODE_IPADDR")
-    if address:  # of the node where srun runs: for a batch script the first one
+    """Return the name of the first node of this step; its address if the name does not resolve here."""
+    first, address = _first_host(env["SLURM_JOB_NODELIST"]), env.get("SLURM_LAUNCH_NODE_IPADDR")
+    host = _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+    if address and host == first:  # of the node where srun runs: for a batch script the first of the job
         try:
             socket.getaddrinfo(host, None)
         except OSError:

@@ -1,4 +1,4 @@
-"""Energy, use and memory of the GPUs of a task, measured by NVML (package nvidia-ml-py).
+"""Energy and use of the GPUs of a task, measured by NVML (package nvidia-ml-py).
 
 Imported in jobs only. Without the package, the driver or a GPU nothing is measured. NVML counts whole GPUs,
 not processes, and it makes no CUDA context.
@@ -7,6 +7,7 @@ not processes, and it makes no CUDA context.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class GpuMeter:
         self._gpus = [gpu for name in names if (gpu := _open(nvml, name, now))]
 
     def sample(self, now: float) -> None:
-        """Measure power, use and memory, which hold since the last sample."""
+        """Measure power and use, which hold since the last sample."""
         for gpu in self._gpus:
             gpu.sample(now)
 
@@ -40,7 +41,7 @@ class GpuMeter:
         """Return what was measured of each GPU, by its UUID.
 
         Returns:
-            seconds, and where the GPU reports them joules, use (0 to 1, mean) and memory_bytes (peak).
+            seconds, and where the GPU reports them joules and use (0 to 1, mean).
         """
         return {gpu.uuid: gpu.totals() for gpu in self._gpus}
 
@@ -56,7 +57,6 @@ class _Gpu:
         self._joules = 0.0
         self._has_energy = self._counter is not None or self._power is not None
         self._busy = self._observed = 0.0
-        self._memory: float | None = None
 
     def sample(self, now: float) -> None:
         seconds, self._last = now - self._last, now
@@ -72,8 +72,6 @@ class _Gpu:
         if (use := self._read(self._nvml.nvmlDeviceGetUtilizationRates)) is not None:
             self._busy += seconds * use.gpu / 100
             self._observed += seconds
-        if (memory := self._read(self._nvml.nvmlDeviceGetMemoryInfo)) is not None:
-            self._memory = max(self._memory or 0, memory.used)
 
     def totals(self) -> dict[str, float]:
         found = {"seconds": self._last - self._began}
@@ -81,8 +79,6 @@ class _Gpu:
             found["joules"] = self._joules
         if self._observed:
             found["use"] = self._busy / self._observed
-        if self._memory is not None:
-            found["memory_bytes"] = self._memory
         return found
 
     def _read(self, function: Any) -> Any:
@@ -102,9 +98,17 @@ def _open(nvml: Any, name: str, now: float) -> _Gpu | None:
     return None
 
 
-def open_meter(now: float) -> GpuMeter | None:
-    """Return a meter of the GPUs of this process; None if there are none, or no NVML."""
+def open_meter(now: float, most: int | None = None) -> GpuMeter | None:
+    """Return a meter of the GPUs of this job on this node; None if there are none, or no NVML.
+
+    Args:
+        now: as for `GpuMeter`.
+        most: GPUs that the job uses; None: all. CUDA_VISIBLE_DEVICES names them where it is set. Without it a
+            process also sees GPUs of other jobs, and CUDA takes the first ones.
+    """
     names = gpus.available_gpus()
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        names = names[:most]
     if not names:
         return None
     try:

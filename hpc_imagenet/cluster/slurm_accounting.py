@@ -31,7 +31,7 @@ class JobUsage:
     Attributes:
         ended: whether the job and its steps have ended, so that the values do not change any more.
         seconds: time in which it was running.
-        cpus, memory_bytes, nodes, gpus: allocated, in total over its nodes.
+        cpus, memory_bytes, gpus: allocated, in total over its nodes.
         limit_seconds: its time limit.
         used_cpu_seconds: CPU time of all steps.
         available_cpu_seconds: allocated CPUs times elapsed time.
@@ -44,7 +44,6 @@ class JobUsage:
     seconds: float = 0
     cpus: float | None = None
     memory_bytes: float | None = None
-    nodes: float | None = None
     gpus: float | None = None
     limit_seconds: float | None = None
     used_cpu_seconds: float | None = None
@@ -115,7 +114,9 @@ def _usage(starts: Sequence[_Start], only_step: str | None) -> JobUsage:
     gpu_shares, seconds = [], 0.0
     for start in starts:
         steps = [step for step in start.steps if only_step in (None, step["JobID"])]
-        whole = steps[0] if only_step and steps else start.allocation
+        if only_step and not steps:
+            continue  # a start of the allocation in which the step did not run
+        whole = steps[0] if only_step else start.allocation
         elapsed = _number(whole.get("ElapsedRaw")) or 0.0
         seconds += elapsed
         if elapsed and (cpu := _seconds(whole.get("TotalCPU", ""))) is not None:
@@ -140,7 +141,6 @@ def _usage(starts: Sequence[_Start], only_step: str | None) -> JobUsage:
         seconds=seconds,
         cpus=_number(tres.get("cpu")),
         memory_bytes=_bytes(tres.get("mem", "")),
-        nodes=_number(tres.get("node")),
         gpus=_number(tres.get("gres/gpu")),
         limit_seconds=None if limit is None else 60 * limit,
         used_cpu_seconds=sum(used["cpu"]) if used["cpu"] else None,

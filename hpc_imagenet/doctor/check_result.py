@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from hpc_imagenet.config.schema import Cluster
 
 OK, WARN, FAIL = "ok", "warn", "fail"
+NO_RESULT = "no result within"  # a program of a probe took too long; the seconds follow
 
 
 class Finding(NamedTuple):

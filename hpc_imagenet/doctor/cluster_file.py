@@ -6,17 +6,22 @@ cluster there.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.config.input.slurm_values import parse_minutes
-from hpc_imagenet.config.input.stored_settings import FILE, user_folder
+from hpc_imagenet.config.input.stored_settings import FILE, store, user_folder
 from hpc_imagenet.doctor.check_result import FAIL
 from hpc_imagenet.doctor.cluster_checks import check_commands, check_squeue, partitions
 from hpc_imagenet.errors import UserError
@@ -25,7 +30,7 @@ from hpc_imagenet.io.atomic_files import atomic_write
 DAY = 1440  # minutes
 _MEMORY_SHARE = 0.9  # of a node's memory; the rest is left to Slurm and the system
 _COLUMNS = "%R|%D|%c|%m|%G|%f"  # partition, nodes, CPUs, MB, generic resources, features
-_GPU = re.compile(r"gpu(?::([A-Za-z][\w.-]*))?:(\d+)")
+_GPU = re.compile(r"gpu(?::([\w.-]+))?:(\d+)(?=[(,]|$)")  # the type of a part of a GPU begins with a digit
 
 RunChecks = Callable[[list[str], str], list[dict[str, str]]]
 """Run the doctor with overrides and a config folder; return its results."""
@@ -47,13 +52,16 @@ class Partition:
     preempted: bool
 
 
-def write_cluster_file(name: str, overrides: Sequence[str], run_checks: RunChecks) -> int:
+def write_cluster_file(
+    name: str, overrides: Sequence[str], run_checks: RunChecks, as_json: bool = False
+) -> int:
     """Propose, check and store a cluster file; print what was done.
 
     Args:
         name: name of the file, without .yaml.
         overrides: settings of the checks, such as workspace=FOLDER.
         run_checks: the doctor.
+        as_json: whether it prints JSON on stdout; what was done then goes to stderr.
 
     Returns:
         Exit code: 0 if the file is the default cluster now, 1 if a check failed.
@@ -80,16 +88,17 @@ def write_cluster_file(name: str, overrides: Sequence[str], run_checks: RunCheck
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.encode())
+    output = sys.stderr if as_json else sys.stdout
     # Without internet on the nodes only the download stage fails; its archives can come from elsewhere.
     if blocking := [check for check in failed if check != "internet"]:
         print(
             f"wrote {path}; failed checks: {', '.join(blocking)}. Change the file, then check it with "
             f"python -m hpc_imagenet doctor cluster={name}, and store cluster: {name} in "
-            f"{user_folder() / FILE}"
+            f"{user_folder() / FILE}",
+            file=output,
         )
         return 1
-    _make_default(name)
-    print(f"wrote {path}, and made it the default cluster in {user_folder() / FILE}")
+    print(f"wrote {path}, and made it the default cluster in {store({'cluster': name})}", file=output)
     return 0
 
 
@@ -165,12 +174,19 @@ def propose(
     train = max(
         usable, key=lambda each: (each.gpus > 0, not each.preempted, each.default, each.gpus * each.nodes)
     )
-    data = max(usable, key=lambda each: (not each.gpus, not each.preempted, each.default, each.cpus))
+    time_limit = min(train.time or DAY, DAY)
+    with contextlib.suppress(ValueError):  # such as null, which the checks refuse
+        time_limit = parse_minutes(given.get("time", time_limit))
+
+    def suits_data(each: Partition) -> tuple[object, ...]:
+        is_long = each.time is None or each.time >= min(DAY, time_limit)
+        return (not each.gpus, is_long, not each.preempted, each.default, each.cpus)
+
+    data = max(usable, key=suits_data)
     others = ", ".join(_describe(each) for each in found if each != train) or "none"
     tasks = (train.gpus or 1) if given.get("gpus_per_node") != "0" else 1
-    kind = train.gpu_types[0] if len(train.gpu_types) == 1 else None
-    gpus = f"{kind}:{train.gpus}" if kind and train.gpus else train.gpus
-    time_limit = min(train.time or DAY, DAY)
+    kind = train.gpu_types[0] if len(train.gpu_types) == 1 else ""
+    gpus = f"{kind}:{train.gpus}" if kind[:1].isalpha() and train.gpus else train.gpus
     memory = int(_MEMORY_SHARE * train.memory / 1024)
     limit = "unlimited" if train.time is None else f"{train.time} minutes"
     values = {
@@ -191,26 +207,22 @@ def propose(
         "stage: # data stages use no GPU",
     ]
     cpus, small = min(8, data.cpus), max(1, min(8, int(_MEMORY_SHARE * data.memory / 1024)))
+    own_time = f", time: {data.time}" if data.time is not None and data.time < time_limit else ""
     for stage, cores in (("download", min(2, cpus)), ("process", cpus), ("upload", min(2, cpus))):
-        size = f"gpus_per_node: 0, cpus_per_task: {cores}, memory_gb: {small}"
+        size = f"gpus_per_node: 0, cpus_per_task: {cores}, memory_gb: {small}{own_time}"
         lines.append(f"  {stage}: {{partition: {data.name}, {size}}}")
     return "\n".join(lines) + "\n"
 
 
 def _yaml(value: str) -> str:
-    return json.dumps(value) if ":" in value or "#" in value else value
+    """Return a value of an override as YAML."""
+    if value.startswith(("[", "{")):
+        with contextlib.suppress(HydraException):  # the checks refuse it
+            return json.dumps(OverridesParser.create().parse_override(f"value={value}").value(), default=str)
+    return json.dumps(value) if re.search(r"[:#{[]", value) else value
 
 
 def _describe(partition: Partition) -> str:
     gpus = f" with {partition.gpus} GPUs" if partition.gpus else ""
     extra = ", preemptable" if partition.preempted else ""
     return f"{partition.name} ({partition.nodes} nodes{gpus}{extra})"
-
-
-def _make_default(name: str) -> None:
-    """Store `cluster: NAME` in the user's settings and keep the rest of the file."""
-    path = user_folder() / FILE
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    kept = [line for line in before.splitlines() if not re.match(r"cluster\s*:", line)]
-    with atomic_write(path) as file:
-        file.write("\n".join([f"cluster: {name}", *kept, ""]).encode())

@@ -6,7 +6,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hpc_imagenet.doctor.check_result import Finding, ProbeReport, fail, gigabytes, node_names, ok, warn
+from hpc_imagenet.doctor.check_result import (
+    NO_RESULT,
+    Finding,
+    ProbeReport,
+    fail,
+    gigabytes,
+    node_names,
+    ok,
+    warn,
+)
 
 _TASK_MEMORY = 2**30  # bytes that a training task needs to import torch and hold a small network
 _NETWORK_DISKS = re.compile(r"nfs4?|lustre|gpfs|beegfs|ceph(fs)?|fuse\.glusterfs|wekafs|afs")
@@ -55,7 +64,8 @@ def _check_workspace(probe: ProbeReport) -> Finding:
         return fail(f"{missing} of {probe.size} tasks wrote no report into it{nodes}", fix)
     complete = [report["node"] for report in probe.node_reports()]
     if unfinished := [node for node in probe.nodes if node not in complete]:
-        fix = f"see the log of the job; too little {probe.setting('memory_gb')} is a usual cause"
+        fix = "read the log of the probe, named below: if it says killed or oom, raise "
+        fix += probe.setting("memory_gb")
         return fail(f"{node_names(unfinished)} started and did not finish", fix)
     if errors := probe.by_node("disks", lambda disks: str(disks["workspace"]["error"])):
         return fail(errors, "choose a folder that the nodes can write: workspace=FOLDER")
@@ -82,16 +92,25 @@ def _check_python(probe: ProbeReport) -> Finding:
 def _check_packages(probe: ProbeReport) -> Finding | None:
     login = probe.login["versions"]
 
-    def problems(packages: Mapping[str, Any]) -> str:
+    def different(packages: Mapping[str, Any]) -> list[str]:
         versions = {} if probe.cluster.container else packages["versions"]
-        different = [
+        return [
             f"{name} {each} (here {login[name]})" for name, each in versions.items() if each != login[name]
         ]
-        return ", ".join([*different, *filter(None, [packages["error"]])])
+
+    def problems(packages: Mapping[str, Any]) -> str:
+        return ", ".join([*different(packages), *filter(None, [packages["error"]])])
 
     if not probe.node_reports("packages"):
         return None
     if found := probe.by_node("packages", problems):
+        reports = [report["packages"] for report in probe.node_reports("packages")]
+        errors = [each["error"] for each in reports if each["error"]]
+        if not any(map(different, reports)) and all(NO_RESULT in error for error in errors):
+            fix = "the import is slow there, since the file system is cold or busy: run the doctor again"
+            if probe.on_slurm and not probe.cluster.container:
+                fix += f", or use a container image, which is one file: {probe.setting('container')}"
+            return fail(found, fix)
         fix = f"install the pinned versions where the nodes see them (make); check {probe.setting('setup')}"
         return fail(found, fix)
     if probe.cluster.container:
@@ -148,16 +167,67 @@ def _check_gpus(probe: ProbeReport) -> Finding | None:
         requested = granted or (tasks if by_driver or usable else 0)
     if not requested:
         return ok(f"none requested ({found}): training runs on CPUs")
+    problems = {each["node"]: _gpu_problem(each["gpus"]) for each in probe.node_reports("gpus")}
+    broken = {node: problem for node, problem in problems.items() if problem}
     if usable >= max(requested, tasks):
-        return ok(found)
+        return warn(found, _gpu_fix(probe, broken)) if broken else ok(found)
     if usable >= requested:
         fix = f"use one task per GPU: {probe.setting('tasks_per_node')}={usable}"
         return fail(f"{tasks} tasks share {usable}: {found}", fix)
     found = f"{requested} requested, {usable} usable ({found})"
+    if broken:
+        return fail(found, _gpu_fix(probe, broken))
     if by_driver > usable:
-        return fail(found, "install a torch built for this driver (python -m pip install torch, pytorch.org)")
+        return fail(found, f"install a torch {_BUILT_FOR_DRIVER}")
     options = ", ".join(probe.setting(option) for option in ("partition", "constraint", "sbatch"))
     return fail(found, f"choose nodes with GPUs and a driver by {options}; or set {name}=0")
+
+
+# Pattern in the problem of a node's GPUs → fix; first match. On Slurm {choose} becomes how to choose other
+# nodes, and {leave} how to leave these out.
+_BUILT_FOR_DRIVER = "built for this driver: the head of constraints.txt says how"
+_GPU_FIXES = {
+    r"driver on your system is too old|driver version is insufficient": (
+        f"install a torch {_BUILT_FOR_DRIVER}{{choose}}"
+    ),
+    r"no kernel image|invalid device function": (
+        "install a torch with kernels for these GPUs (the pinned one has them from Turing on): the head of "
+        "constraints.txt says how{choose}"
+    ),
+    r"found no nvidia driver": (  # although NVML or nvidia-smi lists its GPUs
+        "torch cannot load the driver's libcuda.so.1 there: install the whole driver, or let a container's "
+        "runtime add it{choose}"
+    ),
+    r"system not yet initialized": (
+        "GPUs with NVSwitch need the fabric manager of the node (nvidia-fabricmanager), which does not run: "
+        "have it started{leave}"
+    ),
+    r"out of memory|busy or unavailable": (
+        "another process uses the GPU: run the doctor again when it has ended{leave}"
+    ),
+    "": "the GPU or its driver is broken: report it to the administrators{leave}",
+}
+
+
+def _gpu_fix(probe: ProbeReport, problems: Mapping[str, str]) -> str:
+    """Return what to do about the first of the problems with GPUs, given by node."""
+    problem = next(iter(problems.values()))
+    fix = next(fix for pattern, fix in _GPU_FIXES.items() if re.search(pattern, problem, re.IGNORECASE))
+    choose = leave = ""
+    if probe.on_slurm:
+        choose = f", or choose other nodes by {probe.setting('partition')} or {probe.setting('constraint')}"
+        leave = (
+            f", and leave {node_names(list(problems))} out by {probe.setting('sbatch')}.exclude until then"
+        )
+    return fix.format(choose=choose, leave=leave)
+
+
+def _gpu_problem(gpus: Mapping[str, Any]) -> str:
+    """Return why torch cannot use some GPUs, else the error of nvidia-smi where torch finds any; or empty."""
+    if problem := gpus.get("problem"):
+        return str(problem)
+    missing = gpus["error"].startswith("no nvidia-smi")  # as on nodes with GPUs of AMD
+    return f"nvidia-smi: {gpus['error']}" if gpus["error"] and gpus["torch"] and not missing else ""
 
 
 def _usable_gpus(gpus: Mapping[str, Any]) -> int:
@@ -171,7 +241,9 @@ def _gpu_text(gpus: Mapping[str, Any]) -> str:
         parts.append(f"Slurm granted {gpus['granted']}")
     if gpus["torch"] is not None:
         built = f"built for {gpus['cuda']}" if gpus["cuda"] else "built without GPU support"
-        parts.append(f"torch, {built}, finds {len(gpus['torch'])}")
+        problem = _gpu_problem(gpus)
+        count = len(gpus["torch"])
+        parts.append(f"torch, {built}, " + (f"can use {count}: {problem}" if problem else f"finds {count}"))
     return ", ".join(parts)
 
 

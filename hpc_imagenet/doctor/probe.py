@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import http.client
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +25,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +33,44 @@ import psutil
 
 from hpc_imagenet import __version__
 from hpc_imagenet.cluster.dist_env import DistEnv, from_environment
-from hpc_imagenet.doctor.check_result import gigabytes
+from hpc_imagenet.doctor.check_result import NO_RESULT, gigabytes
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.io.atomic_files import write_json
 
 PEER_TIMEOUT = 20.0  # s in which the tasks of all nodes must connect to rank 0
-IMPORT_TIMEOUT = 120.0  # s; torch has thousands of files, and the file system may be slow at first
+IMPORT_TIMEOUT = 300.0  # s; torch has thousands of files, and a cold file system takes minutes for them
 _REPLY_TIMEOUT = 10.0  # s for a server
 _DRIVER_TIMEOUT = 60.0  # s for nvidia-smi
+_KERNEL_TIMEOUT = 120.0  # s for all GPUs, which compute at the same time; torch has been read by then
+_KILL_TIMEOUT = 5.0  # s for the end of a process that was killed
 _MIN_FREE_BYTES, _MIN_FREE_INODES = 10**9, 10_000  # a folder with less counts as full
 
-# Prints the name of each step before it begins: after a crash the last line names the one that failed.
+# Prints the name of each module before its import, and what is known of torch before it calls the driver:
+# after a crash the last line shows what failed. The names of GPUs need no context on them.
 _IMPORT_SCRIPT = """
 import importlib, json, sys
 for module in sys.argv[1:]:
     print(module, flush=True)
     importlib.import_module(module)
 if torch := sys.modules.get("torch"):
-    print("torch.cuda", flush=True)
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(json.dumps({"torch": names, "cuda": torch.version.cuda or torch.version.hip}))
+    found = {"torch": [], "problem": "", "cuda": torch.version.cuda or torch.version.hip}
+    print(json.dumps(found), flush=True)
+    try:
+        for i in range(torch.cuda.device_count()):  # NVML counts GPUs that torch cannot use, too
+            found["torch"].append(torch.cuda.get_device_name(i))
+    except Exception as error:
+        found["problem"] = (f"GPU {i}: " if found["torch"] else "") + (str(error) or repr(error))
+    print(json.dumps(found))
+"""
+
+# A name says nothing about kernels: torch may have none for this GPU, or the GPU may be broken.
+_KERNEL_SCRIPT = """
+import sys, torch
+try:
+    (torch.ones(8, device=f"cuda:{sys.argv[1]}") + 1).sum().item()
+except Exception as error:
+    sys.exit((str(error) or repr(error)).splitlines()[0])
 """
 
 
@@ -81,14 +103,19 @@ def run_probe(folder: str) -> None:
         folders = {"workspace": folder, "cluster.scratch": request["scratch"]}
         folders |= {f"${name}": os.environ.get(name) for name in ("SLURM_TMPDIR", "TMPDIR")}
         paths = {name: Path(os.path.expandvars(each)) for name, each in folders.items() if each}
-        report["disks"] = {name: probe_disk(path.expanduser()) for name, path in paths.items()}
+        report["disks"] = {name: probe_disk(path) for name, path in paths.items()}
         if request["source"]:
             report["source"] = probe_disk(Path(request["source"]), write=False)
         if request["url"]:
             report["internet"] = probe_internet(request["url"])
         if request["packages"]:
             report["packages"], torch = probe_imports(request["packages"])
-            report["gpus"] = {**probe_gpus(), **torch}
+            gpus = probe_gpus()
+            if torch["torch"]:
+                own = gpus_of_job(len(torch["torch"]), gpus["granted"], request["gpus"])
+                torch["torch"], failed = probe_kernels(torch["torch"], own)
+                torch["problem"] = "; ".join(filter(None, [torch["problem"], failed]))
+            report["gpus"] = {**gpus, **torch}
         write_json(report_file, report)
 
 
@@ -105,6 +132,7 @@ def probe_disk(path: Path, write: bool = True) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"path": str(path), "kind": "", "free": 0, "full": False, "error": ""}
     try:
+        path = expand_home(path)
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "no such folder")
         status = os.statvfs(path)
@@ -120,8 +148,8 @@ def probe_disk(path: Path, write: bool = True) -> dict[str, Any]:
                 file.write(b"\0" * 4096)
                 file.flush()
                 os.fsync(file.fileno())
-    except OSError as error:
-        found["error"] = error.strerror or str(error)
+    except (OSError, UserError) as error:
+        found["error"] = getattr(error, "strerror", None) or str(error)
         found["text"] = f"{path}: {found['error']}"
     return found
 
@@ -166,11 +194,15 @@ def probe_internet(url: str) -> dict[str, Any]:
     found = {"host": host, "proxy": urllib.parse.urlsplit(proxy).hostname or "", "status": None, "error": ""}
     agent = {"User-Agent": f"hpc-imagenet/{__version__}"}
     try:
-        request = urllib.request.Request(url, method="HEAD", headers=agent)
+        # Like urllib3, which downloads: a path may have spaces.
+        parts = parts._replace(path=urllib.parse.quote(parts.path, safe="%/:=&~+!$,;'@()*[]"))
+        request = urllib.request.Request(parts.geturl(), method="HEAD", headers=agent)
         with urllib.request.build_opener().open(request, timeout=_REPLY_TIMEOUT) as reply:
             return {**found, "status": reply.status}
     except urllib.error.HTTPError as error:  # also a reply
         return {**found, "status": error.code}
+    except http.client.HTTPException as error:  # such as the answer of a port of TLS
+        return {**found, "error": f"the reply is not HTTP: {error!r}"}
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         return {**found, "error": getattr(reason, "strerror", None) or str(reason)}
@@ -185,14 +217,18 @@ def probe_imports(
 
     Returns:
         versions (of each package, or None) and error; and what torch reports, None if the import failed:
-        torch (names of the GPUs that it finds) and cuda (version that it was built for).
+        torch (names of the GPUs that it finds), cuda (version that it was built for), and problem (why it
+        cannot use the driver, or empty).
     """
     modules, names = zip(*(pair.split("=") for pair in packages), strict=True)
     output, error = _run(sys.executable, "-c", _IMPORT_SCRIPT, *modules, timeout=timeout)
     last = (output.splitlines() or ["python"])[-1]
-    gpus = json.loads(last) if last.startswith("{") else {"torch": None, "cuda": None}
     versions = {name: package_version(name) for name in names}
-    return {"versions": versions, "error": f"import of {last}: {error}" if error else ""}, gpus
+    if not last.startswith("{"):
+        error = error and f"import of {last}: {error}"
+        return {"versions": versions, "error": error}, {"torch": None, "cuda": None}
+    gpus = json.loads(last)  # all packages were imported: an error is one of the driver
+    return {"versions": versions, "error": ""}, {**gpus, "problem": _reason(error or gpus["problem"])}
 
 
 def package_version(name: str) -> str | None:
@@ -214,19 +250,71 @@ def probe_gpus() -> dict[str, Any]:
     return {"granted": granted, "driver": driver, "error": error}
 
 
+def gpus_of_job(found: int, granted: int | None, at_most: int | None) -> int:
+    """Return how many of the GPUs that torch finds, from the first, may compute: none of another job.
+
+    Where Slurm does not confine a job to its devices, one without CUDA_VISIBLE_DEVICES finds all of the node.
+
+    Args:
+        found: GPUs that torch finds.
+        granted: GPUs granted by Slurm, None if unknown.
+        at_most: at most so many; None: all of the job.
+    """
+    if "SLURM_JOB_ID" in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        found = min(found, granted or 0)
+    return found if at_most is None else min(found, at_most)
+
+
+def probe_kernels(
+    names: Sequence[str], count: int, timeout: float = _KERNEL_TIMEOUT
+) -> tuple[list[str], str]:
+    """Run a kernel on each of the first `count` GPUs, at the same time, within `timeout` s.
+
+    Each has a process of its own: after an error of CUDA a process can use no GPU at all, and a GPU that
+    hangs must not hide the others.
+
+    Returns:
+        `names` without those of the GPUs that failed, and the errors of those GPUs (or empty).
+    """
+
+    def error_of(index: int) -> str:
+        return _reason(_run(sys.executable, "-c", _KERNEL_SCRIPT, str(index), timeout=timeout)[1])
+
+    with ThreadPoolExecutor(max(1, count)) as threads:
+        errors = [*threads.map(error_of, range(count)), *[""] * (len(names) - count)]
+    failed: dict[str, list[str]] = {}
+    for index, error in enumerate(errors):
+        failed.setdefault(error, []).append(str(index))
+    problems = [f"GPU {' '.join(indices)}: {error}" for error, indices in failed.items() if error]
+    return [name for name, error in zip(names, errors, strict=True) if not error], "; ".join(problems)
+
+
+def _reason(message: str) -> str:
+    """Return what torch's message about a GPU says in its first sentence, or the error of CUDA in it."""
+    line = next(iter(message.strip().splitlines()), "")
+    if cuda := re.search(r"Error \d+: .+", line):
+        return cuda[0]
+    return re.split(r"\. (?=[A-Z])", line)[0].rstrip(".")
+
+
 def _run(*command: str, timeout: float) -> tuple[str, str]:
     """Return the stdout of a command and its error, or an empty string."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     except OSError as error:
         return "", f"no {command[0]} ({error.strerror})"
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired as expired:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in a driver cannot be killed
+            process.communicate(timeout=_KILL_TIMEOUT)
         output = expired.stdout.decode(errors="replace") if isinstance(expired.stdout, bytes) else ""
-        return output, f"no result within {timeout:.0f} s"
-    if done.returncode < 0:
-        return done.stdout, f"killed by {signal.Signals(-done.returncode).name}"
-    lines = (done.stderr.strip() or done.stdout.strip() or "failed").splitlines()
-    return done.stdout, lines[-1] if done.returncode else ""
+        return output, f"{NO_RESULT} {timeout:.0f} s"
+    if process.returncode < 0:
+        return stdout, f"killed by {signal.Signals(-process.returncode).name}"
+    lines = (stderr.strip() or stdout.strip() or "failed").splitlines()
+    return stdout, lines[-1] if process.returncode else ""
 
 
 def _visible_gpus() -> int | None:

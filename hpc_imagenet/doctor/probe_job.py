@@ -22,7 +22,7 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.attempt import QUEUED, RUNNING
 
 FILE_DELAY = 15.0  # s after the job's end until all files that nodes wrote must be visible here
-MAX_RUN_TIME = 400.0  # s: the probe's time limit and Slurm's own delays
+MAX_RUN_TIME = 700.0  # s: the probe's time limit and Slurm's own delays
 QUERY_INTERVAL = 1.0  # s between two queries of Slurm
 _EXIT_DELAY = 30.0  # s that a job may take to end after its last report
 # Slurm's reasons for a pending job that will never start.

@@ -36,7 +36,7 @@ from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.launch.slurm_jobs import sbatch
 
 PACKAGES = ("torch=torch", "torchvision=torchvision", "pytorch_lightning=pytorch-lightning")  # module=package
-_TIME_LIMIT = 5  # minutes of a probe; it takes seconds, but the first import of torch may be slow
+_TIME_LIMIT = 10  # minutes of a probe; it takes seconds, but the first import of torch may take minutes
 _KEEP_SECONDS = 86_400.0  # s that the files of a probe with a failed check are kept
 _MARKS = {OK: "✓", WARN: "\N{EN DASH}", FAIL: "✗"}
 
@@ -187,6 +187,7 @@ def _prepare(config: Config, target: StageCluster, folder: Path, with_source: bo
     request = {
         "scratch": target.cluster.scratch if train else None,
         "packages": packages,
+        "gpus": _computing_gpus(target),
         "url": source if scheme in ("http", "https") else "",
         "source": source if not scheme else urlsplit(source).path if scheme == "file" else "",
     }
@@ -200,11 +201,24 @@ def _prepare(config: Config, target: StageCluster, folder: Path, with_source: bo
 def _tasks(target: StageCluster) -> int:
     """Return the number of tasks of a probe."""
     cluster = target.cluster
-    if cluster.executor == "foreground" and slurm.this_job():
+    if _is_step(target):
         return int(os.environ.get("SLURM_NTASKS", 1))
     if not target.on_slurm or target.stage != "train":
         return 1
     return cluster.tasks
+
+
+def _computing_gpus(target: StageCluster) -> int | None:
+    """Return on how many GPUs a probe starts a kernel, of those that are the job's; None: on all of them."""
+    if target.cluster.gpus_per_node == 0:
+        return 0
+    # Outside of an allocation this is one process, which uses the first GPU; other GPUs may be in use.
+    return 1 if target.cluster.executor == "foreground" and not _is_step(target) else None
+
+
+def _is_step(target: StageCluster) -> bool:
+    """Whether the stage runs as a step of the allocation that this command is in."""
+    return target.cluster.executor == "foreground" and slurm.this_job() is not None
 
 
 def _start(probe: ProbeReport, folder: Path) -> str | subprocess.Popen[bytes]:
@@ -220,15 +234,18 @@ def _start(probe: ProbeReport, folder: Path) -> str | subprocess.Popen[bytes]:
         )
         return sbatch.submit_one(job, folder, functools.partial(run_probe, str(folder)))
     command = [sys.executable, "-m", "hpc_imagenet.doctor.probe", str(folder)]
-    if slurm.this_job():
+    environment = local_queue.job_environment()
+    if _is_step(probe):
         command = ["srun", "--kill-on-bad-exit=1", *probe.cluster.srun, *command]
+    else:
+        environment.pop("SLURM_PROCID", None)  # one process, however many tasks the step of this command has
     with (folder / "process_log.err").open("wb") as log:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=local_queue.job_environment(),
+            env=environment,
             cwd="/",
             start_new_session=True,  # Ctrl-C reaches the doctor alone, which then ends the probe
         )

@@ -30,20 +30,20 @@ class ConfusionCounts:
 
     def __init__(self, classes: int) -> None:
         self._classes = classes
-        self._counts: Tensor | None = None  # [classes * classes], on the device of the logits
+        self._counts: Tensor | None = None  # [classes * classes], on the device of the predictions
 
     def reset(self) -> None:
         """Forget the previous validation."""
         self._counts = None
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch; logits are [batch, classes], labels [batch], where `PADDING` is ignored."""
+    def update(self, predicted: Tensor, labels: Tensor) -> None:
+        """Add a batch of predicted classes and labels, each [batch]; the label `PADDING` is ignored."""
         if self._classes > MAX_CLASSES:
             return
         if self._counts is None:
-            self._counts = torch.zeros(self._classes**2, dtype=torch.int32, device=logits.device)
+            self._counts = torch.zeros(self._classes**2, dtype=torch.int32, device=predicted.device)
         valid = (labels != PADDING).to(torch.int32)
-        self._counts.index_add_(0, labels.clamp(min=0) * self._classes + logits.argmax(1), valid)
+        self._counts.index_add_(0, labels.clamp(min=0) * self._classes + predicted, valid)
 
     def total(self) -> Tensor | None:
         """Return the sum over all ranks, [label, predicted]; every rank calls this. None: not counted."""

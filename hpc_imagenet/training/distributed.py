@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import atexit
 import ipaddress
+import itertools
 import os
+import re
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.cluster.gpus import DEVICES, available_gpus
 from hpc_imagenet.config.schema import Config, cluster_for
-from hpc_imagenet.errors import UserError
+from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.io.ownership import make_own_folder
 from hpc_imagenet.runs.job import signature
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.training.loading.sampler import BatchShare
 
 CPU = torch.device("cpu")
 # Torch's default of 30 minutes would keep the nodes of a dead job for too long.
@@ -99,8 +101,8 @@ def device(config: Config, dist_env: DistEnv, devices: Path = DEVICES) -> torch.
         devices: folder of the device files.
 
     Raises:
-        UserError: torch sees no GPU although GPUs are requested, allocated or installed; or fewer GPUs than
-            tasks; or loader.decode=gpu on a CPU.
+        UserError: torch sees no GPU although GPUs are requested, allocated or installed, or cannot use it; or
+            fewer GPUs than tasks; or loader.decode=gpu on a CPU.
     """
     requested, found = cluster_for(config, config.stage.name).gpus_per_node, torch.cuda.device_count()
     if requested is None and not found and (evidence := _gpu_evidence(devices)):
@@ -118,12 +120,54 @@ def device(config: Config, dist_env: DistEnv, devices: Path = DEVICES) -> torch.
             " set cluster.gpus_per_node=0 to train on CPUs"
         )
     if found >= dist_env.local_size:
-        return torch.device("cuda", dist_env.local_rank)
+        return _usable_gpu(dist_env.local_rank)
     if found == 1 and "SLURM_PROCID" in os.environ:  # Slurm bound each task to its own GPU, index 0
-        return torch.device("cuda", 0)
+        return _usable_gpu(0)
     raise UserError(
         f"{dist_env.local_size} tasks share {found} GPUs on this node: set cluster.tasks_per_node={found}"
     )
+
+
+def _usable_gpu(index: int) -> torch.device:
+    """Return a GPU that torch has been started on, and has kernels for.
+
+    torch counts GPUs through the driver's library, which also counts those that torch cannot use.
+    """
+    device = torch.device("cuda", index)
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"torch {torch.__version__} cannot use the GPU of this node ({first_line(error)}): install a"
+            " torch build for its driver (see nvidia-smi), or set cluster.gpus_per_node=0 to train on CPUs"
+        ) from None
+    architectures = torch.cuda.get_arch_list()
+    if not has_kernels(architectures, capability):
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for {name} (it has {' '.join(architectures)}):"
+            " install a torch build for this GPU, or set cluster.gpus_per_node=0 to train on CPUs"
+        )
+    return device
+
+
+def has_kernels(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a torch build has kernels for an NVIDIA GPU; true of builds for other GPUs.
+
+    Args:
+        architectures: those of the build, such as sm_80 and compute_90 (`torch.cuda.get_arch_list`).
+        capability: compute capability of the GPU.
+
+    Source: CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
+    """
+    built = [match for name in architectures if (match := re.match(r"(sm|compute)_(\d+)(\d)", name))]
+    for kind, *digits in (match.groups() for match in built):
+        major, minor = map(int, digits)
+        if kind == "sm" and major == capability[0] and minor <= capability[1]:
+            return True
+        if kind == "compute" and (major, minor) <= capability:  # compiled for the GPU when it is loaded
+            return True
+    return not built
 
 
 def _gpu_evidence(devices: Path) -> str:
@@ -141,16 +185,25 @@ def _gpu_evidence(devices: Path) -> str:
 
 
 def trainer_arguments(
-    dist_env: DistEnv, device: torch.device, accumulate: int, precision: str
+    dist_env: DistEnv,
+    device: torch.device,
+    precision: str,
+    deterministic: bool,
+    accumulate: int = 1,
+    own: bool = False,
 ) -> dict[str, Any]:
-    """Return the `Trainer` arguments for the device, the number of nodes and the DDP strategy.
+    """Return the `Trainer` arguments of every training and evaluation.
 
     Args:
         dist_env: rank and size of this task.
         device: device of this task.
-        accumulate: device batches per step.
         precision: Lightning's name of the precision. With bf16-mixed, gradients are reduced in bf16 between
             nodes; links within a node are fast enough for float32.
+        deterministic: take deterministic algorithms only. By default cuDNN benchmarks its algorithms in every
+            process and takes the fastest, so two processes may sum in a different order. On a CPU all
+            algorithms in use are deterministic.
+        accumulate: device batches per step.
+        own: whether the network is the user's own, and may have weights that no loss uses.
     """
     on_gpu, index = device.type == "cuda", device.index or 0
     _set_gloo_interface(dist_env)
@@ -166,6 +219,7 @@ def trainer_arguments(
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         static_graph=accumulate == 1,  # with accumulation only the last device batch of a step is reduced
+        find_unused_parameters=own and accumulate > 1,  # a static graph finds them by itself
         ddp_comm_hook=bf16_compress_hook
         if on_gpu and dist_env.nodes > 1 and precision == "bf16-mixed"
         else None,
@@ -176,6 +230,15 @@ def trainer_arguments(
         "num_nodes": dist_env.nodes,
         "strategy": "auto" if dist_env.size == 1 else ddp,
         "plugins": [JobClusterEnvironment(dist_env, index if on_gpu else dist_env.local_rank)],
+        "precision": precision,
+        "accumulate_grad_batches": accumulate,
+        "benchmark": on_gpu and not deterministic,
+        "deterministic": deterministic,
+        "use_distributed_sampler": False,  # our samplers shard the data themselves
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": False,  # CheckpointCallback saves
+        "enable_progress_bar": False,  # ProgressReporter reports
+        "enable_model_summary": False,
     }
 
 
@@ -206,6 +269,9 @@ def join_ranks(run: Run, dist_env: DistEnv, device: torch.device, top: Path = Pa
     atexit.register(path.unlink, True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # NCCL's monitor looks in the store once a second whether to dump its records. The first task that
+        # exits removes the file: the monitors of the others, and so these tasks, would wait 5 minutes for it.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.FileStore(str(path), dist_env.size),  # type: ignore[attr-defined]
@@ -255,15 +321,6 @@ def _has_bf16(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def algorithm_arguments(device: torch.device, deterministic: bool) -> dict[str, Any]:
-    """Return the `Trainer` arguments that select fast or deterministic algorithms.
-
-    By default cuDNN benchmarks its algorithms in every process and takes the fastest, so two processes may
-    sum in a different order. On a CPU all algorithms in use are deterministic.
-    """
-    return {"benchmark": device.type == "cuda" and not deterministic, "deterministic": deterministic}
-
-
 def describe_device(device: torch.device, precision: str, dist_env: DistEnv, cpus: int) -> str:
     """Return the log line about the device, precision and tasks; `cpus`: number of CPUs per task."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -289,9 +346,8 @@ def out_of_memory(error: BaseException, device: torch.device = CPU) -> bool:
         device: device of the step; its free memory decides if the message is ambiguous.
     """
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        message in text for message in _NO_MEMORY
-    ):
+    known = any(message in text for message in _NO_MEMORY)
+    if known or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if _NO_ENGINE not in text or device.type != "cuda":
         return False
@@ -301,9 +357,27 @@ def out_of_memory(error: BaseException, device: torch.device = CPU) -> bool:
 
 
 # Messages of torch on a CPU, and of CUDA, cuBLAS and cuDNN. NCCL wraps CUDA's message in a DistBackendError,
-# so test for out of memory before `peer_failure`.
+# so test for out of memory, and then for `nccl_setup_error`, before `peer_failure`.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 _NO_ENGINE = "unable to find an engine to execute this computation"  # torch's Conv_v8.cpp
+_NCCL_SETUP = ("ncclInvalidUsage", "ncclInvalidArgument", "no socket interface found")
+
+
+def nccl_setup_error(error: BaseException) -> str:
+    """Return an error line if NCCL cannot connect the GPUs of this job at all; empty for other errors.
+
+    A new start of the job would meet it again, while after a lost peer NCCL reports ncclRemoteError,
+    ncclSystemError or a timeout.
+    """
+    text = str(error)
+    if not any(each in text for each in _NCCL_SETUP):
+        return ""
+    fix = (
+        "start one task per GPU, with cluster.tasks_per_node and cluster.gpus_per_node"
+        if "Duplicate GPU" in text
+        else "check the NCCL_ variables in cluster.setup; NCCL_DEBUG=WARN prints more"
+    )
+    return f"NCCL cannot connect the GPUs of this job: {_cause(text)}: {fix}"
 
 
 def peer_failure(error: BaseException) -> str:
@@ -311,29 +385,16 @@ def peer_failure(error: BaseException) -> str:
     text = str(error)
     names = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
     if type(error).__name__ in names or any(message in text for message in _CONNECTION_LOST):
-        line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-        return f"lost another task of this job: {line[:200]}"
+        return f"lost another task of this job: {_cause(text)}"
     return ""
+
+
+def _cause(text: str) -> str:
+    """Return the line of an error that names its cause: the one after `Last error:`, else the first."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = [after for line, after in itertools.pairwise(lines) if line == "Last error:"]
+    return [*last, *lines, ""][0][:200]
 
 
 # Messages of gloo, which raises a plain RuntimeError; NCCL's errors have their own classes.
 _CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
-
-
-def batch_share(config: Config, dist_env: DistEnv) -> BatchShare:
-    """Return this rank's share of the global batch.
-
-    Raises:
-        UserError: the global batch is not divisible by ranks times `train.accumulate`.
-    """
-    batch, parts = config.recipe.global_batch, dist_env.size * config.train.accumulate
-    if batch % parts:
-        below, above = batch // parts * parts, (batch // parts + 1) * parts
-        near = f"{below} or {above}" if below else str(above)
-        accumulate = (
-            f" times train.accumulate={config.train.accumulate}" if config.train.accumulate > 1 else ""
-        )
-        raise UserError(
-            f"recipe.global_batch={batch} does not divide by {dist_env.size} tasks{accumulate}: {near} would"
-        )
-    return BatchShare(batch, dist_env.rank, dist_env.size, config.train.accumulate)

@@ -23,6 +23,7 @@ from hpc_imagenet.config.names.backbones import BACKBONES
 from hpc_imagenet.data.images import pillow
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
 from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.training.models import pretrained
 from hpc_imagenet.training.models.build import build_model
 
@@ -57,7 +58,8 @@ def evaluate(store: DatasetReader, weights: str, workers: int) -> Evaluation:
         workers: number of decoding processes.
 
     Raises:
-        UserError: the model or its weights are unknown, not on disk, or for another number of classes.
+        UserError: the model or its weights are unknown, not on disk, or for another number of classes; or an
+            image cannot be decoded.
     """
     classes = len(store.manifest.classes)
     title, model, transform, published = _load(weights, classes)
@@ -69,7 +71,9 @@ def evaluate(store: DatasetReader, weights: str, workers: int) -> Evaluation:
     )
     hits = torch.zeros(2, dtype=torch.long)
     with torch.inference_mode():
-        for images, labels in loader:
+        for images, labels, problems in loader:
+            if problem := next(filter(None, problems), ""):
+                raise UserError(f"{store.folder}: {problem}")
             top_classes = model(images.to(device)).topk(min(5, classes)).indices.cpu()
             correct = top_classes == labels[:, None]
             hits += torch.stack([correct[:, 0].sum(), correct.any(1).sum()])
@@ -77,16 +81,26 @@ def evaluate(store: DatasetReader, weights: str, workers: int) -> Evaluation:
     return Evaluation(title, len(split), top1, top5, published)
 
 
-class _ValImages(Dataset[tuple[Tensor, int]]):
+class _ValImages(Dataset[tuple[Tensor, int, str]]):
+    """Yields transformed images, their labels, and why an image cannot be read: empty if it can.
+
+    An exception in a process of the loader would become a traceback.
+    """
+
     def __init__(self, split: SplitReader, transform: Callable[[Image.Image], Tensor]) -> None:
         self.split, self.transform = split, transform
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
         data, label = self.split.read(i)
-        return self.transform(pillow.to_rgb(Image.open(io.BytesIO(data)))), label
+        image, problem = Image.new("RGB", (256, 256)), ""
+        try:
+            image = pillow.to_rgb(Image.open(io.BytesIO(data)))
+        except pillow.ERRORS as error:
+            problem = f"image {self.split.name(i)} cannot be read ({pillow.reason(error)})"
+        return self.transform(image), label, problem
 
 
 def _load(weights: str, classes: int) -> tuple[str, nn.Module, Any, tuple[float, float] | None]:
@@ -96,7 +110,7 @@ def _load(weights: str, classes: int) -> tuple[str, nn.Module, Any, tuple[float,
     if name not in BACKBONES:
         raise UserError(f"--weights {weights}: unknown model {name}{did_you_mean(name, BACKBONES)}")
     if file:
-        return f"{name} ({file})", _from_file(name, Path(file).expanduser(), classes), _preset(name), None
+        return f"{name} ({file})", _from_file(name, expand_home(file), classes), _preset(name), None
     published, _ = pretrained.cached_weights(name, version, f"--weights {weights}")
     categories = len(published.meta["categories"])
     if categories != classes:

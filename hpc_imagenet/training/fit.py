@@ -17,6 +17,7 @@ import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_only
 
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
+from hpc_imagenet.config.names.backbones import is_own
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
 from hpc_imagenet.errors import PeerLost, UserError
@@ -38,7 +39,7 @@ from hpc_imagenet.training.callbacks.progress import ProgressReporter
 from hpc_imagenet.training.callbacks.trial_pruning import TrialPruning
 from hpc_imagenet.training.confusion import write_confused_classes
 from hpc_imagenet.training.loading.datamodule import ImageDataModule
-from hpc_imagenet.training.loading.sampler import BatchShare
+from hpc_imagenet.training.loading.sampler import BatchShare, batch_share, steps_per_epoch
 from hpc_imagenet.training.metrics import CsvLogger, write_class_accuracies
 from hpc_imagenet.training.models.ema import EMACallback
 from hpc_imagenet.training.models.networks import build_network
@@ -75,19 +76,14 @@ def fit(
     """
     began = time.monotonic()
     recipe, checkpoints = config.recipe, run.folder / "checkpoints"
-    device, share = distributed.device(config, dist_env), distributed.batch_share(config, dist_env)
+    device, share = distributed.device(config, dist_env), batch_share(config, dist_env)
     torch.set_num_threads(available_cpus(dist_env))
     rank_zero: Any = rank_zero_only
     rank_zero.rank = dist_env.rank  # Lightning would read it from variables that an outer job may have set
 
     classes = len(store.manifest.classes)
     train, val = _split(store, "train", classes), _split(store, "val", classes)
-    steps = len(train) // share.batch
-    if not steps:
-        raise UserError(
-            f"recipe.global_batch={share.batch} is more than the {len(train)} images of train: "
-            f"set at most {len(train)}"
-        )
+    steps = steps_per_epoch(len(train), share.batch)
 
     checkpoint = newest_checkpoint(checkpoints)
     identity = {
@@ -177,6 +173,8 @@ def fit(
                 raise UserError(_out_of_memory_message(share, trainer.global_step, device)) from None
             if message := _nondeterministic_message(error):
                 raise UserError(message) from None
+            if message := distributed.nccl_setup_error(error):
+                raise UserError(message) from None
             if dist_env.size > 1 and (message := distributed.peer_failure(error)):
                 raise PeerLost(message) from error
             raise
@@ -255,26 +253,25 @@ def _trainer(
         if advice := distributed.bf16_emulation_warning(precision, device):
             print(f"warning: {advice}", flush=True)
     distributed.join_ranks(run, dist_env, device)
-    arguments = distributed.trainer_arguments(dist_env, device, config.train.accumulate, precision)
+    arguments = distributed.trainer_arguments(
+        dist_env,
+        device,
+        precision,
+        config.train.deterministic,
+        config.train.accumulate,
+        own=is_own(config.model.name),
+    )
     check_lease = run.lease.check if run.lease else lambda: None
     arguments["plugins"].append(AtomicCheckpointIO(check_lease))
     trainer = pl.Trainer(
         **arguments,
-        precision=precision,
         max_epochs=config.recipe.epochs,
-        accumulate_grad_batches=config.train.accumulate,
         logger=[
             CsvLogger(run.folder, step, check_lease),
             *training_loggers(config, run, step, check_lease),
         ],
         callbacks=callbacks,
         log_every_n_steps=log_every,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # our samplers shard the data themselves
-        **distributed.algorithm_arguments(device, config.train.deterministic),
-        enable_checkpointing=False,  # CheckpointCallback saves
-        enable_progress_bar=False,  # ProgressReporter reports
-        enable_model_summary=False,
     )
     # Only `StopSignal` handles signals. Lightning would run collectives inside a handler and broadcast a flag
     # at every step.

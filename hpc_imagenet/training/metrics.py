@@ -43,16 +43,16 @@ class ClassificationMetrics(Metric):
         self.add_state("counts", torch.zeros(3, classes, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("loss", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+    def update(self, best: Tensor, labels: Tensor, losses: Tensor) -> None:
         """Add a batch.
 
         Args:
-            logits: [batch, classes].
+            best: classes of the highest logits, the highest first, [batch, up to 5].
             labels: [batch]; `PADDING` is ignored.
             losses: cross-entropy, [batch].
         """
         valid = labels != PADDING
-        correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        correct = best == labels[:, None]
         hits = torch.stack([valid, correct[:, 0] & valid, correct.any(1) & valid]).long()
         self.counts.index_add_(1, labels.clamp(min=0), hits)
         self.loss += losses.where(valid, 0).double().sum()

@@ -41,7 +41,7 @@ class Classifier(pl.LightningModule):
         std: standard deviation of red, green and blue, 0 to 1.
 
     Attributes:
-        average: copy of the network with EMA weights, which validation then uses; None without EMA.
+        ema_model: copy of the network with EMA weights, which validation then uses; None without EMA.
         val_metrics: metrics of the current or last validation.
         confusion: its pairs of label and predicted class.
         optimizer_state: checkpoint whose optimizer's state this training begins with; None: an empty state.
@@ -173,8 +173,10 @@ class Classifier(pl.LightningModule):
         if self.recipe.val_flip:
             logits = (logits + network(images.flip(-1)).float()) / 2
         losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=PADDING)
-        self.val_metrics.update(logits, labels, losses)
-        self.confusion.update(logits, labels)
+        # Sorted once: of equal logits, which bf16 often gives, other functions take another class.
+        best = logits.topk(min(5, logits.shape[1])).indices
+        self.val_metrics.update(best, labels, losses)
+        self.confusion.update(best[:, 0], labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all ranks."""

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
 from hpc_imagenet.data.images import pillow
 from hpc_imagenet.data.images.image_header import ORIENTATION
+from hpc_imagenet.data.layouts.folder_tree import IMAGE_ENDINGS
 from hpc_imagenet.datastore.manifest import ClassNames
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.training.loading.crop import CenterCrop, apply_crop
 from hpc_imagenet.training.loading.decode import EncodedImage, Pixels
 from hpc_imagenet.training.trained import TrainedModel
@@ -71,16 +73,18 @@ def find_image_files(names: Sequence[str | Path]) -> list[Path]:
     Raises:
         UserError: there is no such file, or no image in a folder.
     """
-    endings, found = Image.registered_extensions(), []
+    found: list[Path] = []
     for name in names:
-        path = Path(name).expanduser()
+        path = expand_home(name)
         if not path.is_dir():
             if not path.exists():
                 raise UserError(f"{path}: no such image or folder")
             found.append(path)
             continue
         inside = [
-            file for file in sorted(path.rglob("*")) if file.suffix.lower() in endings and file.is_file()
+            file
+            for file in sorted(path.rglob("*"))
+            if file.name.lower().endswith(IMAGE_ENDINGS) and file.is_file()
         ]
         if not (inside := [file for file in inside if not file.name.startswith(".")]):
             raise UserError(f"{path} has no images")

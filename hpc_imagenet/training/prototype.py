@@ -20,6 +20,7 @@ from hpc_imagenet.training.loading.batch_loader import BatchLoader
 from hpc_imagenet.training.loading.datamodule import ImageDataModule
 from hpc_imagenet.training.loading.decode import Pixels
 from hpc_imagenet.training.loading.image_store import Labels
+from hpc_imagenet.training.loading.sampler import batch_share, steps_per_epoch
 from hpc_imagenet.training.models.networks import build_network
 from hpc_imagenet.training.models.preprocessing import preprocessing
 from hpc_imagenet.training.module import Classifier
@@ -35,19 +36,20 @@ class Prototype:
     Attributes:
         config: composed config.
         device: device of the batches and the network.
-        module: network with its loss and optimizer; `module.model` is torchvision's network.
+        module: network with its loss and optimizer; `module.model` is the network alone.
         loaders: train and val batches.
 
     Raises:
-        UserError: the global batch is not divisible by `train.accumulate`, or the model cannot be built.
+        UserError: the global batch is not divisible by `train.accumulate` or larger than train, or the model
+            cannot be built.
     """
 
     def __init__(self, config: Config, store: DatasetReader) -> None:
         dist_env, classes = DistEnv(), len(store.manifest.classes)
         self.config, self.device = config, torch.device("cuda", 0) if torch.cuda.is_available() else _CPU
         torch.set_num_threads(available_cpus(dist_env))
-        share, train = distributed.batch_share(config, dist_env), store.open_split("train")
-        steps = max(1, len(train) // share.batch)
+        share, train = batch_share(config, dist_env), store.open_split("train")
+        steps = steps_per_epoch(len(train), share.batch)
         network = build_network(config, classes, fresh=True)
         images = preprocessing(config)
         self.module = Classifier(
@@ -102,26 +104,19 @@ class Prototype:
         Returns:
             losses, one per device batch; images_per_second; top1, top5 (0 to 1) and loss on 20 val batches.
         """
-        history = _LossHistory()
+        history, settings = _LossHistory(), self.config.train
         precision = distributed.precision(self.config.recipe.precision, self.device)
-        accumulate = self.config.train.accumulate
         with quiet_lightning():
             trainer = pl.Trainer(
-                **distributed.trainer_arguments(DistEnv(), self.device, accumulate, precision),
-                precision=precision,
+                **distributed.trainer_arguments(
+                    DistEnv(), self.device, precision, settings.deterministic, settings.accumulate
+                ),
                 max_epochs=self.config.recipe.epochs,
                 max_time=timedelta(minutes=minutes),
-                accumulate_grad_batches=accumulate,
                 callbacks=[history],
                 limit_val_batches=_VAL_BATCHES,
                 check_val_every_n_epoch=self.config.recipe.epochs,
-                num_sanity_val_steps=0,
-                use_distributed_sampler=False,
                 logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                **distributed.algorithm_arguments(self.device, self.config.train.deterministic),
             )
             trainer.fit(self.module, datamodule=self.loaders)
             (metrics,) = trainer.validate(self.module, datamodule=self.loaders, verbose=False)

@@ -75,15 +75,9 @@ def score(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> 
     progress = _ImageProgress(run, len(split), share.batch)
     with quiet_lightning():
         trainer = pl.Trainer(
-            **distributed.trainer_arguments(dist_env, device, 1, precision),
-            precision=precision,
+            **distributed.trainer_arguments(dist_env, device, precision, config.train.deterministic),
             callbacks=[progress] if dist_env.is_rank_zero else [],
-            use_distributed_sampler=False,
             logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **distributed.algorithm_arguments(device, config.train.deterministic),
         )
         try:
             (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
@@ -94,6 +88,8 @@ def score(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> 
                 raise UserError(
                     f"out of memory with {images} images at a time: set recipe.global_batch={fewer}"
                 ) from None
+            if message := distributed.nccl_setup_error(error):
+                raise UserError(message) from None
             if dist_env.size > 1 and (message := distributed.peer_failure(error)):
                 raise PeerLost(message) from error
             raise

@@ -30,7 +30,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from hpc_imagenet.config.names.tracker_names import parse_trackers
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.errors import Superseded
+from hpc_imagenet.errors import Superseded, UserError, first_line
 from hpc_imagenet.io.atomic_files import read_json, write_json
 from hpc_imagenet.runs.job import signature
 from hpc_imagenet.runs.store import Run
@@ -344,10 +344,16 @@ def can_reach(url: str) -> bool:
 
 
 def send_metrics(folder: Path) -> int:
-    """Send the lines of metrics.csv that MLflow does not have yet; return the number of lines."""
-    run = Run(folder)
+    """Send the lines of metrics.csv that MLflow does not have yet; return the number of lines.
+
+    Raises:
+        UserError: the folder is not that of a training, or has no metrics yet.
+    """
+    run, path = Run(folder), folder / "metrics.csv"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: type the folder of a training that has begun")
     tracker = Tracker("mlflow", run.config(), run, 0, lambda: None)
-    with (folder / "metrics.csv").open(newline="") as file:
+    with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     for line in lines:
         values = {name: float(text) for name, text in line.items() if text and name != "step"}
@@ -357,7 +363,19 @@ def send_metrics(folder: Path) -> int:
     return 0 if tracker.hint or tracker._stopped else len(lines)
 
 
-if __name__ == "__main__":
-    sent = send_metrics(Path(sys.argv[1]))
+def main(arguments: list[str]) -> int:
+    """Send the metrics of the run folder in `arguments` to MLflow; return the exit status."""
+    if len(arguments) != 1:
+        print("usage: python -m hpc_imagenet.training.trackers RUN_FOLDER", file=sys.stderr)
+        return 2
+    try:
+        sent = send_metrics(Path(arguments[0]))
+    except (UserError, OSError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 1
     print(f"mlflow: {sent} lines of metrics.csv are there")
-    sys.exit(0 if sent else 1)
+    return 0 if sent else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

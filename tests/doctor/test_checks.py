@@ -90,6 +90,16 @@ def change(key: str, value: Any, rank: int = 2) -> Callable[[Tasks], None]:
     return apply
 
 
+def gpus(torch: int, problem: str, *ranks: int, **values: Any) -> Callable[[Tasks], None]:
+    """Return a function that lets torch use the first GPUs alone on the nodes of some tasks."""
+
+    def apply(tasks: Tasks) -> None:
+        for rank in ranks or (2,):
+            tasks[rank]["gpus"] |= {"torch": ["H200"] * torch, "problem": problem, **values}
+
+    return apply
+
+
 def no_driver(tasks: Tasks) -> None:
     for rank in (0, 2):
         tasks[rank]["gpus"] |= {"driver": [], "error": "no nvidia-smi", "torch": []}
@@ -133,6 +143,54 @@ CASES: dict[str, tuple[Callable[[Tasks], object], str, str, tuple[str, ...]]] = 
     "GPU that torch cannot use": (
         change("gpus / torch", ["H200"]),
         *("GPUs", FAIL, ("2 requested, 1 usable", "built for this driver")),
+    ),
+    "driver is too old": (
+        gpus(0, "The NVIDIA driver on your system is too old (found version 12040)", 0, 2),
+        *("GPUs", FAIL, ("2 requested, 0 usable", "found version 12040", "built for this driver")),
+    ),
+    "no libcuda": (
+        gpus(0, "Found no NVIDIA driver on your system", 0, 2),
+        *("GPUs", FAIL, ("can use 0: Found no NVIDIA driver", "libcuda.so.1")),
+    ),
+    "no fabric manager": (
+        gpus(0, "Error 802: system not yet initialized"),
+        *(
+            "GPUs",
+            FAIL,
+            ("n2: 2 x H200", "0: Error 802", "nvidia-fabricmanager", "n2 out by cluster.sbatch.ex"),
+        ),
+    ),
+    "GPU without kernels": (
+        gpus(0, "GPU 0 1: CUDA error: no kernel image is available for execution on the device", 0, 2),
+        *("GPUs", FAIL, ("GPU 0 1: CUDA error: no kernel image", "from Turing on", "cluster.constraint")),
+    ),
+    "broken GPU": (
+        gpus(1, "GPU 1: CUDA error: uncorrectable ECC error encountered"),
+        *(
+            "GPUs",
+            FAIL,
+            ("1 usable", "finds 2; n2:", "GPU 1: CUDA error", "n2 out by cluster.sbatch.exclude"),
+        ),
+    ),
+    "GPU in use": (
+        gpus(1, "GPU 1: CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+        *("GPUs", FAIL, ("GPU 1: CUDA error", "another process")),
+    ),
+    "lost GPU": (
+        gpus(
+            1, "", driver=[], error="Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost"
+        ),
+        *("GPUs", FAIL, ("1 usable", "nvidia-smi: Unable to determine the device handle", "broken")),
+    ),
+    "slow import": (
+        change("packages / error", "import of torch: no result within 300 s"),
+        *("packages", FAIL, ("n2: import of torch: no result", "the import is slow", "cluster.container")),
+    ),
+    "slow import of another torch": (
+        lambda tasks: tasks[2].update(
+            packages={"versions": {"torch": "1"}, "error": "no result within 300 s"}
+        ),
+        *("packages", FAIL, ("n2: torch 1 (here 2.11.0), no result", "install the pinned versions")),
     ),
     "no driver": (
         no_driver,
@@ -215,6 +273,19 @@ def test_gpus_without_gpus_per_node() -> None:
     finding = findings(tasks, **usual)["GPUs"]
     assert finding.status == OK
     assert finding.found.startswith("none requested (no nvidia-smi, Slurm granted 0")
+
+
+def test_a_broken_gpu_that_a_training_may_get_is_a_warning() -> None:
+    tasks = healthy()
+    gpus(1, "GPU 1: CUDA error: uncorrectable ECC error encountered")(tasks)
+    finding = findings(tasks, gpus_per_node=1)["GPUs"]
+    assert (finding.status, "broken" in finding.fix) == (WARN, True), finding
+
+
+def test_gpus_of_amd_have_no_nvidia_smi() -> None:
+    tasks = healthy()
+    gpus(2, "", 0, 2, driver=[], error="no nvidia-smi (No such file or directory)")(tasks)
+    assert findings(tasks)["GPUs"] == Finding(OK, "2 x H200, Slurm granted 2, torch, built for 13.0, finds 2")
 
 
 def test_gpus_that_are_not_used() -> None:

@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from command_line import Cli
 from fake_slurm import write_command
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.schema import cluster_for
-from hpc_imagenet.doctor.cluster_file import find_partitions, propose
+from hpc_imagenet.doctor.check_result import FAIL, OK
+from hpc_imagenet.doctor.cluster_file import find_partitions, propose, write_cluster_file
 
 SINFO = """cpu|20|64|256000|(null)|skylake
 gpu|8|32+|515000|gpu:a100:4(S:0-1)|a100,ib
@@ -73,6 +75,80 @@ def test_given_settings_replace_the_proposed_ones(commands: Path) -> None:
         assert f"{line} # as given" in text
     assert "cpus_per_task: 16 #" in text
     assert text.count("{partition: gpu_short,") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("setup", "[module load cuda/12:x]", ["module load cuda/12:x"]),
+        ("setup", "['export A=b: c']", ["export A=b: c"]),
+        ("sbatch", "{exclusive:true,exclude:[n1,n2]}", {"exclusive": True, "exclude": ["n1", "n2"]}),
+        ("sbatch", "{", "{"),  # which the checks refuse
+    ],
+)
+def test_given_lists_and_mappings_stay_such(commands: Path, name: str, value: str, expected: object) -> None:
+    text = propose("mine", find_partitions(), [], [], {name: value})
+    assert yaml.safe_load(text)[name] == expected
+
+
+def test_data_stages_prefer_a_partition_that_is_long_enough(commands: Path) -> None:
+    nodes = ["debug|2|64|64000|(null)|", "slow|2|16|64000|(null)|", "gpu|8|32|64000|gpu:4|"]
+    (commands / "sinfo.txt").write_text("\n".join(nodes))
+    (commands / "partitions.txt").write_text("PartitionName=debug Default=YES MaxTime=00:30:00 State=UP\n")
+    stages = yaml.safe_load(propose("mine", find_partitions(), [], [], {}))["stage"]
+    assert {each["partition"] for each in stages.values()} == {"slow"}
+    assert "time" not in stages["download"]
+
+
+@pytest.mark.parametrize(
+    ("given", "time"), [({}, 30), ({"time": "0:20:00"}, None), ({"time": "2-0"}, 30), ({"time": "null"}, 30)]
+)
+def test_data_stages_stay_within_their_partition(
+    commands: Path, given: dict[str, str], time: int | None
+) -> None:
+    (commands / "sinfo.txt").write_text("debug|2|64|64000|(null)|\ngpu|8|32|64000|gpu:4|\n")
+    (commands / "partitions.txt").write_text("PartitionName=debug MaxTime=00:30:00 State=UP\n")
+    stages = yaml.safe_load(propose("mine", find_partitions(), [], [], given))["stage"]
+    assert stages["download"]["partition"] == "debug"
+    assert {each.get("time") for each in stages.values()} == {time}
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "requested"),
+    [
+        ("gpu:1g.5gb:7", 7, 7),
+        ("gpu:3g.20gb:2,gpu:1g.5gb:3", 5, 5),
+        ("gpu:a100:4(S:0-1)", 4, "a100:4"),
+        ("craynetwork:4,gpu:8(S:0-1)", 8, 8),
+    ],
+)
+def test_gpus_of_a_node_are_counted(commands: Path, resources: str, gpus: int, requested: object) -> None:
+    (commands / "sinfo.txt").write_text(f"gpu|2|64|64000|{resources}|\n")
+    (found,) = find_partitions()
+    assert found.gpus == gpus
+    assert yaml.safe_load(propose("mine", [found], [], [], {}))["gpus_per_node"] == requested
+
+
+@pytest.mark.parametrize("status", [OK, FAIL])
+def test_doctor_write_leaves_stdout_to_json(
+    commands: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    status: str,
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("sbatch", "srun", "squeue", "scancel", "sacctmgr"):
+        write_command(commands, name, "true")
+
+    def checks(settings: list[str], folder: str) -> list[dict[str, str]]:
+        print("[]")
+        return [{"check": "gpu", "status": status}]
+
+    assert write_cluster_file("mine", [], checks, as_json=True) == (status == FAIL)
+    printed = capsys.readouterr()
+    assert printed.out == "[]\n"
+    assert "wrote " in printed.err
 
 
 @pytest.mark.parametrize(

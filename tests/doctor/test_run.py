@@ -106,7 +106,7 @@ def test_healthy_cluster_leaves_no_files(stub: StubSlurm) -> None:
     assert stub.cli.jobs() == []  # the probe is not a run
     script = (stub.folder / "job.1").read_text()
     assert "--kill-on-bad-exit=1" in script
-    assert "#SBATCH --time=5\n" in script
+    assert "#SBATCH --time=10\n" in script
     assert "hpc_imagenet.launch.slurm_jobs.requeue" not in script
 
 
@@ -267,6 +267,14 @@ def test_local_probe_is_a_process(stub: StubSlurm) -> None:
     assert "✓ probe        a process ran on" in done.stdout
     assert "squeue" not in done.stdout
     assert stub.left == []
+
+
+def test_local_probe_inside_an_allocation_is_one_process_without_srun(stub: StubSlurm) -> None:
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n1"}
+    stub.cli.env |= {**step, "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    stub.replace("srun", "exit 1")
+    done = stub.cli("doctor", "cluster=local", "dataset=digits")
+    assert "✓ probe        a process ran on" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,11 +15,13 @@ from pytorch_lightning.strategies import DDPStrategy
 from tiny_training import tiny_config
 
 from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.names import own_network
 from hpc_imagenet.config.schema import Evaluate
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import PeerLost, Preempted
+from hpc_imagenet.runs.checkpoints import LAST
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.training.callbacks import checkpoint
+from hpc_imagenet.training.callbacks import checkpoint, checkpoint_file
 from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
 from hpc_imagenet.training.fit import fit
 from hpc_imagenet.training.score import score
@@ -43,6 +46,8 @@ def run_rank(store: Path, run: Run, dist_env: DistEnv, setting: dict[str, Any], 
         config.model.options = {"dropout": setting["dropout"]}
     if "model" in setting:
         config.model.name = setting["model"]
+        if ":" in config.model.name:
+            own_network.freeze(config.model)
     for name, value in setting.get("recipe", {}).items():
         setattr(config.recipe, name, value)
     if "accumulate" in setting:
@@ -59,6 +64,15 @@ def run_rank(store: Path, run: Run, dist_env: DistEnv, setting: dict[str, Any], 
             os.kill(os.getpid(), signal.SIGKILL)
 
     CheckpointCallback.on_train_batch_end = inject_faults  # type: ignore[method-assign]
+    if setting.get("stale_rank") == rank:  # as on a network file system just after another node has written
+        read = checkpoint_file.read_checkpoint
+
+        def read_stale(path: Path) -> checkpoint_file.Checkpoint:
+            if path.name == LAST:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return read(path)
+
+        checkpoint_file.read_checkpoint = read_stale
     if setting.get("stuck"):  # as if a GPU waited for a dead rank
         checkpoint.EXIT_TIMEOUT = 0.5
         DDPStrategy.teardown = lambda self: time.sleep(600)  # type: ignore[method-assign]

@@ -11,7 +11,8 @@ from outcomes import finish, new_run, tasks
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.confusion import MAX_CLASSES, MAX_ROWS, ConfusionCounts, write_confused_classes
-from hpc_imagenet.training.loading.sampler import PADDING
+from hpc_imagenet.training.loading.sampler import PADDING, BatchShare
+from hpc_imagenet.training.module import Classifier
 
 
 def rows_of(path: Path) -> list[list[int]]:
@@ -21,15 +22,11 @@ def rows_of(path: Path) -> list[list[int]]:
     return [list(map(int, row)) for row in rows]
 
 
-def logits(*predicted: int) -> torch.Tensor:
-    return torch.nn.functional.one_hot(torch.tensor(predicted), 4).float()
-
-
 def test_pairs_are_counted_without_padding() -> None:
     counts = ConfusionCounts(4)
     assert counts.total() is None
-    counts.update(logits(0, 1, 1, 3), torch.tensor([0, 0, 0, PADDING]))
-    counts.update(logits(2), torch.tensor([3]))
+    counts.update(torch.tensor([0, 1, 1, 3]), torch.tensor([0, 0, 0, PADDING]))
+    counts.update(torch.tensor([2]), torch.tensor([3]))
     total = counts.total()
     assert total is not None
     assert total.nonzero().tolist() == [[0, 0], [0, 1], [3, 2]]
@@ -51,7 +48,7 @@ def test_file_is_bounded_and_sorted(tmp_path: Path) -> None:
 
 def test_too_many_classes_are_not_counted() -> None:
     counts = ConfusionCounts(MAX_CLASSES + 1)
-    counts.update(torch.zeros(1, MAX_CLASSES + 1), torch.tensor([0]))
+    counts.update(torch.tensor([0]), torch.tensor([0]))
     assert counts.total() is None
 
 
@@ -62,6 +59,18 @@ def wrong_images(run: Run) -> int:
             for row in csv.DictReader(file)
             if row["top1"]
         )
+
+
+def test_equal_logits_count_as_one_class_everywhere(config) -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 100))
+    torch.nn.init.zeros_(network[1].weight)
+    torch.nn.init.zeros_(network[1].bias)
+    zero, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    module = Classifier(network, 100, config().recipe, 0, 1, BatchShare(100), 1, zero, one)
+    module.validation_step((torch.zeros(100, 3, 2, 2, dtype=torch.uint8), torch.arange(100)), 0)
+    total = module.confusion.total()
+    assert total is not None
+    assert total.diagonal().tolist() == module.val_metrics.compute()["counts"][1].tolist()
 
 
 @pytest.mark.slow

@@ -286,7 +286,7 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
     assert saved(run)["global_step"] == 4
     process = CONTEXT.Process(target=resume, args=(config, tiny.folder, run))
     process.start()
-    process.join(90)
+    process.join(300)
     code = process.exitcode
     process.kill()
     assert code == 0
@@ -336,12 +336,10 @@ def train_one_rank(device: str, store: Path, run: Run, mode: str, compiled: bool
     if mode != "alone":
         original, on_start = distributed.trainer_arguments, CheckpointCallback.on_train_start
 
-        def with_ddp(
-            dist_env: DistEnv, device: torch.device, accumulate: int, precision: str
-        ) -> dict[str, Any]:
-            strategy = original(DistEnv(0, 2, 0, 2), device, accumulate, precision)["strategy"]
+        def with_ddp(dist_env: DistEnv, *rest: Any, **options: Any) -> dict[str, Any]:
+            strategy = original(DistEnv(0, 2, 0, 2), *rest, **options)["strategy"]
             strategy._ddp_comm_hook = bf16_compress_hook if mode == "bf16" else None  # as between nodes
-            return original(dist_env, device, accumulate, precision) | {"strategy": strategy}
+            return original(dist_env, *rest, **options) | {"strategy": strategy}
 
         def with_group(callback: CheckpointCallback, trainer: Any, module: Any) -> None:
             on_start(callback, trainer, module)
@@ -365,7 +363,7 @@ def test_nccl_with_one_rank_matches_training_without_ddp(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(90)
+        process.join(300)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,21 @@ def test_evaluates_weights_in_torchvision_cache(tmp_path: Path, monkeypatch: pyt
     cli = Cli(tmp_path)
     output = cli("verify", "numbers", "--weights", NAME).stdout
     assert "top-1 20.00%, top-5 100.00% of 20 images of val (published: 67.67% and 87.40%)" in output
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_is_named(
+    tiny: DatasetReader, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpc_imagenet.training.evaluate.BATCH_SIZE", 8)  # fewer images need no processes
+    torch.save(weights(10, answer=1), tmp_path / "w.pth")
+    shutil.copytree(tiny.folder, tmp_path / "copy")
+    with (tmp_path / "copy" / "val.tar").open("r+b") as file:
+        file.seek(int(tiny.open_split("val").index["offset"][11]))
+        file.write(b"broken" * 10)
+    line = rf"^{tmp_path}/copy: image val_0011\.JPEG cannot be read \(cannot identify image file\)$"
+    with pytest.raises(UserError, match=line):
+        evaluate(DatasetReader(tmp_path / "copy"), f"{NAME}={tmp_path / 'w.pth'}", workers)
 
 
 def test_errors_are_one_line(few: DatasetReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from hpc_imagenet.errors import Preempted, UserError
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.loading.image_order import permutation
 from hpc_imagenet.training.module import Classifier
+from hpc_imagenet.training.prototype import Prototype
 
 
 @pytest.mark.slow
@@ -170,8 +171,10 @@ def test_missing_deterministic_algorithm_error(
 
 
 def test_global_batch_larger_than_train_split(config, tiny: DatasetReader, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipe.global_batch=41 is more than the 40 images of train"):
-        train(config(global_batch=41), tiny, new_run(tmp_path / "run"))
+    changed = config(global_batch=41)
+    for begin in (lambda: train(changed, tiny, new_run(tmp_path / "run")), lambda: Prototype(changed, tiny)):
+        with pytest.raises(UserError, match=r"recipe.global_batch=41 is more than the 40 images of train"):
+            begin()
 
 
 @pytest.mark.slow
@@ -198,12 +201,23 @@ def test_two_ranks_match_one_rank(tiny: DatasetReader, tmp_path: Path, reference
     assert two[0]["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert one_augmented["loss"] != one["loss"]
     assert two_augmented[0]["loss"] == pytest.approx(one_augmented["loss"], rel=1e-3)
+    assert "Warning" not in "".join(path.read_text() for path in tmp_path.glob("b-*.err"))
     # Validation of one network on 13 images, on one and on two ranks.
     shutil.copytree(alone.folder, tmp_path / "copy")
     again = finish(tasks(tiny, Run(tmp_path / "copy"), size=2, dropout=0))
     assert again[0]["top1"] == one["top1"]
     assert again[0]["top5"] == one["top5"]
     assert again[0]["loss"] == pytest.approx(one["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_ranks_accumulate_gradients_of_a_network_with_unused_weights(
+    tiny: DatasetReader, tmp_path: Path
+) -> None:
+    setting = {"model": "unused_weights:net", "accumulate": 2, "recipe": {"epochs": 1}}
+    started = [tasks(tiny, new_run(tmp_path / str(size)), size, **setting) for size in (1, 2)]
+    (one,), (two, _) = map(finish, started)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -104,6 +104,8 @@ def test_folders_are_searched_for_images(tmp_path: Path) -> None:
     (folder / "deep er").mkdir(parents=True)
     (folder / "notes.txt").touch()
     (folder / ".hidden.jpg").touch()
+    for other in ("paper.pdf", "film.mpg", "drawing.eps", "array.h5"):  # Pillow knows them, but reads none
+        (folder / other).touch()
     found = [folder / "2.JPG", folder / "deep er" / "é.webp"]
     for path in found:
         path.touch()

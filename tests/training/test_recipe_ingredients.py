@@ -62,7 +62,8 @@ def test_compile_supports_every_size_of_progressive_resizing(config, monkeypatch
 
     module = Classifier(Network(), 10, recipe, 3, 5, BatchShare(2))
     dynamo, inductor = torch._dynamo.config, torch._inductor.config
-    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")  # so that what is set below is removed again
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
     with dynamo.patch(recompile_limit=8), inductor.patch(fallback_random=False):  # other tests compile too
         module.compile_networks(3)
         assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"  # not one per core in every task

@@ -14,6 +14,7 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.training import distributed
 from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
+from hpc_imagenet.training.loading.sampler import batch_share
 from hpc_imagenet.training.models.build import build_model
 from hpc_imagenet.training.models.optim import build_optimizer, lr_factor, set_norm_momentum
 
@@ -56,21 +57,21 @@ def test_norm_momentum() -> None:
 @pytest.mark.parametrize(
     ("batch", "size", "accumulate", "message"),
     [
-        (64, 3, 1, "by 3 tasks: 63 or 66 would"),
-        (64, 2, 3, "by 2 tasks times train.accumulate=3: 60 or 66 would"),
+        (64, 3, 1, "by 3 tasks: set it to 63 or 66"),
+        (64, 2, 3, "by 2 tasks times train.accumulate=3: set it to 60 or 66"),
     ],
 )
 def test_indivisible_global_batch_is_an_error(config, batch, size, accumulate, message) -> None:
     settings = config(global_batch=batch)
     settings.train.accumulate = accumulate
-    with pytest.raises(UserError, match=f"recipe.global_batch={batch} does not divide {message}"):
-        distributed.batch_share(settings, DistEnv(size=size, local_size=size))
+    with pytest.raises(UserError, match=f"recipe.global_batch={batch} is not divisible {message}"):
+        batch_share(settings, DistEnv(size=size, local_size=size))
 
 
 def test_batch_share_of_a_device(config) -> None:
     settings = config(global_batch=24)
     settings.train.accumulate = 2
-    assert distributed.batch_share(settings, DistEnv(1, 3, 1, 3)).images == 4
+    assert batch_share(settings, DistEnv(1, 3, 1, 3)).images == 4
 
 
 @pytest.fixture
@@ -191,9 +192,10 @@ def test_a_missing_cudnn_engine_is_out_of_memory_only_on_a_full_gpu(monkeypatch,
     [(1, "", "lo"), (2, "=lo", "lo"), (2, "nowhere0", None), (2, "^docker", None), (2, "", "lo")],
 )
 def test_gloo_uses_the_network_interface_of_nccl(monkeypatch, nodes, nccl_interface, gloo_interface) -> None:
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set below is removed again
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", nccl_interface)
-    distributed.trainer_arguments(DistEnv(size=nodes), torch.device("cpu"), 1, "32-true")
+    distributed.trainer_arguments(DistEnv(size=nodes), torch.device("cpu"), "32-true", False)
     assert os.environ.get("GLOO_SOCKET_IFNAME") == gloo_interface
 
 
@@ -215,15 +217,19 @@ def test_auto_precision_depends_on_the_device(monkeypatch, capability, expected)
 def test_gradients_are_compressed_between_nodes_only(monkeypatch, nodes, precision, compressed) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     dist_env, gpu = DistEnv(size=2, local_size=2 // nodes), torch.device("cuda", 0)
-    strategy = distributed.trainer_arguments(dist_env, gpu, 1, precision)["strategy"]
+    strategy = distributed.trainer_arguments(dist_env, gpu, precision, False)["strategy"]
     assert (strategy._ddp_comm_hook is not None) == compressed
 
 
 def test_deterministic_disables_cudnn_benchmark() -> None:
-    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert distributed.algorithm_arguments(gpu, False) == {"benchmark": True, "deterministic": False}
-    assert distributed.algorithm_arguments(gpu, True) == {"benchmark": False, "deterministic": True}
-    assert distributed.algorithm_arguments(cpu, False) == {"benchmark": False, "deterministic": False}
+    def algorithms(kind: str, deterministic: bool) -> tuple[bool, bool]:
+        device = torch.device(kind, 0)
+        arguments = distributed.trainer_arguments(DistEnv(), device, "32-true", deterministic)
+        return arguments["benchmark"], arguments["deterministic"]
+
+    assert algorithms("cuda", False) == (True, False)
+    assert algorithms("cuda", True) == (False, True)
+    assert algorithms("cpu", False) == (False, False)
 
 
 def test_describe_device(monkeypatch) -> None:
@@ -245,8 +251,24 @@ def test_bf16_emulation_warning(monkeypatch) -> None:
     assert not distributed.bf16_emulation_warning("bf16-mixed", torch.device("cpu"))
 
 
-def test_device_of_each_task(config, monkeypatch) -> None:
+@pytest.fixture
+def gpus(monkeypatch) -> SimpleNamespace:
+    """Two GPUs, as torch describes them; a test may change what it finds."""
+    cuda = SimpleNamespace(capability=(9, 0), kernels=["sm_75", "sm_80", "sm_90"], problem=None)
+
+    def start() -> None:
+        if cuda.problem:
+            raise RuntimeError(cuda.problem)
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "init", start)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cuda.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: cuda.kernels)
+    return cuda
+
+
+def test_device_of_each_task(config, gpus) -> None:
     settings = config()
     settings.cluster.gpus_per_node = 2
     assert distributed.device(settings, DistEnv(3, 4, 1, 2)) == torch.device("cuda", 1)
@@ -254,3 +276,71 @@ def test_device_of_each_task(config, monkeypatch) -> None:
         distributed.device(settings, DistEnv(3, 4, 3, 4))
     settings.cluster.gpus_per_node = 0
     assert distributed.device(settings, DistEnv()).type == "cpu"
+
+
+@pytest.mark.parametrize("requested", [None, 1])
+def test_gpu_with_too_old_a_driver_is_an_error(config, gpus, requested) -> None:
+    """The driver's library counts such a GPU, so torch does too."""
+    gpus.problem = "The NVIDIA driver on your system is too old (found version 12020).\nPlease update"
+    settings = config()
+    settings.cluster.gpus_per_node = requested
+    message = r"cannot use the GPU of this node \(The NVIDIA driver .*12020\).*\): install a torch build for"
+    with pytest.raises(UserError, match=message):
+        distributed.device(settings, DistEnv())
+
+
+def test_gpu_that_the_torch_build_has_no_kernels_for_is_an_error(config, gpus) -> None:
+    settings = config()
+    settings.cluster.gpus_per_node = 1
+    gpus.capability = (7, 0)
+    with pytest.raises(UserError, match=r"no kernels for Tesla V100 \(it has sm_75 sm_80 sm_90\): install"):
+        distributed.device(settings, DistEnv())
+
+
+@pytest.mark.parametrize(
+    ("kernels", "capability", "expected"),
+    [
+        ("sm_75 sm_80", (7, 0), False),  # of the same generation, but for later GPUs
+        ("sm_75 sm_80", (7, 5), True),
+        ("sm_80", (8, 9), True),
+        ("sm_80 sm_86", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_80 compute_90", (12, 0), True),  # compiled for the GPU when it is loaded
+        ("sm_120 compute_120", (10, 0), False),
+        ("gfx90a gfx942", (9, 4), True),  # of AMD's GPUs
+        ("", (9, 0), True),
+    ],
+)
+def test_kernels_of_a_torch_build(kernels, capability, expected) -> None:
+    assert distributed.has_kernels(kernels.split(), capability) is expected
+
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.28.9\n"
+    "{}: see the documentation\nLast error:\n{}"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "cause", "fix"),
+    [
+        ("ncclInvalidUsage", "Duplicate GPU detected : rank 1 and rank 0", "start one task per GPU"),
+        ("ncclInvalidUsage", "Bootstrap : no socket interface found", "check the NCCL_ variables"),
+    ],
+)
+def test_nccl_that_cannot_start_is_no_lost_task(code, cause, fix) -> None:
+    error = torch.distributed.DistBackendError(NCCL.format("invalid usage", code, cause))
+    found = distributed.nccl_setup_error(error)
+    assert found.startswith(f"NCCL cannot connect the GPUs of this job: {cause}: {fix}")
+
+
+def test_lost_task_is_named_by_nccls_last_error() -> None:
+    cause = "socketPollConnect: connect to 10.1.1.2<4242> returned Connection refused"
+    error = torch.distributed.DistBackendError(NCCL.format("remote error", "ncclRemoteError", cause))
+    assert not distributed.nccl_setup_error(error)
+    assert distributed.peer_failure(error) == f"lost another task of this job: {cause}"
+    assert (
+        distributed.peer_failure(RuntimeError("a\nConnection closed by peer"))
+        == "lost another task of this job: a"
+    )
+    assert not distributed.peer_failure(RuntimeError("shape mismatch"))

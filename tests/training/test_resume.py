@@ -115,6 +115,21 @@ def test_damaged_checkpoint_falls_back_to_previous(
         train(config(), tiny, run)
 
 
+def test_ranks_that_read_different_checkpoints_start_anew(
+    tiny: DatasetReader, tmp_path: Path, reference
+) -> None:
+    """Also if one of them has read that of a finished training."""
+    run = Run(tmp_path / "run")
+    shutil.copytree(reference[0].folder, run.folder)
+    last = run.folder / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    lost = finish(tasks(tiny, run, size=2, stale_rank=1))
+    assert {result["lost"] for result in lost} == {
+        f"the tasks have read different checkpoints, of steps {STEPS} to {2 * STEPS}"
+    }
+    assert last.read_bytes() == before
+
+
 @pytest.mark.slow
 def test_resume_after_kill_is_bit_identical(config, tiny: DatasetReader, tmp_path: Path, reference) -> None:
     seed = random.SystemRandom().randrange(2**32)

@@ -17,6 +17,7 @@ from command_line import Cli, eventually, is_alive
 from outcomes import lines
 from tiny_training import write_store
 
+from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.runs.store import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -68,9 +69,13 @@ def shared(cli: Cli) -> Cli:
     return prepare(cli)
 
 
-def start(cli: Cli, *settings: str) -> dict[str, Run]:
-    """Submit a sweep and return its runs by the names of their networks, when all have trained a while."""
-    done = cli("-m", *SETTINGS, *SHARED, EPOCHS, *settings)
+def start(cli: Cli, *settings: str, wait: int = 2) -> dict[str, Run]:
+    """Submit a sweep and return its runs by the names of their networks, when all have trained a while.
+
+    A run that is held up for longer than `wait` seconds goes on with its own loader.
+    """
+    shared = with_defaults(SHARED, [f"train.share_wait_seconds={wait}"])
+    done = cli("-m", *SETTINGS, *shared, EPOCHS, *settings)
     runs = {
         name.partition("_net-")[2]: Run(cli.workspace / "runs" / name)
         for name in re.findall(r"^submitted +(\S+)", done.stdout, re.MULTILINE)
@@ -120,7 +125,7 @@ def until(cli: Cli, runs: dict[str, Run], **states: str) -> None:
 
 
 def test_weights_equal_those_of_separate_runs(shared: Cli, separate: Path) -> None:
-    runs = start(shared, MODELS)
+    runs = start(shared, MODELS, wait=120)
     until(shared, runs)
     for run in runs.values():
         assert_equal(run, separate)
@@ -190,6 +195,7 @@ def test_diverged_run_does_not_stop_the_others(shared: Cli, separate: Path) -> N
 def test_stopped_job_saves_all_runs_which_resume_together(
     number: signal.Signals, shared: Cli, separate: Path
 ) -> None:
+    shared.without_forks()
     runs = start(shared, MODELS)
     eventually(lambda: runs["small"].progress["done"] >= 30, 300)
     (leader,) = [
@@ -212,6 +218,7 @@ def test_stopped_job_saves_all_runs_which_resume_together(
 
 
 def test_runs_go_on_if_the_decoder_is_killed(shared: Cli, separate: Path) -> None:
+    shared.without_forks()
     runs = start(shared, MODELS)
     for parent in process(runs["small"]).parents()[:2]:  # the process of the job, and submitit's
         assert {"hpc_imagenet.launch.tasks.start_task", "submitit.local._local"} & set(parent.cmdline())

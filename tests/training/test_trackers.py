@@ -268,6 +268,23 @@ def test_other_ranks_log_nothing_and_a_lost_lease_ends_the_job(
     assert not (run.folder / "trackers.json").exists()
 
 
+def test_the_command_that_sends_later_refuses_other_folders_in_one_line(
+    config: Any, tmp_path: Path, capsys: Any
+) -> None:
+    run = stored_run(tmp_path, config())
+    (tmp_path / "metrics.csv").touch()
+    for arguments, status, line in (
+        ([], 2, "usage: python -m hpc_imagenet.training.trackers RUN_FOLDER"),
+        ([tmp_path / "none"], 1, f"error: {tmp_path}/none/metrics.csv: no such file: type the folder of a"),
+        ([run.folder], 1, f"error: {run.folder}/metrics.csv: no such file: type the folder of a"),
+        ([tmp_path], 1, f"error: {tmp_path.name}: {tmp_path}/config.yaml is missing"),
+    ):
+        assert trackers.main([str(each) for each in arguments]) == status
+        error = capsys.readouterr().err
+        assert error.startswith(line)
+        assert error.count("\n") == 1
+
+
 def test_the_network_source_is_not_sent_and_a_new_run_folder_gets_a_new_id(
     config: Any, tmp_path: Path
 ) -> None:

@@ -128,7 +128,8 @@ class BottleneckMonitor(pl.Callback):
             )
         write_json(self._path, report)
         if input_bound:
-            print(f"{self.summary}; {report['suggestion']} would fix it ({self._path.name})", flush=True)
+            fix = f"; {report['suggestion']} would fix it" if report["suggestion"] else ""
+            print(f"{self.summary}{fix} ({self._path.name})", flush=True)
         self._steps = []
 
     def _loader_rate(self) -> float | None:
@@ -144,7 +145,7 @@ class BottleneckMonitor(pl.Callback):
 def suggestion(
     config: Config, cpus: int, workers: int, loader: float | None, device: float, on_gpu: bool
 ) -> str:
-    """Return the override that would make the loader as fast as the device.
+    """Return the override that would make the loader as fast as the device; empty: none is known.
 
     Workers come first. The last resorts change the pixels and therefore the run: smaller images, or GPU
     decoding if the images are small already.
@@ -157,7 +158,7 @@ def suggestion(
         device: device rate of a task, images/s.
         on_gpu: whether the device is a GPU, which can decode.
     """
-    smaller_images = "process.layout=shards process.resize=short:256"
+    smaller_images = "" if config.process.resize else "process.layout=shards process.resize=short:256"
     if config.loader.decode == "gpu":
         return smaller_images
     worker_rate = loader / max(1, workers) if loader else device / (2 * max(1, workers))

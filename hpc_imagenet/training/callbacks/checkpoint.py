@@ -21,7 +21,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
 from hpc_imagenet.config.recipe import Recipe
-from hpc_imagenet.errors import EXIT_REQUEUE, Preempted, UserError, first_line
+from hpc_imagenet.errors import EXIT_REQUEUE, PeerLost, Preempted, UserError, first_line
 from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.runs.bad_batch import BAD_BATCH_FILE, write_bad_batch
 from hpc_imagenet.runs.checkpoints import LAST
@@ -41,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             run's lease.
     """
 
-    def __init__(self, check_lease: Callable[[], object] | None = None) -> None:
+    def __init__(self, check_lease: Callable[[], object]) -> None:
         super().__init__()
         self._check_lease = check_lease
 
@@ -81,17 +81,30 @@ class CheckpointCallback(pl.Callback):
         self._content, self._kept = content, kept
         self._images, self._is_rank_zero = images, is_rank_zero
         self._group: Any = None
+        self._resumed = 0  # step of the checkpoint that this rank has read
         self._bad_step: Tensor | None = None  # first step with a non-finite loss, on the device
         self._last_save = time.monotonic()
         self._validating = False
         self._metrics: dict[str, float] = {}  # of the epoch that has just been validated
         self.out_of_memory = False
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Start the checkpoint interval, and create the process group for the decisions."""
-        self._last_save = time.monotonic()
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Create the process group for the decisions, and compare the checkpoints that the ranks have read.
+
+        Each rank reads by itself, and falls back to an older checkpoint by itself.
+
+        Raises:
+            PeerLost: they resume from different steps, which a new start of the job may fix.
+        """
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        least, most = self._all_reduce_max(-self._resumed, self._resumed)
+        if -least != most:
+            raise PeerLost(f"the tasks have read different checkpoints, of steps {-least} to {most}")
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Start the checkpoint interval."""
+        self._last_save = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -179,10 +192,11 @@ class CheckpointCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Rescale the batch counters to the current `train.accumulate`.
+        """Note the step, and rescale the batch counters to the current `train.accumulate`.
 
         Checkpoints fall between steps, so the division is exact.
         """
+        self._resumed = int(checkpoint["global_step"])
         old, new = checkpoint["accumulate"], trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
@@ -213,7 +227,7 @@ class CheckpointCallback(pl.Callback):
         )
 
     def _first_bad_step(self) -> int:
-        """Return 0 if every loss was finite; otherwise larger the earlier the first NaN or inf.
+        """Return 0 if every loss was finite, else a number: larger the earlier the first NaN or inf came.
 
         Synchronizes with the device.
         """

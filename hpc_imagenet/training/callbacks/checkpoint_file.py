@@ -5,13 +5,13 @@ checkpoints/previous.ckpt  the checkpoint before it, in case the last one is dam
 checkpoints/best.ckpt      that after the epoch with the highest val top-1
 checkpoints/epoch-12.ckpt  that after 12 epochs; of the newest `train.keep_checkpoints` epochs
 
-All but the last are hard links to files that were the last checkpoint once, so keeping them writes nothing.
+All but the last are hard links to files that were the last checkpoint once, so keeping them writes nothing;
+they are copies where the file system has no hard links.
 Every file also has the config and the classes of its training and, after an epoch, its val metrics.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import torch
 
 from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.io.atomic_files import atomic_write
-from hpc_imagenet.runs.checkpoints import BEST, LAST, PREVIOUS, epoch_checkpoints
+from hpc_imagenet.runs.checkpoints import BEST, LAST, PREVIOUS, epoch_checkpoints, link_or_copy
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the newest readable checkpoint in `folder`; None if there are no checkpoints.
 
+    That is the last one, else the previous one, else, of those of epochs and the best, that of most steps.
+
     Raises:
         UserError: there are checkpoints, but none is readable.
     """
     broken = []
-    for path in (folder / LAST, folder / PREVIOUS):
-        if not path.exists():
-            continue
-        try:
-            return read_checkpoint(path)
-        except Exception as error:
-            broken.append(_unreadable(path, error))
-            print(f"warning: {broken[-1]}: trying the previous checkpoint", file=sys.stderr, flush=True)
+    # Those of epochs may be of long ago: they stay when train.keep_checkpoints is set to null.
+    for paths in ([folder / LAST], [folder / PREVIOUS], [*epoch_checkpoints(folder), folder / BEST]):
+        found = []
+        for path in filter(Path.exists, paths):
+            try:
+                found.append(read_checkpoint(path))
+            except Exception as error:
+                broken.append(_unreadable(path, error))
+                print(f"warning: {broken[-1]}: trying another checkpoint", file=sys.stderr, flush=True)
+        if found:
+            return max(found, key=lambda each: each.step)
     if broken:
         raise UserError(f"{broken[0]}, nor can any other checkpoint: remove {folder} to train from the start")
     return None
@@ -180,10 +185,10 @@ class KeptCheckpoints:
 
 
 def _link(path: Path, link: Path) -> None:
-    """Make `link` another name of the file `path`, atomically."""
+    """Make `link` another name of the file `path`, or a copy, atomically."""
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
-    os.link(path, temporary)
+    link_or_copy(path, temporary)
     temporary.replace(link)
     temporary.unlink(missing_ok=True)  # rename(2) does nothing if both are names of one file
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.io.access import expand_home
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def check_target(out: Path) -> Path:
     Raises:
         UserError: it is a file or has files, or its parent does not exist.
     """
-    out = out.expanduser().absolute()
+    out = expand_home(out).absolute()
     if out.is_dir() and not any(out.iterdir()):
         return out
     if out.exists() or out.is_symlink():

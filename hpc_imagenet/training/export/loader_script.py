@@ -28,9 +28,13 @@ $definitions
 
 def preprocess(image):
     """Return the network's input, float32 [1, 3, $size, $size], of an image of Pillow."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits per channel, of which training takes the upper 8
+        image = Image.fromarray((np.asarray(image).astype(int) >> 8).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGB")
 $resize
-    left, upper = round((image.width - $size) / 2), round((image.height - $size) / 2)
+    over = image.width - $size, image.height - $size  # where negative, a black border
+    left, upper = (round(pixels / 2) if pixels > 0 else int(pixels / 2) for pixels in over)
     pixels = np.asarray(image.crop((left, upper, left + $size, upper + $size)), np.float32) / 255
     return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1)[None], np.float32)
 
@@ -48,11 +52,20 @@ $predict
 
 
 if __name__ == "__main__":
-    network = load_model()
+    network, failed = load_model(), False
     for name in sys.argv[1:]:
-        probabilities = predict(network, preprocess(Image.open(name)))[0]
+        try:
+            with Image.open(name) as image:
+                images = preprocess(image)
+        except Exception as error:  # a damaged file may raise anything
+            print(f"{name}: unreadable: {error}", file=sys.stderr)
+            failed = True
+            continue
+        probabilities = predict(network, images)[0]
         best = np.argsort(-probabilities)[:5]
         print(name + ": " + ", ".join(f"{CLASSES[label]} {probabilities[label]:.1%}" for label in best))
+    if failed:
+        sys.exit(1)
 ''')
 
 _SHORT_SIDE = """\
@@ -65,6 +78,7 @@ _TORCH = """\
     with torch.inference_mode():
         logits = model(torch.from_numpy(images)).float().numpy()"""
 _ONNX = '    (logits,) = model.run(["logits"], {"images": images})'
+_NETWORK = "the network, from preprocessed images to logits"
 
 
 def torch_script(
@@ -95,37 +109,28 @@ def torch_script(
         packages=sorted(packages),
         imports=("import torch", *imports, *plain.imports),
         definitions=plain.definitions,
-        returns="the network, from preprocessed images to logits",
+        returns=_NETWORK,
         load=load,
         predict=_TORCH,
     )
 
 
 def program_script(preprocessing: Preprocessing, classes: int, file: str) -> str:
-    """Return the script for a program of torch.export."""
-    return _script(
-        preprocessing,
-        classes,
-        packages=["torch"],
-        imports=("import torch",),
-        definitions="",
-        returns="the network, from preprocessed images to logits",
-        load=[f"return torch.export.load(FOLDER / {file!r}).module()"],
-        predict=_TORCH,
+    """Return the script for a program of torch.export, or for an ONNX model."""
+    library, read, returns, predict = (
+        ("onnxruntime", "onnxruntime.InferenceSession({})", "the session of onnxruntime", _ONNX)
+        if file.endswith(".onnx")
+        else ("torch", "torch.export.load({}).module()", _NETWORK, _TORCH)
     )
-
-
-def onnx_script(preprocessing: Preprocessing, classes: int, file: str) -> str:
-    """Return the script for an ONNX model."""
     return _script(
         preprocessing,
         classes,
-        packages=["onnxruntime"],
-        imports=("import onnxruntime",),
+        packages=[library],
+        imports=(f"import {library}",),
         definitions="",
-        returns="the session of onnxruntime",
-        load=[f"return onnxruntime.InferenceSession(FOLDER / {file!r})"],
-        predict=_ONNX,
+        returns=returns,
+        load=["return " + read.format(f"FOLDER / {file!r}")],
+        predict=predict,
     )
 
 

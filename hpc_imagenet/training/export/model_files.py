@@ -99,25 +99,25 @@ def _write_weights(trained: TrainedModel, plain: PlainNetwork, path: Path) -> st
 
 def _write_program(trained: TrainedModel, name: str, path: Path) -> str:
     """Write a program of any number of images, and return the script that loads it."""
-    images, classes = example_images(trained.preprocessing), len(trained.classes)
+    images = example_images(trained.preprocessing)
     try:
         with _quiet():
             batch = {0: torch.export.Dim("batch", min=1)}
             program = torch.export.export(trained.network, (images,), dynamic_shapes=(batch,))
             if name == "torch_export":
                 torch.export.save(program, path)
-                return loader_script.program_script(trained.preprocessing, classes, path.name)
-            large = sum(value.nbytes for value in program.state_dict.values()) > _INLINE
-            model = torch.onnx.export(
-                program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
-            )
-            assert model is not None
-            model.save(path, external_data=large)
+            else:
+                large = sum(value.nbytes for value in program.state_dict.values()) > _INLINE
+                model = torch.onnx.export(
+                    program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+                )
+                assert model is not None
+                model.save(path, external_data=large)
     except OSError:
         raise
     except Exception as error:  # the exporters raise errors of many types for what they do not support
         raise _unfit(trained, name, error) from None
-    return loader_script.onnx_script(trained.preprocessing, classes, path.name)
+    return loader_script.program_script(trained.preprocessing, len(trained.classes), path.name)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torchvision import models
 
-from hpc_imagenet.config.names.backbones import is_own, timm_name
+from hpc_imagenet.config.names.backbones import implied_options, is_own, timm_name
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.training.models import blurpool, build, pretrained
+from hpc_imagenet.training.models import blurpool, build
 
 SOURCE = "source"
 _IN_TRAINING = ("training", "momentum")  # attributes without a meaning in evaluation
@@ -92,7 +92,7 @@ def _torchvision_options(config: Config) -> dict[str, Any]:
     """Return the arguments with which `networks.build_network` calls torchvision's constructor."""
     model, size = config.model, config.recipe.size
     own = build.constructor_arguments(model.name, build.is_small(model.stem, size), size)
-    return {**own, **pretrained.constructor_options(model.name, model.weights), **model.options}
+    return {**own, **implied_options(model.name, model.weights), **model.options}
 
 
 def _changes(original: nn.Module, network: nn.Module, path: str = "") -> Iterator[str]:

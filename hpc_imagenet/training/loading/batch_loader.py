@@ -37,7 +37,7 @@ HostBatch = tuple[Batch, list[Key], list[PendingImage]]  # batch, its keys, imag
 PREFETCHED = 2  # batches prepared in advance; more if that leaves threads idle
 CPU = torch.device("cpu")
 IMAGES_PER_TASK = 8  # of a thread: small, so that all threads work on the next batch
-CPU_CHECKED = 1 / 64
+CPU_CHECKED = 1 / 64  # share of the device's images that a CPU decodes too, to find damaged ones
 MAX_WARNINGS = 5  # images refused by the device that are printed; further ones are only counted
 
 
@@ -55,7 +55,7 @@ class BatchBuilder:
 
     Attributes:
         skipped: names of unreadable images.
-        refused: indices of the images that the device could not decode, and CPUs do.
+        refused: indices of the images that the device cannot decode or resize, and CPUs do.
         work: number of images filled in so far, and the seconds of thread time that this took.
         waited: seconds that the consumer has waited for batches.
     """
@@ -161,7 +161,7 @@ class BatchBuilder:
         for index in indices:
             if index not in self.refused and len(self.refused) < MAX_WARNINGS:
                 name = self.split.name(index)
-                print(f"warning: {device} cannot decode image {name}; a CPU decodes it", flush=True)
+                print(f"warning: {device} cannot decode or resize image {name}; a CPU does", flush=True)
             self.refused.add(index)
 
     def _decode_and_crop(self, data: bytes, key: Key, out: Tensor) -> CropBox | None:
@@ -348,18 +348,27 @@ def in_chunks(positions: Sequence[int]) -> list[Sequence[int]]:
 
 
 def start_threads(count: int, cpus: frozenset[int]) -> ThreadPoolExecutor:
-    """Start decoding threads that are pinned to `cpus` and use one torch thread each."""
+    """Start decoding threads that are pinned to `cpus` and use one torch thread each.
+
+    Raises:
+        RuntimeError: the system starts no more threads.
+        OSError: a thread cannot be pinned.
+    """
     threads, torch_threads = ThreadPoolExecutor(count, "loader"), torch.get_num_threads()
-    ready = threading.Barrier(count + 1)
+    started = threading.Barrier(count)  # so that each thread takes one of the tasks
 
     def initialize() -> None:
+        started.wait()
         torch.set_num_threads(1)
         if cpus:
             os.sched_setaffinity(0, cpus)  # 0: the calling thread
-        ready.wait()
 
-    for _ in range(count):
-        threads.submit(initialize)
-    ready.wait()
+    try:
+        for task in [threads.submit(initialize) for _ in range(count)]:
+            task.result()
+    except (OSError, RuntimeError):
+        started.abort()  # the interpreter waits for the threads at its exit
+        threads.shutdown(wait=False)
+        raise
     torch.set_num_threads(torch_threads)  # the setting is per thread, but new threads inherit the last one
     return threads

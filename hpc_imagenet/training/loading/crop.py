@@ -26,8 +26,8 @@ class CropBox(NamedTuple):
     """How to make a square from an image.
 
     The pixels within `source` are resized to `width` x `height` px; the square with the upper left corner
-    `left`, `upper` (px) is cut out of the result, and mirrored if `mirrored`. `interpolation` is the filter
-    of the resize, bilinear or bicubic.
+    `left`, `upper` (px, negative if the result is smaller) is cut out of the result, and mirrored if
+    `mirrored`. `interpolation` is the filter of the resize, bilinear or bicubic.
     """
 
     source: Box
@@ -77,7 +77,7 @@ class RandomResizedCrop:
 class CenterCrop:
     """The central square of `size` px, after the short side has been resized to `resize` px.
 
-    With `squash` both sides are resized to `resize` px.
+    With `squash` both sides are resized to `resize` px. What is smaller than the square gets a black border.
     """
 
     size: int
@@ -95,10 +95,15 @@ class CenterCrop:
             wide, high = self.resize, int(self.resize * height / width)
         else:
             wide, high = int(self.resize * width / height), self.resize
-        left, upper = round((wide - self.size) / 2), round((high - self.size) / 2)
-        if (wide, high) == (width, height):  # no resize, so only the crop needs decoding
+        left, upper = _half(wide - self.size), _half(high - self.size)
+        if (wide, high) == (width, height) and min(left, upper) >= 0:  # so only the crop needs decoding
             return CropBox((left, upper, left + self.size, upper + self.size), self.size, self.size)
         return CropBox((0, 0, width, height), wide, high, left, upper, interpolation=self.interpolation)
+
+
+def _half(pixels: int) -> int:
+    """Return half of what is cut off, rounded, or of a border (negative), truncated, as in torchvision."""
+    return round(pixels / 2) if pixels > 0 else int(pixels / 2)
 
 
 def apply_crop(pixels: Tensor, crop: CropBox, out: Tensor) -> None:
@@ -118,7 +123,24 @@ def apply_crop(pixels: Tensor, crop: CropBox, out: Tensor) -> None:
         if in_place:  # every further operation on a tensor holds the GIL for microseconds
             return
         pixels = target
-    square = pixels[..., crop.upper : crop.upper + size, crop.left : crop.left + size]
+    cut_square(pixels, crop, out)
+
+
+def cut_square(pixels: Tensor, crop: CropBox, out: Tensor) -> None:
+    """Cut and mirror the square of a crop; black where the image does not reach.
+
+    Args:
+        pixels: resized pixels: [1, 3, height, width].
+        crop: crop of the image.
+        out: destination: uint8 [1, 3, size, size].
+    """
+    size, left, upper = out.shape[-1], crop.left, crop.upper
+    square = pixels[..., max(0, upper) : upper + size, max(0, left) : left + size]
+    height, width = square.shape[-2:]
+    if min(height, width) < size:
+        out.zero_()
+        top, side = max(0, -upper), max(0, -left)
+        out = out[..., top : top + height, side : side + width]
     out.copy_(square.flip(-1) if crop.mirrored else square)
 
 

@@ -32,6 +32,7 @@ Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
 Item = TypeVar("Item", np.uint8, np.bool_)
 
 _MARGIN = 2  # px beyond an edge that chroma upsampling reads
+_NARROWEST = 5  # px: libjpeg-turbo upsamples the chroma of narrower images in another way
 _MIN_SPARED = 12_000  # bytes; decoding fewer takes less time than splicing does
 # Indexed by the byte after an FF: 00 is a stuffed FF, and FF is a fill byte; all others are markers.
 _IS_MARKER = np.array([0 < code < 0xFF for code in range(256)])
@@ -114,7 +115,8 @@ def _splice(data: bytes, frame: JpegHeader, box: Box) -> tuple[Pixels, int, int]
     if remainder:
         return None
     step = block_width * frame.restart  # px: width of a segment
-    left, right = max(0, box[0] - _MARGIN) // step, min(columns, -(-(box[2] + _MARGIN) // step))
+    left = max(0, min(box[0] - _MARGIN, frame.width - _NARROWEST)) // step
+    right = min(columns, -(-(box[2] + _MARGIN) // step))
     upper = max(0, box[1] - _MARGIN) // block_height
     lower = min(rows, -(-(box[3] + _MARGIN) // block_height))
     spared = lower * columns - (lower - upper) * (right - left)

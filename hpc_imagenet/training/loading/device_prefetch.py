@@ -22,11 +22,14 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.training.distributed import out_of_memory
-from hpc_imagenet.training.loading.crop import CropBox
+from hpc_imagenet.training.loading.crop import CropBox, cut_square
 
 Batch = tuple[Tensor, Tensor]
 HostBatch = TypeVar("HostBatch")
 
+# CUDA's antialiased filter keeps its weights in 48 KB of shared memory: it reduces a side to 1/94 at most if
+# it is bilinear, and to 1/47 if it is bicubic (ATen's UpSampleBilinear2d.cu).
+_TOO_LARGE_FACTOR = "interpolation parameters can not be handled"
 SAMPLES = 64  # images that `check_gpu_decode` decodes to measure its rate
 
 
@@ -144,14 +147,13 @@ def decode_on_gpu(images: Sequence[PendingImage], pixels: Tensor) -> list[Pendin
         pixels: pixels of the batch: uint8 [images, 3, size, size].
 
     Returns:
-        images that the device refused; their positions are not written.
+        images that the device cannot decode or resize; their positions are not written.
 
     Raises:
         torch.OutOfMemoryError: the device has too little free memory.
     """
     if not images:
         return []
-    size = pixels.shape[-1]
     # nvJPEG's hardware engine ignores its stream (pytorch/torchcodec PR 1634), so it may write into memory
     # that this stream still reads for the previous batch. Only waiting on the host prevents that. (The
     # decoder itself blocks until it is done.)
@@ -164,11 +166,16 @@ def decode_on_gpu(images: Sequence[PendingImage], pixels: Tensor) -> list[Pendin
         source = whole[None, :, upper:lower, left:right]
         if source.shape[-2:] != (crop.height, crop.width):
             shape = (crop.height, crop.width)
-            # The antialiased filter does not support uint8 on a GPU.
-            resized = F.interpolate(source.float(), shape, mode=crop.interpolation, antialias=True)
+            try:
+                # The antialiased filter does not support uint8 on a GPU.
+                resized = F.interpolate(source.float(), shape, mode=crop.interpolation, antialias=True)
+            except RuntimeError as error:
+                if _TOO_LARGE_FACTOR not in str(error):
+                    raise
+                refused.append(image)
+                continue
             source = resized.round_().clamp_(0, 255)
-        square = source[..., crop.upper : crop.upper + size, crop.left : crop.left + size]
-        pixels[image.position : image.position + 1] = square.flip(-1) if crop.mirrored else square
+        cut_square(source, crop, pixels[image.position : image.position + 1])
     return refused
 
 

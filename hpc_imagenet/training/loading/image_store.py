@@ -141,6 +141,8 @@ class ImageSplit(Sequence[tuple[Pixels, int]]):
         for name, value in (("size", size), ("batch", batch), ("resize", resize or size)):
             if value < 1:
                 raise UserError(f"batches: {name}={value} is less than 1")
+        if resize is not None and resize < size:
+            raise UserError(f"batches: resize={resize} is less than size={size}: set at least {size}")
         order = np.arange(len(self))
         if shuffle_seed is not None:
             order = np.random.default_rng(shuffle_seed).permutation(order)

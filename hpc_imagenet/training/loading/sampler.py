@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 from torch.utils.data import Sampler
 
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.loading.image_order import ImageOrder
 
 Key = tuple[int, int]  # epoch, index in the split
@@ -40,6 +43,39 @@ class BatchShare:
     def images(self) -> int:
         """Images per device batch."""
         return self.batch // (self.size * self.accumulate)
+
+
+def batch_share(config: Config, dist_env: DistEnv) -> BatchShare:
+    """Return this rank's share of the global batch.
+
+    Raises:
+        UserError: the global batch is not divisible by ranks times `train.accumulate`.
+    """
+    batch, parts = config.recipe.global_batch, dist_env.size * config.train.accumulate
+    if batch % parts:
+        below, above = batch // parts * parts, (batch // parts + 1) * parts
+        near = f"{below} or {above}" if below else str(above)
+        accumulate = (
+            f" times train.accumulate={config.train.accumulate}" if config.train.accumulate > 1 else ""
+        )
+        raise UserError(
+            f"recipe.global_batch={batch} is not divisible by {dist_env.size} tasks{accumulate}: "
+            f"set it to {near}"
+        )
+    return BatchShare(batch, dist_env.rank, dist_env.size, config.train.accumulate)
+
+
+def steps_per_epoch(images: int, batch: int) -> int:
+    """Return the number of global batches of `batch` images in an epoch of `images` train images.
+
+    Raises:
+        UserError: there is none.
+    """
+    if batch > images:
+        raise UserError(
+            f"recipe.global_batch={batch} is more than the {images} images of train: set at most {images}"
+        )
+    return images // batch
 
 
 class TrainSampler(Sampler[list[Key]]):

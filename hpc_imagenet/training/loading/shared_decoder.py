@@ -113,19 +113,17 @@ class SharedDecoder:
             self._readers.append(reader)
             self._selector.register(reader.channel, selectors.EVENT_READ, reader)
         self._decoded: deque[tuple[int, BaseException | None]] = deque()  # filled by the threads
-        self._closing = False
         self._tasks: dict[int, int] = {}  # unfinished tasks of each batch that is being decoded
         self._failed: set[int] = set()  # positions of batches that cannot be decoded
         self._first = self._last = 0  # the window: its first position, and the one after its last batch
         self._stream: Iterator[tuple[BatchBuilder, list[Key], ReadImage]] = iter(())
-        self._prefetchers: list[Prefetcher | PagePrefetcher | WindowReader] = []
-        self.decoded = 0  # batches
+        self._prefetchers: deque[Prefetcher | PagePrefetcher | WindowReader] = deque()  # of the newest parts
 
     def run(self) -> None:
-        """Serve the runs until all have ended, or until `close`."""
+        """Serve the runs until all have ended."""
         began = before = time.monotonic()
         try:
-            while self._readers and not self._closing:
+            while self._readers:
                 for key, _ in self._selector.select(_TICK if self._measures() else None):
                     if key.data is None:
                         os.eventfd_read(self._wake)
@@ -145,12 +143,6 @@ class SharedDecoder:
             for prefetcher in self._prefetchers:
                 prefetcher.close()
             self._selector.close()
-
-    def close(self) -> None:
-        """Stop, from another thread or a signal handler; the runs go on with their own loaders."""
-        self._closing = True
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
 
     def _measures(self) -> bool:
         """Whether time matters: a run waits for a batch that is not being decoded."""
@@ -199,7 +191,6 @@ class SharedDecoder:
             self._tasks[position] -= 1
             if not self._tasks[position]:
                 del self._tasks[position]
-                self.decoded += 1
         if followers := self._followers():
             self._first = max(self._first, min(reader.next for reader in followers))
             self._failed = {position for position in self._failed if position >= self._first}
@@ -316,11 +307,12 @@ class SharedDecoder:
 
     def _read_ahead(self, position: int) -> Iterator[tuple[BatchBuilder, list[Key], ReadImage]]:
         """Yield builder and keys of each batch, and what reads its images: ahead of use if it is slow."""
-        for previous in self._prefetchers:
-            previous.close()
-        self._prefetchers = []
+        while self._prefetchers:
+            self._prefetchers.popleft().close()
         for builder, key_lists, windows in self._sequence.parts(position):
             prefetcher = open_prefetcher(builder.split, windows)
             self._prefetchers.append(prefetcher)
+            if len(self._prefetchers) > SLOTS:  # the first was of batches that the window has left
+                self._prefetchers.popleft().close()
             indexed = ((keys, image_indices(keys)) for keys in key_lists)
             yield from ((builder, keys, prefetcher.read) for keys in prefetcher.batches(indexed))

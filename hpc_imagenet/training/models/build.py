@@ -65,6 +65,9 @@ def build_model(
     except TypeError as error:
         raise UserError(f"model.options={dict(options or {})} does not fit {name}: {error}") from None
     except (AssertionError, ValueError, RuntimeError) as error:
+        if options:
+            both = f"model.options={dict(options)} or recipe.size={size}"
+            raise UserError(f"{both} does not fit {name}: {first_line(error)}") from None
         fix = f"use a multiple of {_required_multiple(name, small)}"
         raise UserError(
             f"recipe.size={size} does not fit model.name={name} ({first_line(error)}): {fix}"
@@ -188,7 +191,7 @@ def check_size(model: nn.Module, name: str, setting: str, side: int, fix: str = 
     if problem is None:
         return
     valid = None if fix else next((px for px in range(8, 385, 8) if _shape_error(model, px) is None), None)
-    fix = fix or (f"use {valid}" if valid else "use another model")
+    fix = fix or (f"use {valid}" if valid else "use another model, or other model.options")
     raise UserError(f"{setting}={side} does not fit model.name={name} ({problem}): {fix}")
 
 

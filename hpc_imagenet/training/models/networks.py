@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hpc_imagenet.config.names.backbones import is_own, is_weights_name, timm_name
+from hpc_imagenet.config.names.backbones import implied_options, is_own, is_weights_name, timm_name
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.models import build, pretrained
@@ -62,7 +62,7 @@ def _build(config: Config, classes: int, weights: str | None) -> tuple[nn.Module
         if weights and is_weights_name(model.name, weights):
             return network, timm_networks.published(model).num_classes == classes
         return network, None
-    options = {**pretrained.constructor_options(model.name, model.weights), **model.options}
+    options = {**implied_options(model.name, model.weights), **model.options}
     network = build.build_model(
         model.name,
         classes,

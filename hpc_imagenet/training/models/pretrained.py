@@ -21,18 +21,8 @@ from hpc_imagenet.errors import UserError
 
 State = Mapping[str, Tensor]
 
-# Networks whose published weights were trained with another normalisation of the images.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "googlenet": {"transform_input": True},
-    "inception_v3": {"transform_input": True},
-}
 # The published DenseNet weights use old names for the layers of a block.
 _DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
-
-
-def constructor_options(name: str, weights: str | None) -> dict[str, Any]:
-    """Return the constructor arguments of a backbone that its initial `weights` require."""
-    return _OPTIONS.get(name, {}) if weights and is_weights_name(name, weights) else {}
 
 
 def load_weights(model: nn.Module, name: str, weights: str, averaged: bool = True) -> bool:
@@ -101,12 +91,15 @@ def read_weights(path: Path, setting: str, averaged: bool = True) -> State:
         averaged: whether to take the EMA weights of a checkpoint, if it has any.
 
     Raises:
-        UserError: no such file, or the file contains no weights.
+        UserError: no such file, the file contains no weights, or safetensors is not installed.
     """
     try:
         state = _read(path)
     except FileNotFoundError:
         raise UserError(f"{setting}: no such file") from None
+    except ModuleNotFoundError:
+        install = "pip install -c constraints.txt -e '.[export]' in the checkout"
+        raise UserError(f"{setting} needs safetensors: {install}") from None
     except Exception as error:  # torch raises many types of errors for invalid files
         raise UserError(f"{setting}: not a file of weights ({_first_line(error)})") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):

@@ -1,4 +1,4 @@
-"""Print the names of the installed timm, the content of hpc_imagenet/config/timm_names.txt."""
+"""Print the names of the installed timm, the content of hpc_imagenet/config/names/timm_names.txt."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpc_imagenet.config.names.backbones import INSTALL_TIMM, PRETRAINED, is_weights_name, timm_name
+from hpc_imagenet.config.names.backbones import INSTALL_TIMM, is_weights_name, tagged_name, timm_name
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.training.models.build import check_size, is_small, shrink_stem
@@ -86,13 +86,11 @@ def published(model: Model) -> Any:
     Raises:
         UserError: timm has no such network.
     """
-    name, weights = timm_name(model.name), model.weights
-    if weights and weights != PRETRAINED and is_weights_name(model.name, weights):
-        name = f"{name.partition('.')[0]}.{weights}"
+    name = timm_name(tagged_name(model.name, model.weights))
     try:
         cfg = get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
-        setting = f"model.name={model.name} with model.weights={weights}"
+        setting = f"model.name={model.name} with model.weights={model.weights}"
         raise UserError(f"{setting}: {first_line(error)}") from None
     if cfg is None:
         raise UserError(f"model.name={model.name} is unknown to timm {timm.__version__}")

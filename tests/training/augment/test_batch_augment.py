@@ -40,14 +40,17 @@ def test_operation_matches_torchvision(name: str) -> None:
     assert changes.any() == (name != "Identity")
 
 
-def test_all_operations_and_signs_are_drawn() -> None:
+def test_all_operations_and_signs_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(0).random((500, 3))
     images = smooth_images(1).repeat(500, 1, 1, 1)
     different = {bytes(image.numpy().tobytes()) for image in trivial_augment.trivial_augment(images, rows)}
     assert len(different) > 200
-    assert set((rows[:, 0] * len(trivial_augment.OPERATIONS)).astype(int)) == set(
-        range(len(trivial_augment.OPERATIONS))
-    )
+    drawn = []
+    monkeypatch.setattr(trivial_augment, "apply_operation", lambda images, *rest: drawn.append(rest))
+    trivial_augment.trivial_augment(images, rows)
+    ((operations, strengths),) = drawn
+    assert set(operations) == set(range(len(trivial_augment.OPERATIONS)))
+    assert (strengths.min(), strengths.max()) == (-1, 1)
 
 
 def test_erase_zeroes_a_rectangle_of_some_images() -> None:

@@ -106,8 +106,9 @@ def test_pause_between_steps_is_not_waiting_for_data(
         (8, 7, 700.0, "local", "process.layout=shards process.resize=short:256"),
         (8, 7, 700.0, "local gpu", "process.layout=shards process.resize=short:256"),
         (8, 7, 700.0, "local gpu small", "loader.decode=gpu"),  # the short side is already 256
-        (8, 7, 700.0, "local small", "process.layout=shards process.resize=short:256"),
+        (8, 7, 700.0, "local small", ""),  # nothing else is known
         (8, 7, None, "local gpu decode", "process.layout=shards process.resize=short:256"),
+        (8, 7, None, "local gpu decode small", ""),
     ],
 )
 def test_suggestion_by_cpus_workers_rates_and_executor(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import torch
 from outcomes import lines, new_run, tasks, train
 
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.checkpoints import BEST, LAST, PREVIOUS, epoch_checkpoints
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.callbacks.checkpoint_file import (
     KeptCheckpoints,
+    newest_checkpoint,
     read_checkpoint,
     write_checkpoint,
 )
@@ -79,6 +83,51 @@ def test_the_newest_epochs_are_kept(tmp_path: Path) -> None:
     assert step_of(tmp_path / "epoch-10.ckpt") == 100
     KeptCheckpoints(tmp_path, IDENTITY, 0).keep(write(tmp_path, 120, 0.1), {"top1": 0.1, "epoch": 12})
     assert kept_epochs(tmp_path) == ["epoch-10.ckpt", "epoch-11.ckpt"], "none is removed by another setting"
+
+
+def test_checkpoints_on_a_file_system_without_hard_links(tmp_path: Path, monkeypatch) -> None:
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", no_links)
+    kept = KeptCheckpoints(tmp_path, IDENTITY, 1)
+    for step in (1, 2):
+        kept.keep(write(tmp_path, step, 0.1 * step), {"top1": 0.1 * step, "epoch": step})
+    names = (LAST, BEST, PREVIOUS, "epoch-2.ckpt")
+    assert [step_of(tmp_path / name) for name in names] == [2, 2, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_every_checkpoint_is_tried_before_a_training_is_given_up(tmp_path: Path, capsys) -> None:
+    kept = KeptCheckpoints(tmp_path, IDENTITY, 2)
+    for step in range(1, 5):
+        kept.keep(write(tmp_path, step, 0.5), {"top1": 0.5, "epoch": step})
+    found = []
+    for name in (LAST, PREVIOUS, "epoch-4.ckpt", "epoch-3.ckpt"):
+        (tmp_path / name).unlink()  # it is a hard link
+        (tmp_path / name).write_bytes(b"damaged")
+        checkpoint = newest_checkpoint(tmp_path)
+        assert checkpoint
+        found.append((checkpoint.path.name, checkpoint.step))
+    assert found == [(PREVIOUS, 3), ("epoch-4.ckpt", 4), ("epoch-3.ckpt", 3), (BEST, 1)]
+    assert "epoch-3.ckpt cannot be read" in capsys.readouterr().err
+    (tmp_path / BEST).write_bytes(b"damaged")
+    with pytest.raises(
+        UserError, match=r"last\.ckpt cannot be read .*, nor can any other checkpoint: remove"
+    ):
+        newest_checkpoint(tmp_path)
+
+
+def test_the_best_checkpoint_is_taken_if_those_of_epochs_are_older(tmp_path: Path) -> None:
+    for epochs, step in ((1, 5), (0, 60), (0, 70)):  # train.keep_checkpoints was 1, then null
+        path = write(tmp_path, step, 0.01 * step)
+        KeptCheckpoints(tmp_path, IDENTITY, epochs).keep(path, {"top1": 0.01 * step, "epoch": step})
+    for name in (LAST, PREVIOUS):
+        (tmp_path / name).unlink()  # it is a hard link
+        (tmp_path / name).write_bytes(b"damaged")
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint
+    assert (checkpoint.path.name, checkpoint.step) == (BEST, 70)
 
 
 def best_of(run: Run) -> tuple[float, int]:

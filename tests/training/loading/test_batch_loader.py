@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus, pinned_cpus
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.training.loading.batch_loader import Batch, BatchBuilder, BatchLoader
+from hpc_imagenet.training.loading.batch_loader import Batch, BatchBuilder, BatchLoader, start_threads
 from hpc_imagenet.training.loading.crop import (
     CenterCrop,
     CropBox,
@@ -199,6 +199,28 @@ def test_threads_are_pinned_to_cpus(tiny: DatasetReader) -> None:
     assert os.sched_getaffinity(0) == before
 
 
+def test_a_thread_that_cannot_start_leaves_none_waiting(monkeypatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def fail_at_the_third(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_at_the_third)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        start_threads(4, frozenset())
+    for thread in started:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_thread_that_cannot_be_pinned_is_an_error() -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        start_threads(2, frozenset({max(os.sched_getaffinity(0)) + 4096}))
+
+
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (30, 20), (1, 1), (700, 9)])
 def test_resize_matches_pillow(size: tuple[int, int]) -> None:
     """The mean difference is below 0.25 grey levels, the largest at most 3."""
@@ -246,6 +268,16 @@ def test_center_crop_matches_torchvision(size: tuple[int, int]) -> None:
     off = np.abs(found.astype(int) - expected.astype(int))
     assert off.mean() < 0.25
     assert off.max() <= (0 if min(size) == 32 else 3)
+
+
+@pytest.mark.parametrize("size", [(50, 37), (37, 51), (40, 40), (32, 20), (20, 20)])
+def test_center_crop_of_smaller_images_has_the_black_border_of_torchvision(size: tuple[int, int]) -> None:
+    from torchvision.transforms import v2
+
+    image = photo(*size)
+    expected = np.asarray(v2.CenterCrop(33)(v2.Resize(20)(image)))
+    found = cropped(image, CenterCrop(33, 20)(*size, random.Random(0)), 33)
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 3
 
 
 def test_flip_mirrors_with_its_probability() -> None:

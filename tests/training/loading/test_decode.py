@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sample_images import encoded
@@ -82,6 +82,7 @@ def test_part_has_the_pixels_of_the_whole(part, subsampling: int, progressive: b
 @needs_jpegtran
 @settings(max_examples=25, deadline=None)
 @given(parts(), st.sampled_from([0, 1, 2]), st.sampled_from(["1B", "2B", "3B", "1", "2"]))
+@example(((19, 1), (18, 0, 19, 1)), 1, "1B")  # the last block has 3 px
 def test_part_of_a_tiled_image_has_the_pixels_of_the_whole(part, subsampling: int, interval: str) -> None:
     size, box = part
     assert matches_pillow(with_restart_markers(noisy(size, subsampling), interval), box)

@@ -19,10 +19,10 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.distributed import out_of_memory
 from hpc_imagenet.training.loading import device_prefetch
 from hpc_imagenet.training.loading.batch_loader import Batch, BatchBuilder, BatchLoader
-from hpc_imagenet.training.loading.crop import RandomResizedCrop
-from hpc_imagenet.training.loading.sampler import PADDING, BatchShare, TrainSampler
+from hpc_imagenet.training.loading.crop import CenterCrop, RandomResizedCrop
+from hpc_imagenet.training.loading.sampler import PADDING, BatchShare, TrainSampler, ValSampler
 
-CROP = RandomResizedCrop(16, 0.3, 0.5)
+CROP, VAL = RandomResizedCrop(16, 0.3, 0.5), ValSampler(13, 4)
 
 
 class PatchedSplit(SplitReader):
@@ -71,6 +71,17 @@ def test_gpu_decode_with_the_bicubic_filter(tiny: DatasetReader) -> None:
     )
     assert (cubic - gpu_cubic).abs().max() <= 4
     assert (cubic - linear).abs().float().mean() > 1
+
+
+def test_gpu_decode_of_images_smaller_than_the_crop(tiny: DatasetReader) -> None:
+    split, crop = tiny.open_split("val"), CenterCrop(48, 40)
+    pixels, gpu_pixels = (
+        next(iter(BatchLoader(BatchBuilder(split, crop, 0, on_gpu=on_gpu), VAL, 0)))[0].int()
+        for on_gpu in (False, True)
+    )
+    assert (pixels - gpu_pixels).abs().max() <= 3
+    assert pixels[..., 4:44, 4:44].float().std() > 10
+    assert not gpu_pixels[..., :4, :].any()
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -195,7 +206,7 @@ def test_refused_image_is_decoded_by_cpus(tiny: DatasetReader, monkeypatch, caps
         assert torch.equal(labels, cpu_labels)
         assert (pixels.int() - cpu_pixels.int()).abs().max() <= 3
     assert batches.refused == {11}
-    warning = "warning: cpu cannot decode image train_0011.JPEG; a CPU decodes it\n"
+    warning = "warning: cpu cannot decode or resize image train_0011.JPEG; a CPU does\n"
     assert capsys.readouterr().out == warning
     sizes.clear()
     list(loader)
@@ -243,6 +254,25 @@ def test_nvjpeg_allocation_failure_is_out_of_memory(tiny: DatasetReader, monkeyp
         load_batch(tiny.open_split("train"), True)
     assert calls == [40, 40]  # one retry, and no bisection
     assert out_of_memory(caught.value)
+
+
+def test_image_that_the_device_cannot_reduce_is_resized_on_cpus(
+    tiny: DatasetReader, monkeypatch, capsys
+) -> None:
+    """CUDA's antialiased filter refuses large factors."""
+    resize = torch.nn.functional.interpolate
+
+    def refuse_large(source: torch.Tensor, shape: tuple[int, int], **options: Any) -> torch.Tensor:
+        if source.shape[-1] > 20:
+            raise RuntimeError("Provided interpolation parameters can not be handled with current algorithm")
+        return resize(source, shape, **options)
+
+    monkeypatch.setattr(device_prefetch, "F", SimpleNamespace(interpolate=refuse_large))
+    split = tiny.open_split("train")
+    (pixels, labels), (gpu_pixels, gpu_labels) = load_batch(split, False), load_batch(split, True)
+    assert "cannot decode or resize image" in capsys.readouterr().out
+    assert torch.equal(labels, gpu_labels)
+    assert (pixels.int() - gpu_pixels.int()).abs().max() <= 3
 
 
 def test_cpu_checks_a_sample_of_device_decoded_images(tiny: DatasetReader, monkeypatch) -> None:

@@ -73,6 +73,8 @@ def test_batches_are_cropped(store: ImageStore) -> None:
     for wrong in ({"size": 0}, {"size": 20, "batch": 0}, {"size": 20, "resize": -1}):
         with pytest.raises(UserError, match=r"^batches: .* is less than 1$"):
             next(iter(store["val"].batches(**wrong)))
+    with pytest.raises(UserError, match=r"^batches: resize=32 is less than size=64: set at least 64$"):
+        next(iter(store["val"].batches(64, resize=32)))
 
 
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:

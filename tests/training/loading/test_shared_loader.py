@@ -51,7 +51,7 @@ class Sharing:
             2,
             patience,
         )
-        self._sockets = [pair[1] for pair in pairs]
+        self._ends, self._sockets = zip(*pairs, strict=True)
         self._thread = threading.Thread(target=self.decoder.run)
         self._thread.start()
 
@@ -60,7 +60,9 @@ class Sharing:
         return SharedBatches(self._sockets[number], self._memory, own, EPOCHS, CPU)
 
     def end(self) -> None:
-        self.decoder.close()
+        for each in self._ends:  # as the process that has started the runs does
+            with contextlib.suppress(OSError):  # closed already
+                each.shutdown(socket.SHUT_RDWR)
         self._thread.join(30)
         assert not self._thread.is_alive()
 
@@ -122,7 +124,21 @@ def test_each_batch_is_decoded_once_for_all_runs(tiny: DatasetReader) -> None:
         assert together(*calls) == [[True] * end] * 3
         for reader in readers:
             reader.close()
-    assert made.decoder.decoded == end
+    builders_of_all = made.decoder._sequence.train, made.decoder._sequence.val
+    assert sum(builder.work[0] for builder in builders_of_all) == 2 * end
+
+
+def test_threads_that_read_ahead_end_with_their_part(tiny: DatasetReader, monkeypatch) -> None:
+    """A part is the training of an epoch, or its validation."""
+    monkeypatch.setitem(globals(), "EPOCHS", 8)
+
+    def running() -> int:
+        return sum(thread.name.startswith("page-prefetcher") for thread in threading.enumerate())
+
+    before = running()
+    with sharing(tiny, 1) as made:
+        assert all(take(made.reader(0), *range(EPOCHS * (TRAIN + VAL))))
+        assert running() <= before + SLOTS
 
 
 @pytest.mark.slow

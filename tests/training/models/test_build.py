@@ -137,6 +137,11 @@ def test_seed_decides_the_initial_weights() -> None:
         (("vit_b_32", {"size": 30}), r"recipe.size=30 cannot be split into 8x8 patches: use 32"),
         (("vit_b_32", {"size": 32, "val_size": 40}), r"recipe.val_size=40 .*vit_b_32 .*: use 32"),
         (("resnet18", {"options": {"drop": 1}}), r"model.options=\{'drop': 1\} does not fit resnet18"),
+        (
+            ("vit_b_16", {"options": {"dropout": 3}}),
+            r"^model.options=\{'dropout': 3\} or recipe.size=224 does not fit vit_b_16: dropout prob.* 3$",
+        ),
+        (("densenet121", {"options": {"drop_rate": 7}}), r"use another model, or other model.options$"),
     ],
 )
 def test_invalid_size_or_option_is_a_one_line_error(arguments, message: str) -> None:

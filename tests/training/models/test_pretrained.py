@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from hpc_imagenet.config.names.backbones import implied_options
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.training.models import pretrained
 from hpc_imagenet.training.models.build import build_model
@@ -94,17 +96,21 @@ def test_load_weights_of_old_files(name: str, tmp_path: Path) -> None:
     assert all(equal_weights(source, other).values())
 
 
-def test_constructor_options_for_another_normalisation() -> None:
-    assert pretrained.constructor_options("googlenet", "IMAGENET1K_V1") == {"transform_input": True}
-    assert (
-        pretrained.constructor_options("googlenet", None)
-        == pretrained.constructor_options("resnet18", "IMAGENET1K_V1")
-        == {}
-    )
+def test_implied_options_for_another_normalisation() -> None:
+    assert implied_options("googlenet", "IMAGENET1K_V1") == {"transform_input": True}
+    assert implied_options("googlenet", None) == implied_options("resnet18", "IMAGENET1K_V1") == {}
     for name in ("googlenet", "inception_v3"):
-        options = pretrained.constructor_options(name, "IMAGENET1K_V1")
+        options = implied_options(name, "IMAGENET1K_V1")
         model = build_model(name, 10, size=224 if name == "googlenet" else 299, options=options)
         assert model.transform_input is True
+
+
+def test_a_file_of_safetensors_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "w.safetensors").touch()
+    with pytest.raises(UserError, match=r"^model.weights=W needs safetensors: pip install .*\[export\]"):
+        pretrained.read_weights(tmp_path / "w.safetensors", "model.weights=W")
 
 
 def test_invalid_weights_are_a_one_line_error(tmp_path: Path) -> None:

@@ -170,7 +170,10 @@ def test_weights_from_a_file(suffix: str, config, published, tmp_path: Path) -> 
 NAMES = ["resnet50.a1_in1k", "vit_base_patch16_clip_224.openai_ft_in1k", "mobilenetv3_small_100", "test_vit"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "vit_base_patch16_siglip_224.v2_webli"])  # squashed
+SQUASHED, BORDERED = "vit_base_patch16_siglip_224.v2_webli", "volo_d4_448.sail_in1k"
+
+
+@pytest.mark.parametrize("name", [*NAMES, SQUASHED, BORDERED])
 def test_validation_images_are_those_of_timm(name: str, config) -> None:
     """Mean, standard deviation, filter and crop fraction: the tensor equals that of timm's own transform."""
     cfg = resolve_model_data_config(type("Network", (), {"pretrained_cfg": backbone_cfg(name)})())
