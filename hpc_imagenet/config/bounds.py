@@ -53,7 +53,12 @@ def check_values(config: Config) -> None:
 
 def _check_no_credentials(setting: str, url: str, alternative: str) -> None:
     # The URL is written to configs and logs, so it must not hold credentials; nor do the errors repeat it.
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise UserError(
+            f"{setting} is not a valid URL: brackets are for an IPv6 address, as in http://[::1]/"
+        ) from None
     if "://" in url and ("@" in parts.netloc or parts.query or parts.fragment):
         raise UserError(f"{setting} must be a URL prefix without credentials, ? or #: {alternative}")
     if re.match(r"[^/@:]+:[^/@]*@", url):

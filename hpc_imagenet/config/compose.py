@@ -45,13 +45,14 @@ from hpc_imagenet.config.input.overrides import (
 )
 from hpc_imagenet.config.input.search_space import algorithm_of, search_configs
 from hpc_imagenet.config.input.slurm_values import check_quoted_times
-from hpc_imagenet.config.input.stored_settings import add_stored_settings, config_folders
+from hpc_imagenet.config.input.stored_settings import add_stored_settings, config_files, config_folders
 from hpc_imagenet.config.names import own_network
 from hpc_imagenet.config.names.backbones import BACKBONES, TIMM, check_name, is_own, is_weights_name
 from hpc_imagenet.config.schema import DATA_STAGES, OPEN_MAPPINGS, Config
 from hpc_imagenet.config.search import ASIDE
 from hpc_imagenet.config.setting import is_variable
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 
 VERSION_BASE = "1.3"  # version of Hydra's behaviour
 _ADDED = ("stage", "search")  # groups of which the defaults have no file
@@ -95,7 +96,8 @@ def register_networks(overrides: Sequence[str]) -> None:
         key, _, value = line.partition("=")
         if key.lstrip("+") == "model":
             for name in re.split(r"[\s,()\[\]'\"]+", value):  # of a sweep too
-                if not name.startswith(TIMM) and not is_own(name):
+                # A path is no name of a network; Hydra never ends listing a group with an empty name.
+                if (not name.startswith(TIMM) and not is_own(name)) or "" in name.split("/"):
                     continue
                 check_name("model", name)
                 group, _, choice = f"model/{name}".rpartition("/")
@@ -122,7 +124,7 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
     overrides = quote_paths(overrides, multirun)
     folders = [folder for folder in config_folders(config_dir) if folder != CONF]
     for folder in folders:
-        for path in sorted(folder.rglob("*.yaml")):
+        for path in config_files(folder):
             if path.parent.name == "cluster":
                 check_quoted_times(path.read_text(encoding="utf-8", errors="replace"), path)
             if (CONF / path.relative_to(folder)).exists():  # Hydra would silently use the one in conf/
@@ -171,7 +173,9 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
             (override,) = OverridesParser.create().parse_overrides([line])
             key = override.key_or_group
             known = key in setting_names(node) or key.startswith(tuple(f"{name}." for name in OPEN_MAPPINGS))
-            if override.is_sweep_override() or override.is_delete() or not known:
+            if not known:
+                raise UserError(unknown_setting(key))
+            if override.is_sweep_override() or override.is_delete():
                 raise UserError(
                     f"{line}: only single values can be set, such as session.gpus=4 or cluster.partition=gpu"
                 )
@@ -194,6 +198,9 @@ def _parse(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     groups = {*_ADDED, *loader.list_groups("")}
     for override in parsed:
+        swept = override.is_sweep_override() and not isinstance(override.value(), IntervalSweep)
+        if swept and next(iter(override.sweep_string_iterator()), None) is None:
+            raise UserError(f"{override.input_line} is a sweep without a value: nothing would be submitted")
         if override.key_or_group in groups:
             _check_choice(override)
         # The defaults have no stage, so Hydra requires `+stage=`; `stage=` is accepted too.
@@ -312,6 +319,10 @@ def _typed(composed: DictConfig) -> Config:
         config.download.login = _absolute("download.login", config.download.login)
     if config.notify is not None and "://" not in config.notify and not is_variable(config.notify):
         config.notify = _absolute("notify", config.notify)
+    config.cluster.container = _image(config.cluster.container)
+    for own in filter(None, config.cluster.stage.values()):
+        if "container" in own:
+            own["container"] = _image(own["container"])
     model = config.model
     if model.weights is not None and not is_weights_name(model.name, model.weights):
         path = Path(_absolute("model.weights", model.weights))
@@ -336,8 +347,16 @@ def _check_fields(node: Any, prefix: str = "") -> None:
             raise UserError(f"{prefix}{name} is not set: add {prefix}{name}=VALUE")
 
 
+def _image(container: Any) -> Any:
+    """Return a cluster.container, absolute if it is a path; it may be a name that the runtime knows."""
+    is_path = isinstance(container, str) and container.startswith(("~", "."))
+    return _absolute("cluster.container", container) if is_path else container
+
+
 def _absolute(setting: str, path: str) -> str:
     if not path:
         raise UserError(f"{setting} is empty: set a folder, such as . for the current one")
     is_url = "://" in path or path.startswith("file:")
-    return path if is_url else str(Path(path).expanduser().absolute())
+    if is_url:
+        return path
+    return str(expand_home(path).absolute())

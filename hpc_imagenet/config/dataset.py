@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import MISSING
-
-from hpc_imagenet.config.setting import setting
+from hpc_imagenet.config.setting import MISSING, setting
 
 
 @dataclass
@@ -36,7 +34,9 @@ class Dataset:
     source: str = setting(
         MISSING, "folder, URL prefix or s3://bucket/prefix of the archives; see docs/data.md"
     )
-    revision: str = setting("", "identifies the data in signatures if no MD5 does")
+    revision: str = setting(
+        "", "name of the state of the images, if no MD5s identify them; a new one if they have changed"
+    )
     archives: dict[str, Archive] = setting(
         factory=dict, meaning="keys: train, val, devkit; test as well with dataset.format=images"
     )
@@ -55,8 +55,8 @@ class Dataset:
     )
     labels: str | None = setting(
         None,
-        "FILE or FILE:COLUMN, a table in the source; folder:N, the N-th folder of a path; folder:path; "
-        "filename or filename:REGEX; null: detected",
+        "FILE, FILE:COLUMN or FILE:IMAGES:COLUMN, a table in the source; folder:N, the N-th folder of a "
+        "path; folder:path; filename or filename:REGEX; null: detected",
     )
     val_fraction: float | None = setting(
         None,

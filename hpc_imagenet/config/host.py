@@ -5,7 +5,6 @@ Every command needs it first, so only YAML is read here: the stored settings, an
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -14,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.config.input.stored_settings import (
-    FILE,
     SENT,
     config_folders,
     load_yaml,
+    store,
     stored_settings,
     user_folder,
 )
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.atomic_files import atomic_write
 
 _KEYS = ("cluster.host", "cluster.host_folder", "cluster.host_python")
 _CONFIG_DIR = ("-cd", "--config-dir")
 
-# Commands for which cluster= is a setting of their jobs, and not only a choice of the host.
+# Commands for which cluster= is more than a choice of the host: a setting of their jobs, or, of retry and
+# resume, another cluster, which they refuse.
 TAKE_CLUSTER = ("doctor", "evaluate", "price", "retry", "resume")
 
 
@@ -57,7 +56,7 @@ def find_host(arguments: Sequence[str]) -> Host | None:
     if SENT in os.environ:  # this is the host
         return None
     typed = {key.lstrip("+"): value for key, equals, value in (w.partition("=") for w in arguments) if equals}
-    stored = {item.key: str(item.value) for item in stored_settings()}
+    stored = {item.key: "null" if item.value is None else str(item.value) for item in stored_settings()}
     name = typed.get("cluster") or stored.get("cluster")
     folders = config_folders(config_dir(arguments))
     file = _read_cluster(name, folders) if name else None
@@ -68,8 +67,8 @@ def find_host(arguments: Sequence[str]) -> Host | None:
     values = {f"cluster.{key}": value for key, value in (file or {}).items()}
     for level in (stored, typed):
         values |= {key: value for key, value in level.items() if key in _KEYS}
-    address, *others = (str(values.get(key) or "") for key in _KEYS)
-    if address in ("", "null"):
+    address, *others = ("" if (v := values.get(key)) in (None, "null") else str(v) for key in _KEYS)
+    if not address:
         first = arguments[0] if arguments else ""
         composes = re.search("^-|=", first) or first in TAKE_CLUSTER
         if "cluster" in typed and file is None and not composes:
@@ -109,15 +108,9 @@ def without_host(arguments: Iterable[str]) -> list[str]:
 
 def store_host(host: Host, cluster: str) -> Path:
     """Store the host, and the name of a cluster file on it, as the user's default; return the file."""
-    path = user_folder() / FILE
-    values = dict(zip(("cluster", *_KEYS), (cluster, host.address, host.folder, host.python), strict=True))
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    kept = [line for line in before.splitlines() if line.partition(":")[0].strip() not in values]
-    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write("\n".join([*lines, *kept, ""]).encode())
-    return path
+    return store(
+        dict(zip(("cluster", *_KEYS), (cluster, host.address, host.folder, host.python), strict=True))
+    )
 
 
 def _same_host(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any] | None:

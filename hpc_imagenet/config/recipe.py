@@ -9,9 +9,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from omegaconf import MISSING
-
-from hpc_imagenet.config.setting import setting
+from hpc_imagenet.config.setting import MISSING, setting
 
 
 @dataclass
@@ -71,7 +69,7 @@ class Recipe:
         MISSING, "optimizer of all trained weights: sgd, adamw or another of torch.optim, or timm/NAME"
     )
     learning_rate: float = setting(MISSING, "peak learning rate, at this global batch", minimum=0)
-    momentum: float = setting(MISSING, "momentum of sgd")
+    momentum: float = setting(MISSING, "momentum of sgd, and of those of timm that take one")
     weight_decay: float = setting(MISSING, "weight decay of the optimizer", minimum=0)
     norm_decay: bool = setting(MISSING, "whether norms and biases are decayed too")
     norm_momentum: float | None = setting(
@@ -97,7 +95,11 @@ class Recipe:
         None, "px, initial side of the training crop; null: `size` from the start", minimum=8
     )
     grow_from: float = setting(0.0, "last epoch (from 0) of start_size")
-    grow_to: float = setting(0.0, "first epoch of `size`; linear in between, in multiples of the gcd")
+    grow_to: float = setting(
+        0.0,
+        "first epoch of `size`; in between the side grows linearly, in multiples of the greatest common "
+        "divisor of start_size and size",
+    )
     mixup: float = setting(0.0, "alpha of the Beta distribution; 0: off", minimum=0)
     cutmix: float = setting(0.0, "alpha; with mixup as well, each batch uses one of the two", minimum=0)
     augment: str = setting("none", "trivial: TrivialAugmentWide", choices=("none", "trivial"))

@@ -11,15 +11,12 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
 from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.config.input.slurm_values import parse_gib, parse_gpus, parse_minutes
 from hpc_imagenet.config.names.tracker_names import parse_trackers
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.search import Search
-from hpc_imagenet.config.setting import setting
+from hpc_imagenet.config.setting import MISSING, setting
 from hpc_imagenet.errors import UserError
 
 STAGES = ("download", "process", "upload", "train", "evaluate", "price", "search", "pipeline", "session")
@@ -339,27 +336,15 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
         UserError: names the setting that is unknown, missing or of the wrong type.
     """
+    from hpc_imagenet.config.input.typed_values import typed_values
+
     # Source code goes past OmegaConf, which would resolve a `${…}` in it.
     source, others = {}, values
     if isinstance(model := values.get("model"), dict) and model.get("source"):
         source, others = model["source"], {**values, "model": {**model, "source": {}}}
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), others)
-        config = cast(Config, OmegaConf.to_object(merged))
-        config.model.source = dict(source)
-        return config
-    except OmegaConfBaseException as error:
-        raise UserError(explain_omegaconf_error(error)) from None
-
-
-def explain_omegaconf_error(error: OmegaConfBaseException) -> str:
-    """Return an OmegaConf error as one line that starts with the setting's name."""
-    setting = error.full_key or "config"
-    if isinstance(error, ConfigKeyError):
-        return f"{setting} is an unknown setting"
-    if "missing mandatory value" in str(error).lower():
-        return f"{setting} is not set: add {setting}=VALUE"
-    return f"{setting}: {str(error).splitlines()[0]}"
+    config = cast(Config, typed_values(Config, others))
+    config.model.source = dict(source)
+    return config
 
 
 def cluster_for(config: Config, stage: str) -> Cluster:
@@ -386,9 +371,11 @@ def cluster_from(frozen: dict[str, Any], stage: str) -> Cluster:
 @functools.lru_cache(maxsize=64)
 def _cluster(values: str, stage: str, size: str) -> Cluster:
     # Cached because the merge takes 10 ms and the jobs of a sweep share their cluster settings.
+    from hpc_imagenet.config.input.typed_values import typed_values
+
+    general = json.loads(values)
     try:
-        general = OmegaConf.merge(OmegaConf.structured(Cluster), json.loads(values))
-        overrides = general.stage.get(stage, {})
-        return cast(Cluster, OmegaConf.to_object(OmegaConf.merge(general, overrides, json.loads(size))))
-    except OmegaConfBaseException as error:
-        raise UserError(f"cluster.stage.{stage}.{explain_omegaconf_error(error)}") from None
+        overrides = typed_values(Cluster, general).stage.get(stage, {})
+        return cast(Cluster, typed_values(Cluster, general, overrides, json.loads(size)))
+    except UserError as error:
+        raise UserError(f"cluster.stage.{stage}.{error}") from None

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import Field, field, fields, is_dataclass
 from typing import Any
 
-from omegaconf import MISSING
-
 from hpc_imagenet.errors import UserError, did_you_mean
+
+MISSING: Any = "???"  # omegaconf.MISSING, without its import, which `jobs` does not need otherwise
 
 
 def setting(

@@ -1,4 +1,4 @@
-"""Access to files: explain a denied one, and refuse a secret that other users can read."""
+"""Access to files: home folders, denied files explained, and no secret that other users can read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import user_name
 
 _CHOOSE = "choose another workspace=FOLDER"
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return a path with the home folder for ~ or ~USER.
+
+    Raises:
+        UserError: there is no such user, or the home folder is unknown.
+    """
+    expanded = os.path.expanduser(os.fspath(path))  # noqa: PTH111 - Path.expanduser raises a RuntimeError
+    if expanded.startswith("~"):
+        home = expanded.partition("/")[0]
+        raise UserError(f"{path}: {home} is no user's home folder here; a file of that name is ./{path}")
+    return Path(expanded)
 
 
 def read_private(path: Path, setting: str) -> str:
@@ -44,13 +57,16 @@ def explain_permission_error(error: PermissionError, workspace: Path | None = No
         return f"{error.strerror or error}: {_CHOOSE}"
     path = Path(os.fsdecode(error.filename)).absolute()
     choose = workspace is None or path.is_relative_to(workspace.absolute())
-    # If the path does not exist, cannot be seen or has the right mode, a folder above it denies access.
+    # If the path does not exist, cannot be seen or has the right mode, a folder above it denies access: its
+    # own by any of its permissions, those above by the right to enter them alone.
     for denied in (path, *path.parents):
         try:
             uid = denied.stat().st_uid
         except OSError:
             continue
-        mode = os.R_OK | os.W_OK | (os.X_OK if denied.is_dir() else 0)
+        mode = os.X_OK if denied.is_dir() else 0
+        if denied in (path, path.parent):
+            mode |= os.R_OK | os.W_OK
         if not os.access(denied, mode, effective_ids=True):
             break
     else:

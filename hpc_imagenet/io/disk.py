@@ -57,7 +57,10 @@ def explain_disk_full(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS | {errno.EFBIG}:
             raise
+        fix = " (bytes or inodes); free some space, or set another workspace="
+        if error.errno == errno.EFBIG:
+            fix = "; raise the limit with ulimit -f"
         raise UserError(
-            f"{error.filename or folder}: {os.strerror(error.errno)} (bytes or inodes); free some space, or "
-            "set another workspace=; run the same command again to resume"
+            f"{error.filename or folder}: {os.strerror(error.errno)}{fix}; run the same command again to "
+            "resume"
         ) from None

@@ -55,6 +55,8 @@ def foreign_writer(path: Path, top: Path | None = None, named: bool = False) -> 
         if stat.S_ISLNK(status.st_mode):  # both the link and what it leads to
             if why := _why(each, status, named):
                 return why
+            if not each.exists():  # what it leads to can be made by who can write where it would be
+                each = next(folder for folder in Path(os.path.realpath(each)).parents if folder.exists())
             status = each.stat()
         if why := _why(each, status, named):
             return why

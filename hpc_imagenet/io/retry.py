@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+FIRST_LIMIT = 3  # failures in a row after which to give up if the other side was never reached
+
 
 @dataclass
 class Retry:
@@ -14,7 +16,6 @@ class Retry:
         first_wait: s before the first retry; doubled before each further one.
         longest_wait: s, the limit of the doubling.
         limit: failures in a row after which to give up.
-        first_limit: the same until the other side was reached for the first time.
         jitter: random share by which a wait is longer or shorter.
         failures: failures in a row; set it to 0 after progress.
     """
@@ -22,7 +23,6 @@ class Retry:
     first_wait: float
     longest_wait: float
     limit: int
-    first_limit: int = 3
     jitter: float = 0.25
     failures: int = 0
 
@@ -33,7 +33,7 @@ class Retry:
             reached: whether the other side was reached at least once.
         """
         self.failures += 1
-        if self.failures >= (self.limit if reached else min(self.limit, self.first_limit)):
+        if self.failures >= (self.limit if reached else min(self.limit, FIRST_LIMIT)):
             return None
         wait = min(self.longest_wait, self.first_wait * 2.0 ** (self.failures - 1))
         return wait * random.uniform(1 - self.jitter, 1 + self.jitter)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from hpc_imagenet import __version__
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.io.child_environment import environment_without_secrets
@@ -39,7 +38,7 @@ class State:
 
     @property
     def ended(self) -> bool:
-        """Whether it finished, failed or was cancelled."""
+        """Whether it has finished, failed, or was cancelled or pruned."""
         return self.name in ENDED
 
     @property
@@ -61,8 +60,14 @@ class Executor(Protocol):
         """Raise a UserError if jobs cannot be submitted from this machine."""
         return  # the default: nothing to do
 
-    def check_settings(self, stage: str, cluster: Cluster) -> None:
-        """Raise a UserError for cluster settings with which a job of `stage` cannot be submitted."""
+    def check_settings(self, stage: str, cluster: Cluster, shares_loader: bool = False) -> None:
+        """Raise a UserError for cluster settings with which a job of `stage` cannot be submitted.
+
+        Args:
+            stage: name of the stage.
+            cluster: cluster settings of the stage.
+            shares_loader: whether it is one of several trainings with one loader, each one process.
+        """
         return  # the default: nothing to do
 
     def check_need(self, run_id: str, need: Run) -> None:
@@ -112,12 +117,24 @@ class Executor(Protocol):
         return {}
 
 
+def setting_name(cluster: Cluster, stage: str, name: str) -> str:
+    """Return the full name of a cluster setting: `cluster.<name>`, or that of the stage if it has its own."""
+    return f"cluster.stage.{stage}.{name}" if name in cluster.stage.get(stage, {}) else f"cluster.{name}"
+
+
+def override_of(setting: str, value: object) -> str:
+    """Return the word that sets a setting; with ++ below cluster.stage, where it may be new or in a file."""
+    return f"{'++' if setting.startswith('cluster.stage.') else ''}{setting}={value}"
+
+
 @functools.cache
 def code_version() -> dict[str, str]:
     """Return the version of the package and, of a git checkout, the commit; for submitted.json.
 
     On cluster.host also the folder of the code, which is never changed, and its difference to the commit.
     """
+    from hpc_imagenet import __version__  # reads the metadata of the installed package, which takes a while
+
     code = {"version": __version__}
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists() and shutil.which("git"):

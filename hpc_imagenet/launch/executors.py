@@ -23,7 +23,7 @@ _TRIALS = TrialExecutor()  # no setting selects it: a search starts its trials b
 
 def executor_of(attempt: Attempt) -> Executor:
     """Return the executor of a submitted attempt; of another version's, which is unknown, foreground."""
-    name = attempt.submitted.get("executor", "")
+    name = str(attempt.submitted.get("executor", ""))
     if name == _TRIALS.name:
         return _TRIALS
     return EXECUTORS.get(name, EXECUTORS[ForegroundExecutor.name])

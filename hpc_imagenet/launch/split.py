@@ -106,7 +106,7 @@ def _largest(total: int, delay: Delay) -> int:
     """Return the largest number of runs, at most `total`, that can ever start together."""
     low, high = 0, total + 1
     while high - low > 1:
-        middle = (low + high + 1) // 2 if low else min(high - 1, 1)
+        middle = (low + high + 1) // 2 if low else 1
         low, high = (middle, high) if delay(middle) is not None else (low, middle)
     return low
 

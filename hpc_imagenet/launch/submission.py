@@ -16,7 +16,7 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.launch import validate
-from hpc_imagenet.launch.executor import State
+from hpc_imagenet.launch.executor import State, code_version
 from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.launch.tasks import notification
@@ -64,6 +64,7 @@ def plan_actions(
     return actions
 
 
+@owner_writes()
 def submit_plan(
     plan: Sequence[Job], store: RunStore, executor: str, state_of: Mapping[str, State]
 ) -> list[Submitted]:
@@ -81,13 +82,6 @@ def submit_plan(
     Raises:
         UserError: Slurm refused a job.
     """
-    with owner_writes():
-        return _submit_plan(plan, store, executor, state_of)
-
-
-def _submit_plan(
-    plan: Sequence[Job], store: RunStore, executor: str, state_of: Mapping[str, State]
-) -> list[Submitted]:
     entries: list[Submitted] = []
     for job, action, needs in plan_actions(plan, store, state_of):
         run = store.run(job.run_id)
@@ -129,25 +123,26 @@ def start_attempts(
 ) -> dict[str, str]:
     """Create a new attempt of each run and submit it to `executor`; runs come after those they need.
 
-    An attempt that waits for a limit of submitted jobs is submitted itself, by the process that claims it.
+    Called within `owner_writes`. An attempt that waits for a limit of submitted jobs is submitted itself, by
+    the process that claims it.
 
     Returns:
         The action of each run, as in `Submitted`, by its id.
     """
+    code_version()  # git may be slow: no attempt is to wait for it without a record of its executor
     attempts, new, actions = [], [], {}
-    with owner_writes():
-        for run in runs:
-            status, attempt = state_of.get(run.id), run.attempt
-            if status and status.waiting and attempt:
-                if attempt.end_waiting():
-                    attempts.append((run, attempt))
-                else:  # another command submits it at this moment
-                    actions[run.id] = "active"
-            else:
-                attempts.append((run, run.new_attempt()))
-                new.append(attempts[-1])
-        notification.record_submission(store, new)
-        EXECUTORS[executor].submit(store, attempts, state_of)
+    for run in runs:
+        status, attempt = state_of.get(run.id), run.attempt
+        if status and status.waiting and attempt:
+            if attempt.end_waiting():
+                attempts.append((run, attempt))
+            else:  # another command submits it at this moment
+                actions[run.id] = "active"
+        else:
+            attempts.append((run, run.new_attempt()))
+            new.append(attempts[-1])
+    notification.record_submission(store, new)
+    EXECUTORS[executor].submit(store, attempts, state_of)
     return actions | {run.id: "waiting" if each.waiting else "submitted" for run, each in attempts}
 
 

@@ -18,7 +18,7 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.executors import EXECUTORS
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.tasks import notification
-from hpc_imagenet.runs.attempt import CANCELLED, FAILED
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, PRUNED
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import STAGES
@@ -94,7 +94,8 @@ def validate_jobs(plan: Sequence[Job], store: RunStore) -> dict[str, State]:
         stage, config = STAGES[job.stage], job.config
         for each in (job, *job.alternatives):
             stage.check_settings(each.config, each.cluster)
-            EXECUTORS[each.cluster.executor].check_settings(each.stage, each.cluster)
+            shares_loader = stage.loader_key(each.config) is not None
+            EXECUTORS[each.cluster.executor].check_settings(each.stage, each.cluster, shares_loader)
         if (other := _conflicting_run(job.stage, job.processing_run, active_runs)) and not is_skipped(job):
             _raise_conflict(job.run_id, other)
         for need in job.needs:
@@ -123,11 +124,14 @@ def _check_readable(run: Run) -> None:
 
 
 def _check_mine(run: Run, state: State) -> None:
-    """Raise if another user's run of the same job has ended without output: only they can continue it."""
-    ended = {FAILED: "failed", CANCELLED: "was cancelled"}.get(state.name, "finished without its output")
+    """Raise if only another user can continue the same job: it waits, or has ended without output."""
+    if run.is_mine:
+        return
+    ends = {FAILED: "failed", CANCELLED: "was cancelled", PRUNED: "was pruned"}
+    ended = f"after it {ends.get(state.name, 'finished without its output')}"
     run.check_mine(
-        f"continue it after it {ended}",
-        f"have {run.owner} retry it, or submit with another workspace=FOLDER" if not run.is_mine else "",
+        f"continue it {'while it waits' if state.waiting else ended}",
+        f"have {run.owner} retry it, or submit with another workspace=FOLDER",
     )
 
 

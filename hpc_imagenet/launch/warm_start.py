@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.config.input.search_space import change_models
-from hpc_imagenet.config.names.backbones import is_weights_name
+from hpc_imagenet.config.names.backbones import (
+    IMPLIED_OPTIONS,
+    implied_options,
+    is_weights_name,
+    tagged_name,
+    timm_name,
+)
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
@@ -56,10 +62,11 @@ def find_weights(config: Config, store: RunStore) -> Config:
     if run.info.get("stage") != TRAIN.name:
         raise UserError(f"model.weights={name}: {run.id} is no training, so it has no weights")
     checkpoint = find_checkpoint(run)
-    content = fingerprint(checkpoint)
+    content, frozen = fingerprint(checkpoint), _with_implied(run.frozen())
 
     def with_weights(model: Model, recipe: Recipe) -> Model:
-        _check_same(model, recipe, run)
+        model = _like(model, frozen["model"])
+        _check_same(model, recipe, run.id, frozen)
         return replace(model, weights=str(checkpoint), weights_run=run.id, weights_hash=content)
 
     return change_models(config, with_weights)
@@ -93,9 +100,27 @@ def keep_weights(job: Job, run: Run) -> None:
         ) from None
 
 
-def _check_same(model: Model, settings: Recipe, run: Run) -> None:
+def _with_implied(frozen: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a run with what its published weights implied: timm's tag, and options."""
+    model = frozen["model"]
+    name, weights = model["name"], model.get("weights")
+    options = {**implied_options(name, weights), **(model.get("options") or {})}
+    return {**frozen, "model": {**model, "name": tagged_name(name, weights), "options": options}}
+
+
+def _like(model: Model, source: dict[str, Any]) -> Model:
+    """Return the model with the tag and the normalisation of the run, where it does not name its own.
+
+    Else images would be normalised by the default of the network, which the weights may not expect.
+    """
+    name, options = source["name"], source["options"]
+    kept = {key: options[key] for key in IMPLIED_OPTIONS.get(model.name, {}) if key in options}
+    same = timm_name(name) and model.name == name.partition(".")[0]
+    return replace(model, name=name if same else model.name, options={**kept, **model.options})
+
+
+def _check_same(model: Model, settings: Recipe, run: str, frozen: dict[str, Any]) -> None:
     """Raise unless the run has this network, and its optimizer if that is kept."""
-    frozen = run.frozen()
     pairs: list[tuple[str, Any, Any]] = [
         (f"model.{key}", frozen["model"].get(key), getattr(model, key)) for key in _MODEL
     ]
@@ -106,6 +131,6 @@ def _check_same(model: Model, settings: Recipe, run: Run) -> None:
         if (old or None) != (new or None):
             why = ", with recipe.keep_optimizer=true" if name.startswith("recipe.") else ""
             raise UserError(
-                f"model.weights={run.id}: its {name} is {old}, and that of this training {new}{why}: "
+                f"model.weights={run}: its {name} is {old}, and that of this training {new}{why}: "
                 f"set {name}={old}, or leave the weights out"
             )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from hpc_imagenet.config.host import Host
+from hpc_imagenet.config.host import Host, without_host
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.remote.host_setup import MADE, SENT, environment_path, set_up_host
 from hpc_imagenet.remote.parcels import Sending, make_sending
@@ -45,7 +45,8 @@ def run_on_host(host: Host, arguments: Sequence[str], submits: bool) -> int:
         UserError: the host cannot be reached or set up.
     """
     on_terminal = all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
-    code = _carry_out(host, make_sending(host, arguments, submits), _on_terminal if on_terminal else _piped)
+    words = arguments if submits else without_host(arguments)
+    code = _carry_out(host, make_sending(host, words, submits), _on_terminal if on_terminal else _piped)
     if code == CONNECTION_LOST:
         print(_what_goes_on(host, arguments, submits), file=sys.stderr)
     return code
@@ -70,7 +71,7 @@ def output_on_host(host: Host, arguments: Sequence[str]) -> tuple[int, str]:
     code = _carry_out(host, make_sending(host, arguments, submits=False), run)
     if code == CONNECTION_LOST:
         raise UserError(f"connection to {host.address} lost: give the command again")
-    return code, output.decode()
+    return code, output.decode(errors="replace")  # start-up files of the host may print anything
 
 
 def _carry_out(host: Host, sending: Sending, run: Callable[[list[str]], int]) -> int:

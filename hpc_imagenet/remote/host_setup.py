@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hpc_imagenet.config.host import Host
 from hpc_imagenet.datastore.backends.ssh_connection import SshConnection
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.remote.parcels import Parcel
 
 SENT, MADE = "/.sent", "/.made"  # files in a folder of the host: it is complete
@@ -29,7 +30,7 @@ _MAKE = (
     '"$python" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null || '
     '{ echo "$4 is not Python 3.10 to 3.13 there: set cluster.host_python to one, such as the path that '
     'which python3 prints after module load python"; exit 1; }; '
-    '{ [ -x "$2/bin/python" ] || "$python" -m venv "$2"; } && '
+    '{ "$2/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$2"; } && '
     '"$2/bin/python" -m pip install -q --disable-pip-version-check -c "$3/constraints.txt" '
     '"./$3[demo,session]" && "$2/bin/python" -m pip uninstall -q -y hpc-imagenet && : > "$2/.made"'
 )
@@ -53,7 +54,7 @@ def set_up_host(host: Host, shell: str, parcels: Sequence[Parcel]) -> None:
         parcels: the code first.
 
     Raises:
-        UserError: a transfer or the installation failed.
+        UserError: a transfer or the installation failed, or a file changed while it was sent.
     """
     connection = SshConnection(f"{host.address}:{host.folder}", "cluster.host", shell)
     present = connection.run(_LIST, connection.root).decode().split("\n")
@@ -61,14 +62,17 @@ def set_up_host(host: Host, shell: str, parcels: Sequence[Parcel]) -> None:
     missing = [parcel for parcel in parcels if f"{parcel.path}{SENT}" not in present]
     for parcel in missing:
         _report(host, f"sending {parcel.kind}")
-        options = ["-zpc", "--partial-dir=.partial"]
+        # go-w: settings that others may write are refused, and on the host others may be in the user's group.
+        options = ["-zpc", "--chmod=go-w", "--partial-dir=.partial"]
         if parcel.kind == "code" and older:  # equal files are not sent, and take no space
             # -W: rsync 3.2.7 fails to verify a file that is sent as a difference to one of --link-dest.
-            options = ["-zpcW", f"--link-dest=../../{older}"]
+            options = ["-zpcW", "--chmod=go-w", f"--link-dest=../../{older}"]
         with tempfile.TemporaryDirectory() as folder:
             parcel.write(Path(folder))
             target = connection.rsync_path(f"{parcel.path}/")
             connection.rsync(f"sending {parcel.kind}", [*options, f"{folder}/", target])
+        if Parcel(parcel.kind, parcel.files).name != parcel.name:  # it is not marked as sent
+            raise UserError(f"cluster.host: {parcel.kind} changed while it was sent: give the command again")
     if missing:
         connection.run(_MARK, connection.root, *(parcel.path for parcel in missing))
     environment = environment_path(parcels[0])

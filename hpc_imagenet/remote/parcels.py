@@ -24,6 +24,7 @@ from hpc_imagenet.config.input.stored_settings import (
     user_folder,
 )
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 
 _ROOT = Path(__file__).resolve().parents[2]
 # What running needs; the rest of the checkout (tests, docs, benchmarks) stays here.
@@ -191,7 +192,10 @@ def _localized(host: Host, key: str, text: str, sending: Sending) -> str:
 def _path_there(host: Host, key: str, value: str, sending: Sending) -> str:
     if value.startswith(f"{host.address}:"):  # the explicit form of a path there
         return value[len(host.address) + 1 :]
-    path = Path(value).expanduser()
+    try:
+        path = expand_home(value)
+    except UserError:  # the host may have a user of that name
+        return value
     if not value or re.match(r"[^/]+:", value) or not path.exists():  # such as s3://…, or a path there
         return value
     if key in _FILES and path.is_file():

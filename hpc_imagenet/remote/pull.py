@@ -49,7 +49,7 @@ def pull_runs(host: Host, words: Sequence[str], target: Path, checkpoints: bool,
             f"bringing {row['run']}",
             [*options, f"{connection.rsync_path('')}", f"{folder}/"],
             _progress(row["run"]),
-            links=False,  # a session's link to its datastore leads to all images
+            changing=True,  # and a session's link to its datastore leads to all images
         )
         if sys.stderr.isatty():
             print("\x1b[K", end="", file=sys.stderr, flush=True)

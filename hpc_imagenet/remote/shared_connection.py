@@ -34,9 +34,7 @@ def open_connection(host: Host) -> str:
     for program in (shlex.split(shell)[0], "rsync"):
         if not shutil.which(program):
             raise UserError(f"cluster.host={host.address}: {program} is missing on this machine: install it")
-    if not _is_shared(shell, host):
-        options = f"-o ControlMaster=auto -o ControlPersist={_PERSIST}"
-        shell = f"{shell} {options} -o ControlPath={shlex.quote(_control_path())}"
+    shell = " ".join([shell, *_sharing_options(shell, host)])
     command = shlex.split(shell)
     check = subprocess.run([*command, "-O", "check", host.address], capture_output=True, check=False)
     if check.returncode != 0:
@@ -50,12 +48,17 @@ def open_connection(host: Host) -> str:
     return shell
 
 
-def _is_shared(shell: str, host: Host) -> bool:
-    """Whether the user's own configuration shares connections to the host."""
+def _sharing_options(shell: str, host: Host) -> list[str]:
+    """Return the options that the user's own configuration lacks to share a connection to the host."""
     shown = subprocess.run([*shlex.split(shell), "-G", host.address], capture_output=True, check=False)
     lines = shown.stdout.decode(errors="replace").lower().splitlines()
     paths = [line for line in lines if line.startswith("controlpath ")]
-    return any(line != "controlpath none" for line in paths) and "controlmaster false" not in lines
+    options = []
+    if "controlmaster false" in lines or all(line == "controlpath none" for line in paths):
+        options = ["-o ControlMaster=auto", f"-o ControlPath={shlex.quote(_control_path())}"]
+    if options or "controlpersist no" in lines:  # without it the connection ends with the login
+        options.append(f"-o ControlPersist={_PERSIST}")
+    return options
 
 
 def _control_path() -> str:

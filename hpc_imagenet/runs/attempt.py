@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
 from hpc_imagenet.runs.lease import restart_count
@@ -21,7 +21,7 @@ QUEUED, RUNNING, FINISHED, FAILED, CANCELLED = "queued", "running", "finished", 
 PRUNED = "pruned"  # stopped by a search with its work saved; submitted again, it is trained to its end
 ENDED = (FINISHED, FAILED, CANCELLED, PRUNED)
 _TAIL_BYTES = 1 << 16
-_SLURM_PREFIXES = ("srun: ", "slurmstepd: ", "submitit ERROR")
+_TOO_LARGE = 1e300  # JSON can hold integers for which no float is large enough
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Attempt:
         earlier = previous.get("earlier", [])
         if previous:  # requeued: the last progress is the best record of when the previous start stopped
             stopped = read_record(self.folder.parents[1] / "progress.json").get("time")
-            start = {key: previous.get(key) for key in ("time", "host")}
-            earlier = [*earlier, {**start, "stopped": stopped}]
+            kept = {key: previous[key] for key in ("time", "host", "nodes") if key in previous}
+            earlier = [*earlier, {**kept, "stopped": stopped}]
         start = {"time": now(), "host": socket.gethostname(), "restarts": restart_count(), **details}
         write_json(self.folder / "started.json", start | ({"earlier": earlier} if earlier else {}))
 
@@ -117,15 +117,6 @@ class Attempt:
             if log.suffix == ".err":
                 yield last_lines(log)
 
-    def last_error_line(self) -> str:
-        """Return the last line of the first stderr that ends with an error, or an empty string."""
-        for tail in self.error_tails():
-            # The last lines of srun and Slurm only report that the task has ended, not why.
-            lines = [line.strip() for line in tail if not line.startswith(_SLURM_PREFIXES)]
-            if lines and any(word in lines[-1] for word in ("Error", "Exception", "error:")):
-                return lines[-1].removeprefix("error: ")
-        return ""
-
 
 def last_lines(log: Path) -> list[str]:
     """Return the last lines of a log."""
@@ -150,6 +141,12 @@ def read_record(path: Path) -> dict[str, Any]:
         value = read_json(path)
         return value if isinstance(value, dict) else {}
     return {}
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a record is a finite number, and small enough for arithmetic with other numbers."""
+    is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_numeric and abs(value) < _TOO_LARGE  # which NaN is not, either
 
 
 def outcome_from(path: Path) -> Outcome | None:

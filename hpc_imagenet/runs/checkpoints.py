@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpc_imagenet.config.names.backbones import is_own
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.io.ownership import foreign_writer
 from hpc_imagenet.runs.store import Run
 
@@ -75,7 +76,7 @@ def epoch_checkpoints(folder: Path) -> list[Path]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make a second name for a checkpoint, or a copy on another file system.
+    """Make a second name for a checkpoint, or a copy on another file system, which appears whole.
 
     Raises:
         FileNotFoundError: the source does not exist.
@@ -86,4 +87,5 @@ def link_or_copy(source: Path, target: Path) -> None:
     except (FileNotFoundError, FileExistsError):
         raise
     except OSError:
-        shutil.copyfile(source, target)
+        with source.open("rb") as file, atomic_write(target) as copy:
+            shutil.copyfileobj(file, copy)

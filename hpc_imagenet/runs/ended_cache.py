@@ -1,9 +1,9 @@
 """Cache of what was read of runs that have ended, in one file per kind.
 
 The records of 10,000 runs are 50,000 small files: seconds on a disk, minutes on a network file system. A run
-that has ended changes only when it is submitted again, which changes the modification time of its folder or
-of `attempts/`. The cache file in `runs/.user-<uid>/` holds both times beside what was read. It may be deleted
-at any time.
+that has ended changes only when it is submitted again, or when what Slurm knows of it is kept, which changes
+the modification time of its folder or of `attempts/`. The cache file in `runs/.user-<uid>/` holds both times
+beside what was read. It may be deleted at any time.
 """
 
 from __future__ import annotations

@@ -58,12 +58,13 @@ def acquire(run_folder: Path, attempt: int) -> Lease:
     Raises:
         Superseded: the holder is newer: a later attempt, or a later restart of this one.
     """
-    path, order = run_folder / LEASE_FILE, (attempt, restart_count())
+    path = run_folder / LEASE_FILE
     holder = _holder(path)
-    if holder and (holder["attempt"], holder["restarts"]) > order:
+    if _is_later(holder, attempt):
         raise Superseded(f"attempt {holder['attempt']} has taken over on {holder['host']}")
     token = uuid.uuid4().hex
-    write_json(path, {"attempt": attempt, "restarts": order[1], "host": socket.gethostname(), "token": token})
+    start = {"attempt": attempt, "restarts": restart_count(), "host": socket.gethostname(), "token": token}
+    write_json(path, start)
     return Lease(path, token)
 
 
@@ -81,10 +82,13 @@ def revoke(run_folder: Path, attempt: int) -> None:
     write_json(run_folder / LEASE_FILE, holder)
 
 
-def is_holder(run_folder: Path, attempt: int) -> bool:
-    """Whether the lease is held by this attempt and this restart of its job."""
-    holder = _holder(run_folder / LEASE_FILE)
-    return bool(holder) and (holder["attempt"], holder["restarts"]) == (attempt, restart_count())
+def is_superseded(run_folder: Path, attempt: int) -> bool:
+    """Whether the lease is held by a later attempt, or by a later restart of this attempt's job."""
+    return _is_later(_holder(run_folder / LEASE_FILE), attempt)
+
+
+def _is_later(holder: dict[str, Any], attempt: int) -> bool:
+    return bool(holder) and (holder["attempt"], holder["restarts"]) > (attempt, restart_count())
 
 
 def _holder(path: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     runs/<signature>-<label>/
         config.yaml        frozen at submission
-        run.json           format, stage, model, label, needs, processing_run (see plan.Job), created
+        run.json           format, created, sweeps; stage, model, label, needs, processing_run (job.Job);
+                           part, shares_loader
         attempts/<n>/      submitted.json, process.json (local), started.json, outcome.json, logs;
                            waiting.json while Slurm takes no more jobs of this user
         lease.json         which start of the job may write here (lease.py)
@@ -52,7 +53,7 @@ class Run:
 
     @property
     def info(self) -> dict[str, Any]:
-        """The content of run.json: format, stage, model, label, needs, created, sweeps, processing_run."""
+        """The content of run.json, whose keys are above; empty if there is none, or if it is damaged."""
         return read_record(self.folder / "run.json")
 
     @property
@@ -91,12 +92,22 @@ class Run:
             )
 
     def check_format(self) -> None:
-        """Raise if another version of this package created the run, which must not be continued then.
+        """Raise if another version of this package created the run, or run.json is damaged.
+
+        Such a run must not be continued.
 
         Raises:
             UserError: names the run and its folder.
         """
-        if (self.folder / "run.json").exists() and self.info.get("format") != FORMAT:
+        path = self.folder / "run.json"
+        if not path.exists():
+            return
+        if not (info := self.info):
+            raise UserError(
+                f"{path} is damaged: move the folder {self.folder} away, then submit the run again, which "
+                "begins anew"
+            )
+        if info.get("format") != FORMAT:
             raise UserError(
                 f"{self.id} was made by another version of this package, so it cannot be continued: "
                 f"delete the folder {self.folder}, or use another workspace="

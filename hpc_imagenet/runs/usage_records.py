@@ -6,13 +6,12 @@ its last one.
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.runs.attempt import Attempt, read_record
+from hpc_imagenet.runs.attempt import Attempt, is_number, read_record
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Usage:
         memory_bytes: highest memory of a node: the sum of the peaks of its tasks.
         gpu_use: share of the time in which a GPU computed, 0 to 1, mean over GPUs.
         joules: energy of the GPUs; one that several tasks see counts once.
-        gpus: number of different GPUs.
+        gpus: highest number of GPUs of a start: a job that is requeued may get others.
     """
 
     cpus: float | None = None
@@ -43,9 +42,10 @@ def usage_path(attempt: Attempt, restarts: int, rank: int) -> Path:
     return attempt.folder / "usage" / f"{restarts}-{rank}.json"
 
 
-def read_usage(attempt: Attempt) -> Usage:
-    """Return what an attempt used as far as its tasks have recorded it."""
-    records = [_numbers(read_record(path)) for path in sorted(attempt.folder.glob("usage/*-*.json"))]
+def read_usage(*attempts: Attempt) -> Usage:
+    """Return what an attempt, or several ones together, used as far as the tasks have recorded it."""
+    paths = [path for attempt in attempts for path in sorted(attempt.folder.glob("usage/*-*.json"))]
+    records = [_numbers(read_record(path)) for path in paths]
     records = [record for record in records if record]
     memory: dict[tuple[Any, Any], float] = defaultdict(float)
     cpus: dict[Any, float] = defaultdict(float)
@@ -68,7 +68,7 @@ def read_usage(attempt: Attempt) -> Usage:
         memory_bytes=max(memory.values(), default=None),
         gpu_use=sum(gpu["use"] * gpu["seconds"] for gpu in observed) / seconds if seconds else None,
         joules=sum(joules) if joules else None,
-        gpus=len({key[1:] for key in gpus}),
+        gpus=max(Counter(restarts for restarts, *_ in gpus).values(), default=0),
     )
 
 
@@ -77,17 +77,17 @@ _NUMBERS = ("restarts", "seconds", "cpus", "cpu_seconds", "memory_bytes")
 
 def _numbers(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record without what is no finite number; empty if one that must exist is missing."""
-    if not all(_is_number(record.get(name)) for name in _NUMBERS):
+    if not all(_is_amount(record.get(name)) for name in _NUMBERS):
         return {}
     found, gpus = {name: record[name] for name in _NUMBERS}, record.get("gpus")
     found["host"] = str(record.get("host"))
     found["gpus"] = {
-        str(uuid): {name: value for name, value in gpu.items() if _is_number(value)}
+        str(uuid): {name: value for name, value in gpu.items() if _is_amount(value)}
         for uuid, gpu in (gpus.items() if isinstance(gpus, dict) else ())
-        if isinstance(gpu, dict) and _is_number(gpu.get("seconds"))
+        if isinstance(gpu, dict) and _is_amount(gpu.get("seconds"))
     }
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+def _is_amount(value: Any) -> bool:
+    return is_number(value) and value >= 0

@@ -22,7 +22,7 @@ from typing import Any
 
 from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
 from hpc_imagenet.io.ownership import make_own_folder
-from hpc_imagenet.runs.attempt import FAILED, FINISHED, PRUNED, read_record
+from hpc_imagenet.runs.attempt import FAILED, FINISHED, PRUNED, is_number, read_record
 from hpc_imagenet.runs.store import RunStore, folder_of_user
 
 EXECUTOR = "search"  # of the attempts of trials
@@ -129,11 +129,13 @@ class StudyFiles:
         found = []
         for path in (self.folder / "trials").glob("*.json"):
             raw = read_record(path)
-            if not isinstance(raw.get("trial"), int):  # damaged
-                continue
+            if not all(isinstance(number, int) for number in (raw.get("trial"), raw.get("rung", 0))):
+                continue  # damaged
             record = TrialRecord(**{key: raw[key] for key in _KEYS if key in raw})
-            record.values, record.accuracies = _mapping(record.values), _mapping(record.accuracies)
-            record.top1 = record.top1 if isinstance(record.top1, (int, float)) else None
+            record.values, accuracies = _mapping(record.values), _mapping(record.accuracies)
+            record.accuracies = {epoch: top1 for epoch, top1 in accuracies.items() if is_number(top1)}
+            record.top1 = record.top1 if is_number(record.top1) else None
+            record.hours = record.hours if is_number(record.hours) else 0.0
             found.append(record)
         return sorted(found, key=lambda record: (record.trial, record.rung))
 
@@ -158,13 +160,11 @@ class StudyFiles:
         for path in (self.folder / "claims").glob("*.json"):
             trial, rung, owner = map(int, path.stem.split("."))
             newest[trial, rung] = max(owner, newest.get((trial, rung), 0))
-        return [
-            Claim(trial, rung, owner, str(self._worker(trial, rung, owner)))
-            for (trial, rung), owner in sorted(newest.items())
-        ]
-
-    def _worker(self, trial: int, rung: int, owner: int) -> Any:
-        return read_record(self.folder / f"claims/{trial}.{rung}.{owner}.json").get("worker")
+        found = []
+        for (trial, rung), owner in sorted(newest.items()):
+            record = read_record(self.folder / f"claims/{trial}.{rung}.{owner}.json")
+            found.append(Claim(trial, rung, owner, str(record.get("worker"))))
+        return found
 
     @property
     def importance(self) -> dict[str, float]:

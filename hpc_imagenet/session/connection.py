@@ -15,6 +15,7 @@ from typing import Any
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write, read_json, write_json
+from hpc_imagenet.io.ownership import owner_name
 from hpc_imagenet.runs.attempt import Attempt
 
 TOKEN = "token"  # file name in the run folder
@@ -87,7 +88,7 @@ def read_token(run_folder: Path) -> str:
         raise UserError(f"{path} is missing: cancel the session, then resume it") from None
     except PermissionError:
         raise UserError(
-            f"{path} belongs to {path.owner()}, and so does the session: "
+            f"{path} belongs to {owner_name(path)}, and so does the session: "
             "start your own with another session.name"
         ) from None
 

@@ -289,15 +289,16 @@ def _last_notebook_save(folder: Path) -> float:
     """Return the time of the last save of any notebook below a folder, s since 1970; 0 if there is none.
 
     Symbolic links, which point to datasets, are not followed; hidden folders, where Jupyter stores
-    checkpoints, are skipped.
+    checkpoints, are skipped, and times in the future, as copies may have.
     """
-    newest = 0.0
+    newest, now = 0.0, time.time()
     for top, subfolders, files in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in files:
             if name.endswith(".ipynb"):
                 with contextlib.suppress(OSError):  # renamed or removed meanwhile
-                    newest = max(newest, Path(top, name).stat().st_mtime)
+                    saved = Path(top, name).stat().st_mtime
+                    newest = max(newest, saved if saved <= now else 0.0)
     return newest
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 
 from hpc_imagenet.config.compose import CONF, VERSION_BASE, compose, register, with_overrides
 from hpc_imagenet.config.names.backbones import BACKBONES
-from hpc_imagenet.config.schema import Config, cluster_for, from_dict
+from hpc_imagenet.config.schema import Config, cluster_for, cluster_from, from_dict
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.plan import make_plan
 
@@ -126,6 +127,13 @@ def test_sweep_equals_single_hydra_compositions(
         (["dataset=ilsvrc"], ["dataset.name is not set"]),
         (["process.layout=folder"], ["process.layout=folder is unknown", "folders"]),
         (["model.stem=tiny"], ["model.stem=tiny is unknown", "small"]),
+        (["cluster.time=inf"], ["cluster.time=inf is not a time: minutes, MM:SS"]),
+        (["cluster.time=nan"], ["cluster.time=nan is not a time: minutes, MM:SS"]),
+        (
+            ["dataset.source=http://[x"],
+            ["dataset.source is not a valid URL: brackets are for an IPv6 address"],
+        ),
+        (["recipe.epochs=null"], ["recipe.epochs is null: remove it"]),
         (["recipe.flip=1.5"], ["recipe.flip=1.5", "between 0 and 1"]),
         (["recipe.val_resize=8"], ["recipe.val_resize=8 is too small: at least 224"]),
         (["train.checkpoint_every_minutes=0"], ["train.checkpoint_every_minutes"]),
@@ -142,6 +150,10 @@ def test_sweep_equals_single_hydra_compositions(
         (["cluster.sbatch={gres: x}"], ["cluster.sbatch takes new keys", "+cluster.sbatch={"]),
         (["workspace="], ["workspace is empty"]),
         (["dataset=ilsvrc", "dataset.name=x", "dataset.source=''"], ["dataset.source is empty"]),
+        (
+            ["dataset=ilsvrc", "dataset.name=x", "dataset.source='http://u:pw@[bad/x'"],
+            ["dataset.source is not a valid URL: brackets are for an IPv6 address"],
+        ),
         (["cluster.sbatch.reservation=x"], ["write +cluster.sbatch.reservation=VALUE"]),
     ],
 )
@@ -161,6 +173,12 @@ def test_one_invalid_combination_rejects_the_whole_sweep() -> None:
         compose([f"seed={','.join(map(str, range(39)))},-1"], multirun=True)
 
 
+@pytest.mark.parametrize("line", ["seed=range(0)", "seed=range(3,1)", "model=glob(nothing*)"])
+def test_a_sweep_without_a_value_is_refused(line: str) -> None:
+    with pytest.raises(UserError, match=rf"^{re.escape(line)} is a sweep without a value"):
+        compose([line, "recipe.epochs=1,2"], multirun=True)
+
+
 def test_stage_with_and_without_plus() -> None:
     assert one("stage=upload") == one("+stage=upload")
 
@@ -173,6 +191,17 @@ def test_relative_paths_are_relative_to_the_caller(tmp_path: Path, monkeypatch: 
     assert config.datastore.url == str(tmp_path / "w" / "datastores")
     for url in ("me@host:/data", "host:/data", "s3://bucket/prefix"):
         assert one(f"datastore.url={url}").datastore.url == url
+    images = ("cluster.container=~/x.sif", "+cluster.stage.process.container=./y.sif")
+    cluster = one("cluster=slurm", *images).cluster
+    assert cluster.container == str(Path.home() / "x.sif")
+    assert cluster.stage["process"]["container"] == str(tmp_path / "y.sif")
+    assert one("cluster=slurm", "cluster.container=x").cluster.container == "x"  # a name in a registry
+
+
+@pytest.mark.parametrize("setting", ["workspace", "dataset.source", "datastore.url", "model.weights"])
+def test_the_home_of_an_unknown_user_is_refused(setting: str) -> None:
+    with pytest.raises(UserError, match=r"^~nosuchuser/x: ~nosuchuser is no user's home folder here"):
+        one("dataset=digits", f"{setting}='~nosuchuser/x'")
 
 
 def test_config_dir_adds_groups(tmp_path: Path) -> None:
@@ -186,6 +215,38 @@ def test_config_dir_adds_groups(tmp_path: Path) -> None:
         compose([], config_dir=str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):
         compose([], config_dir=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "recipe/mine",
+            "defaults: [standard90, _self_]\nepoch: 3",
+            "recipe.epoch is an unknown setting; did you",
+        ),
+        (
+            "cluster/mine",
+            "defaults: [slurm, _self_]\nnodes: two",
+            "cluster.nodes: Value 'two' of type 'str' could",
+        ),
+        (
+            "cluster/mine",
+            "defaults: [slurm, _self_]\nsbatch:",
+            "cluster.sbatch is null: remove it, or give it a ",
+        ),
+        ("recipe/mine", "epochs:", "recipe.epochs is null: remove it, or give it a value"),
+        ("cluster/mine", "defaults: [slum, _self_]", "cluster=slum is unknown"),
+    ],
+)
+def test_an_error_in_a_file_is_one_line_that_names_it(
+    tmp_path: Path, file: str, text: str, message: str
+) -> None:
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / f"{file}.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        compose([file.replace("/", "=")], config_dir=str(tmp_path))
+    assert str(caught.value).startswith(f"{file}.yaml: {message}")
 
 
 @pytest.mark.parametrize("name", ["ä (1),b", "[x]={y}", 'it\'s "new"', "c:\\", "#1 %20"])
@@ -202,6 +263,14 @@ def test_cluster_for_a_stage_overrides_general_settings() -> None:
     assert cluster_for(config, "train").gpus_per_node == 1
     assert cluster_for(config, "download").gpus_per_node == 0
     assert cluster_for(config, "download").time == config.cluster.time
+
+
+def test_cluster_of_a_frozen_config_with_few_settings() -> None:
+    frozen = {"cluster": {"executor": "slurm", "stage": {"train": {"time": 60}}}}
+    assert cluster_from(frozen, "train").time == 60
+    assert cluster_from({"cluster": {"executor": "local"}}, "train").executor == "local"
+    with pytest.raises(UserError, match=r"cluster\.stage\.train\.tim is an unknown setting"):
+        cluster_from({"cluster": {"executor": "slurm", "stage": {"train": {"tim": 60}}}}, "train")
 
 
 def test_resumed_session_without_gpus_uses_the_clusters_gpus() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
+from recorded_runs import create_run
 
 import hpc_imagenet
 from hpc_imagenet.config.host import Host, find_host, without_host
 from hpc_imagenet.config.input.stored_settings import SENT
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs.store import RunStore
 
 Store = Callable[[str, str], None]
 
@@ -66,6 +68,14 @@ def test_stored_host_applies_to_cluster_files_that_only_the_host_has(store: Stor
     assert address("cluster=slurm") is None  # this file, without what is stored for another
 
 
+def test_a_project_without_the_host_that_the_user_has_stored(store: Store) -> None:
+    store("hpc_imagenet.yaml", "cluster.host: a\ncluster.host_folder: /f\n")
+    Path("hpc_imagenet.yaml").write_text("cluster.host_folder:\n")
+    assert find_host(["jobs"]) == Host("a")
+    Path("hpc_imagenet.yaml").write_text("cluster.host: null\n")
+    assert find_host(["jobs"]) is None
+
+
 def test_config_dir(store: Store, tmp_path: Path) -> None:
     (tmp_path / "mine/cluster").mkdir(parents=True)
     (tmp_path / "mine/cluster/c.yaml").write_text("host: a")
@@ -84,6 +94,21 @@ def test_config_dir(store: Store, tmp_path: Path) -> None:
 def test_other_addresses_are_refused(store: Store, text: str) -> None:
     with pytest.raises(UserError, match="must be user@host or a name"):
         find_host([f"cluster.host={text}"])
+
+
+@pytest.mark.slow
+def test_retry_of_a_run_of_this_machine_instead_of_the_stored_host(cli: Cli) -> None:
+    attempt = create_run(RunStore(cli.workspace), "model=resnet18", "cluster=local").new_attempt()
+    attempt.submit("local")
+    attempt.end("failed", "no space left")
+    assert "cluster=local selects a file" in cli.refused("retry", cli.runs()[0], "cluster=local")
+    (cli.cwd / "hpc_imagenet.yaml").write_text("cluster.host: unreachable.invalid\n")
+    for word in ("cluster=local", "cluster.host=null"):
+        done = cli("retry", "--dry-run", cli.runs()[0], word)
+        assert done.stdout.startswith(cli.runs()[0])
+        assert word not in done.stdout
+    error = cli.refused("retry", "--dry-run", cli.runs()[0], "cluster=slurm")
+    assert "cluster=slurm selects a file" in error
 
 
 def test_pull_needs_a_host(cli: Cli) -> None:

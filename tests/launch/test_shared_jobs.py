@@ -187,13 +187,24 @@ def test_runs_that_cannot_share_are_refused(cluster: Cli) -> None:
         assert message in cluster.refused(*SWEEP, setting)
 
 
-def test_runs_are_spread_over_the_gpus_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("gpus_per_node", "visible"),
+    [
+        (2, ["GPU-a", "GPU-b", "GPU-a"]),
+        (None, ["GPU-a", "GPU-b", "GPU-a"]),  # requested by cluster.sbatch, or those of this machine
+        (1, ["GPU-a,GPU-b"] * 3),  # on this machine: each takes the first one
+        (0, ["GPU-a,GPU-b"] * 3),
+    ],
+)
+def test_runs_are_spread_over_the_gpus_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus_per_node: int | None, visible: list[str]
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     environments: list[dict[str, str]] = []
     monkeypatch.setattr(shared_task.subprocess, "Popen", lambda command, env, **_: environments.append(env))
     store = RunStore(tmp_path)
     for number in range(3):
-        cluster = {"executor": "local", "gpus_per_node": 2}
+        cluster = {"executor": "local", "gpus_per_node": gpus_per_node}
         run = store.create(f"{number}-x", {"cluster": cluster, "stage": {"name": "train"}}, {})
         shared_task._start(run, run.new_attempt(), number, 0).connection.close()
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == ["GPU-a", "GPU-b", "GPU-a"]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == visible

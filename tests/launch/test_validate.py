@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch import validate
 from hpc_imagenet.launch.plan import make_plan
-from hpc_imagenet.runs.attempt import CANCELLED
+from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, PRUNED
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages.work import upload
@@ -120,6 +121,23 @@ def test_dataset_of_an_active_run_is_not_processed_with_other_settings(tmp_path:
     run.attempt.end(CANCELLED)
     validate.validate_jobs(other, store)
     validate.check_no_conflict([retried], [])
+
+
+@pytest.mark.slow
+def test_refusal_of_another_users_run_says_what_became_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (job, *_) = RunStore(tmp_path), pipeline(tmp_path)
+    run = store.create(job.run_id, job.frozen(), {"stage": job.stage, "label": job.label, "needs": []})
+    attempt, uid = run.new_attempt(), os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    attempt.wait("waiting: limit of 4 submitted jobs")
+    with pytest.raises(UserError, match=r"can continue it while it waits: have .* retry it, or submit with"):
+        validate.validate_jobs([job], store)
+    for state, words in ((PRUNED, "was pruned"), (FINISHED, "finished without its output")):
+        run.new_attempt().end(state)
+        with pytest.raises(UserError, match=f"can continue it after it {words}: have"):
+            validate.validate_jobs([job], store)
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from hpc_imagenet.search.study_files import StudyFiles
 from hpc_imagenet.stages.evaluate_stage import fingerprint
 from hpc_imagenet.training.models.networks import build_network
 from hpc_imagenet.training.models.optim import build_optimizer, load_optimizer_state
+from hpc_imagenet.training.models.preprocessing import preprocessing
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +41,7 @@ SOURCE = (*FIXED, "cluster=foreground", "recipe.epochs=2", "recipe.ema=0.9", "re
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cli, Run]:
     """A workspace with a finished training."""
-    cli = Cli(tmp_path_factory.mktemp("warm") / "workspace", forked=True)
+    cli = Cli(tmp_path_factory.mktemp("warm") / "workspace")
     write_store(cli.workspace / "datastores" / "digits" / "v1", {"train": 40, "val": 13})
     cli(*SOURCE)
     (run,) = RunStore(cli.workspace).all()
@@ -175,6 +178,56 @@ def test_sources_that_do_not_fit_are_refused(trained: tuple[Cli, Run]) -> None:
         assert f"{source.id} has no checkpoint" in cli.refused(*local, weights)
     finally:
         (source.folder / "away").rename(checkpoints)
+
+
+def begun_with(store: RunStore, run_id: str, **model: Any) -> Run:
+    """Return a training as submitted, with a checkpoint."""
+    config = tiny_config()
+    config.model = replace(config.model, **model)
+    run = store.create(run_id, asdict(config), {"stage": "train"})
+    (run.folder / "checkpoints").mkdir()
+    torch.save({}, run.folder / "checkpoints" / "best.ckpt")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "changed"),
+    [
+        ("timm/vit_base_patch16_224", "mae", {"name": "timm/vit_base_patch16_224.mae"}),
+        ("googlenet", "IMAGENET1K_V1", {"options": {"transform_input": True}}),
+        ("resnet18", "IMAGENET1K_V1", {}),
+    ],
+)
+def test_images_are_normalised_as_for_the_published_weights_of_the_run(
+    name: str, weights: str, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also by a run that begins with the weights of one that has begun so."""
+    store, config = RunStore(tmp_path), tiny_config()
+    source = begun_with(store, "aaaaaaaa-first", name=name, weights=weights)
+    for number in range(2):
+        config.model = replace(config.model, name=name, weights=source.id)
+        found = find_weights(config, store)
+        assert {key: getattr(found.model, key) for key in changed} == changed
+        assert preprocessing(found) == preprocessing(source.config())
+        source = begun_with(store, f"bbbbbbb{number}-next", **asdict(found.model))
+    config.model = replace(config.model, **{"name": name, "weights": source.id, **changed})
+    assert find_weights(config, store).model == replace(found.model, weights_run=source.id, weights=ANY)
+
+
+def test_a_network_for_other_published_weights_is_refused(tmp_path: Path) -> None:
+    store, config = RunStore(tmp_path), tiny_config()
+    source = begun_with(store, "aaaaaaaa-vit", name="timm/vit_base_patch16_224", weights="mae")
+    config.model = replace(config.model, name="timm/vit_base_patch16_224.dino", weights=source.id)
+    line = (
+        "its model.name is timm/vit_base_patch16_224.mae, and that of this training .*dino: set model.name=t"
+    )
+    with pytest.raises(UserError, match=line):
+        find_weights(config, store)
+    source = begun_with(store, "bbbbbbbb-googlenet", name="googlenet", weights="IMAGENET1K_V1")
+    off = {"transform_input": False}
+    config.model = replace(config.model, name="googlenet", weights=source.id, options=off)
+    with pytest.raises(UserError, match=r"its model.options is \{'transform_input': True\}, and that of"):
+        find_weights(config, store)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

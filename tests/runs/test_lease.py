@@ -94,13 +94,17 @@ def test_superseded_process_replaces_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_is_holder_compares_attempt_and_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not lease.is_holder(tmp_path, 1)
-    started(tmp_path, 1, 1)
+def test_only_an_older_start_is_superseded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not lease.is_superseded(tmp_path, 1)
+    started(tmp_path, 2, 1)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert lease.is_holder(tmp_path, 1)
+    assert lease.is_superseded(tmp_path, 1)
+    assert not lease.is_superseded(tmp_path, 2)
+    assert not lease.is_superseded(tmp_path, 3)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert not lease.is_holder(tmp_path, 1)
+    assert lease.is_superseded(tmp_path, 2)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert not lease.is_superseded(tmp_path, 2)
 
 
 @pytest.mark.parametrize(
@@ -111,5 +115,5 @@ def test_damaged_lease_is_no_lease(tmp_path: Path, damaged: bytes) -> None:
     first = started(tmp_path, 1, 0)
     (tmp_path / lease.LEASE_FILE).write_bytes(damaged)
     first.check()
-    assert not lease.is_holder(tmp_path, 1)
+    assert not lease.is_superseded(tmp_path, 1)
     started(tmp_path, 1, 0).check()

@@ -297,6 +297,19 @@ def test_concurrent_checks_for_a_worker_do_not_see_each_other(tmp_path: Path) ->
         assert not local_queue.is_worker_alive(store)
 
 
+def test_worker_is_found_on_a_file_system_without_flock(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    store.folder.mkdir()
+    lock = local_queue.make_queue_folder(store) / "worker.lock"
+    no_flock = OSError(errno.ENOSYS, "Function not implemented")
+    with mock.patch.object(fcntl, "flock", side_effect=no_flock), FileLock(lock):
+        assert not local_queue.is_worker_alive(store)  # it was killed and left the file
+        atomic_files.write_json(lock.with_name("worker.json"), local_queue.process_identity())
+        assert local_queue.is_worker_alive(store)
+    lock.unlink(missing_ok=True)
+    assert not local_queue.is_worker_alive(store)
+
+
 def test_progress_is_throttled_but_the_last_step_is_written(tmp_path: Path) -> None:
     progress = Progress(Run(tmp_path), every=3600)
     for done in range(11):

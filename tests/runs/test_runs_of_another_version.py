@@ -9,6 +9,7 @@ import pytest
 from command_line import Cli
 from recorded_runs import create_run
 
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import atomic_files
 from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.launch.local_jobs.local_worker import Worker
@@ -45,6 +46,15 @@ def test_run_of_another_version_is_refused_by_submission_and_retry(cli: Cli, out
     assert "before" in cli("logs", run.id).stderr
     assert f"already {outcome}" in cli("cancel", run.id).stdout
     cli("report")
+
+
+@pytest.mark.parametrize("content", ["", '{"format": 2, "sta', "[]"])
+def test_damaged_run_is_not_taken_for_one_of_another_version(tmp_path: Path, content: str) -> None:
+    run = RunStore(tmp_path).create("0-x", {}, {"stage": "download"})
+    run.check_format()
+    (run.folder / "run.json").write_text(content)
+    with pytest.raises(UserError, match=f"run.json is damaged: move the folder {run.folder} away"):
+        run.check_format()
 
 
 @pytest.mark.slow

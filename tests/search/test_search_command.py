@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def searching(tmp_path: Path) -> Iterator[Cli]:
-    cli = Cli(tmp_path / "workspace", forked=True)
+    cli = Cli(tmp_path / "workspace")
     write_coloured(cli.workspace / "datastores/tiny/v1", 24, noise=99)
     yield cli
     cli.close()
@@ -73,7 +73,7 @@ def test_trial_is_the_ordinary_run_with_the_same_settings(searching: Cli) -> Non
     assert json.loads(json.dumps(frozen)) == run.frozen()
     assert "already finished" in searching(*ordinary).stdout
     # Its weights do not depend on the trainings before it.
-    alone = Cli(searching.workspace.parent / "alone", forked=True)
+    alone = Cli(searching.workspace.parent / "alone")
     write_coloured(alone.workspace / "datastores/tiny/v1", 24, noise=99)
     alone(*ordinary[:-1])
     for name, expected in weights(alone.workspace / "runs" / run.id).items():

@@ -45,6 +45,8 @@ def searching(cli: Cli) -> Cli:
         (("+search=asha", "recipe.learning_rate=interval(1,0.1)"), "an interval begins below its end"),
         (("+search=asha", "recipe.learning_rate=tag(log, interval(0,1))"), "begins above 0"),
         (("+search=asha", "recipe.learning_rate=interval(-1,1)"), "recipe.learning_rate=-1.0 is too small"),
+        (("+search=asha", "recipe.global_batch=interval(1.2,1.4)"), "no whole number is in this interval"),
+        (("+search=asha", "seed=range(0)"), "seed=range(0) is a sweep without a value"),
         (
             ("+search=asha", "recipe.global_batch=8,7000"),
             "recipe.global_batch=7000 is more than the 24 images",

@@ -224,3 +224,15 @@ def test_claims_are_exclusive(tmp_path: Path) -> None:
     assert (files.target, files.budget, files.definition["algorithm"]) == (8, 2.0, "asha")
     files.create({}, 50, None)
     assert (files.target, files.budget) == (50, None)
+
+
+@pytest.mark.parametrize("damaged", ["NaN", "Infinity", "true", '"2"', "1" + 400 * "0"])
+def test_what_is_no_number_in_a_record_counts_nothing(tmp_path: Path, damaged: str) -> None:
+    files = make_files(tmp_path)
+    (files.folder / "trials").mkdir(exist_ok=True)
+    text = (
+        f'{{"trial": 0, "hours": {damaged}, "top1": {damaged}, "accuracies": {{"1": {damaged}, "2": 0.5}}}}'
+    )
+    (files.folder / "trials/0.0.json").write_text(text)
+    (record,) = files.records()
+    assert (record.hours, record.top1, record.accuracies) == (0, None, {"2": 0.5})

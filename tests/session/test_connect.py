@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import pwd
 import socket
 import time
 from pathlib import Path
@@ -117,3 +118,18 @@ def test_connect_warns_of_the_end(run: Run) -> None:
     assert access_instructions(run, local, connection_info("loopback", left=5))["warning"].startswith(
         "this session ends in 1 minute, at "
     )
+
+
+def test_token_of_a_user_without_a_name_is_refused_with_the_number(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    def deny(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(Path, "read_text", deny)
+    with pytest.raises(UserError, match=rf"token belongs to uid {os.geteuid()}, and so does the session"):
+        read_token(run.folder)

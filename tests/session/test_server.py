@@ -204,6 +204,7 @@ def test_token_is_not_exposed_and_the_server_ends_with_its_parent(tmp_path: Path
         lines = []
         while not (lines and lines[-1].startswith(f"{TOP}/")):
             lines.append(process.stdout.readline())
+            assert lines[-1], lines
         folder, port = Path(lines[-1].split()[0]), int(lines[-1].split()[1])
         token = read_token(tmp_path)
         with socket.create_connection(("127.0.0.1", port)) as browser:  # a browser's first request
@@ -356,6 +357,7 @@ def test_jupyter_that_ends_without_a_signal_ends_the_session(code: int, line: st
 def test_saving_a_notebook_in_any_folder_is_activity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebooks = tmp_path / "notebooks"
     saved = {"deep/er/mine.ipynb": 3.0, "deep/mine.py": 9.0, "deep/.ipynb_checkpoints/mine.ipynb": 9.0}
+    saved["deep/of the future.ipynb"] = time.time() + 86_400  # it would be active until then
     notebooks.mkdir()
     for name, when in {**saved, "../elsewhere/mine.ipynb": 9.0}.items():
         (notebooks / name).parent.mkdir(parents=True, exist_ok=True)

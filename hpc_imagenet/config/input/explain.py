@@ -17,14 +17,17 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from hpc_imagenet.config.input.overrides import key_of, quoted_form, takes_quotes
 from hpc_imagenet.config.input.suggestions import similar_settings
+from hpc_imagenet.config.input.typed_values import explain_omegaconf_error
 from hpc_imagenet.config.names.backbones import suggest
-from hpc_imagenet.config.schema import OPEN_MAPPINGS, Config, explain_omegaconf_error
+from hpc_imagenet.config.schema import OPEN_MAPPINGS, Config
 from hpc_imagenet.errors import did_you_mean
 
 
 def explain(error: HydraException) -> str:
     """Return a Hydra error as one line."""
-    cause = error.__cause__
+    cause = error.__cause__ or error.__context__  # of a file, Hydra does not name it as the cause
+    file = re.match(r"In '([^']+/[^']+)'", str(error))  # of a group
+    where = f"{file[1]}.yaml: " if file else ""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).partition("/")
         if group == "dataset" and "/" in choice:
@@ -34,7 +37,7 @@ def explain(error: HydraException) -> str:
             kinds = ", ".join(options)
             return f"datastore={choice} is unknown; one of: {kinds}; a name is datastore.name={choice}"
         near = suggest(choice, options) if group == "model" else did_you_mean(choice, options)
-        return f"{group}={choice} is unknown{near}"
+        return f"{where}{group}={choice} is unknown{near}"
     if isinstance(error, OverrideParseException):
         return _explain_syntax(error)
     if unknown := re.match(r"Could not override '([^'@]+)'", str(error)):
@@ -42,7 +45,7 @@ def explain(error: HydraException) -> str:
     if known := re.match(r"Could not append to config. An item is already at '([^']+)'", str(error)):
         return f"{known.group(1)} is set already: write {known.group(1)}=VALUE, without +"
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
-        return explain_value(cause)
+        return where + explain_value(cause)
     return " ".join(str(error).split())
 
 
@@ -64,6 +67,8 @@ def _explain_syntax(error: OverrideParseException) -> str:
     key = key_of(error.override) or error.override
     if key == "dataset" and "/" in error.override:
         return _path_as_dataset(error.override.partition("=")[2])
+    if error.override.endswith(","):
+        return f"{error.override} ends with a comma: write the values without spaces, or remove it"
     if takes_quotes(key):
         form = quoted_form(error.override)
         return f"cannot parse {error.override}: quote the text for Hydra as well: {form}"

@@ -11,7 +11,6 @@ import re
 import shlex
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,6 +19,7 @@ from hydra.errors import HydraException
 
 from hpc_imagenet.config.schema import PATH_SETTINGS, Config
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 
 # One value for the whole command.
 _NOT_SWEPT = ("workspace", "wait", "dry_run", "price", "cluster", "tracker", "notify")
@@ -100,7 +100,7 @@ def _quote(word: str, multirun: bool) -> str:
 def _is_sweep(value: str, multirun: bool) -> bool:
     """Whether commas separate paths: `/a,/b`, or with -m `a,b`; not in `/a,b`, nor if that path exists."""
     first, *others = [part.strip() for part in value.split(",")]
-    if not others or Path(value).expanduser().exists():
+    if not others or expand_home(value).exists():
         return False
     if not _BEGINNING.match(first):
         return multirun

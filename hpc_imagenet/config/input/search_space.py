@@ -194,6 +194,8 @@ def _dimension(override: Override) -> dict[str, Any]:
     whole = "int" in value.tags or _type_of(key) is int
     if whole:
         low, high = math.ceil(low), math.floor(high)
+        if low > high:
+            raise UserError(f"{line}: no whole number is in this interval")
     return {"low": low, "high": high, "log": log, "whole": whole}
 
 

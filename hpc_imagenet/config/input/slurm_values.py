@@ -31,7 +31,7 @@ def parse_minutes(value: Any) -> int:
     Raises:
         ValueError: not one of Slurm's notations; the message names them.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0:  # not of inf, nan
         return int(value)
     found = _TIME.fullmatch(str(value).strip())
     if found is None:

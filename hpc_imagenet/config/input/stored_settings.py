@@ -18,6 +18,7 @@ import yaml
 from hpc_imagenet.config.input.slurm_values import check_quoted_times
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.io.ownership import check_own, read_own
 
 PRECEDENCE = """\
@@ -74,9 +75,14 @@ def config_folders(config_dir: str | None = None) -> list[Path]:
     for folder in folders:
         # Who names a folder with --config-dir trusts its owner; what is found by itself must be their own.
         named = config_dir is not None and folder == folders[0]
-        for path in (folder, *sorted(folder.rglob("*.yaml"))):
+        for path in (folder, *config_files(folder)):
             check_own(path, path, "its settings are not used", named=named)
     return folders
+
+
+def config_files(folder: Path) -> list[Path]:
+    """Return the files of a folder of config groups, without links to nothing, such as the locks of Emacs."""
+    return sorted(path for path in folder.rglob("*.yaml") if path.is_file())
 
 
 def stored_settings() -> list[Stored]:
@@ -108,6 +114,8 @@ def add_stored_settings(overrides: Sequence[str]) -> list[str]:
 def describe() -> str:
     """Return the order of precedence and the stored settings that are in effect, for --info."""
     lines = [PRECEDENCE]
+    if sent := os.environ.get(SENT):  # as in the cells of a session
+        lines.append(f"3 is here what your own machine sent, not ./{FILE} and ./conf: {sent}")
     lines += [f"config folder: {folder}" for folder in config_folders()]
     lines += [f"{item.override}   ({item.source})" for item in stored_settings()] or ["no stored settings"]
     return "\n".join(lines)
@@ -115,7 +123,52 @@ def describe() -> str:
 
 def stored_value(key: str) -> str | None:
     """Return the stored value of a text setting, such as workspace, or None."""
-    return next((str(item.value) for item in stored_settings() if item.key == key), None)
+    found = next((item.value for item in stored_settings() if item.key == key), None)
+    return None if found is None else str(found)
+
+
+def store(values: dict[str, str]) -> Path:
+    """Store settings of the user in place of those of the same names, and return their file.
+
+    The other lines are kept, and what the mapping of a group holds: `cluster: {account: a}` becomes
+    `cluster.account: a` beside a new `cluster`. A file to which no line can be added, such as one in the form
+    of JSON, is written as a whole, without its comments.
+
+    Raises:
+        UserError: the file cannot be read as settings.
+    """
+    path = user_folder() / FILE
+    before = load_yaml(path)
+    replaced = {key: value for key, value in before.items() if key in values}
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    node: Any = yaml.compose(text) if before else None
+    starts = {key.start_mark.line: key.value for key, _ in node.value} if node else {}
+    kept, dropping = [], False
+    for number, line in enumerate(text.splitlines()):
+        dropping = starts[number] in replaced if number in starts else dropping
+        if not dropping or line.startswith("#"):
+            kept.append(f"{line}\n")
+    added = dict(_flatten(replaced)) | values
+    settings = {key: value for key, value in before.items() if key not in replaced} | added
+    text = f"{''.join(kept)}{_dump(added)}"
+    if not _has(text, settings):  # a form to which no line can be added, such as that of JSON
+        text = _dump(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path.resolve()) as file:  # a link remains, such as one into a folder of dotfiles
+        file.write(text.encode())
+    return path
+
+
+def _dump(settings: dict[str, Any]) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _has(text: str, settings: dict[str, Any]) -> bool:
+    """Whether text is YAML of exactly these settings."""
+    try:
+        return bool(yaml.safe_load(text) == settings)
+    except yaml.YAMLError:
+        return False
 
 
 def _is_hidden(key: str, given: Any) -> bool:

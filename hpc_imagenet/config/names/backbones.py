@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.io.access import expand_home
 
 BACKBONES = (
     "alexnet",
@@ -106,6 +107,11 @@ _PREPROCESSING: dict[str, tuple[str, ...]] = {  # keys and, where they are words
     **{"mean": (), "std": (), "crop_pct": ()},
     **{"interpolation": ("bilinear", "bicubic"), "crop_mode": ("center", "squash")},
 }
+# Arguments of networks whose published weights were trained with another normalisation of the images.
+IMPLIED_OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet": {"transform_input": True},
+    "inception_v3": {"transform_input": True},
+}
 _NAMES = Path(__file__).with_name("timm_names.txt")
 
 
@@ -152,6 +158,18 @@ def is_weights_name(network: str, weights: str) -> bool:
     if is_own(network):
         return False
     return re.fullmatch("[a-z0-9_]+" if timm_name(network) else "[A-Z][A-Z0-9_]*", weights) is not None
+
+
+def implied_options(network: str, weights: str | None) -> dict[str, Any]:
+    """Return the constructor arguments of a network that its published `weights` require."""
+    return IMPLIED_OPTIONS.get(network, {}) if weights and is_weights_name(network, weights) else {}
+
+
+def tagged_name(network: str, weights: str | None) -> str:
+    """Return the name of a network, of timm with the tag of its published `weights` if they name one."""
+    if weights and weights != PRETRAINED and timm_name(network) and is_weights_name(network, weights):
+        return f"{network.partition('.')[0]}.{weights}"
+    return network
 
 
 def check_name(setting: str, name: str) -> None:
@@ -255,7 +273,7 @@ def suggest(name: str, choices: tuple[str, ...] = BACKBONES) -> str:
 def _own_form(name: str) -> str:
     """Return the form that a path of a Python file, or the name of one in this folder, should have."""
     path, _, factory = name.partition(":")
-    file = Path(path).expanduser()
+    file = expand_home(path)
     if file.suffix != ".py":
         return f"{name}:FACTORY" if name.isidentifier() and Path(f"{name}.py").is_file() else ""
     where = "" if file.absolute().parent == Path.cwd() else f", in the folder {file.absolute().parent}"

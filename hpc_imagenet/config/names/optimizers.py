@@ -31,7 +31,7 @@ def check_optimizer(recipe: Recipe) -> None:
     elif name not in TORCH_OPTIMIZERS:
         near = did_you_mean(name, (*TORCH_OPTIMIZERS, *(f"{TIMM}{each}" for each in timm_names().optimizers)))
         raise UserError(f"recipe.optimizer={name} is unknown{near}")
-    settings = _OWN_SETTINGS | ({"momentum": "momentum"} if name == "sgd" else {})
+    settings = _OWN_SETTINGS | ({"momentum": "momentum"} if timm or name == "sgd" else {})
     for option in recipe.optimizer_options:
         if option in settings:
             raise UserError(f"recipe.optimizer_options.{option}: set recipe.{settings[option]} instead")

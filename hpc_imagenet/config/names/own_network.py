@@ -264,8 +264,8 @@ def _file(root: Path, module: str) -> Path | None:
 def _text(file: Path, setting: str) -> str:
     try:
         if is_installed(file):
-            return file.read_text(encoding="utf-8")
-        text = read_own(file, file.parent, f"{setting} is not executed").decode()
+            return file.read_text(encoding="utf-8-sig")
+        text = read_own(file, file.parent, f"{setting} is not executed").decode("utf-8-sig")
         return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads it
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{setting}: {file} cannot be read ({error})") from None

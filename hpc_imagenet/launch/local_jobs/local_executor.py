@@ -6,7 +6,9 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hpc_imagenet.launch.executor import Executor, State, code_version
+from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.executor import Executor, State, code_version, override_of, setting_name
 from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.runs.attempt import FINISHED, QUEUED, Attempt
 from hpc_imagenet.runs.store import Run, RunStore
@@ -17,6 +19,17 @@ class LocalExecutor(Executor):
 
     name = "local"
     in_background = True
+
+    def check_settings(self, stage: str, cluster: Cluster, shares_loader: bool = False) -> None:
+        """Raise for several nodes."""
+        from hpc_imagenet.stages import STAGES  # here, so that commands which query states do not import it
+
+        if STAGES[stage].distributed and cluster.nodes > 1:
+            setting = setting_name(cluster, stage, "nodes")
+            raise UserError(
+                f"{setting}={cluster.nodes}: cluster=local runs {stage} on this machine alone: set "
+                f"cluster=slurm, or {override_of(setting, 1)}"
+            )
 
     def submit(
         self, store: RunStore, attempts: Sequence[tuple[Run, Attempt]], state_of: Mapping[str, State]

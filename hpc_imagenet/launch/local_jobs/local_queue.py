@@ -95,13 +95,15 @@ def is_worker_alive(store: RunStore) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError:  # a file system without flock, where the file exists while it is locked, or after a kill
+        return find_process(read_record(queue_folder(store) / "worker.json")) is not None
     return False
 
 
 def is_worker_expected(store: RunStore) -> bool:
     """Whether a worker is running or starting; to report a state, not to decide whether to start one."""
     identity = read_record(queue_folder(store) / "worker.json")
-    return is_worker_alive(store) or _find_process(identity) is not None
+    return is_worker_alive(store) or find_process(identity) is not None
 
 
 def job_environment() -> dict[str, str]:
@@ -147,10 +149,10 @@ def process_record(attempt: Attempt) -> dict[str, Any]:
 def processes(attempt: Attempt) -> list[psutil.Process]:
     """Return the running processes of the attempt on this host: submitit's controller and rank 0."""
     identities = [record for record in (process_record(attempt), attempt.started) if "pid" in record]
-    return [process for identity in identities if (process := _find_process(identity))]
+    return [process for identity in identities if (process := find_process(identity))]
 
 
-def _find_process(identity: dict[str, Any]) -> psutil.Process | None:
+def find_process(identity: dict[str, Any]) -> psutil.Process | None:
     """Return the process with this `process_identity`, if it is running."""
     with contextlib.suppress(psutil.NoSuchProcess, KeyError, TypeError):  # a record may be damaged
         process = psutil.Process(identity["pid"])
@@ -176,25 +178,30 @@ def started_elsewhere(attempt: Attempt) -> bool:
     started = attempt.started
     if "pid" not in started or started.get("host") != socket.gethostname() or started["pid"] == os.getpid():
         return False
-    return _find_process(started) is not None
+    return find_process(started) is not None
 
 
-def kill(attempt: Attempt, grace: float = GRACE) -> None:
-    """End the attempt's processes and all their children: SIGTERM, then SIGKILL after `grace` seconds.
+def kill(attempt: Attempt) -> None:
+    """End the attempt's processes and all their children.
 
     Of runs that share a loader, those of the others go on.
     """
-    tree: dict[int, psutil.Process] = {}
     own = processes(attempt)
     if attempt.submitted.get("shares_with"):
         own = [process for process in own if process.pid == attempt.started.get("pid")]
-    for process in own:
+    end_processes(own)
+
+
+def end_processes(roots: Iterable[psutil.Process]) -> None:
+    """End processes and all their children: SIGTERM, then SIGKILL after `GRACE` seconds."""
+    tree: dict[int, psutil.Process] = {}
+    for process in roots:
         with contextlib.suppress(psutil.NoSuchProcess):
             tree |= {p.pid: p for p in (process, *process.children(recursive=True))}
     for process in tree.values():
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGTERM)
-    _, left = psutil.wait_procs(list(tree.values()), timeout=grace)
+    _, left = psutil.wait_procs(list(tree.values()), timeout=GRACE)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

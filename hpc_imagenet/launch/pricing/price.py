@@ -109,7 +109,7 @@ class Price:
 
     @property
     def energy(self) -> float | None:
-        """KWh of its GPUs at `cluster.gpu_watts`; None if that is not set, or it has no GPU."""
+        """Energy of its GPUs in kWh, at `cluster.gpu_watts`; None if that is not set, or it has no GPU."""
         watts = self.job.cluster.gpu_watts
         return watts * self.device_hours / 1000 if watts is not None and self.gpus else None
 

@@ -124,7 +124,11 @@ CLASSES: dict[str, FailureClass] = {
         "environment",
         r"modulenotfounderror|importerror|no module named|cannot open shared object file|undefined symbol"
         r"|command not found|python\S*: (?:not found|no such file)|sees no gpu|no kernel image is available"
-        r"|driver version is insufficient",
+        r"|driver version is insufficient|driver on your system is too old|found no nvidia driver"
+        r"|no (?:cuda|hip) gpus are available|cuda unknown error|cuda driver initialization failed"
+        r"|unexpected error from cudagetdevicecount|system not yet initialized"
+        r"|cuda-capable device\S* \S+ busy|cannot use the gpu of this node|has no kernels for"
+        r"|nccl cannot connect the gpus|no socket interface found|duplicate gpu detected",
         "python -m hpc_imagenet doctor checks the nodes; set cluster.setup, or install what is missing",
     ),
     MISSING_FILE: _class(
@@ -176,11 +180,6 @@ class Diagnosis:
     remedy: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     reason: str = ""
-
-    @property
-    def words(self) -> str:
-        """The class in a few words; empty if the reason says it all."""
-        return class_of(self.kind).words
 
     def is_same(self, other: Diagnosis | None) -> bool:
         """Whether another attempt failed the same way: numbers, such as steps and sizes, may differ."""

@@ -17,9 +17,12 @@ from hpc_imagenet.runs.attempt import Attempt, log_rank
 _MAX_LENGTH = 200  # characters of a line that are quoted
 _MESSAGE = 20  # last lines of a log in which an exception with a message of several lines is looked for
 _FRAMES = 2  # last frames of a traceback that are quoted
-# The last line of a traceback, an error of this package, a line of the shell or of a C++ library.
+# torch writes it before each line of a traceback of a process that belongs to a group.
+_RANK = re.compile(r"^\[rank\d+\]: ")
+# The last line of a traceback, an error of this package, a line of the shell, a C++ library or Apptainer.
 _ERROR = re.compile(
-    r"^(?:error: |(?:\w+\.)*\w*(?:Error|Exception|KeyboardInterrupt)\b|terminate called|Fatal Python error"
+    r"^(?:.*\berror: |(?:\w+\.)*\w*(?:Error|Exception|KeyboardInterrupt)\b|terminate called"
+    r"|Fatal Python error|FATAL: "
     r"|\S+: .*(?:command not found|No module named|No such file or directory|cannot open shared object file))"
 )
 # Lines that may follow it: of the error itself, of Python's fault handler, of Slurm and submitit.
@@ -60,6 +63,10 @@ class ErrorLogs:
         """Return the last error line of the first task that has one which is not about another task."""
         return next(filter(None, map(_last_error, self.by_rank.values())), "")
 
+    def last_line(self) -> str:
+        """Return the last line of all, which may be the error of a program that names it in its own way."""
+        return quoted(next(reversed(list(self.lines)), ""))
+
     def last_frames(self) -> str:
         """Return the last frames of the traceback that belongs to `last_error`: `fit in fit.py:120`."""
         for lines in self.by_rank.values():
@@ -91,7 +98,7 @@ def error_logs(attempt: Attempt) -> ErrorLogs:
     with contextlib.suppress(OSError):
         ranks = [log_rank(path) for path in attempt.logs() if path.suffix == ".err"]
         for rank, lines in zip(ranks, attempt.error_tails(), strict=False):
-            by_rank[rank] = lines
+            by_rank[rank] = [_RANK.sub("", line) for line in lines]
     return ErrorLogs(by_rank)
 
 

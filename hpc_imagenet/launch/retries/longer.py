@@ -53,6 +53,6 @@ def refuse_longer(run: Run, line: str) -> NoReturn:
 
 def _reason(schedule: str, before: int, after: int) -> str:
     return (
-        f"its {schedule} schedule reaches a learning rate of zero at epoch {before}, and with {after} epochs "
-        "all rates would have been others"
+        f"its {schedule} schedule reaches a learning rate of zero at epoch {before}; with {after} epochs "
+        "every rate after the warm-up would have been different"
     )

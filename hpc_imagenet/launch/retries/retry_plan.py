@@ -93,30 +93,37 @@ def plan_retry(
     """
     related: dict[str, Run] = {}
     for run in runs:
-        run.check_format()
         _add_needs(store, run, related)
     processing = (
         validate.processing_runs(store) if any("processing_run" in r.info for r in related.values()) else []
     )
     state_of = states([*related.values(), *processing])
+    active = [each for each in processing if state_of[each.id].active]
     named = {run.id for run in runs}
     skipped: list[Submitted] = []
     refused: list[UserError] = []
     groups: dict[str, dict[str, PlannedRetry]] = {}
     seen: set[str] = set()
     for run in runs:
-        unfinished = _unfinished(store, run, state_of)
-        if not unfinished:
-            skipped.append(Submitted(run, FINISHED if state_of[run.id].finished else "active"))
-            continue
         try:
+            run.check_format()
+            unfinished = _unfinished(store, run, state_of)
+            if not unfinished:
+                skipped.append(Submitted(run, FINISHED if state_of[run.id].finished else "active"))
+                continue
             _check_mine(run)
-            executor = check_retry(run)
+            executor = _executor_of(run)
+            for need in unfinished.values():
+                if (other := _executor_of(need)) != executor:
+                    raise UserError(
+                        f"{run.id} needs {need.id}, a run of cluster.executor={other}: retry {need.id} first"
+                    )
             new = {
                 key: _plan_one(each, state_of[key], settings if key in named else (), again)
                 for key, each in unfinished.items()
                 if key not in seen
             }
+            validate.check_no_conflict([planned.run for planned in new.values()], active)
         except UserError as error:
             if not leave_out:
                 raise
@@ -124,14 +131,13 @@ def plan_retry(
             continue
         seen |= new.keys()
         groups.setdefault(executor, {}).update(new)
-    for executor, group in groups.items():
+    for executor in groups:
         EXECUTORS[executor].check_available()
-        active = [each for each in processing if state_of[each.id].active]
-        validate.check_no_conflict([planned.run for planned in group.values()], active)
     by_executor = {executor: list(group.values()) for executor, group in groups.items()}
     return RetryPlan(skipped, by_executor, state_of, refused)
 
 
+@owner_writes()
 def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
     """Submit a plan; the runs of an executor together, so that those of a sweep are one job array again.
 
@@ -141,11 +147,6 @@ def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
     Raises:
         UserError: Slurm refused a job.
     """
-    with owner_writes():
-        return _send_retry(store, plan)
-
-
-def _send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
     start_queued(store, [entry.run for entry in plan.skipped])
     entries = list(plan.skipped)
     for executor, group in plan.groups.items():
@@ -162,13 +163,12 @@ def _send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
     return entries
 
 
-def check_retry(run: Run) -> str:
+def _executor_of(run: Run) -> str:
     """Return the executor that can start a run again.
 
     Raises:
-        UserError: it was run in the foreground, or another version of this package made it.
+        UserError: it was run in the foreground, or its config is damaged.
     """
-    run.check_format()
     executor = run.executor()
     if not EXECUTORS[executor].in_background:
         raise UserError(f"{run.id} was run by cluster={executor}: run the same command again to resume it")
@@ -242,7 +242,8 @@ def _with_settings(run: Run, frozen: dict[str, Any], settings: Sequence[str]) ->
         )
     cluster = cluster_for(changed, stage.name)
     stage.check_settings(changed, cluster)
-    EXECUTORS[cluster.executor].check_settings(stage.name, cluster)
+    shares_loader = stage.loader_key(changed) is not None
+    EXECUTORS[cluster.executor].check_settings(stage.name, cluster, shares_loader)
     return asdict(changed)
 
 

@@ -45,16 +45,26 @@ def submit_attempts(
         code: version and commit of the code, for submitted.json.
 
     Raises:
-        UserError: sbatch refused a job, or it needs a run of the local queue; this attempt and all that
-            are not submitted yet are marked as failed.
+        UserError: sbatch refused a job, it needs a run of the local queue, or its config is not executed;
+            this attempt and all that are not submitted yet are marked as failed.
     """
     job_ids: dict[str, str] = {}
     sizes: dict[str, int] = {}  # number of tasks of each array submitted here
     by_run = {run.id: attempt for run, attempt in attempts}
     waiting: dict[str, str] = {}  # reasons by run
     full: dict[tuple[str | None, ...], str] = {}  # reasons by account, QOS and partition
-    jobs_of_runs = [[run for run, _ in group] for group in group_attempts(attempts)]
-    for array in group_into_arrays(map(_array_task, jobs_of_runs)):
+
+    def fail_rest(error: UserError) -> None:
+        for run in by_run.keys() - job_ids.keys() - waiting.keys():
+            by_run[run].end(FAILED, str(error))
+
+    try:
+        jobs_of_runs = [[run for run, _ in group] for group in group_attempts(attempts)]
+        arrays = group_into_arrays(map(_array_task, jobs_of_runs))
+    except UserError as error:
+        fail_rest(error)
+        raise
+    for array in arrays:
         first = array[0]
         place = first.cluster.account, first.cluster.qos, first.cluster.partition
         unmet = [f"waiting: needs {need}, which waits" for need in first.needs if need in waiting]
@@ -78,8 +88,7 @@ def submit_attempts(
                     full[place] = describe_limit(sent.limit, first.cluster)
                     break
         except UserError as error:
-            for run in by_run.keys() - job_ids.keys() - waiting.keys():
-                by_run[run].end(FAILED, str(error))
+            fail_rest(error)
             earlier = f" (jobs submitted before it, which are kept: {len(job_ids)})" if job_ids else ""
             raise UserError(f"{error}{earlier}") from None
         for run_id in (run_id for task in array for run_id in task.run_ids):

@@ -1,8 +1,8 @@
 """Run the tasks of Slurm jobs in a container: Apptainer, Singularity, Charliecloud, Podman or Pyxis.
 
-submitit starts each task as `srun … PYTHON -m submitit…`. A container replaces PYTHON by a command that runs
-the image's python3; Pyxis does the same with options of srun. The line after srun, which decides whether the
-job is requeued, runs outside the container, where Slurm's commands are.
+A job starts each task as `srun … PYTHON -m hpc_imagenet.launch.tasks.start_task FOLDER`. A container replaces
+PYTHON by a command that runs the image's python3; Pyxis does the same with options of srun. The line after
+srun, which decides whether the job is requeued, runs outside the container, where Slurm's commands are.
 
 The package itself is bound from the checkout that submits, so the image needs only its dependencies.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.config.schema import Cluster, Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import check_own
+from hpc_imagenet.launch.slurm_jobs.resource_requests import requests_gpus
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 _PYTHON = "python3"
@@ -55,48 +56,26 @@ def container_command(cluster: Cluster, folders: Sequence[str]) -> ContainerComm
     mounts = [shlex.quote(folder) for folder in bound]
     if cluster.scratch:
         mounts.append(f'"{cluster.scratch}"')  # its variables are expanded on the node
-    gpus = bool(cluster.gpus_per_node or {"gres", "gpus", "gpus-per-task"} & set(cluster.sbatch))
-    image, extra = shlex.quote(cluster.container or ""), shlex.join(cluster.container_args)
+    image, gpus = shlex.quote(cluster.container or ""), requests_gpus(cluster)
     if runtime == "pyxis":
         arguments = [f"--container-image={cluster.container}", "--container-workdir=/"]
         arguments.append(f"--container-mounts={','.join(f'{folder}:{folder}' for folder in bound)}")
         return ContainerCommand(_PYTHON, (*arguments, *cluster.container_args))
-    command = _COMMANDS[runtime](mounts, gpus)
-    return ContainerCommand(" ".join(filter(None, (command, extra, _separated(runtime, image), _PYTHON))))
-
-
-def _separated(runtime: str, image: str) -> str:
-    return f"{image} --" if runtime == "charliecloud" else image
-
-
-def _apptainer(program: str) -> Callable[[Sequence[str], bool], str]:
-    def command(mounts: Sequence[str], gpus: bool) -> str:
-        return " ".join([program, "exec", *(["--nv"] if gpus else []), *(f"--bind {m}" for m in mounts)])
-
-    return command
-
-
-def _charliecloud(mounts: Sequence[str], gpus: bool) -> str:
-    # GPU libraries are put into the image beforehand: ch-fromhost --nvidia IMAGE.
-    return " ".join([_WITH_USER, "ch-run", *(f"--bind={mount}" for mount in mounts)])
-
-
-def _podman(mounts: Sequence[str], gpus: bool) -> str:
-    # Its processes stay in the cgroup of the job, whose limits hold and with which they are killed.
-    words = [_WITH_USER, "podman", "run", "--rm", "--cgroups=disabled", "--network=host", "--ipc=host"]
-    words += ["--env-host"]
-    words += ['$([ "$(id -u)" = 0 ] || echo --userns=keep-id)']  # which Podman refuses to root
-    words += ["--env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
-    words += ["--device=nvidia.com/gpu=all"] if gpus else []
-    return " ".join([*words, *(f"--volume={mount}:{mount}" for mount in mounts)])
-
-
-_COMMANDS: dict[str, Callable[[Sequence[str], bool], str]] = {
-    "apptainer": _apptainer("apptainer"),
-    "singularity": _apptainer("singularity"),
-    "charliecloud": _charliecloud,
-    "podman": _podman,
-}
+    if runtime == "charliecloud":
+        # GPU libraries are put into the image beforehand: ch-fromhost --nvidia IMAGE.
+        words = [_WITH_USER, "ch-run", *(f"--bind={mount}" for mount in mounts)]
+        image += " --"
+    elif runtime == "podman":
+        # Its processes stay in the cgroup of the job, whose limits hold and with which they are killed.
+        words = [_WITH_USER, "podman", "run", "--rm", "--cgroups=disabled", "--network=host", "--ipc=host"]
+        words += ["--env-host"]
+        words += ['$([ "$(id -u)" = 0 ] || echo --userns=keep-id)']  # which Podman refuses to root
+        words += ["--env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+        words += ["--device=nvidia.com/gpu=all"] if gpus else []
+        words += [f"--volume={mount}:{mount}" for mount in mounts]
+    else:
+        words = [runtime, "exec", *(["--nv"] if gpus else []), *(f"--bind {mount}" for mount in mounts)]
+    return ContainerCommand(" ".join([*words, *map(shlex.quote, cluster.container_args), image, _PYTHON]))
 
 
 def find_runtime(cluster: Cluster) -> str:
@@ -127,8 +106,8 @@ def check_container(cluster: Cluster) -> None:
     if not cluster.container:
         return
     find_runtime(cluster)
-    if cluster.container.startswith(("/", "~", ".")):
-        image = Path(cluster.container).expanduser()
+    if cluster.container.startswith("/"):
+        image = Path(cluster.container)
         if not image.exists():
             raise UserError(
                 f"cluster.container={cluster.container}: no such file or folder; see docs/cluster.md"

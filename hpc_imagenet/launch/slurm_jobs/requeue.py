@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import EXIT_REQUEUE
+from hpc_imagenet.launch.retries.error_logs import error_logs
 from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.launch.tasks.start_task import read_task
 from hpc_imagenet.runs import lease
@@ -49,7 +50,8 @@ def requeue_or_fail(attempts: Sequence[tuple[Run, Attempt]], code: int, log: Pat
     pending = [(run, attempt) for run, attempt in attempts if attempt.outcome is None]
     if not pending:
         return 0 if all(_has_finished(attempt) for _, attempt in attempts) else 1
-    if any(attempt.started and not lease.is_holder(run.folder, attempt.number) for run, attempt in pending):
+    # An older holder is no reason: this start may have ended before its task could take the lease.
+    if any(lease.is_superseded(run.folder, attempt.number) for run, attempt in pending):
         return EXIT_REQUEUE  # an old copy: a later start holds the lease
 
     def fail(reason: str) -> int:
@@ -68,7 +70,7 @@ def requeue_or_fail(attempts: Sequence[tuple[Run, Attempt]], code: int, log: Pat
         return fail(f"out of host memory: {fix}")
     reason = _transient_reason(code, tail)
     if not reason:
-        line = attempt.last_error_line() or (tail[-1] if tail else "none, its error log is empty")
+        line = error_logs(attempt).last_error() or (tail[-1] if tail else "none, its error log is empty")
         crash = f" ({_CRASHES[code]}: the program crashed)" if code in _CRASHES else ""
         return fail(f"exit code {code}{crash} without an outcome; last error line: {line}")
     most = run.cluster().max_requeues

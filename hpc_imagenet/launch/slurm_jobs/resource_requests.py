@@ -9,10 +9,12 @@ from typing import Any
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
 
-# Options of sbatch that request GPUs; `gres` does if it names them.
+# Options of sbatch that request GPUs; those of generic resources do if they name them.
 _GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "ntasks-per-gpu")
+_GENERIC_OPTIONS = ("gres", "tres-per-task")
 _MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
 _GPU_GRES = re.compile(r"(?:^|,)(?:gres[:/])?gpu\b")
+_SHARED_GRES = re.compile(r"(?:^|,)(?:gres[:/])?(?:shard|mps|mig)\b")  # parts of a GPU
 
 
 def tasks_per_node(cluster: Cluster, distributed: bool) -> int:
@@ -48,6 +50,27 @@ def gpu_options(cluster: Cluster, tasks: int, options: Mapping[str, Any]) -> dic
     return {"gpus-per-node": f"{kind}{gpus}"}
 
 
+def requests_gpus(cluster: Cluster) -> bool:
+    """Whether the settings request GPUs or parts of one: by cluster.gpus_per_node, or by cluster.sbatch."""
+    return bool(cluster.gpus_per_node) or any(
+        _is_gpu_option(name, value) or _names(_SHARED_GRES, name, value)
+        for name, value in _options(cluster).items()
+    )
+
+
+def _options(cluster: Cluster) -> dict[str, Any]:
+    """Return the options of cluster.sbatch that have a value, with dashes in their names."""
+    return {name.replace("_", "-"): value for name, value in cluster.sbatch.items() if value}
+
+
+def _is_gpu_option(name: str, value: Any) -> bool:
+    return name in _GPU_OPTIONS or _names(_GPU_GRES, name, value)
+
+
+def _names(resource: re.Pattern[str], option: str, value: Any) -> bool:
+    return option in _GENERIC_OPTIONS and bool(resource.search(str(value)))
+
+
 def warning_seconds(minutes: float | None) -> int:
     """Return the s between the warning signal and the time limit: time to save, even in a short job."""
     return int(min(90, 15 * (minutes or 6)))
@@ -61,12 +84,10 @@ def check_resources(stage: str, cluster: Cluster, tasks: int) -> None:
     Raises:
         UserError: names both settings, and what to set instead.
     """
-    options = {name.replace("_", "-"): value for name, value in cluster.sbatch.items() if value}
-    gpus_per_node, memory = cluster.gpus_per_node, cluster.memory_gb
+    options, gpus_per_node, memory = _options(cluster), cluster.gpus_per_node, cluster.memory_gb
     for name, value in options.items():
         given = f"cluster.sbatch.{name}={value}"
-        is_gpu = name in _GPU_OPTIONS or (name == "gres" and _GPU_GRES.search(str(value)))
-        if is_gpu and gpus_per_node is not None:
+        if gpus_per_node is not None and _is_gpu_option(name, value):
             raise UserError(
                 f"{given} and cluster.gpus_per_node={gpus_per_node} both say how many GPUs {stage} gets: "
                 f"instead of {given} set cluster.gpus_per_node=COUNT or TYPE:COUNT, and if your centre "

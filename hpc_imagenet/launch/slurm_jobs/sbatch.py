@@ -260,12 +260,14 @@ def _executor(array: Sequence[ArrayTask], folder: Path, after: Iterable[str]) ->
         mem=None if cluster.memory_gb is None else f"{int(cluster.memory_gb * 1024)}M",
         array_parallelism=cluster.array_parallelism,
         wckey=None,  # submitit sets one, and some clusters refuse it
-        # Since 22.05 srun does not inherit --cpus-per-task from sbatch: a task would get one core.
+        # Since 22.05 srun does not inherit --cpus-per-task from sbatch: a task would get one core. Without it
+        # the variable must not exist: srun refuses it together with that of --cpus-per-gpu.
         setup=[
             *cluster.setup,
             f"export PYTHONPATH={path}",
             *([f"export {UMASK}={umask}"] if (umask := os.environ.get(UMASK)) else []),
-            "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+            "unset SRUN_CPUS_PER_TASK  # of a job that submitted this one",
+            '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',
             "cd /  # Python imports from the current folder first, which other users may be able to write",
             "trap : TERM  # srun forwards a preemption's signal; wait until the tasks have saved",
         ],

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch.executor import Executor, State, code_version
+from hpc_imagenet.launch.executor import Executor, State, code_version, override_of, setting_name
 from hpc_imagenet.launch.local_jobs.local_queue import NO_OUTCOME
+from hpc_imagenet.launch.retries.error_logs import error_logs
 from hpc_imagenet.launch.slurm_jobs.container import bound_folders, check_container
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, QUEUED, RUNNING, Attempt
 from hpc_imagenet.runs.job import Job
@@ -38,14 +39,15 @@ class SlurmExecutor(Executor):
                     "set cluster=local, or run this on a login node"
                 )
 
-    def check_settings(self, stage: str, cluster: Cluster) -> None:
+    def check_settings(self, stage: str, cluster: Cluster, shares_loader: bool = False) -> None:
         """Raise a UserError for a missing time limit, or options that sbatch does not accept."""
         from hpc_imagenet.launch.slurm_jobs.resource_requests import check_resources, tasks_per_node
         from hpc_imagenet.stages import STAGES
 
         if cluster.time is None:
+            setting = setting_name(cluster, stage, "time")
             raise UserError(
-                f"cluster.time is not set for {stage}: set it in minutes, such as cluster.time=1440"
+                f"{setting} is not set for {stage}: set it in minutes, such as {override_of(setting, 1440)}"
             )
         check_container(cluster)
         check_resources(stage, cluster, tasks_per_node(cluster, STAGES[stage].distributed))
@@ -158,7 +160,7 @@ def _state(attempt: Attempt, status: slurm.JobStatus | None) -> State:
     started = attempt.started
     run = Run(attempt.folder.parents[1])
     if status is None and slurm.is_available() and run.is_mine:  # neither squeue nor sacct knows it any more
-        return State(FAILED, attempt.last_error_line() or NO_OUTCOME, started.get("restarts", 0))
+        return State(FAILED, error_logs(attempt).last_error() or NO_OUTCOME, started.get("restarts", 0))
     if status is None or not status.state:
         name = RUNNING if started else QUEUED
         unknown = (
@@ -168,5 +170,5 @@ def _state(attempt: Attempt, status: slurm.JobStatus | None) -> State:
         )
         reason = status.reason if status else unknown
         return State(name, f"as last recorded: {reason}", started.get("restarts", 0))
-    error = attempt.last_error_line() if status.state == FAILED else ""
+    error = error_logs(attempt).last_error() if status.state == FAILED else ""
     return State(status.state, status.reason + (f": {error}" if error else ""), status.restarts)

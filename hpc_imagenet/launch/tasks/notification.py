@@ -19,12 +19,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.config.setting import is_variable
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.access import read_private
+from hpc_imagenet.io.access import expand_home, read_private
 from hpc_imagenet.io.atomic_files import read_json, write_json, write_json_once
 from hpc_imagenet.runs.attempt import FAILED, FINISHED, Attempt
 from hpc_imagenet.runs.job import signature
@@ -76,7 +75,7 @@ def read_urls(notify: str) -> list[str]:
                 "notify=FILE, a path with a / or a ."
             )
     else:
-        text = read_private(Path(notify).expanduser(), "notify")
+        text = read_private(expand_home(notify), "notify")
     lines = [line.strip() for line in text.splitlines()]
     urls = [line for line in lines if line and not line.startswith("#")]
     if not urls:

@@ -28,9 +28,10 @@ from hpc_imagenet.cluster.dist_env import SHARED_LOADER_VARIABLE
 from hpc_imagenet.errors import EXIT_REQUEUE, UserError
 from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.launch.local_jobs import local_queue
+from hpc_imagenet.launch.retries.error_logs import error_logs
 from hpc_imagenet.launch.tasks import notification
-from hpc_imagenet.launch.tasks.task import on_slurm
-from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, Attempt
+from hpc_imagenet.launch.tasks.task import end_failed, on_slurm
+from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, Attempt
 from hpc_imagenet.runs.store import Run, attempt_of
 
 _POLL = 0.2  # s between two looks at the processes
@@ -116,8 +117,9 @@ def _start(run: Run, attempt: Attempt, number: int, memory: int) -> _Member:
     """Start the process of a run, on one of the GPUs of this job, with logs in the folder of its attempt."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {**os.environ, SHARED_LOADER_VARIABLE: f"{there.fileno()},{memory}"}
-    devices = gpus.available_gpus()
-    if len(devices) > 1 and run.cluster().gpus_per_node:
+    most = run.cluster().gpus_per_node  # null: all, as cluster.sbatch requests them
+    devices = gpus.available_gpus()[:most]
+    if len(devices) > 1:
         environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
     job = os.environ.get("SUBMITIT_LOCAL_JOB_ID") or slurm.this_job() or os.getpid()
     command = [sys.executable, "-u", "-m", "hpc_imagenet.launch.tasks.task"]
@@ -189,9 +191,10 @@ def _record_end(member: _Member, stopping: bool) -> None:
             name = signal.Signals(-code).name
             reason = f"ended without an outcome ({name}: killed, or out of memory): retry resumes it"
         else:
-            line = attempt.last_error_line() or "none, its error log is empty"
+            logs = error_logs(attempt)
+            line = logs.last_error() or logs.last_line() or "none, its error log is empty"
             reason = f"exit code {code} without an outcome; last error line: {line}"
-        attempt.end(FAILED, reason)
+        end_failed(attempt, reason)
         print(f"{member.run.id} {reason}; the other runs go on", file=sys.stderr, flush=True)
     if attempt.outcome:
         notification.run_ended(member.run, attempt)

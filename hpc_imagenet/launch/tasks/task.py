@@ -11,6 +11,7 @@ outcome; requeue.py then decides once per job, after srun.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import os
 import signal
 import sys
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hpc_imagenet.cluster import slurm
-from hpc_imagenet.cluster.dist_env import from_environment
+from hpc_imagenet.cluster.dist_env import DistEnv, from_environment
+from hpc_imagenet.cluster.gpu_meter import open_meter
+from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.errors import EXIT_REQUEUE, PeerLost, Preempted, Superseded, UserError
 from hpc_imagenet.io.access import explain_permission_error
 from hpc_imagenet.io.atomic_files import is_disk_full
@@ -90,7 +93,8 @@ def run_task(run_folder: Path, number: int) -> dict[str, Any]:
     try:
         config = run.own_config()
         set_job_umask(STAGES[config.stage.name].shares_output)
-        with UsageRecorder(attempt, dist_env):
+        meter = functools.partial(open_meter, most=_used_gpus(config, dist_env))
+        with UsageRecorder(attempt, dist_env, meter):
             result = STAGES[config.stage.name].run(config, run, dist_env)
         if dist_env.is_rank_zero:
             if run.lease:
@@ -111,17 +115,31 @@ def run_task(run_folder: Path, number: int) -> dict[str, Any]:
             folder = run_folder.parents[1]
             _fail(attempt, UserError(f"no space left in {folder}: free some space, then retry"))
         if isinstance(error, PermissionError) and error.filename:
-            attempt.end(FAILED, explain_permission_error(error, run_folder.parents[1]))
-        attempt.end(FAILED, traceback.format_exception_only(type(error), error)[-1].strip())
+            end_failed(attempt, explain_permission_error(error, run_folder.parents[1]))
+        end_failed(attempt, traceback.format_exception_only(type(error), error)[-1].strip())
         raise
     return result
 
 
+def _used_gpus(config: Config, dist_env: DistEnv) -> int:
+    """Return the number of GPUs that the tasks of this node use: one for each, or those requested for one."""
+    requested = cluster_for(config, config.stage.name).gpus_per_node
+    if STAGES[config.stage.name].distributed and requested is None:
+        return dist_env.local_size
+    return int(requested or 0)
+
+
 def _fail(attempt: Attempt, error: UserError) -> NoReturn:
     line = error_line(error)
-    attempt.end(FAILED, line)
+    end_failed(attempt, line)
     print(f"error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(1) from None
+
+
+def end_failed(attempt: Attempt, reason: str) -> None:
+    """Record a failure, unless a later start holds the lease: the failure is not that of the run, then."""
+    if not lease.is_superseded(attempt.folder.parents[1], attempt.number):
+        attempt.end(FAILED, reason)
 
 
 def _start_attempt(run: Run, attempt: Attempt, **details: Any) -> None:

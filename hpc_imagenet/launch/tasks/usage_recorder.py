@@ -44,7 +44,6 @@ class UsageRecorder:
         self._path = usage_path(attempt, restart_count(), dist_env.rank)
         self._fixed = {
             "restarts": restart_count(),
-            "rank": dist_env.rank,
             "host": socket.gethostname(),
             "cpus": available_cpus(dist_env),
         }

@@ -243,6 +243,8 @@ def test_with_defaults_drops_what_is_given() -> None:
         (("train",), "did you mean: +stage=train"),
         (("-m", "seed=1,", "2"), "did you mean: seed=1,2, without spaces"),
         (("recipe.epochs", "=", "3"), "did you mean: recipe.epochs=VALUE, without spaces"),
+        (("model=resnet18,", "-m"), "model=resnet18, ends with a comma: write the values without spaces"),
+        (("workspace=/x", "jobs"), "jobs is a command, which comes first: python -m hpc_imagenet jobs …"),
         (("--lr", "0.1"), "did you mean: recipe.learning_rate"),
         (("--batch-size=64",), "did you mean: recipe.global_batch"),
     ],

@@ -8,7 +8,15 @@ import pytest
 from command_line import Cli
 
 from hpc_imagenet.config.compose import compose
-from hpc_imagenet.config.input.stored_settings import FILE
+from hpc_imagenet.config.input.stored_settings import (
+    FILE,
+    SENT,
+    config_folders,
+    describe,
+    store,
+    stored_settings,
+    stored_value,
+)
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.errors import UserError
 
@@ -127,3 +135,59 @@ def test_commands_find_the_stored_workspace_and_info_shows_where_it_is_stored(
     assert f"workspace={tmp_path / 'mine'}   ({FILE})" in shown
     assert "cluster: local" in cli("dry_run=true", "+stage=download", "dataset=digits").stdout.splitlines()[0]
     cli.close()
+
+
+@pytest.mark.slow
+def test_links_to_nothing_and_folders_are_no_config_files(places: Places) -> None:
+    places.store(places.user, "time: 30", "cluster/mine.yaml")
+    (places.user / "cluster/.#mine.yaml").symlink_to("me@host.123:1")  # unsaved changes in Emacs
+    (places.user / "cluster/old.yaml").mkdir()
+    assert config_folders() == [places.user]
+    assert composed("cluster=local").cluster.executor == "local"
+
+
+def test_info_says_that_sent_settings_take_the_place_of_those_here(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places.store(places.project, "seed: 7")
+    assert "seed=7" in describe()
+    monkeypatch.setenv(SENT, "/sent")
+    assert "seed=7" not in describe()
+    assert "3 is here what your own machine sent, not ./hpc_imagenet.yaml and ./conf: /sent" in describe()
+
+
+def test_a_stored_null_is_no_text(places: Places) -> None:
+    places.store(places.project, "datastore: {url: null}\nworkspace: 7")
+    assert (stored_value("datastore.url"), stored_value("workspace")) == (None, "7")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("# no setting yet", "# no setting yet\n"),
+        (
+            "# mine\nworkspace: /scratch/me\ncluster:\n  # of the project\n  account: proj\n\nseed: 1",
+            "# mine\nworkspace: /scratch/me\nseed: 1\ncluster.account: proj\n",
+        ),
+        ("---\n'cluster': old\ncluster.time: 60 # min\n", "---\ncluster.time: 60 # min\n"),
+        ('{"workspace": "/w",\n"cluster": {"sbatch": {}, "setup": ["a"]}\n}', None),
+        ("cluster: {\naccount: a\n}\nsetup: [a,\nb]\n", None),
+        ("  workspace: /w\n  cluster: old\n", None),
+        ("cluster: &name old\nworkspace: *name\n", None),
+        ("cluster: old\nworkspace: /w\n...\n", None),
+        ("{}\n", ""),
+    ],
+)
+def test_storing_a_cluster_keeps_other_lines_and_what_is_stored_for_the_group(
+    places: Places, before: str, after: str | None
+) -> None:
+    elsewhere = places.project / "dotfiles.yaml"
+    places.user.mkdir(parents=True)
+    elsewhere.write_text(before)
+    (places.user / FILE).symlink_to(elsewhere)
+    expected = {item.key: item.value for item in stored_settings()} | {"cluster": "mine"}
+    store({"cluster": "mine"})
+    assert (places.user / FILE).is_symlink()
+    assert {item.key: item.value for item in stored_settings()} == expected
+    if after is not None:
+        assert elsewhere.read_text() == f"{after}cluster: mine\n"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.names import backbones
@@ -73,6 +74,8 @@ def test_a_file_of_this_folder_suggests_the_form_of_an_own_network(
         with pytest.raises(UserError) as caught:
             composed(f"model={given}")
         assert str(caught.value) == f"model={given} {hint} {meant}"
+    # Hydra's list of all groups, as in --hydra-help, never ends if the name of one is empty.
+    assert "" not in ConfigStore.instance().repo["model"]
 
 
 @pytest.mark.slow
@@ -166,6 +169,7 @@ def test_optional_settings_are_in_the_signature_only_if_set() -> None:
         (["timm/lamp"], "recipe.optimizer=timm/lamp is unknown; did you mean: timm/lamb"),
         (["adam", "lr=1"], "recipe.optimizer_options.lr: set recipe.learning_rate instead"),
         (["sgd", "momentum=1"], "recipe.optimizer_options.momentum: set recipe.momentum instead"),
+        (["timm/lars", "momentum=1"], "recipe.optimizer_options.momentum: set recipe.momentum instead"),
     ],
 )
 def test_optimizers_are_checked(overrides: list[str], message: str) -> None:

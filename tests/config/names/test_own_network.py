@@ -65,6 +65,12 @@ def test_any_text_survives_the_frozen_config(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_byte_order_mark_is_no_text(folder: Path) -> None:
+    Path("mine.py").write_text(FACTORY, encoding="utf-8-sig")  # as editors of Windows save it
+    assert composed("model=mine:build").model.source == {"mine.py": FACTORY}
+
+
+@pytest.mark.slow
 def test_files_that_it_imports_are_frozen_too(folder: Path) -> None:
     write(
         folder,

@@ -14,8 +14,11 @@ import psutil
 import pytest
 from command_line import Cli, Gate, eventually
 
+from hpc_imagenet.api import Handle
 from hpc_imagenet.cluster import dist_env
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import UMASK
+from hpc_imagenet.launch import watched_runs
 from hpc_imagenet.launch.executors import start_queued
 from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.launch.local_jobs.local_worker import Worker
@@ -198,6 +201,19 @@ def test_retry_starts_a_worker_for_runs_that_are_queued(
     held.open.set()
     cli.until("failed", "failed")
     assert held.waiting == ["a", "b"]
+
+
+def test_waiting_for_a_result_in_python_starts_a_worker(
+    cli: Cli, gate: tuple[Gate, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, url = gate
+    submit(cli, url, "a", "b")
+    eventually(lambda: held.waiting == ["a"])
+    kill_worker(cli)
+    held.open.set()
+    monkeypatch.setattr(watched_runs, "_WORKER_INTERVAL", 0)
+    with pytest.raises(UserError, match="404"):
+        Handle(RunStore(cli.workspace).find("download-b").folder).result(60)
 
 
 def test_a_worker_that_is_started_later_knows_the_umask_for_shared_data(

@@ -14,7 +14,7 @@ import pytest
 from command_line import Cli, eventually
 
 from hpc_imagenet.launch.retries.diagnosis import Diagnosis, diagnose, failure_class, failure_words
-from hpc_imagenet.launch.retries.error_logs import ErrorLogs
+from hpc_imagenet.launch.retries.error_logs import ErrorLogs, error_logs
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED
 from hpc_imagenet.runs.store import Run, RunStore
 
@@ -175,6 +175,15 @@ def test_jobs_that_slurm_ends(
         ("[Errno 122] Disk quota exceeded: '/home/me/x'", "disk_full"),
         ("ImportError: libcudart.so.12: cannot open shared object file", "environment"),
         ("cluster.gpus_per_node=1, but torch 2.4 sees no GPU on this node", "environment"),
+        ("torch 2.11 cannot use the GPU of this node (Error 802: …): install a torch build …", "environment"),
+        ("torch 2.11 has no kernels for Tesla V100 (it has sm_75 sm_80): install another …", "environment"),
+        ("NCCL cannot connect the GPUs of this job: Duplicate GPU detected : rank 1 and …", "environment"),
+        ("RuntimeError: The NVIDIA driver on your system is too old (found version 12040). …", "environment"),
+        ("RuntimeError: Found no NVIDIA driver on your system. Please check …", "environment"),
+        ("RuntimeError: Unexpected error from cudaGetDeviceCount(). Did you …", "environment"),
+        ("torch.AcceleratorError: CUDA error: no kernel image is available for …", "environment"),
+        ("torch.AcceleratorError: CUDA error: CUDA-capable device(s) is/are busy …", "environment"),
+        ("RuntimeError: No HIP GPUs are available", "environment"),
         ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:1970", "peer_lost"),
         ("stopped near its time limit or by a preemption (SIGUSR2), but Slurm refused …", "time_limit"),
         ("a task was ended by SIGKILL, but Slurm refused to requeue the job (…): …", "killed"),
@@ -216,6 +225,24 @@ def test_last_error_of_a_log() -> None:
     )
     assert len(last("ValueError: " + "x" * 10_000)) == 200
     assert last("error: model.name=x is unknown\n") == "model.name=x is unknown"
+    assert last("INFO: a\nFATAL: container creation failed: x\n") == "FATAL: container creation failed: x"
+    assert last("what is this\n") == last("") == ErrorLogs({0: []}).last_line() == ""
+    assert ErrorLogs({0: ["a", "what is this"], 1: []}).last_line() == "what is this"
+
+
+def test_lines_of_torch_before_which_the_rank_is(tmp_path: Path) -> None:
+    attempt = RunStore(tmp_path).create("00000000-x", {}, {"stage": "train"}).new_attempt()
+    for rank in (0, 1):
+        lines = (
+            "Traceback (most recent call last):",
+            '  File "a.py", line 3, in fit',
+            "ValueError: x",
+            "of y",
+        )
+        text = "".join(f"[rank{rank}]: {line}\n" for line in lines)
+        (attempt.folder / f"7_{rank}_log.err").write_text(text)
+    logs = error_logs(attempt)
+    assert (logs.last_error(), logs.last_frames()) == ("ValueError: x", "fit in a.py:3")
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def test_the_longest_shorter_training_is_named(cli: Cli) -> None:
     assert shorter_runs(plan(cli, "recipe.epochs=1"), store) == []
     (line,) = shorter_runs(plan(cli, "recipe.epochs=9", "recipe.schedule=linear"), store)
     assert f"begins at the start and does not continue {run.id}: its linear schedule" in line
-    assert "zero at epoch 4, and with 9 epochs" in line
+    assert "zero at epoch 4; with 9 epochs" in line
     assert "does not continue" in cli(*FIXED, "recipe.epochs=3", "+stage=pipeline", "dry_run=true").stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,12 +28,42 @@ def command(runtime: str, **changes: object) -> str:
     return container_command(cluster, ["/shared/runs"]).python
 
 
+def test_both_images_have_what_every_job_needs() -> None:
+    files = (PACKAGE_ROOT / "container/Dockerfile", PACKAGE_ROOT / "container/hpc_imagenet.def")
+    first, second = (re.findall(r"pip install .*'\.\[(.+)\]'", file.read_text()) for file in files)
+    assert first == second
+    assert {"notify", "parquet", "search", "session", "timm"} <= set(first[0].split(","))
+
+
 def test_apptainer_binds_folders_and_gpus() -> None:
     text = command("apptainer", container_args=["--cleanenv"])
     assert text.startswith(f"apptainer exec --nv --bind {PACKAGE_ROOT} --bind ")
     assert text.endswith("--bind /shared/runs --bind \"$TMPDIR/x\" --cleanenv '/images/my image.sif' python3")
     assert "--nv" not in command("singularity", gpus_per_node=0)
-    assert "--nv" in command("singularity", gpus_per_node=None, sbatch={"gres": "gpu:2"})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "gpus"),
+    [
+        ("gres", "lscratch:10,gpu:2", True),
+        ("gpus-per-node", "a100:2", True),
+        ("gpus_per_task", 1, True),
+        ("ntasks-per-gpu", 1, True),
+        ("gres", "shard:2", True),
+        ("gres", "lscratch:10,mps:50", True),
+        ("gres", "mig:1g.5gb:1", True),
+        ("tres-per-task", "cpu:4,gres/gpu:1", True),
+        ("tres_per_task", "gres/shard=2", True),
+        ("gres", "lscratch:10", False),
+        ("tres-per-task", "cpu:4", False),
+        ("gpus", None, False),
+        ("mem-per-gpu", "60G", False),
+    ],
+)
+def test_gpus_are_passed_if_an_option_of_sbatch_requests_them(option: str, value: object, gpus: bool) -> None:
+    settings = {"gpus_per_node": None, "sbatch": {option: value}}
+    assert ("--nv" in command("apptainer", **settings)) == gpus
+    assert ("nvidia.com/gpu" in command("podman", **settings)) == gpus
 
 
 def test_podman_keeps_the_user_and_the_environment() -> None:

@@ -93,6 +93,8 @@ def test_transient_failure_requeues_the_job(job: Job, code: int, errors: str) ->
     [
         (1, "Traceback\nModuleNotFoundError: No module named 'hpc_imagenet'", "No module named"),
         (127, "srun: error: n1: task 0: Exited with exit code 127\nbash: python: not found", "127"),
+        (127, "sh: module: command not found\nsrun: error: n1: task 0: Exited", "module: command not found"),
+        (1, "libx: error: no such device\nsrun: error: n1: task 0: Exited", "libx: error: no such device"),
         (2, "", "error log is empty"),
         (139, "srun: error: n1: task 0: Segmentation fault", "SIGSEGV"),
         (132, "", "SIGILL"),
@@ -149,6 +151,18 @@ def test_superseded_copy_neither_requeues_nor_fails(job: Job) -> None:
     assert requeue.requeue_or_fail([(job.run, job.attempt)], 137) == EXIT_REQUEUE
     assert job.requeued == ""
     assert job.attempt.outcome is None
+
+
+def test_restart_that_ends_before_its_task_takes_the_lease_is_no_old_copy(job: Job) -> None:
+    job.end(143)
+    job.monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    log = job.attempt.folder / "5_0_log.err"
+    log.write_text("srun: error: Task launch for StepId=5.0 failed on node n2: Communication failure")
+    assert requeue.requeue_or_fail([(job.run, job.attempt)], 1) == EXIT_REQUEUE
+    assert job.requeued == "requeue 5\n" * 2
+    log.write_text("bash: python: command not found")
+    assert requeue.requeue_or_fail([(job.run, job.attempt)], 127) == 1
+    assert "exit code 127" in job.reason
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from hpc_imagenet.cli import connect
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.local_jobs.local_worker import Worker
+from hpc_imagenet.launch.slurm_jobs.array_submission import submit_attempts
 from hpc_imagenet.launch.tasks import task
 from hpc_imagenet.report import jobs_table, logs
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
@@ -75,10 +77,19 @@ def test_pipeline_is_a_dependency_chain_that_ends_in_one_array(cluster: Cli, com
     for script in (download, train):
         assert "#SBATCH --account=me\n" in script
         assert "wckey" not in script
-        assert "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}" in script
+        assert cpus_of_srun(script, SLURM_CPUS_PER_TASK="3") == "3"
+        assert cpus_of_srun(script, SLURM_CPUS_PER_GPU="12", SRUN_CPUS_PER_TASK="7") == "unset"
         start = r"^srun .*--kill-on-bad-exit=1 .*-m hpc_imagenet\.launch\.tasks\.start_task"
         assert re.search(start, script, re.MULTILINE)
         assert sys.executable in script
+
+
+def cpus_of_srun(script: str, **variables: str) -> str:
+    """Return SRUN_CPUS_PER_TASK as srun would find it in a job with these variables."""
+    lines = [line for line in script.splitlines() if "CPUS_PER_TASK" in line]
+    lines.append("echo ${SRUN_CPUS_PER_TASK-unset}")
+    command = ["bash", "-euc", "\n".join(lines)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.mark.slow
@@ -165,6 +176,20 @@ def test_dependency_on_a_local_run_fails_the_jobs_not_yet_submitted(cluster: Cli
     assert "which runs on this machine" in cluster("retry", train.id, code=2).stderr
     assert "which runs on this machine" in cluster.jobs()[-1]["reason"]
     assert len(scripts(commands)) == 4
+
+
+def test_config_that_is_not_executed_fails_all_attempts_of_the_submission(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    info = {"stage": "download", "label": "download-digits", "needs": []}
+    frozen = {"cluster": {"executor": "slurm"}, "stage": {"name": "download"}}
+    runs = [store.create(f"{number}-download-digits", frozen, info) for number in (1, 2)]
+    attempts = [(run, run.new_attempt()) for run in runs]
+    (runs[1].folder / "config.yaml").chmod(0o666)
+    with pytest.raises(UserError, match=f"{runs[1].id} is not executed: other users may write"):
+        submit_attempts(store, attempts, (), {})
+    for _, attempt in attempts:
+        assert attempt.outcome is not None
+        assert f"{runs[1].id} is not executed" in attempt.outcome.reason
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ assert len(JOB.splitlines()[0].split("|")) == len(slurm_accounting._FIELDS)
 
 def test_usage_of_a_recorded_job() -> None:
     usage = parse_usage(JOB, ["77"])["77"]
-    assert (usage.cpus, usage.nodes, usage.gpus, usage.memory_bytes) == (4, 2, 2, 1000 * 2**20)
+    assert (usage.cpus, usage.gpus, usage.memory_bytes) == (4, 2, 1000 * 2**20)
     assert (usage.seconds, usage.limit_seconds, usage.ended) == (13, 3600, True)
     assert usage.used_cpu_seconds == pytest.approx(6.357)
     assert usage.available_cpu_seconds == 52
@@ -51,6 +51,9 @@ def test_one_step_of_an_allocation() -> None:
     usage = parse_usage(JOB, ["77.0"])["77.0"]
     assert usage.seconds == 12
     assert usage.used_cpu_seconds == pytest.approx(6.344)
+    requeued = JOB + JOB.replace("77.0|", "77.1|").replace("|13|", "|3600|")
+    assert parse_usage(requeued, ["77.0"])["77.0"] == usage
+    assert parse_usage(JOB, ["77.5"])["77.5"].used_cpu_seconds is None
 
 
 def test_energy_of_a_node_counts_once() -> None:

@@ -115,6 +115,7 @@ def test_gpu_request_keeps_one_task_per_gpu_and_no_gpu_for_data_stages(
             "cluster.sbatch.gres=gpu:a100:4 and cluster.gpus_per_node=1 both say how many GPUs train gets",
         ),
         (("+cluster.sbatch.gpus=8",), "cluster.sbatch.gpus=8 and cluster.gpus_per_node=1 both say"),
+        (("+cluster.sbatch.tres-per-task=gres/gpu:2",), "gres/gpu:2 and cluster.gpus_per_node=1 both say"),
         (
             ("+cluster.sbatch.mem-per-cpu=4G", "cluster.memory_gb=16"),
             "cluster.sbatch.mem-per-cpu=4G and cluster.memory_gb=16 both request memory for train",

@@ -11,8 +11,8 @@ from fake_slurm import scripts, write_command, write_slurm
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.launch import watched_runs
 from hpc_imagenet.launch.retries.retry_plan import plan_retry, send_retry
-from hpc_imagenet.launch.slurm_jobs import waiting
 from hpc_imagenet.launch.slurm_jobs.submit_limit import describe_limit, largest_accepted, limit_in
 from hpc_imagenet.runs.store import RunStore
 
@@ -165,13 +165,13 @@ def test_waiting_command_submits_the_rest(
     raise_limit(commands, 100)
     monkeypatch.setenv("PATH", limited.env["PATH"])
     runs = RunStore(limited.workspace).all()
-    resend = waiting.WaitingRuns()
-    resend.submit(runs)
+    watched = watched_runs.WatchedRuns()
+    watched.keep_going(runs)
     assert sizes(commands) == [4]  # once a minute
-    monkeypatch.setattr(waiting, "_INTERVAL", 0)
-    resend.submit(runs)
+    monkeypatch.setattr(watched_runs, "_SUBMIT_INTERVAL", 0)
+    watched.keep_going(runs)
     assert sizes(commands) == [4, 6]
-    resend.submit(runs)
+    watched.keep_going(runs)
     assert sizes(commands) == [4, 6]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,17 +16,20 @@ import pytest
 from command_line import Cli, eventually
 from recorded_runs import create_run
 
+from hpc_imagenet.cluster import gpus
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.cluster.gpu_meter import GpuMeter, open_meter
 from hpc_imagenet.io.atomic_files import write_json
+from hpc_imagenet.launch.tasks.task import run_task
 from hpc_imagenet.launch.tasks.usage_recorder import UsageRecorder, write_intervals
 from hpc_imagenet.runs.attempt import Attempt
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.runs.usage_records import read_usage, usage_path
+from hpc_imagenet.stages import STAGES
 
 
 class Nvml:
-    """A replacement of the module pynvml: GPUs with counter (mJ), power (mW), use (%) and memory (bytes)."""
+    """A replacement of the module pynvml: GPUs with counter (mJ), power (mW) and use (%)."""
 
     class NVMLError(Exception):
         pass
@@ -55,9 +59,6 @@ class Nvml:
     def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
         return SimpleNamespace(gpu=self.use)
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
-        return SimpleNamespace(used=7)
-
 
 def attempt_of(folder: Path) -> Attempt:
     attempt = Attempt(folder / "attempts" / "1")
@@ -79,7 +80,7 @@ def test_energy_is_the_difference_of_the_counter() -> None:
     meter.sample(104.0)
     nvml.use = 0
     meter.sample(108.0)
-    expected = {"seconds": 8, "joules": 20, "use": 0.5, "memory_bytes": 7}
+    expected = {"seconds": 8, "joules": 20, "use": 0.5}
     assert meter.totals() == {"GPU-0": expected, "GPU-1": expected}
 
 
@@ -173,6 +174,14 @@ def test_starts_and_nodes_add_up_and_a_gpu_counts_once(tmp_path: Path) -> None:
     assert (usage.gpu_use, usage.gpus) == (0.5, 4)
 
 
+def test_gpus_of_a_job_that_goes_on_elsewhere_are_those_of_a_start(tmp_path: Path) -> None:
+    attempt = attempt_of(tmp_path)
+    record(attempt, 0, 0, "n1", a=50)
+    record(attempt, 1, 0, "n2", b=70, c=70)
+    usage = read_usage(attempt)
+    assert (usage.joules, usage.gpus) == (190, 2)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"restarts": 0, "seconds": "x"}', ""])
 def test_damaged_records_are_left_out(tmp_path: Path, content: str) -> None:
     attempt = attempt_of(tmp_path)
@@ -230,6 +239,43 @@ def test_a_job_of_the_command_line_shows_the_energy_that_nvml_reports(cli: Cli, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "environment", "measured"),
+    [
+        (["+stage=train"], {}, 1),  # in the foreground: the others may have other jobs
+        (["+stage=train"], {"CUDA_VISIBLE_DEVICES": "0,1"}, 2),
+        (["+stage=train", "cluster.gpus_per_node=0"], {}, 0),
+        (["+stage=download"], {"SLURM_JOB_ID": "7"}, 0),  # on a node that shows all GPUs to every job
+        (["+stage=download", "cluster.gpus_per_node=1"], {}, 1),
+        (["+stage=session"], {"SLURM_JOB_ID": "7"}, 0),
+        (["+stage=session", "session.gpus=2"], {"SLURM_JOB_ID": "7"}, 2),
+    ],
+)
+def test_energy_is_that_of_the_gpus_that_the_job_uses(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    environment: dict[str, str],
+    measured: int,
+) -> None:
+    for number in range(2):
+        (tmp_path / f"nvidia{number}").touch()
+    monkeypatch.setattr(gpus, "available_gpus", partial(gpus.available_gpus, tmp_path))
+    nvml = Nvml()
+    nvml.nvmlInit = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    for name in ("SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = create_run(RunStore(tmp_path), "cluster=foreground", *words)
+    attempt = run.new_attempt()
+    monkeypatch.setattr(type(STAGES[run.info["stage"]]), "run", lambda *_: {})
+    run_task(run.folder, attempt.number)
+    assert read_usage(attempt).gpus == measured
+
+
+@pytest.mark.slow
 def test_an_attempt_without_records_is_unknown(cli: Cli) -> None:
     run = create_run(RunStore(cli.workspace), "+stage=download")
     attempt = run.new_attempt()
@@ -245,7 +291,6 @@ def test_an_attempt_without_records_is_unknown(cli: Cli) -> None:
 def test_the_functions_that_are_called_are_those_of_nvidia_ml_py() -> None:
     pynvml = pytest.importorskip("pynvml")
     names = [name for name in vars(Nvml) if name.startswith(("nvml", "NVML"))]
-    assert len(names) == 8
+    assert len(names) == 7
     assert [name for name in (*names, "nvmlInit") if not hasattr(pynvml, name)] == []
     assert {"gpu"} <= {name for name, _ in pynvml.c_nvmlUtilization_t._fields_}
-    assert {"used"} <= {name for name, _ in pynvml.c_nvmlMemory_t._fields_}
