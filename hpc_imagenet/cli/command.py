@@ -10,10 +10,6 @@ from dataclasses import dataclass
 from hpc_imagenet.runs.store import RunStore
 
 
-def no_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add no argument: only those of every command."""
-
-
 @dataclass(frozen=True)
 class Command:
     """One command, such as `jobs`; its module is listed in `commands.COMMANDS`.
@@ -31,7 +27,7 @@ class Command:
 
     description: str
     run: Callable[[RunStore, argparse.Namespace], int]
-    add_arguments: Callable[[argparse.ArgumentParser], None] = no_arguments
+    add_arguments: Callable[[argparse.ArgumentParser], None]
     settings: tuple[str, ...] = ()
     needs_runs: bool = True
     composes: bool = False

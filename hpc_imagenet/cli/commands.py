@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from hpc_imagenet.cli.command import Command
 from hpc_imagenet.config.input.stored_settings import stored_value
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.runs.store import RunStore
 
 # The module of hpc_imagenet.cli that has each command in its COMMANDS. Only that one is imported.
@@ -47,11 +47,13 @@ def run_command_line(name: str, arguments: Sequence[str]) -> int:
     given = [item for item in arguments if item.partition("=")[0] in settings and "=" in item]
     rest = list(arguments) if command.composes else [item for item in arguments if item not in given]
     options = _parser(name, command).parse_intermixed_args(rest)
-    options.set = {key: value for key, _, value in (item.partition("=") for item in given)}
+    options.set = dict(item.split("=", 1) for item in given)
+    if len(options.set) < len(set(given)):
+        raise UserError(f"{name}: a setting is given twice: write it once")
     workspace = options.set.get("workspace", stored_value("workspace") or "workspace")
     if not workspace:
         raise UserError("workspace is empty: set a folder, such as . for the current one")
-    store = RunStore(Path(workspace).expanduser().absolute())
+    store = RunStore(expand_home(workspace).absolute())
     if command.needs_runs and not store.folder.is_dir():
         raise UserError(f"no runs in {store.folder.parent}: set workspace=FOLDER to the folder of the runs")
     return command.run(store, options)

@@ -13,6 +13,7 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.states import state
+from hpc_imagenet.launch.watched_runs import WatchedRuns
 from hpc_imagenet.runs.attempt import RUNNING, Attempt
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.session.connection import ConnectionInfo, end_warning, load_connection_info, read_token
@@ -90,8 +91,9 @@ def wait_until_running(run: Run) -> tuple[Attempt, ConnectionInfo]:
     Raises:
         UserError: the session has ended.
     """
-    printed, begin = "", time.monotonic()
+    printed, begin, watched = "", time.monotonic(), WatchedRuns()
     while True:
+        watched.keep_going([run])
         current, attempt = state(run, begin), run.attempt
         if current.waiting:
             raise UserError(

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.cli.command import Command
@@ -17,12 +16,14 @@ from hpc_imagenet.datastore import catalog, versions
 from hpc_imagenet.datastore.backends.storage_backend import StorageBackend
 from hpc_imagenet.datastore.catalog import CatalogEntry
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.io.ownership import is_own, owner_name
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.runs.store import RunStore
 
 IDLE_DAYS = 7.0  # days without a change after which prune removes a partial upload
 
+_READERS = ("train", "evaluate", "price", "search", "session")  # stages that read images from a datastore
 _PROGRESS_INTERVAL = 1.0  # s between progress lines
 
 
@@ -70,18 +71,21 @@ def _datastores(store: RunStore, options: argparse.Namespace) -> int:
 def used_by(store: RunStore, backend: StorageBackend) -> dict[str, list[str]]:
     """Return the ids of the workspace's jobs that have not ended and read images from a backend.
 
-    Keys are `name@vN`, or `name` for trainings whose version is not uploaded yet.
+    Keys are `name@vN`, or `name` for jobs whose version is not uploaded yet.
     """
     found: dict[str, list[str]] = {}
-    trainings = [run for run in store.all() if run.info.get("stage") in ("train", "evaluate")]
-    state_of = states(trainings)
-    for run in trainings:
+    readers = [run for run in store.all() if run.info.get("stage") in _READERS]
+    state_of = states(readers)
+    for run in readers:
         if state_of[run.id].ended:
             continue
         try:
-            datastore = run.config().datastore
+            config = run.config()
         except PermissionError:
             continue
+        if run.info.get("stage") == "session" and not config.session.datastore:
+            continue
+        datastore = config.datastore
         if _same_url(datastore.url, backend):
             name, number = versions.pinned(datastore)
             found.setdefault(f"{name}@v{number}" if number else name, []).append(run.id)
@@ -173,16 +177,15 @@ def _verify(backend: StorageBackend, store: RunStore, options: argparse.Namespac
 def _fetch(
     backend: StorageBackend, store: RunStore, options: argparse.Namespace, name: str, folder: str
 ) -> int:
-    entry, target = catalog.find_version(backend, name), Path(folder).expanduser()
+    entry, target = catalog.find_version(backend, name), expand_home(folder)
     fetched = catalog.fetch_version(
         backend, entry, target, _threads(backend), _progress_printer(f"fetch {entry.reference}", entry)
     )
     if options.json:
         print(json.dumps({"name": entry.name, "version": entry.number, "folder": str(fetched)}, indent=2))
     else:
-        print(
-            f"{fetched} is intact: train on it with datastore.url={target} datastore.name={entry.reference}"
-        )
+        url = target.absolute() if versions.is_remote(str(target)) else target
+        print(f"{fetched} is intact: train on it with datastore.url={url} datastore.name={entry.reference}")
     return 0
 
 
@@ -217,7 +220,7 @@ def _prune(backend: StorageBackend, store: RunStore, options: argparse.Namespace
     stale = [
         entry
         for entry in catalog.list_versions(backend)
-        if entry.state != versions.COMPLETE and catalog.is_stale(backend, entry, seconds)
+        if entry.state in (versions.PARTIAL, versions.GONE) and catalog.is_stale(backend, entry, seconds)
     ]
     others = [f"{entry.reference} of {owner}" for entry in stale if (owner := _other_owner(backend, entry))]
     if others:
@@ -257,7 +260,11 @@ def _confirm(action: str, options: argparse.Namespace) -> bool:
         return True
     if not sys.stdin.isatty():
         raise UserError(f"{action}: cannot confirm without a terminal, add --yes")
-    return input(f"{action}? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{action}? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
 
 
 def _threads(backend: StorageBackend) -> int:

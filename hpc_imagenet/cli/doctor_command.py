@@ -24,6 +24,7 @@ def _doctor(store: RunStore, options: argparse.Namespace) -> int:
             options.write,
             options.settings,
             lambda settings, folder: run_checks(settings, folder, options.timeout, options.json),
+            options.json,
         )
     except KeyboardInterrupt:
         print("\ninterrupted: the probe was cancelled", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The command line at the far end of ssh: run what `remote/host_command.py` sent to this host.
 
-A view, such as logs -f, ends with its connection. A submission that loses its connection goes on to its end.
+A command that loses its connection goes on without output, so that a submission is completed; it is
+interrupted after ten minutes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from hpc_imagenet.cli.main import main, print_error
 from hpc_imagenet.config.input.stored_settings import SENT
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 
 ALONE = 600.0  # s that a command goes on after its connection was lost
 
@@ -27,7 +29,11 @@ def run_sent(encoded: str) -> None:
     os.environ.update(sent["environment"])
     os.environ[SENT] = str(Path(sent["settings"]).absolute())
     for path, refusal in sent["local_paths"]:
-        if not Path(path).expanduser().exists():
+        try:
+            exists = expand_home(path).exists()
+        except UserError:  # the home of a user of the other machine
+            exists = False
+        if not exists:
             sys.exit(print_error(UserError(refusal)))
     _watch_connection()
     main(sent["arguments"])

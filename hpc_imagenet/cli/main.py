@@ -12,14 +12,14 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from hpc_imagenet import __version__
 from hpc_imagenet.cli.commands import COMMANDS, run_command_line
 from hpc_imagenet.config.host import TAKE_CLUSTER, Host, find_host, store_host, without_host
 from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.io.access import explain_permission_error
 
-HELP = f"""hpc_imagenet {__version__}: from the ImageNet archives to a table of trained backbones.
+HELP = """hpc_imagenet VERSION: from the ImageNet archives to a table of trained backbones.
 
 Submit jobs (returns at once; jobs run in the background):
   python -m hpc_imagenet [+stage=STAGE] [SETTING=VALUE …]     one run; default stage: train
@@ -72,22 +72,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        _check_current_folder()
         code = run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         code = print_error(error)
     except PermissionError as error:
         code = print_error(UserError(explain_permission_error(error)))
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: submitted jobs keep running; python -m hpc_imagenet jobs lists them",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as interrupt:  # that of jobs in the foreground has a sentence of its own
+        line = "interrupted: submitted jobs keep running; python -m hpc_imagenet jobs lists them"
+        print(f"\n{interrupt if interrupt.args else line}", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         # `jobs | head` closed the pipe; without this, Python's flush at exit would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def _check_current_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current folder was removed: cd to another one") from None
 
 
 def print_error(error: UserError) -> int:
@@ -109,15 +115,15 @@ def run(arguments: Sequence[str]) -> int:
     if not is_local and arguments[:1] not in (["pull"], ["help"]):
         if (host := find_host(arguments)) is not None:
             return _run_on_host(host, arguments)
-        if arguments and arguments[0] in COMMANDS and arguments[0] not in TAKE_CLUSTER:
+        if arguments and arguments[0] in COMMANDS and not _takes_cluster(arguments):
             arguments = without_host(arguments)
     if arguments and arguments[0] in COMMANDS:
         return run_command_line(arguments[0], arguments[1:])
-    if arguments and arguments[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
+    if arguments[:1] == ["help"] or not {"-h", "--help"}.isdisjoint(arguments):
+        print(HELP.replace("VERSION", _version()), end="")
         return 0
     if arguments == ["--version"]:
-        print(__version__)
+        print(_version())
         return 0
     if arguments in (["--info"], ["-i"]):
         from hpc_imagenet.config.input.stored_settings import describe
@@ -127,6 +133,20 @@ def run(arguments: Sequence[str]) -> int:
     if any(argument.split("=")[0] in _HYDRA_OPTIONS for argument in arguments):
         return _run_hydra(arguments)
     return _submit(*_parse_submission(arguments))
+
+
+def _takes_cluster(arguments: Sequence[str]) -> bool:
+    """Whether cluster= of a command on this machine means more than: not on the stored host."""
+    command, names = arguments[0], {word for word in arguments if word.startswith("cluster=")}
+    if command in ("retry", "resume") and names <= {"cluster=local"} and find_host([command]) is not None:
+        return False
+    return command in TAKE_CLUSTER
+
+
+def _version() -> str:
+    from hpc_imagenet import __version__  # reads the metadata of the installed package, which takes a while
+
+    return __version__
 
 
 def _parse_submission(arguments: list[str]) -> tuple[list[str], bool, str | None]:
@@ -141,6 +161,10 @@ def _parse_submission(arguments: list[str]) -> tuple[list[str], bool, str | None
             config_dir = next(remaining, "")
         elif argument.startswith("--config-dir="):
             config_dir = argument.partition("=")[2]
+        elif argument in COMMANDS:
+            raise UserError(
+                f"{argument} is a command, which comes first: python -m hpc_imagenet {argument} …"
+            )
         elif argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
             meant = _meant(argument, overrides)
             raise UserError(f"{argument} is not a command, option or SETTING=VALUE{meant}; see --help")
@@ -227,7 +251,7 @@ def _run_on_host(host: Host, arguments: list[str]) -> int:
 
     command = arguments[0] if arguments and arguments[0] in COMMANDS else None
     if command not in (None, "doctor", "evaluate", "price"):
-        return run_on_host(host, without_host(arguments), submits=False)
+        return run_on_host(host, arguments, submits=False)
     written = _option(arguments, "--write") if command else None
     code = run_on_host(host, arguments, submits=True)
     if written and code == 0:
@@ -254,10 +278,11 @@ def _run_hydra(arguments: list[str]) -> int:
     from hpc_imagenet.config.input.stored_settings import add_stored_settings, config_folders
 
     register()
-    register_networks(arguments)
     check_given_once(arguments)
     if "--hydra-help" not in arguments:
-        arguments = quote_paths(resolve_cluster(add_stored_settings(arguments))[0])
+        arguments, _ = resolve_cluster(add_stored_settings(arguments))
+        register_networks(arguments)
+        arguments = quote_paths(arguments)
         at = next((i for i, word in enumerate(arguments) if "=" in word and word[0] != "-"), len(arguments))
         arguments[at:at] = search_path(config_folders())
     sys.argv[1:] = arguments

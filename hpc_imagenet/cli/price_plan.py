@@ -38,7 +38,7 @@ def print_plan_prices(prepared: PreparedPlan, as_json: bool = False) -> None:
     # Where JSON is parsed, the price jobs are shown beside it.
     stream = sys.stderr if as_json else sys.stdout
     console = Console(file=stream, width=WIDTH, highlight=False)
-    with contextlib.redirect_stdout(stream):  # of a price job in the foreground too
+    with contextlib.redirect_stdout(stream):  # `run_job` heeds it for a price job in the foreground
         prices = plan_prices(prepared, console)
     searches = [job.config for job in prepared.jobs if job.stage == SEARCH.name]
     search = search_price(searches[0], prepared.store, prices) if searches else None

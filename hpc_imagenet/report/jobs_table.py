@@ -13,10 +13,9 @@ from rich.text import Text
 
 from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.launch.executor import State
-from hpc_imagenet.launch.executors import start_queued
 from hpc_imagenet.launch.retries.diagnosis import failure_class
-from hpc_imagenet.launch.slurm_jobs.waiting import WaitingRuns
 from hpc_imagenet.launch.states import states
+from hpc_imagenet.launch.watched_runs import WatchedRuns
 from hpc_imagenet.report.durations import instant, seconds_between, span
 from hpc_imagenet.report.run_summary import best_top1, describe, seconds_left
 from hpc_imagenet.report.terminal_text import Line, columns, fit, print_lines
@@ -26,7 +25,6 @@ from hpc_imagenet.runs.store import Run, RunStore
 
 COLOURS = {QUEUED: "yellow", RUNNING: "cyan", FINISHED: "green", FAILED: "red", CANCELLED: "magenta"}
 COLOURS[PRUNED] = "blue"
-_CHECK = 5.0  # s after which a waiting command starts again a local worker that was killed
 _HEADER = ("id", "label", "state", "progress, result or reason", "top-1", "nodes", "age")
 _DETAILS = 24  # columns that progress, result or reason get at least
 _LABEL, _NODES = 24, 10  # columns of label and nodes at most
@@ -42,7 +40,7 @@ def job_rows(runs: Iterable[Run], since: float | None = None) -> list[dict[str, 
 
     Returns:
         Rows with run, id, label, stage, model, sweeps, state, failure (its class, see
-        `launch.diagnosis`), reason, top1 (0 to 1, None before the end),
+        `launch.retries.diagnosis`), reason, top1 (0 to 1, None before the end),
         best_top1 (of all validations so far), result, dir, attempt, requeued (times Slurm restarted the
         attempt), executor, job_id, shares_with (ids of the runs that
         share its loader), nodes, created, changed (when it was submitted, started or ended last),
@@ -93,7 +91,7 @@ def _row(run: Run, record: RunRecord, status: State) -> dict[str, Any]:
         "label": info.get("label") or label,
         "stage": info.get("stage"),
         "model": info.get("model"),
-        "sweeps": info["sweeps"] if isinstance(info.get("sweeps"), list) else [],
+        "sweeps": _texts(info.get("sweeps")),
         "state": status.name,
         "failure": failure_class(status.name, status.reason),
         "reason": status.reason or ("" if info else "run.json is missing or damaged"),
@@ -105,7 +103,7 @@ def _row(run: Run, record: RunRecord, status: State) -> dict[str, Any]:
         "requeued": status.restarts,
         "executor": record.submitted.get("executor"),
         "job_id": record.submitted.get("job_id"),
-        "shares_with": record.submitted.get("shares_with") or [],
+        "shares_with": _texts(record.submitted.get("shares_with")),
         "nodes": str(started.get("nodes") or started.get("host") or "").partition(".")[0],
         "created": info.get("created"),
         "changed": max(filter(None, times)).isoformat() if any(times) else None,
@@ -115,6 +113,11 @@ def _row(run: Run, record: RunRecord, status: State) -> dict[str, Any]:
     }
     row["seconds_left"] = seconds_left(row)
     return row
+
+
+def _texts(value: Any) -> list[str]:
+    """Return a list of texts in a record; empty if there is something else, such as in a damaged one."""
+    return list(map(str, value)) if isinstance(value, list) else []
 
 
 def table_lines(table: Sequence[dict[str, Any]], width: int | None) -> list[Line]:
@@ -177,15 +180,10 @@ def watch(runs: Sequence[Run], console: Console, every: float = 0.5) -> bool:
     Returns:
         Whether all runs finished.
     """
-    began, waiting = time.monotonic(), WaitingRuns()
-    checked = began
+    began, watched = time.monotonic(), WatchedRuns()
 
     def rows() -> list[dict[str, Any]]:
-        nonlocal checked
-        waiting.submit(runs)
-        if time.monotonic() - checked >= _CHECK:
-            start_queued(RunStore(runs[0].folder.parents[1]), runs)
-            checked = time.monotonic()
+        watched.keep_going(runs)
         return job_rows(runs, began)
 
     if console.is_terminal:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from hpc_imagenet.report.leaderboard_details import Details, DetailsCache
 from hpc_imagenet.report.published import PublishedAccuracy
 from hpc_imagenet.report.show.resources import energies_of
 from hpc_imagenet.report.terminal_text import Line, columns, fit
-from hpc_imagenet.runs.attempt import QUEUED, RUNNING
+from hpc_imagenet.runs.attempt import QUEUED, RUNNING, is_number
 from hpc_imagenet.runs.run_records import RecordCache
 from hpc_imagenet.runs.store import Run, RunStore
 
@@ -148,7 +147,10 @@ def format_csv(table: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(_COLUMNS), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table)
+    for row in table:
+        writer.writerow(
+            {key: one_line(value) if isinstance(value, str) else value for key, value in row.items()}
+        )
     return text.getvalue()
 
 
@@ -176,9 +178,9 @@ def _training(run: Run, row: dict[str, Any], details: Details) -> Training:
     row |= {key: result.get(key) for key in ("learned", "advice")}
     row["top1"] = _number(row["top1"])
     # Wall time of the training loop in the last attempt; `hours` is the time of the jobs of all attempts.
-    row["training_seconds"] = result.get("seconds")
+    row["training_seconds"] = _number(result.get("seconds"))
     row |= {key: getattr(details, key) for key in ("datastore", "seed", "split", "training", "hours")}
-    row["gpu_hours"] = round(details.gpus * details.hours, 4)
+    row["gpu_hours"] = details.gpu_hours
     row["kwh"], row["energy_of"] = details.kwh, details.energy_of
     for name in ("gpu_hours", "kwh"):
         row[f"{name}_per_point"] = row[name] / (100 * row["top1"]) if row[name] and row["top1"] else None
@@ -191,7 +193,7 @@ def _training(run: Run, row: dict[str, Any], details: Details) -> Training:
 
 def _number(value: Any) -> float | None:
     """Return a finite number; None for anything else that a damaged or foreign record may hold."""
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return value if is_number(value) else None
 
 
 def _protocol(published: PublishedAccuracy) -> str:

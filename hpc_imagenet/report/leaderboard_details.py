@@ -6,6 +6,7 @@ Most of it comes from the frozen config, which takes milliseconds to parse.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from hpc_imagenet import __version__
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.report.durations import instant, seconds_between
 from hpc_imagenet.report.published import PublishedAccuracy, published_for
-from hpc_imagenet.report.show.attempt_times import gpus_of, intervals, running_hours
-from hpc_imagenet.report.show.resources import energies_of, needs_slurm
+from hpc_imagenet.report.show.attempt_times import intervals, running_hours
+from hpc_imagenet.report.show.resources import energies_of, gpus_of, needs_slurm, requested_resources
 from hpc_imagenet.runs.ended_cache import EndedRunCache
 from hpc_imagenet.runs.store import Run, RunStore
 
@@ -29,7 +30,7 @@ class Details(NamedTuple):
         datastore: name of the dataset in the datastore.
         split: of an evaluation.
         training: id of the run whose checkpoint an evaluation has judged.
-        gpus: of all nodes together.
+        gpu_hours: of all attempts; 0 without GPUs.
         hours: in which its attempts were running.
         kwh: of all attempts; None also if not `measured`.
         energy_of: `GPUs` or `nodes`; empty if `kwh` is unknown.
@@ -42,7 +43,7 @@ class Details(NamedTuple):
     seed: Any
     split: Any
     training: Any
-    gpus: int
+    gpu_hours: float
     hours: float
     kwh: float | None
     energy_of: str
@@ -66,11 +67,12 @@ def read_details(run: Run, active: bool) -> Details:
         frozen = run.frozen()  # not config(), which takes 50 ms and may fail for old runs
     is_training = run.info.get("stage") == "train"
     attempts = run.attempts()
-    parts = [intervals(attempt, active and attempt is attempts[-1]) for attempt in attempts]
-    gpus, published, same_protocol = 0, None, None
+    requested = requested_resources(frozen)
+    hours = [running_hours(intervals(attempt, active and attempt is attempts[-1])) for attempt in attempts]
+    gpus = [gpus_of(attempt, requested) for attempt in attempts]
+    published, same_protocol = None, None
     # A config of another version may have other values.
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, UserError):
-        gpus = gpus_of(run, frozen)
         published, same_protocol = (published_for(frozen) if is_training else None) or (None, None)
     measured = not any(map(needs_slurm, attempts))
     kwh, energy_of = energies_of([run])[run.id] if measured else (None, "")
@@ -79,8 +81,8 @@ def read_details(run: Run, active: bool) -> Details:
         seed=frozen.get("seed"),
         split="val" if is_training else _get(frozen, "evaluate", "split"),
         training=None if is_training else _get(frozen, "evaluate", "run"),
-        gpus=gpus,
-        hours=round(sum(map(running_hours, parts)), 4),
+        gpu_hours=round(sum(map(operator.mul, gpus, hours)), 4),
+        hours=round(sum(hours), 4),
         kwh=kwh,
         energy_of=energy_of,
         measured=measured,
@@ -98,7 +100,7 @@ class DetailsCache(EndedRunCache[Details]):
     """
 
     file = "leaderboard.cache"
-    version = f"1 {__version__}"  # raised when `Details` changes; the package holds what is published
+    version = f"3 {__version__}"  # raised when `Details` changes; the package holds what is published
 
     def __init__(self, store: RunStore, active: Collection[str]) -> None:
         super().__init__(store)

@@ -118,6 +118,7 @@ class _LogFile:
 
     def __init__(self, path: Path) -> None:
         self.offset = 0
+        self._looked = False  # also at a file that was still empty
         self._path = path
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character
         self._rest = ""  # a line whose end has not been written yet
@@ -127,7 +128,7 @@ class _LogFile:
 
         `limit`: of the lines that the file has at the first call, only so many are returned.
         """
-        first = self.offset == 0
+        first, self._looked = not self._looked, True
         lines = (shown for line in self._read(last) if (shown := _shown(line)) is not None)
         return deque(lines, limit) if first and limit is not None else lines
 

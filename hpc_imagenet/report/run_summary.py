@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, TypeGuard
+from typing import Any
 
 from hpc_imagenet.launch.retries.diagnosis import failure_words
 from hpc_imagenet.report.durations import clock, span
-from hpc_imagenet.runs.attempt import FINISHED, QUEUED, RUNNING
+from hpc_imagenet.runs.attempt import FINISHED, QUEUED, RUNNING, is_number
 
 _SHORT = {"images": "img", "bytes": "B"}  # units
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
@@ -16,13 +15,13 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
 def best_top1(result: dict[str, Any], progress: dict[str, Any]) -> float | None:
     """Return the highest validation accuracy of a training so far, 0 to 1; None before the first."""
     values = result.get("top1"), progress.get("top1")
-    return max((float(value) for value in values if _is_number(value)), default=None)
+    return max((float(value) for value in values if is_number(value)), default=None)
 
 
 def seconds_left(row: dict[str, Any]) -> float | None:
     """Return the s until a running run ends at its present rate; None if that is unknown."""
     done, total, rate = (row["progress"].get(key) for key in ("done", "total", "rate"))
-    known = row["state"] == RUNNING and all(map(_is_number, (done, total, rate)))
+    known = row["state"] == RUNNING and all(map(is_number, (done, total, rate)))
     return max(0.0, (total - done) / rate) if known and rate > 0 else None
 
 
@@ -49,19 +48,19 @@ def describe(row: dict[str, Any]) -> str:
 def _progress(row: dict[str, Any]) -> str:
     progress = row["progress"]
     done, total, rate = (progress.get(key) for key in ("done", "total", "rate"))
-    if not _is_number(done):
+    if not is_number(done):
         return "starting"
-    unit = _SHORT.get(progress.get("unit"), progress.get("unit") or "")
-    parts = [f"{min(1.0, done / total):.0%}"] if _is_number(total) and total > 0 else []
+    unit, note = (str(progress.get(key) or "") for key in ("unit", "note"))
+    unit = _SHORT.get(unit, unit)
+    parts = [f"{min(1.0, done / total):.0%}"] if is_number(total) and total > 0 else []
     if (left := row["seconds_left"]) is not None:
         parts.append(f"{span(left)} left")
-    if _is_number(rate) and rate > 0:
+    if is_number(rate) and rate > 0:
         parts.append(f"{amount(rate, unit)}/s")
-    note = progress.get("note")
     if unit == "B" or not (parts or note):
-        whole = f" of {amount(total, unit)}" if _is_number(total) else ""
+        whole = f" of {amount(total, unit)}" if is_number(total) else ""
         note = (f"{note} · " if note else "") + f"{amount(done, unit)}{whole}"
-    return " ".join(parts) + (f" · {note}" if parts and note else note or "")
+    return " ".join(parts) + (f" · {note}" if parts and note else note)
 
 
 def summary(stage: str | None, result: dict[str, Any]) -> str:
@@ -69,7 +68,7 @@ def summary(stage: str | None, result: dict[str, Any]) -> str:
 
     def count(key: str, unit: str) -> str:
         value = result.get(key)
-        return amount(value, unit) if _is_number(value) and value else ""
+        return amount(value, unit) if is_number(value) and value else ""
 
     skipped = [f"{text} skipped"] if (text := count("skipped", "images")) else []
     if stage == "download":
@@ -81,7 +80,7 @@ def summary(stage: str | None, result: dict[str, Any]) -> str:
         parts = [str(result.get("datastore") or ""), count("images", "images"), count("bytes", "B")]
     elif stage == "train":
         time = result.get("seconds")
-        parts = [count("epochs", "epochs"), f"in {clock(time)}" if _is_number(time) else ""]
+        parts = [count("epochs", "epochs"), f"in {clock(time)}" if is_number(time) else ""]
         parts = [
             " ".join(filter(None, parts)),
             f"{speed}/s" if (speed := count("images_per_second", "img")) else "",
@@ -90,7 +89,7 @@ def summary(stage: str | None, result: dict[str, Any]) -> str:
     elif stage == "evaluate":
         source = " of ".join(str(result[key]) for key in ("split", "datastore") if result.get(key))
         top5 = result.get("top5")
-        parts = [source, count("images", "images"), f"top-5 {100 * top5:.2f} %" if _is_number(top5) else ""]
+        parts = [source, count("images", "images"), f"top-5 {100 * top5:.2f} %" if is_number(top5) else ""]
         parts += skipped
     elif stage == "search":
         parts = [count("trials", "trials"), f"best {result['trial']}" if result.get("trial") else ""]
@@ -111,7 +110,3 @@ def amount(value: float, unit: str) -> str:
             return f"{value / limit:.1f} {letter}{'' if unit == 'B' else ' '}{unit}".rstrip()
     number = f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
     return f"{number} {unit}".rstrip()
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli, Gate, eventually
+from recorded_runs import create_run
 from sample_dataset import make_dataset
 
 from hpc_imagenet.cli import datastores
@@ -78,6 +80,11 @@ def test_empty_datastore_is_not_an_error(cli: Cli, tmp_path: Path) -> None:
         (["delete", "digits@v1"], "cannot confirm without a terminal, add --yes"),
         (["fetch", "a b", "x"], "is not NAME or NAME@vN"),
         (["list", "datastore.url=ftp://x/y"], "unknown scheme"),
+        (["list", "datastore.url=ftp://me:secret@host/x"], "unknown scheme"),
+        (
+            ["delete", "digits@v1", "datastore.url=a", "datastore.url=b"],
+            "a setting is given twice: write it once",
+        ),
         (["list", "datastore.url=s3://key:secret@bucket/x"], "without credentials"),
         (["list", "datastore.url=me:secret@host:/x"], "a password, a port"),
     ],
@@ -124,6 +131,30 @@ def test_prune_finishes_an_interrupted_delete(cli: Cli, url: str, monkeypatch: p
     cli("datastores", "prune", "--yes")
     assert "no datastores in" in cli("datastores").stdout
     assert [path.name for path in (Path(url) / "digits/v1").iterdir()] == [versions.DELETED]
+
+
+@pytest.mark.slow
+def test_workers_of_a_search_price_jobs_and_sessions_use_what_they_read(cli: Cli, url: str) -> None:
+    store = RunStore(cli.workspace)
+    training = create_run(store, "model=resnet18", f"datastore.url={url}", "datastore.version=1")
+    frozen, expected = training.frozen(), [training.id]
+    for stage in ("search", "price", "session"):
+        config = {**frozen, "session": {**frozen["session"], "datastore": "digits"}}
+        expected.append(store.create(f"00000000-{stage}", config, {"stage": stage}).id)
+    store.create("00000000-without", frozen, {"stage": "session"})
+    store.create("00000000-upload", frozen, {"stage": "upload"})
+    (row,) = json.loads(cli("datastores", "--json").stdout)
+    assert sorted(row["used_by"]) == sorted(expected)
+
+
+def test_end_of_input_is_no_confirmation(cli: Cli, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal())  # Ctrl-D
+    cli("datastores", "delete", "digits@v1", code=1)
+    assert versions.complete_versions(url, "digits") == [1]
 
 
 @pytest.mark.slow

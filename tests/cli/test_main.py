@@ -17,6 +17,7 @@ import psutil
 import pytest
 from command_line import Cli, eventually
 
+from hpc_imagenet.cli.main import main
 from hpc_imagenet.launch import submission
 from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.runs.store import RunStore
@@ -44,6 +45,19 @@ def test_submit_does_not_import_heavy_modules(cli: Cli) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("submitted") == 5
+
+
+@pytest.mark.slow
+def test_jobs_imports_neither_the_composition_of_configs_nor_network_clients(cli: Cli) -> None:
+    script = (
+        "import sys; from hpc_imagenet.cli.main import run\n"
+        "run(['jobs'])\n"
+        "sys.exit(repr({'hydra', 'omegaconf', 'ssl', 'hpc_imagenet.stages'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=cli.env, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.strip() == "set()"
 
 
 @pytest.mark.slow
@@ -119,6 +133,28 @@ def test_invalid_command_line_prints_one_line_and_submits_nothing(
 def test_read_only_commands_print_and_write_no_file(cli: Cli, arguments: tuple[str, ...]) -> None:
     assert cli(*arguments).stdout.strip()
     assert sorted(path.name for path in cli.cwd.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [("dataset=digits", "--help"), ("-m", "-h"), ("help",)])
+def test_help_at_any_place(cli: Cli, words: tuple[str, ...]) -> None:
+    assert cli(*words).stdout == cli("--help").stdout
+
+
+@pytest.mark.slow
+def test_the_printed_config_has_the_stored_network(cli: Cli) -> None:
+    (cli.cwd / "hpc_imagenet.yaml").write_text("model: math:hypot\n")
+    assert "  name: math:hypot\n" in cli("--cfg", "job").stdout
+
+
+def test_a_current_folder_that_was_removed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.chdir(tmp_path / "scratch")
+    (tmp_path / "scratch").rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        main(["jobs"])
+    assert capsys.readouterr().err == "error: the current folder was removed: cd to another one\n"
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ TRAINING = (
 @pytest.fixture(scope="module")
 def priced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cli, str]:
     """A workspace with a datastore, and what the first price=true printed."""
-    cli = Cli(tmp_path_factory.mktemp("priced") / "workspace", forked=True)
+    cli = Cli(tmp_path_factory.mktemp("priced") / "workspace")
     write_store(cli.workspace / "datastores" / "digits" / "v1", {"train": 40, "val": 13})
     return cli, cli.process(*TRAINING, "price=true").stdout
 

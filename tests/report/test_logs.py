@@ -107,7 +107,8 @@ def test_follow_prints_what_is_appended(
         lambda: attempt.end(FINISHED),
     )
     printed = capsys.readouterr().out
-    assert printed == "last\nincomplete\nnew 1\nnew 2\nmore\n"
+    # Stderr was empty at first: all that is written into it later is new.
+    assert printed == "last\nincomplete\nnew 1\nnew 2\nfirst of stderr\nmore\n"
 
 
 def test_run_that_is_deleted_ends_following(

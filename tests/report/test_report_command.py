@@ -132,6 +132,23 @@ def test_markdown_of_hostile_names(cli: Cli) -> None:
     line = cli("report", "--markdown").stdout.splitlines()[-1]
     assert r"a\|b&lt;img>\`x\`\[y](z) c" in line
     assert "\x1b" not in cli("report").stdout
+    assert "\x1b" not in cli("report", "--csv").stdout
+
+
+def test_json_has_null_for_a_loss_that_is_not_finite(cli: Cli) -> None:
+    run = record_run(RunStore(cli.workspace), 1, FINISHED, result={"top1": 0.1, "loss": float("nan")})
+    (run.folder / "metrics.csv").write_text("step,epoch,val_top1,val_top5,val_loss\n1,0,0.1,0.5,nan\n")
+
+    def read(*words: str) -> Any:
+        return json.loads(cli(*words, "--json").stdout, parse_constant=pytest.fail)
+
+    assert read("show", run.id)["validations"]["last"]["loss"] is None
+    assert read("jobs")[0]["result"] == {"top1": 0.1, "loss": None}
+    assert read("report")[0]["loss"] is None
+
+
+def test_page_that_cannot_be_written(cli: Cli) -> None:
+    assert "/proc/page.html cannot be written (" in cli.refused("report", "--html", "/proc/page.html")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hpc_imagenet.cli.submit import PreparedPlan, prepare
 from hpc_imagenet.config.schema import Config, Evaluate, StageSelection, cluster_for
 from hpc_imagenet.datastore.versions import Version, open_version
 from hpc_imagenet.errors import UserError, did_you_mean
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.io.ownership import foreign_writer
 from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.runs.checkpoints import check_source, find_checkpoint
@@ -66,7 +67,7 @@ def prepare_evaluation(
 
 def _find_source(store: RunStore, source: str, name: str | None) -> tuple[Run | None, Path]:
     """Return the run of a training, None if a file is in no run folder, and the checkpoint."""
-    path = Path(source).expanduser().absolute()
+    path = expand_home(source).absolute()
     if path.is_file():
         if name:
             raise UserError(f"checkpoint={name}: {path} is a checkpoint already: drop one of them")

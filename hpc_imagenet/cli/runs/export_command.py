@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from hpc_imagenet.cli.command import Command
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.runs.checkpoints import find_checkpoint
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.training.export.export_formats import DEFAULT, FORMATS, check_target, find_format
@@ -48,7 +49,7 @@ def find_source(store: RunStore, name: str) -> Path | Run:
     Raises:
         UserError: there is none.
     """
-    path = Path(name).expanduser()
+    path = expand_home(name)
     return path if path.is_file() or (path / "run.json").exists() else store.find(name)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
 
 from hpc_imagenet.cli.command import RUN_NAMES, Command, add_json, add_runs
 from hpc_imagenet.config.host import find_host
 from hpc_imagenet.config.input.stored_settings import SENT
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.runs.store import RunStore
 
 
@@ -33,7 +33,7 @@ def _pull(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.remote.pull import pull_runs
 
     words = [*options.runs, *(word for word in settings if word.startswith("workspace="))]
-    return pull_runs(host, words, Path(options.to).expanduser(), not options.results, options.json)
+    return pull_runs(host, words, expand_home(options.to), not options.results, options.json)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import getpass
-import json
 import socket
-from pathlib import Path
 
 from hpc_imagenet.cli.command import Command, say_left_out
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.runs.store import RunStore
 
 
@@ -25,11 +24,12 @@ def _report(store: RunStore, options: argparse.Namespace) -> int:
         return _serve(store, options)
     from hpc_imagenet.report import leaderboard
     from hpc_imagenet.report.jobs_table import terminal
+    from hpc_imagenet.report.json_text import json_text
     from hpc_imagenet.report.terminal_text import print_lines
 
     rows = leaderboard.leaderboard_rows(store)
     if options.json:
-        print(json.dumps(rows, indent=2))
+        print(json_text(rows))
     elif options.csv:
         print(leaderboard.format_csv(rows), end="")
     elif options.markdown:
@@ -47,7 +47,7 @@ def _report(store: RunStore, options: argparse.Namespace) -> int:
 def _write_page(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.report.html.page import has_plots, write_page
 
-    path = Path(options.html).expanduser().absolute()
+    path = expand_home(options.html).absolute()
     trainings, size = write_page(store, path, not options.no_images)
     plural = "" if trainings == 1 else "s"
     print(f"wrote {path}: {trainings:,} training{plural}, {size / 1e6:.1f} MB; open it in a browser")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import sys
 from collections.abc import Iterator
 
@@ -25,6 +24,7 @@ from hpc_imagenet.runs.store import Run, RunStore
 
 def _jobs(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.report.jobs_table import print_jobs, terminal
+    from hpc_imagenet.report.json_text import json_text
     from hpc_imagenet.runs.run_records import RecordCache
 
     if options.watch:
@@ -36,7 +36,7 @@ def _jobs(store: RunStore, options: argparse.Namespace) -> int:
     with _without_garbage_collection():
         rows = selected_rows(store, RecordCache(store), options)
         if options.json:
-            print(json.dumps(rows, indent=2))
+            print(json_text(rows))
         elif rows:
             print_jobs(rows, terminal())
     if not rows and not options.json:
@@ -124,7 +124,7 @@ def _retry(store: RunStore, options: argparse.Namespace) -> int:
         queued = [run for run in runs if state_of[run.id].name == QUEUED and run.id not in again]
         runs = [run for run in runs if run.id in again]
         if not runs:
-            print("no run that matches has failed, was cancelled or waits")
+            print("no run that matches has failed, was cancelled, or waits to be submitted")
     # One that cannot be continued must not keep the others of a selection from it.
     plan = plan_retry(store, runs, settings, options.again, leave_out=by_options)
     for error in plan.refused:

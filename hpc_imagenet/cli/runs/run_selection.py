@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ def selected_rows(
 
     matches = _time_filter(options.since) if options.since else lambda _: True
     rows = workspace_rows(store, cache, since)
-    sweep = _find_sweep(rows, options.sweep) if options.sweep else None
+    sweep = find_sweep((each for row in rows for each in row["sweeps"]), options.sweep)
     states = [name for name, given in ((RUNNING, options.running), (FAILED, options.failed)) if given]
     return [
         row
@@ -98,8 +98,19 @@ def named_or_selected(store: RunStore, options: argparse.Namespace, command: str
     return runs, True
 
 
-def _find_sweep(rows: Sequence[dict[str, Any]], name: str) -> str:
-    sweeps = list(dict.fromkeys(str(sweep) for row in rows for sweep in row["sweeps"]))
+def find_sweep(known: Iterable[object], name: str | None) -> str | None:
+    """Return the sweep that `--sweep` selects by its name, or the beginning of it; None without the option.
+
+    Args:
+        known: the sweeps of all runs; one of several runs occurs several times.
+        name: value of the option.
+
+    Raises:
+        UserError: no such sweep, or several.
+    """
+    if not name:
+        return None
+    sweeps = list(dict.fromkeys(map(str, known)))
     found = [sweep for sweep in sweeps if sweep == name] or [s for s in sweeps if s.startswith(name)]
     if len(found) == 1:
         return found[0]

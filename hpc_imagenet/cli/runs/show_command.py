@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from hpc_imagenet.cli.command import RUN_NAMES, Command, add_json, add_run
 from hpc_imagenet.runs.store import RunStore
@@ -11,6 +10,7 @@ from hpc_imagenet.runs.store import RunStore
 
 def _show(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.report import jobs_table
+    from hpc_imagenet.report.json_text import json_text
     from hpc_imagenet.report.show import details, run_differences
 
     run = store.find(options.run)
@@ -19,7 +19,7 @@ def _show(store: RunStore, options: argparse.Namespace) -> int:
     else:
         found = details.run_details(run)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json_text(found))
     elif options.diff:
         jobs_table.terminal().print(run_differences.render_comparison(found))
     else:

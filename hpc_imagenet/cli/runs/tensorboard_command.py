@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_imagenet.cli.command import RUN_NAMES, Command
+from hpc_imagenet.cli.command import RUN_NAMES, Command, say_left_out
+from hpc_imagenet.cli.runs.run_selection import find_sweep
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.child_environment import environment_without_secrets
@@ -57,13 +57,11 @@ def _tensorboard(store: RunStore, options: argparse.Namespace) -> int:
 
 
 def _selected(store: RunStore, options: argparse.Namespace) -> list[Run]:
-    runs: Sequence[Run] = [store.find(name) for name in options.runs] if options.runs else store.readable()
-    if options.sweep is None:
-        return list(runs)
-    found = [run for run in runs if options.sweep in run.info.get("sweeps", ())]
-    if not found:
-        raise UserError(f"no run of the sweep {options.sweep} in {store.folder}: jobs lists the runs")
-    return found
+    runs = [store.find(name) for name in options.runs] if options.runs else store.readable()
+    say_left_out(store)
+    sweeps = {run: found if isinstance(found := run.info.get("sweeps"), list) else [] for run in runs}
+    sweep = find_sweep((each for found in sweeps.values() for each in found), options.sweep)
+    return runs if sweep is None else [run for run in runs if sweep in sweeps[run]]
 
 
 def _tunnel(port: int, run: Run) -> str:
@@ -92,7 +90,7 @@ def _free_port() -> int:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="*", help="default: all runs of the workspace")
-    parser.add_argument("--sweep", metavar="S", help="the runs of a sweep")
+    parser.add_argument("--sweep", metavar="S", help="runs of a sweep: its name, or the beginning of it")
     parser.add_argument("--port", type=int, help=f"port on this machine; default: {_PORT}, or any free port")
 
 

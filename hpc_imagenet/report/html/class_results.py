@@ -59,16 +59,13 @@ def _read_unchanged(classes: Path, confusion: Path, *_modified: float) -> ClassR
             pairs = confused.setdefault(label, [])
             if len(pairs) < CONFUSED_WITH and 0 <= predicted < len(ids):
                 pairs.append((predicted, count))
-        return (
-            ClassResults(
-                _shared(tuple(zip(ids, names, strict=True))),
-                tuple(map(int, images)),
-                tuple(float(text) if text else None for text in top1),
-                confused,
-            )
-            if ids
-            else None
-        )
+        if not ids:
+            return None
+        accuracies = tuple(float(text) if text else None for text in top1)
+        if not all(each is None or 0 <= each <= 1 for each in accuracies):
+            return None
+        shared = _shared(tuple(zip(ids, names, strict=True)))
+        return ClassResults(shared, tuple(map(int, images)), accuracies, confused)
     except (ValueError, csv.Error):
         return None
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from hpc_imagenet.report.show.config_leaves import config_leaves
 
 # Settings of other stages, and settings that decide nothing about a training.
 _LEFT_OUT = (
@@ -28,7 +29,7 @@ _LEFT_OUT = (
 
 def flatten(frozen: dict[str, Any]) -> dict[str, str]:
     """Return the settings of a frozen config that concern a training: full name and value as text."""
-    return {name: _text(value) for name, value in _leaves(frozen, "") if not name.startswith(_LEFT_OUT)}
+    return {name: value for name, value in config_leaves(frozen) if not name.startswith(_LEFT_OUT)}
 
 
 def split_shared(configs: Sequence[dict[str, str]]) -> tuple[dict[str, str], list[dict[str, str]]]:
@@ -46,15 +47,3 @@ def split_shared(configs: Sequence[dict[str, str]]) -> tuple[dict[str, str], lis
         for config in configs
     ]
     return shared, differences
-
-
-def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -13,6 +13,8 @@ from hpc_imagenet.errors import UserError, first_line
 
 _CERTIFICATE = "certificate.json"
 _MAX_SKIPPED = 20  # corrupt images that are named
+# Of a datastore that cannot be read, and of damaged settings or a damaged certificate.
+_UNREADABLE = (UserError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 def datastore_key(frozen: dict[str, Any]) -> str:
@@ -41,7 +43,7 @@ def summarise_datastore(chosen: dict[str, Any], labels: Sequence[int] | None) ->
         summary |= _describe(key)
         if labels:
             summary["thumbnails"] = _thumbnails(key, tuple(labels))
-    except (UserError, OSError, ValueError, TypeError) as error:
+    except _UNREADABLE as error:
         summary["note"] = first_line(error)
     return summary
 
@@ -56,7 +58,7 @@ def bad_images(chosen: dict[str, Any], images: Sequence[tuple[str, int]]) -> tup
     key = _Key(*(chosen.get(name) for name in ("name", "url", "version", "content")))
     try:
         return _bad_images(key, tuple(images)), ""
-    except (UserError, OSError, ValueError, TypeError, KeyError) as error:
+    except _UNREADABLE as error:
         return [], first_line(error)
 
 

@@ -148,7 +148,7 @@ function dataDetails(name, store) {
   const parts = [el("h3", {}, name)];
   if (store.note) parts.push(el("p", { class: "state-failed" }, store.note));
   const splits = Object.keys(store.images || {});
-  const range = (values) => (values ? values.map((value) => number(value)).join(" · ") : "");
+  const range = (values) => (Array.isArray(values) ? values.map((value) => number(value)).join(" · ") : "");
   const rows = [["images", (split) => number(store.images[split])]];
   if (certificate) {
     rows.push(["bytes", (split) => number(certificate.bytes?.[split])],

@@ -47,9 +47,9 @@ const colour = (index) => css(`--c${index % COLOURS}`);
 // resnet18 and resnet50 are one family, as are mobilenet_v2 and mobilenet_v3_small.
 const family = (model) => (String(model).match(/^(wide_resnet|[a-z]+)/) || ["", "other"])[1];
 
-function facts(rows, className = "plain") {
+function facts(rows) {
   const kept = rows.filter((row) => row && row[1] !== "" && row[1] !== null && row[1] !== undefined);
-  return el("table", { class: className }, el("tbody", {}, kept.map(([name, value]) =>
+  return el("table", { class: "plain" }, el("tbody", {}, kept.map(([name, value]) =>
     el("tr", {}, el("td", { class: "muted" }, name), el("td", {}, value instanceof Node ? value : String(value))))));
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 # Column of metrics.csv: its key in the page.
 _STEP_SERIES = {"train_loss": "train_loss", "learning_rate": "lr"}
-_VAL_SERIES = {"val_loss": "val_loss", "val_top1": "top1", "val_top5": "top5"}
+_VAL_SERIES = {"val_loss": "val_loss", "val_top1": "top1"}
 _EPOCH_SERIES = {"images_per_second": "rate", "data_wait": "wait"}
 
 Curves = dict[str, dict[str, list[float | None]]]
@@ -25,7 +25,7 @@ def read_curves(path: Path, points: int) -> Curves:
         points: maximum number of points of each curve.
 
     Returns:
-        `steps` (train_loss and lr, measured within epochs), `val` (val_loss, top1, top5) and `speed` (rate in
+        `steps` (train_loss and lr, measured within epochs), `val` (val_loss, top1) and `speed` (rate in
         images/s, wait in 0 to 1), each with `x`, in epochs. Absent where nothing was recorded.
     """
     try:
@@ -77,7 +77,7 @@ def _steps_per_epoch(rows: Sequence[Sequence[str]], at: dict[str, int]) -> float
     for row in reversed(rows):
         if "val_loss" in at and row[at["val_loss"]]:
             step, epoch = _number(row[at["step"]]), _number(row[at["epoch"]])
-            if step and epoch is not None:
+            if step and epoch is not None and epoch >= 0:
                 return step / (epoch + 1)
     return None
 

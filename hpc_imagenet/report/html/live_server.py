@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -62,6 +63,11 @@ class ReportServer(ThreadingHTTPServer):
                 data = self._collect()
                 self._collected = time.monotonic(), data
             return self._collected[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing about a browser that has closed its connection, such as by a reload."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

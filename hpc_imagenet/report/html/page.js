@@ -91,9 +91,9 @@ function load(data) {
     run.text = [run.run, run.model, run.state, run.learned === false ? "at chance" : "", run.reason, run.datastore, ...run.sweeps, settingsText(run)].join(" ").toLowerCase();
   }
   document.title = `Trainings in ${data.workspace}`;
-  const live = document.documentElement.dataset.live ? "live, " : "";
-  $("subtitle").textContent = `${data.workspace} · ${live}as of ${moment(Date.parse(data.generated) / 1000)}`;
-  $("footer").textContent = `Made by hpc_imagenet ${data.version}. This page loads nothing from the network. ${HAS_PLOTS ? `Plots: Bokeh ${Bokeh.version} (BSD).` : ""}`;
+  const { live } = document.documentElement.dataset;
+  $("subtitle").textContent = `${data.workspace} · ${live ? "live, " : ""}as of ${moment(Date.parse(data.generated) / 1000)}`;
+  $("footer").textContent = `Made by hpc_imagenet ${data.version}. ${live ? "" : "This page loads nothing from the network. "}${HAS_PLOTS ? `Plots: Bokeh ${Bokeh.version} (BSD).` : ""}`;
   fillSelect("state", state.rows.map((run) => run.state));
   fillSelect("model", state.rows.map((run) => run.model));
   fillSelect("datastore", state.rows.map((run) => run.datastore));

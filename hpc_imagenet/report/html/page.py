@@ -18,6 +18,7 @@ from typing import Any
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.report.html.page_data import collect
+from hpc_imagenet.report.json_text import finite
 from hpc_imagenet.runs.store import RunStore
 
 _FOLDER = Path(__file__).parent
@@ -45,8 +46,11 @@ def write_page(store: RunStore, path: Path, with_images: bool = True) -> tuple[i
         raise UserError(f"{path.parent} does not exist: create it, or type another file")
     data = collect(store, with_images)
     page = render_page(data)
-    with atomic_write(path) as file:
-        file.write(page)
+    try:
+        with atomic_write(path) as file:
+            file.write(page)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): type another file") from None
     return len(data["runs"]), len(page)
 
 
@@ -92,17 +96,8 @@ def _plot_scripts() -> tuple[str, ...]:
 
 def encode_data(data: dict[str, Any]) -> str:
     """Return data as JSON that is safe within <script>."""
-    # JSON has no NaN: a loss of a training that diverged.
-    text = json.dumps(_finite(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.translate(_ESCAPED).encode(errors="replace").decode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _read(name: str) -> str:

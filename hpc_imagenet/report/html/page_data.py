@@ -34,13 +34,12 @@ _OTHER_JOBS = 200  # newest runs of other stages in the timeline
 
 _ROW_KEYS = (
     *("run", "model", "state", "reason", "datastore", "seed", "top1", "top5", "loss", "epochs", "parameters"),
+    "sweeps",
     *(
         *("gpu_hours", "gpu_hours_per_point", "kwh", "kwh_per_point", "energy_of"),
         "hours",
         "images_per_second",
         "dir",
-        "attempt",
-        "requeued",
         "created",
         "learned",
         "advice",
@@ -66,9 +65,8 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
     rows, values_left, batches_left, diagnoses_left = [], _CLASS_VALUES, _BAD_BATCHES, _DIAGNOSES
     for entry, key, results, different in zip(found, keys, classes, differences, strict=True):
         row: dict[str, Any] = {name: entry.row.get(name) for name in _ROW_KEYS}
-        row["model"] = row["model"] or entry.row["label"]  # a damaged run.json has no model
+        row["model"] = str(row["model"] or entry.row["label"])  # a damaged run.json has no model
         row["datastore"], row["config"] = key, different
-        row["sweeps"] = [str(name) for name in entry.run.info.get("sweeps") or ()]
         row["citation"] = entry.published.citation if entry.published else None
         row["attempts"] = _attempts(entry.run, row["state"])
         row["evaluations"] = [_evaluation(each) for each in entry.evaluations]
@@ -103,7 +101,7 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
 
 def _evaluation(entry: Training) -> dict[str, Any]:
     """Return what the page shows of an evaluation of a training."""
-    keys = ("run", "state", "reason", "split", "top1", "top5", "loss", "gpu_hours", "kwh")
+    keys = ("run", "state", "reason", "split", "top1", "top5", "loss")
     evaluate = entry.frozen.get("evaluate")
     checkpoint = str(evaluate.get("checkpoint") or "") if isinstance(evaluate, dict) else ""
     return {
@@ -146,6 +144,8 @@ def _attempts(run: Run, state: str) -> list[dict[str, Any]]:
     for attempt in attempts:
         is_last = attempt is attempts[-1]
         outcome, submitted = attempt.outcome, attempt.submitted
+        code = submitted.get("code")
+        code = code if isinstance(code, dict) else {}
         found.append(
             {
                 "number": attempt.number,
@@ -154,8 +154,7 @@ def _attempts(run: Run, state: str) -> list[dict[str, Any]]:
                 "executor": submitted.get("executor"),
                 "job": submitted.get("job_id"),
                 "hosts": nodes_of(attempt),
-                "code": (submitted.get("code") or {}).get("commit")
-                or (submitted.get("code") or {}).get("version"),
+                "code": code.get("commit") or code.get("version"),
                 "parts": [
                     [part.kind, round(part.begin), round(part.end)]
                     for part in intervals(attempt, active and is_last)
@@ -169,9 +168,7 @@ def _bottleneck(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {}
     with contextlib.suppress(OSError):  # such as no permission: another user's run
         record = read_record(folder / "bottleneck.json")
-    keys = ("bottleneck", "waiting", "cores", "workers", "loader_images_per_second",
-            "device_images_per_second", "suggestion")  # fmt: skip
-    return {key: record[key] for key in keys if key in record}
+    return {key: record[key] for key in ("bottleneck", "waiting", "suggestion") if key in record}
 
 
 def _class_names(
@@ -243,8 +240,6 @@ def _other_jobs(runs: Sequence[Run]) -> list[dict[str, Any]]:
         {
             "run": run.id,
             "stage": row["stage"],
-            "state": row["state"],
-            "reason": row["reason"],
             "attempts": _attempts(run, row["state"]),
         }
         for run, row in zip(runs, job_rows(runs), strict=True)

@@ -1,4 +1,4 @@
-"""Thumbnails of a few val images of each class, from a datastore, as data URIs for the page."""
+"""Thumbnails of a datastore's images as data URIs for the page: val images of classes, named train images."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ SIDE = 96  # px, the longer side
 _QUALITY = 70  # of the JPEGs: about 3 kB each
 
 
-def thumbnails(version: Version, labels: Sequence[int], split: str = "val") -> dict[int, list[str]]:
-    """Return data URIs of the first images of each class, by label.
+def thumbnails(version: Version, labels: Sequence[int]) -> dict[int, list[str]]:
+    """Return data URIs of the first val images of each class, by label.
 
     Args:
         version: the datastore; of one behind ssh nothing can be read.
         labels: the classes; those after the first `CLASSES` are left out.
-        split: the split to take images from.
 
     Raises:
         UserError: the datastore cannot be read from this machine.
         OSError: the same, of a folder.
     """
     with open_dataset(version, Cluster(executor="local"), stages=False) as store:
-        reader = store.open_split(split)
+        reader = store.open_split("val")
         positions = {
             label: np.flatnonzero(reader.index["label"] == label)[:PER_CLASS].tolist()
             for label in dict.fromkeys(labels[:CLASSES])
@@ -42,20 +41,19 @@ def thumbnails(version: Version, labels: Sequence[int], split: str = "val") -> d
     return {label: [uri for uri in found if uri] for label, found in uris.items()}
 
 
-def named_thumbnails(version: Version, images: Sequence[tuple[str, int]], split: str = "train") -> list[str]:
-    """Return a data URI of each image, given by name and position; empty if it is another image by now.
+def named_thumbnails(version: Version, images: Sequence[tuple[str, int]]) -> list[str]:
+    """Return a data URI of each train image, given by name and position; empty if it is another image by now.
 
     Args:
         version: the datastore, as in `thumbnails`.
         images: names and positions in the split.
-        split: the split.
 
     Raises:
         UserError: the datastore cannot be read from this machine.
         OSError: the same, of a folder.
     """
     with open_dataset(version, Cluster(executor="local"), stages=False) as store:
-        reader = store.open_split(split)
+        reader = store.open_split("train")
         return [
             _thumbnail(reader, position) if position < len(reader) and reader.name(position) == name else ""
             for name, position in images

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+from hpc_imagenet.runs.attempt import is_number
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.search.study_files import StudyFiles, TrialRecord, studies
 
@@ -15,13 +17,20 @@ def search_results(store: RunStore) -> list[dict[str, Any]]:
 
     A setting has choices as text, or low, high and log. A trial has its values in the order of the settings.
     """
-    return [_study(files) for files in studies(store)]
+    found = []
+    for files in studies(store):
+        with contextlib.suppress(OSError):  # such as no permission: another user's study
+            found.append(_study(files))
+    return found
 
 
 def _study(files: StudyFiles) -> dict[str, Any]:
     about, records = files.definition, files.records()
-    space = about.get("space") if isinstance(about.get("space"), dict) else {}
-    assert isinstance(space, dict)
+    space = about.get("space")
+    # Of a damaged study what the page can draw.
+    space = (
+        {name: each for name, each in space.items() if _is_dimension(each)} if isinstance(space, dict) else {}
+    )
     rungs = about.get("rungs") if isinstance(about.get("rungs"), list) else []
     assert isinstance(rungs, list)
     shown = sorted(records, key=lambda each: (each.rung, each.top1 or -1.0), reverse=True)[:_MOST_TRIALS]
@@ -47,6 +56,14 @@ def _study(files: StudyFiles) -> dict[str, Any]:
             for each in shown
         ],
     }
+
+
+def _is_dimension(value: Any) -> bool:
+    """Whether a value of a study's space has choices, or a lowest and a highest number."""
+    if not isinstance(value, dict):
+        return False
+    choices, ends = value.get("choices"), (value.get("low"), value.get("high"))
+    return isinstance(choices, list) if choices else all(map(is_number, ends))
 
 
 def _rung(epochs: int, records: list[TrialRecord], halving: bool, at: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""When the attempts of a run were queued, running and requeued, and the GPU-hours of that."""
+"""When the attempts of a run were queued, running and requeued, and on which nodes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpc_imagenet.config.schema import cluster_from
 from hpc_imagenet.report.durations import instant
-from hpc_imagenet.runs.attempt import QUEUED, RUNNING, Attempt, read_record
-from hpc_imagenet.runs.store import Run
+from hpc_imagenet.runs.attempt import QUEUED, RUNNING, Attempt
 
 REQUEUED = "requeued"  # in the queue again, after it has run
 
@@ -73,16 +71,6 @@ def nodes_of(attempt: Attempt) -> list[str]:
 def running_hours(parts: Sequence[Interval]) -> float:
     """Return the hours in which a job was running."""
     return sum(part.end - part.begin for part in parts if part.kind == RUNNING) / 3600
-
-
-def gpus_of(run: Run, frozen: dict[str, Any]) -> int:
-    """Return the number of GPUs of a training: those of its settings, or those of its local process."""
-    cluster = cluster_from(frozen, frozen["stage"]["name"])
-    if cluster.gpus_per_node is not None:
-        return cluster.nodes * int(cluster.gpus_per_node)
-    attempt = run.attempt
-    process = read_record(attempt.folder / "process.json") if attempt else {}
-    return len(process.get("gpus") or ())
 
 
 def seconds_since_1970(text: Any) -> float | None:

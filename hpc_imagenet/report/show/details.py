@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,11 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "upload": ("dataset", "datastore", "upload"),
     "train": ("datastore", "model", "recipe", "loader", "train"),
     "evaluate": ("evaluate", "datastore", "recipe", "loader"),
+    "price": ("datastore", "model", "recipe", "loader", "train"),
+    "search": ("search", "datastore", "model", "recipe", "loader", "train"),
     "session": ("session",),
 }
-_ALWAYS = ("model.name", "datastore.name", "seed")  # shown whether or not they are defaults
+_ALWAYS = ("model.name", "datastore.name")  # shown whether or not they are defaults
 _EMPTY: tuple[Any, ...] = (None, [], "")
 
 
@@ -48,14 +52,19 @@ def run_details(run: Run) -> dict[str, Any]:
     """
     frozen, (row,) = run.readable_config(), job_rows([run])
     attempts = attempt_details(run, row)
-    checkpoints = list_checkpoints(run.folder)
+    inside = (Path(folder, name) for folder, _, names in os.walk(run.folder) for name in names)
+    states = _states(sorted(inside))
+    logs = _states(run.attempt.logs() if run.attempt else ())
+    checkpoints = {path: states[path] for path in list_checkpoints(run.folder) if path in states}
+    others = {path: states[path] for path in states if path not in checkpoints and _is_shown(path, run)}
     return {
         **row,
         "settings": _changed_settings(str(row["stage"]), frozen),
         "validations": _validations(run.folder / "metrics.csv"),
-        "checkpoints": [_file(path) for path in checkpoints],
-        "files": [_file(path) for path in _files(run) if path not in checkpoints],
-        "bytes": _bytes_on_disk(run.folder),
+        "checkpoints": _sizes(checkpoints),
+        "files": _sizes({**others, **logs}),
+        # Checkpoints that are names of one file count once.
+        "bytes": sum({(each.st_dev, each.st_ino): each.st_size for each in states.values()}.values()),
         "attempts": attempts,
         "gpu_hours": sum(each["resources"]["gpu_hours"] for each in attempts),
         "kwh": total_energy([_energy(each["resources"]) for each in attempts])[0],
@@ -160,7 +169,7 @@ def _differs(value: Any, usual: Any, section: str) -> bool:
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if name == "source" and isinstance(value, dict):  # text of a user's network
-            yield f"{prefix}{name}", f"[{', '.join(value)}]" if value else None
+            yield f"{prefix}{name}", f"[{', '.join(map(str, value))}]" if value else None
         elif isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
@@ -170,7 +179,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _validations(path: Path) -> dict[str, dict[str, Any]]:
     """Return the last validation in metrics.csv, and the best one, which is the first with its top-1."""
     rows = []
-    with contextlib.suppress(FileNotFoundError), path.open(newline="") as file:
+    # A power failure can leave bytes that are no text.
+    with (
+        contextlib.suppress(FileNotFoundError, csv.Error),
+        path.open(newline="", errors="replace") as file,
+    ):
         for line in csv.DictReader(file):
             with contextlib.suppress(ValueError, TypeError, KeyError):  # being written, or no validation
                 scores = {name: float(line[f"val_{name}"]) for name in ("top1", "top5", "loss")}
@@ -178,24 +191,25 @@ def _validations(path: Path) -> dict[str, dict[str, Any]]:
     return {"last": rows[-1], "best": max(rows, key=lambda row: row["top1"])} if rows else {}
 
 
-def _files(run: Run) -> Iterator[Path]:
-    """Yield the files of a run, without the records of its attempts, then the logs of the newest attempt."""
-    for path in sorted(run.folder.rglob("*")):
-        parts = path.relative_to(run.folder).parts
-        if path.is_file() and parts[0] != "attempts" and not any(part.startswith(".") for part in parts):
-            yield path
-    if attempt := run.attempt:
-        yield from attempt.logs()
+def _states(paths: Iterable[Path]) -> dict[Path, os.stat_result]:
+    """Return the state of those paths that are files; a training may have removed some meanwhile."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            state = path.stat()
+            if stat.S_ISREG(state.st_mode):
+                found[path] = state
+    return found
 
 
-def _file(path: Path) -> dict[str, Any]:
-    return {"path": str(path), "bytes": path.stat().st_size}
+def _sizes(states: dict[Path, os.stat_result]) -> list[dict[str, Any]]:
+    return [{"path": str(path), "bytes": state.st_size} for path, state in states.items()]
 
 
-def _bytes_on_disk(folder: Path) -> int:
-    """Return the size of all files; checkpoints that are names of one file count once."""
-    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
+def _is_shown(path: Path, run: Run) -> bool:
+    """Whether a file of a run is no record of an attempt, and no hidden file."""
+    parts = path.relative_to(run.folder).parts
+    return parts[0] != "attempts" and not any(part.startswith(".") for part in parts)
 
 
 def _typed(value: Any) -> str:

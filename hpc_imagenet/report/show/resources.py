@@ -7,7 +7,8 @@ killed. Its answers about ended jobs are kept in `attempts/<n>/accounting.json`,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.slurm_jobs.slurm_executor import SlurmExecutor
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.show.attempt_times import intervals, running_hours, seconds_since_1970
-from hpc_imagenet.runs.attempt import Attempt, read_record
+from hpc_imagenet.runs.attempt import Attempt, is_number, read_record
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.runs.usage_records import read_usage
 
@@ -43,13 +44,13 @@ def resources_of(run: Run, attempt: Attempt, active: bool, usage: JobUsage | Non
         gpu_use (0 to 1), gpu_hours, limit_seconds, kwh and energy_of (`GPUs` or `nodes`).
     """
     own, usage = read_usage(attempt), usage or JobUsage()
-    requested = _requested(run)
+    requested = requested_resources(run.readable_config())
     hours = running_hours(intervals(attempt, active))
     used, available = usage.used_cpu_seconds, usage.available_cpu_seconds
     if used is None or not available:
         used, available = own.cpu_seconds, own.available_cpu_seconds
     kwh, energy_of = energy(attempt, usage)
-    gpus = usage.gpus or requested.get("gpus") or own.gpus or _local_gpus(attempt)
+    gpus = gpus_of(attempt, requested, usage)
     return {
         "hours": hours,
         "cpus": usage.cpus or requested.get("cpus") or own.cpus,
@@ -66,12 +67,36 @@ def resources_of(run: Run, attempt: Attempt, active: bool, usage: JobUsage | Non
     }
 
 
+def gpus_of(attempt: Attempt, requested: Mapping[str, float], usage: JobUsage | None = None) -> float:
+    """Return the number of GPUs of an attempt; runs that share a job have equal shares of its GPUs.
+
+    Args:
+        attempt: the attempt.
+        requested: `requested_resources` of its run.
+        usage: what Slurm knows of its job; None: what is kept of that.
+    """
+    usage = usage or _kept(attempt)
+    # What a job got, before what it requested: runs that share a loader on this machine get one GPU each.
+    count = (usage.gpus if usage else None) or _local_gpus(attempt) or requested.get("gpus")
+    if count is None:
+        count = read_usage(attempt, *_others_of_job(attempt)).gpus
+    return count / _runs_of_job(attempt)
+
+
 def energy(attempt: Attempt, usage: JobUsage | None) -> tuple[float | None, str]:
-    """Return the kWh of an attempt and of what: its `GPUs` (by NVML), else its `nodes` (by Slurm)."""
-    if (joules := read_usage(attempt).joules) is not None:
-        return joules / _JOULES_PER_KWH, "GPUs"
+    """Return the kWh of an attempt and of what: its `GPUs` (by NVML), else its `nodes` (by Slurm).
+
+    Runs that share a job have equal shares of what its nodes or the same GPUs used.
+    """
+    own, runs = read_usage(attempt), _runs_of_job(attempt)
+    if own.joules is not None:
+        share = 1.0
+        if runs > 1:  # each has recorded whole GPUs, on which others may have run as well
+            requested = requested_resources(Run(attempt.folder.parents[1]).readable_config())
+            share = min(1.0, gpus_of(attempt, requested, usage) / own.gpus)
+        return share * own.joules / _JOULES_PER_KWH, "GPUs"
     if usage and usage.joules:
-        return usage.joules / _JOULES_PER_KWH, "nodes"
+        return usage.joules / runs / _JOULES_PER_KWH, "nodes"
     return None, ""
 
 
@@ -132,6 +157,7 @@ def slurm_usage(attempts: Sequence[Attempt]) -> dict[Attempt, JobUsage]:
             if usages[job].ended and attempt.outcome:
                 with contextlib.suppress(OSError):  # the run of another user
                     write_json(attempt.folder / ACCOUNTING_FILE, asdict(usages[job]))
+                    os.utime(attempt.folder.parent)  # so that no `EndedRunCache` keeps what it had without it
     return found
 
 
@@ -173,20 +199,38 @@ def _size(count: float) -> str:
     return f"{count / _GIB:.3g} GiB" if count >= _GIB / 10 else f"{1024 * count / _GIB:.0f} MiB"
 
 
-def _requested(run: Run) -> dict[str, float]:
-    """Return the resources in the frozen config, in total over its nodes; empty if that cannot be read."""
-    frozen = run.readable_config()
+def requested_resources(frozen: dict[str, Any]) -> dict[str, float]:
+    """Return the resources that a frozen config sets, in total over its nodes; empty for a damaged one.
+
+    Returns:
+        Those of gpus, cpus, memory_bytes and limit_seconds that are set.
+    """
     try:
         cluster = cluster_from(frozen, frozen["stage"]["name"])
-        requested = {
-            "gpus": cluster.nodes * int(cluster.gpus_per_node or 0),
+        gpus = {} if cluster.gpus_per_node is None else {"gpus": cluster.nodes * int(cluster.gpus_per_node)}
+        others = {
             "cpus": cluster.tasks * (cluster.cpus_per_task or 0),
             "memory_bytes": cluster.nodes * float(cluster.memory_gb or 0) * _GIB,
             "limit_seconds": 60 * float(cluster.time or 0),
         }
     except Exception:  # a config of another version: any error of the schema
         return {}
-    return {name: value for name, value in requested.items() if value}
+    found = {**gpus, **{name: value for name, value in others.items() if value}}
+    return {name: value for name, value in found.items() if is_number(value)}
+
+
+def _runs_of_job(attempt: Attempt) -> int:
+    others = attempt.submitted.get("shares_with")
+    return 1 + len(others) if isinstance(others, list) else 1
+
+
+def _others_of_job(attempt: Attempt) -> list[Attempt]:
+    """Return the attempts of the runs that share its job: of several GPUs each run sees only its own."""
+    submitted, found = attempt.submitted, []
+    with contextlib.suppress(OSError, TypeError, ValueError):  # it shares none, or the record is damaged
+        for other in submitted.get("shares_with", ()):
+            found += Run(attempt.folder.parents[2] / other).attempts()
+    return [each for each in found if each.submitted.get("job_id") == submitted.get("job_id")]
 
 
 def _local_gpus(attempt: Attempt) -> int:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,8 @@ from rich.table import Table
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.report.jobs_table import job_rows
+from hpc_imagenet.report.show.config_leaves import config_leaves, short_hash
+from hpc_imagenet.runs.attempt import is_number
 from hpc_imagenet.runs.store import Run
 
 NOT_SET = "not set"  # in a config of another version, or of another stage
@@ -33,7 +31,7 @@ def compare_runs(run: Run, other: Run) -> dict[str, Any]:
     Raises:
         UserError: the frozen config of one of them is missing or damaged.
     """
-    configs = [dict(_leaves(each.readable_config(), "")) for each in (run, other)]
+    configs = [dict(config_leaves(each.readable_config())) for each in (run, other)]
     if unreadable := [each.id for each, config in zip((run, other), configs, strict=True) if not config]:
         raise UserError(
             f"{unreadable[0]}: its config.yaml is missing or damaged: submit the run again, which writes it"
@@ -85,17 +83,6 @@ def _cells(*values: Any) -> tuple[str, ...]:
     return tuple(escape(text if len(text) <= _LONG else f"{text[:_LONG]}…") for text in texts)
 
 
-def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if key == "source" and isinstance(value, dict):  # files of a user's network
-            for name, text in value.items():
-                yield f"{prefix}source {name}", f"{len(str(text).splitlines())} lines, {_hash(str(text))}"
-        elif isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
-
-
 def _code(run: Run) -> dict[str, str]:
     """Return the code state of the newest attempt; empty if it is unknown."""
     attempt = run.attempt
@@ -105,7 +92,7 @@ def _code(run: Run) -> dict[str, str]:
     state = {name: str(code[name]) for name in ("commit", "version") if code.get(name)}
     if patch := code.get("difference"):
         try:
-            state["difference"] = _hash(Path(str(patch)).read_bytes().decode(errors="replace"))
+            state["difference"] = short_hash(Path(str(patch)).read_bytes().decode(errors="replace"))
         except OSError:
             state["difference"] = f"{patch} cannot be read"
     return state
@@ -118,15 +105,10 @@ def _results(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _change(first: Any, second: Any) -> str:
-    values = (first, second)
-    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
+    if not (is_number(first) and is_number(second)):
         return ""
-    return f"{second - first:+.4g}" if all(map(math.isfinite, values)) and first != second else ""
+    return f"{second - first:+.4g}" if first != second else ""
 
 
 def _short(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -25,7 +25,7 @@ TRAINING = (
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     """A workspace with one finished training, on a datastore with the splits train, val and test."""
-    cli = Cli(tmp_path_factory.mktemp("trained") / "workspace", forked=True)
+    cli = Cli(tmp_path_factory.mktemp("trained") / "workspace")
     write_store(cli.workspace / "datastores" / "digits" / "v1", {"train": 40, "val": 13, "test": 17})
     cli(*TRAINING)
     return cli

@@ -75,7 +75,10 @@ def test_it_serves_a_sweep_and_prints_the_tunnel(cli: Cli) -> None:
 def test_what_it_refuses(cli: Cli) -> None:
     write_run(cli, "00000001-a", None, curves=False)
     assert "no learning curves in" in cli.refused("tensorboard")
-    assert "no run of the sweep nothing" in cli.refused("tensorboard", "--sweep", "nothing")
+    write_run(cli, "00000002-b", "seed-1f0c2e", curves=False)
+    line = cli.refused("tensorboard", "--sweep", "nothing")
+    assert line == "error: --sweep nothing: no such sweep; one of: seed-1f0c2e"
+    assert "no learning curves in" in cli.refused("tensorboard", "--sweep", "seed")
     assert "no run xyz" in cli.refused("tensorboard", "xyz")
 
 

@@ -6,16 +6,21 @@ import base64
 import hashlib
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_dataset import write_coloured
 
 from hpc_imagenet.report.html import page
 from hpc_imagenet.report.html.class_results import read_class_results
 from hpc_imagenet.report.html.config_differences import flatten, split_shared
+from hpc_imagenet.report.html.data_summary import summarise_datastore
 from hpc_imagenet.report.html.learning_curves import read_curves, thin_out
+from hpc_imagenet.report.html.live_server import ReportServer
 from hpc_imagenet.report.html.page import encode_data, render_page
+from hpc_imagenet.runs.store import RunStore
 
 HEADER = "step,epoch,train_loss,learning_rate,images_per_second,val_top1,val_top5,val_loss,data_wait\r\n"
 
@@ -26,7 +31,7 @@ def test_curves_are_read_by_epoch(tmp_path: Path) -> None:
     path.write_text(f"{HEADER}5,0,2.5,0.1,,,,,\r\n10,0,2.0,0.05,300.0,,,,0.25\r\n10,0,,,,0.5,0.9,1.5,\r\n")
     assert read_curves(path, 10) == {
         "steps": {"x": [0.5, 1], "train_loss": [2.5, 2], "lr": [0.1, 0.05]},
-        "val": {"x": [1], "val_loss": [1.5], "top1": [0.5], "top5": [0.9]},
+        "val": {"x": [1], "val_loss": [1.5], "top1": [0.5]},
         "speed": {"x": [1], "rate": [300], "wait": [0.25]},
     }
 
@@ -71,6 +76,43 @@ def test_settings_are_compared_with_the_most_frequent_value() -> None:
     shared, differences = split_shared([flatten(config) for config in configs])
     assert shared == {"a.b": "1", "a.c": "null", "a.new": "not set"}
     assert differences == [{}, {}, {"a.b": "2", "a.new": "text"}]
+
+
+def test_source_of_a_network_is_not_on_the_page() -> None:
+    source = {"net.py": "import torch\n# secret\n", "more.py": ""}
+    (name, value), (_, empty) = flatten({"model": {"source": source}}).items()
+    assert (name, value[:9], empty[:9]) == ("model.source net.py", "2 lines, ", "0 lines, ")
+
+
+def test_values_that_json_does_not_know_are_settings_too() -> None:
+    assert flatten({"a": date(2026, 1, 2)}) == {"a": '"2026-01-02"'}
+
+
+@pytest.mark.parametrize("certificate", [{"counts": {"n": 5}}, {"oddities": {"train": [1]}}, {"files": 5}])
+def test_damaged_certificate_is_a_note(tmp_path: Path, certificate: dict[str, Any]) -> None:
+    write_coloured(tmp_path / "tiny/v1", 2)
+    (tmp_path / "tiny/v1/certificate.json").write_text(json.dumps(certificate))
+    assert summarise_datastore({"name": "tiny", "url": str(tmp_path)}, None)["note"]
+    assert summarise_datastore({"name": "tiny", "url": -1}, None)["note"]
+
+
+@pytest.mark.parametrize("top1", ["nan", "inf", "-5", "1.5"])
+def test_accuracy_of_a_class_that_is_none(tmp_path: Path, top1: str) -> None:
+    (tmp_path / "val_classes.csv").write_text(f"label,id,names,images,top1\n0,n0,cat,10,{top1}\n")
+    assert read_class_results(tmp_path) is None
+
+
+@pytest.mark.parametrize(("error", "printed"), [(BrokenPipeError(), False), (ValueError("x"), True)])
+def test_browser_that_closes_its_connection_prints_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, printed: bool
+) -> None:
+    server = ReportServer(RunStore(tmp_path), 0, with_images=False)
+    try:
+        raise error
+    except Exception:
+        server.handle_error(None, ("127.0.0.1", 1))
+    server.server_close()
+    assert ("Traceback" in capsys.readouterr().err) == printed
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from hpc_imagenet.report.html.page import encode_data, render_page
 from hpc_imagenet.report.html.page_data import collect
@@ -51,3 +54,22 @@ def test_studies_of_a_workspace(tmp_path: Path) -> None:
     assert page.count("drawSearches") > 1
     (files.folder / "study.json").write_text("[]")
     assert search_results(store)[0]["settings"] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("trials/1.0.json", {"trial": 1, "rung": None, "hours": 1}),
+        ("trials/1.0.json", {"trial": 1, "hours": "x", "accuracies": {"1": "x", "3": 0.5}, "top1": {}}),
+        ("study.json", {"algorithm": "halving", "space": {"model": 5, "seed": {"low": "x"}}, "rungs": ["x"]}),
+    ],
+)
+def test_damaged_files_of_a_study(tmp_path: Path, file: str, content: dict[str, object]) -> None:
+    store = RunStore(tmp_path)
+    files = StudyFiles(store, "night")
+    files.create({"algorithm": "asha", "space": SPACE, "rungs": [1, 3]}, 9, None)
+    files.write(TrialRecord(0, state="finished", top1=0.5, accuracies={"1": 0.5}, hours=0.5))
+    (files.folder / file).write_text(json.dumps(content))
+    (found,) = search_results(store)
+    assert found["hours"] == 0.5
+    assert len(found["settings"]) == (0 if file == "study.json" else 2)

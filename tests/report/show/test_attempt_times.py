@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hpc_imagenet.io.atomic_files import read_json, write_json
-from hpc_imagenet.report.show.attempt_times import intervals, running_hours
+from hpc_imagenet.report.show.attempt_times import intervals, nodes_of, running_hours
 from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.runs.store import Run
 
@@ -75,3 +75,10 @@ def test_a_requeued_job_keeps_its_earlier_starts(tmp_path: Path) -> None:
     assert earlier[0]["time"] == first
     assert [start["stopped"] for start in earlier] == [at(2), at(2)]
     assert read_json(attempt.folder / "started.json") == attempt.started
+
+
+def test_all_nodes_of_earlier_starts_are_known(tmp_path: Path) -> None:
+    attempt = Run(tmp_path / "run").new_attempt()
+    attempt.start(nodes="n[1-2]")
+    attempt.start(nodes="n[7-8]")
+    assert nodes_of(attempt) == ["n[1-2]", "n[7-8]"]
