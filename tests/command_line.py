@@ -18,26 +18,33 @@ from unittest import mock
 
 import psutil
 import pytest
-from forked import run_job
+from forked import forking_environment
 
 from hpc_imagenet.cli.main import main
-from hpc_imagenet.launch import foreground_executor
+
+# Trainings within this process set these variables for its rest; jobs must choose for themselves.
+SET_BY_TRAININGS = ("GLOO_SOCKET_IFNAME", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 class Cli:
     """`cli("jobs")` runs `python -m hpc_imagenet jobs` on a private workspace.
 
-    With `forked`, commands in this process fork jobs of cluster=foreground from one with torch imported.
+    In tests the processes of its jobs are forked from one with torch imported, except after `without_forks`.
     """
 
-    def __init__(self, workspace: Path, path: str | None = None, forked: bool = False) -> None:
+    def __init__(self, workspace: Path, path: str | None = None) -> None:
         self.workspace = workspace
         self.cwd = workspace.parent
         self.env = {**os.environ, "HPC_IMAGENET_WORKSPACE": str(workspace)}
-        self.env.pop("SLURM_JOB_ID", None)
+        for name in ("SLURM_JOB_ID", *SET_BY_TRAININGS):
+            self.env.pop(name, None)
         if path is not None:
             self.env["PATH"] = path
-        self.run_job = run_job if forked else foreground_executor.run_job
+        self.env |= forking_environment()
+
+    def without_forks(self) -> None:
+        """Start the processes of jobs in the ordinary way, for tests that look at or signal process trees."""
+        self.env.pop("FORK_SERVER", None)
 
     def __call__(self, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run a command within this process, which saves the start of Python; else as `process`."""
@@ -46,7 +53,6 @@ class Cli:
         try:
             with (
                 mock.patch.dict(os.environ, self.env, clear=True),
-                mock.patch.object(foreground_executor, "run_job", self.run_job),
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(err),
                 pytest.raises(SystemExit) as end,

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from command_line import Cli, Gate
 from hypothesis import settings
@@ -38,6 +39,16 @@ sys.dont_write_bytecode = False
 # A shell starts background processes with SIGINT ignored, and child processes would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure() -> None:
+    forked.listen()
+
+
+def pytest_unconfigure() -> None:
+    """Remove temporary folders here: the processes of xdist run no exit handlers."""
+    forked.stop()
+    _NO_SETTINGS.cleanup()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -108,6 +119,14 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
     cli = Cli(tmp_path / "workspace")
     yield cli
     cli.close()
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A temporary folder that all users can read; pytest's tmp_path is private to root."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.fixture

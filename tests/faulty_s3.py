@@ -30,8 +30,10 @@ class Faults:
     seed: int = 0
     every: int = 0  # every so many requests, one of `kinds` is injected; 0: never
     kinds: tuple[str, ...] = tuple(KINDS)
+    most: int = 1 << 30  # of `kinds` in all
     only: bytes = b""  # inject only into requests whose first line contains this
     responses: list[bytes] = field(default_factory=list)  # sent instead of the server's, in this order
+    outage: float = 0.0  # s without a server, from the first PUT of a shard on
     unavailable_until: float = 0.0  # monotonic time until which all connections are closed
     matching: int = 0  # number of requests that match `only`
     injected: dict[str, int] = field(default_factory=dict)  # number of faults by kind
@@ -42,7 +44,9 @@ class Faults:
         """Return the fault for a request, if any."""
         with self.lock:
             self.request_lines.append(line)
-            if self.only not in line or not self.every:
+            if self.outage and b"PUT" in line and b"/shards/" in line:
+                self.unavailable_until, self.outage = time.monotonic() + self.outage, 0.0
+            if self.only not in line or not self.every or sum(self.injected.values()) >= self.most:
                 return None
             self.matching += 1
             if self.matching % self.every != self.seed % self.every:

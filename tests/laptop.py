@@ -23,12 +23,13 @@ from relay import Relay
 from servers import SSHD, free_port, keys_for_ssh, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
-# In place of Python on the host: nothing is installed. `-m venv` makes a folder with this script in it,
-# `-m pip` records its arguments, and anything else runs this test's Python.
+# In place of Python on the host: nothing is installed. `-m venv --clear` makes a folder with this script in
+# it, `-m pip` records its arguments, and anything else runs this test's Python.
 PYTHON = """#!/bin/sh
-case "$1 $2" in
-"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-"-m pip") echo "$@" >> pip.log; PIP ;;
+case "$1 $2 $3" in
+"-m venv --clear") mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+"-m pip --version") PIP ;;
+"-m pip "*) echo "$@" >> pip.log; PIP ;;
 *) exec INTERPRETER "$@" ;;
 esac
 """

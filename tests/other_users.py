@@ -42,6 +42,18 @@ def available() -> bool:
     return not subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode
 
 
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """Drop root's rights, to which file modes do not apply."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
 class Person:
     """One user: `alice("jobs")` runs `python -m hpc_imagenet jobs` as alice.
 

@@ -12,7 +12,6 @@ import os
 import secrets
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,11 +180,8 @@ def test_the_search_finds_what_is_there(cli: Cli, tmp_path: Path) -> None:
     planted = Planted(cli, tmp_path / "home")
     (tmp_path / "there").mkdir()
     (tmp_path / "there/file").write_text(f"x{planted.values['netrc']}x")
-    command = ("sh", "-c", f"sleep 5 # {planted.values['header']}")
-    with planted.sampling():
-        child = subprocess.Popen(command)
-        time.sleep(0.5)
-        child.kill()
-        child.wait()
+    command = ("sh", "-c", f"read line; : {planted.values['header']}")  # a shell that waits for its input
+    with planted.sampling(), subprocess.Popen(command, stdin=subprocess.PIPE):
+        eventually(lambda: any(hit.startswith("header in ") for hit in list(planted.hits)))
     planted.search_files(tmp_path / "there")
     assert {hit.partition(" in ")[0] for hit in planted.hits} == {"netrc", "header"}

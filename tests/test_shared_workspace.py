@@ -112,6 +112,7 @@ def test_tables_leave_out_what_cannot_be_read_with_one_line(private: Group) -> N
             f"{private.workspace}/runs/RUN)\n"
         )
         assert hers not in done.stdout
+    assert "1 run of alice" in private.bob("tensorboard", private.here, code=2).stderr
     assert his in private.bob("jobs", private.here, "--json").stdout
     assert {row["run"] for row in private.alice.jobs(private.workspace)} == {hers, his}
     assert f"no run {hers}" in private.bob.refused("show", hers, private.here)

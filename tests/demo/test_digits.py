@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scan
-from hpc_imagenet.data.ilsvrc.devkit import read_devkit
+from hpc_imagenet.data.ilsvrc.devkit import TRUTH, read_devkit
 from hpc_imagenet.demo import digits
 from hpc_imagenet.errors import UserError
 
@@ -38,8 +39,12 @@ def test_digits_archives_have_the_ilsvrc_layout(archives: Path) -> None:
     subprocess.run(["md5sum", "--check", "--quiet", "md5sums"], cwd=archives, check=True)
     devkit = read_devkit(archives / ilsvrc_writer.DEVKIT)
     assert [names[1] for names in devkit.names.values()] == [str(digit) for digit in range(10)]
-    assert sorted(devkit.wnid_of) == list(range(1, 11))
-    assert [devkit.wnid_of[i] for i in range(1, 11)] != list(devkit.names), "ids must not be in label order"
+    with tarfile.open(archives / ilsvrc_writer.DEVKIT) as kit:
+        truth = kit.extractfile(f"ILSVRC2012_devkit_t12/{TRUTH}")
+        assert truth
+        wnid_of = dict(zip(map(int, truth.read().split()), devkit.val_wnids, strict=True))
+    assert sorted(wnid_of) == list(range(1, 11))
+    assert [wnid_of[i] for i in range(1, 11)] != list(devkit.names), "ids must not be in label order"
 
 
 @pytest.mark.slow
@@ -84,6 +89,13 @@ def test_write_digits_rejects_a_non_empty_folder(archives: Path) -> None:
         digits.write_digits(archives)
     assert {path: path.stat().st_mtime_ns for path in archives.iterdir()} == before
     assert [path.name for path in archives.parent.iterdir()] == ["source"]
+
+
+@pytest.mark.slow
+def test_a_folder_below_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/x/y cannot be written: Not a directory"):
+        digits.write_digits(tmp_path / "file/x/y")
 
 
 def test_missing_scikit_learn_error_names_the_install_command(

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -53,20 +50,3 @@ def test_http_server_returns_404_outside_the_folder(folder: Path) -> None:
         assert get(f"{url}/y.tar").status == 404
         assert get(f"{url}/").status == 404
         assert get(f"{url}/%2e%2e/secret").status == 404
-
-
-@pytest.mark.slow
-def test_http_server_command_writes_the_port_file(folder: Path, tmp_path: Path) -> None:
-    port = tmp_path / "port"
-    command = [sys.executable, "-m", "hpc_imagenet.demo.http_server", str(folder), "--port-file", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout
-            url = server.stdout.readline().strip()
-            deadline = time.monotonic() + 10
-            while not port.exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert url == f"http://127.0.0.1:{port.read_text().strip()}"
-            assert get(f"{url}/x.tar").data == DATA
-        finally:
-            server.terminate()

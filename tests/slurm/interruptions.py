@@ -28,6 +28,7 @@ class Training:
     def __init__(self, lab: Lab, workspace: Path, datastores: Path, *settings: str) -> None:
         self.lab = lab
         self.cli = LabDoor(workspace, lab)
+        self.cli.without_forks()
         self.cli(*TRAINING, f"datastore.url={datastores}", *settings)
 
     @property

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import Cli, eventually
+from command_line import SET_BY_TRAININGS, Cli, eventually
+from forked import forking_environment
 
 from hpc_imagenet.cli.commands import COMMANDS
 
@@ -35,7 +36,8 @@ class Lab:
         if done.returncode == 2:
             pytest.skip(done.stderr.strip())
         assert done.returncode == 0, done.stderr
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+        others = ("SLURM_", "SBATCH_", *SET_BY_TRAININGS)
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(others)}
         self.env |= {
             "PATH": f"{folder}/bin:{os.environ['PATH']}",
             "SLURM_CONF": f"{folder}/etc/slurm.conf",
@@ -144,7 +146,7 @@ class LabDoor(Cli):
     def __init__(self, workspace: Path, lab: Lab) -> None:
         super().__init__(workspace)
         self.lab = lab
-        self.env = {**lab.env, "HPC_IMAGENET_WORKSPACE": str(workspace)}
+        self.env = {**lab.env, "HPC_IMAGENET_WORKSPACE": str(workspace), **forking_environment()}
 
     def __call__(self, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         return super().__call__(*_on_lab(words), code=code)

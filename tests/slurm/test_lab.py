@@ -98,7 +98,9 @@ def test_node_has_its_own_disk_memory_and_processes(lab: Lab, tmp_path: Path) ->
         assert mark in lab.slurm("srun", "--nodelist=n1", "ls", folder)
         assert mark not in lab.slurm("srun", "--nodelist=n2", "ls", folder)
     assert not Path(f"/dev/shm/{mark}").exists()
-    assert f" {os.getpid()} " not in lab.slurm("srun", "ps", "ax", "-o", "pid")
+    programs = lab.slurm("srun", "ps", "ax", "-o", "comm=").split()
+    assert "ps" in programs
+    assert "slurmctld" not in programs  # it runs outside the nodes
     assert lab.slurm("srun", "--chdir=/", "pwd") == "/"
 
 
@@ -276,6 +278,20 @@ def test_job_ids_of_a_new_lab_do_not_repeat(tmp_path: Path, monkeypatch: pytest.
 
     first, second = (Folder(tmp_path)._first_job() for _ in range(2))
     assert second - first >= 10_000
+
+
+def test_files_of_a_folder_without_a_lab_remain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(LAB.parent)
+    from files import Folder
+
+    (tmp_path / "run").mkdir(mode=0o755)
+    (tmp_path / "run/mine").touch()
+    assert subprocess.run([LAB, "--dir", tmp_path, "down"], check=False).returncode == 0
+    with pytest.raises(FileExistsError, match="/run is not of a lab: choose another folder"):
+        Folder(tmp_path).make()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "mine"]
+    Folder(tmp_path / "lab").make()
+    Folder(tmp_path / "lab").make()
 
 
 def test_lab_outlives_its_terminal(folder: Path) -> None:

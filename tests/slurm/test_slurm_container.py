@@ -101,6 +101,7 @@ def submit_template(
 
 @pytest.mark.skipif(shutil.which("ch-run") is None, reason="no ch-run: apt install charliecloud")
 def test_a_pipeline_runs_in_charliecloud(cluster: LabDoor, folder: Path) -> None:
+    cluster.without_forks()
     words = ["ch-run", *(f"--bind=/{name}" for name in TOP), str(folder), "--", "true"]
     skip_unless(words, {"USER": "root"})
     setup = [f"export PATH={PYTHON}:$PATH"]
@@ -115,6 +116,7 @@ def test_a_pipeline_runs_in_charliecloud(cluster: LabDoor, folder: Path) -> None
 def test_pipeline_templates_and_sessions_run_in_podman(
     cluster: LabDoor, lab: Lab, folder: Path, tmp_path: Path
 ) -> None:
+    cluster.without_forks()
     here = podman_settings(tmp_path / "here", tmp_path / "storage")
     node = podman_settings(tmp_path / "node", Path("/scratch/podman"))
     archive = tmp_path / "image.tar"

@@ -19,6 +19,7 @@ from lab import LAB, Lab, LabDoor
 
 from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.io.atomic_files import read_json
+from hpc_imagenet.runs.store import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("dataset=digits", "recipe.epochs=1", "cluster.cpus_per_task=1")
@@ -96,7 +97,10 @@ def test_training_on_two_nodes_of_two_tasks(cluster: LabDoor, store: str) -> Non
 def test_two_trainings_run_on_one_node(cluster: LabDoor, store: str) -> None:
     node = "+cluster.sbatch.nodelist=n1"
     cluster("-m", "seed=1,2", "model=squeezenet1_1", *SMALL, store, "cluster.tasks_per_node=2", node)
-    wait_for(cluster, "finished", "finished")
+    attempts = [Run(Path(row["dir"])).attempt for row in wait_for(cluster, "finished", "finished")]
+    begins = [attempt.started["time"] for attempt in attempts if attempt]
+    ends = [read_json(attempt.folder / "outcome.json")["time"] for attempt in attempts if attempt]  # type: ignore[index]
+    assert max(begins) < min(ends)  # ISO times of one machine: they ran at once
 
 
 def test_failed_job_cancels_all_that_depend_on_it(cluster: LabDoor, lab: Lab) -> None:
@@ -142,7 +146,7 @@ def test_cancelled_foreground_run_keeps_its_allocation(cluster: LabDoor, lab: La
     inner = f"cd / && export HPC_IMAGENET_WORKSPACE={cluster.workspace}; {shlex.join(words)}"
     after = cluster.cwd / "after"
     job = lab.sbatch(f"{inner}; echo $? > {after}; sleep 600", "--cpus-per-task=2")
-    eventually(lambda: bool(cluster.runs()) and bool(cluster.jobs()[0]["progress"].get("done")), 60)
+    eventually(lambda: bool(cluster.runs()) and bool(cluster.jobs()[0]["progress"].get("done")), 240)
     cluster("cancel", cluster.runs()[0])
     eventually(lambda: after.exists() and after.read_text() == "1\n")
     assert cluster.states() == ["cancelled"]
@@ -151,9 +155,12 @@ def test_cancelled_foreground_run_keeps_its_allocation(cluster: LabDoor, lab: La
 
 def test_cpus_per_task_of_a_stage_reach_the_task(cluster: LabDoor, lab: Lab, store: str) -> None:
     cores = cluster.workspace.parent / "cores"
-    setup = f"cluster.setup=[\"srun --overlap sh -c 'echo $SLURM_CPUS_PER_TASK >> {cores}'\"]"
+    # The setup comes before what the script sets for srun: look when the job calls srun.
+    look = f'srun() {{ echo $SRUN_CPUS_PER_TASK >> {cores}; command srun "$@"; }}'
+    setup = f"cluster.setup=['{look}']"
     cluster("+stage=download", "dataset=digits", "cluster.stage.download.cpus_per_task=3", setup)
     wait_for(cluster, "finished")
+    assert set(cores.read_text().split()) == {"3"}
     assert (
         "cpus-per-task=3"
         in cluster(
@@ -238,17 +245,17 @@ def test_requeue_beyond_max_requeues_fails(cluster: LabDoor, lab: Lab, store: st
     assert row["requeued"] == 1
 
 
-@pytest.mark.parametrize("stage", ["download", "process", "upload", "train", "sweep"])
-def test_template_is_accepted_by_sbatch_test_only(lab: Lab, stage: str) -> None:
-    done = subprocess.run(
-        ["sbatch", "--test-only", str(ROOT / f"slurm/{stage}.sbatch")],
-        env=lab.env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "to start at" in done.stderr
+def test_templates_are_accepted_by_sbatch_test_only(lab: Lab) -> None:
+    for stage in ("download", "process", "upload", "train", "sweep"):
+        done = subprocess.run(
+            ["sbatch", "--test-only", str(ROOT / f"slurm/{stage}.sbatch")],
+            env=lab.env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, (stage, done.stderr)
+        assert "to start at" in done.stderr, stage
 
 
 def test_pipeline_template_chains_all_stages(cluster: LabDoor, lab: Lab) -> None:
@@ -288,6 +295,7 @@ def test_out_of_memory_fails_with_the_setting_and_no_requeue(tmp_path: Path, sit
     try:
         lab = Lab(folder, options=("--memory",))
         cli = LabDoor(tmp_path / "workspace", lab)
+        cli.without_forks()  # their memory would not count
         url = f"datastore.url={site.workspace}/datastores"
         cli("model=squeezenet1_1", *SMALL, url, "cluster.memory_gb=0.25")
         greedy = f"exec {sys.executable} -c 'bytearray(400_000_000)'"
