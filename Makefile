@@ -28,7 +28,7 @@ slurm-demo: $(VENV)/.installed-demo ## the same on a private Slurm cluster, on 2
 	    cluster=lab cluster.nodes=2 cluster.tasks_per_node=2; code=$$?; slurm/lab/lab down; exit $$code
 
 test: $(VENV)/.installed-test ## all tests; what cannot run here is skipped, with the reason
-	$(BIN)/python -m pytest -ra --numprocesses=3 --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -ra --numprocesses=5 --no-loadscope-reorder $(ARGS)
 
 soak: $(VENV)/.installed-test ## kill every stage at random moments: ARGS='--kills 1000 --seed 1 --minutes 60'
 	$(BIN)/python -m tests.soak.run $(ARGS)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_imagenet.config.input.stored_settings import stored_value
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.runs.store import Run, RunStore
 
 if TYPE_CHECKING:
@@ -84,13 +85,13 @@ class Handle:
             UserError: the run failed or was cancelled; contains the reason.
             TimeoutError: the run has not ended in time; it keeps running.
         """
-        from hpc_imagenet.launch.slurm_jobs.waiting import WaitingRuns
         from hpc_imagenet.launch.states import state
+        from hpc_imagenet.launch.watched_runs import WatchedRuns
 
-        began, waiting = time.monotonic(), WaitingRuns()
+        began, watched = time.monotonic(), WatchedRuns()
         end = None if seconds is None else began + seconds
         while not (current := state(self._run, began)).ended:
-            waiting.submit([self._run])
+            watched.keep_going([self._run])
             if end is not None and time.monotonic() >= end:
                 raise TimeoutError(f"{self.id} is {current.name} after {seconds:g} s")
             time.sleep(_POLL_INTERVAL)
@@ -389,7 +390,7 @@ def _run_store(workspace: str | Path | None, source: object = None) -> RunStore:
     if workspace is None and isinstance(source, Handle):
         return RunStore(source.folder.parents[1])
     workspace = workspace or stored_value("workspace") or "workspace"
-    return RunStore(Path(workspace).expanduser().absolute())
+    return RunStore(expand_home(workspace).absolute())
 
 
 def _find(store: RunStore, source: Handle | str | Path) -> Path | Run:

@@ -43,4 +43,4 @@ def did_you_mean(name: str, valid: Collection[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=4, cutoff=0.5)
     if close:
         return f"; did you mean: {', '.join(close)}"
-    return f"; one of: {', '.join(valid)}" if len(valid) <= 12 else ""
+    return f"; one of: {', '.join(valid)}" if 0 < len(valid) <= 12 else ""

@@ -9,7 +9,6 @@ there the download stage makes the archives itself.
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import tempfile
@@ -18,7 +17,9 @@ from pathlib import Path
 
 from hpc_imagenet.cli import main as cli
 from hpc_imagenet.cli.main import print_error
-from hpc_imagenet.config.input.overrides import with_defaults
+from hpc_imagenet.config.host import config_dir
+from hpc_imagenet.config.input.overrides import key_of, with_defaults
+from hpc_imagenet.config.input.stored_settings import stored_value
 from hpc_imagenet.demo import digits
 from hpc_imagenet.demo.http_server import serving
 from hpc_imagenet.errors import UserError
@@ -48,6 +49,11 @@ def main() -> None:
     began = time.monotonic()
     try:
         code = _pipeline(settings)
+        if code == 0:
+            page = report(settings)
+            minutes, seconds = divmod(round(time.monotonic() - began), 60)
+            print(f"\ntotal time {minutes}:{seconds:02} (min:s)")
+            print(NEXT.format(page=page))
     except UserError as error:
         code = print_error(error)
     except KeyboardInterrupt:
@@ -56,19 +62,27 @@ def main() -> None:
             file=sys.stderr,
         )
         code = 130
-    if code == 0:
-        chosen = [setting for setting in settings if setting.startswith("workspace=")]
-        default = os.environ.get("HPC_IMAGENET_WORKSPACE", "workspace")
-        page = (
-            Path((chosen or [default])[-1].removeprefix("workspace=")).expanduser().absolute() / "report.html"
-        )
-        for arguments in (["report", *chosen], ["report", "--html", str(page), *chosen]):
-            print(f"\n$ python -m hpc_imagenet {' '.join(arguments)}")
-            cli.run(arguments)
-        minutes, seconds = divmod(round(time.monotonic() - began), 60)
-        print(f"\ntotal time {minutes}:{seconds:02} (min:s)")
-        print(NEXT.format(page=page))
     sys.exit(code)
+
+
+def report(settings: list[str]) -> str:
+    """Print the leaderboard of the demo's workspace, write its page, and return the path of the page.
+
+    Raises:
+        UserError: the page cannot be written.
+    """
+    # Where the jobs ran, whatever host is stored; there a relative path begins elsewhere.
+    chosen = with_defaults(
+        ["cluster=local"], [word for word in settings if key_of(word) in ("workspace", "cluster")]
+    )
+    if folder := config_dir(settings):
+        chosen += ["--config-dir", folder]
+    workspace = dict(word.split("=", 1) for word in chosen if "=" in word).get("workspace")
+    page = f"{workspace or stored_value('workspace') or 'workspace'}/report.html"
+    for arguments in (["report", *chosen], ["report", "--html", page, *chosen]):
+        print(f"\n$ python -m hpc_imagenet {shlex.join(arguments)}")
+        cli.run(arguments)
+    return page
 
 
 def _pipeline(settings: list[str]) -> int:

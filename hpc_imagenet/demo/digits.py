@@ -29,21 +29,20 @@ VAL_PER_CLASS = 36
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def write_digits(folder: Path, copies: int = 1) -> None:
+def write_digits(folder: Path) -> None:
     """Write the archives into a new folder; on an error no folder is left behind.
 
     Args:
         folder: output folder; must not exist or must be empty.
-        copies: number of copies of each train image, to make larger archives.
 
     Raises:
         UserError: scikit-learn is not installed, or the folder is not empty or not writable.
     """
     images, labels = _digits()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as temporary:
-            _write(temporary, images, labels, copies)
+            _write(temporary, images, labels)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
 
@@ -90,12 +89,12 @@ def _jpeg(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _write(folder: Path, images: list[bytes], labels: list[int], copies: int) -> None:
+def _write(folder: Path, images: list[bytes], labels: list[int]) -> None:
     val = is_val(labels)
     train: dict[int, list[bytes]] = {digit: [] for digit in range(len(WORDS))}
     for image, label, held_out in zip(images, labels, val, strict=True):
         if not held_out:
-            train[label] += [image] * copies
+            train[label].append(image)
     ilsvrc_writer.write_train(
         folder / ilsvrc_writer.TRAIN, ((wnid(digit), jpegs) for digit, jpegs in train.items())
     )
@@ -130,10 +129,9 @@ def main() -> None:
         description="Write the digits dataset as archives in the ILSVRC2012 layout."
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--copies", type=int, default=1, help="copies of each train image in the archive")
     options = parser.parse_args()
     try:
-        write_digits(options.folder, options.copies)
+        write_digits(options.folder)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     print(options.folder)

@@ -1,4 +1,4 @@
-"""HTTP server of a folder on the loopback interface: `python -m hpc_imagenet.demo.http_server FOLDER`.
+"""HTTP server of a folder on the loopback interface, for the demo and the tests.
 
 It replaces the real archive server in the demo and the tests, with the features that the download stage uses:
 HEAD, Range, If-Range, ETag. Source: RFC 9110.
@@ -6,7 +6,6 @@ HEAD, Range, If-Range, ETag. Source: RFC 9110.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import re
 import threading
@@ -18,8 +17,6 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from hpc_imagenet.io.atomic_files import atomic_write
 
 CHUNK = 1 << 18
 
@@ -111,49 +108,16 @@ class Handler(BaseHTTPRequestHandler):
         return int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
 
 
-def start_server(folder: Path, port: int = 0, handler: type[Handler] = Handler) -> ThreadingHTTPServer:
-    """Return a server of `folder` that is bound to a loopback port but does not handle requests yet."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), partial(handler, folder=folder))
-    server.daemon_threads = True
-    return server
-
-
 @contextlib.contextmanager
 def serving(folder: Path, handler: type[Handler] = Handler) -> Iterator[str]:
     """Serve `folder` from a thread within the block; yield the URL."""
-    server = start_server(folder, handler=handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, folder=folder))
+    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield url_of(server)
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def url_of(server: ThreadingHTTPServer) -> str:
-    """Return the URL of a server."""
-    return f"http://127.0.0.1:{server.server_address[1]}"
-
-
-def main() -> None:
-    """Serve until interrupted."""
-    parser = argparse.ArgumentParser(description="Serve a folder over HTTP on the loopback interface.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--port", type=int, default=0, help="port; 0 (the default) chooses a free one")
-    parser.add_argument("--port-file", type=Path, help="file to write the port number to once it is open")
-    options = parser.parse_args()
-    if not options.folder.is_dir():
-        parser.error(f"{options.folder} is not a folder")
-    server = start_server(options.folder, options.port)
-    print(url_of(server), flush=True)
-    if options.port_file:
-        with atomic_write(options.port_file) as file:
-            file.write(f"{server.server_address[1]}\n".encode())
-    with contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
-
-
-if __name__ == "__main__":
-    main()

@@ -19,6 +19,8 @@ LOGIN = "10.77.0.1"
 ADDRESS = {node: f"10.77.0.{11 + i}" for i, node in enumerate(NODES)}
 DATABASE_PORT, CONTROL_PORT = 6819, 6817
 
+FOLDERS = ("bin", "dev", "empty", "etc", "log", "mysql", "nodes", "root", "run", "spool", "state")
+
 COMMANDS = (
     "sacct",
     "sacctmgr",
@@ -158,14 +160,28 @@ class Folder:
         """Return the folder that a node sees as /scratch."""
         return self / f"nodes/{node}/scratch"
 
+    @property
+    def is_lab(self) -> bool:
+        """Whether a lab was made here, whose files may be overwritten and removed."""
+        return (self / "munge.key").exists()
+
     def make(self) -> None:
-        """Create the folder with mode 700: it holds the cluster's key."""
+        """Create the folder with mode 700: it holds the cluster's key.
+
+        Raises:
+            OSError: it belongs to another user, or holds a folder of the same name as one of the lab's.
+        """
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.path.stat().st_uid != os.getuid():
             owner = self.path.stat().st_uid
             raise PermissionError(f"{self} belongs to user {owner}: choose another folder with --dir")
+        if (found := [name for name in FOLDERS if (self / name).exists()]) and not self.is_lab:
+            raise FileExistsError(f"{self / found[0]} is not of a lab: choose another folder with --dir")
         self.path.chmod(0o700)
-        for name in ("bin", "dev", "empty", "etc", "log", "mysql", "root", "run", "spool", "state"):
+        with contextlib.suppress(FileExistsError):
+            (self / "munge.key").touch(mode=0o600, exist_ok=False)
+            (self / "munge.key").write_bytes(os.urandom(1024))
+        for name in FOLDERS:
             (self / name).mkdir(exist_ok=True)
         for node in NODES:
             self.scratch(node).mkdir(parents=True, exist_ok=True)
@@ -184,9 +200,6 @@ class Folder:
             device = self / f"dev/nvidia{gpu}"
             device.unlink(missing_ok=True)
             device.symlink_to("/dev/null")  # gres/gpu refuses plain files
-        if not (self / "munge.key").exists():
-            (self / "munge.key").touch(mode=0o600)
-            (self / "munge.key").write_bytes(os.urandom(1024))
         nodes = "\n".join(f"NodeName={n} NodeHostname={n} NodeAddr={ADDRESS[n]}" for n in NODES)
         values = {
             **globals(),
