@@ -1,21 +1,11 @@
-"""Times of records, which clocks that jump or another version may have written, and durations as text."""
+"""Durations between times of records, where clocks may have jumped, and durations as text."""
 
 from __future__ import annotations
 
 import contextlib
 from datetime import datetime, timezone
-from typing import Any
 
 _UNITS = (("w", 604_800), ("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
-
-
-def instant(text: Any) -> datetime | None:
-    """Return the time of an ISO 8601 text, in UTC if it names no zone; None if it is not one."""
-    try:  # four times for each row of a table of thousands, where contextlib.suppress is slow
-        time = datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        return None
-    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
 def seconds_between(begin: datetime | None, end: datetime | None) -> float | None:

@@ -16,12 +16,23 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.retries.diagnosis import failure_class
 from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.watched_runs import WatchedRuns
-from hpc_imagenet.report.durations import instant, seconds_between, span
+from hpc_imagenet.report.durations import seconds_between, span
 from hpc_imagenet.report.run_summary import best_top1, describe, seconds_left
 from hpc_imagenet.report.terminal_text import Line, columns, fit, print_lines
-from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, QUEUED, RUNNING
+from hpc_imagenet.runs.attempt import (
+    CANCELLED,
+    ENDED,
+    FAILED,
+    FINISHED,
+    PRUNED,
+    QUEUED,
+    RUNNING,
+    Attempt,
+    instant,
+)
 from hpc_imagenet.runs.run_records import RecordCache, RunRecord, read_run
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.runs.usage_records import last_seen
 
 COLOURS = {QUEUED: "yellow", RUNNING: "cyan", FINISHED: "green", FAILED: "red", CANCELLED: "magenta"}
 COLOURS[PRUNED] = "blue"
@@ -83,8 +94,11 @@ def _row(run: Run, record: RunRecord, status: State) -> dict[str, Any]:
     run_id, _, label = run.id.partition("-")
     result = (outcome.result if outcome else None) or {}
     times = [instant(each.get("time")) for each in (record.submitted, started)]
-    times = [instant(info.get("created")), *times, instant(outcome.time) if outcome else None]
-    created, _, began, ended = times
+    ended = instant(outcome.time) if outcome else None
+    if ended is None and status.ended:  # by Slurm, or with its machine
+        ended = last_seen(Attempt(run.folder / "attempts" / str(record.attempt)))
+    times = [instant(info.get("created")), *times, ended]
+    created, _, began, _ = times
     row = {
         "run": run.id,
         "id": run_id,

@@ -16,7 +16,7 @@ from hpc_imagenet.report.leaderboard_details import Details, DetailsCache
 from hpc_imagenet.report.published import PublishedAccuracy
 from hpc_imagenet.report.show.resources import energies_of
 from hpc_imagenet.report.terminal_text import Line, columns, fit
-from hpc_imagenet.runs.attempt import QUEUED, RUNNING, is_number
+from hpc_imagenet.runs.attempt import RUNNING, is_number
 from hpc_imagenet.runs.run_records import RecordCache
 from hpc_imagenet.runs.store import Run, RunStore
 
@@ -75,7 +75,7 @@ def _entries(store: RunStore) -> list[Training]:
     """Return trainings with their evaluations, and the evaluations of other checkpoints, best first."""
     rows = workspace_rows(store, RecordCache(store))
     rows = [row for row in rows if row["stage"] in ("train", "evaluate")]
-    cache = DetailsCache(store, {row["run"] for row in rows if row["state"] in (QUEUED, RUNNING)})
+    cache = DetailsCache(store, {row["run"] for row in rows if row["state"] == RUNNING})
     runs = [store.run(row["run"]) for row in rows]
     details = cache.read(runs)
     cache.save(runs)

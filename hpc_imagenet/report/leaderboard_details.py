@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 from hpc_imagenet import __version__
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.report.durations import instant, seconds_between
+from hpc_imagenet.report.durations import seconds_between
 from hpc_imagenet.report.published import PublishedAccuracy, published_for
 from hpc_imagenet.report.show.attempt_times import intervals, running_hours
 from hpc_imagenet.report.show.resources import energies_of, gpus_of, needs_slurm, requested_resources
+from hpc_imagenet.runs.attempt import RUNNING, instant
 from hpc_imagenet.runs.ended_cache import EndedRunCache
 from hpc_imagenet.runs.store import Run, RunStore
 
@@ -52,12 +53,12 @@ class Details(NamedTuple):
     same_protocol: bool | None
 
 
-def read_details(run: Run, active: bool) -> Details:
+def read_details(run: Run, running: bool) -> Details:
     """Read the details of a training or an evaluation; Slurm is not queried.
 
     Args:
         run: the run.
-        active: whether its newest attempt is queued or running.
+        running: whether its newest attempt is running.
 
     Raises:
         PermissionError: this user may not read it.
@@ -68,7 +69,8 @@ def read_details(run: Run, active: bool) -> Details:
     is_training = run.info.get("stage") == "train"
     attempts = run.attempts()
     requested = requested_resources(frozen)
-    hours = [running_hours(intervals(attempt, active and attempt is attempts[-1])) for attempt in attempts]
+    newest = RUNNING if running else ""
+    hours = [running_hours(intervals(each, newest if each is attempts[-1] else "")) for each in attempts]
     gpus = [gpus_of(attempt, requested) for attempt in attempts]
     published, same_protocol = None, None
     # A config of another version may have other values.
@@ -96,21 +98,21 @@ class DetailsCache(EndedRunCache[Details]):
 
     Args:
         store: all runs of the workspace.
-        active: ids of the runs whose newest attempt is queued or running.
+        running: ids of the runs whose newest attempt is running.
     """
 
     file = "leaderboard.cache"
-    version = f"3 {__version__}"  # raised when `Details` changes; the package holds what is published
+    version = f"4 {__version__}"  # raised when `Details` or its values change; the package: what is published
 
-    def __init__(self, store: RunStore, active: Collection[str]) -> None:
+    def __init__(self, store: RunStore, running: Collection[str]) -> None:
         super().__init__(store)
-        self._active = active
+        self._running = running
 
     def read_run(self, run: Run) -> tuple[Details, bool]:
         """Read the details of a run."""
         outcome = run.attempt.outcome if run.attempt else None
         ago = seconds_between(instant(outcome.time), None) if outcome else None
-        return read_details(run, run.id in self._active), (ago or 0) > _LATE
+        return read_details(run, run.id in self._running), (ago or 0) > _LATE
 
     def encode(self, value: Details) -> list[Any]:
         """Return the fields."""

@@ -86,10 +86,12 @@ class Attempt:
         """Record the start of the job on a node in started.json; a requeued job records it again."""
         previous = self.started
         earlier = previous.get("earlier", [])
-        if previous:  # requeued: the last progress is the best record of when the previous start stopped
-            stopped = read_record(self.folder.parents[1] / "progress.json").get("time")
+        if previous:  # requeued
+            from hpc_imagenet.runs.usage_records import last_seen  # which imports this module
+
+            stopped = last_seen(self)
             kept = {key: previous[key] for key in ("time", "host", "nodes") if key in previous}
-            earlier = [*earlier, {**kept, "stopped": stopped}]
+            earlier = [*earlier, {**kept, "stopped": record_time(stopped) if stopped else None}]
         start = {"time": now(), "host": socket.gethostname(), "restarts": restart_count(), **details}
         write_json(self.folder / "started.json", start | ({"earlier": earlier} if earlier else {}))
 
@@ -98,9 +100,15 @@ class Attempt:
         """The content of started.json: time, host, nodes, restarts, earlier (starts). Empty at first."""
         return read_record(self.folder / "started.json")
 
-    def end(self, state: str, reason: str = "", result: dict[str, Any] | None = None) -> bool:
-        """Write the outcome; False if the attempt already has one, which is kept."""
-        outcome = Outcome(state, reason, result, now())
+    def end(
+        self,
+        state: str,
+        reason: str = "",
+        result: dict[str, Any] | None = None,
+        ended: datetime | None = None,
+    ) -> bool:
+        """Write the outcome; False if the attempt already has one, which is kept. `ended`: None is now."""
+        outcome = Outcome(state, reason, result, record_time(ended) if ended else now())
         return write_json_once(self.folder / "outcome.json", asdict(outcome))
 
     def logs(self) -> list[Path]:
@@ -167,4 +175,18 @@ def outcome_from(path: Path) -> Outcome | None:
 
 def now() -> str:
     """Return the time as ISO 8601 in UTC, to the millisecond."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return record_time(datetime.now(timezone.utc))
+
+
+def record_time(moment: datetime) -> str:
+    """Return a time as records have it: ISO 8601 in UTC, to the millisecond."""
+    return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def instant(text: Any) -> datetime | None:
+    """Return the time of an ISO 8601 text, in UTC if it names no zone; None if it is not one."""
+    try:  # four times for each row of a table of thousands, where contextlib.suppress is slow
+        time = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)

@@ -1,17 +1,20 @@
-"""What the tasks of an attempt used, recorded by themselves: `attempts/<n>/usage/<restarts>-<rank>.json`.
+"""What the tasks of an attempt used, and when it was last known to run.
 
-Every task of every start writes one file, several times while it runs, so that a task that is killed leaves
-its last one.
+Every task of every start records its own usage in `attempts/<n>/usage/<restarts>-<rank>.json`, several times
+while it runs, so that a task that is killed leaves its last record.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from hpc_imagenet.runs.attempt import Attempt, is_number, read_record
+from hpc_imagenet.runs.attempt import Attempt, instant, is_number, read_record
+from hpc_imagenet.runs.store import Run
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,29 @@ def read_usage(*attempts: Attempt) -> Usage:
     )
 
 
+def last_seen(attempt: Attempt) -> datetime | None:
+    """Return when an attempt was last known to run; None if it has not started.
+
+    If it has no outcome, because Slurm or a lost machine ended it or its job was requeued, this is the best
+    record of when its newest start stopped: the latest of that start, of the usage of its first task, and of
+    the progress of its run. Other tasks record the same time, in thousands of files.
+    """
+    started, run = attempt.started, Run(attempt.folder.parents[1])
+    begin = instant(started.get("time"))
+    if begin is None:
+        return None
+    found = [begin]
+    with contextlib.suppress(OverflowError, PermissionError):  # a damaged record, or one of another user
+        seconds = read_record(usage_path(attempt, started.get("restarts", 0), 0)).get("seconds")
+        if _is_amount(seconds):
+            found.append(begin + timedelta(seconds=seconds))
+    later = [instant(each.started.get("time")) for each in run.attempts() if each.number > attempt.number]
+    progress = instant(run.progress.get("time"))
+    if progress and all(progress < start for start in later if start):  # else it is of a later attempt
+        found.append(progress)
+    return max(found)
+
+
 _NUMBERS = ("restarts", "seconds", "cpus", "cpu_seconds", "memory_bytes")
 
 
@@ -89,5 +115,5 @@ def _numbers(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _is_amount(value: Any) -> bool:
+def _is_amount(value: Any) -> TypeGuard[float]:
     return is_number(value) and value >= 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import Cli
-from recorded_runs import record_run, set_times
+from fake_slurm import queue_row, write_command
+from recorded_runs import change, record_run, set_times
 from rich.console import Console
 
 from hpc_imagenet.io.printable import one_line, printable
@@ -156,6 +158,25 @@ def test_filters_select_rows(cli: Cli, store: RunStore) -> None:
     assert selected("--since", "4d", "--stage", "download") == "1"
     assert "00000002" in cli("jobs", "--failed").stdout
     assert "no runs" in cli("jobs", "--stage", "upload").stdout
+
+
+@pytest.mark.slow
+def test_runs_that_slurm_ended_are_selected_by_when_they_ended(
+    cli: Cli, store: RunStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    write_command(folder, "squeue", f"echo '{queue_row(7, 'TIMEOUT')}'; echo '{queue_row(8, 'NODE_FAIL')}'")
+    cli.env["PATH"] = f"{folder}:{cli.env['PATH']}"
+    for number, hours in ((7, 6), (8, 29)):
+        last = (datetime.now(timezone.utc) - timedelta(hours=hours)).isoformat()
+        run = record_run(store, number, started={}, progress={"done": 1, "time": last})
+        times = dict.fromkeys(("created", "submitted", "started"), timedelta(hours=30))
+        assert run.attempt
+        change(run.attempt.folder / "submitted.json", executor="slurm", job_id=str(number))
+        set_times(run, **times)
+    (row,) = json.loads(cli("jobs", "--failed", "--since", "12h", "--json").stdout)
+    assert (row["job_id"], round(row["seconds"] / 3600)) == ("7", 24)
 
 
 @pytest.mark.parametrize(

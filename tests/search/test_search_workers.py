@@ -18,6 +18,7 @@ from sample_dataset import write_coloured
 from sample_search import SETTINGS, trials
 
 from hpc_imagenet.config.input.overrides import with_defaults
+from hpc_imagenet.runs.attempt import now
 from hpc_imagenet.runs.store import RunStore
 
 pytestmark = pytest.mark.slow
@@ -55,6 +56,7 @@ def test_trial_of_a_killed_worker_is_taken_over_and_its_work_kept(searching: Cli
     for process in [*searching.processes("submitit"), *searching.processes("start_task")]:
         if worker["run"] in " ".join(process.cmdline()) or worker["dir"] in " ".join(process.cmdline()):
             process.send_signal(signal.SIGKILL)
+    killed = now()
     eventually(lambda: ended(searching), 400)
     found = trials(searching, "study")
     assert [each["state"] for each in found] == ["finished"] * 4
@@ -62,7 +64,9 @@ def test_trial_of_a_killed_worker_is_taken_over_and_its_work_kept(searching: Cli
     taken = runs.run(victim["run"])
     outcomes = [attempt.outcome for attempt in taken.attempts()]
     assert [outcome.state for outcome in outcomes if outcome] == ["cancelled", "finished"]
-    assert "its worker has ended" in outcomes[0].reason if outcomes[0] else False
+    assert outcomes[0]
+    assert "its worker has ended" in outcomes[0].reason
+    assert outcomes[0].time <= killed  # not when another one has taken it over
     log = searching("logs", taken.id).stdout
     assert re.search(r"resuming from step [1-9]", log)
     others = [len(runs.run(each["run"]).attempts()) for each in found if each["run"] != victim["run"]]

@@ -85,7 +85,7 @@ def test_interrupted_training_resumes_to_equal_weights(trainings: dict[str, Trai
     assert (row["attempt"], row["requeued"]) == (1, 1)
     attempt = Run(training.folder).attempt
     assert attempt
-    kinds = [part.kind for part in intervals(attempt, active=False)]
+    kinds = [part.kind for part in intervals(attempt)]
     assert kinds == ["queued", "running", "requeued", "running"]
     (step,) = training.resumed_steps()
     assert step > 0

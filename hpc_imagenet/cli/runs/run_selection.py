@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_imagenet.config.schema import STAGES
 from hpc_imagenet.errors import UserError, did_you_mean
-from hpc_imagenet.runs.attempt import FAILED, QUEUED, RUNNING
+from hpc_imagenet.runs.attempt import FAILED, QUEUED, RUNNING, instant
 from hpc_imagenet.runs.store import Run, RunStore
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _time_filter(text: str) -> Callable[[dict[str, Any]], bool]:
     Raises:
         UserError: `text` is neither a duration nor a time.
     """
-    from hpc_imagenet.report.durations import instant, parse_span
+    from hpc_imagenet.report.durations import parse_span
 
     span = parse_span(text)
     try:

@@ -30,6 +30,7 @@ from hpc_imagenet.launch.tasks.start_task import start_command
 from hpc_imagenet.launch.tasks.task import Task
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, Attempt, read_record
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.runs.usage_records import last_seen
 from hpc_imagenet.stages import STAGES
 
 TICK = 0.2  # s
@@ -144,7 +145,8 @@ class Worker:
         if attempt.outcome or not attempt.folder.exists():
             notification.run_ended(run, attempt)
         elif local_queue.process_record(attempt):
-            attempt.end(FAILED, error_logs(attempt).last_error() or local_queue.NO_OUTCOME)
+            reason = error_logs(attempt).last_error() or local_queue.NO_OUTCOME
+            attempt.end(FAILED, reason, ended=last_seen(attempt))  # perhaps long ago: the machine restarted
             notification.run_ended(run, attempt)
         elif (newest := run.attempt) and newest.number > attempt.number:
             # Its submission was interrupted and repeated: two attempts must never write one run.

@@ -24,6 +24,7 @@ from hpc_imagenet.launch.states import states
 from hpc_imagenet.launch.submission import Submitted, start_attempts
 from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.runs.usage_records import last_seen
 from hpc_imagenet.stages import STAGES
 
 
@@ -154,7 +155,8 @@ def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
             run, attempt = planned.run, planned.run.attempt
             if attempt and attempt.submitted and not attempt.outcome:
                 # Slurm forgets its jobs; the next diagnosis compares with this one.
-                attempt.end(plan.state_of[run.id].name, plan.state_of[run.id].reason)
+                status = plan.state_of[run.id]
+                attempt.end(status.name, status.reason, ended=last_seen(attempt))
             if planned.changes:
                 store.create(run.id, planned.frozen, run.info)
         runs = [planned.run for planned in group]

@@ -140,7 +140,6 @@ def _datastore_key(entry: Training) -> str:
 def _attempts(run: Run, state: str) -> list[dict[str, Any]]:
     """Return number, state, reason, hosts and parts of each attempt: [kind, begin, end] in s since 1970."""
     attempts, found = run.attempts(), []
-    active = state in ("queued", "running")
     for attempt in attempts:
         is_last = attempt is attempts[-1]
         outcome, submitted = attempt.outcome, attempt.submitted
@@ -157,7 +156,7 @@ def _attempts(run: Run, state: str) -> list[dict[str, Any]]:
                 "code": code.get("commit") or code.get("version"),
                 "parts": [
                     [part.kind, round(part.begin), round(part.end)]
-                    for part in intervals(attempt, active and is_last)
+                    for part in intervals(attempt, state if is_last else "")
                 ],
             }
         )

@@ -11,8 +11,9 @@ from hpc_imagenet.launch.retries.diagnosis import diagnose
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.show.attempt_times import intervals, nodes_of, starts_of
 from hpc_imagenet.report.show.resources import describe_resources, resources_of, slurm_usage
-from hpc_imagenet.runs.attempt import ENDED, FAILED, RUNNING, Attempt
+from hpc_imagenet.runs.attempt import ENDED, FAILED, RUNNING, Attempt, record_time
 from hpc_imagenet.runs.store import Run
+from hpc_imagenet.runs.usage_records import last_seen
 
 
 def attempt_details(run: Run, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -27,7 +28,7 @@ def attempt_details(run: Run, row: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for attempt in attempts:
         is_newest = attempt is attempts[-1]
-        active = is_newest and row["state"] not in ENDED
+        now = row["state"] if is_newest else ""  # what the attempt does, if it has not ended
         outcome, submitted, started = attempt.outcome, attempt.submitted, attempt.started
         if outcome:
             state, reason = outcome.state, outcome.reason
@@ -35,6 +36,9 @@ def attempt_details(run: Run, row: dict[str, Any]) -> list[dict[str, Any]]:
             state, reason = row["state"], row["reason"]
         else:
             state, reason = FAILED, "ended without an outcome"
+        ended = outcome.time if outcome else None
+        if outcome is None and state in ENDED and (seen := last_seen(attempt)):
+            ended = record_time(seen)
         code = submitted.get("code")
         found.append(
             {
@@ -48,11 +52,11 @@ def attempt_details(run: Run, row: dict[str, Any]) -> list[dict[str, Any]]:
                 "code": code if isinstance(code, dict) else {},
                 "submitted": submitted.get("time"),
                 "started": started.get("time"),
-                "ended": outcome.time if outcome else None,
+                "ended": ended,
                 "queued_seconds": sum(
-                    part.end - part.begin for part in intervals(attempt, active) if part.kind != RUNNING
+                    part.end - part.begin for part in intervals(attempt, now) if part.kind != RUNNING
                 ),
-                "resources": resources_of(run, attempt, active, usages.get(attempt)),
+                "resources": resources_of(run, attempt, now, usages.get(attempt)),
                 "diagnosis": _diagnosis(run, attempt, State(state, reason)),
             }
         )

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpc_imagenet.report.durations import instant
-from hpc_imagenet.runs.attempt import QUEUED, RUNNING, Attempt
+from hpc_imagenet.runs.attempt import QUEUED, RUNNING, Attempt, instant
+from hpc_imagenet.runs.usage_records import last_seen
 
 REQUEUED = "requeued"  # in the queue again, after it has run
 
@@ -22,20 +22,24 @@ class Interval:
     end: float
 
 
-def intervals(attempt: Attempt, active: bool) -> list[Interval]:
+def intervals(attempt: Attempt, state: str = "") -> list[Interval]:
     """Return the intervals of an attempt, in order.
 
-    The end of a start that was requeued is the time of its last progress. Where a clock has jumped back, an
-    interval is empty rather than negative.
+    A start that was requeued, or that left no outcome, ends when it was last known to run. Where a clock has
+    jumped back, an interval is empty rather than negative.
 
     Args:
         attempt: the attempt.
-        active: whether it is queued or running, so that its last interval ends now.
+        state: the state of the run, of its newest attempt: if queued or running, the last interval ends now.
     """
     submitted, outcome, starts = attempt.submitted, attempt.outcome, starts_of(attempt)
     ended = seconds_since_1970(outcome.time if outcome else None)
-    if ended is None and active:
-        ended = time.time()
+    stopped = ended  # when the last start stopped; later the attempt may be in the queue again
+    if ended is None:
+        seen = last_seen(attempt)
+        stopped = seen.timestamp() if seen else None
+        ended = time.time() if state in (QUEUED, RUNNING) else stopped
+        stopped = ended if state == RUNNING else stopped
     begin = seconds_since_1970(submitted.get("time"))
     found: list[Interval] = []
     for number, start in enumerate(starts):
@@ -47,8 +51,10 @@ def intervals(attempt: Attempt, active: bool) -> list[Interval]:
         if number + 1 < len(starts):
             begin = max(at, seconds_since_1970(start.get("stopped")) or at)
             found.append(_interval(RUNNING, at, begin))
-        elif ended is not None:
-            found.append(_interval(RUNNING, at, ended))
+        elif stopped is not None and ended is not None:
+            found.append(_interval(RUNNING, at, stopped))
+            if stopped < ended:
+                found.append(_interval(REQUEUED, stopped, ended))
     if not starts and begin is not None and ended is not None:
         found.append(_interval(QUEUED, begin, ended))
     return found

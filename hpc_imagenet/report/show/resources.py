@@ -30,13 +30,13 @@ _BRIEF = 1 / 60  # hours that an attempt may have run without a record of its en
 _MARGIN = 3600.0  # s by which the clocks of this machine and of Slurm may differ
 
 
-def resources_of(run: Run, attempt: Attempt, active: bool, usage: JobUsage | None) -> dict[str, Any]:
+def resources_of(run: Run, attempt: Attempt, state: str, usage: JobUsage | None) -> dict[str, Any]:
     """Return what an attempt was given and what it used; None where no record has it.
 
     Args:
         run: the run.
         attempt: one of its attempts.
-        active: whether it is queued or running.
+        state: the state of the run, of its newest attempt, as in `attempt_times.intervals`.
         usage: what Slurm knows of its job (`slurm_usage`).
 
     Returns:
@@ -45,7 +45,7 @@ def resources_of(run: Run, attempt: Attempt, active: bool, usage: JobUsage | Non
     """
     own, usage = read_usage(attempt), usage or JobUsage()
     requested = requested_resources(run.readable_config())
-    hours = running_hours(intervals(attempt, active))
+    hours = running_hours(intervals(attempt, state))
     used, available = usage.used_cpu_seconds, usage.available_cpu_seconds
     if used is None or not available:
         used, available = own.cpu_seconds, own.available_cpu_seconds
@@ -132,7 +132,7 @@ def total_energy(measured: Sequence[tuple[tuple[float | None, str], float]]) -> 
 
 
 def _ran(attempt: Attempt) -> float:
-    return running_hours(intervals(attempt, active=False))
+    return running_hours(intervals(attempt))
 
 
 def slurm_usage(attempts: Sequence[Attempt]) -> dict[Attempt, JobUsage]:

@@ -23,6 +23,7 @@ from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, Attempt, Outcome
 from hpc_imagenet.runs.checkpoints import INITIAL, link_or_copy
 from hpc_imagenet.runs.store import Progress, Run, RunStore
+from hpc_imagenet.runs.usage_records import last_seen
 from hpc_imagenet.search.rungs import promotable
 from hpc_imagenet.search.study_files import (
     EXECUTOR,
@@ -298,7 +299,8 @@ class SearchWorker:
         attempt, own = trial.attempt, self._attempt
         if attempt is None or attempt.outcome or attempt.submitted.get("worker") != self.run.id:
             if attempt and not attempt.outcome:
-                attempt.end(CANCELLED, f"its worker has ended; {self.run.id} goes on with it")
+                reason = f"its worker has ended; {self.run.id} goes on with it"
+                attempt.end(CANCELLED, reason, ended=last_seen(attempt))
             attempt = trial.new_attempt()
         submitted = own.submitted
         kept = {key: submitted[key] for key in ("job_id", "host", "code") if key in submitted}

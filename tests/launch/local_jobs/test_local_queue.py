@@ -8,21 +8,25 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import psutil
 import pytest
 from command_line import Cli, Gate, eventually
+from recorded_runs import record_run, set_times
 
 from hpc_imagenet.api import Handle
 from hpc_imagenet.cluster import dist_env
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.io.ownership import UMASK
 from hpc_imagenet.launch import watched_runs
 from hpc_imagenet.launch.executors import start_queued
 from hpc_imagenet.launch.local_jobs import local_queue
 from hpc_imagenet.launch.local_jobs.local_worker import Worker
 from hpc_imagenet.runs.store import RunStore
+from hpc_imagenet.runs.usage_records import usage_path
 
 pytestmark = pytest.mark.slow
 
@@ -364,3 +368,21 @@ def test_damaged_config_fails_its_run_only(tmp_path: Path) -> None:
     assert Worker(store).step() is False
     assert attempt.outcome
     assert "config.yaml is missing or damaged: submit the run again" in attempt.outcome.reason
+
+
+def test_job_of_before_a_reboot_has_ended_with_its_last_record(tmp_path: Path) -> None:
+    run = record_run(RunStore(tmp_path), 1, started={"pid": 1 << 30, "born": 0})
+    set_times(run, started=timedelta(hours=10))
+    attempt = run.attempt
+    assert attempt
+    write_json(attempt.folder / "process.json", {"pid": 1 << 30, "born": 0})
+    usage_path(attempt, 0, 0).parent.mkdir()
+    write_json(usage_path(attempt, 0, 0), {"seconds": 3600 * 3})
+    queue = local_queue.queue_folder(RunStore(tmp_path))
+    queue.mkdir(parents=True)
+    (queue / "1.entry").write_text(json.dumps({"run": run.id, "attempt": 1}))
+    assert Worker(RunStore(tmp_path)).step() is False
+    assert attempt.outcome
+    assert attempt.outcome.state == "failed"
+    ago = datetime.now(timezone.utc) - datetime.fromisoformat(attempt.outcome.time)
+    assert round(ago / timedelta(hours=1)) == 7

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from command_line import Cli
+from recorded_runs import set_times
 
 from hpc_imagenet import Handle, UserError
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.retries.retry_plan import plan_retry
 from hpc_imagenet.runs.attempt import FAILED
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.runs.usage_records import usage_path
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +78,29 @@ def test_failed_node_is_excluded_beside_those_before(cluster: Cli) -> None:
     queue(cluster, "1|NODE_FAIL|0|0|None")
     assert "node failure · cluster.sbatch.exclude: n1,n2 → n1,n2,n3" in cluster("retry", run.id).stdout
     assert "#SBATCH --exclude=n1,n2,n3\n" in script(cluster, 2)
+
+
+def test_an_attempt_that_slurm_ended_has_the_hours_that_it_ran(cluster: Cli) -> None:
+    cluster("+stage=download", *SUBMIT, "++cluster.stage.download.gpus_per_node=8")
+    run = only_run(cluster)
+    first = run.attempt
+    assert first
+    first.start()
+    set_times(run, submitted=timedelta(hours=69), started=timedelta(hours=69))
+    usage_path(first, 0, 0).parent.mkdir()
+    write_json(usage_path(first, 0, 0), {"seconds": 86_400})
+    queue(cluster, "1|TIMEOUT|0|0|None")
+    details = json.loads(cluster("show", run.id, "--json").stdout)
+    assert (round(details["gpu_hours"]), round(details["seconds"])) == (192, 86_400)
+    shown = " ".join(cluster("show", run.id).stdout.split())
+    assert "failed · Slurm: timeout (exit code 0:0) · 24:00:00" in shown
+    assert "ran 24:00:00 of 1:00:00" in shown
+    cluster("retry", run.id, "cluster.stage.download.gpus_per_node=2")
+    queue(cluster, "2|PENDING|0|0|None")
+    (found, _) = json.loads(cluster("show", run.id, "--json").stdout)["attempts"]
+    assert round(found["resources"]["hours"], 2) == 24
+    assert found["ended"] == details["attempts"][0]["ended"]
+    assert found["diagnosis"]["class"] == "time_limit"
 
 
 def test_accumulate_after_too_little_device_memory(cluster: Cli) -> None:
