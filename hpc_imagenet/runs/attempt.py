@@ -97,7 +97,10 @@ class Attempt:
 
     @property
     def started(self) -> dict[str, Any]:
-        """The content of started.json: time, host, nodes, restarts, earlier (starts). Empty at first."""
+        """The content of started.json; empty at first.
+
+        Keys: time, host, nodes, restarts, earlier (starts), requested (resources, as `requested_by`).
+        """
         return read_record(self.folder / "started.json")
 
     def end(

@@ -1,4 +1,4 @@
-"""What the tasks of an attempt used, and when it was last known to run.
+"""What an attempt requested, what its tasks used, and when it was last known to run.
 
 Every task of every start records its own usage in `attempts/<n>/usage/<restarts>-<rank>.json`, several times
 while it runs, so that a task that is killed leaves its last record.
@@ -13,8 +13,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.runs.attempt import Attempt, instant, is_number, read_record
 from hpc_imagenet.runs.store import Run
+
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Usage:
         cpus: CPUs that the tasks could use at the same time.
         cpu_seconds: CPU time, of user and system.
         available_cpu_seconds: CPUs that the tasks could use, times their s.
-        memory_bytes: highest memory of a node: the sum of the peaks of its tasks.
+        memory_bytes: highest memory of a start: the sum of the peaks of its tasks, over all its nodes.
         gpu_use: share of the time in which a GPU computed, 0 to 1, mean over GPUs.
         joules: energy of the GPUs; one that several tasks see counts once.
         gpus: highest number of GPUs of a start: a job that is requeued may get others.
@@ -50,12 +53,12 @@ def read_usage(*attempts: Attempt) -> Usage:
     paths = [path for attempt in attempts for path in sorted(attempt.folder.glob("usage/*-*.json"))]
     records = [_numbers(read_record(path)) for path in paths]
     records = [record for record in records if record]
-    memory: dict[tuple[Any, Any], float] = defaultdict(float)
+    memory: dict[Any, float] = defaultdict(float)
     cpus: dict[Any, float] = defaultdict(float)
     gpus: dict[tuple[Any, ...], dict[str, float]] = {}
     for record in records:
         node = record["restarts"], record["host"]
-        memory[node] += record["memory_bytes"]
+        memory[record["restarts"]] += record["memory_bytes"]
         cpus[record["restarts"]] += record["cpus"]
         for uuid, measured in record["gpus"].items():
             key = (*node, uuid)
@@ -96,6 +99,26 @@ def last_seen(attempt: Attempt) -> datetime | None:
     if progress and all(progress < start for start in later if start):  # else it is of a later attempt
         found.append(progress)
     return max(found)
+
+
+def requested_by(cluster: Cluster) -> dict[str, float]:
+    """Return the resources that cluster settings request, in total over the nodes.
+
+    Returns:
+        Those of gpus, cpus, memory_bytes and limit_seconds that are set.
+    """
+    gpus = {} if cluster.gpus_per_node is None else {"gpus": cluster.nodes * int(cluster.gpus_per_node)}
+    others = {
+        "cpus": cluster.tasks * (cluster.cpus_per_task or 0),
+        "memory_bytes": cluster.nodes * float(cluster.memory_gb or 0) * _GIB,
+        "limit_seconds": 60 * float(cluster.time or 0),
+    }
+    return numbers_of({**gpus, **{name: value for name, value in others.items() if value}})
+
+
+def numbers_of(record: dict[str, Any]) -> dict[str, float]:
+    """Return the values of a record that are finite numbers."""
+    return {name: value for name, value in record.items() if is_number(value)}
 
 
 _NUMBERS = ("restarts", "seconds", "cpus", "cpu_seconds", "memory_bytes")

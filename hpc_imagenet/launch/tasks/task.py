@@ -34,6 +34,7 @@ from hpc_imagenet.launch.tasks.usage_recorder import UsageRecorder
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, Attempt
 from hpc_imagenet.runs.store import Run
+from hpc_imagenet.runs.usage_records import requested_by
 from hpc_imagenet.stages import STAGES
 
 
@@ -168,8 +169,9 @@ def _start_attempt(run: Run, attempt: Attempt, **details: Any) -> None:
         details["step"] = step
     if nodes := slurm.this_node_list():
         details["nodes"] = nodes
-    attempt.start(**local_queue.process_identity(), **details)
-    limit = run.cluster().max_requeues
+    cluster = run.cluster()
+    attempt.start(**local_queue.process_identity(), requested=requested_by(cluster), **details)
+    limit = cluster.max_requeues
     if on_slurm() and lease.restart_count() > limit:
         count = lease.restart_count()
         reason = f"requeued {count} times, more than cluster.max_requeues={limit}: retry resumes it"

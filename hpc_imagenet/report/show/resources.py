@@ -19,9 +19,9 @@ from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.slurm_jobs.slurm_executor import SlurmExecutor
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.show.attempt_times import intervals, running_hours, seconds_since_1970
-from hpc_imagenet.runs.attempt import Attempt, is_number, read_record
+from hpc_imagenet.runs.attempt import Attempt, read_record
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.runs.usage_records import read_usage
+from hpc_imagenet.runs.usage_records import numbers_of, read_usage, requested_by
 
 ACCOUNTING_FILE = "accounting.json"
 _JOULES_PER_KWH = 3.6e6
@@ -44,9 +44,10 @@ def resources_of(run: Run, attempt: Attempt, state: str, usage: JobUsage | None)
         gpu_use (0 to 1), gpu_hours, limit_seconds, kwh and energy_of (`GPUs` or `nodes`).
     """
     own, usage = read_usage(attempt), usage or JobUsage()
-    requested = requested_resources(run.readable_config())
+    requested = _requested(attempt, requested_resources(run.readable_config()))
     hours = running_hours(intervals(attempt, state))
-    used, available = usage.used_cpu_seconds, usage.available_cpu_seconds
+    measured = usage if usage.ended else JobUsage()  # of steps that are running, sacct has 0 or nothing
+    used, available = measured.used_cpu_seconds, measured.available_cpu_seconds
     if used is None or not available:
         used, available = own.cpu_seconds, own.available_cpu_seconds
     kwh, energy_of = energy(attempt, usage)
@@ -57,9 +58,9 @@ def resources_of(run: Run, attempt: Attempt, state: str, usage: JobUsage | None)
         "used_cpu_seconds": used,
         "cpu_efficiency": used / available if used is not None and available else None,
         "memory_bytes": usage.memory_bytes or requested.get("memory_bytes"),
-        "used_memory_bytes": usage.used_memory_bytes or own.memory_bytes,
+        "used_memory_bytes": measured.used_memory_bytes or own.memory_bytes,
         "gpus": gpus,
-        "gpu_use": own.gpu_use if usage.gpu_use is None else usage.gpu_use,
+        "gpu_use": own.gpu_use if measured.gpu_use is None else measured.gpu_use,
         "gpu_hours": gpus * hours,
         "limit_seconds": usage.limit_seconds or requested.get("limit_seconds"),
         "kwh": kwh,
@@ -72,10 +73,10 @@ def gpus_of(attempt: Attempt, requested: Mapping[str, float], usage: JobUsage | 
 
     Args:
         attempt: the attempt.
-        requested: `requested_resources` of its run.
+        requested: `requested_resources` of its run, for an attempt that has not recorded its own.
         usage: what Slurm knows of its job; None: what is kept of that.
     """
-    usage = usage or _kept(attempt)
+    usage, requested = usage or _kept(attempt), _requested(attempt, requested)
     # What a job got, before what it requested: runs that share a loader on this machine get one GPU each.
     count = (usage.gpus if usage else None) or _local_gpus(attempt) or requested.get("gpus")
     if count is None:
@@ -200,23 +201,17 @@ def _size(count: float) -> str:
 
 
 def requested_resources(frozen: dict[str, Any]) -> dict[str, float]:
-    """Return the resources that a frozen config sets, in total over its nodes; empty for a damaged one.
-
-    Returns:
-        Those of gpus, cpus, memory_bytes and limit_seconds that are set.
-    """
+    """Return the resources that a frozen config sets, as `requested_by`; empty for a damaged one."""
     try:
-        cluster = cluster_from(frozen, frozen["stage"]["name"])
-        gpus = {} if cluster.gpus_per_node is None else {"gpus": cluster.nodes * int(cluster.gpus_per_node)}
-        others = {
-            "cpus": cluster.tasks * (cluster.cpus_per_task or 0),
-            "memory_bytes": cluster.nodes * float(cluster.memory_gb or 0) * _GIB,
-            "limit_seconds": 60 * float(cluster.time or 0),
-        }
+        return requested_by(cluster_from(frozen, frozen["stage"]["name"]))
     except Exception:  # a config of another version: any error of the schema
         return {}
-    found = {**gpus, **{name: value for name, value in others.items() if value}}
-    return {name: value for name, value in found.items() if is_number(value)}
+
+
+def _requested(attempt: Attempt, present: Mapping[str, float]) -> Mapping[str, float]:
+    """Return the resources that an attempt requested, else those of the present config of its run."""
+    recorded = attempt.started.get("requested")
+    return numbers_of(recorded) if isinstance(recorded, dict) else present
 
 
 def _runs_of_job(attempt: Attempt) -> int:

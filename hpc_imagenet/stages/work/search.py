@@ -306,8 +306,8 @@ class SearchWorker:
         kept = {key: submitted[key] for key in ("job_id", "host", "code") if key in submitted}
         attempt.submit(EXECUTOR, worker=self.run.id, logs=str(attempt.folder), **kept)
         trial.lease = lease.acquire(trial.folder, attempt.number)
-        nodes = {key: own.started[key] for key in ("nodes", "step") if key in own.started}
-        attempt.start(world_size=self.dist_env.size, **nodes)
+        job = {key: own.started[key] for key in ("nodes", "step", "requested") if key in own.started}
+        attempt.start(world_size=self.dist_env.size, **job)
         values = " ".join(f"{name}={text}" for name, text in record.values.items())
         print(f"trial {record.trial}: {values} → {trial.id}", flush=True)
         return attempt

@@ -13,9 +13,11 @@ from recorded_runs import create_run, set_times
 
 from hpc_imagenet.cluster import slurm_accounting
 from hpc_imagenet.cluster.slurm_accounting import parse_usage
+from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.report.show.resources import slurm_usage
 from hpc_imagenet.runs.attempt import FAILED
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.runs.usage_records import usage_path
 
 TRES = "billing=4,cpu=4,gres/gpu=2,mem=1000M,node=2"
 ENDS = "2026-11-29T13:06:04"
@@ -118,6 +120,25 @@ def test_show_of_a_slurm_job(cli: Cli, tmp_path: Path) -> None:
         "CPU 12% of 4 CPUs · memory 0.416 GiB of 0.977 GiB (43%) · GPU unknown of 2 GPUs",
     ):
         assert part in text
+
+
+@pytest.mark.slow
+def test_running_job_is_measured_by_its_tasks(cli: Cli, tmp_path: Path) -> None:
+    # sacct adds up the CPU time of the steps that have ended, and knows no memory of the others.
+    columns = [line.split("|") for line in JOB.splitlines()]
+    for line in columns:
+        line[2], line[5], line[8], line[9], line[-1] = "00:00:00", "", "", "", "Unknown"
+    run = run_of_job(cli, tmp_path / "bin", "\n".join("|".join(line) for line in columns))
+    attempt = run.attempt
+    assert attempt
+    usage_path(attempt, 0, 0).parent.mkdir()
+    for rank, host in enumerate(("n1", "n2")):
+        values = {"restarts": 0, "host": host, "seconds": 13, "cpus": 2, "cpu_seconds": 10, "gpus": {}}
+        write_json(usage_path(attempt, 0, rank), {**values, "memory_bytes": 400 * 2**20})
+    (found,) = json.loads(cli("show", run.id, "--json").stdout)["attempts"]
+    used = found["resources"]
+    assert used["cpu_efficiency"] == pytest.approx(20 / 52)
+    assert used["used_memory_bytes"] / used["memory_bytes"] == 0.8
 
 
 @pytest.mark.slow

@@ -33,3 +33,16 @@ def test_failure_of_an_old_copy_does_not_end_the_run(
         task.run_task(run.folder, attempt.number)
     assert attempt.outcome is None
     assert attempt.end(FINISHED)
+
+
+@pytest.mark.slow
+def test_the_requested_resources_are_recorded_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("cluster=slurm", "cluster.time=60", "++cluster.stage.download.gpus_per_node=4")
+    run = create_run(RunStore(tmp_path), "+stage=download", *settings)
+    attempt = run.new_attempt()
+    monkeypatch.setattr(download, "run", lambda *_: {})
+    task.run_task(run.folder, attempt.number)
+    requested = attempt.started["requested"]
+    assert (requested["gpus"], requested["limit_seconds"]) == (4, 3600)

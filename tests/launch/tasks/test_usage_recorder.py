@@ -170,7 +170,7 @@ def test_starts_and_nodes_add_up_and_a_gpu_counts_once(tmp_path: Path) -> None:
     assert usage.cpu_seconds == 60
     assert usage.available_cpu_seconds == 120
     assert usage.cpus == 6  # of one start
-    assert usage.memory_bytes == 200  # of n1
+    assert usage.memory_bytes == 300  # of the tasks of one start, as of what the job was given
     assert (usage.gpu_use, usage.gpus) == (0.5, 4)
 
 

@@ -17,7 +17,7 @@ from hpc_imagenet.report.leaderboard import leaderboard_rows
 from hpc_imagenet.report.show.details import run_details
 from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.runs.usage_records import usage_path
+from hpc_imagenet.runs.usage_records import requested_by, usage_path
 
 
 def trained(store: RunStore, number: int, gpus: list[str], sharing: int = 1, **cluster: object) -> Run:
@@ -76,6 +76,26 @@ def test_gpus_that_only_slurm_knows_are_shown_once_they_are_read(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert run_details(run)["gpu_hours"] == pytest.approx(40, abs=0.1)
     assert gpu_hours() == pytest.approx(40, abs=0.1)
+
+
+def test_each_attempt_has_the_resources_that_it_requested(cli: Cli) -> None:
+    run = trained(RunStore(cli.workspace), 0, [], nodes=2, gpus_per_node=4, memory_gb=10, time=60)
+    assert run.attempt
+    change(run.attempt.folder / "started.json", requested=requested_by(run.cluster()))
+    again = run.new_attempt()
+    again.submit("local", host="elsewhere")
+    config = {"executor": "foreground", "nodes": 4, "gpus_per_node": 4, "memory_gb": 20, "time": 120}
+    (run.folder / "config.yaml").write_text(json.dumps({"stage": {"name": "train"}, "cluster": config}))
+    again.start(requested=requested_by(run.cluster()))
+    again.end(FINISHED)
+    set_times(run, submitted=timedelta(hours=10), started=timedelta(hours=10), outcome=timedelta(0))
+    found = run_details(run)
+    first, second = (each["resources"] for each in found["attempts"])
+    for name, amount in (("gpus", 8), ("memory_bytes", 20 * 2**30), ("limit_seconds", 3600)):
+        assert (first[name], second[name]) == (amount, amount * (4 if name == "memory_bytes" else 2))
+    (row,) = leaderboard_rows(RunStore(cli.workspace))
+    assert row["gpu_hours"] == pytest.approx(80 + 160, abs=0.1)
+    assert found["gpu_hours"] == pytest.approx(80 + 160, abs=0.1)
 
 
 def test_runs_that_share_a_loader_on_this_machine_have_the_gpus_that_they_got(cli: Cli) -> None:
