@@ -95,6 +95,8 @@ class ForegroundExecutor(Executor):
     def _record(self, attempt: Attempt, allocation: str | None, **details: Any) -> None:
         """Record an attempt as one of Slurm in an allocation, else as one of this process."""
         details["code"] = code_version()
+        if allocation and attempt.submitted.get("job_id") == allocation:
+            return  # requeued: its record says since when it is in the queue
         if allocation:
             attempt.submit(SlurmExecutor.name, job_id=allocation, logs=str(attempt.folder), **details)
         else:
@@ -253,6 +255,7 @@ def _srun_arguments(run: Run, log: str) -> list[str]:
     from hpc_imagenet.stages import STAGES  # here, so that commands which query states do not import it
 
     arguments = ["--kill-on-bad-exit=1", f"--output={log}.out", f"--error={log}.err"]
+    arguments.append("--open-mode=append")  # a requeued job goes on with the logs of its attempt
     if run.info.get("shares_loader") or not STAGES[run.info["stage"]].distributed:
         arguments += ["--nodes=1", "--ntasks=1"]  # one process, whatever the size of the allocation
     return [*arguments, *run.cluster().srun]

@@ -21,8 +21,9 @@ from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.launch.warm_start import keep_weights
-from hpc_imagenet.runs.attempt import CANCELLED, FINISHED
+from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, Attempt
 from hpc_imagenet.runs.job import Job
+from hpc_imagenet.runs.lease import restart_count
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages import STAGES
 
@@ -118,13 +119,18 @@ def _is_this_job(run: Run) -> bool:
     return job_id is not None and attempt is not None and attempt.submitted.get("job_id") == job_id
 
 
+def _is_requeued(attempt: Attempt) -> bool:
+    """Whether an attempt of this Slurm job has no outcome, and Slurm has requeued the job since its start."""
+    return attempt.outcome is None and restart_count() > attempt.started.get("restarts", 0)
+
+
 def start_attempts(
     store: RunStore, runs: Sequence[Run], executor: str, state_of: Mapping[str, State]
 ) -> dict[str, str]:
     """Create a new attempt of each run and submit it to `executor`; runs come after those they need.
 
     Called within `owner_writes`. An attempt that waits for a limit of submitted jobs is submitted itself, by
-    the process that claims it.
+    the process that claims it. So is one of this Slurm job, if Slurm has requeued the job since.
 
     Returns:
         The action of each run, as in `Submitted`, by its id.
@@ -138,6 +144,8 @@ def start_attempts(
                 attempts.append((run, attempt))
             else:  # another command submits it at this moment
                 actions[run.id] = "active"
+        elif attempt and _is_this_job(run) and _is_requeued(attempt):
+            attempts.append((run, attempt))
         else:
             attempts.append((run, run.new_attempt()))
             new.append(attempts[-1])

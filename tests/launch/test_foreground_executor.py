@@ -9,19 +9,23 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import psutil
 import pytest
 from command_line import Cli, Gate, eventually
-from fake_slurm import write_command
+from fake_slurm import SRUN, write_command
+from recorded_runs import set_times
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.config.schema import Cluster, cluster_for
 from hpc_imagenet.errors import EXIT_REQUEUE, UserError
+from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.executors import EXECUTORS
 from hpc_imagenet.launch.foreground_executor import ForegroundExecutor, start_job
+from hpc_imagenet.runs.attempt import record_time
 from hpc_imagenet.runs.store import RunStore
 
 DOWNLOAD = ("+stage=download", "dataset=ilsvrc", "download.retries=0", "cluster=foreground")
@@ -255,3 +259,31 @@ def test_a_requeued_job_cancels_no_later_one(cluster: Cli, commands: Path) -> No
         assert run.attempt is not None
         assert run.attempt.outcome is None
         assert run.attempt.submitted["job_id"] == "5"
+
+
+@pytest.mark.slow
+def test_a_requeued_job_goes_on_with_its_attempt(cluster: Cli, commands: Path) -> None:
+    write_command(commands, "srun", f"exit {EXIT_REQUEUE}")
+    cluster.env["SLURM_JOB_ID"] = "5"
+    words = ("+stage=download", "dataset=digits", "cluster=foreground")
+    cluster(*words, code=1)
+    (run,) = RunStore(cluster.workspace).all()
+    assert run.attempt
+    run.attempt.start()
+    set_times(run, submitted=timedelta(hours=40), started=timedelta(hours=30))
+    stopped = datetime.now(timezone.utc) - timedelta(hours=10)
+    write_json(run.folder / "progress.json", {"done": 1, "time": record_time(stopped)})
+    write_command(commands, "srun", f'echo "$@" >> $here/options{SRUN}')
+    cluster.env["SLURM_RESTART_COUNT"] = "1"
+    (commands / "queue").write_text("5|RUNNING|1|0|None\n")
+    cluster(*words)
+    assert "--open-mode=append" in (commands / "options").read_text().split()
+    (row,) = cluster.jobs()
+    assert (row["state"], row["attempt"], row["requeued"]) == ("finished", 1, 1)
+    (found,) = json.loads(cluster("show", run.id, "--json").stdout)["attempts"]
+    assert round(found["resources"]["hours"], 1) == 20
+    assert round(found["queued_seconds"] / 3600, 1) == 10 + 10
+    cluster.env["SLURM_RESTART_COUNT"] = "2"  # after its end another attempt is made
+    (run.folder.parents[1] / "archives/digits").rename(run.folder.parents[1] / "archives/gone")
+    cluster(*words)
+    assert [attempt.started["restarts"] for attempt in run.attempts()] == [1, 2]
