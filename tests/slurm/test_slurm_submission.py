@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -151,6 +152,20 @@ def test_cancelled_foreground_run_keeps_its_allocation(cluster: LabDoor, lab: La
     eventually(lambda: after.exists() and after.read_text() == "1\n")
     assert cluster.states() == ["cancelled"]
     assert (lab.job(job)["JobState"], lab.job(job)["Restarts"]) == ("RUNNING", "0")
+
+
+def test_requeued_foreground_run_goes_on_with_its_attempt(cluster: LabDoor, lab: Lab, store: str) -> None:
+    words = [sys.executable, "-m", "hpc_imagenet", "model=squeezenet1_1", store, "cluster=foreground"]
+    words += with_defaults(SMALL, ["recipe.epochs=50"])
+    inner = f"cd / && export HPC_IMAGENET_WORKSPACE={cluster.workspace}; {shlex.join(words)}"
+    job = lab.sbatch(inner, "--cpus-per-task=2", "--requeue")
+    eventually(lambda: bool(cluster.runs()) and bool(cluster.jobs()[0]["progress"].get("done")), 240)
+    lab.scontrol("requeue", job)
+    log = cluster.workspace / "runs" / cluster.runs()[0] / "attempts/1" / f"{job}_0_log.out"
+    eventually(lambda: log.read_text().count("device: ") == 2, 240)  # both starts write into it
+    cluster("cancel", cluster.runs()[0])
+    (found,) = json.loads(cluster("show", cluster.runs()[0], "--json").stdout)["attempts"]
+    assert (found["state"], found["requeued"], found["job"]) == ("cancelled", 1, job)
 
 
 def test_cpus_per_task_of_a_stage_reach_the_task(cluster: LabDoor, lab: Lab, store: str) -> None:
