@@ -15,9 +15,9 @@ from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.io.ownership import foreign_writer
 from hpc_imagenet.runs.attempt import FINISHED
-from hpc_imagenet.runs.checkpoints import check_source, find_checkpoint
+from hpc_imagenet.runs.checkpoints import check_source, find_checkpoint, fingerprint
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS, fingerprint
+from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS
 
 _OWN = ("split", "checkpoint")
 _RECIPE = (*(f"recipe.{name}" for name in VAL_SETTINGS), "recipe.global_batch")

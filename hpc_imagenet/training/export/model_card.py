@@ -17,7 +17,7 @@ from hpc_imagenet.io.printable import escape_name
 from hpc_imagenet.training.export.export_formats import FORMATS
 from hpc_imagenet.training.export.loader_script import NAME as SCRIPT
 from hpc_imagenet.training.export.plain_network import PlainNetwork
-from hpc_imagenet.training.trained import TrainedModel, open_checkpoint
+from hpc_imagenet.training.trained import TrainedModel
 
 FILE = "README.md"
 
@@ -36,7 +36,7 @@ def model_card(
         plain: code of the network, if the format has weights alone.
         evaluations: results of evaluations: datastore, split, images, top1 and top5 (0 to 1).
     """
-    config, identity = trained.config, open_checkpoint(trained.path).identity
+    config, identity = trained.config, trained.identity
     manifest = _manifest(trained)
     data = manifest.name if manifest else versions.parse_reference(config.datastore.name)[0]
     parts = [_front_matter(trained, data, plain)] if name == "hf" else []

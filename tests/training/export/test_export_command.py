@@ -19,8 +19,8 @@ from trained_samples import NAMES, config_of, write_trained
 
 import hpc_imagenet
 from hpc_imagenet.runs.attempt import FINISHED
+from hpc_imagenet.runs.checkpoints import fingerprint
 from hpc_imagenet.runs.store import RunStore
-from hpc_imagenet.stages.evaluate_stage import fingerprint
 
 pytestmark = pytest.mark.slow
 
