@@ -27,7 +27,7 @@ def _export(store: RunStore, options: argparse.Namespace) -> int:
         from hpc_imagenet.training.trained import load_trained
 
     trained = load_trained(checkpoint)
-    export_network(trained, out, options.format, evaluations(store, trained.fingerprint))
+    export_network(trained, out, options.format, evaluations(store, trained.fingerprint, trained.config))
     print(f"exported {checkpoint} to {out}; how to use it: {out / 'README.md'}")
     return 0
 

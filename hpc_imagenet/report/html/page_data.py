@@ -16,7 +16,7 @@ from hpc_imagenet.report.html.data_summary import bad_images, datastore_key, sum
 from hpc_imagenet.report.html.learning_curves import read_curves
 from hpc_imagenet.report.html.search_results import search_results
 from hpc_imagenet.report.jobs_table import job_rows
-from hpc_imagenet.report.leaderboard import Training, trainings
+from hpc_imagenet.report.leaderboard import Training, evaluation_name, trainings
 from hpc_imagenet.report.show.attempt_times import intervals, nodes_of
 from hpc_imagenet.runs.attempt import FAILED, now, read_record
 from hpc_imagenet.runs.bad_batch import read_bad_batch
@@ -69,7 +69,7 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
         row["datastore"], row["config"] = key, different
         row["citation"] = entry.published.citation if entry.published else None
         row["attempts"] = _attempts(entry.run, row["state"])
-        row["evaluations"] = [_evaluation(each) for each in entry.evaluations]
+        row["evaluations"] = [_evaluation(each, entry) for each in entry.evaluations]
         if entry.row["state"] == FAILED and diagnoses_left:
             row["diagnosis"] = _diagnosis(entry)
             diagnoses_left -= 1
@@ -99,15 +99,13 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
     }
 
 
-def _evaluation(entry: Training) -> dict[str, Any]:
+def _evaluation(entry: Training, training: Training) -> dict[str, Any]:
     """Return what the page shows of an evaluation of a training."""
-    keys = ("run", "state", "reason", "split", "top1", "top5", "loss")
-    evaluate = entry.frozen.get("evaluate")
-    checkpoint = str(evaluate.get("checkpoint") or "") if isinstance(evaluate, dict) else ""
+    keys = ("run", "state", "reason", "split", "checkpoint", "step", "top1", "top5", "loss")
     return {
         **{key: entry.row.get(key) for key in keys},
+        "name": evaluation_name(entry.row, training.row),
         "datastore": _datastore_key(entry),
-        "checkpoint": checkpoint.rpartition("/")[2],
     }
 
 
