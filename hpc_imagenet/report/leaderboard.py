@@ -227,7 +227,7 @@ def _training(run: Run, row: dict[str, Any], details: Details) -> Training:
     row |= {key: _number(result.get(key)) for key in _MEASURED}
     row |= {key: result.get(key) for key in ("learned", "advice")}
     row["top1"] = _number(row["top1"])
-    # Wall time of the training loop in the last attempt; `hours` is the time of the jobs of all attempts.
+    # Wall time of all starts, without work that a kill has lost; `hours` is that of the jobs of all attempts.
     row["training_seconds"] = _number(result.get("seconds"))
     row |= {key: getattr(details, key) for key in _OF_DETAILS}
     row["replaced"] = None
