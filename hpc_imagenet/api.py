@@ -261,7 +261,7 @@ def export(
 
     store = _run_store(workspace, source)
     trained = load_trained(_find(store, source), checkpoint)
-    return export_network(trained, Path(out), format, evaluations(store, trained.path))
+    return export_network(trained, Path(out), format, evaluations(store, trained.fingerprint, trained.config))
 
 
 def predict(

@@ -7,8 +7,9 @@ import re
 from urllib.parse import urlsplit
 
 from hpc_imagenet.config.dataset import Dataset
+from hpc_imagenet.config.names.backbones import has_crop_fraction
 from hpc_imagenet.config.names.optimizers import check_optimizer
-from hpc_imagenet.config.recipe import Recipe
+from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.schema import STAGES, Config, Process, cluster_for
 from hpc_imagenet.config.setting import check_bounds, settings_of
 from hpc_imagenet.errors import UserError, did_you_mean
@@ -24,7 +25,7 @@ def check_values(config: Config) -> None:
     """
     for name, entry, value in settings_of(config):
         check_bounds(name, entry, value)
-    _check_recipe(config.recipe)
+    _check_recipe(config.recipe, config.model)
     _check_process(config.process)
     _check_dataset(config.dataset)
     _check_no_credentials("dataset.source", config.dataset.source, "set download.login instead")
@@ -65,9 +66,9 @@ def _check_no_credentials(setting: str, url: str, alternative: str) -> None:
         raise UserError(f"{setting} must not contain a password: {alternative}")
 
 
-def _check_recipe(recipe: Recipe) -> None:
+def _check_recipe(recipe: Recipe, model: Model) -> None:
     check_optimizer(recipe)
-    if recipe.val_resize < recipe.val_size:
+    if recipe.val_resize < recipe.val_size and not has_crop_fraction(model.name, model.preprocessing):
         raise UserError(f"recipe.val_resize={recipe.val_resize} is too small: at least {recipe.val_size}")
     if recipe.start_size is not None and recipe.grow_to < recipe.grow_from:
         raise UserError(f"recipe.grow_to={recipe.grow_to:g} is before recipe.grow_from={recipe.grow_from:g}")

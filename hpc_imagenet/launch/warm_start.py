@@ -23,10 +23,9 @@ from hpc_imagenet.config.names.backbones import (
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.checkpoints import INITIAL, find_checkpoint, link_or_copy
+from hpc_imagenet.runs.checkpoints import INITIAL, find_checkpoint, fingerprint, link_or_copy
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.stages.evaluate_stage import fingerprint
 from hpc_imagenet.stages.search_stage import SEARCH
 from hpc_imagenet.stages.train_stage import TRAIN
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,17 +16,27 @@ from hpc_imagenet.report.jobs_table import workspace_rows
 from hpc_imagenet.report.leaderboard_details import Details, DetailsCache
 from hpc_imagenet.report.published import PublishedAccuracy
 from hpc_imagenet.report.show.resources import energies_of
+from hpc_imagenet.report.show.validations import validation_difference, validations
 from hpc_imagenet.report.terminal_text import Line, columns, fit
 from hpc_imagenet.runs.attempt import RUNNING, is_number
+from hpc_imagenet.runs.checkpoints import BEST, LAST
 from hpc_imagenet.runs.run_records import RecordCache
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS
 
 # Columns of --csv and --markdown: key of a row, heading of the Markdown table.
 _COLUMNS = {
     "run": "run",
     "model": "model",
+    "stage": "stage",
     "datastore": "datastore",
     "split": "split",
+    "val_size": "val px",
+    "val_resize": "val_resize",
+    "val_flip": "mirrored",
+    "training": "training",
+    "checkpoint": "checkpoint",
+    "step": "step",
     "seed": "seed",
     "state": "state",
     "learned": "learned",
@@ -47,8 +58,10 @@ _COLUMNS = {
     "dir": "run folder",
 }
 _ACCURACIES = ("top1", "published_top1", "top5")
-_IN_CSV_ONLY = ("learned", "loss", "dir", "gpu_hours_per_point", "energy_of")
-_MEASURED = ("top5", "loss", "images_per_second", "epochs", "parameters")
+_IN_CSV_ONLY = ("val_resize", "training", "learned", "loss", "dir", "gpu_hours_per_point", "energy_of")
+_MEASURED = ("top5", "loss", "images_per_second", "epochs", "parameters", "step")
+_OF_DETAILS = ("datastore", "content", "seed", "split", "training", "checkpoint", "hours", *VAL_SETTINGS)
+_LEAST_NAME = 20  # columns of a name in a narrow terminal
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,9 @@ def _entries(store: RunStore) -> list[Training]:
     for entry in entries:
         if entry.row["training"] in known:
             evaluations.setdefault(entry.row["training"], []).append(entry)
+    for entry in entries:
+        if own := evaluations.get(entry.run.id):
+            _find_replaced(entry.run, [each.row for each in own])
     first = [
         replace(entry, evaluations=tuple(evaluations.get(entry.run.id, ())))
         for entry in entries
@@ -99,17 +115,29 @@ def _entries(store: RunStore) -> list[Training]:
     return sorted(first, key=lambda entry: (entry.row["top1"] is None, -(entry.row["top1"] or 0)))
 
 
+def _find_replaced(training: Run, evaluations: Iterable[dict[str, Any]]) -> None:
+    """Set in rows of evaluations whether the training has replaced the checkpoint since."""
+    with contextlib.suppress(OSError):  # such as no permission
+        newest = validations(training.folder / "metrics.csv")
+        steps = {BEST: newest["best"]["step"], LAST: newest["last"]["step"]} if newest else {}
+        for row in evaluations:
+            if row["step"] is not None and row["checkpoint"] in steps:
+                row["replaced"] = row["step"] < steps[row["checkpoint"]]
+
+
 def leaderboard_rows(store: RunStore) -> list[dict[str, Any]]:
     """Return one row per training or evaluation: trainings as in `trainings`, each before its evaluations.
 
     A training is judged on `split` val after its last epoch. An evaluation has a checkpoint of the run
     `training` judged on any split.
 
-    A row is that of `jobs_table.job_rows` with datastore, seed, top5, loss, images_per_second, epochs,
-    parameters, hours (of all attempts), gpu_hours (0 without GPUs), kwh (None if unknown), energy_of (`GPUs`
-    or `nodes`), gpu_hours_per_point and kwh_per_point (of top-1, in percent), learned (False: at chance) with
+    A row is that of `jobs_table.job_rows` with datastore (name@vN; without a version that is unknown), its
+    content, seed, val_size, val_resize and val_flip, top5, loss, images_per_second, epochs, parameters, hours
+    (of all attempts), gpu_hours (0 without GPUs), kwh (None if unknown), energy_of (`GPUs` or `nodes`),
+    gpu_hours_per_point and kwh_per_point (of top-1, in percent), learned (False: at chance) with
     its advice, and published_top1, published_protocol and published_same_protocol (None where nothing is
-    published).
+    published). An evaluation also has checkpoint (file name), its step, and replaced: whether the training
+    has replaced that checkpoint since (None if unknown).
     """
     return [each.row for entry in _entries(store) for each in (entry, *entry.evaluations)]
 
@@ -123,7 +151,7 @@ def leaderboard_lines(table: Iterable[dict[str, Any]], width: int | None = None)
     """
     rows = list(table)
     cells = {name: [cell(row) for row in rows] for name, cell in _TERMINAL.items()}
-    runs = {row["run"] for row in rows}
+    runs = {row["run"]: row for row in rows}
     cells["model"] = [_name(row, runs) for row in rows]
     for name in ("published %", "GPU-hours", "kWh", "kWh/point"):
         if not any(cells[name]):
@@ -134,6 +162,9 @@ def leaderboard_lines(table: Iterable[dict[str, Any]], width: int | None = None)
             del cells[name]
             if name == "run folder":
                 cells["run"], widths["run"] = [one_line(row["run"])[:8] for row in rows], 8
+    if width is not None:  # a long name is cut; the first digits of its run stay
+        excess = sum(widths[each] + 2 for each in cells) - 2 - width
+        widths["model"] -= max(0, min(excess, widths["model"] - _LEAST_NAME))
 
     def line(texts: Sequence[str]) -> str:
         parts = zip(cells, texts, strict=True)
@@ -164,12 +195,31 @@ def format_markdown(table: Sequence[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _name(row: dict[str, Any], runs: Collection[str]) -> str:
+def evaluation_name(row: dict[str, Any], training: dict[str, Any] | None) -> str:
+    """Return what an evaluation has judged: its split, and where it differs from its training or best.ckpt.
+
+    Args:
+        row: row of the evaluation.
+        training: row of its training; None if that is not in the workspace.
+    """
+    data = row["split"]
+    if training and training["content"] and training["content"] != row["content"]:
+        data = f"{data} of {row['datastore']}"
+    parts = [str(data), validation_difference(row, training or {})]
+    if row["replaced"]:
+        parts.append(f"{row['checkpoint']} of step {row['step']}")
+    elif row["checkpoint"] != BEST:
+        parts.append(row["checkpoint"])
+    return one_line(", ".join(filter(None, parts)))
+
+
+def _name(row: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
     model = one_line(row["model"] or row["label"])  # a damaged run.json has no model
     if row["stage"] != "evaluate":
         return model
-    evaluation = f"evaluation on {one_line(row['split'])}"
-    return f"  {evaluation}" if row["training"] in runs else f"{model} ({evaluation})"
+    training = runs.get(row["training"])
+    evaluation = f"evaluation on {evaluation_name(row, training)}"
+    return f"  {evaluation}" if training else f"{model} ({evaluation})"
 
 
 def _training(run: Run, row: dict[str, Any], details: Details) -> Training:
@@ -177,9 +227,10 @@ def _training(run: Run, row: dict[str, Any], details: Details) -> Training:
     row |= {key: _number(result.get(key)) for key in _MEASURED}
     row |= {key: result.get(key) for key in ("learned", "advice")}
     row["top1"] = _number(row["top1"])
-    # Wall time of the training loop in the last attempt; `hours` is the time of the jobs of all attempts.
+    # Wall time of all starts, without work that a kill has lost; `hours` is that of the jobs of all attempts.
     row["training_seconds"] = _number(result.get("seconds"))
-    row |= {key: getattr(details, key) for key in ("datastore", "seed", "split", "training", "hours")}
+    row |= {key: getattr(details, key) for key in _OF_DETAILS}
+    row["replaced"] = None
     row["gpu_hours"] = details.gpu_hours
     row["kwh"], row["energy_of"] = details.kwh, details.energy_of
     for name in ("gpu_hours", "kwh"):

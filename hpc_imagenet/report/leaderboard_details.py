@@ -17,6 +17,7 @@ from hpc_imagenet.report.durations import seconds_between
 from hpc_imagenet.report.published import PublishedAccuracy, published_for
 from hpc_imagenet.report.show.attempt_times import intervals, running_hours
 from hpc_imagenet.report.show.resources import energies_of, gpus_of, needs_slurm, requested_resources
+from hpc_imagenet.report.show.validations import validation_settings
 from hpc_imagenet.runs.attempt import RUNNING, instant
 from hpc_imagenet.runs.ended_cache import EndedRunCache
 from hpc_imagenet.runs.store import Run, RunStore
@@ -28,9 +29,14 @@ class Details(NamedTuple):
     """What the records and the frozen config of a training or an evaluation say; None where they do not.
 
     Attributes:
-        datastore: name of the dataset in the datastore.
+        datastore: name of the dataset in the datastore, with its version if that is known: `name@vN`.
+        content: hash of its images.
         split: of an evaluation.
         training: id of the run whose checkpoint an evaluation has judged.
+        checkpoint: file name of that checkpoint.
+        val_size: px, side of the centre crop of validation.
+        val_resize: px, short side before that crop.
+        val_flip: whether an image and its mirror image are evaluated.
         gpu_hours: of all attempts; 0 without GPUs.
         hours: in which its attempts were running.
         kwh: of all attempts; None also if not `measured`.
@@ -41,9 +47,14 @@ class Details(NamedTuple):
     """
 
     datastore: Any
+    content: str | None
     seed: Any
     split: Any
-    training: Any
+    training: str | None
+    checkpoint: str | None
+    val_size: float | None
+    val_resize: float | None
+    val_flip: bool | None
     gpu_hours: float
     hours: float
     kwh: float | None
@@ -78,11 +89,16 @@ def read_details(run: Run, running: bool) -> Details:
         published, same_protocol = (published_for(frozen) if is_training else None) or (None, None)
     measured = not any(map(needs_slurm, attempts))
     kwh, energy_of = energies_of([run])[run.id] if measured else (None, "")
+    name, version = (_get(frozen, "datastore", key) for key in ("name", "version"))
+    checkpoint = None if is_training else _text(frozen, "evaluate", "checkpoint")
     return Details(
-        datastore=_get(frozen, "datastore", "name"),
+        datastore=f"{str(name).partition('@')[0]}@v{version}" if name and version else name,
+        content=_text(frozen, "datastore", "content"),
         seed=frozen.get("seed"),
         split="val" if is_training else _get(frozen, "evaluate", "split"),
-        training=None if is_training else _get(frozen, "evaluate", "run"),
+        training=None if is_training else _text(frozen, "evaluate", "run"),
+        checkpoint=checkpoint.rpartition("/")[2] if checkpoint else None,
+        **validation_settings(frozen),
         gpu_hours=round(sum(map(operator.mul, gpus, hours)), 4),
         hours=round(sum(hours), 4),
         kwh=kwh,
@@ -129,3 +145,8 @@ class DetailsCache(EndedRunCache[Details]):
 def _get(values: dict[str, Any], group: str, name: str) -> Any:
     inner = values.get(group)
     return inner.get(name) if isinstance(inner, dict) else None
+
+
+def _text(values: dict[str, Any], group: str, name: str) -> str | None:
+    found = _get(values, group, name)
+    return found if isinstance(found, str) else None

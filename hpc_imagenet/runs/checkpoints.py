@@ -1,15 +1,19 @@
-"""Names of the checkpoints of a run, which one a command means, and copies of them for other runs."""
+"""Names of the checkpoints of a run, which one a command means, their fingerprints, copies for other runs."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
+from typing import IO
 
 from hpc_imagenet.config.names.backbones import is_own
+from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.io.ownership import foreign_writer
+from hpc_imagenet.runs.job import signature
 from hpc_imagenet.runs.store import Run
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -59,6 +63,46 @@ def check_source(path: Path, model: str, own: bool | None = None) -> None:
         raise UserError(
             f"{path} holds the source of {model}, which would run as you: {why}; read the source, then use a "
             "copy of the file in a folder of your own"
+        )
+
+
+def fingerprint(checkpoint: Path, file: IO[bytes] | None = None) -> str:
+    """Return a short hash of a checkpoint's content.
+
+    The file is a zip archive, whose directory has a CRC-32 of each tensor, so not even a large file is read.
+
+    Args:
+        checkpoint: path of the file.
+        file: the file, if it is open: another process may have replaced what has this path since.
+
+    Raises:
+        UserError: the file cannot be read, or is no checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(file or checkpoint) as archive:
+            entries = [[entry.filename, entry.file_size, entry.CRC] for entry in archive.infolist()]
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint}: no such file") from None
+    except zipfile.BadZipFile:
+        raise UserError(f"{checkpoint} is not a checkpoint of a training, or damaged") from None
+    return signature(entries)
+
+
+def check_fingerprint(config: Config, found: str | None = None) -> None:
+    """Raise if the checkpoint is no longer the one that was submitted for evaluation.
+
+    Args:
+        config: config of the evaluation.
+        found: fingerprint of the checkpoint that was read; None: that of the file as it is now.
+
+    Raises:
+        UserError: it is missing, or its training has replaced it since.
+    """
+    path = Path(config.evaluate.checkpoint or "")
+    if (found or fingerprint(path)) != config.evaluate.fingerprint:
+        raise UserError(
+            f"{path} is another checkpoint than the one submitted: its training has continued since; "
+            "evaluate it again"
         )
 
 

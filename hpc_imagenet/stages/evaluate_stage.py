@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import PIXEL_VERSION, Cluster, Config, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.job import FindVersion, signature
+from hpc_imagenet.runs.checkpoints import check_fingerprint
+from hpc_imagenet.runs.job import FindVersion
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages.stage import Stage
 from hpc_imagenet.stages.train_stage import TRAIN
@@ -62,38 +61,6 @@ class EvaluateStage(Stage):
         from hpc_imagenet.stages.work import evaluate
 
         return evaluate.run(config, run, dist_env)
-
-
-def fingerprint(checkpoint: Path) -> str:
-    """Return a short hash of a checkpoint's content.
-
-    The file is a zip archive, whose directory has a CRC-32 of each tensor, so not even a large file is read.
-
-    Raises:
-        UserError: the file cannot be read, or is no checkpoint.
-    """
-    try:
-        with zipfile.ZipFile(checkpoint) as archive:
-            entries = [[entry.filename, entry.file_size, entry.CRC] for entry in archive.infolist()]
-    except FileNotFoundError:
-        raise UserError(f"{checkpoint}: no such file") from None
-    except zipfile.BadZipFile:
-        raise UserError(f"{checkpoint} is not a checkpoint of a training, or damaged") from None
-    return signature(entries)
-
-
-def check_fingerprint(config: Config) -> None:
-    """Raise if the checkpoint is no longer the one that was submitted for evaluation.
-
-    Raises:
-        UserError: it is missing, or its training has replaced it since.
-    """
-    path = Path(config.evaluate.checkpoint or "")
-    if fingerprint(path) != config.evaluate.fingerprint:
-        raise UserError(
-            f"{path} is another checkpoint than the one submitted: its training has continued since; "
-            "evaluate it again"
-        )
 
 
 EVALUATE = EvaluateStage()

@@ -65,8 +65,8 @@ def fit(
     Returns:
         top1 and top5 (0 to 1) and loss (mean cross-entropy) on val; images_per_second of training over all
         ranks; skipped (number of unreadable images); epochs that were trained; best_top1 and best_epoch of
-        best.ckpt; seconds of this attempt; parameters (number); learned (whether top1 is above chance), with
-        advice if not.
+        best.ckpt; seconds of all starts, without work that was lost; parameters (number); learned (whether
+        top1 is above chance), with advice if not.
 
     Raises:
         UserError: bad input.
@@ -129,7 +129,7 @@ def fit(
     )
     learning = LearningCheck(recipe)
     progress = Progress(run) if dist_env.is_rank_zero else None
-    reporter = ProgressReporter(share.batch, progress, bottleneck, learning)
+    reporter = ProgressReporter(began, share.batch, progress, bottleneck, learning)
     callbacks: list[pl.Callback] = [learning, reporter]
     if recipe.ema is not None:
         callbacks.append(EMACallback(recipe.ema, recipe.ema_every, steps * recipe.warmup_epochs))
@@ -196,7 +196,7 @@ def fit(
         "epochs": pruning.stopped if pruning and pruning.stopped else recipe.epochs,
         "best_top1": kept.best.get("top1"),
         "best_epoch": kept.best.get("epoch"),
-        "seconds": time.monotonic() - began,
+        "seconds": reporter.seconds,
         "parameters": sum(p.numel() for p in network.parameters()),
         **learning.result(metrics, counts),
     }

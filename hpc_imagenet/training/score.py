@@ -18,6 +18,7 @@ from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore.manifest import ClassNames
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitReader
 from hpc_imagenet.errors import PeerLost, UserError
+from hpc_imagenet.runs.checkpoints import check_fingerprint
 from hpc_imagenet.runs.store import Progress, Run
 from hpc_imagenet.training import distributed
 from hpc_imagenet.training.fit import quiet_lightning
@@ -41,7 +42,8 @@ def score(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> 
         unreadable images); checkpoint (file name) and its step; seconds; parameters (number).
 
     Raises:
-        UserError: bad input, such as a class that the network does not know.
+        UserError: bad input, such as a class that the network does not know, or another checkpoint than the
+            one submitted.
         PeerLost: another task of the job has ended.
     """
     began = time.monotonic()
@@ -51,6 +53,7 @@ def score(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> 
     rank_zero.rank = dist_env.rank
     name, path = config.evaluate.split or "", Path(config.evaluate.checkpoint or "")
     trained = load_trained(path, config=config)
+    check_fingerprint(config, trained.fingerprint)  # a training that goes on replaces best.ckpt and last.ckpt
     split = _relabelled(store.open_split(name), store.manifest.classes, trained.classes, path)
     images = min(MAX_BATCH, config.recipe.global_batch)
     share = BatchShare(images * dist_env.size, dist_env.rank, dist_env.size)

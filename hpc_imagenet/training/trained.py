@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,10 +16,12 @@ from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.runs.checkpoints import check_source, find_checkpoint
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.training.callbacks.checkpoint_file import Checkpoint, read_checkpoint
+from hpc_imagenet.training.callbacks.checkpoint_file import Checkpoint, read_checkpoint, read_with_weights
 from hpc_imagenet.training.models import pretrained
 from hpc_imagenet.training.models.networks import build_network
 from hpc_imagenet.training.models.preprocessing import Preprocessing, preprocessing
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class TrainedModel:
         classes: id and names of each class, in label order.
         config: resolved config of the training.
         preprocessing: how pixels become its input.
-        path: the checkpoint.
+        path: the checkpoint; its training may have replaced it since.
+        fingerprint: hash of the checkpoint that was read.
+        identity: recipe, model, data and seed of its training, and the state of the code.
         step: number of completed steps.
         metrics: top1 and top5 (0 to 1), loss and epoch of the validation at this step; empty if the
             checkpoint was saved within an epoch.
@@ -41,6 +47,8 @@ class TrainedModel:
     config: Config
     preprocessing: Preprocessing
     path: Path
+    fingerprint: str
+    identity: dict[str, Any]
     step: int
     metrics: dict[str, float]
 
@@ -59,12 +67,12 @@ def load_trained(
         UserError: there is no such checkpoint, it is damaged, or its network cannot be built here.
     """
     path = find_checkpoint(source, checkpoint)
-    found = open_checkpoint(path)
+    found, weights, read_fingerprint = _read(path, read_with_weights)
     config, classes = config or training_config(found), _classes(found)
     check_source(path, config.model.name)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced
         network = build_network(config, len(classes), fresh=False)
-    state, mismatched = pretrained.match_names(network, pretrained.read_weights(path, str(path)))
+    state, mismatched = pretrained.match_names(network, weights)
     if mismatched:
         difference = pretrained.shape_difference(mismatched[0], state, network.state_dict())
         raise UserError(
@@ -72,7 +80,15 @@ def load_trained(
         )
     network.load_state_dict(state)
     return TrainedModel(
-        network.eval(), classes, config, preprocessing(config), path, found.step, found.metrics
+        network.eval(),
+        classes,
+        config,
+        preprocessing(config),
+        path,
+        read_fingerprint,
+        found.identity,
+        found.step,
+        found.metrics,
     )
 
 
@@ -82,8 +98,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: it is damaged, or no checkpoint of a training.
     """
+    return _read(path, read_checkpoint)
+
+
+def _read(path: Path, read: Callable[[Path], Read]) -> Read:
     try:
-        return read_checkpoint(path)
+        return read(path)
     except Exception as error:  # unpickling a damaged file may raise anything
         raise UserError(
             f"{path} is not a checkpoint of a training, or damaged ({first_line(error)[:80]})"

@@ -22,11 +22,10 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.validate import version_finder
 from hpc_imagenet.launch.warm_start import find_weights, keep_weights
-from hpc_imagenet.runs.checkpoints import INITIAL
+from hpc_imagenet.runs.checkpoints import INITIAL, fingerprint
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.search.study_files import StudyFiles
-from hpc_imagenet.stages.evaluate_stage import fingerprint
 from hpc_imagenet.training.models.networks import build_network
 from hpc_imagenet.training.models.optim import build_optimizer, load_optimizer_state
 from hpc_imagenet.training.models.preprocessing import preprocessing

@@ -42,7 +42,7 @@ def test_configs_of_ended_trainings_are_read_once(sweep: Cli, monkeypatch: pytes
     for run in store.all():
         settle(run)
     first = rows(store)
-    assert {row["datastore"] for row in first} == {"imagenet"}
+    assert {row["datastore"] for row in first} == {"imagenet@v1"}
     assert any(row["published_top1"] for row in first)
     unended = {run.id for run in store.all()} - {row["run"] for row in first}
     assert len(unended) == 2

@@ -19,7 +19,7 @@ from hpc_imagenet.config.names import own_network
 from hpc_imagenet.config.schema import Evaluate
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import PeerLost, Preempted
-from hpc_imagenet.runs.checkpoints import LAST
+from hpc_imagenet.runs.checkpoints import LAST, fingerprint
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.callbacks import checkpoint, checkpoint_file
 from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
@@ -78,7 +78,7 @@ def run_rank(store: Path, run: Run, dist_env: DistEnv, setting: dict[str, Any], 
         DDPStrategy.teardown = lambda self: time.sleep(600)  # type: ignore[method-assign]
     try:
         if scored := setting.get("score"):
-            config.evaluate = Evaluate(scored, split="val")
+            config.evaluate = Evaluate(scored, fingerprint(Path(scored)), "val")
             result = score(config, DatasetReader(store), run, dist_env)
         else:
             result = fit(config, DatasetReader(store), run, dist_env)

@@ -99,6 +99,17 @@ def test_finished_training_only_validates(
     assert (run.folder / "metrics.csv").read_bytes() == (reference[0].folder / "metrics.csv").read_bytes()
 
 
+def test_seconds_are_those_of_all_starts(config, tiny: DatasetReader, reference, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(reference[0].folder, run.folder)
+    content = saved(run)
+    state = content["callbacks"]["ProgressReporter"]
+    assert 0 < state["seconds"] < reference[1]["seconds"]
+    state["seconds"] = 36_000.0
+    torch.save(content, run.folder / "checkpoints" / "last.ckpt")
+    assert train(config(), tiny, run)["seconds"] > 36_000
+
+
 def test_damaged_checkpoint_falls_back_to_previous(
     config, tiny: DatasetReader, tmp_path: Path, reference, capsys
 ) -> None:

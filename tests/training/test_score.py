@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from hpc_imagenet.config.schema import Config, Evaluate
 from hpc_imagenet.datastore.index import write_index
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs.checkpoints import fingerprint
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training.score import score
 
@@ -25,7 +27,8 @@ pytestmark = pytest.mark.slow
 
 
 def evaluation(config: Config, run: Run, checkpoint: str = "last", split: str = "val") -> Config:
-    config.evaluate = Evaluate(str(run.folder / "checkpoints" / f"{checkpoint}.ckpt"), split=split)
+    path = run.folder / "checkpoints" / f"{checkpoint}.ckpt"
+    config.evaluate = Evaluate(str(path), fingerprint(path), split)
     return config
 
 
@@ -79,3 +82,14 @@ def test_another_size_gives_another_score(
     run = new_run(tmp_path / "run")
     larger = evaluation(config(val_size=32, val_resize=32), reference[0])
     assert results(score(larger, tiny, run, DistEnv())) != results(reference[1])
+
+
+def test_a_checkpoint_that_is_replaced_while_its_job_starts_is_not_scored(
+    config: Callable[..., Config], tiny: DatasetReader, tmp_path: Path, reference: tuple[Run, dict[str, Any]]
+) -> None:
+    copy = Run(tmp_path / "copy")
+    shutil.copytree(reference[0].folder, copy.folder)
+    submitted = evaluation(config(), copy)
+    (copy.folder / "checkpoints" / "previous.ckpt").replace(copy.folder / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=r"last\.ckpt is another checkpoint than the one submitted"):
+        score(submitted, tiny, new_run(tmp_path / "run"), DistEnv())

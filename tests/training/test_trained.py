@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from trained_samples import config_of, write_trained
 
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs.checkpoints import fingerprint
 from hpc_imagenet.runs.store import Run
+from hpc_imagenet.training import trained
 from hpc_imagenet.training.trained import TrainedModel, load_trained
 
 pytestmark = pytest.mark.slow
@@ -76,6 +79,27 @@ def test_a_file_alone_is_enough(averaged: Run, tmp_path: Path) -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert (model.classes, model.config, model.step) == (original.classes, original.config, original.step)
     assert model.network.state_dict().keys() == original.network.state_dict().keys()
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_loaded_as_it_was(
+    averaged: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, newer = tmp_path / "best.ckpt", tmp_path / "newer.ckpt"
+    shutil.copy(averaged.folder / "checkpoints" / "previous.ckpt", path)
+    shutil.copy(averaged.folder / "checkpoints" / "last.ckpt", newer)
+    expected, before = load_trained(path), fingerprint(path)
+    build = trained.build_network
+
+    def replace_then_build(*arguments: Any, **more: Any) -> Any:
+        newer.replace(path)
+        return build(*arguments, **more)
+
+    monkeypatch.setattr(trained, "build_network", replace_then_build)
+    model = load_trained(path)
+    assert fingerprint(path) != before
+    assert (model.step, model.metrics, model.fingerprint) == (expected.step, expected.metrics, before)
+    weights = expected.network.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.network.state_dict().items())
 
 
 def test_wrong_sources_are_refused_in_one_line(averaged: Run, tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ from pathlib import Path
 
 from hpc_imagenet.cli.command import Command
 from hpc_imagenet.cli.submit import PreparedPlan, prepare
+from hpc_imagenet.config.names.backbones import has_crop_fraction
+from hpc_imagenet.config.recipe import Model
 from hpc_imagenet.config.schema import Config, Evaluate, StageSelection, cluster_for
 from hpc_imagenet.datastore.versions import Version, open_version
 from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.io.ownership import foreign_writer
 from hpc_imagenet.runs.attempt import FINISHED
-from hpc_imagenet.runs.checkpoints import check_source, find_checkpoint
+from hpc_imagenet.runs.checkpoints import check_source, find_checkpoint, fingerprint
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS, fingerprint
+from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS
 
 _OWN = ("split", "checkpoint")
 _RECIPE = (*(f"recipe.{name}" for name in VAL_SETTINGS), "recipe.global_batch")
@@ -49,6 +51,7 @@ def prepare_evaluation(
         _check_setting(item)
     run, checkpoint = _find_source(store, source, given.get("checkpoint"))
     frozen = _training_config(run, checkpoint)
+    _check_resize(rest, frozen.model)
     trusted = not foreign_writer(checkpoint, checkpoint.parent) and (run is None or run.is_mine)
     config = _with_settings(frozen, store, rest, config_dir, trusted)
     check_source(checkpoint, frozen.model.name, trusted)
@@ -91,6 +94,15 @@ def _check_setting(item: str) -> None:
         if "." in name:
             raise UserError(f"{item} changes a training and not its evaluation: set it in a new training")
         raise UserError(f"{item} is no setting of evaluate{did_you_mean(name, _SETTINGS)}")
+
+
+def _check_resize(settings: Sequence[str], model: Model) -> None:
+    """Raise if recipe.val_resize is given where a crop fraction decides it."""
+    given = [item for item in settings if item.startswith("recipe.val_resize=")]
+    if given and has_crop_fraction(model.name, model.preprocessing):
+        fraction = model.preprocessing.get("crop_pct")
+        own = f"model.preprocessing.crop_pct={fraction}" if fraction else f"the crop fraction of {model.name}"
+        raise UserError(f"{given[0]} would change nothing: {own} decides it: set recipe.val_size alone")
 
 
 def _training_config(run: Run | None, checkpoint: Path) -> Config:

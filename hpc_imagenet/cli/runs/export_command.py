@@ -26,7 +26,8 @@ def _export(store: RunStore, options: argparse.Namespace) -> int:
         from hpc_imagenet.training.export.exporter import export_network
         from hpc_imagenet.training.trained import load_trained
 
-    export_network(load_trained(checkpoint), out, options.format, evaluations(store, checkpoint))
+    trained = load_trained(checkpoint)
+    export_network(trained, out, options.format, evaluations(store, trained.fingerprint, trained.config))
     print(f"exported {checkpoint} to {out}; how to use it: {out / 'README.md'}")
     return 0
 

@@ -236,6 +236,16 @@ def check_preprocessing(values: Mapping[str, Any]) -> None:
             raise UserError(f"{setting} must be more than 0")
 
 
+def has_crop_fraction(network: str, preprocessing: Mapping[str, Any]) -> bool:
+    """Whether a crop fraction decides the resizing before validation, in place of recipe.val_resize.
+
+    Args:
+        network: name of the network; all of timm's bring one.
+        preprocessing: `model.preprocessing`.
+    """
+    return bool(timm_name(network) or preprocessing.get("crop_pct"))
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

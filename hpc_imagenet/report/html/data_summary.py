@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hpc_imagenet.config.schema import Datastore
@@ -17,13 +18,47 @@ _MAX_SKIPPED = 20  # corrupt images that are named
 _UNREADABLE = (UserError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
-def datastore_key(frozen: dict[str, Any]) -> str:
-    """Return the name of a run's datastore with its version, or with its content if that is still unknown."""
-    chosen = frozen["datastore"]
-    name = str(chosen["name"]).partition("@")[0]
-    if chosen.get("version"):
-        return f"{name}@v{chosen['version']}"
-    return f"{name} ({chosen['content']})" if chosen.get("content") else name
+class DatastoreKey(NamedTuple):
+    """What distinguishes the datastores of runs; None where a run does not know it.
+
+    Attributes:
+        name: without a version.
+        url: where it is stored.
+        version: number.
+        content: hash of its images.
+    """
+
+    name: str
+    url: str | None
+    version: str | None
+    content: str | None
+
+
+def datastore_key(frozen: dict[str, Any]) -> DatastoreKey:
+    """Return the datastore of a run, by its frozen config; a damaged one has an unknown datastore."""
+    chosen = frozen.get("datastore")
+    if not isinstance(chosen, dict) or "name" not in chosen:
+        return DatastoreKey("unknown", None, None, None)
+    known = (str(chosen[key]) if chosen.get(key) else None for key in ("url", "version", "content"))
+    return DatastoreKey(str(chosen["name"]).partition("@")[0], *known)
+
+
+def datastore_names(versions: Mapping[DatastoreKey, Any]) -> dict[DatastoreKey, str]:
+    """Return a name for each datastore: name@vN, and with URL or content where two would have one name.
+
+    Args:
+        versions: version of each datastore; empty where it is unknown: then the name has the content.
+    """
+    names = {}
+    for key, version in versions.items():
+        pinned = f"@v{version}" if version else f" ({key.content})" if key.content else ""
+        names[key] = f"{key.name}{pinned}"
+    for more in ("at {url}", "of content {content}"):
+        several = Counter(names.values())
+        for key, name in names.items():
+            if several[name] > 1:
+                names[key] = f"{name} {more.format_map(key._asdict())}"
+    return names
 
 
 def summarise_datastore(chosen: dict[str, Any], labels: Sequence[int] | None) -> dict[str, Any]:

@@ -65,12 +65,12 @@ function badBatch(run) {
 
 function evaluationDetails(run) {
   if (!run.evaluations.length) return [];
-  const rows = run.evaluations.map((each) => el("tr", {}, el("td", {}, each.split), el("td", {}, each.datastore), el("td", {}, each.checkpoint),
+  const rows = run.evaluations.map((each) => el("tr", {}, el("td", {}, each.name), el("td", {}, each.datastore), el("td", {}, each.checkpoint), el("td", { class: "n" }, number(each.step)),
     el("td", {}, el("span", { class: `state-${each.state}` }, each.state), each.reason ? el("span", { class: "sub" }, each.reason) : null),
     el("td", { class: "n" }, percent(each.top1)), el("td", { class: "n" }, percent(each.top5)), el("td", { class: "n" }, short(each.loss)), el("td", {}, each.run)));
-  const heads = ["split", "datastore", "checkpoint", "state", "top-1 %", "top-5 %", "loss", "run"];
+  const heads = ["evaluated on", "datastore", "checkpoint", "step", "state", "top-1 %", "top-5 %", "loss", "run"];
   return [el("h3", {}, "Evaluations"), el("div", { class: "scroll" }, el("table", {},
-    el("thead", {}, el("tr", {}, heads.map((head) => el("th", { class: /%|loss/.test(head) && "n" }, head)))), el("tbody", {}, rows)))];
+    el("thead", {}, el("tr", {}, heads.map((head) => el("th", { class: /%|loss|step/.test(head) && "n" }, head)))), el("tbody", {}, rows)))];
 }
 
 function classDetails(run, data) {

@@ -67,7 +67,7 @@ function evaluatedCell(run) {
   const last = lastEvaluation(run);
   if (!last) return "";
   const others = run.evaluations.length - 1;
-  return [percent(last.top1), el("span", { class: "sub", title: `${last.checkpoint} on ${last.split} of ${last.datastore}` }, `${last.split}${others ? ` +${others}` : ""}`)];
+  return [percent(last.top1), el("span", { class: "sub", title: `${last.checkpoint}${last.step ? ` of step ${last.step}` : ""} on ${last.split} of ${last.datastore}` }, `${last.name}${others ? ` +${others}` : ""}`)];
 }
 
 // The runs whose curves are drawn: those chosen by hand, else the best of the filter.

@@ -12,11 +12,17 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.retries.diagnosis import NOT_FINITE, diagnose
 from hpc_imagenet.report.html.class_results import WORST, ClassResults, read_class_results
 from hpc_imagenet.report.html.config_differences import flatten, split_shared
-from hpc_imagenet.report.html.data_summary import bad_images, datastore_key, summarise_datastore
+from hpc_imagenet.report.html.data_summary import (
+    DatastoreKey,
+    bad_images,
+    datastore_key,
+    datastore_names,
+    summarise_datastore,
+)
 from hpc_imagenet.report.html.learning_curves import read_curves
 from hpc_imagenet.report.html.search_results import search_results
 from hpc_imagenet.report.jobs_table import job_rows
-from hpc_imagenet.report.leaderboard import Training, trainings
+from hpc_imagenet.report.leaderboard import Training, evaluation_name, trainings
 from hpc_imagenet.report.show.attempt_times import intervals, nodes_of
 from hpc_imagenet.runs.attempt import FAILED, now, read_record
 from hpc_imagenet.runs.bad_batch import read_bad_batch
@@ -60,16 +66,17 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
     points = max(_MIN_POINTS, min(_MAX_POINTS, _CURVE_POINTS // max(1, len(found))))
     classes = [read_class_results(entry.run.folder) for entry in found]
     shared, differences = split_shared([flatten(entry.frozen) for entry in found])
-    keys = [_datastore_key(entry) for entry in found]
+    key_of = _datastore_keys(found)
+    keys = [key_of[entry.run.id] for entry in found]
     names = _class_names(keys, classes)
     rows, values_left, batches_left, diagnoses_left = [], _CLASS_VALUES, _BAD_BATCHES, _DIAGNOSES
     for entry, key, results, different in zip(found, keys, classes, differences, strict=True):
         row: dict[str, Any] = {name: entry.row.get(name) for name in _ROW_KEYS}
         row["model"] = str(row["model"] or entry.row["label"])  # a damaged run.json has no model
-        row["datastore"], row["config"] = key, different
+        row["config"] = different
         row["citation"] = entry.published.citation if entry.published else None
         row["attempts"] = _attempts(entry.run, row["state"])
-        row["evaluations"] = [_evaluation(each) for each in entry.evaluations]
+        row["evaluations"] = [_evaluation(each, entry) for each in entry.evaluations]
         if entry.row["state"] == FAILED and diagnoses_left:
             row["diagnosis"] = _diagnosis(entry)
             diagnoses_left -= 1
@@ -85,7 +92,12 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
     datastores = _datastores(found, keys, classes, with_images)
     for key, summary in datastores.items():
         summary["names"] = names.get(key, [])
-    datastores = _with_version_names(datastores, rows)
+    # The version of a content is known once its datastore has been read.
+    read = {key: summary.get("version") for key, summary in datastores.items() if key.content}
+    shown = datastore_names({key: key.version or read.get(key) for key in key_of.values()})
+    for row in rows:
+        for each in (row, *row["evaluations"]):
+            each["datastore"] = shown[key_of[each["run"]]]
     others = [run for run in runs if run.info.get("stage") != "train"][-_OTHER_JOBS:]
     return {
         "version": __version__,
@@ -93,21 +105,18 @@ def collect(store: RunStore, with_images: bool = True) -> dict[str, Any]:
         "generated": now(),
         "runs": rows,
         "shared": shared,
-        "datastores": datastores,
+        "datastores": {shown[key]: summary for key, summary in datastores.items()},
         "other_jobs": _other_jobs(others),
         "searches": search_results(store),
     }
 
 
-def _evaluation(entry: Training) -> dict[str, Any]:
+def _evaluation(entry: Training, training: Training) -> dict[str, Any]:
     """Return what the page shows of an evaluation of a training."""
-    keys = ("run", "state", "reason", "split", "top1", "top5", "loss")
-    evaluate = entry.frozen.get("evaluate")
-    checkpoint = str(evaluate.get("checkpoint") or "") if isinstance(evaluate, dict) else ""
+    keys = ("run", "state", "reason", "split", "checkpoint", "step", "top1", "top5", "loss")
     return {
         **{key: entry.row.get(key) for key in keys},
-        "datastore": _datastore_key(entry),
-        "checkpoint": checkpoint.rpartition("/")[2],
+        "name": evaluation_name(entry.row, training.row),
     }
 
 
@@ -130,11 +139,16 @@ def _bad_batch(entry: Training, with_images: bool) -> dict[str, Any]:
     return {"images": named, "total": len(images), "note": note}
 
 
-def _datastore_key(entry: Training) -> str:
-    try:
-        return datastore_key(entry.frozen)
-    except (KeyError, TypeError, AttributeError):
-        return "unknown"
+def _datastore_keys(found: Sequence[Training]) -> dict[str, DatastoreKey]:
+    """Return the datastore of each training and evaluation, by its run.
+
+    A run of a pipeline knows the content of its datastore, and the version only if another run knows both.
+    """
+    keys = {
+        each.run.id: datastore_key(each.frozen) for entry in found for each in (entry, *entry.evaluations)
+    }
+    versions = {key._replace(version=None): key for key in keys.values() if key.version and key.content}
+    return {run: versions.get(key, key) for run, key in keys.items()}
 
 
 def _attempts(run: Run, state: str) -> list[dict[str, Any]]:
@@ -171,10 +185,10 @@ def _bottleneck(folder: Path) -> dict[str, Any]:
 
 
 def _class_names(
-    keys: Sequence[str], classes: Sequence[ClassResults | None]
-) -> dict[str, list[tuple[str, str]]]:
+    keys: Sequence[DatastoreKey], classes: Sequence[ClassResults | None]
+) -> dict[DatastoreKey, list[tuple[str, str]]]:
     """Return ids and names of the classes of each datastore, once for all its runs."""
-    names: dict[str, list[tuple[str, str]]] = {}
+    names: dict[DatastoreKey, list[tuple[str, str]]] = {}
     for key, results in zip(keys, classes, strict=True):
         if results is not None:
             names.setdefault(key, list(results.names))
@@ -198,10 +212,13 @@ def _describe_classes(results: ClassResults, with_all: bool) -> dict[str, Any]:
 
 
 def _datastores(
-    found: Sequence[Training], keys: Sequence[str], classes: Sequence[ClassResults | None], with_images: bool
-) -> dict[str, dict[str, Any]]:
-    chosen: dict[str, dict[str, Any]] = {}
-    labels: dict[str, dict[int, None]] = {}
+    found: Sequence[Training],
+    keys: Sequence[DatastoreKey],
+    classes: Sequence[ClassResults | None],
+    with_images: bool,
+) -> dict[DatastoreKey, dict[str, Any]]:
+    chosen: dict[DatastoreKey, dict[str, Any]] = {}
+    labels: dict[DatastoreKey, dict[int, None]] = {}
     for entry, key, results in zip(found, keys, classes, strict=True):
         if key not in chosen:
             if len(chosen) == _DATASTORES or not isinstance(entry.frozen.get("datastore"), dict):
@@ -216,22 +233,6 @@ def _datastores(
         key: summarise_datastore(datastore, list(labels[key]) if with_images else None)
         for key, datastore in chosen.items()
     }
-
-
-def _with_version_names(
-    datastores: dict[str, dict[str, Any]], rows: Sequence[dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Name datastores by their version, also those that the runs of a pipeline know by content only."""
-    renamed = {
-        key: f"{key.partition(' (')[0]}@v{summary['version']}"
-        if " (" in key and "version" in summary
-        else key
-        for key, summary in datastores.items()
-    }
-    for row in rows:
-        for each in (row, *row["evaluations"]):
-            each["datastore"] = renamed.get(each["datastore"], each["datastore"])
-    return {renamed[key]: summary for key, summary in datastores.items()}
 
 
 def _other_jobs(runs: Sequence[Run]) -> list[dict[str, Any]]:

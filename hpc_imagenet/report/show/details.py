@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.jobs_table import job_rows
 from hpc_imagenet.report.show.attempt_details import attempt_details, attempt_lines
 from hpc_imagenet.report.show.resources import total_energy
+from hpc_imagenet.report.show.validations import validations
 from hpc_imagenet.runs.checkpoints import list_checkpoints
 from hpc_imagenet.runs.store import Run
 
@@ -44,9 +44,9 @@ def run_details(run: Run) -> dict[str, Any]:
     Returns:
         The row of `jobs_table.job_rows`, and settings (model, datastore and seed, and those that differ from
         the defaults of conf/config.yaml and the groups it chooses, by section; "": without a section),
-        validations (of a training: the last and the best, with epoch, top1, top5 and loss), checkpoints and
-        files (each with path and bytes), the bytes of the whole folder on disk, attempts (each with number,
-        state, reason, executor, job, nodes, requeued, code, submitted, started and ended (ISO 8601),
+        validations (of a training: the last and the best, with step, epoch, top1, top5 and loss), checkpoints
+        and files (each with path and bytes), the bytes of the whole folder on disk, attempts (each with
+        number, state, reason, executor, job, nodes, requeued, code, submitted, started and ended (ISO 8601),
         queued_seconds, resources (see `resources.resources_of`) and diagnosis (class, text, remedy,
         command; None unless it failed)), gpu_hours and kwh (of all attempts; kwh is None if unknown).
     """
@@ -60,7 +60,7 @@ def run_details(run: Run) -> dict[str, Any]:
     return {
         **row,
         "settings": _changed_settings(str(row["stage"]), frozen),
-        "validations": _validations(run.folder / "metrics.csv"),
+        "validations": validations(run.folder / "metrics.csv"),
         "checkpoints": _sizes(checkpoints),
         "files": _sizes({**others, **logs}),
         # Checkpoints that are names of one file count once.
@@ -174,21 +174,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _validations(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the last validation in metrics.csv, and the best one, which is the first with its top-1."""
-    rows = []
-    # A power failure can leave bytes that are no text.
-    with (
-        contextlib.suppress(FileNotFoundError, csv.Error),
-        path.open(newline="", errors="replace") as file,
-    ):
-        for line in csv.DictReader(file):
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # being written, or no validation
-                scores = {name: float(line[f"val_{name}"]) for name in ("top1", "top5", "loss")}
-                rows.append({"epoch": int(line["epoch"]) + 1, **scores})
-    return {"last": rows[-1], "best": max(rows, key=lambda row: row["top1"])} if rows else {}
 
 
 def _states(paths: Iterable[Path]) -> dict[Path, os.stat_result]:

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
+from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.report.show.validations import validation_difference, validation_settings
 from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.runs.store import RunStore
-from hpc_imagenet.stages.evaluate_stage import fingerprint
 
 
-def evaluations(store: RunStore, checkpoint: Path) -> list[dict[str, Any]]:
-    """Return the results of the finished evaluations of a checkpoint with these contents, oldest first.
+def evaluations(store: RunStore, fingerprint: str, training: Config) -> list[dict[str, Any]]:
+    """Return the results of the finished evaluations of the checkpoint with this fingerprint, oldest first.
+
+    Args:
+        store: runs of the workspace.
+        fingerprint: of the checkpoint.
+        training: config of the training that wrote it.
 
     Returns:
-        split, datastore, images, top1 and top5 (0 to 1) and more of each.
+        split, datastore, images, top1 and top5 (0 to 1) and more of each; `difference`: how its images were
+        evaluated otherwise than in the training.
     """
-    with contextlib.suppress(UserError):
-        expected = fingerprint(checkpoint)
-        found = [run for run in store.readable() if run.info.get("stage") == "evaluate"]
-        rows = []
-        for run in found:
-            outcome = run.attempt and run.attempt.outcome
-            try:
-                settings = run.frozen().get("evaluate") or {}
-            except UserError:
-                continue
-            if outcome and outcome.state == FINISHED and settings.get("fingerprint") == expected:
-                rows.append({"split": settings["split"], **(outcome.result or {})})
-        return rows
-    return []
+    rows, validation = [], validation_settings(asdict(training))
+    for run in store.readable():
+        if run.info.get("stage") != "evaluate":
+            continue
+        outcome = run.attempt and run.attempt.outcome
+        try:
+            frozen = run.frozen()
+        except UserError:
+            continue
+        settings = frozen.get("evaluate") or {}
+        if outcome and outcome.state == FINISHED and settings.get("fingerprint") == fingerprint:
+            difference = validation_difference(validation_settings(frozen), validation)
+            rows.append({"split": settings["split"], **(outcome.result or {}), "difference": difference})
+    return rows

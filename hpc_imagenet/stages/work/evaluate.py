@@ -8,8 +8,8 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.versions import open_version
+from hpc_imagenet.runs.checkpoints import check_fingerprint
 from hpc_imagenet.runs.store import Run
-from hpc_imagenet.stages.evaluate_stage import check_fingerprint
 from hpc_imagenet.training.torch_import import torch_import
 
 
@@ -20,7 +20,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         UserError: bad input.
         PeerLost: another task of the job has ended.
     """
-    check_fingerprint(config)
+    check_fingerprint(config)  # before the data is fetched; `score` compares what it has read
     with torch_import():
         from hpc_imagenet.training.score import score
 

@@ -22,7 +22,7 @@ import torch
 
 from hpc_imagenet.errors import UserError, first_line
 from hpc_imagenet.io.atomic_files import atomic_write
-from hpc_imagenet.runs.checkpoints import BEST, LAST, PREVIOUS, epoch_checkpoints, link_or_copy
+from hpc_imagenet.runs.checkpoints import BEST, LAST, PREVIOUS, epoch_checkpoints, fingerprint, link_or_copy
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
         Exception: the file is damaged, or no checkpoint of a training; of any type, from unpickling it.
     """
     # Memory-mapped: this checks that the archive is complete, without reading the weights.
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return _checkpoint(path, torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+
+
+def read_with_weights(path: Path) -> tuple[Checkpoint, dict[str, torch.Tensor], str]:
+    """Read a checkpoint, the weights that validation judged, and the fingerprint of both.
+
+    The file is opened once, because its training may replace it at any moment.
+
+    Raises:
+        Exception: as `read_checkpoint`.
+    """
+    with path.open("rb") as file:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        found = fingerprint(path, file)
+    state = content["state_dict"]
+    prefix = "ema_model." if any(name.startswith("ema_model.") for name in state) else "model."
+    weights = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+    return _checkpoint(path, content), weights, found
+
+
+def _checkpoint(path: Path, content: dict[str, Any]) -> Checkpoint:
     return Checkpoint(
         path,
         int(content["global_step"]),

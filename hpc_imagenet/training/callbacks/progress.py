@@ -14,9 +14,10 @@ from hpc_imagenet.training.callbacks.learning_check import LearningCheck
 
 
 class ProgressReporter(pl.Callback):
-    """Measures the images/s of every epoch, over all attempts, and reports progress.
+    """Measures the images/s of every epoch and the time, over all attempts, and reports progress.
 
     Args:
+        began: `time.monotonic()` when this process began with the training.
         batch: images per step over all ranks.
         progress: progress of the run; None on ranks that do not report.
         bottleneck: monitor whose summary is part of the status.
@@ -24,8 +25,14 @@ class ProgressReporter(pl.Callback):
     """
 
     def __init__(
-        self, batch: int, progress: Progress | None, bottleneck: BottleneckMonitor, learning: LearningCheck
+        self,
+        began: float,
+        batch: int,
+        progress: Progress | None,
+        bottleneck: BottleneckMonitor,
+        learning: LearningCheck,
     ) -> None:
+        self._began, self._earlier = began, 0.0  # s of earlier starts, up to the checkpoint
         self._batch, self._progress, self._bottleneck = batch, progress, bottleneck
         self._learning = learning
         self._rates: list[float] = []  # images/s of each epoch
@@ -41,14 +48,20 @@ class ProgressReporter(pl.Callback):
         rates = self._rates[1:] or self._rates
         return statistics.median(rates) if rates else None
 
+    @property
+    def seconds(self) -> float:
+        """Time of the training so far, with that of earlier starts up to the checkpoint."""
+        return self._earlier + time.monotonic() - self._began
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint keeps."""
-        return {"rates": self._rates, "top1": self._top1, "best": self._best}
+        return {"rates": self._rates, "top1": self._top1, "best": self._best, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rates and the accuracy of earlier attempts."""
+        """Restore the rates, the accuracy and the time of earlier attempts."""
         self._rates, self._top1 = list(state_dict["rates"]), state_dict["top1"]
-        self._best = state_dict.get("best", self._top1)  # a checkpoint of an older version has none
+        # A checkpoint of an older version has neither.
+        self._best, self._earlier = state_dict.get("best", self._top1), state_dict.get("seconds", 0.0)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start timing the first epoch of this attempt, which may begin in its middle."""

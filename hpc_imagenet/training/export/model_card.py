@@ -17,7 +17,7 @@ from hpc_imagenet.io.printable import escape_name
 from hpc_imagenet.training.export.export_formats import FORMATS
 from hpc_imagenet.training.export.loader_script import NAME as SCRIPT
 from hpc_imagenet.training.export.plain_network import PlainNetwork
-from hpc_imagenet.training.trained import TrainedModel, open_checkpoint
+from hpc_imagenet.training.trained import TrainedModel
 
 FILE = "README.md"
 
@@ -34,9 +34,10 @@ def model_card(
         trained: the network.
         name: name of the format.
         plain: code of the network, if the format has weights alone.
-        evaluations: results of evaluations: datastore, split, images, top1 and top5 (0 to 1).
+        evaluations: results of evaluations: datastore, split, images, top1 and top5 (0 to 1), and how the
+            images were evaluated otherwise than in the training (`difference`).
     """
-    config, identity = trained.config, open_checkpoint(trained.path).identity
+    config, identity = trained.config, trained.identity
     manifest = _manifest(trained)
     data = manifest.name if manifest else versions.parse_reference(config.datastore.name)[0]
     parts = [_front_matter(trained, data, plain)] if name == "hf" else []
@@ -82,13 +83,19 @@ def _use(name: str, plain: PlainNetwork | None) -> str:
 def _accuracy(trained: TrainedModel, evaluations: Iterable[dict[str, Any]]) -> str:
     rows = [("val, in training", trained.metrics)] if "top1" in trained.metrics else []
     for result in evaluations:
-        rows.append((f"{result['split']} of {result['datastore']}", result))
+        name = f"{result['split']} of {result['datastore']}"
+        rows.append((", ".join(filter(None, [name, result.get("difference")])), result))
     if not rows:
         return "Not measured: the checkpoint was saved within an epoch."
     table = ["| images | top-1 | top-5 |", "|---|---|---|"]
     table += [f"| {_text(name)} | {row['top1']:.2%} | {row['top5']:.2%} |" for name, row in rows]
+    mean = "logits are the mean over an image and its mirror image"
+    differs = any("mirrored" in str(row.get("difference")) for _, row in rows)
     if trained.config.recipe.val_flip:
-        table += ["", "Logits are the mean over an image and its mirror image (`recipe.val_flip`)."]
+        others = ", but in rows that are not mirrored" if differs else ""
+        table += ["", f"{mean.capitalize()} (`recipe.val_flip`){others}."]
+    elif differs:
+        table += ["", f"Mirrored: {mean}."]
     return "\n".join(table)
 
 

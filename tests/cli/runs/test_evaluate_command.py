@@ -95,6 +95,25 @@ def test_wrong_evaluations_are_refused_in_one_line(trained: Cli) -> None:
     assert "text.ckpt is not a checkpoint of a training" in refused(str(file))
 
 
+def test_a_crop_fraction_takes_a_size_alone(trained: Cli, tmp_path: Path) -> None:
+    from trained_samples import config_of, write_trained
+
+    config = config_of("squeezenet1_1", preprocessing={"crop_pct": 0.95})
+    datastore = f"datastore.url={trained.workspace / 'datastores'}"
+    command = (
+        "evaluate",
+        str(write_trained(tmp_path / "mine.ckpt", config)),
+        datastore,
+        "datastore.name=digits",
+    )
+    refused = trained.refused(*command, "recipe.val_size=48", "recipe.val_resize=60")
+    assert (
+        "recipe.val_resize=60 would change nothing: model.preprocessing.crop_pct=0.95 decides it" in refused
+    )
+    done = trained(*command, "recipe.val_size=48", "cluster=local", "dry_run=true")
+    assert "split test of digits@v1" in done.stdout
+
+
 def test_a_checkpoint_that_changes_before_its_evaluation_is_not_evaluated(
     trained: Cli, tmp_path: Path
 ) -> None:

@@ -146,6 +146,14 @@ def test_preprocessing_is_checked(value: str, message: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_crop_fraction_takes_the_place_of_val_resize() -> None:
+    for chosen in (["model=timm/resnet18"], ["model=resnet18", "+model.preprocessing.crop_pct=0.9"]):
+        assert composed(*chosen, "recipe.val_size=288").recipe.val_resize == 16
+    with pytest.raises(UserError, match=r"recipe\.val_resize=16 is too small: at least 288"):
+        composed("model=resnet18", "recipe.val_size=288")
+
+
+@pytest.mark.slow
 def test_optional_settings_are_in_the_signature_only_if_set() -> None:
     plain = composed("model=resnet18")
     assert set(plain.model.identity()) == {"name", "stem", "options"}

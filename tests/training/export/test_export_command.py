@@ -19,8 +19,8 @@ from trained_samples import NAMES, config_of, write_trained
 
 import hpc_imagenet
 from hpc_imagenet.runs.attempt import FINISHED
+from hpc_imagenet.runs.checkpoints import fingerprint
 from hpc_imagenet.runs.store import RunStore
-from hpc_imagenet.stages.evaluate_stage import fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -61,13 +61,16 @@ def test_a_run_is_exported(cli: Cli, run: str) -> None:
 def test_the_card_lists_evaluations_of_this_checkpoint(cli: Cli, run: str) -> None:
     best = cli.workspace / "runs" / run / "checkpoints/best.ckpt"
     for name, of in (("this", fingerprint(best)), ("another", "c0ffee")):
-        values = {"evaluate": {"fingerprint": of, "split": "test"}}
+        values = {
+            "evaluate": {"fingerprint": of, "split": "test"},
+            "recipe": {"val_size": 48, "val_resize": 48},
+        }
         made = RunStore(cli.workspace).create(f"00000000-evaluate-{name}", values, {"stage": "evaluate"})
         result = {"top1": 0.25, "top5": 0.5, "images": 8, "datastore": f"{name}@v1"}
         made.new_attempt().end(FINISHED, result=result)
     cli("export", run, "mine")
     card = (cli.cwd / "mine/README.md").read_text()
-    assert "| test of this@v1 | 25.00% | 50.00% |" in card
+    assert "| test of this@v1, 48 of 48 px | 25.00% | 50.00% |" in card
     assert "another@v1" not in card
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,27 @@ def test_class_names_are_shown_as_written(trained: TrainedModel) -> None:
 def test_evaluations_are_listed(trained: TrainedModel) -> None:
     rows = [{"split": "test", "datastore": "birds@v2", "top1": 0.5, "top5": 0.75}]
     assert "| test of birds@v2 | 50.00% | 75.00% |" in model_card(trained, "hf", None, rows)
+
+
+def test_evaluations_at_another_size_are_distinguished(trained: TrainedModel) -> None:
+    result = {"split": "val", "datastore": "birds@v2", "top1": 0.5, "top5": 0.75}
+    rows = [{**result, "difference": text} for text in ("", "288 of 320 px", "mirrored")]
+    card = model_card(trained, "hf", None, rows)
+    for name in ("val of birds@v2", "val of birds@v2, 288 of 320 px", "val of birds@v2, mirrored"):
+        assert f"| {name} | 50.00% |" in card
+    assert "\nMirrored: logits are the mean over an image and its mirror image.\n" in card
+    assert "irrored" not in model_card(trained, "hf", None, rows[:2])
+
+
+def test_rows_that_are_not_mirrored_are_named(trained: TrainedModel) -> None:
+    recipe = replace(trained.config.recipe, val_flip=True)
+    flipped = replace(trained, config=replace(trained.config, recipe=recipe))
+    row = {"split": "val", "datastore": "d@v1", "top1": 0.5, "top5": 0.75, "difference": "not mirrored"}
+    text = "Logits are the mean over an image and its mirror image (`recipe.val_flip`)"
+    assert f"{text}.\n" in model_card(flipped, "hf", None)
+    card = model_card(flipped, "hf", None, [row])
+    assert "| val of d@v1, not mirrored |" in card
+    assert f"{text}, but in rows that are not mirrored.\n" in card
 
 
 @pytest.mark.parametrize("in_timm", [True, False])
