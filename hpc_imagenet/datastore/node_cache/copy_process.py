@@ -22,6 +22,7 @@ from hpc_imagenet.datastore.backends.storage_backend import explain_os_errors
 from hpc_imagenet.datastore.file_hash import hash_file
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.signals import StopSignal
 
 NICE = 10  # niceness: a tenth of a core's time beside a process that uses all of it
 
@@ -122,24 +123,34 @@ def main(url: str, version: str, scratch: str, parent: str) -> None:
             os._exit(1)
 
     backend = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        file, path, result = File(**request["file"]), Path(request["path"]), ""
-        try:
-            with explain_os_errors("cluster.scratch", scratch):
-                if request["command"] == "hash":
-                    result = hash_file(path, file, exit_without_parent)
-                else:
-                    backend = backend or versions.open_backend(url)
-                    backend.fetch(f"{version}/{file.path}", file, path, exit_without_parent)
-        except (UserError, OSError) as error:
-            reply = {"error": str(error)}
-        else:
-            reply = {"result": result}
-        try:
-            print(json.dumps(reply), flush=True)
-        except BrokenPipeError:
-            os._exit(1)
+
+    def serve(command: str, file: File, path: Path) -> str:
+        nonlocal backend
+        with explain_os_errors("cluster.scratch", scratch):
+            if command == "hash":
+                return hash_file(path, file, exit_without_parent)
+            backend = backend or versions.open_backend(url)
+            backend.fetch(f"{version}/{file.path}", file, path, exit_without_parent)
+        return ""
+
+    # Slurm sends its warning, and SIGTERM, to every process of a job. The training saves meanwhile, and may
+    # still need a shard; it ends this process itself.
+    with StopSignal() as stopped:
+        for line in sys.stdin:
+            request = json.loads(line)
+            file, path = File(**request["file"]), Path(request["path"])
+            reply: dict[str, str] = {}
+            while not reply:
+                stopped.signal = None
+                try:
+                    reply = {"result": serve(request["command"], file, path)}
+                except (UserError, OSError) as error:
+                    if not stopped:  # else the same signal has ended rsync or ssh
+                        reply = {"error": str(error)}
+            try:
+                print(json.dumps(reply), flush=True)
+            except BrokenPipeError:
+                os._exit(1)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,41 @@ def test_killed_copy_process_is_reported_and_restarted(stores: Path, shard: File
         copier.close()
 
 
+# In place of ssh: the first connection hangs.
+SHELL = """#!/bin/sh
+shift
+mkdir {folder}/first 2>/dev/null && exec sleep 1000
+exec sh -c "$*"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_signals_of_slurm_to_all_processes_of_a_job_end_no_copy(
+    stores: Path, shard: File, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rsync ends with them: by SIGUSR2 even with exit code 0."""
+    (tmp_path / "shell").write_text(SHELL.format(folder=tmp_path))
+    (tmp_path / "shell").chmod(0o755)
+    monkeypatch.setenv("RSYNC_RSH", str(tmp_path / "shell"))
+    copier = CopyProcess(f"host:{stores}", "digits/v1", tmp_path)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            fetching = pool.submit(copier.fetch, shard, tmp_path / "copy")
+            eventually((tmp_path / "first").exists)
+            (child,) = children()
+            for process in (child, *child.children(recursive=True)):
+                process.send_signal(number)
+            fetching.result(timeout=60)
+        assert copier.hash(tmp_path / "copy", shard) == shard.hash
+        assert children() == [child]
+        child.send_signal(number)  # between two requests
+        copier.hash(tmp_path / "copy", shard)
+        assert children() == [child]
+    finally:
+        copier.close()
+
+
 def test_output_that_is_not_json_is_reported(stores: Path, shard: File, tmp_path: Path) -> None:
     copier = CopyProcess(str(stores), "digits/v1", tmp_path)
     copier._command = [sys.executable, "-c", "print('Welcome to n1')"]
