@@ -171,4 +171,7 @@ def _state(attempt: Attempt, status: slurm.JobStatus | None) -> State:
         reason = status.reason if status else unknown
         return State(name, f"as last recorded: {reason}", started.get("restarts", 0))
     error = error_logs(attempt).last_error() if status.state == FAILED else ""
-    return State(status.state, status.reason + (f": {error}" if error else ""), status.restarts)
+    # sacct does not say how often a job was requeued.
+    recorded = started.get("restarts")
+    restarts = max(status.restarts, recorded if isinstance(recorded, int) else 0)
+    return State(status.state, status.reason + (f": {error}" if error else ""), restarts)

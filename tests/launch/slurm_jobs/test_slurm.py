@@ -302,6 +302,42 @@ def test_jobs_that_left_the_queue_are_queried_from_sacct(
     assert "3" not in found  # squeue is current: a job that it does not list is not running
 
 
+def test_array_that_was_cancelled_while_pending_is_one_record(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    records = ("12_[0-2,5%256]|CANCELLED by 0|0:0", "12_3|TIMEOUT|0:0", "12_4|RUNNING|0:0")
+    write_command(commands, "sacct", "\n".join(f"echo '{record}'" for record in records))
+    found = slurm.query_jobs(["12_1", "12_3", "12_4", "12_5", "13_0"])
+    assert {job: status.state for job, status in found.items()} == {
+        "12_1": CANCELLED,
+        "12_3": FAILED,
+        "12_5": CANCELLED,
+    }
+
+
+def test_job_that_an_operator_holds_has_no_command_for_its_user(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    (commands / "queue").write_text("1|PENDING|0|0|JobHeldAdmin\n2|PENDING|0|0|JobHeldUser\n")
+    found = slurm.query_jobs(["1", "2"])
+    assert found["1"].reason == "JobHeldAdmin: only the operators of the cluster can release it"
+    assert found["2"].reason == "JobHeldUser: scontrol release 2"
+
+
+@pytest.mark.slow
+def test_requeues_are_still_known_when_sacct_reports_the_end(cluster: Cli, commands: Path) -> None:
+    cluster("+stage=download", "dataset=digits", "cluster=slurm")
+    (run,) = RunStore(cluster.workspace).all()
+    assert run.attempt
+    run.attempt.start(restarts=7)
+    write_command(commands, "sacct", "echo '1|TIMEOUT|0:0'")
+    assert [(row["state"], row["requeued"]) for row in cluster.jobs()] == [("failed", 7)]
+    run.attempt.start(restarts="x")  # a damaged record
+    assert cluster.states() == ["failed"]
+
+
 @pytest.mark.slow
 def test_jobs_are_not_ended_while_slurm_does_not_answer(cluster: Cli, commands: Path) -> None:
     cluster("+stage=pipeline", "dataset=digits", "cluster=slurm")
