@@ -85,8 +85,9 @@ class Executor(Protocol):
             state_of: states at the beginning of the command, of every run that is needed.
 
         Raises:
-            UserError: an attempt was refused; it and all that are not submitted yet are marked as failed.
-                Beyond a limit of submitted jobs they are marked as waiting (`Attempt.wait`) instead.
+            UserError: an attempt was refused: it is marked as failed, those that need it as cancelled, and
+                the others are submitted. Beyond a limit of submitted jobs attempts are marked as waiting
+                (`Attempt.wait`) instead.
         """
 
     def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:

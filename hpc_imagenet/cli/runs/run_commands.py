@@ -149,7 +149,9 @@ def _add_retry_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would change, and submit nothing")
     parser.add_argument(
-        "--again", action="store_true", help="submit also what would fail, or failed twice, the same way"
+        "--again",
+        action="store_true",
+        help="submit unchanged, also what would fail, or failed twice, the same way",
     )
 
 

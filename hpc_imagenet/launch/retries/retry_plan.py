@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hpc_imagenet.cluster.slurm import UNKNOWN_CAUSE
 from hpc_imagenet.config.schema import Config, cluster_for, from_dict
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import owner_writes
@@ -145,22 +146,42 @@ def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
         One entry per run of `plan.skipped`, then one per run that was submitted.
 
     Raises:
-        UserError: Slurm refused a job.
+        UserError: Slurm refused a job; the others are submitted, and it keeps the settings that it had.
     """
     start_queued(store, [entry.run for entry in plan.skipped])
     entries = list(plan.skipped)
+    errors: list[UserError] = []
     for executor, group in plan.groups.items():
+        before: dict[str, dict[str, Any]] = {}  # frozen configs that are replaced
         for planned in group:
             run, attempt = planned.run, planned.run.attempt
-            if attempt and attempt.submitted and not attempt.outcome:
+            status = plan.state_of[run.id]
+            known = not status.reason.startswith(UNKNOWN_CAUSE)  # two unknown causes are not the same failure
+            if attempt and attempt.submitted and not attempt.outcome and known:
                 # Slurm forgets its jobs; the next diagnosis compares with this one.
-                attempt.end(plan.state_of[run.id].name, plan.state_of[run.id].reason)
+                attempt.end(status.name, status.reason)
             if planned.changes:
+                before[run.id] = run.frozen()
                 store.create(run.id, planned.frozen, run.info)
         runs = [planned.run for planned in group]
-        actions = start_attempts(store, runs, executor, plan.state_of)
+        try:
+            actions = start_attempts(store, runs, executor, plan.state_of)
+        except UserError as error:
+            for run in runs:
+                if run.id in before and not _is_accepted(run):  # the next retry would be refused for it again
+                    store.create(run.id, before[run.id], run.info)
+            errors.append(error)
+            continue
         entries += [Submitted(run, actions[run.id]) for run in runs]
+    if errors:
+        raise errors[0]
     return entries
+
+
+def _is_accepted(run: Run) -> bool:
+    """Whether the executor has the newest attempt, or it waits for a limit of submitted jobs."""
+    attempt = run.attempt
+    return attempt is not None and bool(attempt.submitted or attempt.waiting)
 
 
 def _executor_of(run: Run) -> str:
@@ -188,7 +209,7 @@ def _plan_one(run: Run, status: State, settings: Sequence[str], again: bool) -> 
         names = [_name(_for_stage(line, frozen, run)) for line in settings]
         changes = {name: (_value(frozen, name), _value(changed, name)) for name in names}
         return PlannedRetry(run, diagnosis, changes, changed)
-    remedy = diagnosis.remedy if diagnosis else {}
+    remedy = diagnosis.remedy if diagnosis and not again else {}
     if diagnosis and not remedy and not again:
         _check_changed(run, diagnosis)
     changed, changes = copy.deepcopy(frozen), {}
@@ -206,7 +227,7 @@ def _check_changed(run: Run, diagnosis: Diagnosis) -> None:
     """Raise if the run would fail the same way again, as far as its attempts show."""
     kind = class_of(diagnosis.kind)
     attempts = run.attempts()
-    if kind.passing:
+    if kind.passing or diagnosis.continues:
         return
     if kind.certain and (diagnosis.kind != HOST_MEMORY or run.executor() == "slurm"):  # here memory is shared
         problem = "would fail again, since nothing has changed"

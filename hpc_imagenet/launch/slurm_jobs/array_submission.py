@@ -23,7 +23,7 @@ from hpc_imagenet.launch.slurm_jobs.submit_limit import (
     largest_accepted,
     limit_in,
 )
-from hpc_imagenet.runs.attempt import FAILED, Attempt
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, Attempt
 from hpc_imagenet.runs.store import Run, RunStore
 
 
@@ -36,7 +36,8 @@ def submit_attempts(
     """Submit attempts to Slurm and record their job ids.
 
     Beyond a limit of submitted jobs, as many as it allows are submitted; the others, and all that need
-    them, are marked as waiting.
+    them, are marked as waiting. An array that is refused fails; those that need it are cancelled, and all
+    others are submitted.
 
     Args:
         store: the workspace's runs.
@@ -45,27 +46,34 @@ def submit_attempts(
         code: version and commit of the code, for submitted.json.
 
     Raises:
-        UserError: sbatch refused a job, it needs a run of the local queue, or its config is not executed;
-            this attempt and all that are not submitted yet are marked as failed.
+        UserError: after the submission of the others: sbatch refused a job, or it needs a run of the local
+            queue. Before any submission: a config is not executed; all attempts are marked as failed.
     """
     job_ids: dict[str, str] = {}
     sizes: dict[str, int] = {}  # number of tasks of each array submitted here
     by_run = {run.id: attempt for run, attempt in attempts}
     waiting: dict[str, str] = {}  # reasons by run
     full: dict[tuple[str | None, ...], str] = {}  # reasons by account, QOS and partition
-
-    def fail_rest(error: UserError) -> None:
-        for run in by_run.keys() - job_ids.keys() - waiting.keys():
-            by_run[run].end(FAILED, str(error))
+    ended: set[str] = set()  # runs that were refused, and those that need them
+    errors: list[UserError] = []
 
     try:
         jobs_of_runs = [[run for run, _ in group] for group in group_attempts(attempts)]
         arrays = group_into_arrays(map(_array_task, jobs_of_runs))
     except UserError as error:
-        fail_rest(error)
+        for attempt in by_run.values():
+            attempt.end(FAILED, str(error))
         raise
     for array in arrays:
         first = array[0]
+        own = [run_id for task in array for run_id in task.run_ids]
+        if lost := [need for need in first.needs if need in ended]:
+            for run_id in own:  # as Slurm cancels a job whose dependency has failed
+                by_run[run_id].end(
+                    CANCELLED, f"needs {lost[0]}, which was not submitted: fix that, then retry"
+                )
+            ended.update(own)
+            continue
         place = first.cluster.account, first.cluster.qos, first.cluster.partition
         unmet = [f"waiting: needs {need}, which waits" for need in first.needs if need in waiting]
         rest = [] if unmet or place in full else list(array)
@@ -88,13 +96,25 @@ def submit_attempts(
                     full[place] = describe_limit(sent.limit, first.cluster)
                     break
         except UserError as error:
-            fail_rest(error)
-            earlier = f" (jobs submitted before it, which are kept: {len(job_ids)})" if job_ids else ""
-            raise UserError(f"{error}{earlier}") from None
-        for run_id in (run_id for task in array for run_id in task.run_ids):
+            refused = [run_id for run_id in own if run_id not in job_ids]
+            for run_id in refused:
+                by_run[run_id].end(FAILED, str(error))
+            ended.update(refused)
+            errors.append(error)
+            continue
+        for run_id in own:
             if run_id not in job_ids:
                 waiting[run_id] = unmet[0] if unmet else full[place]
                 by_run[run_id].wait(waiting[run_id])
+    if errors:
+        raise UserError(f"{errors[0]}{_beside(len(errors) - 1, len(job_ids))}")
+
+
+def _beside(refused: int, submitted: int) -> str:
+    """Return what else became of a submission whose first error is raised: further errors, submitted runs."""
+    parts = [f"refused beside it: {refused}"] if refused else []
+    parts += [f"runs submitted beside it: {submitted}"] if submitted else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 @dataclass(frozen=True)

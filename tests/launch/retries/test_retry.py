@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli
+from fake_slurm import SBATCH, write_command
 
 from hpc_imagenet import Handle, UserError
 from hpc_imagenet.io.atomic_files import write_json
@@ -53,6 +54,75 @@ def test_more_memory_after_too_little(cluster: Cli) -> None:
     queue(cluster, "2|OUT_OF_MEMORY|0|125|None")
     assert "cluster.memory_gb: 6 → 9" in cluster("retry", run.id).stdout  # a change each time
     assert run.id == only_run(cluster).id
+
+
+def test_refused_run_keeps_no_other_from_its_retry(cluster: Cli, commands: Path) -> None:
+    names = "dataset.name=a,b"
+    cluster("-m", "+stage=download", *SUBMIT, names, "cluster.array_parallelism=1")
+    first, second = RunStore(cluster.workspace).all()
+    error = "sbatch: error: Requested node configuration is not available"
+    refusal = f"grep -qs -e --mem=6144M $1 && {{ echo '{error}' >&2; exit 1; }}"
+    write_command(commands, "sbatch", refusal + SBATCH)
+    queue(cluster, "1_0|OUT_OF_MEMORY|0|125|None", "1_1|NODE_FAIL|0|0|None")
+    line = cluster("retry", "--failed", code=2).stderr
+    assert f"sbatch refused {first.info['label']}: Requested node configuration" in line
+    assert "(runs submitted beside it: 1)" in line
+    assert [len(run.attempts()) for run in (first, second)] == [2, 2]
+    assert first.attempt
+    assert second.attempt
+    assert first.attempt.outcome
+    assert (second.attempt.outcome, second.attempt.submitted["job_id"]) == (None, "2")
+    # The refused value is not sent again.
+    assert first.frozen()["cluster"]["memory_gb"] == 4
+    queue(cluster, "2|RUNNING|0|0|None")
+    assert f"{first.id}  unchanged\n" in cluster("retry", "--failed").stdout
+    assert "#SBATCH --mem=4096M\n" in script(cluster, 3)
+
+
+def test_remedies_stay_within_the_partition(cluster: Cli, commands: Path) -> None:
+    write_command(commands, "sinfo", "echo 'cpu|10-00:00:00|900000'; echo 'gpu*|1-00:00:00|257000'")
+    cluster("+stage=download", *SUBMIT[:2], "cluster.time=1440", "cluster.memory_gb=225")
+    run = only_run(cluster)
+    queue(cluster, "1|TIMEOUT|0|0|None")
+    assert f"{run.id}  time limit · unchanged\n" in cluster("retry", run.id, "--dry-run").stdout
+    queue(cluster, "1|OUT_OF_MEMORY|0|125|None")
+    assert "cluster.memory_gb: 225 → 250" in cluster("retry", run.id).stdout
+    queue(cluster, "2|OUT_OF_MEMORY|0|125|None")
+    assert "set fewer loader.workers, or give it more memory" in cluster.refused("retry", run.id)
+
+
+def test_run_that_got_further_before_its_time_limit_needs_no_longer_one(cluster: Cli) -> None:
+    cluster("+stage=download", *SUBMIT)
+    run = only_run(cluster)
+    for job, (found, done) in enumerate([(None, 5), (5, 11), (11, 12)], 1):
+        assert run.attempt
+        run.attempt.start(done=found)
+        write_json(run.folder / "progress.json", {"done": done, "total": 100})
+        queue(cluster, f"{job}|TIMEOUT|0|0|None")
+        assert f"retry {run.id} continues it" in cluster("logs", run.id).stderr
+        assert f"{run.id}  time limit · unchanged\n" in cluster("retry", run.id).stdout
+    run.attempt.start(done=12)
+    queue(cluster, "4|TIMEOUT|0|0|None")
+    assert "time limit · cluster.time: 60 → 120" in cluster("retry", run.id).stdout
+
+
+@pytest.mark.parametrize("row", ["TIMEOUT|0|0|None", "OUT_OF_MEMORY|0|125|None"])
+def test_again_submits_a_run_unchanged(cluster: Cli, row: str) -> None:
+    cluster("+stage=download", *SUBMIT)
+    run = only_run(cluster)
+    queue(cluster, f"1|{row}")
+    assert "· unchanged\n" in cluster("retry", run.id, "--again").stdout
+    assert {"#SBATCH --time=60", "#SBATCH --mem=4096M"} <= set(script(cluster, 2).splitlines())
+
+
+def test_unknown_end_is_neither_recorded_nor_compared(cluster: Cli, commands: Path) -> None:
+    cluster("+stage=download", *SUBMIT)
+    run = only_run(cluster)
+    write_command(commands, "sacct", "echo 'sacct: error: Problem talking to the database' >&2; exit 1")
+    for _ in range(3):
+        assert "Slurm's accounting does not answer" in cluster.jobs()[0]["reason"]
+        assert f"{run.id}  unchanged\n" in cluster("retry", run.id).stdout
+    assert [each.outcome for each in run.attempts()] == [None] * 4
 
 
 def test_stage_with_a_value_of_its_own(cluster: Cli) -> None:

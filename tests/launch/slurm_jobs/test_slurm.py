@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -119,7 +120,7 @@ def test_dry_run_prints_sbatch_scripts_and_submits_nothing(cluster: Cli, command
 
 
 @pytest.mark.slow
-def test_sbatch_error_is_one_line_and_fails_all_jobs(cluster: Cli, commands: Path) -> None:
+def test_sbatch_error_is_one_line_and_what_needs_the_job_is_cancelled(cluster: Cli, commands: Path) -> None:
     write_command(
         commands, "sbatch", "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1"
     )
@@ -127,8 +128,10 @@ def test_sbatch_error_is_one_line_and_fails_all_jobs(cluster: Cli, commands: Pat
     (line,) = done.stderr.strip().splitlines()
     assert line == "error: sbatch refused download-digits: invalid partition specified: nowhere"
     rows = cluster.jobs()
-    assert {row["state"] for row in rows} == {"failed"}
-    assert all("invalid partition" in row["reason"] for row in rows)
+    assert [row["state"] for row in rows] == ["failed"] + 3 * ["cancelled"]
+    assert "invalid partition" in rows[0]["reason"]
+    for needed, row in itertools.pairwise(rows):
+        assert row["reason"] == f"needs {needed['run']}, which was not submitted: fix that, then retry"
 
 
 @pytest.mark.slow
