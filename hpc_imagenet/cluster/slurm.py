@@ -132,6 +132,7 @@ def _ended_jobs(ids: Set[str], since: float | None) -> dict[str, JobStatus]:
     The tasks of an array that were cancelled while they were pending have one record together, `12_[0-5]`: it
     stands for all that have none of their own. The list in it may be cut, so that it is not read.
     """
+    # By array: for the id of a task sacct prints no record of several tasks.
     arrays = ",".join(sorted({job.partition("_")[0] for job in ids}))
     fields = "--format=JobID,State,ExitCode"
     query = ["sacct", "--noheader", "--parsable2", "--allocations", fields, f"--jobs={arrays}"]
