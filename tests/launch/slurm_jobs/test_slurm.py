@@ -22,6 +22,7 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.local_jobs.local_worker import Worker
 from hpc_imagenet.launch.slurm_jobs.array_submission import submit_attempts
+from hpc_imagenet.launch import states
 from hpc_imagenet.launch.tasks import task
 from hpc_imagenet.report import jobs_table, logs
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
@@ -341,6 +342,21 @@ def test_requeues_are_still_known_when_sacct_reports_the_end(cluster: Cli, comma
     assert [(row["state"], row["requeued"]) for row in cluster.jobs()] == [("failed", 7)]
     run.attempt.start(restarts="x")  # a damaged record
     assert cluster.states() == ["failed"]
+
+
+def test_run_of_another_user_is_not_ended_while_accounting_is_away(
+    commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    run = RunStore(tmp_path).create("0-x", {}, {"stage": "train"})
+    attempt = run.new_attempt()
+    attempt.submit("slurm", job_id="1")
+    attempt.start()
+    write_command(commands, "sacct", "exit 1")
+    assert states.state(run).name == FAILED  # squeue lists the own jobs
+    monkeypatch.setattr(Run, "is_mine", property(lambda _: False))
+    assert states.state(run).name == RUNNING
+    assert "to no other user" in states.state(run).reason
 
 
 @pytest.mark.slow
