@@ -174,7 +174,7 @@ class Diagnosis:
         remedy: settings outside the signature, by name, with which a retry would not fail this way again.
         command: what to type, or to do.
         reason: the recorded reason, with which two failures are compared.
-        continues: whether it got further before its time limit, and may be retried unchanged any number of
+        continues: whether it saved work before its time limit, and may be retried unchanged any number of
             times.
     """
 
@@ -244,7 +244,7 @@ def diagnose(run: Run, attempt: Attempt | None = None, status: State | None = No
     failure = Failure(run, attempt, frozen, evidence, tuple(logs.lines))
     if kind == KILLED and failure.reached_time_limit():
         kind, evidence = TIME_LIMIT, "it ran about as long as cluster.time allows"
-    continues = kind == TIME_LIMIT and failure.got_further()
+    continues = kind == TIME_LIMIT and failure.kept_work()
     remedy = {} if continues else remedy_for(kind, failure)
     command = f"retry {one_line(run.id)} continues it" if continues else _command(kind, run, remedy)
     return Diagnosis(kind, _text(kind, evidence, reason, logs), remedy, command, one_line(reason), continues)

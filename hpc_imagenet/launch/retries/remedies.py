@@ -11,6 +11,7 @@ from typing import Any
 
 from hpc_imagenet.cluster.partition_limits import PartitionLimits, partition_limits
 from hpc_imagenet.runs.attempt import Attempt, is_number, read_record
+from hpc_imagenet.runs.checkpoints import LAST
 from hpc_imagenet.runs.store import Run
 
 PLACEHOLDER = "RUN"
@@ -23,7 +24,6 @@ _NODE = re.compile(
 )
 # Units of memory in options of sbatch, in MB.
 _UNITS = {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}
-_BEGIN_ANEW = ("evaluate", "price", "session")  # stages that do not continue where they stopped
 _BEFORE_LIMIT = 100.0  # s before the time limit, in which the warning signal may end a job
 
 
@@ -65,14 +65,15 @@ class Failure:
             return False
         return bool(seconds >= 60 * limit - _BEFORE_LIMIT and seconds > 24 * limit)
 
-    def got_further(self) -> bool:
-        """Whether the attempt left more work done than it found, from which the next one continues."""
-        if self.attempt is None or not self.attempt.started or self.stage in _BEGIN_ANEW:
+    def kept_work(self) -> bool:
+        """Whether a training has saved a checkpoint since its last start, from which the next one resumes."""
+        if self.attempt is None or self.stage != "train":
             return False
-        found = self.attempt.started.get("done")
-        later = [each.started for each in self.run.attempts() if each.number > self.attempt.number]
-        left = (next(filter(None, later), None) or self.run.progress).get("done")
-        return is_number(left) and left > (found if is_number(found) else 0)
+        try:  # both times are of the file system of the workspace
+            began = (self.attempt.folder / "started.json").stat().st_mtime
+            return (self.run.folder / "checkpoints" / LAST).stat().st_mtime > began
+        except OSError:
+            return False
 
     def partition_limits(self) -> PartitionLimits:
         """Return the limits of its partition; unknown of a job that is not on Slurm."""

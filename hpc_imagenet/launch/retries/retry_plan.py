@@ -146,13 +146,12 @@ def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
         One entry per run of `plan.skipped`, then one per run that was submitted.
 
     Raises:
-        UserError: Slurm refused a job; the others are submitted, and it keeps the settings that it had.
+        UserError: Slurm refused a job; the others are submitted.
     """
     start_queued(store, [entry.run for entry in plan.skipped])
     entries = list(plan.skipped)
     errors: list[UserError] = []
     for executor, group in plan.groups.items():
-        before: dict[str, dict[str, Any]] = {}  # frozen configs that are replaced
         for planned in group:
             run, attempt = planned.run, planned.run.attempt
             status = plan.state_of[run.id]
@@ -161,27 +160,17 @@ def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
                 # Slurm forgets its jobs; the next diagnosis compares with this one.
                 attempt.end(status.name, status.reason)
             if planned.changes:
-                before[run.id] = run.frozen()
                 store.create(run.id, planned.frozen, run.info)
         runs = [planned.run for planned in group]
         try:
             actions = start_attempts(store, runs, executor, plan.state_of)
         except UserError as error:
-            for run in runs:
-                if run.id in before and not _is_accepted(run):  # the next retry would be refused for it again
-                    store.create(run.id, before[run.id], run.info)
             errors.append(error)
             continue
         entries += [Submitted(run, actions[run.id]) for run in runs]
     if errors:
         raise errors[0]
     return entries
-
-
-def _is_accepted(run: Run) -> bool:
-    """Whether the executor has the newest attempt, or it waits for a limit of submitted jobs."""
-    attempt = run.attempt
-    return attempt is not None and bool(attempt.submitted or attempt.waiting)
 
 
 def _executor_of(run: Run) -> str:

@@ -168,8 +168,6 @@ def _start_attempt(run: Run, attempt: Attempt, **details: Any) -> None:
         details["step"] = step
     if nodes := slurm.this_node_list():
         details["nodes"] = nodes
-    if (done := run.progress.get("done")) is not None:
-        details["done"] = done  # by earlier starts; `Failure.got_further` compares with it
     attempt.start(**local_queue.process_identity(), **details)
     limit = run.cluster().max_requeues
     if on_slurm() and lease.restart_count() > limit:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from command_line import Cli
-from fake_slurm import SBATCH, write_command
+from fake_slurm import SBATCH, scripts, write_command
 
 from hpc_imagenet import Handle, UserError
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.retries.retry_plan import plan_retry
-from hpc_imagenet.runs.attempt import FAILED
+from hpc_imagenet.runs.attempt import FAILED, FINISHED
 from hpc_imagenet.runs.store import Run, RunStore
 
 pytestmark = pytest.mark.slow
@@ -30,6 +31,12 @@ def script(cluster: Cli, number: int) -> str:
 def only_run(cluster: Cli) -> Run:
     (run,) = RunStore(cluster.workspace).all()
     return run
+
+
+def set_time(path: Path, other: Path, later: float) -> None:
+    """Set the modification time of a file to that of another one and some seconds."""
+    moment = other.stat().st_mtime + later
+    os.utime(path, (moment, moment))
 
 
 def fail(run: Run, reason: str) -> None:
@@ -72,11 +79,14 @@ def test_refused_run_keeps_no_other_from_its_retry(cluster: Cli, commands: Path)
     assert second.attempt
     assert first.attempt.outcome
     assert (second.attempt.outcome, second.attempt.submitted["job_id"]) == (None, "2")
-    # The refused value is not sent again.
-    assert first.frozen()["cluster"]["memory_gb"] == 4
     queue(cluster, "2|RUNNING|0|0|None")
-    assert f"{first.id}  unchanged\n" in cluster("retry", "--failed").stdout
-    assert "#SBATCH --mem=4096M\n" in script(cluster, 3)
+    # Never with the memory that was too little; and a refusal that repeats is not tried for ever.
+    assert "unchanged" in cluster("retry", "--failed", code=2).stdout
+    assert len(scripts(commands)) == 2
+    assert f"left out  {first.id} failed twice the same way" in cluster("retry", "--failed").stderr
+    shown = cluster("retry", first.id, "cluster.memory_gb=5").stdout
+    assert "cluster.memory_gb: 6 → 5" in shown
+    assert "#SBATCH --mem=5120M\n" in script(cluster, 3)
 
 
 def test_remedies_stay_within_the_partition(cluster: Cli, commands: Path) -> None:
@@ -91,18 +101,38 @@ def test_remedies_stay_within_the_partition(cluster: Cli, commands: Path) -> Non
     assert "set fewer loader.workers, or give it more memory" in cluster.refused("retry", run.id)
 
 
-def test_run_that_got_further_before_its_time_limit_needs_no_longer_one(cluster: Cli) -> None:
-    cluster("+stage=download", *SUBMIT)
-    run = only_run(cluster)
-    for job, (found, done) in enumerate([(None, 5), (5, 11), (11, 12)], 1):
+def test_training_that_saved_work_before_its_time_limit_needs_no_longer_one(cluster: Cli) -> None:
+    cluster("+stage=pipeline", *SUBMIT)
+    *needed, run = RunStore(cluster.workspace).all()
+    for each in needed:
+        assert each.attempt
+        assert each.attempt.end(FINISHED)
+    checkpoint = run.folder / "checkpoints/last.ckpt"
+    checkpoint.parent.mkdir()
+    for _ in range(3):
         assert run.attempt
-        run.attempt.start(done=found)
-        write_json(run.folder / "progress.json", {"done": done, "total": 100})
-        queue(cluster, f"{job}|TIMEOUT|0|0|None")
+        run.attempt.start()
+        checkpoint.touch()
+        set_time(checkpoint, run.attempt.folder / "started.json", 1)
+        queue(cluster, f"{run.attempt.submitted['job_id']}|TIMEOUT|0|0|None")
         assert f"retry {run.id} continues it" in cluster("logs", run.id).stderr
         assert f"{run.id}  time limit · unchanged\n" in cluster("retry", run.id).stdout
-    run.attempt.start(done=12)
-    queue(cluster, "4|TIMEOUT|0|0|None")
+    # Progress that no checkpoint keeps does not count, however far it is.
+    assert run.attempt
+    run.attempt.start()
+    write_json(run.folder / "progress.json", {"done": 5010, "total": 9000})
+    set_time(checkpoint, run.attempt.folder / "started.json", -1)
+    queue(cluster, f"{run.attempt.submitted['job_id']}|TIMEOUT|0|0|None")
+    assert "time limit · cluster.time: 60 → 120" in cluster("retry", run.id).stdout
+
+
+def test_progress_of_other_stages_keeps_no_remedy_from_them(cluster: Cli) -> None:
+    cluster("+stage=download", *SUBMIT)
+    run = only_run(cluster)
+    assert run.attempt
+    run.attempt.start()
+    write_json(run.folder / "progress.json", {"done": 5, "total": 9})
+    queue(cluster, "1|TIMEOUT|0|0|None")
     assert "time limit · cluster.time: 60 → 120" in cluster("retry", run.id).stdout
 
 

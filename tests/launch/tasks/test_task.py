@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from recorded_runs import create_run
 
-from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.tasks import task
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.attempt import FINISHED
@@ -34,16 +33,3 @@ def test_failure_of_an_old_copy_does_not_end_the_run(
         task.run_task(run.folder, attempt.number)
     assert attempt.outcome is None
     assert attempt.end(FINISHED)
-
-
-def test_start_records_what_earlier_starts_have_done(tmp_path: Path) -> None:
-    run = RunStore(tmp_path).create(
-        "0-x", {"cluster": {"executor": "local"}, "stage": {"name": "download"}}, {}
-    )
-    attempt = run.new_attempt()
-    task._start_attempt(run, attempt)
-    assert "done" not in attempt.started
-    write_json(run.folder / "progress.json", {"done": 7, "total": 9})
-    task._start_attempt(run, run.new_attempt())
-    assert run.attempt
-    assert run.attempt.started["done"] == 7
