@@ -16,7 +16,7 @@ from hpc_imagenet.config.schema import Config, cluster_for, from_dict
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.launch import validate
-from hpc_imagenet.launch.executor import State, code_version
+from hpc_imagenet.launch.executor import JobsRefused, State, code_version
 from hpc_imagenet.launch.executors import EXECUTORS, start_queued
 from hpc_imagenet.launch.retries.diagnosis import HOST_MEMORY, Diagnosis, class_of, diagnose
 from hpc_imagenet.launch.retries.error_logs import quoted
@@ -146,7 +146,7 @@ def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
         One entry per run of `plan.skipped`, then one per run that was submitted.
 
     Raises:
-        UserError: Slurm refused a job; the others are submitted.
+        JobsRefused: Slurm refused a job; the others are submitted.
     """
     start_queued(store, [entry.run for entry in plan.skipped])
     entries = list(plan.skipped)
@@ -162,14 +162,11 @@ def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
             if planned.changes:
                 store.create(run.id, planned.frozen, run.info)
         runs = [planned.run for planned in group]
-        try:
-            actions = start_attempts(store, runs, executor, plan.state_of)
-        except UserError as error:
-            errors.append(error)
-            continue
+        actions, refused = start_attempts(store, runs, executor, plan.state_of)
+        errors += refused
         entries += [Submitted(run, actions[run.id]) for run in runs]
     if errors:
-        raise errors[0]
+        raise JobsRefused(errors, entries)
     return entries
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.executor import JobsRefused
 from hpc_imagenet.launch.shared_jobs import group_attempts, shares_with
 from hpc_imagenet.launch.slurm_jobs.container import bound_folders
 from hpc_imagenet.launch.slurm_jobs.sbatch import (
@@ -25,6 +27,11 @@ from hpc_imagenet.launch.slurm_jobs.submit_limit import (
 )
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, Attempt
 from hpc_imagenet.runs.store import Run, RunStore
+
+# In replies of sbatch that do not concern the job: slurm_strerror of Slurm 20.11 to 26.05.
+_NO_ANSWER = re.compile(
+    r"unable to contact|socket timed out|zero bytes were|temporarily un|connection refused", re.IGNORECASE
+)
 
 
 def submit_attempts(
@@ -46,8 +53,9 @@ def submit_attempts(
         code: version and commit of the code, for submitted.json.
 
     Raises:
-        UserError: after the submission of the others: sbatch refused a job, or it needs a run of the local
-            queue. Before any submission: a config is not executed; all attempts are marked as failed.
+        JobsRefused: after the submission of the others: sbatch refused a job, or it needs a run of the local
+            queue. If Slurm's controller does not answer, all that are not submitted are marked as failed.
+        UserError: before any submission: a config is not executed; all attempts are marked as failed.
     """
     job_ids: dict[str, str] = {}
     sizes: dict[str, int] = {}  # number of tasks of each array submitted here
@@ -96,25 +104,21 @@ def submit_attempts(
                     full[place] = describe_limit(sent.limit, first.cluster)
                     break
         except UserError as error:
-            refused = [run_id for run_id in own if run_id not in job_ids]
+            no_answer = _NO_ANSWER.search(str(error)) is not None  # for the other arrays as well
+            refused = (by_run.keys() if no_answer else set(own)) - job_ids.keys() - waiting.keys() - ended
             for run_id in refused:
                 by_run[run_id].end(FAILED, str(error))
-            ended.update(refused)
+            ended |= refused
             errors.append(error)
+            if no_answer:
+                break
             continue
         for run_id in own:
             if run_id not in job_ids:
                 waiting[run_id] = unmet[0] if unmet else full[place]
                 by_run[run_id].wait(waiting[run_id])
     if errors:
-        raise UserError(f"{errors[0]}{_beside(len(errors) - 1, len(job_ids))}")
-
-
-def _beside(refused: int, submitted: int) -> str:
-    """Return what else became of a submission whose first error is raised: further errors, submitted runs."""
-    parts = [f"refused beside it: {refused}"] if refused else []
-    parts += [f"runs submitted beside it: {submitted}"] if submitted else []
-    return f" ({', '.join(parts)})" if parts else ""
+        raise JobsRefused(errors)
 
 
 @dataclass(frozen=True)

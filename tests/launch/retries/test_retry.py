@@ -71,9 +71,12 @@ def test_refused_run_keeps_no_other_from_its_retry(cluster: Cli, commands: Path)
     refusal = f"grep -qs -e --mem=6144M $1 && {{ echo '{error}' >&2; exit 1; }}"
     write_command(commands, "sbatch", refusal + SBATCH)
     queue(cluster, "1_0|OUT_OF_MEMORY|0|125|None", "1_1|NODE_FAIL|0|0|None")
-    line = cluster("retry", "--failed", code=2).stderr
-    assert f"sbatch refused {first.info['label']}: Requested node configuration" in line
-    assert "(runs submitted beside it: 1)" in line
+    done = cluster("retry", "--failed", code=2)
+    (line,) = done.stderr.splitlines()
+    assert (
+        line == f"error: sbatch refused {first.info['label']}: Requested node configuration is not available"
+    )
+    assert f"refused  {first.id}\nsubmitted  {second.id}\n" in done.stdout
     assert [len(run.attempts()) for run in (first, second)] == [2, 2]
     assert first.attempt
     assert second.attempt

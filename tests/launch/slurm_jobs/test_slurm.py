@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 import subprocess
@@ -22,7 +21,6 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.local_jobs.local_worker import Worker
 from hpc_imagenet.launch.slurm_jobs.array_submission import submit_attempts
-from hpc_imagenet.launch import states
 from hpc_imagenet.launch.tasks import task
 from hpc_imagenet.report import jobs_table, logs
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING
@@ -118,21 +116,6 @@ def test_dry_run_prints_sbatch_scripts_and_submits_nothing(cluster: Cli, command
     assert "nothing was submitted" in done.stdout
     assert scripts(commands) == []
     assert not cluster.workspace.exists()
-
-
-@pytest.mark.slow
-def test_sbatch_error_is_one_line_and_what_needs_the_job_is_cancelled(cluster: Cli, commands: Path) -> None:
-    write_command(
-        commands, "sbatch", "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1"
-    )
-    done = cluster("+stage=pipeline", "dataset=digits", "cluster=slurm", code=2)
-    (line,) = done.stderr.strip().splitlines()
-    assert line == "error: sbatch refused download-digits: invalid partition specified: nowhere"
-    rows = cluster.jobs()
-    assert [row["state"] for row in rows] == ["failed"] + 3 * ["cancelled"]
-    assert "invalid partition" in rows[0]["reason"]
-    for needed, row in itertools.pairwise(rows):
-        assert row["reason"] == f"needs {needed['run']}, which was not submitted: fix that, then retry"
 
 
 @pytest.mark.slow
@@ -306,22 +289,6 @@ def test_jobs_that_left_the_queue_are_queried_from_sacct(
     assert "3" not in found  # squeue is current: a job that it does not list is not running
 
 
-def test_array_that_was_cancelled_while_pending_is_one_record(
-    commands: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
-    records = ("12_[0-2,5%256]|CANCELLED by 0|0:0", "12_3|TIMEOUT|0:0", "12_4|RUNNING|0:0")
-    lines = "\n".join(f"echo '{record}'" for record in records)
-    # Slurm 22.05 prints such a record for the id of the array alone, and for 12_1 nothing.
-    write_command(commands, "sacct", f'[[ "$*" == *--jobs=12,13 ]] || exit 0\n{lines}')
-    found = slurm.query_jobs(["12_1", "12_3", "12_4", "12_5", "13_0"])
-    assert {job: status.state for job, status in found.items()} == {
-        "12_1": CANCELLED,
-        "12_3": FAILED,
-        "12_5": CANCELLED,
-    }
-
-
 def test_job_that_an_operator_holds_has_no_command_for_its_user(
     commands: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,33 +297,6 @@ def test_job_that_an_operator_holds_has_no_command_for_its_user(
     found = slurm.query_jobs(["1", "2"])
     assert found["1"].reason == "JobHeldAdmin: only the operators of the cluster can release it"
     assert found["2"].reason == "JobHeldUser: scontrol release 2"
-
-
-@pytest.mark.slow
-def test_requeues_are_still_known_when_sacct_reports_the_end(cluster: Cli, commands: Path) -> None:
-    cluster("+stage=download", "dataset=digits", "cluster=slurm")
-    (run,) = RunStore(cluster.workspace).all()
-    assert run.attempt
-    run.attempt.start(restarts=7)
-    write_command(commands, "sacct", "echo '1|TIMEOUT|0:0'")
-    assert [(row["state"], row["requeued"]) for row in cluster.jobs()] == [("failed", 7)]
-    run.attempt.start(restarts="x")  # a damaged record
-    assert cluster.states() == ["failed"]
-
-
-def test_run_of_another_user_is_not_ended_while_accounting_is_away(
-    commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
-    run = RunStore(tmp_path).create("0-x", {}, {"stage": "train"})
-    attempt = run.new_attempt()
-    attempt.submit("slurm", job_id="1")
-    attempt.start()
-    write_command(commands, "sacct", "exit 1")
-    assert states.state(run).name == FAILED  # squeue lists the own jobs
-    monkeypatch.setattr(Run, "is_mine", property(lambda _: False))
-    assert states.state(run).name == RUNNING
-    assert "to no other user" in states.state(run).reason
 
 
 @pytest.mark.slow
