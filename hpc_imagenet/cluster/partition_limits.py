@@ -1,14 +1,17 @@
-"""The longest time and the largest memory per node that the jobs of a partition can have, by sinfo."""
+"""The longest time and the largest memory per node that a job in a partition can have, by sinfo."""
 
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.config.input.slurm_values import parse_minutes
 
-_COLUMNS = "%P|%l|%m"  # partition, with * the default one; time limit; MB of a node
+# Partition, with * the default one; time limit; and of nodes that are equal MB, number and generic resources.
+_COLUMNS = "%P|%l|%m|%D|%G"
+_GPU = re.compile(r"gpu(?::[\w.-]+)?:(\d+)(?=[(,]|$)")
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class PartitionLimits:
 
     Attributes:
         minutes: its time limit; None: unlimited, or unknown.
-        memory: MB of the largest node; None: unknown.
+        memory: MB of a node; None: unknown.
     """
 
     minutes: int | None = None
@@ -25,22 +28,27 @@ class PartitionLimits:
 
 
 @functools.cache  # a page of many failed runs needs it for each
-def partition_limits(partition: str | None) -> PartitionLimits:
+def partition_limits(partition: str | None, nodes: int = 1, gpus: int = 0) -> PartitionLimits:
     """Return the limits of a partition, or of the best of several `a,b`; without sinfo they are unknown.
 
     Args:
         partition: as in cluster.partition; None: the default one.
+        nodes: number of nodes of the job.
+        gpus: GPUs that it has on each node.
     """
     chosen = [f"--partition={partition}"] if partition else []
     # Without --exact nodes of different memory are one line, with the least of them.
     done = slurm.run_command("sinfo", "--noheader", "--exact", *chosen, f"--format={_COLUMNS}")
-    times, memories = [], []
+    times: list[int | None] = []
+    memories: dict[str, list[int]] = {}  # MB of each node with such GPUs, by partition
     for line in done.stdout.splitlines():
         name, *cells = line.strip().split("|")
-        if len(cells) == 2 and (partition or name.endswith("*")):
-            time, memory = cells
+        if len(cells) == 4 and (partition or name.endswith("*")):
+            time, memory, count, resources = cells
             times.append(parse_minutes(time) if time[:1].isdigit() else None)
-            memories += [int(memory)] if memory.isdigit() else []
+            if memory.isdigit() and count.isdigit() and sum(map(int, _GPU.findall(resources))) >= gpus:
+                memories.setdefault(name, []).extend([int(memory)] * int(count))
     finite = [time for time in times if time is not None]
     longest = max(finite) if finite and len(finite) == len(times) else None
-    return PartitionLimits(longest, max(memories, default=None))
+    enough = [sorted(each)[-nodes] for each in memories.values() if len(each) >= nodes]
+    return PartitionLimits(longest, max(enough, default=None))

@@ -77,7 +77,12 @@ class Failure:
 
     def partition_limits(self) -> PartitionLimits:
         """Return the limits of its partition; unknown of a job that is not on Slurm."""
-        return partition_limits(self.cluster("partition")[1]) if _on_slurm(self) else PartitionLimits()
+        if not _on_slurm(self):
+            return PartitionLimits()
+        found = (self.cluster(name)[1] for name in ("nodes", "gpus_per_node"))
+        nodes, gpus = (int(value) if is_number(value) else 0 for value in found)
+        nodes = max(1, nodes) if self.stage == "train" else 1
+        return partition_limits(self.cluster("partition")[1], nodes, gpus)
 
 
 def cluster_setting(frozen: dict[str, Any], stage: str, name: str) -> tuple[str, Any]:

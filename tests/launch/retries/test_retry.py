@@ -93,7 +93,9 @@ def test_refused_run_keeps_no_other_from_its_retry(cluster: Cli, commands: Path)
 
 
 def test_remedies_stay_within_the_partition(cluster: Cli, commands: Path) -> None:
-    write_command(commands, "sinfo", "echo 'cpu|10-00:00:00|900000'; echo 'gpu*|1-00:00:00|257000'")
+    write_command(
+        commands, "sinfo", "echo 'cpu|10-00:00:00|900000|9|'; echo 'gpu*|1-00:00:00|257000|9|gpu:4'"
+    )
     cluster("+stage=download", *SUBMIT[:2], "cluster.time=1440", "cluster.memory_gb=225")
     run = only_run(cluster)
     queue(cluster, "1|TIMEOUT|0|0|None")

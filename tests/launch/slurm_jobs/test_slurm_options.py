@@ -160,7 +160,7 @@ def test_retry_after_too_little_memory_raises_memory_per_cpu(cluster: Cli, comma
 
 @pytest.mark.slow
 def test_memory_per_cpu_stays_within_the_nodes(cluster: Cli, commands: Path) -> None:
-    write_command(commands, "sinfo", "echo 'all*|infinite|16000'; echo 'all*|infinite|9000'")
+    write_command(commands, "sinfo", "echo 'all*|infinite|16000|1|'; echo 'all*|infinite|9000|9|'")
     words = ("+stage=download", "dataset=digits", "cluster=slurm", "cluster.stage.download.cpus_per_task=4")
     cluster(*words, "+cluster.sbatch.mem-per-cpu=3000M")
     write_command(commands, "sacct", "echo '1|OUT_OF_MEMORY|0:125'")
