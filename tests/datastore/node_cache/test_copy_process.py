@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -131,10 +132,31 @@ def test_signals_of_slurm_to_all_processes_of_a_job_end_no_copy(
                 process.send_signal(number)
             fetching.result(timeout=60)
         assert copier.hash(tmp_path / "copy", shard) == shard.hash
-        assert children() == [child]
+        (child,) = children()
         child.send_signal(number)  # between two requests
-        copier.hash(tmp_path / "copy", shard)
-        assert children() == [child]
+        assert copier.hash(tmp_path / "copy", shard) == shard.hash
+    finally:
+        copier.close()
+
+
+@pytest.mark.slow
+def test_signal_of_slurm_while_the_process_imports_ends_no_copy(
+    stores: Path, shard: File, tmp_path: Path
+) -> None:
+    copier = CopyProcess(str(stores), "digits/v1", tmp_path)
+    started = tmp_path / "started"
+    # The first process ends as if the signal came before its first line.
+    code = f"import os, signal; open({str(started)!r}, 'x'); os.kill(os.getpid(), signal.SIGUSR2)"
+    command = " ".join(map(shlex.quote, copier._command))
+    copier._command = [
+        "sh",
+        "-c",
+        f"test -e {started} || exec {sys.executable} -c {shlex.quote(code)}; exec {command}",
+    ]
+    try:
+        copier.fetch(shard, tmp_path / "copy")
+        assert started.exists()
+        assert copier.hash(tmp_path / "copy", shard) == shard.hash
     finally:
         copier.close()
 
