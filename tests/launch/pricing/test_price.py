@@ -18,7 +18,6 @@ from rich.console import Console
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.input.overrides import with_defaults
-from hpc_imagenet.config.schema import Cluster
 from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.executor import State
@@ -29,7 +28,6 @@ from hpc_imagenet.launch.pricing.price import (
     Price,
     known_times,
     price,
-    settings_needed,
     sweep_seconds,
 )
 from hpc_imagenet.launch.validate import version_finder
@@ -220,13 +218,6 @@ def test_a_time_limit_that_is_too_short_is_refused_with_one_that_is_not(timed: C
     line = timed.refused(*words, "cluster.time=10", "+cluster.sbatch.no-requeue=true")
     assert line.rpartition(": set ")[2].startswith("cluster.time=")
     assert "submitted" in timed(*words, time).stdout
-
-
-def test_requeues_are_not_proposed_where_a_start_has_little_time_for_work() -> None:
-    cluster = Cluster(executor="slurm", time=1, max_requeues=2)
-    assert settings_needed(3600, 20, cluster).startswith("cluster.max_requeues=")
-    for startup in (30, 50):
-        assert settings_needed(3600, startup, cluster).startswith("cluster.time=")
 
 
 @pytest.mark.slow
