@@ -121,7 +121,7 @@ class Handle:
 
         Args:
             settings: `SETTING=VALUE` outside the signature, instead of the remedy of the run's diagnosis.
-            again: whether to submit it although it would fail, or has failed twice, the same way.
+            again: whether to submit it unchanged, although it would fail, or has failed twice, the same way.
 
         Raises:
             UserError: it would fail again, it was not submitted to a queue, or Slurm refused it.

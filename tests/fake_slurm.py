@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpc_imagenet.cluster import slurm
+from hpc_imagenet.cluster.partition_limits import partition_limits
 
 # sbatch numbers the jobs and keeps each script, and the SLURM_ variables that it would export.
 SBATCH = """
@@ -23,6 +24,7 @@ SQUEUE = """
 test ! -f $here/queue || awk -F'|' '{printf "%-48s%-24s%-12s%-160s%-12s\\n", $1, $2, $3, $5, $4}' $here/queue
 """
 SCONTROL = "echo 'Slurmctld(primary) at head is UP'"
+SACCT = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
 SCANCEL = 'echo "$@" >> $here/cancelled'
 # srun drops its own options and runs the command as the only task, with its output where srun would write it.
 SRUN = """
@@ -52,7 +54,9 @@ def write_command(folder: Path, name: str, text: str) -> None:
 def write_slurm(folder: Path) -> None:
     """Write all commands of submission into `folder`; srun does nothing."""
     slurm._reply_cache.clear()
+    partition_limits.cache_clear()
     commands = {"sbatch": SBATCH, "squeue": SQUEUE, "scancel": SCANCEL, "scontrol": SCONTROL, "srun": "true"}
+    commands |= {"sacct": SACCT, "sinfo": "exit 1"}
     for name, text in commands.items():
         write_command(folder, name, text)
 

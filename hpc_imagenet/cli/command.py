@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.io.printable import error_line
 from hpc_imagenet.runs.store import RunStore
 
 
@@ -46,6 +48,14 @@ def say_left_out(store: RunStore) -> None:
     ]
     fix = f"their owner can run chmod -R g+rX {store.folder}/RUN"
     print(f"left out, since you may not read them: {', '.join(parts)} ({fix})", file=sys.stderr)
+
+
+def raise_all(errors: Sequence[UserError]) -> None:
+    """Raise the last of several errors, if there are any, after printing the others as it will be printed."""
+    for error in errors[:-1]:
+        print(f"error: {error_line(error)}", file=sys.stderr)
+    if errors:
+        raise errors[-1]
 
 
 RUN_NAMES = "RUN: a run's id or label, or a prefix of one."

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpc_imagenet.cli.command import raise_all
 from hpc_imagenet.cli.commands import COMMANDS, run_command_line
 from hpc_imagenet.config.host import TAKE_CLUSTER, Host, find_host, store_host, without_host
 from hpc_imagenet.errors import UserError, did_you_mean
@@ -203,6 +204,7 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
     from hpc_imagenet.config.compose import compose
     from hpc_imagenet.config.input.auto_cluster import resolve_cluster
     from hpc_imagenet.config.input.stored_settings import add_stored_settings
+    from hpc_imagenet.launch.executor import JobsRefused
     from hpc_imagenet.launch.retries.longer import shorter_runs
     from hpc_imagenet.launch.slurm_jobs.waiting import describe_waiting
     from hpc_imagenet.stages import STAGES
@@ -225,11 +227,16 @@ def _submit(overrides: list[str], multirun: bool, config_dir: str | None) -> int
 
         print_plan_prices(prepared)
         return 0
-    submitted = prepared.submit()
+    errors: list[UserError] = []
+    try:
+        submitted = prepared.submit()
+    except JobsRefused as refused:
+        submitted, errors = refused.entries, refused.errors
     for entry in submitted:
         print(f"{entry.label:9}  {entry.run.id}  {entry.run.folder}", flush=True)
     if line := describe_waiting(submitted, f"--sweep {sweep}" if sweep else ""):
         print(line, flush=True)
+    raise_all(errors)
     only_sessions = all(STAGES[job.stage].interactive for job in prepared.jobs)
     if prepared.in_background and only_sessions and prepared.first.wait:
         from hpc_imagenet.cli.connect import connect

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -46,6 +46,7 @@ _STATES = {
 # Fields of squeue with their widths; wide, since an array's id can be long and a reason can name nodes.
 # exit_code is the last: since 23.02 squeue may print nothing for it, which moves the columns after it.
 _COLUMNS = (("jobarrayid", 48), ("state", 24), ("restartcnt", 12), ("reason", 160), ("exit_code", 12))
+UNKNOWN_CAUSE = "it has ended, and Slurm's accounting does not answer: the cause is unknown"
 CLUSTERS_VARIABLE = "SLURM_CLUSTERS"  # the cluster, of several behind one login node, as of --clusters
 _TIMEOUT = 60.0  # s for one command; Slurm's own time-outs are shorter
 _MAX_CACHE_AGE = 15.0  # s
@@ -90,7 +91,8 @@ def query_jobs(job_ids: Iterable[str], since: float | None = None) -> dict[str, 
 
     squeue is current; sacct may lag and show transient states, so it is queried only for jobs that squeue no
     longer lists. A job that Slurm reports as completed has failed: it would have written an outcome. Jobs
-    unknown to Slurm are missing from the result; if Slurm does not answer, every job has an empty state.
+    unknown to Slurm are missing from the result; if Slurm does not answer, every job has an empty state. If
+    only sacct fails, jobs that have left the queue have failed with the reason `UNKNOWN_CAUSE`.
 
     Args:
         job_ids: ids such as `123`, or `123_4` for the task of an array.
@@ -113,23 +115,41 @@ def query_jobs(job_ids: Iterable[str], since: float | None = None) -> dict[str, 
     for job, name, restarts, reason, status in map(_split_columns, done.stdout.splitlines()):
         job = job.removesuffix("+0")  # of a heterogeneous job, whose first part has the id of the job
         if job in ids:
-            if re.search(r"JobHeld|\bheld\b", reason):  # it stays queued until it is released
+            if reason == "JobHeldAdmin":  # scontrol release is refused to its user (scontrol(1))
+                reason = f"{reason}: only the operators of the cluster can release it"
+            elif re.search(r"JobHeld|\bheld\b", reason):  # it stays queued until it is released
                 reason = f"{reason}: scontrol release {job}"
             # Since 23.02 CODE:SIGNAL, before that the status of wait().
             code = f"{int(status) >> 8}:{int(status) & 0x7F}" if status.isdigit() else status
             found[job] = _status_from(name, reason, code, int(restarts) if restarts.isdigit() else 0)
-    missing = sorted(ids - found.keys())
-    if missing and shutil.which("sacct"):
-        fields = "--format=JobID,State,ExitCode"
-        query = ["sacct", "--noheader", "--parsable2", "--allocations", fields, f"--jobs={','.join(missing)}"]
-        if clusters := os.environ.get(CLUSTERS_VARIABLE):  # which sacct alone does not read
-            query.append(f"--clusters={clusters}")
-        for line in run_command(*query, since=since).stdout.splitlines():
-            job, name, code, *_ = (*line.split("|"), "", "")
-            job_status = _status_from(name, "", code)
-            if job in ids and job_status.state in ENDED:  # a job that squeue does not list is not running
-                found[job] = job_status
-    return found
+    missing = ids - found.keys()
+    return found | _ended_jobs(missing, since) if missing and shutil.which("sacct") else found
+
+
+def _ended_jobs(ids: Set[str], since: float | None) -> dict[str, JobStatus]:
+    """Return the status of jobs that have left the queue, by sacct; jobs that it does not know are missing.
+
+    The tasks of an array that were cancelled while they were pending have one record together, `12_[0-5]`: it
+    stands for all that have none of their own. The list in it may be cut, so that it is not read.
+    """
+    # By array: for the id of a task sacct prints no record of several tasks.
+    arrays = ",".join(sorted({job.partition("_")[0] for job in ids}))
+    fields = "--format=JobID,State,ExitCode"
+    query = ["sacct", "--noheader", "--parsable2", "--allocations", fields, f"--jobs={arrays}"]
+    if clusters := os.environ.get(CLUSTERS_VARIABLE):  # which sacct alone does not read
+        query.append(f"--clusters={clusters}")
+    done = run_command(*query, since=since)
+    if done.returncode and "storage is disabled" not in done.stderr:
+        return dict.fromkeys(ids, JobStatus(FAILED, UNKNOWN_CAUSE))
+    records: dict[str, JobStatus] = {}
+    together: dict[str, JobStatus] = {}  # by array
+    for line in done.stdout.splitlines():
+        job, name, code, *_ = (*line.split("|"), "", "")
+        array, pending, _ = job.partition("_[")
+        (together if pending else records)[array] = _status_from(name, "", code)
+    found = {job: records.get(job) or together.get(job.partition("_")[0]) for job in ids}
+    # A job that squeue does not list is not running.
+    return {job: status for job, status in found.items() if status and status.state in ENDED}
 
 
 def own_job_state() -> str:

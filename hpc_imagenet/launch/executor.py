@@ -12,14 +12,18 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hpc_imagenet.config.schema import Cluster
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.io.child_environment import environment_without_secrets
 from hpc_imagenet.runs.attempt import ENDED, FINISHED, Attempt
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
+
+if TYPE_CHECKING:
+    from hpc_imagenet.launch.submission import Submitted
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,22 @@ class State:
     def finished(self) -> bool:
         """Whether it ended successfully."""
         return self.name == FINISHED
+
+
+class JobsRefused(UserError):
+    """An executor refused jobs; the others are submitted.
+
+    Attributes:
+        errors: one for each refusal.
+        entries: what became of each run of the command; known once `submission` or `retry_plan` raises it.
+    """
+
+    def __init__(self, errors: Sequence[UserError], entries: Sequence[Submitted] = ()) -> None:
+        submitted = sum(entry.action == "submitted" for entry in entries)
+        counts = {"refused": len(errors) - 1, "submitted": submitted}
+        beside = ", ".join(f"{name} beside it: {count}" for name, count in counts.items() if count)
+        super().__init__(f"{errors[0]} ({beside})" if beside else str(errors[0]))
+        self.errors, self.entries = list(errors), list(entries)
 
 
 class Executor(Protocol):
@@ -85,8 +105,11 @@ class Executor(Protocol):
             state_of: states at the beginning of the command, of every run that is needed.
 
         Raises:
-            UserError: an attempt was refused; it and all that are not submitted yet are marked as failed.
-                Beyond a limit of submitted jobs they are marked as waiting (`Attempt.wait`) instead.
+            JobsRefused: an attempt was refused: it is marked as failed, those that need it as cancelled, and
+                the others are submitted.
+            UserError: nothing was submitted.
+
+        Beyond a limit of submitted jobs attempts are marked as waiting (`Attempt.wait`).
         """
 
     def states(self, attempts: Mapping[str, Attempt], since: float | None) -> dict[str, State]:

@@ -16,7 +16,7 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.launch import validate
-from hpc_imagenet.launch.executor import State, code_version
+from hpc_imagenet.launch.executor import JobsRefused, State, code_version
 from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.launch.tasks import notification
@@ -33,7 +33,9 @@ class Submitted:
     """One job of a plan and the action taken."""
 
     run: Run
-    action: str  # submitted, waiting (for a limit), finished or active (queued or running): both skipped
+    # submitted, waiting (for a limit), refused, cancelled (since it needs a refused one); finished or active
+    # (queued or running): both skipped
+    action: str
 
     @property
     def label(self) -> str:
@@ -81,7 +83,7 @@ def submit_plan(
         One entry per job, in the plan's order. With the executor `foreground` the jobs have ended by then.
 
     Raises:
-        UserError: Slurm refused a job.
+        JobsRefused: Slurm refused a job; the others are submitted.
     """
     entries: list[Submitted] = []
     for job, action, needs in plan_actions(plan, store, state_of):
@@ -107,10 +109,13 @@ def submit_plan(
                 run.join_sweep(job.config.sweep)
         entries.append(Submitted(run, action))
     submitted = [entry.run for entry in entries if entry.action == "submitted"]
-    actions = start_attempts(store, submitted, executor, state_of)
+    actions, errors = start_attempts(store, submitted, executor, state_of)
     if any(entry.action == "active" for entry in entries):
         EXECUTORS[executor].start_queued(store)
-    return [Submitted(entry.run, actions.get(entry.run.id, entry.action)) for entry in entries]
+    entries = [Submitted(entry.run, actions.get(entry.run.id, entry.action)) for entry in entries]
+    if errors:
+        raise JobsRefused(errors, entries)
+    return entries
 
 
 def _is_this_job(run: Run) -> bool:
@@ -126,14 +131,14 @@ def _is_requeued(attempt: Attempt) -> bool:
 
 def start_attempts(
     store: RunStore, runs: Sequence[Run], executor: str, state_of: Mapping[str, State]
-) -> dict[str, str]:
+) -> tuple[dict[str, str], list[UserError]]:
     """Create a new attempt of each run and submit it to `executor`; runs come after those they need.
 
     Called within `owner_writes`. An attempt that waits for a limit of submitted jobs is submitted itself, by
     the process that claims it. So is one of this Slurm job, if Slurm has requeued the job since.
 
     Returns:
-        The action of each run, as in `Submitted`, by its id.
+        The action of each run, as in `Submitted`, by its id; why jobs were refused.
     """
     code_version()  # git may be slow: no attempt is to wait for it without a record of its executor
     attempts, new, actions = [], [], {}
@@ -150,8 +155,16 @@ def start_attempts(
             attempts.append((run, run.new_attempt()))
             new.append(attempts[-1])
     notification.record_submission(store, new)
-    EXECUTORS[executor].submit(store, attempts, state_of)
-    return actions | {run.id: "waiting" if each.waiting else "submitted" for run, each in attempts}
+    errors: list[UserError] = []
+    try:
+        EXECUTORS[executor].submit(store, attempts, state_of)
+    except JobsRefused as refused:
+        errors = refused.errors
+    for run, attempt in attempts:
+        actions[run.id] = "waiting" if attempt.waiting else "submitted"
+        if errors and not attempt.submitted and (outcome := attempt.outcome):
+            actions[run.id] = "cancelled" if outcome.state == CANCELLED else "refused"
+    return actions, errors
 
 
 def cancel_run(run: Run, reason: str = "by the cancel command", status: State | None = None) -> State:

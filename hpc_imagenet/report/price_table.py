@@ -189,7 +189,7 @@ def _notes_of(each: Price, start: str, free: Sequence[FreeNode]) -> list[str]:
     if each.too_long:
         lines.append(
             f"cluster.time={cluster.time} and {each.allowed - 1:g} requeues are too short; "
-            f"cluster.time={each.minutes_needed} would do"
+            f"{each.settings_needed} would do"
         )
     if each.known.bound == DATA:
         fix = f": {record.suggestion} would make the loader fast enough" if record.suggestion else ""

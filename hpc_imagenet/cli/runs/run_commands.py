@@ -8,7 +8,7 @@ import gc
 import sys
 from collections.abc import Iterator
 
-from hpc_imagenet.cli.command import RUN_NAMES, Command, add_json, add_run, say_left_out
+from hpc_imagenet.cli.command import RUN_NAMES, Command, add_json, add_run, raise_all, say_left_out
 from hpc_imagenet.cli.runs.run_selection import (
     add_runs_or_selection,
     add_selection,
@@ -98,14 +98,12 @@ def _cancel(store: RunStore, options: argparse.Namespace) -> int:
                 print(f"{f'already {status.name}' if status.ended else 'cancelled'}  {one_line(run.id)}")
     if by_options and all(status.ended for status in state_of.values()):
         print("no run of yours that matches is queued or running")
-    for other in errors[1:]:
-        print(f"error: {error_line(other)}", file=sys.stderr)
-    if errors:
-        raise errors[0]
+    raise_all(errors)
     return 0
 
 
 def _retry(store: RunStore, options: argparse.Namespace) -> int:
+    from hpc_imagenet.launch.executor import JobsRefused
     from hpc_imagenet.launch.executors import start_queued
     from hpc_imagenet.launch.retries.longer import refuse_longer
     from hpc_imagenet.launch.retries.retry_plan import plan_retry, send_retry
@@ -134,13 +132,18 @@ def _retry(store: RunStore, options: argparse.Namespace) -> int:
     if options.dry_run:
         print("nothing was submitted (--dry-run)")
         return 0
-    entries = send_retry(store, plan)
+    errors: list[UserError] = []
+    try:
+        entries = send_retry(store, plan)
+    except JobsRefused as refused:
+        entries, errors = refused.entries, refused.errors
     start_queued(store, queued)
     for entry in entries:
         print(f"{entry.label}  {one_line(entry.run.id)}")
     command = f"--sweep {options.sweep}" if options.sweep else ""
     if line := describe_waiting(entries, command):
         print(line)
+    raise_all(errors)
     return 0
 
 
@@ -149,7 +152,9 @@ def _add_retry_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would change, and submit nothing")
     parser.add_argument(
-        "--again", action="store_true", help="submit also what would fail, or failed twice, the same way"
+        "--again",
+        action="store_true",
+        help="submit unchanged, also what would fail, or failed twice, the same way",
     )
 
 

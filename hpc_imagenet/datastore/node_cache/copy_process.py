@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,9 @@ from hpc_imagenet.datastore.file_hash import hash_file
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 
+# Slurm sends its warning, and SIGTERM, to every process of a job, so that rsync and ssh end as well. The
+# training saves meanwhile, and may still need a shard.
+_SLURM_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 NICE = 10  # niceness: a tenth of a core's time beside a process that uses all of it
 
 
@@ -71,26 +75,35 @@ class CopyProcess:
     def _request(self, command: str, file: File, path: Path) -> str:
         request = json.dumps({"command": command, "file": asdict(file), "path": str(path)})
         with self._request_lock:
-            process = self._running_process(file)
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(f"{request}\n".encode())
-            line = process.stdout.readline()
-            try:
-                reply: dict[str, str] = json.loads(line)
-            except ValueError:
-                with process:  # its next reply would belong to this request
-                    process.kill()
-                if line:
-                    wrote = line.decode(errors="replace").strip()
-                    raise UserError(f"the copy process wrote {wrote!r} instead of a JSON reply") from None
-                raise UserError(
-                    f"{file.path}: the copy process ended unexpectedly (exit code {process.returncode})"
-                ) from None
+            reply = None
+            while reply is None:
+                reply = self._reply(f"{request}\n".encode(), file)
         if "error" in reply:
             raise UserError(reply["error"])
         return reply["result"]
+
+    def _reply(self, request: bytes, file: File) -> dict[str, str] | None:
+        """Return the reply to a request; None if a signal of Slurm has ended the process."""
+        process = self._running_process(file)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(request)
+        line = process.stdout.readline()
+        try:
+            reply: dict[str, str] = json.loads(line)
+        except ValueError:
+            with process:  # its next reply would belong to this request
+                process.kill()
+            if line:
+                wrote = line.decode(errors="replace").strip()
+                raise UserError(f"the copy process wrote {wrote!r} instead of a JSON reply") from None
+            if -process.returncode in _SLURM_SIGNALS:
+                return None
+            raise UserError(
+                f"{file.path}: the copy process ended unexpectedly (exit code {process.returncode})"
+            ) from None
+        return reply
 
     def _running_process(self, file: File) -> subprocess.Popen[bytes]:
         with self._lock:

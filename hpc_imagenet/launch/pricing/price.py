@@ -126,6 +126,12 @@ class Price:
         assert self.known is not None
         return minutes_needed(self.work.wall, self.known.record.startup.wall, self.job.cluster)
 
+    @property
+    def settings_needed(self) -> str:
+        """The settings with either of which it ends: more requeues, or a longer time limit."""
+        assert self.known is not None
+        return settings_needed(self.work.wall, self.known.record.startup.wall, self.job.cluster)
+
 
 def price(job: Job, run: Run | None, state: State, known: KnownTimes | None, images: Images) -> Price:
     """Return the price of a training.
@@ -159,6 +165,19 @@ def minutes_needed(work: float, startup: float, cluster: Cluster) -> int:
     """Return a `cluster.time` in minutes with which a job ends within its requeues; as `exceeds_limit`."""
     part = work * (1 + _TOLERANCE) / _allowed_starts(cluster)
     return math.ceil((part + startup + warning_seconds(None)) / 60)
+
+
+def settings_needed(work: float, startup: float, cluster: Cluster) -> str:
+    """Return the settings with either of which a job ends; as `exceeds_limit`.
+
+    A partition may allow no longer limit. More requeues are proposed where jobs are requeued, and a start
+    computes for longer than it takes to begin.
+    """
+    time = f"cluster.time={minutes_needed(work, startup, cluster)}"
+    usable = (_limit(cluster) or 0) - startup - warning_seconds(cluster.time)
+    if not _requeues(cluster) or usable <= startup:
+        return time
+    return f"cluster.max_requeues={math.ceil(work * (1 + _TOLERANCE) / usable) - 1} or {time}"
 
 
 def known_times(job: Job, store: RunStore) -> KnownTimes | None:

@@ -12,8 +12,8 @@ from hpc_imagenet.launch.pricing.price import (
     exceeds_limit,
     images_of,
     known_times,
-    minutes_needed,
     price,
+    settings_needed,
 )
 from hpc_imagenet.launch.pricing.search_price import SearchPrice, possible_trials, search_price
 from hpc_imagenet.runs.attempt import FAILED
@@ -32,7 +32,7 @@ def check_time_limits(
     What has no recorded time is not refused.
 
     Raises:
-        UserError: with the limit that would be long enough.
+        UserError: with the requeues, or the limit, that would be enough.
     """
     if not times_folders(store.folder):
         return
@@ -64,9 +64,9 @@ def search_needs(search: SearchPrice, trials: Sequence[Price]) -> str:
     more = search.workers
     while more < search.trials and exceeds_limit(search.work / more, startup, cluster):
         more += 1
-    time = f"cluster.time={minutes_needed(max(alone, longest), startup, cluster)}"
+    settings = settings_needed(max(alone, longest), startup, cluster)
     enough = not exceeds_limit(search.work / more, startup, cluster)
-    return f"{time} or search.parallel={more}" if enough else time
+    return f"{settings} or search.parallel={more}" if enough else settings
 
 
 def _check_training(job: Job, store: RunStore, state: State, sizes: dict[str, Images]) -> None:
@@ -76,7 +76,7 @@ def _check_training(job: Job, store: RunStore, state: State, sizes: dict[str, Im
     raise UserError(
         f"cluster.time={job.cluster.time} is too short: {job.run_id} takes {found.work.wall / 60:.0f} "
         f"minutes (as {found.known.record.run} has shown), and would not end with {found.allowed - 1:g} "
-        f"requeues: set cluster.time={found.minutes_needed}"
+        f"requeues: set {found.settings_needed}"
     )
 
 
@@ -101,7 +101,7 @@ def _check_search(worker: Job, store: RunStore, find_version: FindVersion, sizes
         raise UserError(
             f"{time} for a trial of the search {worker.config.search.name}: {longest.job.run_id} takes "
             f"{longest.work.wall / 60:.0f} minutes ({shown}), and a worker would not end it with {requeues}: "
-            f"set cluster.time={longest.minutes_needed}"
+            f"set {longest.settings_needed}"
         )
     # Of trials of unknown speed, and of those that `median` prunes, the time is not known.
     if len(trials) == len(possible) and (fix := search_needs(search, trials)):

@@ -95,7 +95,8 @@ CLASSES: dict[str, FailureClass] = {
         "out of host memory",
         r"out of (?:host )?memory|oom[-_ ]kill|\bmemoryerror\b|can(?:no|')t allocate memory|std::bad_alloc"
         r"|no page-locked memory|images at a time are too many for this machine",
-        "give it more memory (on Slurm: cluster.memory_gb), or set fewer loader.workers",
+        "set fewer loader.workers, or give it more memory (on Slurm: cluster.memory_gb, and a "
+        "cluster.partition whose nodes have it)",
         certain=True,
     ),
     NODE_FAILURE: _class(
@@ -113,7 +114,7 @@ CLASSES: dict[str, FailureClass] = {
     TIME_LIMIT: _class(
         "time limit",
         r"slurm: (?:timeout|deadline)|due to time limit|^stopped near its time limit",
-        "set a longer cluster.time",
+        "set a longer cluster.time, and a cluster.partition that allows it",
     ),
     DISK_FULL: _class(
         "disk or quota full",
@@ -153,7 +154,7 @@ CLASSES: dict[str, FailureClass] = {
     ),
     UNKNOWN: _class(
         "",
-        r"^exit code \d+|^slurm: (?:failed|completed|[a-z ]+ \()|wrote no outcome"
+        r"^exit code \d+|^slurm: (?:failed|completed|[a-z ]+ \()|wrote no outcome|^it has ended, and slurm"
         r"|^outcome\.json of this attempt is damaged",
         "logs RUN prints its output",
     ),
@@ -173,6 +174,8 @@ class Diagnosis:
         remedy: settings outside the signature, by name, with which a retry would not fail this way again.
         command: what to type, or to do.
         reason: the recorded reason, with which two failures are compared.
+        continues: whether it saved work before its time limit, and may be retried unchanged any number of
+            times.
     """
 
     kind: str
@@ -180,6 +183,7 @@ class Diagnosis:
     remedy: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     reason: str = ""
+    continues: bool = False
 
     def is_same(self, other: Diagnosis | None) -> bool:
         """Whether another attempt failed the same way: numbers, such as steps and sizes, may differ."""
@@ -240,10 +244,10 @@ def diagnose(run: Run, attempt: Attempt | None = None, status: State | None = No
     failure = Failure(run, attempt, frozen, evidence, tuple(logs.lines))
     if kind == KILLED and failure.reached_time_limit():
         kind, evidence = TIME_LIMIT, "it ran about as long as cluster.time allows"
-    remedy = remedy_for(kind, failure)
-    return Diagnosis(
-        kind, _text(kind, evidence, reason, logs), remedy, _command(kind, run, remedy), one_line(reason)
-    )
+    continues = kind == TIME_LIMIT and failure.kept_work()
+    remedy = {} if continues else remedy_for(kind, failure)
+    command = f"retry {one_line(run.id)} continues it" if continues else _command(kind, run, remedy)
+    return Diagnosis(kind, _text(kind, evidence, reason, logs), remedy, command, one_line(reason), continues)
 
 
 def _kind_of(text: str) -> str:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from hpc_imagenet.runs.attempt import Attempt, read_record
+from hpc_imagenet.cluster.partition_limits import PartitionLimits, partition_limits
+from hpc_imagenet.runs.attempt import Attempt, is_number, read_record
+from hpc_imagenet.runs.checkpoints import LAST
 from hpc_imagenet.runs.store import Run
 
 PLACEHOLDER = "RUN"
@@ -20,6 +22,8 @@ _MORE_REQUEUES = 2  # factor
 _NODE = re.compile(
     r"^(?:srun|slurmstepd): .*(?:Node failure on|DUE TO NODE|failed on node) ([\w.-]*\w)", re.IGNORECASE
 )
+# Units of memory in options of sbatch, in MB.
+_UNITS = {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}
 _BEFORE_LIMIT = 100.0  # s before the time limit, in which the warning signal may end a job
 
 
@@ -61,6 +65,25 @@ class Failure:
             return False
         return bool(seconds >= 60 * limit - _BEFORE_LIMIT and seconds > 24 * limit)
 
+    def kept_work(self) -> bool:
+        """Whether a training has saved a checkpoint since its last start, from which the next one resumes."""
+        if self.attempt is None or self.stage != "train":
+            return False
+        try:  # both times are of the file system of the workspace
+            began = (self.attempt.folder / "started.json").stat().st_mtime
+            return (self.run.folder / "checkpoints" / LAST).stat().st_mtime > began
+        except OSError:
+            return False
+
+    def partition_limits(self) -> PartitionLimits:
+        """Return the limits of its partition; unknown of a job that is not on Slurm."""
+        if not _on_slurm(self):
+            return PartitionLimits()
+        found = (self.cluster(name)[1] for name in ("nodes", "gpus_per_node"))
+        nodes, gpus = (int(value) if is_number(value) else 0 for value in found)
+        nodes = max(1, nodes) if self.stage == "train" else 1
+        return partition_limits(self.cluster("partition")[1], nodes, gpus)
+
 
 def cluster_setting(frozen: dict[str, Any], stage: str, name: str) -> tuple[str, Any]:
     """Return the full name of a cluster setting and its value: of `cluster.stage.<stage>` if it has it."""
@@ -81,18 +104,36 @@ def remedy_for(kind: str, failure: Failure) -> dict[str, Any]:
 def _more_memory(failure: Failure) -> dict[str, Any]:
     if _on_slurm(failure):
         name, memory = failure.cluster("memory_gb")  # 0: all memory of the node
-        return {name: math.ceil(_MORE_MEMORY * memory)} if memory else _more_memory_of_sbatch(failure)
+        if not memory:
+            return _more_memory_of_sbatch(failure)
+        most = failure.partition_limits().memory
+        return _raised(name, memory, _MORE_MEMORY, None if most is None else most // 1024)
     return _accumulate(failure) if failure.stage == "train" else {}
 
 
 def _more_memory_of_sbatch(failure: Failure) -> dict[str, Any]:
     """Return a larger mem-per-cpu or mem-per-gpu of cluster.sbatch, if it has one."""
     name, options = failure.cluster("sbatch")
+    gpus, cpus = (failure.cluster(each)[1] or 1 for each in ("gpus_per_node", "cpus_per_task"))
+    tasks = _tasks(failure) // (failure.cluster("nodes")[1] or 1) if failure.stage == "train" else 1
+    shares = {"mem-per-cpu": cpus * tasks, "mem-per-gpu": gpus}  # of a node's memory
     for option, value in (options or {}).items():
         found = re.fullmatch(r"(\d+)([KMGT]?)", str(value), re.IGNORECASE)
-        if found and option.replace("_", "-") in ("mem-per-cpu", "mem-per-gpu"):
-            return {f"{name}.{option}": f"{math.ceil(_MORE_MEMORY * int(found[1]))}{found[2]}"}
+        if found and (count := shares.get(option.replace("_", "-"))):
+            memory, unit, most = int(found[1]), found[2], failure.partition_limits().memory
+            limit = None if most is None else int(most / count / _UNITS[unit.upper()])
+            raised = _raised(f"{name}.{option}", memory, _MORE_MEMORY, limit)
+            return {key: f"{more}{unit}" for key, more in raised.items()}
     return {}
+
+
+def _raised(name: str, value: float, factor: float, limit: int | None) -> dict[str, Any]:
+    """Return a setting times a factor, at most the limit; empty if that is not more than it is."""
+    if not is_number(value):
+        return {}
+    more = math.ceil(factor * value)
+    more = more if limit is None else min(more, limit)
+    return {name: more} if more > value else {}
 
 
 def _accumulate(failure: Failure) -> dict[str, Any]:
@@ -119,7 +160,7 @@ def _tasks(failure: Failure) -> int:
 
 def _more_time(failure: Failure) -> dict[str, Any]:
     name, minutes = failure.cluster("time")
-    return {name: _MORE_TIME * minutes} if minutes else {}
+    return _raised(name, minutes, _MORE_TIME, failure.partition_limits().minutes) if minutes else {}
 
 
 def _exclude_node(failure: Failure) -> dict[str, Any]:

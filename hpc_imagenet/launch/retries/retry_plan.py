@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hpc_imagenet.cluster.slurm import UNKNOWN_CAUSE
 from hpc_imagenet.config.schema import Config, cluster_for, from_dict
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.launch import validate
-from hpc_imagenet.launch.executor import State, code_version
+from hpc_imagenet.launch.executor import JobsRefused, State, code_version
 from hpc_imagenet.launch.executors import EXECUTORS, start_queued
 from hpc_imagenet.launch.retries.diagnosis import HOST_MEMORY, Diagnosis, class_of, diagnose
 from hpc_imagenet.launch.retries.error_logs import quoted
@@ -146,22 +147,27 @@ def send_retry(store: RunStore, plan: RetryPlan) -> list[Submitted]:
         One entry per run of `plan.skipped`, then one per run that was submitted.
 
     Raises:
-        UserError: Slurm refused a job.
+        JobsRefused: Slurm refused a job; the others are submitted.
     """
     start_queued(store, [entry.run for entry in plan.skipped])
     entries = list(plan.skipped)
+    errors: list[UserError] = []
     for executor, group in plan.groups.items():
         for planned in group:
             run, attempt = planned.run, planned.run.attempt
-            if attempt and attempt.submitted and not attempt.outcome:
+            status = plan.state_of[run.id]
+            known = not status.reason.startswith(UNKNOWN_CAUSE)  # two unknown causes are not the same failure
+            if attempt and attempt.submitted and not attempt.outcome and known:
                 # Slurm forgets its jobs; the next diagnosis compares with this one.
-                status = plan.state_of[run.id]
                 attempt.end(status.name, status.reason, ended=last_seen(attempt))
             if planned.changes:
                 store.create(run.id, planned.frozen, run.info)
         runs = [planned.run for planned in group]
-        actions = start_attempts(store, runs, executor, plan.state_of)
+        actions, refused = start_attempts(store, runs, executor, plan.state_of)
+        errors += refused
         entries += [Submitted(run, actions[run.id]) for run in runs]
+    if errors:
+        raise JobsRefused(errors, entries)
     return entries
 
 
@@ -190,7 +196,7 @@ def _plan_one(run: Run, status: State, settings: Sequence[str], again: bool) -> 
         names = [_name(_for_stage(line, frozen, run)) for line in settings]
         changes = {name: (_value(frozen, name), _value(changed, name)) for name in names}
         return PlannedRetry(run, diagnosis, changes, changed)
-    remedy = diagnosis.remedy if diagnosis else {}
+    remedy = diagnosis.remedy if diagnosis and not again else {}
     if diagnosis and not remedy and not again:
         _check_changed(run, diagnosis)
     changed, changes = copy.deepcopy(frozen), {}
@@ -208,7 +214,7 @@ def _check_changed(run: Run, diagnosis: Diagnosis) -> None:
     """Raise if the run would fail the same way again, as far as its attempts show."""
     kind = class_of(diagnosis.kind)
     attempts = run.attempts()
-    if kind.passing:
+    if kind.passing or diagnosis.continues:
         return
     if kind.certain and (diagnosis.kind != HOST_MEMORY or run.executor() == "slurm"):  # here memory is shared
         problem = "would fail again, since nothing has changed"

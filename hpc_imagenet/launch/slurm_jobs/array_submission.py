@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.launch.executor import JobsRefused
 from hpc_imagenet.launch.shared_jobs import group_attempts, shares_with
 from hpc_imagenet.launch.slurm_jobs.container import bound_folders
 from hpc_imagenet.launch.slurm_jobs.sbatch import (
@@ -23,8 +25,13 @@ from hpc_imagenet.launch.slurm_jobs.submit_limit import (
     largest_accepted,
     limit_in,
 )
-from hpc_imagenet.runs.attempt import FAILED, Attempt
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, Attempt
 from hpc_imagenet.runs.store import Run, RunStore
+
+# In replies of sbatch that do not concern the job: slurm_strerror of Slurm 20.11 to 26.05.
+_NO_ANSWER = re.compile(
+    r"unable to contact|socket timed out|zero bytes were|temporarily un|connection refused", re.IGNORECASE
+)
 
 
 def submit_attempts(
@@ -36,7 +43,8 @@ def submit_attempts(
     """Submit attempts to Slurm and record their job ids.
 
     Beyond a limit of submitted jobs, as many as it allows are submitted; the others, and all that need
-    them, are marked as waiting.
+    them, are marked as waiting. An array that is refused fails; those that need it are cancelled, and all
+    others are submitted.
 
     Args:
         store: the workspace's runs.
@@ -45,27 +53,35 @@ def submit_attempts(
         code: version and commit of the code, for submitted.json.
 
     Raises:
-        UserError: sbatch refused a job, it needs a run of the local queue, or its config is not executed;
-            this attempt and all that are not submitted yet are marked as failed.
+        JobsRefused: after the submission of the others: sbatch refused a job, or it needs a run of the local
+            queue. If Slurm's controller does not answer, all that are not submitted are marked as failed.
+        UserError: before any submission: a config is not executed; all attempts are marked as failed.
     """
     job_ids: dict[str, str] = {}
     sizes: dict[str, int] = {}  # number of tasks of each array submitted here
     by_run = {run.id: attempt for run, attempt in attempts}
     waiting: dict[str, str] = {}  # reasons by run
     full: dict[tuple[str | None, ...], str] = {}  # reasons by account, QOS and partition
-
-    def fail_rest(error: UserError) -> None:
-        for run in by_run.keys() - job_ids.keys() - waiting.keys():
-            by_run[run].end(FAILED, str(error))
+    ended: set[str] = set()  # runs that were refused, and those that need them
+    errors: list[UserError] = []
 
     try:
         jobs_of_runs = [[run for run, _ in group] for group in group_attempts(attempts)]
         arrays = group_into_arrays(map(_array_task, jobs_of_runs))
     except UserError as error:
-        fail_rest(error)
+        for attempt in by_run.values():
+            attempt.end(FAILED, str(error))
         raise
     for array in arrays:
         first = array[0]
+        own = [run_id for task in array for run_id in task.run_ids]
+        if lost := [need for need in first.needs if need in ended]:
+            for run_id in own:  # as Slurm cancels a job whose dependency has failed
+                by_run[run_id].end(
+                    CANCELLED, f"needs {lost[0]}, which was not submitted: fix that, then retry"
+                )
+            ended.update(own)
+            continue
         place = first.cluster.account, first.cluster.qos, first.cluster.partition
         unmet = [f"waiting: needs {need}, which waits" for need in first.needs if need in waiting]
         rest = [] if unmet or place in full else list(array)
@@ -88,13 +104,21 @@ def submit_attempts(
                     full[place] = describe_limit(sent.limit, first.cluster)
                     break
         except UserError as error:
-            fail_rest(error)
-            earlier = f" (jobs submitted before it, which are kept: {len(job_ids)})" if job_ids else ""
-            raise UserError(f"{error}{earlier}") from None
-        for run_id in (run_id for task in array for run_id in task.run_ids):
+            no_answer = _NO_ANSWER.search(str(error)) is not None  # for the other arrays as well
+            refused = (by_run.keys() if no_answer else set(own)) - job_ids.keys() - waiting.keys() - ended
+            for run_id in refused:
+                by_run[run_id].end(FAILED, str(error))
+            ended |= refused
+            errors.append(error)
+            if no_answer:
+                break
+            continue
+        for run_id in own:
             if run_id not in job_ids:
                 waiting[run_id] = unmet[0] if unmet else full[place]
                 by_run[run_id].wait(waiting[run_id])
+    if errors:
+        raise JobsRefused(errors)
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,8 @@ def _is_in_job(run: Run, job_id: str) -> bool:
 def _state(attempt: Attempt, status: slurm.JobStatus | None) -> State:
     started = attempt.started
     run = Run(attempt.folder.parents[1])
+    if status and status.reason == slurm.UNKNOWN_CAUSE and not run.is_mine:
+        status = None  # squeue may not show the jobs of other users: it may be running
     if status is None and slurm.is_available() and run.is_mine:  # neither squeue nor sacct knows it any more
         return State(FAILED, error_logs(attempt).last_error() or NO_OUTCOME, started.get("restarts", 0))
     if status is None or not status.state:
@@ -171,4 +173,7 @@ def _state(attempt: Attempt, status: slurm.JobStatus | None) -> State:
         reason = status.reason if status else unknown
         return State(name, f"as last recorded: {reason}", started.get("restarts", 0))
     error = error_logs(attempt).last_error() if status.state == FAILED else ""
-    return State(status.state, status.reason + (f": {error}" if error else ""), status.restarts)
+    # sacct does not say how often a job was requeued.
+    recorded = started.get("restarts")
+    restarts = max(status.restarts, recorded if isinstance(recorded, int) else 0)
+    return State(status.state, status.reason + (f": {error}" if error else ""), restarts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -100,6 +101,62 @@ def test_killed_copy_process_is_reported_and_restarted(stores: Path, shard: File
         assert not (tmp_path / "second").exists()
         copier.fetch(shard, tmp_path / "second")
         assert (tmp_path / "second").stat().st_size == shard.bytes
+    finally:
+        copier.close()
+
+
+# In place of ssh: the first connection hangs.
+SHELL = """#!/bin/sh
+shift
+mkdir {folder}/first 2>/dev/null && exec sleep 1000
+exec sh -c "$*"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_signals_of_slurm_to_all_processes_of_a_job_end_no_copy(
+    stores: Path, shard: File, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rsync ends with them: by SIGUSR2 even with exit code 0."""
+    (tmp_path / "shell").write_text(SHELL.format(folder=tmp_path))
+    (tmp_path / "shell").chmod(0o755)
+    monkeypatch.setenv("RSYNC_RSH", str(tmp_path / "shell"))
+    copier = CopyProcess(f"host:{stores}", "digits/v1", tmp_path)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            fetching = pool.submit(copier.fetch, shard, tmp_path / "copy")
+            eventually((tmp_path / "first").exists)
+            (child,) = children()
+            for process in (child, *child.children(recursive=True)):
+                process.send_signal(number)
+            fetching.result(timeout=60)
+        assert copier.hash(tmp_path / "copy", shard) == shard.hash
+        (child,) = children()
+        child.send_signal(number)  # between two requests
+        assert copier.hash(tmp_path / "copy", shard) == shard.hash
+    finally:
+        copier.close()
+
+
+@pytest.mark.slow
+def test_signal_of_slurm_while_the_process_imports_ends_no_copy(
+    stores: Path, shard: File, tmp_path: Path
+) -> None:
+    copier = CopyProcess(str(stores), "digits/v1", tmp_path)
+    started = tmp_path / "started"
+    # The first process ends as if the signal came before its first line.
+    code = f"import os, signal; open({str(started)!r}, 'x'); os.kill(os.getpid(), signal.SIGUSR2)"
+    command = " ".join(map(shlex.quote, copier._command))
+    copier._command = [
+        "sh",
+        "-c",
+        f"test -e {started} || exec {sys.executable} -c {shlex.quote(code)}; exec {command}",
+    ]
+    try:
+        copier.fetch(shard, tmp_path / "copy")
+        assert started.exists()
+        assert copier.hash(tmp_path / "copy", shard) == shard.hash
     finally:
         copier.close()
 

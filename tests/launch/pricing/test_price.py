@@ -22,7 +22,14 @@ from hpc_imagenet.datastore.manifest import ClassNames, File, Manifest, Split
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.plan import make_plan
-from hpc_imagenet.launch.pricing.price import Images, KnownTimes, Price, known_times, price, sweep_seconds
+from hpc_imagenet.launch.pricing.price import (
+    Images,
+    KnownTimes,
+    Price,
+    known_times,
+    price,
+    sweep_seconds,
+)
 from hpc_imagenet.launch.validate import version_finder
 from hpc_imagenet.report.price_table import PriceReport, print_prices
 from hpc_imagenet.runs.job import Job
@@ -201,11 +208,16 @@ def test_a_time_limit_that_is_too_short_is_refused_with_one_that_is_not(timed: C
     line = timed.refused(*words, "cluster.time=10")
     assert "cluster.time=10 is too short" in line
     assert "takes 60 minutes (as c0ffee00-price-resnet18 has shown)" in line
-    assert "would not end with 2 requeues: set cluster.time=" in line
-    enough = line.rpartition("cluster.time=")[2]
-    assert 20 < int(enough) < 30
+    assert "would not end with 2 requeues: set cluster.max_requeues=" in line
+    requeues, time = line.rpartition(": set ")[2].split(" or ")
+    assert 20 < int(time.removeprefix("cluster.time=")) < 30
     assert "too short" in timed.refused("-m", *words, "cluster.time=10", "seed=0,1")
-    assert "submitted" in timed(*words, f"cluster.time={enough}").stdout
+    assert "would be submitted" in timed(*words, time, "dry_run=true").stdout
+    enough = (*TRAINING, "cluster.time=10", requeues)
+    assert "would be submitted" in timed(*enough, "dry_run=true").stdout
+    line = timed.refused(*words, "cluster.time=10", "+cluster.sbatch.no-requeue=true")
+    assert line.rpartition(": set ")[2].startswith("cluster.time=")
+    assert "submitted" in timed(*words, time).stdout
 
 
 @pytest.mark.slow
@@ -228,7 +240,9 @@ def test_prices_of_a_sweep_as_they_are_printed(timed: Cli) -> None:
         assert cells[1:] == ["1:01:38", "2.05", "8", "device", "11-30", "c0ffee00"]
         assert len(line) <= 80
     assert lines[5] == "3 trainings · done after 2:03:16 without queues · 6.16 CPU-h"
-    assert lines[6].startswith("resnet18: cluster.time=10 and 2 requeues are too short; cluster.time=")
+    assert lines[6].startswith(
+        "resnet18: cluster.time=10 and 2 requeues are too short; cluster.max_requeues="
+    )
     assert lines[-1] == "nothing was submitted (price=true)"
     assert timed.runs() == []
 
@@ -297,18 +311,16 @@ def test_a_time_limit_in_which_workers_cannot_train_all_trials_is_refused(timed:
     words = (*SEARCH, "cluster.time=60", "search.trials=30", "search.parallel=2", "dry_run=true")
     line = timed.refused("+search=tpe", *words)
     assert "cluster.time=60 is too short: for 30 trials each of 2 workers needs about 904 minutes (as" in line
-    time, parallel = line.rpartition(": set ")[2].split(" or ")
+    requeues, time, parallel = line.rpartition(": set ")[2].split(" or ")
     assert parallel == "search.parallel=10"  # three hours of work each
-    for fix in (time, parallel, "search.budget=5"):
+    for fix in (requeues, time, parallel, "search.budget=5"):
         assert "would be submitted" in timed("+search=tpe", *with_defaults(words, (fix,))).stdout
     # Rungs at 48 and 144 epochs: trials take 5 / 9 of a schedule on average.
     assert "about 502 minutes if two of three end at each rung" in timed.refused("+search=asha", *words)
     assert "would be submitted" in timed("+search=median", *words).stdout  # prunes none, or most
     priced = timed("price", "+search=tpe", *words).stdout
-    assert (
-        f"cluster.time=60 and 2 requeues are too short for all trials; {time} or {parallel} would do"
-        in priced
-    )
+    would_do = f"{requeues} or {time} or {parallel} would do"
+    assert f"cluster.time=60 and 2 requeues are too short for all trials; {would_do}" in priced
 
 
 @pytest.mark.slow

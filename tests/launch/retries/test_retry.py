@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from command_line import Cli
+from fake_slurm import SBATCH, scripts, write_command
 from recorded_runs import set_times
 
 from hpc_imagenet import Handle, UserError
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.retries.retry_plan import plan_retry
-from hpc_imagenet.runs.attempt import FAILED
+from hpc_imagenet.runs.attempt import FAILED, FINISHED
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.runs.usage_records import usage_path
 
@@ -33,6 +35,12 @@ def script(cluster: Cli, number: int) -> str:
 def only_run(cluster: Cli) -> Run:
     (run,) = RunStore(cluster.workspace).all()
     return run
+
+
+def set_time(path: Path, other: Path, later: float) -> None:
+    """Set the modification time of a file to that of another one and some seconds."""
+    moment = other.stat().st_mtime + later
+    os.utime(path, (moment, moment))
 
 
 def fail(run: Run, reason: str) -> None:
@@ -57,6 +65,103 @@ def test_more_memory_after_too_little(cluster: Cli) -> None:
     queue(cluster, "2|OUT_OF_MEMORY|0|125|None")
     assert "cluster.memory_gb: 6 → 9" in cluster("retry", run.id).stdout  # a change each time
     assert run.id == only_run(cluster).id
+
+
+def test_refused_run_keeps_no_other_from_its_retry(cluster: Cli, commands: Path) -> None:
+    names = "dataset.name=a,b"
+    cluster("-m", "+stage=download", *SUBMIT, names, "cluster.array_parallelism=1")
+    first, second = RunStore(cluster.workspace).all()
+    error = "sbatch: error: Requested node configuration is not available"
+    refusal = f"grep -qs -e --mem=6144M $1 && {{ echo '{error}' >&2; exit 1; }}"
+    write_command(commands, "sbatch", refusal + SBATCH)
+    queue(cluster, "1_0|OUT_OF_MEMORY|0|125|None", "1_1|NODE_FAIL|0|0|None")
+    done = cluster("retry", "--failed", code=2)
+    (line,) = done.stderr.splitlines()
+    assert (
+        line == f"error: sbatch refused {first.info['label']}: Requested node configuration is not available"
+    )
+    assert f"refused  {first.id}\nsubmitted  {second.id}\n" in done.stdout
+    assert [len(run.attempts()) for run in (first, second)] == [2, 2]
+    assert first.attempt
+    assert second.attempt
+    assert first.attempt.outcome
+    assert (second.attempt.outcome, second.attempt.submitted["job_id"]) == (None, "2")
+    queue(cluster, "2|RUNNING|0|0|None")
+    # Never with the memory that was too little; and a refusal that repeats is not tried for ever.
+    assert "unchanged" in cluster("retry", "--failed", code=2).stdout
+    assert len(scripts(commands)) == 2
+    assert f"left out  {first.id} failed twice the same way" in cluster("retry", "--failed").stderr
+    shown = cluster("retry", first.id, "cluster.memory_gb=5").stdout
+    assert "cluster.memory_gb: 6 → 5" in shown
+    assert "#SBATCH --mem=5120M\n" in script(cluster, 3)
+
+
+def test_remedies_stay_within_the_partition(cluster: Cli, commands: Path) -> None:
+    write_command(
+        commands, "sinfo", "echo 'cpu|10-00:00:00|900000|9|'; echo 'gpu*|1-00:00:00|257000|9|gpu:4'"
+    )
+    cluster("+stage=download", *SUBMIT[:2], "cluster.time=1440", "cluster.memory_gb=225")
+    run = only_run(cluster)
+    queue(cluster, "1|TIMEOUT|0|0|None")
+    assert f"{run.id}  time limit · unchanged\n" in cluster("retry", run.id, "--dry-run").stdout
+    queue(cluster, "1|OUT_OF_MEMORY|0|125|None")
+    assert "cluster.memory_gb: 225 → 250" in cluster("retry", run.id).stdout
+    queue(cluster, "2|OUT_OF_MEMORY|0|125|None")
+    assert "set fewer loader.workers, or give it more memory" in cluster.refused("retry", run.id)
+
+
+def test_training_that_saved_work_before_its_time_limit_needs_no_longer_one(cluster: Cli) -> None:
+    cluster("+stage=pipeline", *SUBMIT)
+    *needed, run = RunStore(cluster.workspace).all()
+    for each in needed:
+        assert each.attempt
+        assert each.attempt.end(FINISHED)
+    checkpoint = run.folder / "checkpoints/last.ckpt"
+    checkpoint.parent.mkdir()
+    for _ in range(3):
+        assert run.attempt
+        run.attempt.start()
+        checkpoint.touch()
+        set_time(checkpoint, run.attempt.folder / "started.json", 1)
+        queue(cluster, f"{run.attempt.submitted['job_id']}|TIMEOUT|0|0|None")
+        assert f"retry {run.id} continues it" in cluster("logs", run.id).stderr
+        assert f"{run.id}  time limit · unchanged\n" in cluster("retry", run.id).stdout
+    # Progress that no checkpoint keeps does not count, however far it is.
+    assert run.attempt
+    run.attempt.start()
+    write_json(run.folder / "progress.json", {"done": 5010, "total": 9000})
+    set_time(checkpoint, run.attempt.folder / "started.json", -1)
+    queue(cluster, f"{run.attempt.submitted['job_id']}|TIMEOUT|0|0|None")
+    assert "time limit · cluster.time: 60 → 120" in cluster("retry", run.id).stdout
+
+
+def test_progress_of_other_stages_keeps_no_remedy_from_them(cluster: Cli) -> None:
+    cluster("+stage=download", *SUBMIT)
+    run = only_run(cluster)
+    assert run.attempt
+    run.attempt.start()
+    write_json(run.folder / "progress.json", {"done": 5, "total": 9})
+    queue(cluster, "1|TIMEOUT|0|0|None")
+    assert "time limit · cluster.time: 60 → 120" in cluster("retry", run.id).stdout
+
+
+@pytest.mark.parametrize("row", ["TIMEOUT|0|0|None", "OUT_OF_MEMORY|0|125|None"])
+def test_again_submits_a_run_unchanged(cluster: Cli, row: str) -> None:
+    cluster("+stage=download", *SUBMIT)
+    run = only_run(cluster)
+    queue(cluster, f"1|{row}")
+    assert "· unchanged\n" in cluster("retry", run.id, "--again").stdout
+    assert {"#SBATCH --time=60", "#SBATCH --mem=4096M"} <= set(script(cluster, 2).splitlines())
+
+
+def test_unknown_end_is_neither_recorded_nor_compared(cluster: Cli, commands: Path) -> None:
+    cluster("+stage=download", *SUBMIT)
+    run = only_run(cluster)
+    write_command(commands, "sacct", "echo 'sacct: error: Problem talking to the database' >&2; exit 1")
+    for _ in range(3):
+        assert "Slurm's accounting does not answer" in cluster.jobs()[0]["reason"]
+        assert f"{run.id}  unchanged\n" in cluster("retry", run.id).stdout
+    assert [each.outcome for each in run.attempts()] == [None] * 4
 
 
 def test_stage_with_a_value_of_its_own(cluster: Cli) -> None:

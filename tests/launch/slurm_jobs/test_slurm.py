@@ -119,19 +119,6 @@ def test_dry_run_prints_sbatch_scripts_and_submits_nothing(cluster: Cli, command
 
 
 @pytest.mark.slow
-def test_sbatch_error_is_one_line_and_fails_all_jobs(cluster: Cli, commands: Path) -> None:
-    write_command(
-        commands, "sbatch", "echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1"
-    )
-    done = cluster("+stage=pipeline", "dataset=digits", "cluster=slurm", code=2)
-    (line,) = done.stderr.strip().splitlines()
-    assert line == "error: sbatch refused download-digits: invalid partition specified: nowhere"
-    rows = cluster.jobs()
-    assert {row["state"] for row in rows} == {"failed"}
-    assert all("invalid partition" in row["reason"] for row in rows)
-
-
-@pytest.mark.slow
 def test_cluster_sbatch_adds_options(cluster: Cli, commands: Path) -> None:
     cluster("+stage=download", "dataset=digits", "cluster=slurm", "+cluster.sbatch.reservation=spring")
     assert "#SBATCH --reservation=spring\n" in scripts(commands)[0]
@@ -300,6 +287,16 @@ def test_jobs_that_left_the_queue_are_queried_from_sacct(
     assert found["1"].state == RUNNING
     assert found["2"] == slurm.JobStatus(FAILED, "Slurm: out of memory (exit code 0:125)")
     assert "3" not in found  # squeue is current: a job that it does not list is not running
+
+
+def test_job_that_an_operator_holds_has_no_command_for_its_user(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    (commands / "queue").write_text("1|PENDING|0|0|JobHeldAdmin\n2|PENDING|0|0|JobHeldUser\n")
+    found = slurm.query_jobs(["1", "2"])
+    assert found["1"].reason == "JobHeldAdmin: only the operators of the cluster can release it"
+    assert found["2"].reason == "JobHeldUser: scontrol release 2"
 
 
 @pytest.mark.slow

@@ -156,3 +156,12 @@ def test_retry_after_too_little_memory_raises_memory_per_cpu(cluster: Cli, comma
     assert "out of memory" in row["reason"]
     assert "cluster.sbatch.mem-per-cpu: 3G → 5G" in cluster("retry", row["run"]).stdout
     assert "#SBATCH --mem-per-cpu=5G\n" in scripts(commands)[1]
+
+
+@pytest.mark.slow
+def test_memory_per_cpu_stays_within_the_nodes(cluster: Cli, commands: Path) -> None:
+    write_command(commands, "sinfo", "echo 'all*|infinite|16000|1|'; echo 'all*|infinite|9000|9|'")
+    words = ("+stage=download", "dataset=digits", "cluster=slurm", "cluster.stage.download.cpus_per_task=4")
+    cluster(*words, "+cluster.sbatch.mem-per-cpu=3000M")
+    write_command(commands, "sacct", "echo '1|OUT_OF_MEMORY|0:125'")
+    assert "mem-per-cpu: 3000M → 4000M" in cluster("retry", "download-digits", "--dry-run").stdout
