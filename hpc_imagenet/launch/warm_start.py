@@ -23,7 +23,14 @@ from hpc_imagenet.config.names.backbones import (
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.checkpoints import INITIAL, find_checkpoint, link_or_copy
+from hpc_imagenet.runs.checkpoints import (
+    INITIAL,
+    check_equal,
+    check_network,
+    find_checkpoint,
+    image_settings,
+    link_or_copy,
+)
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages.evaluate_stage import fingerprint
@@ -31,7 +38,7 @@ from hpc_imagenet.stages.search_stage import SEARCH
 from hpc_imagenet.stages.train_stage import TRAIN
 
 _STAGES = (TRAIN.name, SEARCH.name)  # which begin with weights
-_MODEL = ("name", "stem", "options", "source_hash")  # what decides the names and shapes of the weights
+_MODEL = ("name", "options", "source_hash")  # what decides the names and shapes of the weights
 _OPTIMIZER = ("optimizer", "norm_decay", "freeze")  # what decides the optimizer's state and its groups
 
 
@@ -109,28 +116,28 @@ def _with_implied(frozen: dict[str, Any]) -> dict[str, Any]:
 
 
 def _like(model: Model, source: dict[str, Any]) -> Model:
-    """Return the model with the tag and the normalisation of the run, where it does not name its own.
+    """Return the model with the tag, the normalisation and the filter of the run, where it names none.
 
-    Else images would be normalised by the default of the network, which the weights may not expect.
+    Else images would have those of the network's default, which the weights may not expect.
     """
     name, options = source["name"], source["options"]
     kept = {key: options[key] for key in IMPLIED_OPTIONS.get(model.name, {}) if key in options}
     same = timm_name(name) and model.name == name.partition(".")[0]
-    return replace(model, name=name if same else model.name, options={**kept, **model.options})
+    return replace(
+        model,
+        name=name if same else model.name,
+        options={**kept, **model.options},
+        preprocessing={**image_settings(source), **model.preprocessing},
+    )
 
 
 def _check_same(model: Model, settings: Recipe, run: str, frozen: dict[str, Any]) -> None:
     """Raise unless the run has this network, and its optimizer if that is kept."""
-    pairs: list[tuple[str, Any, Any]] = [
-        (f"model.{key}", frozen["model"].get(key), getattr(model, key)) for key in _MODEL
-    ]
+    setting, recipe = f"model.weights={run}", frozen["recipe"]
+    for key in _MODEL:
+        check_equal(setting, f"model.{key}", frozen["model"].get(key), getattr(model, key))
+    check_network(setting, frozen, model, settings)
     if settings.keep_optimizer:
-        recipe = frozen["recipe"]
-        pairs += [(f"recipe.{key}", recipe.get(key), getattr(settings, key)) for key in _OPTIMIZER]
-    for name, old, new in pairs:
-        if (old or None) != (new or None):
-            why = ", with recipe.keep_optimizer=true" if name.startswith("recipe.") else ""
-            raise UserError(
-                f"model.weights={run}: its {name} is {old}, and that of this training {new}{why}: "
-                f"set {name}={old}, or leave the weights out"
-            )
+        why = ", with recipe.keep_optimizer=true"
+        for key in _OPTIMIZER:
+            check_equal(setting, f"recipe.{key}", recipe.get(key), getattr(settings, key), why)

@@ -1,12 +1,14 @@
-"""Names of the checkpoints of a run, which one a command means, and copies of them for other runs."""
+"""Names of the checkpoints of a run, which one a command means, and what another run may begin with."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from hpc_imagenet.config.names.backbones import is_own
+from hpc_imagenet.config.recipe import Model, Recipe, is_small
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.io.ownership import foreign_writer
@@ -14,6 +16,7 @@ from hpc_imagenet.runs.store import Run
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 INITIAL = "initial.ckpt"  # in the folder of a run: the checkpoint of another one that it began with
+_PIXELS = ("mean", "std", "interpolation")  # of model.preprocessing: what trained weights expect
 
 
 def find_checkpoint(source: Path | Run, checkpoint: str | None = None) -> Path:
@@ -60,6 +63,60 @@ def check_source(path: Path, model: str, own: bool | None = None) -> None:
             f"{path} holds the source of {model}, which would run as you: {why}; read the source, then use a "
             "copy of the file in a folder of your own"
         )
+
+
+def check_network(setting: str, source: dict[str, Any], model: Model, recipe: Recipe) -> None:
+    """Raise if the weights of a training would compute something else in a network of these settings.
+
+    Neither names nor shapes of weights, which are compared when they are loaded, show these differences.
+
+    Args:
+        setting: the user's input, such as `model.weights=RUN`, for the error.
+        source: config of that training.
+        model: settings of the network that is to begin with the weights.
+        recipe: its recipe.
+
+    Raises:
+        UserError: names the setting.
+    """
+    saved, saved_recipe = source["model"], source["recipe"]
+    check_equal(setting, "recipe.blurpool", bool(saved_recipe.get("blurpool")), recipe.blurpool)
+    if not is_own(model.name):  # those have no other stem
+        stems = [is_small(saved["stem"], saved_recipe["size"]), is_small(model.stem, recipe.size)]
+        check_equal(setting, "model.stem", *("small" if small else "standard" for small in stems))
+    for key, value in image_settings(saved).items():
+        if key not in model.preprocessing:
+            words = str(value).replace(" ", "")
+            raise UserError(
+                f"{setting}: its model.preprocessing.{key} is {words}, and this training sets none: "
+                f"add '+model.preprocessing.{key}={words}', or leave the weights out"
+            )
+
+
+def check_equal(setting: str, name: str, saved: Any, value: Any, why: str = "") -> None:
+    """Raise unless a setting of a training has the value that it had in the training whose weights it takes.
+
+    Args:
+        setting: the user's input, such as `model.weights=RUN`, for the error.
+        name: name of the setting.
+        saved: its value in the training that wrote the weights.
+        value: its value in the training that is to begin with them.
+        why: on what condition both must be equal, for the error.
+
+    Raises:
+        UserError: names both values, and what to type.
+    """
+    if (saved or None) != (value or None):
+        raise UserError(
+            f"{setting}: its {name} is {saved}, and that of this training {value}{why}: "
+            f"set {name}={saved}, or leave the weights out"
+        )
+
+
+def image_settings(model: dict[str, Any]) -> dict[str, Any]:
+    """Return what `model.preprocessing` of a frozen config says of the pixels, apart from the crop."""
+    values = model.get("preprocessing") or {}
+    return {key: values[key] for key in _PIXELS if key in values}
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:

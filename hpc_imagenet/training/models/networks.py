@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from hpc_imagenet.config.names.backbones import implied_options, is_own, is_weights_name, timm_name
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.runs.checkpoints import check_network
+from hpc_imagenet.training.callbacks.checkpoint_file import Checkpoint, read_checkpoint
 from hpc_imagenet.training.models import build, pretrained
 from hpc_imagenet.training.models.blurpool import blur_before_halving
 from hpc_imagenet.training.models.frozen_source import build_own
 from hpc_imagenet.training.models.optim import set_norm_momentum
 
 
-def build_network(config: Config, classes: int, fresh: bool) -> nn.Module:
+def build_network(
+    config: Config, classes: int, fresh: bool, class_ids: Sequence[str] | None = None
+) -> nn.Module:
     """Return the network of a training, with initial weights from the seed or from `model.weights`.
 
     Args:
         config: model, recipe and seed.
         classes: number of outputs of the last layer.
         fresh: whether to load `model.weights`; a checkpoint, if there is one, replaces them anyway.
+        class_ids: ids of the classes in label order. The classifier in a checkpoint for others, or for these
+            in another order, is not loaded. None: only the number of classes is compared.
 
     Returns:
         A module from [batch, 3, side, side] to [batch, classes].
 
     Raises:
-        UserError: an unknown option, weights that do not fit, or a size that the network does not take.
+        UserError: an unknown option, weights that do not fit, or a size that the network does not take; with
+            `recipe.keep_optimizer` also weights for other classes.
     """
     torch.manual_seed(config.seed)
     model, recipe = config.model, config.recipe
@@ -36,8 +46,20 @@ def build_network(config: Config, classes: int, fresh: bool) -> nn.Module:
         raise UserError(f"recipe.blurpool=true: {model.name} has no convolution that it would change")
     set_norm_momentum(network, recipe.norm_momentum)
     if weights and same_classes is None:
+        source = None if is_weights_name(model.name, weights) else _read_source(Path(weights))
+        if source and source.config:
+            check_network(f"model.weights={weights}", source.config, model, recipe)
         same_classes = pretrained.load_weights(
-            network, model.name, weights, averaged=not recipe.keep_optimizer
+            network,
+            model.name,
+            weights,
+            averaged=not recipe.keep_optimizer,
+            same_classes=_has_classes(source, class_ids),
+        )
+    if same_classes is False and recipe.keep_optimizer:  # whose state is for the classifier as well
+        raise UserError(
+            f"recipe.keep_optimizer=true: the weights in {weights} are for other classes: "
+            "set recipe.keep_optimizer=false"
         )
     if same_classes is False:
         print(
@@ -48,6 +70,21 @@ def build_network(config: Config, classes: int, fresh: bool) -> nn.Module:
     if recipe.freeze:
         pretrained.freeze_backbone(network)
     return network
+
+
+def _read_source(path: Path) -> Checkpoint | None:
+    """Return the checkpoint of a training, without its weights; None: another file of weights."""
+    try:
+        return read_checkpoint(path)
+    except Exception:  # also of a damaged or missing file, which is refused when its weights are read
+        return None
+
+
+def _has_classes(source: Checkpoint | None, class_ids: Sequence[str] | None) -> bool:
+    """Whether a checkpoint is for these classes in this order; True where one of both is not known."""
+    if source is None or source.classes is None or class_ids is None:
+        return True
+    return [wnid for wnid, _ in source.classes] == list(class_ids)
 
 
 def _build(config: Config, classes: int, weights: str | None) -> tuple[nn.Module, bool | None]:

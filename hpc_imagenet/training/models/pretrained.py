@@ -25,14 +25,18 @@ State = Mapping[str, Tensor]
 _DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 
 
-def load_weights(model: nn.Module, name: str, weights: str, averaged: bool = True) -> bool:
-    """Load initial weights into `model`; a classifier for another number of classes is not changed.
+def load_weights(
+    model: nn.Module, name: str, weights: str, averaged: bool = True, same_classes: bool = True
+) -> bool:
+    """Load initial weights into `model`; a classifier for other classes is not changed.
 
     Args:
         model: the network as built, on the CPU.
         name: name of the backbone.
         weights: a torchvision name, such as IMAGENET1K_V2, or a file.
         averaged: whether to take the EMA weights of a checkpoint, if it has any.
+        same_classes: whether the weights are for the classes of `model`, as far as that is known; a different
+            number is found here.
 
     Returns:
         Whether the classifier's weights were loaded too.
@@ -50,10 +54,11 @@ def load_weights(model: nn.Module, name: str, weights: str, averaged: bool = Tru
             f"{setting}: {shape_difference((other or mismatches)[0], state, expected)} of this {name}: "
             "use weights of this model, the same recipe.size, or model.stem=standard"
         )
-    for key in mismatches:
+    left_out = mismatches if same_classes else [key for key in expected if key.startswith(classifiers)]
+    for key in left_out:
         del state[key]
     model.load_state_dict(state, strict=False)
-    return not mismatches
+    return not left_out
 
 
 def match_names(model: nn.Module, weights: State) -> tuple[OrderedDict[str, Tensor], list[str]]:

@@ -1,0 +1,89 @@
+"""Networks that begin with a checkpoint: what of it is loaded, and which checkpoints are refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trained_samples import config_of, write_trained
+
+from hpc_imagenet.config.schema import Config
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.training.models.networks import build_network
+
+pytestmark = pytest.mark.slow
+
+NAME = "mobilenet_v3_small"  # its strided convolutions are 3x3 with both stems
+HEAD = "classifier.3."
+ABC = ("a", "b", "c")
+
+
+def begun(config: Config, path: Path, ids: Sequence[str] = ABC) -> dict[str, torch.Tensor]:
+    """Return the weights of a network for these classes that begins with a file."""
+    config = replace(config, model=replace(config.model, weights=str(path)))
+    return build_network(config, len(ids), fresh=True, class_ids=ids).state_dict()
+
+
+def loaded(state: dict[str, torch.Tensor], path: Path) -> dict[str, bool]:
+    """Return for each weight whether it is that of the checkpoint."""
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    return {
+        key: value.shape == saved[f"model.{key}"].shape and torch.equal(value, saved[f"model.{key}"])
+        for key, value in state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("ids", "same"), [(("b", "c", "d"), False), (("c", "b", "a"), False), (("a", "b"), False), (ABC, True)]
+)
+def test_the_classifier_is_that_of_the_same_classes_in_the_same_order(
+    ids: Sequence[str], same: bool, tmp_path: Path, capsys: Any
+) -> None:
+    config = config_of(NAME)
+    path = write_trained(tmp_path / "best.ckpt", config, ABC, ABC)
+    equal = loaded(begun(config, path, ids), path)
+    assert all(is_equal for key, is_equal in equal.items() if not key.startswith(HEAD))
+    assert equal[f"{HEAD}weight"] == same
+    assert ("classifier is initialized at random" in capsys.readouterr().out) == (not same)
+
+
+def test_an_optimizer_of_other_classes_is_not_kept(tmp_path: Path) -> None:
+    config = config_of(NAME)
+    path = write_trained(tmp_path / "best.ckpt", config, ABC, ABC)
+    config.recipe.keep_optimizer = True
+    begun(config, path)
+    with pytest.raises(UserError, match=r"^recipe.keep_optimizer=true: .* for other classes: set .*=false$"):
+        begun(config, path, ("b", "c", "d"))
+
+
+def test_files_without_classes_are_compared_by_their_number(tmp_path: Path) -> None:
+    config = config_of(NAME)
+    path = write_trained(tmp_path / "best.ckpt", config, ABC, ABC)
+    weights = {f"model.{key}": value for key, value in begun(config, path).items()}
+    torch.save({"state_dict": weights}, other := tmp_path / "weights.pth")
+    assert all(loaded(begun(config, other, ("b", "c", "d")), path).values())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"blurpool": True}, "its recipe.blurpool is True, "),
+        ({"size": 128}, "its model.stem is standard, "),
+        (
+            {"preprocessing": {"mean": [0.5, 0.5, 0.5]}},
+            "its model.preprocessing.mean is [0.5,0.5,0.5], and this training sets none: "
+            "add '+model.preprocessing.mean=[0.5,0.5,0.5]'",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_network_with_the_same_shapes_is_refused(
+    source: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write_trained(tmp_path / "best.ckpt", config_of(NAME, **source), ABC, ABC)
+    with pytest.raises(UserError, match=f"^{re.escape(f'model.weights={path}: {message}')}"):
+        begun(config_of(NAME), path)
