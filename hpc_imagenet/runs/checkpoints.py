@@ -65,7 +65,9 @@ def check_source(path: Path, model: str, own: bool | None = None) -> None:
         )
 
 
-def check_network(setting: str, source: dict[str, Any], model: Model, recipe: Recipe) -> None:
+def check_network(
+    setting: str, source: dict[str, Any], model: Model, recipe: Recipe, has_small_stem: bool
+) -> None:
     """Raise if the weights of a training would compute something else in a network of these settings.
 
     Neither names nor shapes of weights, which are compared when they are loaded, show these differences.
@@ -75,13 +77,14 @@ def check_network(setting: str, source: dict[str, Any], model: Model, recipe: Re
         source: config of that training.
         model: settings of the network that is to begin with the weights.
         recipe: its recipe.
+        has_small_stem: whether model.stem changes this network, as far as that is known.
 
     Raises:
         UserError: names the setting.
     """
     saved, saved_recipe = source["model"], source["recipe"]
     check_equal(setting, "recipe.blurpool", bool(saved_recipe.get("blurpool")), recipe.blurpool)
-    if not is_own(model.name):  # those have no other stem
+    if has_small_stem:
         stems = [is_small(saved["stem"], saved_recipe["size"]), is_small(model.stem, recipe.size)]
         check_equal(setting, "model.stem", *("small" if small else "standard" for small in stems))
     for key, value in image_settings(saved).items():

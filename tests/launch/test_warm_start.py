@@ -256,6 +256,14 @@ def test_stems_of_two_words_may_be_the_same_network(tmp_path: Path) -> None:
     assert find_weights(config, RunStore(tmp_path)).model.stem == "small"
 
 
+@pytest.mark.parametrize("name", ["timm/swinv2_tiny_window8_256", "own:Network"])
+def test_networks_that_may_have_one_stem_are_not_compared_by_stem(name: str, tmp_path: Path) -> None:
+    run = begun_with(RunStore(tmp_path), "aaaaaaaa-first", name=name)
+    config = tiny_config(size=256)
+    config.model = replace(config.model, name=name, weights=run.id)
+    assert find_weights(config, RunStore(tmp_path)).model.weights_run == run.id
+
+
 def test_images_are_normalised_as_those_of_the_run(tmp_path: Path) -> None:
     own = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "crop_pct": 0.9}
     run, config = begun_with(RunStore(tmp_path), "aaaaaaaa-first", preprocessing=own), tiny_config()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hpc_imagenet.config.names.backbones import implied_options, is_own, is_weights_name, timm_name
+from hpc_imagenet.config.recipe import Model
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.checkpoints import check_network
@@ -48,7 +49,8 @@ def build_network(
     if weights and same_classes is None:
         source = None if is_weights_name(model.name, weights) else _read_source(Path(weights))
         if source and source.config:
-            check_network(f"model.weights={weights}", source.config, model, recipe)
+            stem = _has_small_stem(model)
+            check_network(f"model.weights={weights}", source.config, model, recipe, stem)
         same_classes = pretrained.load_weights(
             network,
             model.name,
@@ -78,6 +80,14 @@ def _read_source(path: Path) -> Checkpoint | None:
         return read_checkpoint(path)
     except Exception:  # also of a damaged or missing file, which is refused when its weights are read
         return None
+
+
+def _has_small_stem(model: Model) -> bool:
+    if timm_name(model.name):
+        from hpc_imagenet.training.models import timm_networks  # slow import, of an extra
+
+        return not timm_networks.published(model).fixed_input_size
+    return not is_own(model.name)
 
 
 def _has_classes(source: Checkpoint | None, class_ids: Sequence[str] | None) -> bool:

@@ -87,3 +87,17 @@ def test_a_checkpoint_of_another_network_with_the_same_shapes_is_refused(
     path = write_trained(tmp_path / "best.ckpt", config_of(NAME, **source), ABC, ABC)
     with pytest.raises(UserError, match=f"^{re.escape(f'model.weights={path}: {message}')}"):
         begun(config_of(NAME), path)
+
+
+def test_transformers_of_timm_have_no_other_stem(tmp_path: Path) -> None:
+    """Their weights for one size fit another, also across the size up to which stems are small."""
+    name, options = "timm/swinv2_tiny_window8_256", {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 8}
+    source, config = config_of(name, 64), config_of(name, 128)
+    for each in (source, config):
+        each.model.options = {**options, "window_size": 4}
+    path = write_trained(tmp_path / "best.ckpt", source, ABC, ABC)
+    assert loaded(begun(config, path), path)["head.fc.weight"]
+    source, config = config_of("timm/test_resnet", 64), config_of("timm/test_resnet", 128)
+    path = write_trained(tmp_path / "resnet.ckpt", source, ABC, ABC)
+    with pytest.raises(UserError, match="its model.stem is small, and that of this training standard"):
+        begun(config, path)
