@@ -43,6 +43,7 @@ def build_network(
     model, recipe = config.model, config.recipe
     weights = model.weights if fresh else None
     network, same_classes = _build(config, classes, weights)
+    classifier: list[str] = []  # the names of its weights, if they are known to be for other classes
     if recipe.blurpool and not blur_before_halving(network):
         raise UserError(f"recipe.blurpool=true: {model.name} has no convolution that it would change")
     set_norm_momentum(network, recipe.norm_momentum)
@@ -51,12 +52,14 @@ def build_network(
         if source and source.config:
             stem = _has_small_stem(model)
             check_network(f"model.weights={weights}", source.config, model, recipe, stem)
+        if not _has_classes(source, class_ids):
+            classifier = _classifier_weights(network, config, classes)
         same_classes = pretrained.load_weights(
             network,
             model.name,
             weights,
             averaged=not recipe.keep_optimizer,
-            same_classes=_has_classes(source, class_ids),
+            classifier=classifier,
         )
     if same_classes is False and recipe.keep_optimizer:  # whose state is for the classifier as well
         raise UserError(
@@ -71,6 +74,8 @@ def build_network(
         )
     if recipe.freeze:
         pretrained.freeze_backbone(network)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name in classifier)  # those are random
     return network
 
 
@@ -95,6 +100,27 @@ def _has_classes(source: Checkpoint | None, class_ids: Sequence[str] | None) -> 
     if source is None or source.classes is None or class_ids is None:
         return True
     return [wnid for wnid, _ in source.classes] == list(class_ids)
+
+
+def _classifier_weights(network: nn.Module, config: Config, classes: int) -> list[str]:
+    """Return the names of the weights whose shapes depend on the number of classes, auxiliary heads included.
+
+    Raises:
+        UserError: none do, or their names do.
+    """
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    with torch.random.fork_rng(devices=[]):
+        more, _ = _build(config, classes + 1, None)
+    others = {name: value.shape for name, value in more.state_dict().items()}
+    found = [name for name, shape in shapes.items() if others.get(name) != shape]
+    if not found or shapes.keys() != others.keys():
+        raise UserError(
+            f"model.weights={config.model.weights}: the weights are for other classes, and which of them are "
+            f"the classifier of {config.model.name} is unknown: with one class more, "
+            f"{'no shape differs' if shapes == others else 'other weights exist'}: "
+            "leave the weights out"
+        )
+    return found
 
 
 def _build(config: Config, classes: int, weights: str | None) -> tuple[nn.Module, bool | None]:

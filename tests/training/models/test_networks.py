@@ -52,6 +52,81 @@ def test_the_classifier_is_that_of_the_same_classes_in_the_same_order(
     assert ("classifier is initialized at random" in capsys.readouterr().out) == (not same)
 
 
+OWN = """
+import torch
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.make(num_classes)
+        self.aux = nn.Linear(3, 2)
+
+    def forward(self, images):
+        features = images.mean((2, 3))
+        return self.classify(features) + self.aux(features).mean()
+
+class First(Network):
+    def make(self, num_classes):
+        self.fc = nn.Linear(3, num_classes)
+
+    def classify(self, features):
+        return self.fc(features)
+
+class Parameter(Network):
+    def make(self, num_classes):
+        self.head = nn.Parameter(torch.randn(num_classes, 3))
+
+    def classify(self, features):
+        return features @ self.head.T
+
+class PerClass(Network):
+    def make(self, num_classes):
+        self.heads = nn.ModuleList(nn.Linear(3, 1) for _ in range(num_classes))
+
+    def classify(self, features):
+        return torch.cat([head(features) for head in self.heads], 1)
+"""
+
+
+@pytest.mark.parametrize(("network", "head"), [("First", {"fc.weight", "fc.bias"}), ("Parameter", {"head"})])
+@pytest.mark.parametrize("ids", [("c", "b", "a"), ("a", "b")])
+def test_the_classifier_is_what_depends_on_the_number_of_classes(
+    ids: Sequence[str], network: str, head: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is in the network, and whatever the types of its layers."""
+    monkeypatch.chdir(tmp_path)
+    Path("own_heads.py").write_text(OWN)
+    config = config_of(f"own_heads:{network}")
+    path = write_trained(tmp_path / "best.ckpt", config, ABC, ABC)
+    config.recipe.freeze, config.seed, config.model.weights = True, config.seed + 1, str(path)
+    built = build_network(config, len(ids), fresh=True, class_ids=ids)
+    assert {key for key, is_equal in loaded(built.state_dict(), path).items() if not is_equal} == head
+    assert head <= {name for name, weight in built.named_parameters() if weight.requires_grad}
+
+
+def test_auxiliary_heads_are_part_of_the_classifier(tmp_path: Path) -> None:
+    config = config_of("googlenet")
+    config.model.options = {"aux_logits": True}
+    path = write_trained(tmp_path / "best.ckpt", config, ABC, ABC)
+    config.seed += 1
+    equal = loaded(begun(config, path, ("c", "b", "a")), path)
+    layers = {"fc", "aux1.fc2", "aux2.fc2"}
+    assert {key.rpartition(".")[0] for key in equal if not equal[key]} == layers
+
+
+def test_a_classifier_with_weights_for_each_class_takes_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own_heads.py").write_text(OWN)
+    config = config_of("own_heads:PerClass")
+    path = write_trained(tmp_path / "best.ckpt", config, ABC, ABC)
+    assert all(loaded(begun(config, path), path).values())
+    with pytest.raises(UserError, match=r"own_heads:PerClass is unknown: with .* other weights exist"):
+        begun(config, path, ("c", "b", "a"))
+
+
 def test_an_optimizer_of_other_classes_is_not_kept(tmp_path: Path) -> None:
     config = config_of(NAME)
     path = write_trained(tmp_path / "best.ckpt", config, ABC, ABC)
@@ -99,5 +174,5 @@ def test_transformers_of_timm_have_no_other_stem(tmp_path: Path) -> None:
     assert loaded(begun(config, path), path)["head.fc.weight"]
     source, config = config_of("timm/test_resnet", 64), config_of("timm/test_resnet", 128)
     path = write_trained(tmp_path / "resnet.ckpt", source, ABC, ABC)
-    with pytest.raises(UserError, match="its model.stem is small, and that of this training standard"):
+    with pytest.raises(UserError, match=r"its model.stem is small, and that of this training standard"):
         begun(config, path)
