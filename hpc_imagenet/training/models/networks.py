@@ -49,6 +49,10 @@ def build_network(
     set_norm_momentum(network, recipe.norm_momentum)
     if weights and same_classes is None:
         source = None if is_weights_name(model.name, weights) else _read_source(Path(weights))
+        if source is None and model.weights_run:
+            raise UserError(
+                f"model.weights={model.weights_run}: {weights} is damaged or missing: submit with another RUN"
+            )
         if source and source.config:
             stem = _has_small_stem(model)
             check_network(f"model.weights={weights}", source.config, model, recipe, stem)
@@ -80,10 +84,20 @@ def build_network(
 
 
 def _read_source(path: Path) -> Checkpoint | None:
-    """Return the checkpoint of a training, without its weights; None: another file of weights."""
+    """Return the checkpoint of a training, without its weights; None: another file of weights.
+
+    A file that cannot be read now is no other file: the network would be compared on some ranks alone.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     try:
         return read_checkpoint(path)
-    except Exception:  # also of a damaged or missing file, which is refused when its weights are read
+    except FileNotFoundError:
+        return None  # refused when its weights are read
+    except OSError:
+        raise
+    except Exception:  # also of a damaged file, which is refused when its weights are read
         return None
 
 

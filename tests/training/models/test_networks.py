@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from trained_samples import config_of, write_trained
 
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
+from hpc_imagenet.training.models import networks
 from hpc_imagenet.training.models.networks import build_network
 
 pytestmark = pytest.mark.slow
@@ -175,4 +177,26 @@ def test_transformers_of_timm_have_no_other_stem(tmp_path: Path) -> None:
     source, config = config_of("timm/test_resnet", 64), config_of("timm/test_resnet", 128)
     path = write_trained(tmp_path / "resnet.ckpt", source, ABC, ABC)
     with pytest.raises(UserError, match=r"its model.stem is small, and that of this training standard"):
+        begun(config, path)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_loaded_unchecked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(NAME)
+    path = write_trained(tmp_path / "best.ckpt", config, ABC, ABC)
+
+    def failing(error: Exception) -> None:
+        def read(path: Path) -> Any:
+            raise error
+
+        monkeypatch.setattr(networks, "read_checkpoint", read)
+
+    failing(OSError(errno.ESTALE, "Stale file handle"))
+    with pytest.raises(OSError, match="Stale"):
+        begun(config, path)
+    failing(RuntimeError("PytorchStreamReader failed"))
+    assert all(loaded(begun(config, path), path).values())
+    config.model.weights_run = "aaaaaaaa-first"
+    with pytest.raises(UserError, match=r"^model.weights=aaaaaaaa-first: .*best.ckpt is damaged or missing"):
         begun(config, path)
