@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.config.names.backbones import is_own
+from hpc_imagenet.config.names.backbones import implied_options, is_own, tagged_name
 from hpc_imagenet.config.recipe import Model, Recipe, is_small
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
 from hpc_imagenet.io.ownership import foreign_writer
 from hpc_imagenet.runs.store import Run
 
+CHECKPOINTS = "checkpoints"  # in the folder of a run
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 INITIAL = "initial.ckpt"  # in the folder of a run: the checkpoint of another one that it began with
 _PIXELS = ("mean", "std", "interpolation")  # of model.preprocessing: what trained weights expect
@@ -70,7 +71,7 @@ def check_network(
 ) -> None:
     """Raise if the weights of a training would compute something else in a network of these settings.
 
-    Neither names nor shapes of weights, which are compared when they are loaded, show these differences.
+    Names and shapes of weights, compared when they are loaded, do not show all of these differences.
 
     Args:
         setting: the user's input, such as `model.weights=RUN`, for the error.
@@ -82,7 +83,14 @@ def check_network(
     Raises:
         UserError: names the setting.
     """
-    saved, saved_recipe = source["model"], source["recipe"]
+    saved, saved_recipe = with_implied(source["model"]), source["recipe"]
+    for key in ("name", "options"):
+        check_equal(setting, f"model.{key}", saved[key], getattr(model, key))
+    if saved.get("source_hash") != model.source_hash:
+        raise UserError(
+            f"{setting}: it was trained with another source of {model.name}: restore those files, or export "
+            "its weights and set model.weights=EXPORT/model.pt"
+        )
     check_equal(setting, "recipe.blurpool", bool(saved_recipe.get("blurpool")), recipe.blurpool)
     if has_small_stem:
         stems = [is_small(saved["stem"], saved_recipe["size"]), is_small(model.stem, recipe.size)]
@@ -116,6 +124,13 @@ def check_equal(setting: str, name: str, saved: Any, value: Any, why: str = "") 
         )
 
 
+def with_implied(model: dict[str, Any]) -> dict[str, Any]:
+    """Return `model` of a frozen config with what its published weights imply: timm's tag, and options."""
+    name, weights = model["name"], model.get("weights")
+    options = {**implied_options(name, weights), **(model.get("options") or {})}
+    return {**model, "name": tagged_name(name, weights), "options": options}
+
+
 def image_settings(model: dict[str, Any]) -> dict[str, Any]:
     """Return what `model.preprocessing` of a frozen config says of the pixels, apart from the crop."""
     values = model.get("preprocessing") or {}
@@ -124,7 +139,7 @@ def image_settings(model: dict[str, Any]) -> dict[str, Any]:
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """Return the checkpoints of a run: best, last, previous, then those of single epochs."""
-    folder = run_folder / "checkpoints"
+    folder = run_folder / CHECKPOINTS
     named = [folder / name for name in (BEST, LAST, PREVIOUS)]
     return [*(path for path in named if path.exists()), *epoch_checkpoints(folder)]
 

@@ -274,6 +274,23 @@ def test_images_are_normalised_as_those_of_the_run(tmp_path: Path) -> None:
     assert find_weights(config, RunStore(tmp_path)).model.preprocessing == {**kept, "mean": [0.1, 0.2, 0.3]}
 
 
+def test_a_file_in_the_folder_of_a_run_is_as_its_run(tmp_path: Path) -> None:
+    store, config = RunStore(tmp_path), tiny_config()
+    source = begun_with(store, "aaaaaaaa-vit", name="timm/vit_base_patch16_224", weights="mae")
+    file = str(source.folder / "checkpoints" / "best.ckpt")
+    config.model = replace(config.model, name="timm/vit_base_patch16_224", weights=file)
+    found = find_weights(config, store)
+    assert (found.model.name, found.model.weights) == ("timm/vit_base_patch16_224.mae", file)
+    assert found.model.weights_run is None
+    assert preprocessing(found) == preprocessing(source.config())
+    config.model.name = "timm/vit_base_patch16_224.dino"
+    with pytest.raises(UserError, match=rf"^model.weights={file}: its model.name is .*mae, and that of this"):
+        find_weights(config, store)
+    shutil.copy(file, moved := tmp_path / "best.ckpt")
+    config.model.weights = str(moved)
+    assert find_weights(config, store) is config  # its own config is compared when it is loaded
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_state_of_the_optimizer_is_kept_and_its_rates_are_not(tmp_path: Path, optimizer: str) -> None:
     path = tmp_path / "last.ckpt"

@@ -156,12 +156,19 @@ def test_files_without_classes_are_compared_by_their_number(tmp_path: Path) -> N
             "its model.preprocessing.mean is [0.5,0.5,0.5], and this training sets none: "
             "add '+model.preprocessing.mean=[0.5,0.5,0.5]'",
         ),
+        ({"model": {"options": {"dropout": 0.5}}}, "its model.options is {'dropout': 0.5}, "),
+        ({"model": {"name": "mobilenet_v3_large"}}, "its model.name is mobilenet_v3_large, "),
+        ({"model": {"source_hash": "c0ffee"}}, f"it was trained with another source of {NAME}: "),
     ],
 )
 def test_a_checkpoint_of_another_network_with_the_same_shapes_is_refused(
     source: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    path = write_trained(tmp_path / "best.ckpt", config_of(NAME, **source), ABC, ABC)
+    source = dict(source)
+    model = source.pop("model", {})
+    saved = config_of(NAME, **source)
+    saved.model = replace(saved.model, **model)
+    path = write_trained(tmp_path / "best.ckpt", saved, ABC, ABC)
     with pytest.raises(UserError, match=f"^{re.escape(f'model.weights={path}: {message}')}"):
         begun(config_of(NAME), path)
 
