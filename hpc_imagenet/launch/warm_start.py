@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.config.input.search_space import change_models
+from hpc_imagenet.config.input.search_space import change_models, sample_values, trial_config
 from hpc_imagenet.config.names.backbones import (
     BACKBONES,
     IMPLIED_OPTIONS,
@@ -91,7 +91,12 @@ def _begin_with(config: Config, source: str, frozen: dict[str, Any], **found: st
         _check_same(model, recipe, source, frozen)
         return replace(model, **found)
 
-    return change_models(config, with_weights)
+    config = change_models(config, with_weights)
+    if config.search.worker == 1:  # the workers differ in their numbers alone
+        for values in sample_values(config.search.space):
+            trial = trial_config(config, values)
+            _check_same(trial.model, trial.recipe, source, frozen)
+    return config
 
 
 def keep_weights(job: Job, run: Run) -> None:

@@ -126,6 +126,8 @@ def test_trials_of_a_search_begin_with_one_run(trained: tuple[Cli, Run]) -> None
         assert trial.config().model.weights_run == source.id
     line = cli.refused("+search=tpe", "model=squeezenet1_1,resnet18", *FIXED[:1], *FIXED[2:], *words[:2])
     assert "its model.name is squeezenet1_1, and that of this training resnet18" in line
+    line = cli.refused("+search=tpe", *FIXED, *words[:2], "recipe.blurpool=false,true")
+    assert "its recipe.blurpool is False, and that of this training True: set recipe.blurpool=False" in line
 
 
 def test_files_keep_their_signature() -> None:
