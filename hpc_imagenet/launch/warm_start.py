@@ -83,7 +83,7 @@ def find_weights(config: Config, store: RunStore) -> Config:
     return _begin_with(config, run.id, run.frozen(), **found)
 
 
-def _begin_with(config: Config, source: str, frozen: dict[str, Any], **found: str) -> Config:
+def _begin_with(config: Config, source: str, frozen: dict[str, Any], **found: Any) -> Config:
     """Return the config for weights of a run or file `source`: the model as there, with settings `found`."""
 
     def with_weights(model: Model, recipe: Recipe) -> Model:

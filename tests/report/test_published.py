@@ -14,6 +14,7 @@ from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.report.leaderboard_details import read_details
 from hpc_imagenet.report.published import published_accuracies, published_for
 from hpc_imagenet.runs.attempt import FINISHED, PRUNED
+from hpc_imagenet.runs.job import content_hash
 from hpc_imagenet.runs.store import RunStore
 
 
@@ -84,18 +85,25 @@ def test_other_images_and_pretrained_weights_have_no_published_accuracy() -> Non
 @pytest.mark.parametrize(
     ("words", "is_imagenet"),
     [
+        (("datastore.name=small",), False),
         (("datastore.name=birds",), False),  # dataset=imagenet is the default
         (
             ("+stage=pipeline", "datastore.name=small", "process.layout=shards", "process.resize=short:256"),
             True,
         ),
         (("+stage=pipeline", "dataset=images", "dataset.name=birds", "dataset.source=/birds"), False),
+        (("datastore.name=small", "process.layout=shards", "process.resize=short:256"), True),
         ((), True),
     ],
 )
 def test_a_datastore_named_alone_has_no_published_accuracy(words: tuple[str, ...], is_imagenet: bool) -> None:
     def find_version(datastore: Datastore) -> Datastore | None:
-        return None if "+stage=pipeline" in words else replace(datastore, version=1, content="c0ffee01")
+        content = small if datastore.name == "small" else "c0ffee01"
+        return None if "+stage=pipeline" in words else replace(datastore, version=1, content=content)
+
+    resized = ["cluster=local", "model=resnet50", "process.layout=shards", "process.resize=short:256"]
+    (settings,) = compose(resized)
+    small = content_hash(settings.dataset, settings.process)  # of resized ImageNet
 
     jobs = make_plan(compose(["cluster=local", "model=resnet50", *words]), find_version)
     (training,) = (job for job in jobs if job.stage == "train")
