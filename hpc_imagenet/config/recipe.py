@@ -11,6 +11,8 @@ from typing import Any
 
 from hpc_imagenet.config.setting import MISSING, setting
 
+SMALL = 64  # px: largest size of training images for which stem=auto is small
+
 
 @dataclass
 class Model:
@@ -144,3 +146,8 @@ class Recipe:
             exact = self.start_size + fraction * (self.size - self.start_size)
             sizes.append(math.floor(exact / step + 0.5) * step)
         return sizes
+
+
+def is_small(stem: str, size: int) -> bool:
+    """Whether `model.stem` is small for images of `size` px."""
+    return stem == "small" or (stem == "auto" and size <= SMALL)

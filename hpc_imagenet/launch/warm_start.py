@@ -12,42 +12,60 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpc_imagenet.config.input.search_space import change_models
+from hpc_imagenet.config.input.search_space import change_models, sample_values, trial_config
 from hpc_imagenet.config.names.backbones import (
+    BACKBONES,
     IMPLIED_OPTIONS,
-    implied_options,
     is_weights_name,
-    tagged_name,
     timm_name,
 )
 from hpc_imagenet.config.recipe import Model, Recipe
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.runs.checkpoints import INITIAL, find_checkpoint, fingerprint, link_or_copy
+from hpc_imagenet.runs.checkpoints import (
+    CHECKPOINTS,
+    INITIAL,
+    check_equal,
+    check_network,
+    find_checkpoint,
+    fingerprint,
+    image_settings,
+    link_or_copy,
+    with_implied,
+)
 from hpc_imagenet.runs.job import Job
-from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.runs.store import FORMAT, Run, RunStore
 from hpc_imagenet.stages.search_stage import SEARCH
 from hpc_imagenet.stages.train_stage import TRAIN
 
 _STAGES = (TRAIN.name, SEARCH.name)  # which begin with weights
-_MODEL = ("name", "stem", "options", "source_hash")  # what decides the names and shapes of the weights
 _OPTIMIZER = ("optimizer", "norm_decay", "freeze")  # what decides the optimizer's state and its groups
 
 
 def find_weights(config: Config, store: RunStore) -> Config:
-    """Return the config with the checkpoint of the run that `model.weights` names; others are unchanged.
+    """Return the config with the checkpoint of the run that `model.weights` names.
 
-    All trials of a search begin with the same weights.
+    A checkpoint's file in the folder of a run stays as it is, and the network is that of the run as well.
+    Other weights are unchanged. All trials of a search begin with the same weights.
 
     Raises:
         UserError: no such run, or it has no checkpoint or another network, or, with recipe.keep_optimizer,
             another optimizer.
     """
     name = config.model.weights
-    if config.stage.name not in (*_STAGES, "pipeline") or not name or Path(name).is_file():
+    if (
+        config.stage.name not in (*_STAGES, "pipeline")
+        or not name
+        or is_weights_name(config.model.name, name)
+    ):
         return config
-    if is_weights_name(config.model.name, name):
-        return config
+    if Path(name).is_file():
+        folder = Path(name).resolve().parent
+        run = Run(folder.parent)
+        about = [run.info.get(key) for key in ("stage", "format")]
+        if folder.name != CHECKPOINTS or about != [TRAIN.name, FORMAT]:
+            return config  # compared when it is loaded, if it is a checkpoint
+        return _begin_with(config, name, run.frozen())
     if Run(Path(name)).info:
         run = Run(Path(name).resolve())
     elif "/" in name:
@@ -61,14 +79,24 @@ def find_weights(config: Config, store: RunStore) -> Config:
     if run.info.get("stage") != TRAIN.name:
         raise UserError(f"model.weights={name}: {run.id} is no training, so it has no weights")
     checkpoint = find_checkpoint(run)
-    content, frozen = fingerprint(checkpoint), _with_implied(run.frozen())
+    found = {"weights": str(checkpoint), "weights_run": run.id, "weights_hash": fingerprint(checkpoint)}
+    return _begin_with(config, run.id, run.frozen(), **found)
+
+
+def _begin_with(config: Config, source: str, frozen: dict[str, Any], **found: Any) -> Config:
+    """Return the config for weights of a run or file `source`: the model as there, with settings `found`."""
 
     def with_weights(model: Model, recipe: Recipe) -> Model:
-        model = _like(model, frozen["model"])
-        _check_same(model, recipe, run.id, frozen)
-        return replace(model, weights=str(checkpoint), weights_run=run.id, weights_hash=content)
+        model = _like(model, with_implied(frozen["model"]))
+        _check_same(model, recipe, source, frozen)
+        return replace(model, **found)
 
-    return change_models(config, with_weights)
+    config = change_models(config, with_weights)
+    if config.search.worker == 1:  # the workers differ in their numbers alone
+        for values in sample_values(config.search.space):
+            trial = trial_config(config, values)
+            _check_same(trial.model, trial.recipe, source, frozen)
+    return config
 
 
 def keep_weights(job: Job, run: Run) -> None:
@@ -99,37 +127,28 @@ def keep_weights(job: Job, run: Run) -> None:
         ) from None
 
 
-def _with_implied(frozen: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a run with what its published weights implied: timm's tag, and options."""
-    model = frozen["model"]
-    name, weights = model["name"], model.get("weights")
-    options = {**implied_options(name, weights), **(model.get("options") or {})}
-    return {**frozen, "model": {**model, "name": tagged_name(name, weights), "options": options}}
-
-
 def _like(model: Model, source: dict[str, Any]) -> Model:
-    """Return the model with the tag and the normalisation of the run, where it does not name its own.
+    """Return the model with the tag, the normalisation and the filter of the run, where it names none.
 
-    Else images would be normalised by the default of the network, which the weights may not expect.
+    Else images would have those of the network's default, which the weights may not expect.
     """
     name, options = source["name"], source["options"]
     kept = {key: options[key] for key in IMPLIED_OPTIONS.get(model.name, {}) if key in options}
     same = timm_name(name) and model.name == name.partition(".")[0]
-    return replace(model, name=name if same else model.name, options={**kept, **model.options})
+    return replace(
+        model,
+        name=name if same else model.name,
+        options={**kept, **model.options},
+        preprocessing={**image_settings(source), **model.preprocessing},
+    )
 
 
-def _check_same(model: Model, settings: Recipe, run: str, frozen: dict[str, Any]) -> None:
-    """Raise unless the run has this network, and its optimizer if that is kept."""
-    pairs: list[tuple[str, Any, Any]] = [
-        (f"model.{key}", frozen["model"].get(key), getattr(model, key)) for key in _MODEL
-    ]
+def _check_same(model: Model, settings: Recipe, source: str, frozen: dict[str, Any]) -> None:
+    """Raise unless the source has this network, and its optimizer if that is kept."""
+    setting, recipe = f"model.weights={source}", frozen["recipe"]
+    # Only timm knows which of its networks have a small stem: theirs is compared when they are built.
+    check_network(setting, frozen, model, settings, has_small_stem=model.name in BACKBONES)
     if settings.keep_optimizer:
-        recipe = frozen["recipe"]
-        pairs += [(f"recipe.{key}", recipe.get(key), getattr(settings, key)) for key in _OPTIMIZER]
-    for name, old, new in pairs:
-        if (old or None) != (new or None):
-            why = ", with recipe.keep_optimizer=true" if name.startswith("recipe.") else ""
-            raise UserError(
-                f"model.weights={run}: its {name} is {old}, and that of this training {new}{why}: "
-                f"set {name}={old}, or leave the weights out"
-            )
+        why = ", with recipe.keep_optimizer=true"
+        for key in _OPTIMIZER:
+            check_equal(setting, f"recipe.{key}", recipe.get(key), getattr(settings, key), why)

@@ -11,9 +11,11 @@ from hpc_imagenet.config.host import Host
 from hpc_imagenet.datastore.backends.ssh_connection import SshConnection
 from hpc_imagenet.remote.host_command import output_on_host
 from hpc_imagenet.remote.shared_connection import open_connection
+from hpc_imagenet.runs.checkpoints import INITIAL
 
-# What belongs to the running job, secrets, and the checkpoint before the last one.
-_LEFT = ("lease.json", "token", "jupyter/", "previous.ckpt", "*.pkl", "*.tmp", ".nfs*")
+# What belongs to the running job, secrets, the checkpoint before the last one, and that of another run with
+# which this one began.
+_LEFT = ("lease.json", "token", "jupyter/", "previous.ckpt", f"/{INITIAL}", "*.pkl", "*.tmp", ".nfs*")
 
 
 def pull_runs(host: Host, words: Sequence[str], target: Path, checkpoints: bool, as_json: bool) -> int:

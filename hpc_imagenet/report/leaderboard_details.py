@@ -18,7 +18,7 @@ from hpc_imagenet.report.published import PublishedAccuracy, published_for
 from hpc_imagenet.report.show.attempt_times import intervals, running_hours
 from hpc_imagenet.report.show.resources import energies_of, gpus_of, needs_slurm, requested_resources
 from hpc_imagenet.report.show.validations import validation_settings
-from hpc_imagenet.runs.attempt import RUNNING, instant
+from hpc_imagenet.runs.attempt import PRUNED, RUNNING, instant
 from hpc_imagenet.runs.ended_cache import EndedRunCache
 from hpc_imagenet.runs.store import Run, RunStore
 
@@ -43,7 +43,7 @@ class Details(NamedTuple):
         energy_of: `GPUs` or `nodes`; empty if `kwh` is unknown.
         measured: whether `kwh` is final; else `energies_of` finds it, since Slurm may know the energy.
         published: the published training that is closest.
-        same_protocol: whether that is of the same protocol.
+        same_protocol: whether that is of the same protocol; never for a training that a search has pruned.
     """
 
     datastore: Any
@@ -87,6 +87,8 @@ def read_details(run: Run, running: bool) -> Details:
     # A config of another version may have other values.
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, UserError):
         published, same_protocol = (published_for(frozen) if is_training else None) or (None, None)
+    if published and attempts and (outcome := attempts[-1].outcome) and outcome.state == PRUNED:
+        same_protocol = False  # it was trained for fewer epochs than its config has
     measured = not any(map(needs_slurm, attempts))
     kwh, energy_of = energies_of([run])[run.id] if measured else (None, "")
     name, version = (_get(frozen, "datastore", key) for key in ("name", "version"))
@@ -118,7 +120,8 @@ class DetailsCache(EndedRunCache[Details]):
     """
 
     file = "leaderboard.cache"
-    version = f"4 {__version__}"  # raised when `Details` or its values change; the package: what is published
+    # The number is raised when `Details` or its rules change; the package holds what is published.
+    version = f"4 {__version__}"
 
     def __init__(self, store: RunStore, running: Collection[str]) -> None:
         super().__init__(store)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc_imagenet.runs.job import holds_dataset
+
 FILE = Path(__file__).with_name("published.csv")
 VAL_MD5 = "29b22e2961454d5413ddabcf34fc5622"  # of ImageNet's val archive, as in conf/dataset/imagenet.yaml
 _SAME_EPOCHS = 0.12  # relative difference: 90 and 100 epochs count as one protocol
@@ -67,7 +69,8 @@ def published_for(frozen: dict[str, Any]) -> tuple[PublishedAccuracy, bool] | No
     """Return the published training that is closest to a run, and whether it has the run's protocol.
 
     The protocol is the same if the backbone was trained from random weights on ImageNet for about as many
-    epochs and evaluated at the same size.
+    epochs and evaluated at the same size. A datastore is ImageNet if the config's dataset is, and the
+    datastore has its name or content.
 
     Args:
         frozen: the run's frozen config.
@@ -80,7 +83,7 @@ def published_for(frozen: dict[str, Any]) -> tuple[PublishedAccuracy, bool] | No
     if model.get("weights") or (dataset["name"] != "imagenet" and val.get("md5") != VAL_MD5):
         return None
     candidates = published_accuracies().get(model["name"], [])
-    if not candidates:
+    if not candidates or not holds_dataset(frozen):
         return None
 
     def distance(entry: PublishedAccuracy) -> tuple[bool, float]:

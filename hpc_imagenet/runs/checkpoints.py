@@ -1,4 +1,4 @@
-"""Names of the checkpoints of a run, which one a command means, their fingerprints, copies for other runs."""
+"""Names of the checkpoints of a run, which one a command means, and what another run may begin with."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from hpc_imagenet.config.names.backbones import is_own
+from hpc_imagenet.config.names.backbones import implied_options, is_own, tagged_name
+from hpc_imagenet.config.recipe import Model, Recipe, is_small
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
@@ -16,8 +17,10 @@ from hpc_imagenet.io.ownership import foreign_writer
 from hpc_imagenet.runs.job import signature
 from hpc_imagenet.runs.store import Run
 
+CHECKPOINTS = "checkpoints"  # in the folder of a run
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 INITIAL = "initial.ckpt"  # in the folder of a run: the checkpoint of another one that it began with
+_PIXELS = ("mean", "std", "interpolation")  # of model.preprocessing: what trained weights expect
 
 
 def find_checkpoint(source: Path | Run, checkpoint: str | None = None) -> Path:
@@ -106,9 +109,80 @@ def check_fingerprint(config: Config, found: str | None = None) -> None:
         )
 
 
+def check_network(
+    setting: str, source: dict[str, Any], model: Model, recipe: Recipe, has_small_stem: bool
+) -> None:
+    """Raise if the weights of a training would compute something else in a network of these settings.
+
+    Names and shapes of weights, compared when they are loaded, do not show all of these differences.
+
+    Args:
+        setting: the user's input, such as `model.weights=RUN`, for the error.
+        source: config of that training.
+        model: settings of the network that is to begin with the weights.
+        recipe: its recipe.
+        has_small_stem: whether model.stem changes this network, as far as that is known.
+
+    Raises:
+        UserError: names the setting.
+    """
+    saved, saved_recipe = with_implied(source["model"]), source["recipe"]
+    for key in ("name", "options"):
+        check_equal(setting, f"model.{key}", saved[key], getattr(model, key))
+    if saved.get("source_hash") != model.source_hash:
+        raise UserError(
+            f"{setting}: it was trained with another source of {model.name}: restore those files, or export "
+            "its weights and set model.weights=EXPORT/model.pt"
+        )
+    check_equal(setting, "recipe.blurpool", bool(saved_recipe.get("blurpool")), recipe.blurpool)
+    if has_small_stem:
+        stems = [is_small(saved["stem"], saved_recipe["size"]), is_small(model.stem, recipe.size)]
+        check_equal(setting, "model.stem", *("small" if small else "standard" for small in stems))
+    for key, value in image_settings(saved).items():
+        if key not in model.preprocessing:
+            words = str(value).replace(" ", "")
+            raise UserError(
+                f"{setting}: its model.preprocessing.{key} is {words}, and this training sets none: "
+                f"add '+model.preprocessing.{key}={words}', or leave the weights out"
+            )
+
+
+def check_equal(setting: str, name: str, saved: Any, value: Any, why: str = "") -> None:
+    """Raise unless a setting of a training has the value that it had in the training whose weights it takes.
+
+    Args:
+        setting: the user's input, such as `model.weights=RUN`, for the error.
+        name: name of the setting.
+        saved: its value in the training that wrote the weights.
+        value: its value in the training that is to begin with them.
+        why: on what condition both must be equal, for the error.
+
+    Raises:
+        UserError: names both values, and what to type.
+    """
+    if (saved or None) != (value or None):
+        raise UserError(
+            f"{setting}: its {name} is {saved}, and that of this training {value}{why}: "
+            f"set {name}={saved}, or leave the weights out"
+        )
+
+
+def with_implied(model: dict[str, Any]) -> dict[str, Any]:
+    """Return `model` of a frozen config with what its published weights imply: timm's tag, and options."""
+    name, weights = model["name"], model.get("weights")
+    options = {**implied_options(name, weights), **(model.get("options") or {})}
+    return {**model, "name": tagged_name(name, weights), "options": options}
+
+
+def image_settings(model: dict[str, Any]) -> dict[str, Any]:
+    """Return what `model.preprocessing` of a frozen config says of the pixels, apart from the crop."""
+    values = model.get("preprocessing") or {}
+    return {key: values[key] for key in _PIXELS if key in values}
+
+
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """Return the checkpoints of a run: best, last, previous, then those of single epochs."""
-    folder = run_folder / "checkpoints"
+    folder = run_folder / CHECKPOINTS
     named = [folder / name for name in (BEST, LAST, PREVIOUS)]
     return [*(path for path in named if path.exists()), *epoch_checkpoints(folder)]
 

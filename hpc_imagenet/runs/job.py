@@ -68,3 +68,20 @@ def content_hash(dataset: Dataset, process: Process | None = None) -> str:
     pinned = dataset.revision or (all(pins.values()) and pins)
     changed = dataset.identity() | (process.image_identity() if process else {})
     return signature("content", dataset.name, pinned or dataset.source, *([changed] if changed else []))
+
+
+def holds_dataset(frozen: dict[str, Any]) -> bool:
+    """Whether the datastore of a frozen config holds its dataset, by name or by content.
+
+    A run on a datastore that is named alone has the default `dataset` in its config, and does not read it.
+
+    Raises:
+        UserError: a setting of `dataset` or `process` is unknown or of the wrong type.
+    """
+    from hpc_imagenet.config.input.typed_values import typed_values  # `jobs` does not need OmegaConf
+
+    dataset, datastore = frozen["dataset"], frozen["datastore"]
+    if str(datastore["name"]).partition("@")[0] == dataset["name"]:
+        return True
+    typed = typed_values(Dataset, dataset), typed_values(Process, frozen["process"])
+    return bool(datastore["content"] == content_hash(*typed))

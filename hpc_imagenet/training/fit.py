@@ -98,7 +98,8 @@ def fit(
             " move its folder away to train from the start, or restore the settings"
         )
 
-    network = build_network(config, classes, fresh=checkpoint is None)
+    class_ids = [each.wnid for each in store.manifest.classes]
+    network = build_network(config, classes, fresh=checkpoint is None, class_ids=class_ids)
     log_every = min(LOG_EVERY, steps)
     images = preprocessing(config)
     if dist_env.is_rank_zero:

@@ -45,12 +45,13 @@ class Prototype:
     """
 
     def __init__(self, config: Config, store: DatasetReader) -> None:
-        dist_env, classes = DistEnv(), len(store.manifest.classes)
+        dist_env, class_ids = DistEnv(), [each.wnid for each in store.manifest.classes]
+        classes = len(class_ids)
         self.config, self.device = config, torch.device("cuda", 0) if torch.cuda.is_available() else _CPU
         torch.set_num_threads(available_cpus(dist_env))
         share, train = batch_share(config, dist_env), store.open_split("train")
         steps = steps_per_epoch(len(train), share.batch)
-        network = build_network(config, classes, fresh=True)
+        network = build_network(config, classes, fresh=True, class_ids=class_ids)
         images = preprocessing(config)
         self.module = Classifier(
             network,

@@ -32,7 +32,7 @@ from hpc_imagenet.config.names.tracker_names import parse_trackers
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import Superseded, UserError, first_line
 from hpc_imagenet.io.atomic_files import read_json, write_json
-from hpc_imagenet.runs.job import signature
+from hpc_imagenet.runs.job import holds_dataset, signature
 from hpc_imagenet.runs.store import Run
 
 PROJECT = "hpc-imagenet"  # unless WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT is set
@@ -179,7 +179,9 @@ class Tracker(Logger):
         """Return the settings by which runs are found."""
         config = self._config
         tags = {_RUN_TAG: self._run.id, "model": config.model.name, "seed": str(config.seed)}
-        tags |= {"dataset": config.dataset.name, "datastore": config.datastore.name}
+        tags["datastore"] = config.datastore.name
+        if holds_dataset(asdict(config)):
+            tags["dataset"] = config.dataset.name
         return tags | ({"sweep": " ".join(self.sweeps)} if self.sweeps else {})
 
     def sent_config(self) -> dict[str, Any]:

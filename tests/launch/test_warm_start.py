@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 from tiny_training import tiny_config, write_store
 
 from hpc_imagenet.config.compose import compose
+from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.validate import version_finder
@@ -124,6 +125,8 @@ def test_trials_of_a_search_begin_with_one_run(trained: tuple[Cli, Run]) -> None
         assert trial.config().model.weights_run == source.id
     line = cli.refused("+search=tpe", "model=squeezenet1_1,resnet18", *FIXED[:1], *FIXED[2:], *words[:2])
     assert "its model.name is squeezenet1_1, and that of this training resnet18" in line
+    line = cli.refused("+search=tpe", *FIXED, *words[:2], "recipe.blurpool=false,true")
+    assert "its recipe.blurpool is False, and that of this training True: set recipe.blurpool=False" in line
 
 
 def test_files_keep_their_signature() -> None:
@@ -179,9 +182,9 @@ def test_sources_that_do_not_fit_are_refused(trained: tuple[Cli, Run]) -> None:
         (source.folder / "away").rename(checkpoints)
 
 
-def begun_with(store: RunStore, run_id: str, **model: Any) -> Run:
+def begun_with(store: RunStore, run_id: str, config: Config | None = None, **model: Any) -> Run:
     """Return a training as submitted, with a checkpoint."""
-    config = tiny_config()
+    config = config or tiny_config()
     config.model = replace(config.model, **model)
     run = store.create(run_id, asdict(config), {"stage": "train"})
     (run.folder / "checkpoints").mkdir()
@@ -227,6 +230,66 @@ def test_a_network_for_other_published_weights_is_refused(tmp_path: Path) -> Non
     config.model = replace(config.model, name="googlenet", weights=source.id, options=off)
     with pytest.raises(UserError, match=r"its model.options is \{'transform_input': True\}, and that of"):
         find_weights(config, store)
+
+
+@pytest.mark.parametrize(
+    ("source", "changed", "message"),
+    [
+        ({"blurpool": True}, {}, "its recipe.blurpool is True, .* False: set recipe.blurpool=True"),
+        ({}, {"blurpool": True}, "its recipe.blurpool is False, .* True: set recipe.blurpool=False"),
+        ({}, {"size": 128}, "its model.stem is small, and that .* standard: set model.stem=small"),
+        ({"size": 128}, {}, "its model.stem is standard, and that .* small: set model.stem=standard"),
+    ],
+)
+def test_settings_that_change_the_network_and_no_shape_are_compared(
+    source: dict[str, Any], changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    run = begun_with(RunStore(tmp_path), "aaaaaaaa-first", tiny_config(**source))
+    config = tiny_config(**changed)
+    config.model = replace(config.model, weights=run.id)
+    with pytest.raises(UserError, match=f"^model.weights={run.id}: {message}, or leave the weights out$"):
+        find_weights(config, RunStore(tmp_path))
+
+
+def test_stems_of_two_words_may_be_the_same_network(tmp_path: Path) -> None:
+    run, config = begun_with(RunStore(tmp_path), "aaaaaaaa-first"), tiny_config(size=128)
+    config.model = replace(config.model, weights=run.id, stem="small")
+    assert find_weights(config, RunStore(tmp_path)).model.stem == "small"
+
+
+@pytest.mark.parametrize("name", ["timm/swinv2_tiny_window8_256", "own:Network"])
+def test_networks_that_may_have_one_stem_are_not_compared_by_stem(name: str, tmp_path: Path) -> None:
+    run = begun_with(RunStore(tmp_path), "aaaaaaaa-first", name=name)
+    config = tiny_config(size=256)
+    config.model = replace(config.model, name=name, weights=run.id)
+    assert find_weights(config, RunStore(tmp_path)).model.weights_run == run.id
+
+
+def test_images_are_normalised_as_those_of_the_run(tmp_path: Path) -> None:
+    own = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "crop_pct": 0.9}
+    run, config = begun_with(RunStore(tmp_path), "aaaaaaaa-first", preprocessing=own), tiny_config()
+    config.model = replace(config.model, weights=run.id)
+    kept = {key: value for key, value in own.items() if key != "crop_pct"}  # the recipe has the crop
+    assert find_weights(config, RunStore(tmp_path)).model.preprocessing == kept
+    config.model.preprocessing = {"mean": [0.1, 0.2, 0.3]}
+    assert find_weights(config, RunStore(tmp_path)).model.preprocessing == {**kept, "mean": [0.1, 0.2, 0.3]}
+
+
+def test_a_file_in_the_folder_of_a_run_is_as_its_run(tmp_path: Path) -> None:
+    store, config = RunStore(tmp_path), tiny_config()
+    source = begun_with(store, "aaaaaaaa-vit", name="timm/vit_base_patch16_224", weights="mae")
+    file = str(source.folder / "checkpoints" / "best.ckpt")
+    config.model = replace(config.model, name="timm/vit_base_patch16_224", weights=file)
+    found = find_weights(config, store)
+    assert (found.model.name, found.model.weights) == ("timm/vit_base_patch16_224.mae", file)
+    assert found.model.weights_run is None
+    assert preprocessing(found) == preprocessing(source.config())
+    config.model.name = "timm/vit_base_patch16_224.dino"
+    with pytest.raises(UserError, match=rf"^model.weights={file}: its model.name is .*mae, and that of this"):
+        find_weights(config, store)
+    shutil.copy(file, moved := tmp_path / "best.ckpt")
+    config.model.weights = str(moved)
+    assert find_weights(config, store) is config  # its own config is compared when it is loaded
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

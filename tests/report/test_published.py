@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.names.backbones import BACKBONES
+from hpc_imagenet.config.schema import Datastore
+from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.report.leaderboard_details import read_details
 from hpc_imagenet.report.published import published_accuracies, published_for
+from hpc_imagenet.runs.attempt import FINISHED, PRUNED
+from hpc_imagenet.runs.job import content_hash
+from hpc_imagenet.runs.store import RunStore
 
 
 @pytest.mark.slow
@@ -35,6 +44,7 @@ def frozen(name: str, epochs: int, val_size: int = 224, **more: Any) -> dict[str
         "model": {"name": name, "weights": None},
         "recipe": {"epochs": epochs, "val_size": val_size},
         "dataset": {"name": "imagenet", "archives": {}},
+        "datastore": {"name": "imagenet@v2"},
     }
     return config | more
 
@@ -67,4 +77,48 @@ def test_other_images_and_pretrained_weights_have_no_published_accuracy() -> Non
     assert published_for(frozen("resnet50", 90, model=weights)) is None
     assert published_for(frozen("regnet_y_128gf", 100)) is None  # published on more images only
     md5 = {"val": {"md5": "29b22e2961454d5413ddabcf34fc5622"}}
-    assert published_for(frozen("resnet50", 90, dataset={"name": "mine", "archives": md5})) is not None
+    mine = {"dataset": {"name": "mine", "archives": md5}, "datastore": {"name": "mine"}}
+    assert published_for(frozen("resnet50", 90, **mine)) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "is_imagenet"),
+    [
+        (("datastore.name=small",), False),
+        (("datastore.name=birds",), False),  # dataset=imagenet is the default
+        (
+            ("+stage=pipeline", "datastore.name=small", "process.layout=shards", "process.resize=short:256"),
+            True,
+        ),
+        (("+stage=pipeline", "dataset=images", "dataset.name=birds", "dataset.source=/birds"), False),
+        (("datastore.name=small", "process.layout=shards", "process.resize=short:256"), True),
+        ((), True),
+    ],
+)
+def test_a_datastore_named_alone_has_no_published_accuracy(words: tuple[str, ...], is_imagenet: bool) -> None:
+    def find_version(datastore: Datastore) -> Datastore | None:
+        content = small if datastore.name == "small" else "c0ffee01"
+        return None if "+stage=pipeline" in words else replace(datastore, version=1, content=content)
+
+    resized = ["cluster=local", "model=resnet50", "process.layout=shards", "process.resize=short:256"]
+    (settings,) = compose(resized)
+    small = content_hash(settings.dataset, settings.process)  # of resized ImageNet
+
+    jobs = make_plan(compose(["cluster=local", "model=resnet50", *words]), find_version)
+    (training,) = (job for job in jobs if job.stage == "train")
+    assert (published_for(training.frozen()) is not None) == is_imagenet
+
+
+@pytest.mark.slow
+def test_a_pruned_trial_has_another_protocol(tmp_path: Path) -> None:
+    (config,) = compose(["cluster=local", "model=resnet50"])
+    for state, epochs in ((FINISHED, 90), (PRUNED, 9)):
+        run = RunStore(tmp_path).create(f"0000000{epochs}-resnet50", asdict(config), {"stage": "train"})
+        attempt = run.new_attempt()
+        attempt.submit("local", host="elsewhere")
+        attempt.start()
+        attempt.end(state, "", {"top1": 0.4, "epochs": epochs})
+        details = read_details(run, False)
+        assert details.published is not None
+        assert details.same_protocol is (state == FINISHED)

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,17 @@ def interrupt_and_resume(config: Any, tiny: DatasetReader, run: Run, tracker: An
         train(changed, tiny, run)
     signal_at(1000)
     train(changed, tiny, run)
+
+
+@pytest.mark.slow
+def test_the_dataset_is_a_tag_only_where_the_datastore_holds_it(config: Any, tmp_path: Path) -> None:
+    settings = config()
+    run = stored_run(tmp_path, settings)
+    assert Tracker("mlflow", settings, run, 0, lambda: None).tags()["dataset"] == settings.dataset.name
+    settings.datastore = replace(settings.datastore, name="birds", content="c0ffee01")
+    tags = Tracker("mlflow", settings, run, 0, lambda: None).tags()
+    assert tags["datastore"] == "birds"
+    assert "dataset" not in tags
 
 
 @pytest.fixture

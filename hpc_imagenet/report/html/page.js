@@ -161,7 +161,7 @@ function drawTable() {
     return values.size > (column.ifDifferent ? 1 : 0);
   });
   $("count").textContent = state.shown.length === state.rows.length ? `${number(state.rows.length)} trainings` : `${number(state.shown.length)} of ${number(state.rows.length)} trainings`;
-  if (state.rows.some((run) => run.published_same_protocol === false)) $("count").textContent += "; ≠: published with another length or size";
+  if (state.rows.some((run) => run.published_same_protocol === false)) $("count").textContent += "; ≠: published with another length or size, or of a pruned trial";
   const heads = columns.map((column) => {
     const { sort } = state;
     if (!column.value) return el("th", { class: column.class }, column.head);

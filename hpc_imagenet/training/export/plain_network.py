@@ -16,6 +16,7 @@ from torch import nn
 from torchvision import models
 
 from hpc_imagenet.config.names.backbones import implied_options, is_own, timm_name
+from hpc_imagenet.config.recipe import is_small
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.training.models import blurpool, build
 
@@ -91,7 +92,7 @@ def _arguments(options: dict[str, Any]) -> str:
 def _torchvision_options(config: Config) -> dict[str, Any]:
     """Return the arguments with which `networks.build_network` calls torchvision's constructor."""
     model, size = config.model, config.recipe.size
-    own = build.constructor_arguments(model.name, build.is_small(model.stem, size), size)
+    own = build.constructor_arguments(model.name, is_small(model.stem, size), size)
     return {**own, **implied_options(model.name, model.weights), **model.options}
 
 

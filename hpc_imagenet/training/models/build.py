@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from hpc_imagenet.config.recipe import is_small
 from hpc_imagenet.errors import UserError, first_line
 
-SMALL = 64  # px: largest image size for which stem=auto is small
 GRID = 8  # patches per side of a vision transformer with the small stem
 STEM_STRIDE = 4  # downsampling factor that the small stem removes
 
@@ -81,11 +81,6 @@ def build_model(
     check_size(model, name, "recipe.val_size", val_size or size)
     check_size(model, name, "recipe.start_size", start_size or size)
     return model
-
-
-def is_small(stem: str, size: int) -> bool:
-    """Whether `model.stem` is small for images of `size` px."""
-    return stem == "small" or (stem == "auto" and size <= SMALL)
 
 
 def constructor_arguments(name: str, small: bool, size: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,18 @@ State = Mapping[str, Tensor]
 _DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 
 
-def load_weights(model: nn.Module, name: str, weights: str, averaged: bool = True) -> bool:
-    """Load initial weights into `model`; a classifier for another number of classes is not changed.
+def load_weights(
+    model: nn.Module, name: str, weights: str, averaged: bool = True, classifier: Collection[str] = ()
+) -> bool:
+    """Load initial weights into `model`; a classifier for other classes is not changed.
 
     Args:
         model: the network as built, on the CPU.
         name: name of the backbone.
         weights: a torchvision name, such as IMAGENET1K_V2, or a file.
         averaged: whether to take the EMA weights of a checkpoint, if it has any.
+        classifier: names of the classifier's weights, if the file is known to have them for other classes; a
+            different number is found here.
 
     Returns:
         Whether the classifier's weights were loaded too.
@@ -44,16 +48,17 @@ def load_weights(model: nn.Module, name: str, weights: str, averaged: bool = Tru
     path = cached_weights(name, weights, setting)[1] if is_weights_name(name, weights) else Path(weights)
     state, mismatches = match_names(model, read_weights(path, setting, averaged))
     expected, classifiers = model.state_dict(), tuple(f"{layer}." for layer in classifier_names(model))
-    other = [key for key in mismatches if not key.startswith(classifiers)]
+    other = [key for key in mismatches if not key.startswith(classifiers) and key not in classifier]
     if other or (mismatches and any(_shape(state, key) is None for key in mismatches)):
         raise UserError(
             f"{setting}: {shape_difference((other or mismatches)[0], state, expected)} of this {name}: "
             "use weights of this model, the same recipe.size, or model.stem=standard"
         )
-    for key in mismatches:
+    left_out = {*mismatches, *classifier}
+    for key in left_out:
         del state[key]
     model.load_state_dict(state, strict=False)
-    return not mismatches
+    return not left_out
 
 
 def match_names(model: nn.Module, weights: State) -> tuple[OrderedDict[str, Tensor], list[str]]:

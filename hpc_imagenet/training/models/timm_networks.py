@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from hpc_imagenet.config.names.backbones import INSTALL_TIMM, is_weights_name, tagged_name, timm_name
-from hpc_imagenet.config.recipe import Model, Recipe
+from hpc_imagenet.config.recipe import Model, Recipe, is_small
 from hpc_imagenet.errors import UserError, first_line
-from hpc_imagenet.training.models.build import check_size, is_small, shrink_stem
+from hpc_imagenet.training.models.build import check_size, shrink_stem
 from hpc_imagenet.training.models.pretrained import read_weights
 
 try:
