@@ -19,7 +19,7 @@ from hpc_imagenet.report.show.resources import energies_of
 from hpc_imagenet.report.show.validations import validation_difference, validations
 from hpc_imagenet.report.terminal_text import Line, columns, fit
 from hpc_imagenet.runs.attempt import RUNNING, is_number
-from hpc_imagenet.runs.checkpoints import BEST, LAST
+from hpc_imagenet.runs.checkpoints import BEST
 from hpc_imagenet.runs.run_records import RecordCache
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS
@@ -30,6 +30,7 @@ _COLUMNS = {
     "model": "model",
     "stage": "stage",
     "datastore": "datastore",
+    "content": "content",
     "split": "split",
     "val_size": "val px",
     "val_resize": "val_resize",
@@ -58,10 +59,14 @@ _COLUMNS = {
     "dir": "run folder",
 }
 _ACCURACIES = ("top1", "published_top1", "top5")
-_IN_CSV_ONLY = ("val_resize", "training", "learned", "loss", "dir", "gpu_hours_per_point", "energy_of")
+_IN_CSV_ONLY = (
+    *("content", "val_resize", "training", "learned", "loss", "dir"),
+    *("gpu_hours_per_point", "energy_of"),
+)
 _MEASURED = ("top5", "loss", "images_per_second", "epochs", "parameters", "step")
 _OF_DETAILS = ("datastore", "content", "seed", "split", "training", "checkpoint", "hours", *VAL_SETTINGS)
-_LEAST_NAME = 20  # columns of a name in a narrow terminal
+# Columns of a name in a narrow terminal: at least, and before another column is left out for it.
+_LEAST_NAME, _USUAL_NAME = 20, 40
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ def _entries(store: RunStore) -> list[Training]:
             found = details[run.id]
             kwh, energy_of = energies.get(run.id, (found.kwh, found.energy_of))
             entries.append(_training(run, row, found._replace(kwh=kwh, energy_of=energy_of)))
+    _find_versions([entry.row for entry in entries])
     known = {entry.run.id for entry in entries}
     evaluations: dict[str, list[Training]] = {}
     for entry in entries:
@@ -115,14 +121,24 @@ def _entries(store: RunStore) -> list[Training]:
     return sorted(first, key=lambda entry: (entry.row["top1"] is None, -(entry.row["top1"] or 0)))
 
 
+def _find_versions(rows: Sequence[dict[str, Any]]) -> None:
+    """Set the version of a datastore in rows of pipelines, which know its content alone, by other rows."""
+    versions = {}
+    for row in rows:
+        name, at, _ = str(row["datastore"]).partition("@")
+        if at and row["content"]:
+            versions[name, row["content"]] = row["datastore"]
+    for row in rows:
+        row["datastore"] = versions.get((str(row["datastore"]), row["content"]), row["datastore"])
+
+
 def _find_replaced(training: Run, evaluations: Iterable[dict[str, Any]]) -> None:
-    """Set in rows of evaluations whether the training has replaced the checkpoint since."""
+    """Set in rows of evaluations of a best.ckpt whether the training has replaced it since."""
     with contextlib.suppress(OSError):  # such as no permission
-        newest = validations(training.folder / "metrics.csv")
-        steps = {BEST: newest["best"]["step"], LAST: newest["last"]["step"]} if newest else {}
+        found = validations(training.folder / "metrics.csv")
         for row in evaluations:
-            if row["step"] is not None and row["checkpoint"] in steps:
-                row["replaced"] = row["step"] < steps[row["checkpoint"]]
+            if found and row["step"] is not None and row["checkpoint"] == BEST:
+                row["replaced"] = row["step"] < found["best"]["step"]
 
 
 def leaderboard_rows(store: RunStore) -> list[dict[str, Any]]:
@@ -137,7 +153,7 @@ def leaderboard_rows(store: RunStore) -> list[dict[str, Any]]:
     gpu_hours_per_point and kwh_per_point (of top-1, in percent), learned (False: at chance) with
     its advice, and published_top1, published_protocol and published_same_protocol (None where nothing is
     published). An evaluation also has checkpoint (file name), its step, and replaced: whether the training
-    has replaced that checkpoint since (None if unknown).
+    has replaced that best.ckpt since (None if unknown, and for other checkpoints).
     """
     return [each.row for entry in _entries(store) for each in (entry, *entry.evaluations)]
 
@@ -157,14 +173,18 @@ def leaderboard_lines(table: Iterable[dict[str, Any]], width: int | None = None)
         if not any(cells[name]):
             del cells[name]
     widths = {name: max(map(columns, (name, *texts))) for name, texts in cells.items()}
+    longest = widths["model"]
+    if width is not None:  # long names of evaluations do not take the columns of all rows
+        own = [columns(_name(row, runs)) for row in rows if row["stage"] == "train"]
+        widths["model"] = min(longest, max([_USUAL_NAME, *own]))
     for name in ("run folder", *_LEFT_OUT):
         if width is not None and name in cells and sum(widths[each] + 2 for each in cells) - 2 > width:
             del cells[name]
             if name == "run folder":
                 cells["run"], widths["run"] = [one_line(row["run"])[:8] for row in rows], 8
-    if width is not None:  # a long name is cut; the first digits of its run stay
-        excess = sum(widths[each] + 2 for each in cells) - 2 - width
-        widths["model"] -= max(0, min(excess, widths["model"] - _LEAST_NAME))
+    if width is not None:  # names get what is left, and long ones are cut; the first digits of the run stay
+        left = width - sum(widths[each] + 2 for each in cells if each != "model")
+        widths["model"] = min(longest, max(_LEAST_NAME, left))
 
     def line(texts: Sequence[str]) -> str:
         parts = zip(cells, texts, strict=True)
@@ -198,6 +218,9 @@ def format_markdown(table: Sequence[dict[str, Any]]) -> str:
 def evaluation_name(row: dict[str, Any], training: dict[str, Any] | None) -> str:
     """Return what an evaluation has judged: its split, and where it differs from its training or best.ckpt.
 
+    The step distinguishes checkpoints of one file name. It is left out only of a known training's present
+    best.ckpt and epoch-N.ckpt.
+
     Args:
         row: row of the evaluation.
         training: row of its training; None if that is not in the workspace.
@@ -206,10 +229,12 @@ def evaluation_name(row: dict[str, Any], training: dict[str, Any] | None) -> str
     if training and training["content"] and training["content"] != row["content"]:
         data = f"{data} of {row['datastore']}"
     parts = [str(data), validation_difference(row, training or {})]
-    if row["replaced"]:
-        parts.append(f"{row['checkpoint']} of step {row['step']}")
-    elif row["checkpoint"] != BEST:
-        parts.append(row["checkpoint"])
+    checkpoint = row["checkpoint"] or ""
+    numbered = training and checkpoint.startswith("epoch-")
+    if row["step"] is not None and row["replaced"] is not False and not numbered:
+        parts.append(f"{checkpoint} of step {row['step']}".strip())
+    elif checkpoint != BEST:
+        parts.append(checkpoint)
     return one_line(", ".join(filter(None, parts)))
 
 

@@ -35,7 +35,7 @@ class Details(NamedTuple):
         training: id of the run whose checkpoint an evaluation has judged.
         checkpoint: file name of that checkpoint.
         val_size: px, side of the centre crop of validation.
-        val_resize: px, short side before that crop.
+        val_resize: px, short side before that crop; None where a crop fraction replaces it.
         val_flip: whether an image and its mirror image are evaluated.
         gpu_hours: of all attempts; 0 without GPUs.
         hours: in which its attempts were running.
@@ -120,8 +120,7 @@ class DetailsCache(EndedRunCache[Details]):
     """
 
     file = "leaderboard.cache"
-    # The number is raised when `Details` or its rules change; the package holds what is published.
-    version = f"4 {__version__}"
+    version = f"5 {__version__}"  # raised when `Details` or its values change; the package: what is published
 
     def __init__(self, store: RunStore, running: Collection[str]) -> None:
         super().__init__(store)

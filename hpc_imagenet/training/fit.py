@@ -65,8 +65,8 @@ def fit(
     Returns:
         top1 and top5 (0 to 1) and loss (mean cross-entropy) on val; images_per_second of training over all
         ranks; skipped (number of unreadable images); epochs that were trained; best_top1 and best_epoch of
-        best.ckpt; seconds of all starts, without work that was lost; parameters (number); learned (whether
-        top1 is above chance), with advice if not.
+        best.ckpt; seconds of all starts, without work that was lost (None if unknown); parameters (number);
+        learned (whether top1 is above chance), with advice if not.
 
     Raises:
         UserError: bad input.

@@ -39,10 +39,16 @@ def training(store: RunStore) -> Run:
 
 
 def evaluated(
-    store: RunStore, number: int, of: Run, checkpoint: str = "best", step: int = 40, **config: Any
+    store: RunStore, number: int, of: Run, checkpoint: str = "best", step: int | None = 40, **config: Any
 ) -> None:
     evaluate = {"split": "val", "run": of.id, "checkpoint": f"/runs/{of.id}/checkpoints/{checkpoint}.ckpt"}
     recorded(store, number, "evaluate", {"step": step}, evaluate=evaluate, **config)
+
+
+def names(store: RunStore) -> list[str]:
+    """Return the names in the leaderboard."""
+    lines = [line[0][0] for line in leaderboard_lines(leaderboard_rows(store))[1:]]
+    return [re.split(" {2,}", line.strip())[0] for line in lines]
 
 
 def test_evaluations_of_one_training_are_distinguished(cli: Cli) -> None:
@@ -55,18 +61,17 @@ def test_evaluations_of_one_training_are_distinguished(cli: Cli) -> None:
     evaluated(store, 6, of, step=20)  # best.ckpt as it was then
     evaluated(store, 7, of, datastore={**DATASTORE, "version": 2, "content": "c0ffee02"})
     rows = leaderboard_rows(store)
-    lines = [line[0][0] for line in leaderboard_lines(rows, 80)[1:]]
-    assert [re.split(" {2,}", line.strip())[0] for line in lines] == [
+    assert names(store) == [
         "resnet18",
         "evaluation on val",
         "evaluation on val, 288 of 320 px",
         "evaluation on val, 192 px",
-        "evaluation on val, mirrored, last.ckpt",
+        "evaluation on val, mirrored, last.ckpt of step 50",
         "evaluation on val, best.ckpt of step 20",
         "evaluation on val of birds@v2",
     ]
-    assert max(map(len, lines)) <= 80
-    assert [row["replaced"] for row in rows] == [None, False, False, False, False, True, False]
+    assert max(len(line[0][0]) for line in leaderboard_lines(rows, 80)) <= 80
+    assert [row["replaced"] for row in rows] == [None, False, False, False, None, True, False]
     table = list(csv.DictReader(io.StringIO(cli("report", "--csv").stdout)))
     for row in table:
         del row["run"], row["dir"], row["hours"]
@@ -79,20 +84,80 @@ def test_evaluations_of_one_training_are_distinguished(cli: Cli) -> None:
     assert "| birds@v1 | val | 224 | yes | last.ckpt | 50 |" in cells[4]
 
 
+def test_checkpoints_of_one_file_name_are_distinguished(cli: Cli) -> None:
+    store = RunStore(cli.workspace)
+    of = training(store)
+    checkpoints = [
+        *(("last", 30), ("last", 50), ("previous", 20), ("previous", 40)),
+        *(("epoch-3", 30), ("best", None), ("last", None)),
+    ]
+    for number, (checkpoint, step) in enumerate(checkpoints, 2):
+        evaluated(store, number, of, checkpoint, step)
+    assert names(store)[1:] == [
+        *("evaluation on val, last.ckpt of step 30", "evaluation on val, last.ckpt of step 50"),
+        *("evaluation on val, previous.ckpt of step 20", "evaluation on val, previous.ckpt of step 40"),
+        *("evaluation on val, epoch-3.ckpt", "evaluation on val", "evaluation on val, last.ckpt"),
+    ]
+
+
+def test_checkpoints_outside_runs_are_distinguished(cli: Cli) -> None:
+    store = RunStore(cli.workspace)
+    elsewhere = store.run("00000001-resnet18")
+    for number, checkpoint in enumerate(("best", "epoch-3", "model"), 2):
+        for step in (10, 20):
+            evaluated(store, 100 * number + step, elsewhere, checkpoint, step)
+    assert sorted(names(store)) == [
+        f"resnet18 (evaluation on val, 224 px, {name}.ckpt of step {step})"
+        for name in ("best", "epoch-3", "model")
+        for step in (10, 20)
+    ]
+
+
+def test_a_crop_fraction_replaces_val_resize(cli: Cli) -> None:
+    store = RunStore(cli.workspace)
+    model = {"name": "timm/resnet18", "preprocessing": {}}
+    of = recorded(store, 1, "train", {}, model=model)
+    evaluated(store, 2, of, model=model, recipe={**RECIPE, "val_size": 288, "val_resize": 288}, step=None)
+    evaluated(store, 3, of, model=model, recipe={**RECIPE, "val_resize": 240}, step=None)  # nothing changes
+    assert names(store)[1:] == ["evaluation on val, 288 px", "evaluation on val"]
+    assert {row["val_resize"] for row in leaderboard_rows(store)} == {None}
+
+
+def test_the_training_of_a_pipeline_has_the_version_that_another_run_knows(cli: Cli) -> None:
+    store = RunStore(cli.workspace)
+    for number, content in enumerate(("c0ffee01", "c0ffee02", "c0ffee03"), 1):
+        recorded(store, number, "train", {}, datastore={**DATASTORE, "version": None, "content": content})
+    recorded(store, 4, "train", {})
+    recorded(store, 5, "train", {}, datastore={"name": "birds@v2", "version": None, "content": "c0ffee02"})
+    found = {int(row["run"][:8]): row["datastore"] for row in leaderboard_rows(store)}
+    assert found == {1: "birds@v1", 2: "birds@v2", 3: "birds", 4: "birds@v1", 5: "birds@v2"}
+    table = csv.DictReader(io.StringIO(cli("report", "--csv").stdout))
+    assert {row["content"] for row in table if row["datastore"] == "birds"} == {"c0ffee03"}
+
+
+def test_a_long_name_does_not_take_the_columns_of_all_rows(cli: Cli) -> None:
+    store = RunStore(cli.workspace)
+    of = training(store)
+    evaluated(store, 2, of, recipe={"val_size": 288, "val_resize": 320, "val_flip": True}, step=20)
+    assert " seed " in leaderboard_lines(leaderboard_rows(store), 80)[0][0][0]
+    wide = [line[0][0] for line in leaderboard_lines(leaderboard_rows(store), 300)]
+    assert "evaluation on val, 288 of 320 px, mirrored, best.ckpt of step 20  " in wide[2]
+
+
 def test_a_long_name_is_cut_in_a_narrow_terminal(cli: Cli) -> None:
     store = RunStore(cli.workspace)
     of = training(store)
     evaluated(store, 2, of, recipe={"val_size": 288, "val_resize": 320, "val_flip": True}, step=20)
     lines = [line[0][0] for line in leaderboard_lines(leaderboard_rows(store), 80)]
     assert [len(line.rstrip()) for line in lines[1:]] == [80, 80]
-    assert lines[2].startswith("  evaluation on val, 288 of 320 px, mirrored, ")
+    assert lines[2].startswith("  evaluation on val, 288 of 320 px, mirrored…")
     assert lines[2].endswith("00000002")
 
 
 def test_the_size_is_named_if_the_training_is_elsewhere(cli: Cli) -> None:
     store = RunStore(cli.workspace)
     evaluated(store, 2, store.run("00000001-resnet18"))
-    assert "resnet18 (evaluation on val, 224 px)" in cli("report").stdout
+    assert "resnet18 (evaluation on val, 224 px, best.ckpt of step 40)" in cli("report").stdout
 
 
 @pytest.mark.parametrize("value", [[], {"a": 1}, "text", -1, None])

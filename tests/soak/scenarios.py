@@ -34,6 +34,7 @@ from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.node_cache.cache import NodeCache
 from hpc_imagenet.datastore.node_cache.copy_process import CopyProcess
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.runs.checkpoints import fingerprint
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages.work import process
 
@@ -315,7 +316,8 @@ class Score(Train):
 
         torch.set_num_threads(1)
         config = tiny_config()
-        config.evaluate = Evaluate(str(self.trained / "checkpoints/last.ckpt"), split="val")
+        checkpoint = self.trained / "checkpoints/last.ckpt"
+        config.evaluate = Evaluate(str(checkpoint), fingerprint(checkpoint), split="val")
         run = Run(self.state)
         run.folder.mkdir(parents=True, exist_ok=True)
         result = score(config, DatasetReader(self.folder / "store"), run, DistEnv())

@@ -108,6 +108,10 @@ def test_seconds_are_those_of_all_starts(config, tiny: DatasetReader, reference,
     state["seconds"] = 36_000.0
     torch.save(content, run.folder / "checkpoints" / "last.ckpt")
     assert train(config(), tiny, run)["seconds"] > 36_000
+    del state["seconds"]  # a checkpoint of an older version
+    torch.save(content, run.folder / "checkpoints" / "last.ckpt")
+    assert train(config(), tiny, run)["seconds"] is None
+    assert train(config(), tiny, run)["seconds"] is None  # from the new checkpoint
 
 
 def test_damaged_checkpoint_falls_back_to_previous(

@@ -23,7 +23,7 @@ class DatastoreKey(NamedTuple):
 
     Attributes:
         name: without a version.
-        url: where it is stored.
+        url: where it is stored; None if the content is known, since copies of one content are one datastore.
         version: number.
         content: hash of its images.
     """
@@ -39,12 +39,15 @@ def datastore_key(frozen: dict[str, Any]) -> DatastoreKey:
     chosen = frozen.get("datastore")
     if not isinstance(chosen, dict) or "name" not in chosen:
         return DatastoreKey("unknown", None, None, None)
-    known = (str(chosen[key]) if chosen.get(key) else None for key in ("url", "version", "content"))
-    return DatastoreKey(str(chosen["name"]).partition("@")[0], *known)
+    url, version, content = (
+        str(chosen[key]) if chosen.get(key) else None for key in ("url", "version", "content")
+    )
+    name = str(chosen["name"]).partition("@")[0]
+    return DatastoreKey(name, None if content else url, version, content)
 
 
 def datastore_names(versions: Mapping[DatastoreKey, Any]) -> dict[DatastoreKey, str]:
-    """Return a name for each datastore: name@vN, and with URL or content where two would have one name.
+    """Return a name for each datastore: name@vN, and with content, else URL, where two would have one name.
 
     Args:
         versions: version of each datastore; empty where it is unknown: then the name has the content.
@@ -53,11 +56,10 @@ def datastore_names(versions: Mapping[DatastoreKey, Any]) -> dict[DatastoreKey, 
     for key, version in versions.items():
         pinned = f"@v{version}" if version else f" ({key.content})" if key.content else ""
         names[key] = f"{key.name}{pinned}"
-    for more in ("at {url}", "of content {content}"):
-        several = Counter(names.values())
-        for key, name in names.items():
-            if several[name] > 1:
-                names[key] = f"{name} {more.format_map(key._asdict())}"
+    several = Counter(names.values())
+    for key, name in names.items():
+        if several[name] > 1 and (key.content or key.url):
+            names[key] = f"{name} of content {key.content}" if key.content else f"{name} at {key.url}"
     return names
 
 

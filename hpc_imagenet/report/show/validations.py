@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hpc_imagenet.config.names.backbones import has_crop_fraction
 from hpc_imagenet.runs.attempt import is_number
 from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS
 
@@ -32,9 +33,15 @@ def validations(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def validation_settings(frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return val_size, val_resize (px) and val_flip of a frozen config; None where it does not have them."""
-    recipe = frozen.get("recipe")
+    """Return val_size, val_resize (px) and val_flip of a frozen config; None where it does not have them.
+
+    val_resize is None also where a crop fraction replaces it.
+    """
+    recipe, model = frozen.get("recipe"), frozen.get("model")
     found = {name: recipe.get(name) if isinstance(recipe, dict) else None for name in VAL_SETTINGS}
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # damaged values
+        if model and has_crop_fraction(model["name"], model.get("preprocessing") or {}):
+            found["val_resize"] = None
     return {
         name: value if is_number(value) or isinstance(value, bool) else None for name, value in found.items()
     }
@@ -49,7 +56,7 @@ def validation_difference(settings: Mapping[str, Any], training: Mapping[str, An
     """
     size, resize, flip = (settings[name] for name in VAL_SETTINGS)
     parts = []
-    if size is not None and training.get("val_resize", resize) != resize:
+    if None not in (size, resize) and training.get("val_resize", resize) != resize:
         parts.append(f"{size} of {resize} px")
     elif size is not None and training.get("val_size") != size:
         parts.append(f"{size} px")

@@ -32,7 +32,8 @@ class ProgressReporter(pl.Callback):
         bottleneck: BottleneckMonitor,
         learning: LearningCheck,
     ) -> None:
-        self._began, self._earlier = began, 0.0  # s of earlier starts, up to the checkpoint
+        self._began = began
+        self._earlier: float | None = 0.0  # s of earlier starts, up to the checkpoint
         self._batch, self._progress, self._bottleneck = batch, progress, bottleneck
         self._learning = learning
         self._rates: list[float] = []  # images/s of each epoch
@@ -49,9 +50,9 @@ class ProgressReporter(pl.Callback):
         return statistics.median(rates) if rates else None
 
     @property
-    def seconds(self) -> float:
-        """Time of the training so far, with that of earlier starts up to the checkpoint."""
-        return self._earlier + time.monotonic() - self._began
+    def seconds(self) -> float | None:
+        """Time of the training so far, with that of earlier starts up to the checkpoint; None if unknown."""
+        return None if self._earlier is None else self._earlier + time.monotonic() - self._began
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint keeps."""
@@ -60,8 +61,8 @@ class ProgressReporter(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the rates, the accuracy and the time of earlier attempts."""
         self._rates, self._top1 = list(state_dict["rates"]), state_dict["top1"]
-        # A checkpoint of an older version has neither.
-        self._best, self._earlier = state_dict.get("best", self._top1), state_dict.get("seconds", 0.0)
+        # A checkpoint of an older version has neither; the time remains unknown from then on.
+        self._best, self._earlier = state_dict.get("best", self._top1), state_dict.get("seconds")
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start timing the first epoch of this attempt, which may begin in its middle."""

@@ -27,14 +27,16 @@ def trained(store: RunStore, number: int, top1: tuple[float, float] = (0.5, 1), 
 
 
 @pytest.mark.slow
-def test_datastores_of_one_name_and_version_at_two_urls(tmp_path: Path) -> None:
+def test_datastores_of_one_name_and_version_but_of_different_content(tmp_path: Path) -> None:
     store, images = RunStore(tmp_path / "workspace"), {}
-    for number, url in enumerate((tmp_path / "a", tmp_path / "b"), 1):
+    for number, (url, content) in enumerate(((tmp_path / "a", "c1"), (tmp_path / "b", "c2")), 1):
         write_coloured(url / "tiny/v1", 2 * number)
-        run = trained(store, number, url=str(url), version=1, content="0")
+        path = url / "tiny/v1/manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "content": content}))
+        run = trained(store, number, url=str(url), version=1, content=content)
         images[run] = 2 * number
     data = collect(store)
-    assert sorted(data["datastores"]) == [f"tiny@v1 at {tmp_path}/a", f"tiny@v1 at {tmp_path}/b"]
+    assert sorted(data["datastores"]) == ["tiny@v1 of content c1", "tiny@v1 of content c2"]
     for row in data["runs"]:
         assert data["datastores"][row["datastore"]]["images"]["val"] == images[row["run"]]
         assert row["classes"]
@@ -55,12 +57,23 @@ def test_the_run_of_a_pipeline_shares_a_datastore_with_later_runs(
     assert sorted(data["datastores"]["tiny@v1"]["thumbnails"]) == [0, 1]
 
 
+@pytest.mark.parametrize("copy", ["/x/", "/scratch/x", "s3://bucket"])
+def test_copies_of_one_content_are_one_datastore(tmp_path: Path, copy: str) -> None:
+    store = RunStore(tmp_path / "workspace")
+    for number, url in enumerate(("/x", copy), 1):
+        trained(store, number, url=url, version=1, content="c1")
+    data = collect(store, with_images=False)
+    assert [row["datastore"] for row in data["runs"]] == ["tiny@v1"] * 2
+    assert list(data["datastores"]) == ["tiny@v1"]
+
+
 def test_names_of_datastores() -> None:
     plain = DatastoreKey("a", "/x", None, None)
-    unread = DatastoreKey("a", "/x", None, "c0")
-    first, second = (DatastoreKey("b", "/x", "1", content) for content in ("c1", "c2"))
-    names = datastore_names({key: key.version for key in (plain, unread, first, second)})
+    unread = DatastoreKey("a", None, None, "c0")
+    first, second = (DatastoreKey("b", None, "1", content) for content in ("c1", "c2"))
+    third, fourth = (DatastoreKey("b", url, "1", None) for url in ("/x", "/y"))
+    names = datastore_names({key: key.version for key in (plain, unread, first, second, third, fourth)})
     assert list(names.values()) == [
         *("a", "a (c0)"),
-        *("b@v1 at /x of content c1", "b@v1 at /x of content c2"),
+        *("b@v1 of content c1", "b@v1 of content c2", "b@v1 at /x", "b@v1 at /y"),
     ]
