@@ -35,6 +35,7 @@ from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.io.ownership import user_name
 
 MAX_VERIFIED_AGE = 24 * 3600.0  # s since its last verification after which a file is hashed again before use
+_START_SPREAD = 3600.0  # s between the starts of the tasks of one job on a node, at most
 KEEP_FREE = 0.02  # fraction of the disk
 
 
@@ -60,7 +61,10 @@ class CopyResult(enum.Enum):
 
 
 class NodeCache:
-    """The cached files below one scratch folder.
+    """The cached files below one scratch folder, for one process.
+
+    The age of a verification counts from the start of the process, however long it runs: a task that copies
+    nothing, and opens a file late, finds it as the task that copies did at the start of their job.
 
     Args:
         scratch: `cluster.scratch`, a folder on the node's own disk or in its memory. The node's environment
@@ -81,6 +85,7 @@ class NodeCache:
             )
         self.folder = _cache_folder(expanded)
         self.limit = limit
+        self._begin = time.time()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self.folder.lstat()
@@ -121,7 +126,7 @@ class NodeCache:
                     raise
                 # A file system without locks, from which nothing is evicted.
             status = os.fstat(descriptor)
-            if status.st_uid == os.getuid() and self._is_verified(path, file, status):
+            if status.st_uid == os.getuid() and self._is_verified(path, file, status, MAX_VERIFIED_AGE):
                 os.utime(_note(path))  # time of the last use, for eviction
                 return descriptor
         except OSError:
@@ -151,7 +156,8 @@ class NodeCache:
     def _get_or_fetch(self, path: Path, file: File, copier: ShardCopier) -> CopyResult:
         if path.exists():
             before = path.stat()
-            if self._is_verified(path, file, before):
+            # A task that starts later must not find a file too old that this one has not hashed again.
+            if self._is_verified(path, file, before, MAX_VERIFIED_AGE - _START_SPREAD):
                 return CopyResult.CACHED
             intact = before.st_size == file.bytes and copier.hash(path, file) == file.hash
             if intact and _stamp(before) == _stamp(path.stat()):
@@ -167,10 +173,11 @@ class NodeCache:
     def _record_verified(self, path: Path) -> None:
         write_json(_note(path), {"proved": time.time(), "stamp": _stamp(path.stat())})
 
-    def _is_verified(self, path: Path, file: File, status: os.stat_result) -> bool:
+    def _is_verified(self, path: Path, file: File, status: os.stat_result, max_age: float) -> bool:
         try:
             note = json.loads(_note(path).read_bytes())
-            recent = 0 <= time.time() - note["proved"] < MAX_VERIFIED_AGE
+            # A clock that was set back is no reason either, unless by so much that the time says nothing.
+            recent = self._begin - note["proved"] < max_age and note["proved"] - time.time() < max_age
             return recent and note["stamp"] == _stamp(status) and status.st_size == file.bytes
         except (OSError, ValueError, KeyError, TypeError):
             return False

@@ -62,6 +62,11 @@ def read(node_cache: NodeCache, number: int) -> bytes | None:
         os.close(descriptor)
 
 
+def set_clock(monkeypatch: pytest.MonkeyPatch, hours: float, now: float = time.time()) -> None:
+    """Set the clock to a number of hours after the start of the tests."""
+    monkeypatch.setattr(cache.time, "time", lambda: now + 3600 * hours)
+
+
 def test_a_file_is_fetched_once_and_reused_by_the_next_job(tmp_path: Path) -> None:
     source, first = Source(), NodeCache(tmp_path)
     assert first.open(file_of(1)) is None
@@ -91,12 +96,43 @@ def test_a_modified_file_is_detected_and_fetched_again(tmp_path: Path) -> None:
 def test_a_file_verified_long_ago_is_hashed_again_but_not_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, later = Source(), NodeCache(tmp_path)
-    source.cache(later, 1)
-    monkeypatch.setattr(cache, "MAX_VERIFIED_AGE", 0.0)
+    source, first = Source(), NodeCache(tmp_path)
+    source.cache(first, 1)
+    set_clock(monkeypatch, 25)
+    later = NodeCache(tmp_path)
     assert later.open(file_of(1)) is None
     source.cache(later, 1)
+    assert read(later, 1) == data_of(1)
     assert (source.fetched, source.verified) == (["shards/1.tar"], ["shards/1.tar"])
+
+
+def test_a_file_verified_recently_at_the_start_of_a_job_is_opened_at_any_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Source().cache(NodeCache(tmp_path), 1)
+    set_clock(monkeypatch, 22)
+    source, copying, other = Source(), NodeCache(tmp_path), NodeCache(tmp_path)
+    assert source.cache(copying, 1) is CopyResult.CACHED
+    set_clock(monkeypatch, 25)
+    assert read(other, 1) == data_of(1)
+    assert source.verified == []
+    set_clock(monkeypatch, 100)
+    assert source.cache(copying, 2) is CopyResult.CACHED
+    set_clock(monkeypatch, 99)  # the clock was set back
+    assert read(other, 2) == data_of(2)
+
+
+def test_a_task_that_starts_later_opens_what_the_copying_task_found_just_recent_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Source().cache(NodeCache(tmp_path), 1)
+    for hours in (22.5, 23.5):
+        set_clock(monkeypatch, hours)
+        source = Source()
+        assert source.cache(NodeCache(tmp_path), 1) is CopyResult.CACHED
+        assert bool(source.verified) == (hours == 23.5)
+        set_clock(monkeypatch, hours + 0.9)
+        assert read(NodeCache(tmp_path), 1) == data_of(1)
 
 
 def test_least_recently_used_is_evicted_unless_in_use(tmp_path: Path) -> None:
