@@ -5,6 +5,8 @@
         blake3-<hex>.json        time of its last verification, and its size, times and inode at that moment
         .blake3-<hex>.lock       held by the process that fetches the file
         .blake3-<hex>.part       the part fetched so far
+        .blake3-<hex>.size       size of the whole file, in bytes, while it is fetched
+        .space.lock              held by the process that makes space for a file
 
 Locks are kernel locks (flock), which end with the process that holds them. A reader holds a shared lock on
 the file, so that a file in use is not evicted. If it is evicted nevertheless, processes that have it open can
@@ -56,7 +58,7 @@ class CopyResult(enum.Enum):
     """Result of caching a file."""
 
     CACHED = "cached"
-    BUSY = "another process is fetching it"
+    BUSY = "another process is fetching it, or making space"
     FULL = "not enough free space"
 
 
@@ -171,6 +173,7 @@ class NodeCache:
         return CopyResult.CACHED
 
     def _record_verified(self, path: Path) -> None:
+        _expected(path).unlink(missing_ok=True)
         write_json(_note(path), {"proved": time.time(), "stamp": _stamp(path.stat())})
 
     def _is_verified(self, path: Path, file: File, status: os.stat_result, max_age: float) -> bool:
@@ -186,13 +189,21 @@ class NodeCache:
         """Evict files until `file` fits; evict nothing if it cannot fit. Return whether it fits.
 
         Partial files of interrupted fetches are evicted first, then the least recently used files that are
-        not open.
+        not open. Space that other processes need for the rest of what they fetch is not free.
         """
+        with FileLock(self.folder / ".space.lock", timeout=0):  # else two processes could find the same space
+            if not self._evict(file):
+                return False
+            write_json(_expected(self.path(file)), file.bytes)
+        return True
+
+    def _evict(self, file: File) -> bool:
         status = os.statvfs(self.folder)
         free = status.f_bavail * status.f_frsize - int(KEEP_FREE * status.f_blocks * status.f_frsize)
         if self.limit is not None:
             free = min(free, self.limit - sum(_size(path) for path in self.folder.iterdir()))
-        part = self.path(file).with_name(f".{self.path(file).name}.part")
+        free -= self._awaited_bytes(file)
+        part = _part(self.path(file))
         missing = file.bytes - _size(part) - free  # an earlier attempt may have fetched a part of the file
         with contextlib.ExitStack() as locks:
             chosen = []
@@ -209,6 +220,25 @@ class NodeCache:
             for path in chosen:
                 _remove(path)
         return True
+
+    def _awaited_bytes(self, file: File) -> int:
+        """Return how many bytes other processes will still write, of the files other than `file`."""
+        awaited = 0
+        for expected in self.folder.glob(".*.size"):
+            path = expected.with_name(expected.stem[1:])
+            if path == self.path(file):
+                continue
+            lock = _lock_unused(_part(path))
+            if lock is not None:  # the process that fetched it was killed
+                expected.unlink(missing_ok=True)
+                os.close(lock)
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                size = int(expected.read_bytes())
+                # In this order: the part is renamed at the end of a fetch, and must be counted once at least.
+                present = [_size(_part(path)), _size(path)]
+                awaited += max(0, size - sum(present))
+        return awaited
 
     def _least_recently_used(self) -> list[Path]:
         def last_use(path: Path) -> float:
@@ -255,6 +285,14 @@ def _lock_unused(path: Path) -> int | None:
 
 def _note(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _expected(path: Path) -> Path:
+    return path.with_name(f".{path.name}.size")
 
 
 def _stamp(status: os.stat_result) -> list[int]:

@@ -204,6 +204,38 @@ def test_part_files_of_killed_fetches_are_evicted(tmp_path: Path) -> None:
     assert [read(node_cache, number) is not None for number in (3, 4)] == [True, True]
 
 
+def test_space_for_the_rest_of_files_that_others_fetch_is_not_free(tmp_path: Path) -> None:
+    other, results = Source(), []
+
+    class InterruptedSource(Source):
+        def fetch(self, file: File, target: Path) -> None:
+            part = target.with_name(f".{target.name}.part")
+            part.write_bytes(b"1")
+            for limit in (SIZE + SIZE // 2, 2 * SIZE + SIZE // 2):
+                results.append(other.cache(NodeCache(tmp_path, limit), 2))
+            part.replace(target)  # all is there, and not yet verified
+            target.write_bytes(data_of(1))
+            results.append(other.cache(NodeCache(tmp_path, 3 * SIZE + SIZE // 2), 3))
+            target.replace(part)
+            raise UserError("killed")
+
+    with pytest.raises(UserError, match="killed"):
+        InterruptedSource().cache(NodeCache(tmp_path), 1)
+    assert results == [CopyResult.FULL, CopyResult.CACHED, CopyResult.CACHED]
+    # What is left of a killed fetch is evicted, and waits for nothing.
+    assert other.cache(NodeCache(tmp_path, 3 * SIZE + SIZE // 2), 4) is CopyResult.CACHED
+    assert [read(NodeCache(tmp_path), number) is not None for number in (2, 3, 4)] == [True] * 3
+    assert not list(NodeCache(tmp_path).folder.glob(".*.size"))
+    assert not list(NodeCache(tmp_path).folder.glob(".*.part"))
+
+
+def test_two_jobs_do_not_take_the_same_space(tmp_path: Path) -> None:
+    source, node_cache = Source(), NodeCache(tmp_path)
+    with FileLock(node_cache.folder / ".space.lock"):
+        assert source.cache(node_cache, 1) is CopyResult.BUSY
+    assert source.cache(node_cache, 1) is CopyResult.CACHED
+
+
 def test_a_folder_that_other_users_can_write_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / f"hpc_imagenet-{os.getuid()}").mkdir()
     (tmp_path / f"hpc_imagenet-{os.getuid()}").chmod(0o777)
