@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.access import expand_home
-from hpc_imagenet.io.atomic_files import write_json
+from hpc_imagenet.io.atomic_files import atomic_folder, write_json
 from hpc_imagenet.io.ownership import user_name
 
 MAX_VERIFIED_AGE = 24 * 3600.0  # s since its last verification after which a file is hashed again before use
@@ -89,12 +89,13 @@ class NodeCache:
         self.limit = limit
         self._begin = time.time()
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_scratch(self.folder)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
             status = self.folder.lstat()
         except OSError as error:
             raise UserError(
                 f"cluster.scratch={expanded} cannot be used on this node ({error.strerror}): "
-                "use a folder that you can write to"
+                f"use a folder that you can write to{_owner_fix(expanded)}"
             ) from None
         # In a folder that all users can write to, such as /dev/shm, another user could have created it first.
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -262,6 +263,44 @@ def cached_bytes(scratch: str, files: Iterable[File]) -> int:
 
 def _cache_folder(scratch: Path) -> Path:
     return scratch / f"hpc_imagenet-{os.getuid()}"
+
+
+def _make_scratch(cache: Path) -> None:
+    """Make the folders above a cache that are missing, and the cache in them.
+
+    Where all users, or a group, may write to the folder above, they may write to those in it, too: the caches
+    of other users will be beside this one. Each of them is checked for its owner and mode.
+
+    Raises:
+        OSError: a folder cannot be made.
+    """
+    missing = [folder for folder in cache.parents if not folder.is_dir()]  # the innermost is first
+    if not missing:
+        return
+    top = missing[-1]
+    mode = top.parent.stat().st_mode
+    shared = mode & 0o002 or (mode & 0o020 and mode & stat.S_ISGID)
+    try:
+        # With its final modes from the first moment, since a job of another user may start at the same time.
+        with atomic_folder(top) as temporary:
+            (temporary / cache.relative_to(top)).mkdir(mode=0o700, parents=True)
+            for folder in missing if shared else ():
+                (temporary / folder.relative_to(top)).chmod(stat.S_IMODE(mode) | stat.S_ISVTX)
+    except OSError:
+        if not top.is_dir():  # else another process has made it at the same time
+            raise
+        _make_scratch(cache)
+
+
+def _owner_fix(scratch: Path) -> str:
+    """Return what the owner of a folder that this user cannot use may type; empty if it is this user."""
+    try:
+        owner = scratch.stat().st_uid
+    except OSError:
+        return ""
+    if owner == os.getuid() or os.access(scratch, os.W_OK | os.X_OK):
+        return ""
+    return f", or have its owner {user_name(owner)} run chmod 1777 {scratch} on {platform.node()}"
 
 
 def _lock_unused(path: Path) -> int | None:

@@ -236,6 +236,27 @@ def test_two_jobs_do_not_take_the_same_space(tmp_path: Path) -> None:
     assert source.cache(node_cache, 1) is CopyResult.CACHED
 
 
+@pytest.mark.parametrize(
+    ("above", "made"), [(0o1777, 0o1777), (0o777, 0o1777), (0o2775, 0o3775), (0o775, 0o755), (0o755, 0o755)]
+)
+def test_a_missing_scratch_folder_is_as_open_as_the_one_above_it(
+    tmp_path: Path, above: int, made: int
+) -> None:
+    tmp_path.chmod(above)
+    before = os.umask(0o022)
+    try:
+        node_cache = NodeCache(tmp_path / "lab" / "imagenet")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "lab", tmp_path / "lab" / "imagenet"):
+        assert folder.stat().st_mode & 0o7777 == made
+    assert node_cache.folder.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "lab" / "imagenet").chmod(0o750)
+    NodeCache(tmp_path / "lab" / "imagenet")  # what exists is left alone
+    assert (tmp_path / "lab" / "imagenet").stat().st_mode & 0o777 == 0o750
+    assert [path.name for path in tmp_path.iterdir()] == ["lab"]
+
+
 def test_a_folder_that_other_users_can_write_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / f"hpc_imagenet-{os.getuid()}").mkdir()
     (tmp_path / f"hpc_imagenet-{os.getuid()}").chmod(0o777)
