@@ -109,6 +109,10 @@ class NodeCache:
         """Return the path of `file` in the cache, whether or not it is cached."""
         return self.folder / file.hash.replace(":", "-")
 
+    def present_bytes(self, file: File) -> int:
+        """Return how many bytes of a file are on this node, in part or whole."""
+        return min(file.bytes, max(_size(_part(self.path(file))), _size(self.path(file))))
+
     def open(self, file: File) -> int | None:
         """Open a cached and verified file; it is not evicted while it is open.
 
