@@ -26,7 +26,7 @@ from hpc_imagenet.datastore.node_cache.staging import StagedShards, StagingInter
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.datastore.versions import Version
 from hpc_imagenet.errors import Preempted
-from hpc_imagenet.runs.store import Run
+from hpc_imagenet.runs.store import Progress, Run
 from hpc_imagenet.stages.work import evaluate, node_copies, price, train
 
 PORT = 12_345
@@ -105,6 +105,7 @@ def test_no_task_computes_before_all_nodes_have_their_copies(
     monkeypatch.setattr(evaluate, "check_fingerprint", lambda config: None)
     monkeypatch.setattr(stage, "open_dataset", open_dataset)
     monkeypatch.setattr(node_copies, "INTERVAL", 0.01)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run.attempt is not None
     copied, before = run.attempt.folder / node_copies.FOLDER, []
 
@@ -112,14 +113,16 @@ def test_no_task_computes_before_all_nodes_have_their_copies(
         try:
             eventually(lambda: run.progress.get("note") == COPYING)
             before.append((list(begun), copied.exists()))
+            copied.mkdir()
+            for start in (f"{PORT + 1}.1", f"{PORT}.0"):  # of other starts of the job
+                (copied / f"{start}-1").touch()
             copier.released.set()
             eventually(lambda: run.progress.get("note") == WAITING)
-            before.append((list(begun), (copied / f"{PORT}-0").exists()))
+            before.append((list(begun), (copied / f"{PORT}.1-0").exists()))
         finally:
             copier.released.set()
             copied.mkdir(exist_ok=True)
-            (copied / f"{PORT + 1}-1").touch()  # of another start of the job
-            (copied / f"{PORT}-1").touch()
+            (copied / f"{PORT}.1-1").touch()
 
     (config,) = compose(["dataset=digits", f"workspace={tmp_path}"])
     with ThreadPoolExecutor(1) as pool:
@@ -161,3 +164,30 @@ def test_a_stop_signal_ends_the_waiting(
         pool.submit(stop)
         with pytest.raises(Preempted, match="stopped by SIGUSR2 while images were copied to the nodes"):
             node_copies.wait_for_copies(store, run, DistEnv(size=2))
+
+
+def test_a_stop_signal_at_the_end_of_the_waiting_is_no_less_one(
+    version: Version, copier: HeldCopier, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(shards: StagedShards, pause: object) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    monkeypatch.setattr(StagedShards, "wait_until_complete", stop)
+    with (
+        opened(version, tmp_path / "disk", copier) as store,
+        pytest.raises(Preempted, match="stopped by SIGUSR2"),
+    ):
+        node_copies.wait_for_copies(store, run, DistEnv(size=2, local_size=2))
+
+
+def test_the_progress_of_a_resumed_training_is_kept(
+    version: Version, copier: HeldCopier, run: Run, tmp_path: Path
+) -> None:
+    Progress(run)(1, 2, "images", top1=0.75)
+    (run.folder / "checkpoints").mkdir()
+    (run.folder / "checkpoints" / "last.ckpt").touch()
+    before = run.progress
+    copier.released.set()
+    with opened(version, tmp_path / "disk", copier) as store:
+        node_copies.wait_for_copies(store, run, DistEnv(size=2, local_size=2))
+    assert run.progress == before

@@ -15,6 +15,8 @@ from hpc_imagenet.datastore.node_cache.staging import StagedShards
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.errors import Preempted
 from hpc_imagenet.io.signals import StopSignal
+from hpc_imagenet.runs.checkpoints import list_checkpoints
+from hpc_imagenet.runs.lease import restart_count
 from hpc_imagenet.runs.store import Progress, Run
 
 FOLDER = "copied"  # in the folder of an attempt: an empty file for each node that has its copies
@@ -37,7 +39,8 @@ def wait_for_copies(store: DatasetReader, run: Run, dist_env: DistEnv) -> None:
     shards = store.shards
     if dist_env.size == 1 or not isinstance(shards, StagedShards) or shards.has_source:
         return
-    progress = Progress(run) if dist_env.is_rank_zero else None
+    # A resumed training keeps its progress: it says how many epochs are done, and the best accuracy.
+    progress = Progress(run) if dist_env.is_rank_zero and not list_checkpoints(run.folder) else None
     total, begin = sum(shard.bytes for shard in store.manifest.shards), time.monotonic()
     with StopSignal() as stop:
 
@@ -50,13 +53,16 @@ def wait_for_copies(store: DatasetReader, run: Run, dist_env: DistEnv) -> None:
         shards.wait_until_complete(pause)
         if dist_env.nodes > 1:
             _wait_for_nodes(run, dist_env, pause)
+        pause(0)  # a signal may have come since the last one
     run.waited = time.monotonic() - begin
 
 
 def _wait_for_nodes(run: Run, dist_env: DistEnv, pause: Callable[[float, str], None]) -> None:
     folder = (run.attempt.folder if run.attempt else run.folder) / FOLDER
     folder.mkdir(exist_ok=True)
-    start = f"{dist_env.port}-"  # a requeued job has another port than before
+    # Files of an earlier start stay. A local job that starts again has another port; a requeued worker of a
+    # search may train this trial at the port of another one before.
+    start = f"{dist_env.port}.{restart_count()}-"
     if dist_env.local_rank == 0:
         (folder / f"{start}{dist_env.node}").touch()
     while missing := dist_env.nodes - len(list(folder.glob(f"{start}*"))):
