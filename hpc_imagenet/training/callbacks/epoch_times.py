@@ -91,15 +91,15 @@ class EpochTimes(pl.Callback):
         self._validations: list[_Pass] = []
         self._after: list[Time] = []
         self._startup: Time | None = None
-        self._created = _now() if follows else None
-        self._waited = Time(waited, 0.0)
+        # The time of this process that is no startup of this training; a trial before waited as well.
+        self._follows, self._before = follows, _now() if follows else Time(waited, 0.0)
         self._pass: _Pass | None = None  # the one that is being timed
         self._since = ZERO  # end of the last part
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """End the startup. The first epoch of an attempt may begin in its middle, without its own start."""
         now = _now()
-        self._startup = now - self._waited
+        self._startup = now - self._before
         self._pass = _Pass(now)
         if self._limit:
             per_step = trainer.accumulate_grad_batches
@@ -174,10 +174,10 @@ class EpochTimes(pl.Callback):
             return
         found = read_record(self._bottleneck)
         startup, earlier = self._startup, None
-        if end is None or self._created:
+        if end is None or self._follows:
             earlier = find_record(self._runs, self._known["shape"])
-        if self._created:
-            startup = earlier.startup if earlier else startup - self._created
+        if self._follows and earlier:
+            startup = earlier.startup
         if end is None and earlier:
             end = earlier.end
         record = TimeRecord(

@@ -71,7 +71,7 @@ def test_the_startup_of_a_later_trial_is_not_the_age_of_its_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings, run = config(epochs=2), new_run(tmp_path / "run")
-    settings.tracker, run.follows = [], True
+    settings.tracker, run.follows, run.waited = [], True, 1000.0
     for _ in range(1000):
         epoch_times._now()
     fit(settings, tiny, run, DistEnv())
