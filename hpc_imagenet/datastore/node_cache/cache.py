@@ -86,16 +86,17 @@ class NodeCache:
                 "use another folder, or cluster.scratch=null"
             )
         self.folder = _cache_folder(expanded)
+        fixed = "$" not in str(scratch)  # else it is the folder of one user or one job
         self.limit = limit
         self._begin = time.time()
         try:
-            _make_scratch(self.folder)
+            _make_scratch(self.folder, fixed)
             self.folder.mkdir(mode=0o700, exist_ok=True)
             status = self.folder.lstat()
         except OSError as error:
             raise UserError(
                 f"cluster.scratch={expanded} cannot be used on this node ({error.strerror}): "
-                f"use a folder that you can write to{_owner_fix(expanded)}"
+                f"use a folder that you can write to{_owner_fix(expanded) if fixed else ''}"
             ) from None
         # In a folder that all users can write to, such as /dev/shm, another user could have created it first.
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -269,11 +270,15 @@ def _cache_folder(scratch: Path) -> Path:
     return scratch / f"hpc_imagenet-{os.getuid()}"
 
 
-def _make_scratch(cache: Path) -> None:
+def _make_scratch(cache: Path, share: bool) -> None:
     """Make the folders above a cache that are missing, and the cache in them.
 
     Where all users, or a group, may write to the folder above, they may write to those in it, too: the caches
     of other users will be beside this one. Each of them is checked for its owner and mode.
+
+    Args:
+        cache: the folder of this user's cache.
+        share: whether other users may have the same scratch folder.
 
     Raises:
         OSError: a folder cannot be made.
@@ -283,7 +288,7 @@ def _make_scratch(cache: Path) -> None:
         return
     top = missing[-1]
     mode = top.parent.stat().st_mode
-    shared = mode & 0o002 or (mode & 0o020 and mode & stat.S_ISGID)
+    shared = share and (mode & 0o002 or (mode & 0o020 and mode & stat.S_ISGID))
     try:
         # With its final modes from the first moment, since a job of another user may start at the same time.
         with atomic_folder(top) as temporary:
@@ -293,7 +298,7 @@ def _make_scratch(cache: Path) -> None:
     except OSError:
         if not top.is_dir():  # else another process has made it at the same time
             raise
-        _make_scratch(cache)
+        _make_scratch(cache, share)
 
 
 def _owner_fix(scratch: Path) -> str:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,11 @@ def read(node_cache: NodeCache, number: int) -> bytes | None:
         os.close(descriptor)
 
 
-def set_clock(monkeypatch: pytest.MonkeyPatch, hours: float, now: float = time.time()) -> None:
-    """Set the clock to a number of hours after the start of the tests."""
-    monkeypatch.setattr(cache.time, "time", lambda: now + 3600 * hours)
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A function that sets the clock to a number of hours after the start of the test."""
+    begin = time.time()
+    return lambda hours: monkeypatch.setattr(cache.time, "time", lambda: begin + 3600 * hours)
 
 
 def test_a_file_is_fetched_once_and_reused_by_the_next_job(tmp_path: Path) -> None:
@@ -94,11 +97,11 @@ def test_a_modified_file_is_detected_and_fetched_again(tmp_path: Path) -> None:
 
 
 def test_a_file_verified_long_ago_is_hashed_again_but_not_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, set_clock: Callable[[float], None]
 ) -> None:
     source, first = Source(), NodeCache(tmp_path)
     source.cache(first, 1)
-    set_clock(monkeypatch, 25)
+    set_clock(25)
     later = NodeCache(tmp_path)
     assert later.open(file_of(1)) is None
     source.cache(later, 1)
@@ -107,31 +110,31 @@ def test_a_file_verified_long_ago_is_hashed_again_but_not_fetched(
 
 
 def test_a_file_verified_recently_at_the_start_of_a_job_is_opened_at_any_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, set_clock: Callable[[float], None]
 ) -> None:
     Source().cache(NodeCache(tmp_path), 1)
-    set_clock(monkeypatch, 22)
+    set_clock(22)
     source, copying, other = Source(), NodeCache(tmp_path), NodeCache(tmp_path)
     assert source.cache(copying, 1) is CopyResult.CACHED
-    set_clock(monkeypatch, 25)
+    set_clock(25)
     assert read(other, 1) == data_of(1)
     assert source.verified == []
-    set_clock(monkeypatch, 100)
+    set_clock(100)
     assert source.cache(copying, 2) is CopyResult.CACHED
-    set_clock(monkeypatch, 99)  # the clock was set back
+    set_clock(99)  # the clock was set back
     assert read(other, 2) == data_of(2)
 
 
 def test_a_task_that_starts_later_opens_what_the_copying_task_found_just_recent_enough(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, set_clock: Callable[[float], None]
 ) -> None:
     Source().cache(NodeCache(tmp_path), 1)
     for hours in (22.5, 23.5):
-        set_clock(monkeypatch, hours)
+        set_clock(hours)
         source = Source()
         assert source.cache(NodeCache(tmp_path), 1) is CopyResult.CACHED
         assert bool(source.verified) == (hours == 23.5)
-        set_clock(monkeypatch, hours + 0.9)
+        set_clock(hours + 0.9)
         assert read(NodeCache(tmp_path), 1) == data_of(1)
 
 
@@ -255,6 +258,20 @@ def test_a_missing_scratch_folder_is_as_open_as_the_one_above_it(
     NodeCache(tmp_path / "lab" / "imagenet")  # what exists is left alone
     assert (tmp_path / "lab" / "imagenet").stat().st_mode & 0o777 == 0o750
     assert [path.name for path in tmp_path.iterdir()] == ["lab"]
+
+
+def test_a_missing_scratch_folder_named_by_a_variable_belongs_to_one_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_OR_USER", "alice")
+    tmp_path.chmod(0o1777)
+    before = os.umask(0o022)
+    try:
+        NodeCache(f"{tmp_path}/$JOB_OR_USER/imagenet")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "alice", tmp_path / "alice" / "imagenet"):
+        assert folder.stat().st_mode & 0o7777 == 0o755
 
 
 def test_a_folder_that_other_users_can_write_to_is_refused(tmp_path: Path) -> None:
