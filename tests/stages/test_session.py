@@ -199,6 +199,10 @@ def test_copies_on_the_node_are_of_one_backend_each_and_are_fetched_again_after_
     assert [DatasetReader(folder).manifest.content for folder in folders] == contents
     assert [linked(url) for url in urls] == folders
     assert remote_workspace.command(str(folders[0].parents[1]), "delete", "digits@v1", "--yes") == 0
+    (folders[0] / "shards").mkdir()  # the delete has not ended
+    with pytest.raises(UserError, match=f"{folders[0]} is being deleted"):
+        linked(urls[0])
+    (folders[0] / "shards").rmdir()
     assert linked(urls[0]) == folders[0]
     assert remote_workspace.command(str(folders[0].parents[1]), "verify", "digits@v1") == 0
 

@@ -22,6 +22,7 @@ from hpc_imagenet.cluster import gpus, slurm
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.datastore import catalog, versions
+from hpc_imagenet.datastore.backends.storage_backend import explain_os_errors
 from hpc_imagenet.datastore.node_cache.cache import NodeCache
 from hpc_imagenet.errors import Preempted, UserError
 from hpc_imagenet.io.signals import StopSignal
@@ -217,12 +218,17 @@ def _fetch_to_node(config: Config, version: versions.Version, progress: Progress
     # versions, so that v1 of another one may have other images.
     copies = NodeCache(setting).folder / ".datastores"
     target = copies / signature(version.backend.url, version.manifest.content)
-    target.mkdir(parents=True, exist_ok=True)
-    with FileLock(copies / ".deleted.lock"):  # else two sessions could remove what the first begins to fetch
-        if (
-            target / entry.path / versions.DELETED
-        ).exists():  # the user has deleted this copy: fetch it again
-            shutil.rmtree(target / entry.path)
+    copy = target / entry.path
+    with explain_os_errors("cluster.scratch", copies):
+        target.mkdir(parents=True, exist_ok=True)
+        with FileLock(copies / ".deleted.lock"):  # else two sessions could remove what one begins to fetch
+            if (copy / versions.DELETED).exists():  # the user has deleted this copy: fetch it again
+                if len(list(copy.iterdir())) > 1:
+                    raise UserError(
+                        f"{copy} is being deleted, or was in part: start the session again after that, or "
+                        f"after rm -r {copy}"
+                    )
+                shutil.rmtree(copy)
     total = version.manifest.bytes
 
     def report(done: int, _: str) -> None:
