@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,29 @@ def test_runs_of_another_user_cannot_be_changed(group: Group) -> None:
     assert "PermissionError" in group.bob.python(script, str(folder)).stderr  # the sticky bit of runs/
     script = "import sys; open(sys.argv[1] + '/config.yaml', 'a')"
     assert "PermissionError" in group.bob.python(script, str(folder)).stderr
+
+
+def test_one_scratch_folder_serves_all_users_of_a_node(folder: Path) -> None:
+    alice, bob = Person("alice", folder, "007"), Person("bob", folder)
+    script = """
+        import sys
+        from hpc_imagenet.datastore.node_cache.cache import NodeCache
+        print(NodeCache(sys.argv[1]).folder)
+    """
+    local = folder / "local"
+    local.mkdir()
+    local.chmod(0o1777)
+    for person in (alice, bob):
+        done = person.python(textwrap.dedent(script), str(local / "imagenet"))
+        assert done.stdout == f"{local}/imagenet/hpc_imagenet-{person.uid}\n", done.stderr
+    (local / "imagenet").chmod(0o755)
+    (local / "imagenet" / f"hpc_imagenet-{bob.uid}").rmdir()
+    refused = bob.python(textwrap.dedent(script), str(local / "imagenet")).stderr.splitlines()[-1]
+    assert re.search(
+        rf"cluster\.scratch={local}/imagenet cannot be used on this node \(Permission denied\): use a "
+        rf"folder that you can write to, or have its owner alice run chmod 1777 {local}/imagenet on \S+$",
+        refused,
+    )
 
 
 def test_jobs_of_two_users(group: Group, gate: tuple[Gate, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 from hpc_imagenet.cli.command import Command
 from hpc_imagenet.config.input.stored_settings import stored_value
+from hpc_imagenet.config.schema import Datastore
 from hpc_imagenet.datastore import catalog, versions
 from hpc_imagenet.datastore.backends.storage_backend import StorageBackend
 from hpc_imagenet.datastore.catalog import CatalogEntry
@@ -19,11 +21,12 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.access import expand_home
 from hpc_imagenet.io.ownership import is_own, owner_name
 from hpc_imagenet.launch.states import states
-from hpc_imagenet.runs.store import RunStore
+from hpc_imagenet.runs.store import Run, RunStore
 
 IDLE_DAYS = 7.0  # days without a change after which prune removes a partial upload
 
 _READERS = ("train", "evaluate", "price", "search", "session")  # stages that read images from a datastore
+ANY = ""  # key of the jobs that may read any version
 _PROGRESS_INTERVAL = 1.0  # s between progress lines
 
 
@@ -71,7 +74,8 @@ def _datastores(store: RunStore, options: argparse.Namespace) -> int:
 def used_by(store: RunStore, backend: StorageBackend) -> dict[str, list[str]]:
     """Return the ids of the workspace's jobs that have not ended and read images from a backend.
 
-    Keys are `name@vN`, or `name` for jobs whose version is not uploaded yet.
+    Keys are `name@vN`, or `name` for jobs whose version is not uploaded yet; `ANY` for jobs that may read any
+    version, since their config is damaged, or may not be read by this user.
     """
     found: dict[str, list[str]] = {}
     readers = [run for run in store.all() if run.info.get("stage") in _READERS]
@@ -80,16 +84,43 @@ def used_by(store: RunStore, backend: StorageBackend) -> dict[str, list[str]]:
         if state_of[run.id].ended:
             continue
         try:
-            config = run.config()
-        except PermissionError:
-            continue
-        if run.info.get("stage") == "session" and not config.session.datastore:
-            continue
-        datastore = config.datastore
-        if _same_url(datastore.url, backend):
-            name, number = versions.pinned(datastore)
-            found.setdefault(f"{name}@v{number}" if number else name, []).append(run.id)
+            key = _reads(run, backend)
+        except (UserError, OSError, KeyError, TypeError, ValueError):
+            key = ANY
+        if key is not None:
+            found.setdefault(key, []).append(run.id)
     return found
+
+
+def _reads(run: Run, backend: StorageBackend) -> str | None:
+    """Return what a job reads from a backend, as `name@vN` or `name`; None if nothing.
+
+    Only the settings that decide this are read: another version of this package may have other settings.
+
+    Raises:
+        UserError, OSError, KeyError, TypeError, ValueError: the config is damaged, or cannot be read.
+    """
+    frozen = run.frozen()
+    if run.info.get("stage") == "session" and not frozen["session"]["datastore"]:
+        return None
+    settings = frozen["datastore"]
+    datastore = Datastore(str(settings["name"]), str(settings["url"]), settings["version"])
+    if not _same_url(datastore.url, backend):
+        return None
+    name, number = versions.pinned(datastore)
+    return f"{name}@v{number}" if number else name
+
+
+def _name_unknown(store: RunStore, runs: Sequence[str]) -> None:
+    """Print one line to stderr about jobs that may read any version; nothing without such jobs."""
+    named = []
+    for run in map(store.run, runs):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            named.append(f"{run.id} of {run.owner}")
+    if named:
+        print(
+            f"may read any version, since its config.yaml cannot be read: {', '.join(named)}", file=sys.stderr
+        )
 
 
 def _same_url(url: str, backend: StorageBackend) -> bool:
@@ -101,6 +132,7 @@ def _same_url(url: str, backend: StorageBackend) -> bool:
 
 def _rows(backend: StorageBackend, store: RunStore, name: str | None = None) -> list[dict[str, Any]]:
     used = used_by(store, backend)
+    _name_unknown(store, used.get(ANY, []))
     rows = []
     for entry in catalog.list_versions(backend, name):
         manifest = entry.manifest
@@ -203,6 +235,7 @@ def _delete(backend: StorageBackend, store: RunStore, options: argparse.Namespac
     used = used_by(store, backend)
     if runs := used.get(entry.reference, []) + used.get(datastore, []):
         raise UserError(f"{name} is in use by {', '.join(runs)}: cancel them, or wait until they have ended")
+    _name_unknown(store, used.get(ANY, []))
     size = (
         f"{entry.manifest.images:,} images, {entry.manifest.bytes / 1e9:.3f} GB"
         if entry.manifest

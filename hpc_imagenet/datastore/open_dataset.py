@@ -5,6 +5,9 @@
 | folder | read in place | copied to the node; shards not copied yet are read in place |
 | S3 bucket | range requests | copied to the node; shards not copied yet are read by range requests |
 | ssh host | refused | copied to the node; a read waits until its shard is copied |
+
+A job of several tasks waits for all copies of all its nodes where its first read would wait
+(`stages/work/node_copies.py`).
 """
 
 from __future__ import annotations

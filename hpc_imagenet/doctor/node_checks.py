@@ -257,7 +257,9 @@ def _check_scratch(probe: ProbeReport) -> Finding | None:
         hint = f" ({also})" if also else ""
         return warn(f"{name} is not set: no shards are copied to the nodes' own disks{hint}")
     if disk["error"]:
-        fix = f"set {name}=FOLDER on the nodes' own disk, or null; to create it, add mkdir -p … to "
+        # For all users, unless a variable makes it the folder of one user or one job.
+        mkdir = "mkdir -p …" if "$" in str(probe.cluster.scratch) else "mkdir -p -m 1777 …"
+        fix = f"set {name}=FOLDER on the nodes' own disk, or null; to create it, add {mkdir} to "
         return fail(f"{disk['path']} on {disk['node']}: {disk['error']}", fix + probe.setting("setup"))
     where = f" on {disk['node']}, the least" if len(probe.nodes) > 1 else ""
     found = f"{disk['text']}{where}" + (f"; {also}" if also else "")

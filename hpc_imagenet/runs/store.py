@@ -5,7 +5,8 @@
         run.json           format, created, sweeps; stage, model, label, needs, processing_run (job.Job);
                            part, shares_loader
         attempts/<n>/      submitted.json, process.json (local), started.json, outcome.json, logs;
-                           waiting.json while Slurm takes no more jobs of this user
+                           waiting.json while Slurm takes no more jobs of this user; copied/ (nodes that
+                           have their copies of a datastore behind ssh)
         lease.json         which start of the job may write here (lease.py)
         progress.json      progress of the stage; replaced at most once a second
         …                  metrics and checkpoints of a training
@@ -50,6 +51,7 @@ class Run:
         self.lease: Lease | None = None  # held if this process runs the job
         self.judge: Judge | None = None  # of a trial of a search, if this process runs it
         self.follows = False  # whether this process has trained another trial before
+        self.waited = 0.0  # s that this process has waited for copies on the nodes, before the training
 
     @property
     def info(self) -> dict[str, Any]:

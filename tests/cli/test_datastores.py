@@ -147,6 +147,40 @@ def test_workers_of_a_search_price_jobs_and_sessions_use_what_they_read(cli: Cli
     assert sorted(row["used_by"]) == sorted(expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "readable"),
+    [
+        ("", "nonsense: {}\n", True),
+        ("seed:", "new_setting: 1\nseed:", True),
+        ("  version: 1\n", "  version: [1]\n", False),
+        ("datastore:", "- datastore:", False),
+    ],
+)
+def test_an_active_run_of_another_checkout_or_with_a_damaged_config_ends_no_command(
+    cli: Cli, url: str, before: str, after: str, readable: bool
+) -> None:
+    words = (f"datastore.url={url}", "datastore.version=1")
+    run = create_run(RunStore(cli.workspace), "model=resnet18", *words)
+    path = run.folder / "config.yaml"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    for words in (("list",), ("show", "digits")):
+        done = cli("datastores", *words, "--json")
+        assert json.loads(done.stdout)[0]["used_by"] == ([run.id] if readable else [])
+        assert (f"cannot be read: {run.id} of " in done.stderr) != readable
+    if readable:
+        assert "is in use by" in cli.refused("datastores", "delete", "digits@v1", "--yes")
+    else:
+        done = cli("datastores", "delete", "digits@v1", code=2)
+        assert re.search(
+            rf"{run.id} of .*\nerror: .*cannot confirm without a terminal, add --yes", done.stderr
+        )
+        cli("datastores", "delete", "digits@v1", "--yes")
+    assert versions.complete_versions(url, "digits") == ([1] if readable else [])
+
+
 def test_end_of_input_is_no_confirmation(cli: Cli, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -356,3 +356,10 @@ def test_preemption(config: str, partition: str, status: str, word: str) -> None
 )
 def test_requeue_turned_off(sbatch: dict[str, bool], settings: dict[str, str], status: str) -> None:
     assert cluster_checks.check_requeue(cluster(sbatch=sbatch), settings).status == status
+
+
+def test_a_missing_scratch_folder_is_made_for_all_users_unless_it_is_of_one() -> None:
+    for scratch, mkdir in (("/local", "add mkdir -p -m 1777 … to"), ("/local/$USER", "add mkdir -p … to")):
+        tasks = healthy()
+        tasks[2]["disks"]["cluster.scratch"] = disk("/local/me", "", 0, error="no such folder")
+        assert mkdir in findings(tasks, scratch=scratch)["scratch"].fix

@@ -21,6 +21,7 @@ from unittest import mock
 import pytest
 import yaml
 from command_line import Cli, eventually
+from remote_workspace import Workspace
 from servers import credentials, rclone, sshd
 
 import hpc_imagenet
@@ -174,6 +175,36 @@ def test_datastore_on_an_ssh_host_is_fetched_to_the_node(cli: Cli, monkeypatch: 
     }
     assert link.resolve().is_relative_to(cli.cwd / "scratch")
     assert DatasetReader(link).manifest.images == 1797
+
+
+@pytest.mark.slow
+def test_copies_on_the_node_are_of_one_backend_each_and_are_fetched_again_after_a_delete(
+    remote_workspace: Workspace, moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials(monkeypatch, moto)
+    link, urls = tmp_path / "datastore", [f"s3://bucket/{tmp_path.name}/{name}" for name in ("one", "two")]
+    contents = []
+    for url in urls:
+        assert remote_workspace.upload(url)["datastore"] == "digits@v1"
+        contents.append(remote_workspace.manifest.content)
+        remote_workspace.replace_dataset("2nd")
+
+    def linked(url: str) -> Path:
+        words = (f"datastore.url={url}", "session.datastore=digits", f"cluster.scratch={tmp_path}/scratch")
+        (config,) = compose([*SESSION, *words, f"workspace={tmp_path}"])
+        session._link_datastore(config, link, Progress(Run(tmp_path)))
+        return link.resolve()
+
+    folders = [linked(url) for url in urls]
+    assert [DatasetReader(folder).manifest.content for folder in folders] == contents
+    assert [linked(url) for url in urls] == folders
+    assert remote_workspace.command(str(folders[0].parents[1]), "delete", "digits@v1", "--yes") == 0
+    (folders[0] / "shards").mkdir()  # the delete has not ended
+    with pytest.raises(UserError, match=f"{folders[0]} is being deleted"):
+        linked(urls[0])
+    (folders[0] / "shards").rmdir()
+    assert linked(urls[0]) == folders[0]
+    assert remote_workspace.command(str(folders[0].parents[1]), "verify", "digits@v1") == 0
 
 
 @pytest.mark.slow

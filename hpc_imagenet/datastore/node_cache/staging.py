@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpc_imagenet.datastore.manifest import File
@@ -124,6 +124,30 @@ class StagedShards:
     def is_complete(self) -> bool:
         """Whether all shards that are copied are cached on this node, and open."""
         return len(self._descriptors) >= len(self._selected)
+
+    @property
+    def has_source(self) -> bool:
+        """Whether shards can be read before they are copied."""
+        return self._source is not None
+
+    def copied_bytes(self) -> int:
+        """Return how many bytes of the shards that are copied are on this node."""
+        return sum(self._cache.present_bytes(self._shards[number]) for number in self._selected)
+
+    def wait_until_complete(self, pause: Callable[[float], None]) -> None:
+        """Wait until all shards that are copied are cached on this node, and open.
+
+        Args:
+            pause: waits for a number of seconds between two checks; what it raises ends the waiting.
+
+        Raises:
+            UserError: a shard cannot be copied.
+        """
+        for shard in self._selected:
+            while not self.poll(shard):
+                if self._error is not None:
+                    raise self._error
+                pause(self._intervals.cached)
 
     def poll(self, shard: int) -> bool:
         """Check now whether a shard is cached, and open it if so; return whether it is."""

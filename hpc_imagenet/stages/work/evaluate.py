@@ -10,6 +10,7 @@ from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs.checkpoints import check_fingerprint
 from hpc_imagenet.runs.store import Run
+from hpc_imagenet.stages.work.node_copies import wait_for_copies
 from hpc_imagenet.training.torch_import import torch_import
 
 
@@ -18,6 +19,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
 
     Raises:
         UserError: bad input.
+        Preempted: a stop signal arrived while images were copied to the nodes.
         PeerLost: another task of the job has ended.
     """
     check_fingerprint(config)  # before the data is fetched; `score` compares what it has read
@@ -28,5 +30,6 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     cluster, stages = cluster_for(config, "evaluate"), dist_env.local_rank == 0
     splits = [config.evaluate.split or ""]
     with open_dataset(version, cluster, stages, splits=splits) as store:
+        wait_for_copies(store, run, dist_env)
         result = score(config, store, run, dist_env)
     return {**result, "datastore": f"{version.name}@v{version.number}", "training": config.evaluate.run}

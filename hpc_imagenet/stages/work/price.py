@@ -20,6 +20,7 @@ from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader, SplitRea
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.runs.time_record import training_shape
+from hpc_imagenet.stages.work.node_copies import wait_for_copies
 from hpc_imagenet.training.torch_import import torch_import
 
 STEPS = 100  # in all, of one image size
@@ -51,6 +52,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     version = open_version(config.datastore)
     try:
         with open_dataset(version, cluster, dist_env.local_rank == 0, splits=("train", "val")) as store:
+            wait_for_copies(store, run, dist_env)
             partial = _PartialDataset(store, VAL_BATCHES * recipe.global_batch, config.seed)
             result = fit(short, partial, run, dist_env, limit)
     finally:

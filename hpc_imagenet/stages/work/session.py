@@ -16,14 +16,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from hpc_imagenet.cluster import gpus, slurm
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.datastore import catalog, versions
+from hpc_imagenet.datastore.backends.storage_backend import explain_os_errors
 from hpc_imagenet.datastore.node_cache.cache import NodeCache
 from hpc_imagenet.errors import Preempted, UserError
 from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.runs import lease
+from hpc_imagenet.runs.job import signature
 from hpc_imagenet.runs.store import Progress, Run
 from hpc_imagenet.session import watchdog
 from hpc_imagenet.session.connection import ConnectionInfo
@@ -210,9 +214,21 @@ def _fetch_to_node(config: Config, version: versions.Version, progress: Progress
             f"it is stored at {version.backend.url}: set cluster.scratch=FOLDER to fetch it to the node"
         )
     entry = catalog.find_version(version.backend, f"{version.name}@v{version.number}")
-    # Next to the node cache, which would evict the files when it needs space.
-    target = NodeCache(setting).folder / ".datastores"
-    target.mkdir(exist_ok=True)
+    # Next to the node cache, which would evict the files when it needs space. Each backend counts its own
+    # versions, so that v1 of another one may have other images.
+    copies = NodeCache(setting).folder / ".datastores"
+    target = copies / signature(version.backend.url, version.manifest.content)
+    copy = target / entry.path
+    with explain_os_errors("cluster.scratch", copies):
+        target.mkdir(parents=True, exist_ok=True)
+        with FileLock(copies / ".deleted.lock"):  # else two sessions could remove what one begins to fetch
+            if (copy / versions.DELETED).exists():  # the user has deleted this copy: fetch it again
+                if len(list(copy.iterdir())) > 1:
+                    raise UserError(
+                        f"{copy} is being deleted, or was in part: start the session again after that, or "
+                        f"after rm -r {copy}"
+                    )
+                shutil.rmtree(copy)
     total = version.manifest.bytes
 
     def report(done: int, _: str) -> None:

@@ -13,6 +13,7 @@ from hpc_imagenet.datastore.open_dataset import open_dataset
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.runs.checkpoints import INITIAL
 from hpc_imagenet.runs.store import Run
+from hpc_imagenet.stages.work.node_copies import wait_for_copies
 from hpc_imagenet.training.torch_import import torch_import
 
 
@@ -30,6 +31,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     version = open_version(config.datastore)
     cluster, stages = cluster_for(config, "train"), dist_env.local_rank == 0
     with open_dataset(version, cluster, stages, splits=("train", "val")) as store:
+        wait_for_copies(store, run, dist_env)
         return fit(_with_initial_weights(config, run), store, run, dist_env)
 
 

@@ -1,8 +1,9 @@
 """Time the parts of a training and write its `TimeRecord`, from which prices are computed.
 
 All wall time from the start of the process to the result belongs to one part: startup, epochs (training,
-validation, checkpoint) and end. The device is synchronized after the first batches and after the last one of
-an epoch only, so that its steps overlap as usual.
+validation, checkpoint) and end, but for the time in which it waited for copies on the nodes. The device is
+synchronized after the first batches and after the last one of an epoch only, so that its steps overlap as
+usual.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class EpochTimes(pl.Callback):
         tasks: tasks of this job on this node, whose memory is assumed to be that of this one.
         limit: of a price job; None: whole epochs.
         follows: whether this process has trained before, so that its startup is that of an earlier record.
+        waited: s before the training for copies on the nodes; not part of the startup, as a later start finds
+            them.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class EpochTimes(pl.Callback):
         tasks: int,
         limit: PassLimit | None = None,
         follows: bool = False,
+        waited: float = 0.0,
     ) -> None:
         self._runs, self._known, self._sizes = path, record, sizes
         self._bottleneck, self._staged, self._tasks, self._limit = bottleneck, staged, tasks, limit
@@ -87,14 +91,16 @@ class EpochTimes(pl.Callback):
         self._validations: list[_Pass] = []
         self._after: list[Time] = []
         self._startup: Time | None = None
-        self._created = _now() if follows else None
+        # The time of this process that is no startup of this training; a trial before waited as well.
+        self._follows, self._before = follows, _now() if follows else Time(waited, 0.0)
         self._pass: _Pass | None = None  # the one that is being timed
         self._since = ZERO  # end of the last part
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """End the startup. The first epoch of an attempt may begin in its middle, without its own start."""
-        self._startup = _now()
-        self._pass = _Pass(self._startup)
+        now = _now()
+        self._startup = now - self._before
+        self._pass = _Pass(now)
         if self._limit:
             per_step = trainer.accumulate_grad_batches
             _end_epoch_at(trainer, max(1, self._limit.batches // per_step) * per_step)
@@ -168,10 +174,10 @@ class EpochTimes(pl.Callback):
             return
         found = read_record(self._bottleneck)
         startup, earlier = self._startup, None
-        if end is None or self._created:
+        if end is None or self._follows:
             earlier = find_record(self._runs, self._known["shape"])
-        if self._created:
-            startup = earlier.startup if earlier else startup - self._created
+        if self._follows and earlier:
+            startup = earlier.startup
         if end is None and earlier:
             end = earlier.end
         record = TimeRecord(
@@ -223,6 +229,7 @@ def epoch_times(
         dist_env.local_size,
         limit,
         run.follows,
+        run.waited,
     )
 
 

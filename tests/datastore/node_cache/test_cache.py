@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,13 @@ def read(node_cache: NodeCache, number: int) -> bytes | None:
         os.close(descriptor)
 
 
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A function that sets the clock to a number of hours after the start of the test."""
+    begin = time.time()
+    return lambda hours: monkeypatch.setattr(cache.time, "time", lambda: begin + 3600 * hours)
+
+
 def test_a_file_is_fetched_once_and_reused_by_the_next_job(tmp_path: Path) -> None:
     source, first = Source(), NodeCache(tmp_path)
     assert first.open(file_of(1)) is None
@@ -89,14 +97,45 @@ def test_a_modified_file_is_detected_and_fetched_again(tmp_path: Path) -> None:
 
 
 def test_a_file_verified_long_ago_is_hashed_again_but_not_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, set_clock: Callable[[float], None]
 ) -> None:
-    source, later = Source(), NodeCache(tmp_path)
-    source.cache(later, 1)
-    monkeypatch.setattr(cache, "MAX_VERIFIED_AGE", 0.0)
+    source, first = Source(), NodeCache(tmp_path)
+    source.cache(first, 1)
+    set_clock(25)
+    later = NodeCache(tmp_path)
     assert later.open(file_of(1)) is None
     source.cache(later, 1)
+    assert read(later, 1) == data_of(1)
     assert (source.fetched, source.verified) == (["shards/1.tar"], ["shards/1.tar"])
+
+
+def test_a_file_verified_recently_at_the_start_of_a_job_is_opened_at_any_time(
+    tmp_path: Path, set_clock: Callable[[float], None]
+) -> None:
+    Source().cache(NodeCache(tmp_path), 1)
+    set_clock(22)
+    source, copying, other = Source(), NodeCache(tmp_path), NodeCache(tmp_path)
+    assert source.cache(copying, 1) is CopyResult.CACHED
+    set_clock(25)
+    assert read(other, 1) == data_of(1)
+    assert source.verified == []
+    set_clock(100)
+    assert source.cache(copying, 2) is CopyResult.CACHED
+    set_clock(99)  # the clock was set back
+    assert read(other, 2) == data_of(2)
+
+
+def test_a_task_that_starts_later_opens_what_the_copying_task_found_just_recent_enough(
+    tmp_path: Path, set_clock: Callable[[float], None]
+) -> None:
+    Source().cache(NodeCache(tmp_path), 1)
+    for hours in (22.5, 23.5):
+        set_clock(hours)
+        source = Source()
+        assert source.cache(NodeCache(tmp_path), 1) is CopyResult.CACHED
+        assert bool(source.verified) == (hours == 23.5)
+        set_clock(hours + 0.9)
+        assert read(NodeCache(tmp_path), 1) == data_of(1)
 
 
 def test_least_recently_used_is_evicted_unless_in_use(tmp_path: Path) -> None:
@@ -166,6 +205,73 @@ def test_part_files_of_killed_fetches_are_evicted(tmp_path: Path) -> None:
     assert source.cache(node_cache, 4) is CopyResult.CACHED
     assert not part.exists()
     assert [read(node_cache, number) is not None for number in (3, 4)] == [True, True]
+
+
+def test_space_for_the_rest_of_files_that_others_fetch_is_not_free(tmp_path: Path) -> None:
+    other, results = Source(), []
+
+    class InterruptedSource(Source):
+        def fetch(self, file: File, target: Path) -> None:
+            part = target.with_name(f".{target.name}.part")
+            part.write_bytes(b"1")
+            for limit in (SIZE + SIZE // 2, 2 * SIZE + SIZE // 2):
+                results.append(other.cache(NodeCache(tmp_path, limit), 2))
+            part.replace(target)  # all is there, and not yet verified
+            target.write_bytes(data_of(1))
+            results.append(other.cache(NodeCache(tmp_path, 3 * SIZE + SIZE // 2), 3))
+            target.replace(part)
+            raise UserError("killed")
+
+    with pytest.raises(UserError, match="killed"):
+        InterruptedSource().cache(NodeCache(tmp_path), 1)
+    assert results == [CopyResult.FULL, CopyResult.CACHED, CopyResult.CACHED]
+    # What is left of a killed fetch is evicted, and waits for nothing.
+    assert other.cache(NodeCache(tmp_path, 3 * SIZE + SIZE // 2), 4) is CopyResult.CACHED
+    assert [read(NodeCache(tmp_path), number) is not None for number in (2, 3, 4)] == [True] * 3
+    assert not list(NodeCache(tmp_path).folder.glob(".*.size"))
+    assert not list(NodeCache(tmp_path).folder.glob(".*.part"))
+
+
+def test_two_jobs_do_not_take_the_same_space(tmp_path: Path) -> None:
+    source, node_cache = Source(), NodeCache(tmp_path)
+    with FileLock(node_cache.folder / ".space.lock"):
+        assert source.cache(node_cache, 1) is CopyResult.BUSY
+    assert source.cache(node_cache, 1) is CopyResult.CACHED
+
+
+@pytest.mark.parametrize(
+    ("above", "made"), [(0o1777, 0o1777), (0o777, 0o1777), (0o2775, 0o3775), (0o775, 0o755), (0o755, 0o755)]
+)
+def test_a_missing_scratch_folder_is_as_open_as_the_one_above_it(
+    tmp_path: Path, above: int, made: int
+) -> None:
+    tmp_path.chmod(above)
+    before = os.umask(0o022)
+    try:
+        node_cache = NodeCache(tmp_path / "lab" / "imagenet")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "lab", tmp_path / "lab" / "imagenet"):
+        assert folder.stat().st_mode & 0o7777 == made
+    assert node_cache.folder.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "lab" / "imagenet").chmod(0o750)
+    NodeCache(tmp_path / "lab" / "imagenet")  # what exists is left alone
+    assert (tmp_path / "lab" / "imagenet").stat().st_mode & 0o777 == 0o750
+    assert [path.name for path in tmp_path.iterdir()] == ["lab"]
+
+
+def test_a_missing_scratch_folder_named_by_a_variable_belongs_to_one_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOB_OR_USER", "alice")
+    tmp_path.chmod(0o1777)
+    before = os.umask(0o022)
+    try:
+        NodeCache(f"{tmp_path}/$JOB_OR_USER/imagenet")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "alice", tmp_path / "alice" / "imagenet"):
+        assert folder.stat().st_mode & 0o7777 == 0o755
 
 
 def test_a_folder_that_other_users_can_write_to_is_refused(tmp_path: Path) -> None:

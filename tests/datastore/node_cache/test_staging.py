@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,6 +119,20 @@ def test_a_second_rank_reads_the_copies_of_the_first(version: Version, tmp_path:
         images(second)
         wait_until(lambda: bool(images(second)) and second.shards.is_complete())
         assert images(second) == expected(version)
+
+
+def test_a_rank_that_copies_nothing_reads_copies_that_became_a_day_old_since_its_start(
+    version: Version, copier: GatedCopier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, second = version.manifest.shards, NodeCache(tmp_path / "disk")
+    copier.permits.release(3)
+    with contextlib.closing(staged_shards(None, NodeCache(tmp_path / "disk"), files, copier)) as staged:
+        wait_until(staged.is_complete)
+        tomorrow = time.time() + 25 * 3600
+        monkeypatch.setattr(time, "time", lambda: tomorrow)
+        with contextlib.closing(staged_shards(None, second, files)) as other:
+            assert all(other.poll(shard) for shard in range(len(files)))  # `read` would wait
+            assert other.read(1, 512, 100) == staged.read(1, 512, 100)
 
 
 def test_closing_the_dataset_stops_copying(version: Version, copier: GatedCopier, tmp_path: Path) -> None:

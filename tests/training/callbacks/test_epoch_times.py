@@ -52,6 +52,17 @@ def test_all_time_belongs_to_one_part(
     assert total.wall == epoch_times._now().wall - 1
 
 
+def test_the_time_that_a_run_waited_for_copies_is_no_startup(
+    config: Callable[..., Config], tiny: DatasetReader, tmp_path: Path, written: list[TimeRecord]
+) -> None:
+    settings, run = config(epochs=2), new_run(tmp_path / "run")
+    settings.tracker, run.waited = [], 1000.0
+    for _ in range(1000):
+        epoch_times._now()
+    fit(settings, tiny, run, DistEnv())
+    assert written[-1].startup.wall == 1
+
+
 def test_the_startup_of_a_later_trial_is_not_the_age_of_its_process(
     config: Callable[..., Config],
     tiny: DatasetReader,
@@ -60,7 +71,7 @@ def test_the_startup_of_a_later_trial_is_not_the_age_of_its_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings, run = config(epochs=2), new_run(tmp_path / "run")
-    settings.tracker, run.follows = [], True
+    settings.tracker, run.follows, run.waited = [], True, 1000.0
     for _ in range(1000):
         epoch_times._now()
     fit(settings, tiny, run, DistEnv())
