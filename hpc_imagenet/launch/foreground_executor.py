@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -107,9 +108,9 @@ class ForegroundExecutor(Executor):
         """Return the states of attempts by their processes."""
         return {key: _state(attempt) for key, attempt in attempts.items()}
 
-    def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
+    def cancel(self, run: Run, attempt: Attempt, reason: str, ended: datetime | None = None) -> None:
         """Write the outcome and end the processes of the attempt."""
-        local_queue.cancel_here(run, attempt, reason)
+        local_queue.cancel_here(run, attempt, reason, ended)
 
 
 def start_job(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
