@@ -142,10 +142,10 @@ class Attempt:
                 yield last_lines(log)
 
 
-def last_lines(log: Path) -> list[str]:
-    """Return the last lines of a log."""
+def last_lines(log: Path, begin: int = 0) -> list[str]:
+    """Return the last lines of a log, of those after its first `begin` bytes."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        file.seek(max(begin, log.stat().st_size - _TAIL_BYTES))
         text = file.read()
     return text.decode(errors="replace").strip().splitlines()
 
