@@ -65,7 +65,8 @@ def query_usage(job_ids: Iterable[str], since: float | None = None) -> dict[str,
     """Return the usage of jobs by id, from sacct; jobs that it does not know are missing.
 
     Args:
-        job_ids: ids such as `123`, `123_4` for the task of an array, or `123.0` for one step alone.
+        job_ids: ids such as `123`, `123_4` for the task of an array, or `123.0` for one step alone,
+            which has no values of its own if its allocation was requeued: the starts number steps anew.
         since: s since 1970 before which no job was submitted; a database may know older jobs of the same id.
     """
     ids = sorted(set(job_ids))
@@ -114,12 +115,12 @@ def _usage(starts: Sequence[_Start], only_step: str | None) -> JobUsage:
     gpu_shares, seconds = [], 0.0
     for start in starts:
         steps = [step for step in start.steps if only_step in (None, step["JobID"])]
-        if only_step and not steps:
-            continue  # a start of the allocation in which the step did not run
+        if only_step and (not steps or len(starts) > 1):
+            continue  # of an allocation that was requeued: each start may number another run like this
         whole = steps[0] if only_step else start.allocation
         elapsed = _number(whole.get("ElapsedRaw")) or 0.0
         seconds += elapsed
-        if elapsed and (cpu := _seconds(whole.get("TotalCPU", ""))) is not None:
+        if elapsed and (cpu := _seconds(whole.get("TotalCPU", ""))):  # 0: not measured, as on a lost node
             used["cpu"].append(cpu)
             used["available"].append(elapsed * (_number(whole.get("AllocCPUS")) or 0))
         used["memory"] += [memory for step in steps if (memory := _memory(step))]

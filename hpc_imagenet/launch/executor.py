@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -120,8 +121,8 @@ class Executor(Protocol):
             since: when the caller began polling, as in `states.states`.
         """
 
-    def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
-        """End an active attempt and write its outcome.
+    def cancel(self, run: Run, attempt: Attempt, reason: str, ended: datetime | None = None) -> None:
+        """End an active attempt and write its outcome, with the time `ended`, or now.
 
         Raises:
             UserError: it cannot be cancelled from this machine.

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -95,9 +96,10 @@ class ForegroundExecutor(Executor):
     def _record(self, attempt: Attempt, allocation: str | None, **details: Any) -> None:
         """Record an attempt as one of Slurm in an allocation, else as one of this process."""
         details["code"] = code_version()
-        if allocation and attempt.submitted.get("job_id") == allocation:
-            return  # requeued: its record says since when it is in the queue
         if allocation:
+            previous = attempt.submitted
+            if previous.get("job_id") == allocation and "time" in previous:
+                details["time"] = previous["time"]  # requeued: since then it is in the queue
             attempt.submit(SlurmExecutor.name, job_id=allocation, logs=str(attempt.folder), **details)
         else:
             command = local_queue.process_identity()
@@ -107,9 +109,9 @@ class ForegroundExecutor(Executor):
         """Return the states of attempts by their processes."""
         return {key: _state(attempt) for key, attempt in attempts.items()}
 
-    def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
+    def cancel(self, run: Run, attempt: Attempt, reason: str, ended: datetime | None = None) -> None:
         """Write the outcome and end the processes of the attempt."""
-        local_queue.cancel_here(run, attempt, reason)
+        local_queue.cancel_here(run, attempt, reason, ended)
 
 
 def start_job(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -140,9 +142,10 @@ def _run_jobs(
         module = "task" if len(job) == 1 else "shared_task"
         words = [word for run, attempt in job for word in (str(run.folder), str(attempt.number))]
         task = ["-u", "-m", f"hpc_imagenet.launch.tasks.{module}", *words]
-        command, log = [sys.executable, *task], None
+        command, log, log_size = [sys.executable, *task], None, 0
         if allocation:
             log = _log_folder(store, job) / f"{allocation}_0_log.err"
+            log_size = log.stat().st_size if log.exists() else 0
             srun = ["srun", *_srun_arguments(job[0][0], f"{log.parent}/{allocation}_%t_log")]
             command = [*srun, *command]
             if job[0][0].cluster().container:
@@ -154,7 +157,7 @@ def _run_jobs(
         process = start_job(command, environment)
         started.append((process, job))
         code = process.wait()
-        requeued = allocation and requeue.requeue_or_fail(job, code, log) == EXIT_REQUEUE
+        requeued = allocation and requeue.requeue_or_fail(job, code, log, log_size) == EXIT_REQUEUE
         for run, attempt in job:
             if not allocation:
                 attempt.end(FAILED, _without_outcome(code))  # if it has none

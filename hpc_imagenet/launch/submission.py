@@ -21,10 +21,10 @@ from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.launch.warm_start import keep_weights
-from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, Attempt
+from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, QUEUED
 from hpc_imagenet.runs.job import Job
-from hpc_imagenet.runs.lease import restart_count
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.runs.usage_records import last_seen
 from hpc_imagenet.stages import STAGES
 
 
@@ -124,11 +124,6 @@ def _is_this_job(run: Run) -> bool:
     return job_id is not None and attempt is not None and attempt.submitted.get("job_id") == job_id
 
 
-def _is_requeued(attempt: Attempt) -> bool:
-    """Whether an attempt of this Slurm job has no outcome, and Slurm has requeued the job since its start."""
-    return attempt.outcome is None and restart_count() > attempt.started.get("restarts", 0)
-
-
 def start_attempts(
     store: RunStore, runs: Sequence[Run], executor: str, state_of: Mapping[str, State]
 ) -> tuple[dict[str, str], list[UserError]]:
@@ -149,7 +144,7 @@ def start_attempts(
                 attempts.append((run, attempt))
             else:  # another command submits it at this moment
                 actions[run.id] = "active"
-        elif attempt and _is_this_job(run) and _is_requeued(attempt):
+        elif attempt and _is_this_job(run) and attempt.was_requeued and not attempt.outcome:
             attempts.append((run, attempt))
         else:
             attempts.append((run, run.new_attempt()))
@@ -193,6 +188,8 @@ def cancel_run(run: Run, reason: str = "by the cancel command", status: State | 
             raise UserError(f"{run.id} is being submitted: try again in a moment")
         attempt.end(CANCELLED, reason)
     else:
-        executor_of(attempt).cancel(run, attempt, reason)
+        # A job that was requeued has not run since: its time in the queue is none in which it was running.
+        ended = last_seen(attempt) if status.name == QUEUED else None
+        executor_of(attempt).cancel(run, attempt, reason, ended)
     notification.run_ended(run, attempt)
     return status

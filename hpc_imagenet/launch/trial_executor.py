@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from hpc_imagenet.launch.executor import Executor, State
 from hpc_imagenet.runs import lease
@@ -31,9 +32,9 @@ class TrialExecutor(Executor):
         state_of = states({run.id: run for run in workers.values()}.values(), since)
         return {key: _state(state_of[workers[key].id], attempt) for key, attempt in attempts.items()}
 
-    def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
+    def cancel(self, run: Run, attempt: Attempt, reason: str, ended: datetime | None = None) -> None:
         """Write the outcome and take the lease, at which the worker goes on with its next trial."""
-        attempt.end(CANCELLED, reason)
+        attempt.end(CANCELLED, reason, ended=ended)
         lease.revoke(run.folder, attempt.number)
 
 

@@ -103,6 +103,11 @@ class Attempt:
         """
         return read_record(self.folder / "started.json")
 
+    @property
+    def was_requeued(self) -> bool:
+        """Whether Slurm has requeued the job of this process since the attempt started."""
+        return bool(restart_count() > self.started.get("restarts", 0))
+
     def end(
         self,
         state: str,
@@ -110,7 +115,15 @@ class Attempt:
         result: dict[str, Any] | None = None,
         ended: datetime | None = None,
     ) -> bool:
-        """Write the outcome; False if the attempt already has one, which is kept. `ended`: None is now."""
+        """Write the outcome; False if the attempt already has one, which is kept.
+
+        `ended` is None for now; for an attempt of this job that has not started since Slurm requeued the job,
+        when it was last seen.
+        """
+        if ended is None and self.was_requeued:
+            from hpc_imagenet.runs.usage_records import last_seen  # which imports this module
+
+            ended = last_seen(self)
         outcome = Outcome(state, reason, result, record_time(ended) if ended else now())
         return write_json_once(self.folder / "outcome.json", asdict(outcome))
 
@@ -129,10 +142,10 @@ class Attempt:
                 yield last_lines(log)
 
 
-def last_lines(log: Path) -> list[str]:
-    """Return the last lines of a log."""
+def last_lines(log: Path, begin: int = 0) -> list[str]:
+    """Return the last lines of a log, of those after its first `begin` bytes."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        file.seek(max(begin, log.stat().st_size - _TAIL_BYTES))
         text = file.read()
     return text.decode(errors="replace").strip().splitlines()
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from command_line import Cli, Gate, eventually
 from fake_slurm import SRUN, write_command
-from recorded_runs import set_times
+from recorded_runs import change, set_times
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.input.overrides import with_defaults
@@ -271,6 +271,9 @@ def test_a_requeued_job_goes_on_with_its_attempt(cluster: Cli, commands: Path) -
     assert run.attempt
     run.attempt.start()
     set_times(run, submitted=timedelta(hours=40), started=timedelta(hours=30))
+    record = run.attempt.folder / "submitted.json"
+    change(record, shares_with=["another"], code={"commit": "old"})  # which has finished
+    submitted = run.attempt.submitted
     stopped = datetime.now(timezone.utc) - timedelta(hours=10)
     write_json(run.folder / "progress.json", {"done": 1, "time": record_time(stopped)})
     write_command(commands, "srun", f'echo "$@" >> $here/options{SRUN}')
@@ -280,6 +283,9 @@ def test_a_requeued_job_goes_on_with_its_attempt(cluster: Cli, commands: Path) -
     assert "--open-mode=append" in (commands / "options").read_text().split()
     (row,) = cluster.jobs()
     assert (row["state"], row["attempt"], row["requeued"]) == ("finished", 1, 1)
+    again = run.attempt.submitted
+    assert (again["time"], "shares_with" in again) == (submitted["time"], False)
+    assert again["code"] != submitted["code"]
     (found,) = json.loads(cluster("show", run.id, "--json").stdout)["attempts"]
     assert round(found["resources"]["hours"], 1) == 20
     assert round(found["queued_seconds"] / 3600, 1) == 10 + 10
@@ -287,3 +293,21 @@ def test_a_requeued_job_goes_on_with_its_attempt(cluster: Cli, commands: Path) -
     (run.folder.parents[1] / "archives/digits").rename(run.folder.parents[1] / "archives/gone")
     cluster(*words)
     assert [attempt.started["restarts"] for attempt in run.attempts()] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_requeued_job_ends_by_what_its_own_start_wrote(cluster: Cli, commands: Path) -> None:
+    lost = "ValueError: old\nsrun: error: Node failure on n2"
+    log = "for each; do [[ $each == --error=* ]] && log=${each#*=}; done"
+    first = f'touch $here/first; echo "{lost}" >> ${{log//%t/0}}'
+    write_command(commands, "srun", f"{log}\n[ -e $here/first ] || {{ {first}; }}\nexit 1")
+    cluster.env["SLURM_JOB_ID"] = "5"
+    words = ("+stage=download", "dataset=digits", "cluster=foreground")
+    assert "srun lost a node: requeueing the job" in cluster(*words, code=1).stderr
+    cluster.env["SLURM_RESTART_COUNT"] = "1"
+    assert "requeueing" not in cluster(*words, code=1).stderr
+    (run,) = RunStore(cluster.workspace).all()
+    assert run.attempt
+    assert run.attempt.outcome
+    reason = "exit code 1 without an outcome; last error line: none, its error log is empty"
+    assert (run.attempt.number, run.attempt.outcome.reason) == (1, reason)

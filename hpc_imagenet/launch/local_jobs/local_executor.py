@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from hpc_imagenet.config.schema import Cluster
@@ -54,9 +55,9 @@ class LocalExecutor(Executor):
         expected: dict[Path, bool] = {}  # whether a worker is there, by workspace: one query for all its runs
         return {key: self._state(attempt, expected) for key, attempt in attempts.items()}
 
-    def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
+    def cancel(self, run: Run, attempt: Attempt, reason: str, ended: datetime | None = None) -> None:
         """Write the outcome and end the processes of the attempt."""
-        local_queue.cancel_here(run, attempt, reason)
+        local_queue.cancel_here(run, attempt, reason, ended)
 
     def start_queued(self, store: RunStore) -> None:
         """Start a worker unless one is running, or nothing is in the queue of this machine."""

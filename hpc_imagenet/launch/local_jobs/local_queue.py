@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def state_of_process(attempt: Attempt) -> State:
     return State(RUNNING) if is_alive(attempt) else State(FAILED, NO_OUTCOME)
 
 
-def cancel_here(run: Run, attempt: Attempt, reason: str) -> None:
+def cancel_here(run: Run, attempt: Attempt, reason: str, ended: datetime | None = None) -> None:
     """Write the outcome of an attempt of this host and end its processes.
 
     Raises:
@@ -231,5 +232,5 @@ def cancel_here(run: Run, attempt: Attempt, reason: str) -> None:
         raise UserError(
             f"{run.id} runs on {host}: cancel it there (if {host} no longer exists, remove {attempt.folder})"
         )
-    attempt.end(CANCELLED, reason)  # before the process ends: the first outcome is kept
+    attempt.end(CANCELLED, reason, ended=ended)  # before the process ends: the first outcome is kept
     kill(attempt)

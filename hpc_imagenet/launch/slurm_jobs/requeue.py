@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import EXIT_REQUEUE
-from hpc_imagenet.launch.retries.error_logs import error_logs
+from hpc_imagenet.launch.retries.error_logs import ErrorLogs, error_logs
 from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.launch.tasks.start_task import read_task
 from hpc_imagenet.runs import lease
@@ -36,13 +36,16 @@ _NOT_STARTED = re.compile(r"^srun: error: .*(task launch|communication|node fail
                           r"aborting|unable to)", re.IGNORECASE)  # fmt: skip
 
 
-def requeue_or_fail(attempts: Sequence[tuple[Run, Attempt]], code: int, log: Path | None = None) -> int:
+def requeue_or_fail(
+    attempts: Sequence[tuple[Run, Attempt]], code: int, log: Path | None = None, begin: int = 0
+) -> int:
     """Write the outcomes of the attempts of a job whose srun has ended, or requeue it.
 
     Args:
         attempts: the job's attempts with their runs: one, or those that share a loader.
         code: exit code of srun.
         log: error log of the job's first task; None: that of the attempt.
+        begin: bytes of `log` that earlier starts of the job have written.
 
     Returns:
         The exit code for the job's script: 0 finished, 1 failed, EXIT_REQUEUE requeued or left to Slurm.
@@ -63,14 +66,15 @@ def requeue_or_fail(attempts: Sequence[tuple[Run, Attempt]], code: int, log: Pat
     if slurm.own_job_state() not in ("RUNNING", ""):
         return EXIT_REQUEUE  # cancelled, requeued or timed out by Slurm, which reports that itself
     # Rank 0's log, where srun and Slurm write their errors.
-    tail = last_lines(log) if log and log.exists() else next(attempt.error_tails(), [])
-    tail = tail[-_LINES:]
+    lines = last_lines(log, begin) if log and log.exists() else next(attempt.error_tails(), [])
+    tail = lines[-_LINES:]
     if any(_OUT_OF_MEMORY.search(line) for line in tail):
         fix = "raise cluster.memory_gb, or lower loader.workers, then run the command again"
         return fail(f"out of host memory: {fix}")
     reason = _transient_reason(code, tail)
     if not reason:
-        line = error_logs(attempt).last_error() or (tail[-1] if tail else "none, its error log is empty")
+        logs = ErrorLogs({0: lines}) if begin else error_logs(attempt)
+        line = logs.last_error() or (tail[-1] if tail else "none, its error log is empty")
         crash = f" ({_CRASHES[code]}: the program crashed)" if code in _CRASHES else ""
         return fail(f"exit code {code}{crash} without an outcome; last error line: {line}")
     most = run.cluster().max_requeues

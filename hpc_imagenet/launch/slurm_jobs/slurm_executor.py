@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from hpc_imagenet.cluster import slurm
@@ -79,7 +80,7 @@ class SlurmExecutor(Executor):
         status = slurm.query_jobs(filter(None, job_ids.values()), since)
         return {key: _state(attempt, status.get(job_ids[key])) for key, attempt in attempts.items()}
 
-    def cancel(self, run: Run, attempt: Attempt, reason: str) -> None:
+    def cancel(self, run: Run, attempt: Attempt, reason: str, ended: datetime | None = None) -> None:
         """Cancel the job; in an allocation of the user, only the step of this attempt."""
         if not slurm.is_available():
             raise UserError(
@@ -89,7 +90,7 @@ class SlurmExecutor(Executor):
         job_id = str(submitted["job_id"])
         if others := submitted.get("shares_with"):
             # Its process is ended by shared_task.py, which sees the outcome; the job, if no run is left.
-            attempt.end(CANCELLED, reason)
+            attempt.end(CANCELLED, reason, ended=ended)
             left = any(_is_in_job(Run(run.folder.parent / other), job_id) for other in others)
             if not left and run.executor() == self.name:
                 slurm.cancel_job(job_id)
@@ -97,7 +98,7 @@ class SlurmExecutor(Executor):
         in_allocation = run.executor() != self.name
         if not in_allocation:  # a job cancelled by Slurm writes no outcome of its own
             slurm.cancel_job(job_id)
-        attempt.end(CANCELLED, reason)  # before the process ends: the first outcome is kept
+        attempt.end(CANCELLED, reason, ended=ended)  # before the process ends: the first outcome is kept
         if in_allocation and "step" in started:
             slurm.cancel_job(f"{job_id}.{started['step']}")
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+import json
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from command_line import Cli
 from fake_slurm import write_command
+from recorded_runs import set_times
 
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.errors import EXIT_REQUEUE
+from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.slurm_jobs import requeue
 from hpc_imagenet.runs import job as jobs
 from hpc_imagenet.runs import lease
-from hpc_imagenet.runs.attempt import FAILED, FINISHED, Attempt
+from hpc_imagenet.runs.attempt import FAILED, FINISHED, Attempt, record_time
 from hpc_imagenet.runs.store import Run, RunStore
 
 
@@ -163,6 +167,8 @@ def test_restart_that_ends_before_its_task_takes_the_lease_is_no_old_copy(job: J
     log.write_text("bash: python: command not found")
     assert requeue.requeue_or_fail([(job.run, job.attempt)], 127) == 1
     assert "exit code 127" in job.reason
+    assert job.attempt.outcome
+    assert job.attempt.outcome.time == job.attempt.started["time"]  # in the queue since then
 
 
 @pytest.mark.slow
@@ -197,3 +203,21 @@ def test_runs_that_share_a_loader_are_requeued_together_unless_they_have_ended(
     assert attempt.outcome
     assert attempt.outcome.reason == "its own reason"
     assert requeue.requeue_or_fail(both, 0) == 1
+
+
+@pytest.mark.slow
+def test_a_requeued_job_that_is_cancelled_in_the_queue_has_the_hours_that_it_ran(
+    cluster: Cli, commands: Path
+) -> None:
+    cluster("+stage=download", "dataset=digits", "cluster=slurm")
+    (run,) = RunStore(cluster.workspace).all()
+    assert run.attempt
+    run.attempt.start()
+    set_times(run, submitted=timedelta(hours=77), started=timedelta(hours=76))
+    stopped = record_time(datetime.now(timezone.utc) - timedelta(hours=72))
+    write_json(run.folder / "progress.json", {"done": 1, "time": stopped})
+    (commands / "queue").write_text("1|PENDING|1|0|None\n")
+    cluster("cancel", run.id)
+    assert (commands / "cancelled").read_text() == "1\n"
+    (found,) = json.loads(cluster("show", run.id, "--json").stdout)["attempts"]
+    assert (found["state"], round(found["resources"]["hours"], 1)) == ("cancelled", 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,9 +54,22 @@ def test_one_step_of_an_allocation() -> None:
     usage = parse_usage(JOB, ["77.0"])["77.0"]
     assert usage.seconds == 12
     assert usage.used_cpu_seconds == pytest.approx(6.344)
-    requeued = JOB + JOB.replace("77.0|", "77.1|").replace("|13|", "|3600|")
-    assert parse_usage(requeued, ["77.0"])["77.0"] == usage
     assert parse_usage(JOB, ["77.5"])["77.5"].used_cpu_seconds is None
+
+
+def test_a_step_of_a_requeued_allocation_may_be_of_another_run_in_each_start() -> None:
+    usage = parse_usage(JOB + JOB.replace("|0|60|", "|900|60|"), ["77.0"])["77.0"]
+    assert (usage.used_cpu_seconds, usage.used_memory_bytes, usage.joules) == (None, None, None)
+    assert (usage.cpus, usage.gpus, usage.limit_seconds) == (4, 2, 3600)
+
+
+def test_cpu_time_that_slurm_did_not_measure_is_unknown() -> None:
+    unmeasured = re.sub(r"\|00:\d\d\.\d+\|", "|00:00:00|", JOB)
+    usage = parse_usage(unmeasured, ["77"])["77"]
+    assert (usage.used_cpu_seconds, usage.available_cpu_seconds) == (None, None)
+    usage = parse_usage(unmeasured + JOB, ["77"])["77"]  # the first start lost its node
+    assert usage.used_cpu_seconds == pytest.approx(6.357)
+    assert usage.available_cpu_seconds == 52
 
 
 def test_energy_of_a_node_counts_once() -> None:
@@ -123,11 +137,12 @@ def test_show_of_a_slurm_job(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_running_job_is_measured_by_its_tasks(cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["Unknown", ENDS])  # running, or on a cluster that measures no jobs
+def test_job_that_slurm_does_not_measure_is_measured_by_its_tasks(cli: Cli, tmp_path: Path, end: str) -> None:
     # sacct adds up the CPU time of the steps that have ended, and knows no memory of the others.
     columns = [line.split("|") for line in JOB.splitlines()]
     for line in columns:
-        line[2], line[5], line[8], line[9], line[-1] = "00:00:00", "", "", "", "Unknown"
+        line[2], line[5], line[8], line[9], line[-1] = "00:00:00", "", "", "", end
     run = run_of_job(cli, tmp_path / "bin", "\n".join("|".join(line) for line in columns))
     attempt = run.attempt
     assert attempt
