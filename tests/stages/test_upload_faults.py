@@ -7,8 +7,9 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import servers
@@ -132,7 +133,7 @@ def test_persistent_server_error_creates_no_version(
 
 @pytest.mark.usefixtures("quick")
 def test_only_missing_parts_are_sent_again(
-    workspace: Workspace, faults: Faults, bucket: str, tmp_path: Path
+    workspace: Workspace, faults: Faults, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults.only = b"partNumber=2"
     faults.responses = [response("403", "ExpiredToken")] * 100
@@ -140,9 +141,61 @@ def test_only_missing_parts_are_sent_again(
         workspace.upload(bucket)
     assert versions.complete_versions(bucket, "digits") == []
     faults.responses, faults.request_lines = [], []
-    assert workspace.upload(bucket)["version"] == 1
+    with completions(monkeypatch) as requests:
+        assert workspace.upload(bucket)["version"] == 1
+    parts = [part for request in requests for part in request["MultipartUpload"]["Parts"]]
+    sent = [line for line in faults.request_lines if b"PUT" in line and b"partNumber=" in line]
+    # Amazon wants the checksum of each part; this server returns none for those that were sent now.
+    assert len([part for part in parts if "ChecksumCRC32" in part]) == len(parts) - len(sent) > 0
     resent = [line for line in faults.request_lines if b"PUT" in line and b"partNumber=1&" in line]
     assert len(resent) < 3  # three shards have a first part
+    workspace.assert_stored(bucket, tmp_path / "here")
+
+
+@contextlib.contextmanager
+def completions(
+    monkeypatch: pytest.MonkeyPatch, refused: Container[str] = ()
+) -> Iterator[list[dict[str, Any]]]:
+    """Collect the parameters of all requests that complete a multipart upload; refuse some upload ids."""
+    from botocore.client import BaseClient
+    from botocore.exceptions import ClientError
+
+    real, requests = BaseClient._make_api_call, []
+
+    def call(self: Any, operation: str, params: dict[str, Any]) -> Any:
+        if operation == "CompleteMultipartUpload":
+            requests.append(params)
+            if params["UploadId"] in refused:
+                error = {"Code": "InvalidRequest", "Message": "It was missing for part 1"}
+                status = {"HTTPStatusCode": 400}
+                raise ClientError({"Error": error, "ResponseMetadata": status}, operation)
+        return real(self, operation, params)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseClient, "_make_api_call", call)
+        yield requests
+
+
+@pytest.mark.usefixtures("quick")
+def test_multipart_upload_that_cannot_be_completed_is_started_anew(
+    workspace: Workspace,
+    faults: Faults,
+    moto: str,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    faults.only, faults.responses = b"partNumber=2", [response("403", "ExpiredToken")] * 100
+    with pytest.raises(UserError, match="expired"):
+        workspace.upload(bucket)
+    faults.responses = []
+    listed = servers.bucket_client(moto).list_multipart_uploads(Bucket="bucket")  # type: ignore[attr-defined]
+    started = {upload["UploadId"] for upload in listed["Uploads"] if upload["Key"].endswith("train-0.tar")}
+    assert started
+    with completions(monkeypatch, started):
+        with pytest.raises(UserError, match="completing shards/train-0.tar: InvalidRequest It was missing"):
+            workspace.upload(bucket)
+        assert workspace.upload(bucket)["version"] == 1
     workspace.assert_stored(bucket, tmp_path / "here")
 
 

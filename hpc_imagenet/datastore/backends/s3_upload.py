@@ -14,7 +14,7 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -243,17 +243,13 @@ class S3Upload:
             return {name: response[name] for name in ("ETag", *checksum) if name in response}
 
         try:
-            etag = upload.etags.get(number)
-            if etag and etag == hashlib.md5(data, usedforsecurity=False).hexdigest():
-                return {"PartNumber": number, "ETag": f'"{etag}"'}
-            return {"PartNumber": number, **client.request(f"sending {file.path}", send)}
-        except UserError:
-            if upload.resumed:
-                # The resumed upload itself may be broken on the server, so drop it: the next attempt starts a
-                # new one. If the server is unreachable or the credentials expired, this fails and it is kept.
-                with contextlib.suppress(Exception):
-                    client.client.abort_multipart_upload(**params, UploadId=upload.upload_id)
-            raise
+            with self._discarding(params, upload):
+                etag = upload.etags.get(number)
+                if etag and etag == hashlib.md5(data, usedforsecurity=False).hexdigest():
+                    # An upload created with a checksum algorithm is completed with the checksum of each part.
+                    checksum = client.checksum(data) if client.checksums else {}
+                    return {"PartNumber": number, "ETag": f'"{etag}"', **checksum}
+                return {"PartNumber": number, **client.request(f"sending {file.path}", send)}
         except NotFound:  # completed or aborted by another process; the object is checked at the end
             return {"PartNumber": number, "ETag": ""}
         finally:
@@ -261,6 +257,20 @@ class S3Upload:
                 self._counter(size, f"sending {file.path}")  # before the memory is free for the next read
             finally:
                 self._release_memory(size, data)
+
+    @contextlib.contextmanager
+    def _discarding(self, params: dict[str, str], upload: MultipartUpload) -> Iterator[None]:
+        """Abort a resumed upload whose parts or completion the server refuses: the next attempt starts anew.
+
+        If the server cannot be reached or the credentials have expired, this fails too, and it is kept.
+        """
+        try:
+            yield
+        except UserError:
+            if upload.resumed:
+                with contextlib.suppress(Exception):
+                    self._client.client.abort_multipart_upload(**params, UploadId=upload.upload_id)
+            raise
 
     def _complete(
         self,
@@ -282,7 +292,8 @@ class S3Upload:
             check_response(response)
 
         try:
-            client.conditional_request(f"completing {file.path}", complete, new)
+            with self._discarding(params, upload):
+                client.conditional_request(f"completing {file.path}", complete, new)
         except (NotFound, PreconditionFailed):
             self._accept_existing(path, file)
 
