@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from command_line import Gate, eventually
 from other_users import GROUP, ROOT, Person, available, ending, shared_folder
+from sample_dataset import write_coloured
 from sample_search import SETTINGS, SPACE
 
 pytestmark = [
@@ -222,6 +223,21 @@ def test_a_dataset_of_one_user_is_used_by_the_other(group: Group) -> None:
     report = json.loads(bob("report", "--json", here).stdout)
     assert {row["stage"] for row in report} == {"train", "evaluate"}
     _check_permissions(group.workspace)
+
+
+def test_a_fetch_that_one_user_began_is_completed_by_the_other(group: Group) -> None:
+    copy, source = shared_folder(group.folder / "copy"), group.workspace / "datastores/tiny/v1"
+    write_coloured(source, 4)
+    group.alice("datastores", "fetch", "tiny", str(copy), group.here)
+    for name in ("manifest.json", "val.tar"):
+        (copy / "tiny/v1" / name).unlink()
+    claim = copy / "tiny/v1/upload.json"
+    claim.write_text('{"content": "0"}')
+    os.chown(claim, group.alice.uid, GROUP)
+    group.bob("datastores", "fetch", "tiny", str(copy), group.here)
+    group.alice("datastores", "verify", "tiny", f"datastore.url={copy}")
+    owners = {name: (copy / "tiny/v1" / name).stat().st_uid for name in ("train.tar", "val.tar")}
+    assert owners == {"train.tar": group.alice.uid, "val.tar": group.bob.uid}
 
 
 def _check_permissions(workspace: Path) -> None:

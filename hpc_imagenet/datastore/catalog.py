@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -152,7 +153,9 @@ def fetch_version(
             fetch_files(backend, entry.path, wrong, folder, threads, counter)
             # Files of a complete version that are intact may be hard links, whose permissions are left alone.
             for file in wrong if complete else manifest.all_files():
-                (folder / file.path).chmod((folder / file.path).stat().st_mode & ~0o222)
+                status = (folder / file.path).stat()
+                if status.st_uid == os.geteuid():  # another user may have begun this fetch: only they may
+                    (folder / file.path).chmod(status.st_mode & ~0o222)
             upload = {**(manifest.provenance.get("upload") or {})}
             upload.pop(hardlink_check.STAMPS, None)  # modification times of the original files
             claim.commit(replace(manifest, provenance={**manifest.provenance, "upload": upload}))
