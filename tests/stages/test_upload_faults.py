@@ -193,7 +193,7 @@ def test_multipart_upload_that_cannot_be_completed_is_started_anew(
     started = {upload["UploadId"] for upload in listed["Uploads"] if upload["Key"].endswith("train-0.tar")}
     assert started
     with completions(monkeypatch, started):
-        with pytest.raises(UserError, match="completing shards/train-0.tar: InvalidRequest It was missing"):
+        with pytest.raises(UserError, match=r"completing shards/train-0\.tar: InvalidRequest It was missing"):
             workspace.upload(bucket)
         assert workspace.upload(bucket)["version"] == 1
     workspace.assert_stored(bucket, tmp_path / "here")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import uuid
@@ -225,6 +226,18 @@ class FolderBackend:
                     sync_folder(destination.parent)
                     return True
         return False
+
+
+def held_locks(folder: Path) -> list[str]:
+    """Return the names of the lock files in a folder that a process holds; see `FolderBackend.lock`."""
+    held = []
+    for path in sorted(folder.glob("*.lock")):
+        with contextlib.suppress(OSError), path.open("rb") as file:  # removed meanwhile, or no locks here
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # does not hold up others that look, too
+            except BlockingIOError:
+                held.append(path.name)
+    return held
 
 
 def _subfolders(folder: Path) -> list[Path]:
