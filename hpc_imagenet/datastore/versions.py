@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_imagenet.datastore.backends.storage_backend import StorageBackend, StoredFile, SupportsRangeReads
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
+from hpc_imagenet.datastore.stored_files import require_not_overwritten
 from hpc_imagenet.datastore.unreadable import newest_unreadable, warn_once
 from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.io.access import expand_home
@@ -98,6 +99,7 @@ class VersionClaim:
                     f"{self.backend.url}/{self.path} was deleted, or claimed by another upload, during this "
                     "upload: run it again"
                 )
+            require_not_overwritten(self.backend, self.path, manifest)
             self.backend.create(f"{self.path}/{FILE}", manifest.encode())
         if self.manifest().content != manifest.content:
             raise UserError(

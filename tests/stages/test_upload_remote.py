@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import servers
 from remote_workspace import Workspace
+from sample_dataset import file_of
 
 from hpc_imagenet.datastore import versions
-from hpc_imagenet.datastore.backends import ssh_backend, ssh_connection
+from hpc_imagenet.datastore.backends import s3_upload, ssh_backend, ssh_connection
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.stages.work import upload
 
@@ -84,6 +87,72 @@ def test_upload_in_another_number_of_parts_is_refused_while_one_runs(
                 workspace.upload(url, **allowed)
     workspace.upload(url)
     workspace.assert_stored(url, tmp_path / "here")
+
+
+def other_files(tmp_path: Path) -> Workspace:
+    """Return a workspace with the same images, but another file beside them."""
+    workspace = Workspace(tmp_path / "other")
+    path = workspace.dataset / "meta.bin"
+    path.write_bytes(b"x" * path.stat().st_size)
+    files = (file_of(path, path.name, "blake3"),)
+    workspace.manifest = replace(workspace.manifest, files=files)
+    workspace.manifest.save(workspace.dataset)
+    return workspace
+
+
+def make_partial(url: str, content: str) -> None:
+    """Make an interrupted upload of a complete version, which has stored all files."""
+    backend = versions.open_backend(url)
+    backend.remove(["digits/v1/manifest.json"])
+    backend.create("digits/v1/upload.json", json.dumps({"content": content}).encode())
+
+
+@pytest.mark.parametrize("url", ["moto", "rclone", "host"], indirect=True)
+def test_upload_changes_no_version_that_another_completes_meanwhile(
+    workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = other_files(tmp_path)
+    other.upload(url)
+    make_partial(url, other.manifest.content)
+    of, name = (ssh_backend.SshBackend, "_hashes") if url.startswith("there") else (s3_upload, "list_uploads")
+    real = getattr(of, name)
+
+    def complete(*arguments: Any) -> Any:  # the files were listed before
+        found = real(*arguments)
+        monkeypatch.setattr(of, name, real)
+        assert other.upload(url)["version"] == 1
+        return found
+
+    monkeypatch.setattr(of, name, complete)
+    with pytest.raises(UserError, match=r"v1 was completed by another upload of the same images during this"):
+        workspace.upload(url)
+    assert workspace.command(url, "verify", "digits") == 0
+    assert workspace.upload(url)["version"] == 1
+    assert workspace.command(url, "verify", "digits") == 0
+
+
+@pytest.mark.parametrize("url", ["moto", "rclone", "host"], indirect=True)
+def test_version_is_not_completed_with_a_file_of_another_upload(
+    workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, other = versions.open_backend(url), other_files(tmp_path)
+    real = type(backend).send
+
+    def send(*arguments: Any) -> Any:
+        stats = real(*arguments)
+        backend.remove(["digits/v1/meta.bin"])
+        assert backend.create("digits/v1/meta.bin", (other.dataset / "meta.bin").read_bytes())
+        return stats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(backend), "send", send)
+        with pytest.raises(
+            UserError, match=r"v1/meta\.bin was overwritten by another upload of the same images"
+        ):
+            workspace.upload(url)
+    assert versions.complete_versions(url, "digits") == []
+    assert workspace.upload(url)["version"] == 1
+    assert workspace.command(url, "verify", "digits") == 0
 
 
 def test_parts_upload_and_a_last_job_commits(workspace: Workspace, url: str) -> None:

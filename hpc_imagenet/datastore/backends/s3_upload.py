@@ -30,10 +30,11 @@ from hpc_imagenet.datastore.backends.s3_client import (
 from hpc_imagenet.datastore.backends.storage_backend import (
     ProgressCounter,
     UploadFile,
+    completed_error,
     source_changed_error,
 )
 from hpc_imagenet.datastore.file_hash import digest_of, format_digest
-from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.manifest import FILE, File
 from hpc_imagenet.errors import UserError
 
 MAX_SINGLE = 64 << 20  # bytes: the largest file sent in one request
@@ -196,6 +197,7 @@ class S3Upload:
         """Send a file in one request."""
         path = f"{self._path}/{file.path}"
         try:
+            self._require_incomplete()
             self._client.put(path, data, new=file.path not in self._stored, file=file)
         except PreconditionFailed:
             self._accept_existing(path, file)
@@ -292,10 +294,17 @@ class S3Upload:
             check_response(response)
 
         try:
+            self._require_incomplete()
             with self._discarding(params, upload):
                 client.conditional_request(f"completing {file.path}", complete, new)
         except (NotFound, PreconditionFailed):
             self._accept_existing(path, file)
+
+    def _require_incomplete(self) -> None:
+        """Raise if another upload has completed the version: not every write has a condition, or heeds it."""
+        with contextlib.suppress(NotFound):
+            self._client.head(f"{self._path}/{FILE}")
+            raise completed_error(self._client.url, self._path)
 
     def _accept_existing(self, path: str, file: File) -> None:
         """Accept an object written by another upload, or by a request of ours whose response was lost."""

@@ -33,6 +33,7 @@ from hpc_imagenet.datastore.backends.storage_backend import (
     UploadFile,
     UploadStats,
     check_size,
+    require_incomplete,
     source_changed_error,
 )
 from hpc_imagenet.datastore.file_hash import BLOCK, digest_of, format_digest, hash_file, new_digest
@@ -180,6 +181,7 @@ class SshBackend:
         unverified = [item.file for item in same_size if item.file.path not in reusable.verified]
         hashes = self._hashes(path, unverified)
         missing = []
+        require_incomplete(self, path)  # hashing may have taken minutes
         for item in items:
             file = item.file
             if item in same_size and (
@@ -191,6 +193,7 @@ class SshBackend:
             else:
                 stats.reused += file.bytes
         if missing:
+            require_incomplete(self, path)
             self._transfer(missing, path, lambda done: progress(stats.total + done, "sending"))
         stats.copied += sum(item.file.bytes for item in missing)
         progress(stats.total, "")
