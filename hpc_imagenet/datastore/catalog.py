@@ -27,6 +27,7 @@ from hpc_imagenet.datastore.backends.storage_backend import (
     fetch_files,
 )
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
+from hpc_imagenet.datastore.stored_files import parse_json_object
 from hpc_imagenet.datastore.unreadable import unreadable_versions
 from hpc_imagenet.datastore.versions import COMPLETE, DELETED, GONE, PARTIAL, UNREADABLE
 from hpc_imagenet.errors import UserError
@@ -65,19 +66,19 @@ def list_versions(backend: StorageBackend, name: str | None = None) -> list[Cata
     contents = backend.read(
         [f"{path}/{file}" for path in paths for file in (FILE, versions.CLAIM, versions.DELETED)]
     )
-    entries = []
+    entries, unreadable = [], set(unreadable_versions(backend, paths))
     for path in paths:
         datastore, _, number = path.partition("/v")
-        if data := contents.get(f"{path}/{FILE}"):
+        if path in unreadable:
+            entries.append(CatalogEntry(datastore, int(number), UNREADABLE))
+        elif data := contents.get(f"{path}/{FILE}"):
             manifest = parse_manifest(data, f"{backend.url}/{path}/{FILE}")
             entries.append(CatalogEntry(datastore, int(number), COMPLETE, manifest, manifest.created))
         elif f"{path}/{DELETED}" in contents:
             if set(backend.files(path)) != {DELETED}:
                 entries.append(CatalogEntry(datastore, int(number), GONE))
-        elif unreadable_versions(backend, [path]):
-            entries.append(CatalogEntry(datastore, int(number), UNREADABLE))
         else:
-            claim = versions.parse_json_object(contents.get(f"{path}/{versions.CLAIM}"))
+            claim = parse_json_object(contents.get(f"{path}/{versions.CLAIM}"))
             by = " on ".join(claim[key] for key in ("run", "host") if key in claim)
             entries.append(CatalogEntry(datastore, int(number), PARTIAL, None, claim.get("time", ""), by))
     return sorted(entries, key=lambda entry: (entry.name, entry.number))
