@@ -148,8 +148,7 @@ def fetch_version(
             if wrong:  # a damaged file takes its space until another one is there
                 require_free_space(target, sum(file.bytes for file in wrong), entry.reference)
             else:
-                present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                require_free_space(target, manifest.bytes - present, entry.reference)
+                require_free_space(target, manifest.bytes - _present(folder, manifest), entry.reference)
                 wrong = _wrong_files(local, entry, threads, counter)
             fetch_files(backend, entry.path, wrong, folder, threads, counter)
             # Files of a complete version that are intact may be hard links, whose permissions are left alone.
@@ -221,6 +220,16 @@ def _hash_files(
             lambda file: backend.hash(f"{entry.path}/{file.path}", file, counter.for_file(file.path)), files
         )
         return list(zip(files, hashes, strict=True))
+
+
+def _present(folder: Path, manifest: Manifest) -> int:
+    """Return the bytes of a version that a folder has: of its files and of partly fetched ones."""
+    names, present = {file.path for file in manifest.all_files()}, 0
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and (name.as_posix() in names or any(part[0] == "." for part in name.parts)):
+            present += path.stat().st_size
+    return present
 
 
 def _wrong_files(

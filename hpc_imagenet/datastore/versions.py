@@ -106,9 +106,18 @@ class VersionClaim:
             )
 
     def remove_upload_files(self) -> None:
-        """Remove the files that only an upload needs, once the manifest is written."""
+        """Remove what is not of the version, once the manifest is written: files that only an upload needs.
+
+        An upload that was interrupted may also have stored other shards of the same images. Until all are
+        removed the claim remains; without it only the files of uploads are removed.
+        """
         with contextlib.suppress(OSError, UserError):  # such as no permission: another user's version
-            leftovers = [name for name in self.backend.files(self.path) if re.fullmatch(r"upload[^/]*", name)]
+            stored = self.backend.files(self.path)
+            own = {FILE, DELETED, *(file.path for file in self.manifest().all_files())}
+            leftovers = [
+                name for name in stored.keys() - own if CLAIM in stored or re.fullmatch(r"upload[^/]*", name)
+            ]
+            leftovers.sort(key=lambda name: name == CLAIM)
             self.backend.remove([f"{self.path}/{name}" for name in leftovers])
             self.backend.remove_partial(self.path)
 

@@ -8,6 +8,7 @@ import random
 import subprocess
 import time
 from collections.abc import Container, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import servers
 from faulty_s3 import KINDS, Faults, proxy, response
 from relay import Relay
 from remote_workspace import Workspace
+from sample_dataset import file_of
 
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import s3_upload
@@ -196,6 +198,26 @@ def test_multipart_upload_that_cannot_be_completed_is_started_anew(
         with pytest.raises(UserError, match=r"completing shards/train-0\.tar: InvalidRequest It was missing"):
             workspace.upload(bucket)
         assert workspace.upload(bucket)["version"] == 1
+    workspace.assert_stored(bucket, tmp_path / "here")
+
+
+@pytest.mark.usefixtures("quick")
+def test_multipart_upload_of_another_file_of_that_name_is_not_resumed(
+    workspace: Workspace, faults: Faults, bucket: str, tmp_path: Path
+) -> None:
+    faults.only, faults.responses = b"partNumber=2", [response("403", "ExpiredToken")] * 100
+    with pytest.raises(UserError, match="expired"):
+        workspace.upload(bucket)
+    faults.responses = []
+    # The same images in other shards: the first parts of the files are equal.
+    first = workspace.dataset / workspace.manifest.shards[0].path
+    data = first.read_bytes()
+    first.unlink()
+    first.write_bytes(data + bytes(512))
+    shards = (file_of(first, workspace.manifest.shards[0].path), *workspace.manifest.shards[1:])
+    workspace.manifest = replace(workspace.manifest, shards=shards)
+    workspace.manifest.save(workspace.dataset)
+    assert workspace.upload(bucket)["version"] == 1
     workspace.assert_stored(bucket, tmp_path / "here")
 
 

@@ -89,6 +89,24 @@ def test_upload_in_another_number_of_parts_is_refused_while_one_runs(
     workspace.assert_stored(url, tmp_path / "here")
 
 
+def test_upload_resumed_with_other_shards_of_the_same_images_leaves_no_old_ones(
+    workspace: Workspace, url: str, tmp_path: Path
+) -> None:
+    workspace.upload(url)
+    make_partial(url, workspace.manifest.content)
+    first, *others = workspace.manifest.shards
+    path = workspace.dataset / first.path
+    renamed = path.rename(path.with_name("first.tar"))
+    shard = replace(first, path=first.path.replace(path.name, renamed.name))
+    workspace.manifest = replace(workspace.manifest, shards=(shard, *others))
+    workspace.manifest.save(workspace.dataset)
+    assert workspace.upload(url)["version"] == 1
+    workspace.assert_stored(url, tmp_path / "here")
+    versions.open_backend(url).create("digits/v1/README", b"a note of a user")
+    assert workspace.upload(url)["version"] == 1
+    assert "README" in versions.open_backend(url).files("digits/v1")
+
+
 def other_files(tmp_path: Path) -> Workspace:
     """Return a workspace with the same images, but another file beside them."""
     workspace = Workspace(tmp_path / "other")

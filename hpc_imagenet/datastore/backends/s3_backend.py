@@ -173,7 +173,8 @@ class S3Backend:
                     missing.append(item)
                     continue
                 counter(item.file.bytes, f"checking {item.file.path}")
-        unfinished = s3_upload.unfinished_uploads(self._client, f"{path}/") if missing else {}
+        files = {item.file.path: item.file for item in missing}
+        unfinished = s3_upload.unfinished_uploads(self._client, f"{path}/", files, stored) if missing else {}
         with s3_upload.S3Upload(self._client, path, stored, unfinished, counter) as upload:
             for item in missing:
                 upload.send_file(item)

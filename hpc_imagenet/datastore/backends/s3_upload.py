@@ -52,21 +52,41 @@ class MultipartUpload:
     resumed: bool = False  # started by an earlier attempt
 
 
-def unfinished_uploads(client: S3Client, path: str) -> dict[str, MultipartUpload]:
-    """Return the newest unfinished upload of each file below `path`, by path relative to it."""
+def unfinished_uploads(
+    client: S3Client, path: str, files: Mapping[str, File], stored: Container[str]
+) -> dict[str, MultipartUpload]:
+    """Return the newest unfinished upload of each file that was begun for the same bytes, by its path.
+
+    Args:
+        client: the bucket and prefix.
+        path: the folder, within the prefix, that the files go to; ends with `/`.
+        files: the files to upload, by path within it.
+        stored: paths within it of objects that exist.
+    """
     start = len(client.key(path))
     unfinished = {}
     for upload in sorted(list_uploads(client, path), key=lambda upload: str(upload.get("Initiated", ""))):
         if upload.get("ChecksumAlgorithm") and not client.checksums:
             continue  # started under another setting: it accepts no parts without checksums
+        key, upload_id = upload["Key"], upload["UploadId"]
+        file = files.get(key[start:])
+        if file is None or _marker(upload_id, file) not in stored:
+            continue  # of another file of that name, whose hash it would keep
         with contextlib.suppress(NotFound, NotImplementedByServer):
-            key, upload_id = upload["Key"], upload["UploadId"]
             pages = client.pages("list_parts", Key=key, UploadId=upload_id)
             parts = [part for page in pages for part in page.get("Parts", ())]
             unfinished[key[start:]] = MultipartUpload(
                 upload_id, {part["PartNumber"]: part["ETag"].strip('"') for part in parts}, resumed=True
             )
     return unfinished
+
+
+def _marker(upload_id: str, file: File) -> str:
+    """Return the name of an empty object that says for which bytes a multipart upload was begun.
+
+    The metadata of an upload are set when it is created and cannot be queried before it is completed.
+    """
+    return f"upload-{hashlib.sha256(f'{upload_id} {file.hash}'.encode()).hexdigest()[:32]}"
 
 
 def list_uploads(client: S3Client, path: str) -> list[dict[str, Any]]:
@@ -213,6 +233,7 @@ class S3Upload:
         upload = self._unfinished.get(file.path)
         if upload is None:
             upload = client.request(f"starting the upload of {file.path}", lambda: self._create(params, file))
+            client.put(f"{self._path}/{_marker(upload.upload_id, file)}", b"", new=False)
         parts = []
         for number, start in enumerate(range(0, file.bytes, size), 1):
             data = self._read(reader, min(size, file.bytes - start), digest)
