@@ -63,7 +63,6 @@ def _split_into_parts(job: Job, count: int) -> list[Job]:
             job,
             label=f"{job.label}.{part + 1}-of-{count}",
             signature=signature(job.run_id, part, count),
-            part_of=job.run_id,
             config=replace(job.config, stage=replace(job.config.stage, part=part, parts=count)),
         )
         for part in range(count)

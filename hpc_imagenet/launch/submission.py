@@ -87,8 +87,20 @@ def submit_plan(
         run = store.run(job.run_id)
         STAGES[job.stage].prepare(job.config, store)
         if action == "submitted":
+            info: dict[str, Any] = {
+                "stage": job.stage,
+                "label": job.label,
+                "model": job.model,
+                "needs": needs,
+            }
+            if STAGES[job.stage].loader_key(job.config) is not None:
+                info["shares_loader"] = True
+            if job.processing_run is not None:
+                info["processing_run"] = job.processing_run
+            if job.config.stage.part is not None:
+                info["part"] = job.config.stage.part
             keep_weights(job, run)
-            store.create(job.run_id, job.frozen(), run_info(job, needs))
+            store.create(job.run_id, job.frozen(), info)
         if job.config.sweep is not None:
             with contextlib.suppress(OSError):  # a finished run of another user is used as it is
                 run.join_sweep(job.config.sweep)
@@ -98,25 +110,6 @@ def submit_plan(
     if any(entry.action == "active" for entry in entries):
         EXECUTORS[executor].start_queued(store)
     return [Submitted(entry.run, actions.get(entry.run.id, entry.action)) for entry in entries]
-
-
-def run_info(job: Job, needs: Sequence[str]) -> dict[str, Any]:
-    """Return what run.json records of a job: its keys are in `runs.store`.
-
-    Args:
-        job: the job.
-        needs: the runs that make its input.
-    """
-    info: dict[str, Any] = {"stage": job.stage, "label": job.label, "model": job.model, "needs": needs}
-    if STAGES[job.stage].loader_key(job.config) is not None:
-        info["shares_loader"] = True
-    if job.processing_run is not None:
-        info["processing_run"] = job.processing_run
-    if job.config.stage.parts > 1:
-        info["parts"] = job.config.stage.parts
-    if job.config.stage.part is not None:
-        info |= {"part": job.config.stage.part, "part_of": job.whole_run}
-    return info
 
 
 def _is_this_job(run: Run) -> bool:

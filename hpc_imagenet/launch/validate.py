@@ -96,10 +96,8 @@ def validate_jobs(plan: Sequence[Job], store: RunStore) -> dict[str, State]:
             stage.check_settings(each.config, each.cluster)
             shares_loader = stage.loader_key(each.config) is not None
             EXECUTORS[each.cluster.executor].check_settings(each.stage, each.cluster, shares_loader)
-        if not is_skipped(job):
-            if other := _conflicting_run(job.stage, job.processing_run, active_runs):
-                _raise_conflict(job.run_id, other)
-            _check_parts(job.run_id, job.stage, (job.whole_run, job.config.stage.parts), active_runs)
+        if (other := _conflicting_run(job.stage, job.processing_run, active_runs)) and not is_skipped(job):
+            _raise_conflict(job.run_id, other)
         for need in job.needs:
             if state_of[need].active:
                 store.run(need).check_format()
@@ -138,7 +136,7 @@ def _check_mine(run: Run, state: State) -> None:
 
 
 def check_no_conflict(runs: Sequence[Run], active_runs: Sequence[Run]) -> None:
-    """Raise if an active run processes or uploads the dataset of one of `runs` with other settings or parts.
+    """Raise if an active run processes or uploads the dataset of one of `runs` with other settings.
 
     Args:
         runs: runs to be submitted again.
@@ -150,7 +148,6 @@ def check_no_conflict(runs: Sequence[Run], active_runs: Sequence[Run]) -> None:
     for run in runs:
         if other := _conflicting_run(run.info["stage"], run.info.get("processing_run"), active_runs):
             _raise_conflict(run.id, other)
-        _check_parts(run.id, run.info["stage"], _parts_of(run), active_runs)
 
 
 def output_exists(job: Job) -> bool:
@@ -168,15 +165,7 @@ def processing_runs(store: RunStore) -> list[Run]:
 
 
 def _check_single_processing_run(plan: Sequence[Job]) -> None:
-    """Raise if the plan does the same work twice: in two numbers of parts, or with two sets of settings."""
-    parts: dict[str, int] = {}
-    for job in plan:
-        count = job.config.stage.parts
-        if parts.setdefault(job.whole_run, count) != count:
-            raise UserError(
-                f"{job.stage}.tasks={parts[job.whole_run]} and {job.stage}.tasks={count} would write the "
-                f"same files at the same time: set {job.stage}.tasks to one number"
-            )
+    """Raise if the plan processes a dataset with two sets of settings, which would write one folder."""
     writing = [job for job in plan if STAGES[job.stage].writes_dataset]
     names = [_dataset_of(run) for run in {job.processing_run for job in writing} if run]
     for name in names:
@@ -184,29 +173,6 @@ def _check_single_processing_run(plan: Sequence[Job]) -> None:
             raise UserError(
                 f"dataset.name={name} would be processed into one folder with two different settings: give "
                 "each its own dataset.name, or submit the second when the first has ended"
-            )
-
-
-def _parts_of(run: Run) -> tuple[str, int]:
-    """Return the id of the run whose work this one does or shares, and the number of its parts."""
-    return run.info.get("part_of", run.id), run.info.get("parts", 1)
-
-
-def _check_parts(run_id: str, stage: str, parts: tuple[str, int], active_runs: Sequence[Run]) -> None:
-    """Raise if an active run does the same work in another number of parts: both would write the same files.
-
-    Args:
-        run_id: the run to be submitted.
-        stage: its stage.
-        parts: as `_parts_of` returns it.
-        active_runs: as in `check_no_conflict`.
-    """
-    for other in active_runs:
-        whole, count = _parts_of(other)
-        if whole == parts[0] and count != parts[1]:
-            raise UserError(
-                f"{run_id} would write the files of {other.id}, which is queued or running with "
-                f"{stage}.tasks={count}: wait for it, cancel it, or set {stage}.tasks={count}"
             )
 
 

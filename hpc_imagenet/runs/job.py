@@ -29,7 +29,6 @@ class Job:
         cluster: cluster settings of its stage.
         config: the config to freeze into the run folder.
         processing_run: id of the process run whose dataset it writes or reads; of process and upload.
-        part_of: id of the run whose work the parts share; of a part.
         alternatives: the same job with other cluster settings, of which one is to be chosen.
     """
 
@@ -41,18 +40,12 @@ class Job:
     cluster: Cluster
     config: Config
     processing_run: str | None = None
-    part_of: str | None = None
     alternatives: tuple[Job, ...] = ()
 
     @property
     def run_id(self) -> str:
         """The run's id, which is also the name of its folder."""
         return f"{self.signature}-{self.label}"
-
-    @property
-    def whole_run(self) -> str:
-        """Id of the run whose work the parts share; its own if it is no part."""
-        return self.part_of or self.run_id
 
     def frozen(self) -> dict[str, Any]:
         """Return the config as plain values for config.yaml."""

@@ -3,7 +3,7 @@
     runs/<signature>-<label>/
         config.yaml        frozen at submission
         run.json           format, created, sweeps; stage, model, label, needs, processing_run (job.Job);
-                           part, parts, part_of (id of the run whose work the parts share), shares_loader
+                           part, shares_loader
         attempts/<n>/      submitted.json, process.json (local), started.json, outcome.json, logs;
                            waiting.json while Slurm takes no more jobs of this user
         lease.json         which start of the job may write here (lease.py)

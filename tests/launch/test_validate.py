@@ -17,7 +17,7 @@ from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.config.schema import Config, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.launch import submission, validate
+from hpc_imagenet.launch import validate
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, PRUNED
 from hpc_imagenet.runs.job import Job
@@ -77,14 +77,11 @@ def pipeline(tmp_path: Path, *overrides: str) -> list[Job]:
     return make_plan(compose(words, multirun=True), lambda store: None)
 
 
-def recorded(store: RunStore, job: Job) -> Run:
-    """Return the run of a job, with the records of a submission."""
-    return store.create(job.run_id, job.frozen(), submission.run_info(job, ()))
-
-
 def active_run(store: RunStore, job: Job) -> Run:
     """Return the run of a job, queued on another machine."""
-    run = recorded(store, job)
+    info = {"stage": job.stage, "label": job.label, "needs": []}
+    info |= {"processing_run": job.processing_run} if job.processing_run else {}
+    run = store.create(job.run_id, job.frozen(), info)
     run.new_attempt().submit("local", host="elsewhere")
     return run
 
@@ -96,9 +93,9 @@ def test_plan_with_two_processings_of_one_dataset_is_refused(tmp_path: Path) -> 
         validate.validate_jobs(
             pipeline(tmp_path, "process.layout=shards", "process.resize=null,short:24"), store
         )
-    validate.validate_jobs(pipeline(tmp_path, "process.layout=shards", "process.tasks=2", "seed=0,1"), store)
-    with pytest.raises(UserError, match=r"process.tasks=2 and process.tasks=3 would write the same files at"):
-        validate.validate_jobs(pipeline(tmp_path, "process.layout=shards", "process.tasks=2,3"), store)
+    validate.validate_jobs(
+        pipeline(tmp_path, "process.layout=shards", "process.tasks=2,3", "seed=0,1"), store
+    )
     validate.validate_jobs(
         pipeline(tmp_path, "process.layout=shards,index", "dataset.name=${process.layout}"), store
     )
@@ -124,33 +121,6 @@ def test_dataset_of_an_active_run_is_not_processed_with_other_settings(tmp_path:
     run.attempt.end(CANCELLED)
     validate.validate_jobs(other, store)
     validate.check_no_conflict([retried], [])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["process", "upload"])
-def test_work_of_an_active_run_is_not_shared_in_another_number_of_parts(tmp_path: Path, stage: str) -> None:
-    store = RunStore(tmp_path)
-    plans = {
-        count: pipeline(tmp_path, "process.layout=shards", f"{stage}.tasks={count}") for count in (1, 2, 3)
-    }
-    jobs = {count: [job for job in plan if job.stage == stage] for count, plan in plans.items()}
-    # A whole run; one of two parts; the run that merges two parts, as which no other whole one is submitted.
-    for job, others in ((jobs[1][0], (2, 3)), (jobs[2][0], (1, 3)), (jobs[2][-1], (3,))):
-        run, count = active_run(store, job), job.config.stage.parts
-        validate.validate_jobs(plans[count], store)
-        for other in others:
-            line = (
-                rf"would write the files of {run.id}, which is queued or running with {stage}.tasks={count}:"
-            )
-            with pytest.raises(UserError, match=line):
-                validate.validate_jobs(plans[other], store)
-            retried = recorded(store, jobs[other][0])
-            retried.new_attempt().end(CANCELLED)
-            with pytest.raises(UserError, match=line):
-                validate.check_no_conflict([retried], [run])
-        assert run.attempt
-        run.attempt.end(CANCELLED)
-    validate.validate_jobs(plans[3], store)
 
 
 @pytest.mark.slow

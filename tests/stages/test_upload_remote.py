@@ -66,29 +66,6 @@ def test_verify_finds_damaged_and_missing_files(
     assert "val.npy is missing" in output
 
 
-def test_upload_in_another_number_of_parts_is_refused_while_one_runs(
-    workspace: Workspace, tmp_path: Path
-) -> None:
-    url = str(tmp_path / "stores")
-    workspace.upload(url, part=1, parts=2)
-    backend, version = versions.open_backend(url), tmp_path / "stores/digits/v1"
-    for name, how, refused, allowed in (
-        ("upload-0-of-2.lock", "2 parts", ({"part": 0, "parts": 3}, {}), {"part": 1, "parts": 2}),
-        ("upload.lock", "one job", ({"part": 0, "parts": 3},), None),
-    ):
-        with backend.lock(f"digits/v1/{name}", lambda: None):
-            (version / "shards/.train-0.tar.0.tmp").write_bytes(b"of the upload that runs")
-            for stage in refused:
-                line = rf"^digits@v1: another upload of the same images runs in {how}: wait for it, then run"
-                with pytest.raises(UserError, match=line):
-                    workspace.upload(url, **stage)
-            assert list(version.rglob("*.tmp"))
-            if allowed:
-                workspace.upload(url, **allowed)
-    workspace.upload(url)
-    workspace.assert_stored(url, tmp_path / "here")
-
-
 def test_upload_resumed_with_other_shards_of_the_same_images_leaves_no_old_ones(
     workspace: Workspace, url: str, tmp_path: Path
 ) -> None:

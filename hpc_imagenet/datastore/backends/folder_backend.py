@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import uuid
@@ -35,7 +34,7 @@ from hpc_imagenet.datastore.backends.storage_backend import (
 from hpc_imagenet.datastore.file_hash import copy_and_hash, hash_file, read_and_hash
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.atomic_files import atomic_write, make_read_only, sync_folder
+from hpc_imagenet.io.atomic_files import atomic_write, make_read_only, sync_folder, write_again_if_removed
 from hpc_imagenet.io.disk import require_free_space
 
 COPY_THREADS = 4
@@ -228,18 +227,6 @@ class FolderBackend:
         return False
 
 
-def held_locks(folder: Path) -> list[str]:
-    """Return the names of the lock files in a folder that a process holds; see `FolderBackend.lock`."""
-    held = []
-    for path in sorted(folder.glob("*.lock")):
-        with contextlib.suppress(OSError), path.open("rb") as file:  # removed meanwhile, or no locks here
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # does not hold up others that look, too
-            except BlockingIOError:
-                held.append(path.name)
-    return held
-
-
 def _subfolders(folder: Path) -> list[Path]:
     try:
         return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
@@ -293,6 +280,10 @@ def _is_stored(
 
 
 def _copy(item: UploadFile, destination: Path, progress: Callable[[int], None]) -> None:
+    write_again_if_removed(lambda: _copy_once(item, destination, progress))
+
+
+def _copy_once(item: UploadFile, destination: Path, progress: Callable[[int], None]) -> None:
     with item.source.open("rb", buffering=0) as reader, atomic_write(destination) as writer:
         before = os.fstat(reader.fileno())
         value = copy_and_hash(reader, writer, item.file, progress)

@@ -8,7 +8,6 @@ jobs share the files, and one more job checks that all are stored and writes the
 from __future__ import annotations
 
 import dataclasses
-import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,7 @@ from hpc_imagenet import __version__
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.datastore import hardlink_check, stored_files, versions
-from hpc_imagenet.datastore.backends import folder_backend, storage_backend
+from hpc_imagenet.datastore.backends import storage_backend
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, Split, load_manifest
 from hpc_imagenet.datastore.unreadable import hidden_links, warn_once
 from hpc_imagenet.errors import UserError
@@ -53,7 +52,6 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
                 f"{claim.path}/{_lock_name(config)}",
                 lambda: progress(0, None, note="waiting for another upload of the same images"),
             ):
-                _require_same_parts(claim, config)
                 stats = _upload(claim, source, manifest, manifest_time, config, run, progress)
         result = {"version": claim.number, "datastore": f"{claim.name}@v{claim.number}"}
         if part is not None:
@@ -71,22 +69,6 @@ def _lock_name(config: Config) -> str:
     if config.stage.part is None:
         return versions.LOCK
     return f"upload-{config.stage.part}-of-{config.stage.parts}.lock"
-
-
-def _require_same_parts(claim: versions.VersionClaim, config: Config) -> None:
-    """Raise if another upload of the same images runs in another number of parts: it writes the same files.
-
-    Uploads in the same parts wait for each other's locks. Uploads of another workspace are seen here alone.
-    """
-    folder, own = claim.backend.folder, _lock_name(config)
-    same = own if config.stage.part is None else f"-of-{config.stage.parts}.lock"
-    for name in folder_backend.held_locks(folder / claim.path) if folder else ():
-        if not name.endswith(same):
-            count = re.search(r"-of-([0-9]+)\.lock$", name)
-            raise UserError(
-                f"{claim.name}@v{claim.number}: another upload of the same images runs in "
-                f"{f'{count[1]} parts' if count else 'one job'}: wait for it, then run this one again"
-            )
 
 
 def _load_dataset(source: Path, config: Config) -> tuple[Manifest, float]:
