@@ -195,14 +195,60 @@ def test_multipart_upload_that_cannot_be_completed_is_started_anew(
     started = {upload["UploadId"] for upload in listed["Uploads"] if upload["Key"].endswith("train-0.tar")}
     assert started
     with completions(monkeypatch, started):
-        with pytest.raises(UserError, match=r"completing shards/train-0\.tar: InvalidRequest It was missing"):
+        with pytest.raises(
+            UserError,
+            match=r"completing shards/train-0\.tar: InvalidRequest It was missing .*: run it again to",
+        ):
             workspace.upload(bucket)
         assert workspace.upload(bucket)["version"] == 1
     workspace.assert_stored(bucket, tmp_path / "here")
 
 
+class Everything:
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
 @pytest.mark.usefixtures("quick")
-def test_multipart_upload_of_another_file_of_that_name_is_not_resumed(
+def test_parts_are_kept_while_the_server_is_overloaded(
+    workspace: Workspace,
+    faults: Faults,
+    moto: str,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with completions(monkeypatch, Everything()), pytest.raises(UserError, match="InvalidRequest"):
+        workspace.upload(bucket)
+    client: Any = servers.bucket_client(moto)
+    prefix = bucket.removeprefix("s3://bucket/")
+
+    def parts() -> set[str]:
+        uploads = client.list_multipart_uploads(Bucket="bucket", Prefix=prefix).get("Uploads", [])
+        return {
+            f"/{upload['Key']}?partNumber={part['PartNumber']}&uploadId={upload['UploadId']} "
+            for upload in uploads
+            for part in client.list_parts(
+                Bucket="bucket", Key=upload["Key"], UploadId=upload["UploadId"]
+            ).get("Parts", [])
+        }
+
+    kept = parts()
+    assert kept
+    for fault in (("503", "SlowDown"), ("409", "OperationAborted"), ("403", "AccessDenied")):
+        faults.only, faults.responses = b"POST", [response(*fault)] * 100
+        with pytest.raises(UserError, match=fault[1]):
+            workspace.upload(bucket)
+        assert parts() >= kept
+    faults.responses, faults.request_lines = [], []
+    assert workspace.upload(bucket)["version"] == 1
+    sent = {line for line in faults.request_lines if b"PUT" in line and b"partNumber=" in line}
+    assert not [line for line in sent for part in kept if part.encode() in line]
+    workspace.assert_stored(bucket, tmp_path / "here")
+
+
+@pytest.mark.usefixtures("quick")
+def test_multipart_upload_of_another_file_of_that_name_is_replaced(
     workspace: Workspace, faults: Faults, bucket: str, tmp_path: Path
 ) -> None:
     faults.only, faults.responses = b"partNumber=2", [response("403", "ExpiredToken")] * 100
@@ -217,6 +263,11 @@ def test_multipart_upload_of_another_file_of_that_name_is_not_resumed(
     shards = (file_of(first, workspace.manifest.shards[0].path), *workspace.manifest.shards[1:])
     workspace.manifest = replace(workspace.manifest, shards=shards)
     workspace.manifest.save(workspace.dataset)
+    with pytest.raises(
+        UserError, match=r"train-0\.tar has the hash of another file, for which its upload was"
+    ):
+        workspace.upload(bucket)
+    assert versions.complete_versions(bucket, "digits") == []
     assert workspace.upload(bucket)["version"] == 1
     workspace.assert_stored(bucket, tmp_path / "here")
 

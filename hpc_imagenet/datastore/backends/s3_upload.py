@@ -24,6 +24,7 @@ from hpc_imagenet.datastore.backends.s3_client import (
     NotFound,
     NotImplementedByServer,
     PreconditionFailed,
+    Refused,
     S3Client,
     check_response,
 )
@@ -52,41 +53,21 @@ class MultipartUpload:
     resumed: bool = False  # started by an earlier attempt
 
 
-def unfinished_uploads(
-    client: S3Client, path: str, files: Mapping[str, File], stored: Container[str]
-) -> dict[str, MultipartUpload]:
-    """Return the newest unfinished upload of each file that was begun for the same bytes, by its path.
-
-    Args:
-        client: the bucket and prefix.
-        path: the folder, within the prefix, that the files go to; ends with `/`.
-        files: the files to upload, by path within it.
-        stored: paths within it of objects that exist.
-    """
+def unfinished_uploads(client: S3Client, path: str) -> dict[str, MultipartUpload]:
+    """Return the newest unfinished upload of each file below `path`, by path relative to it."""
     start = len(client.key(path))
     unfinished = {}
     for upload in sorted(list_uploads(client, path), key=lambda upload: str(upload.get("Initiated", ""))):
         if upload.get("ChecksumAlgorithm") and not client.checksums:
             continue  # started under another setting: it accepts no parts without checksums
-        key, upload_id = upload["Key"], upload["UploadId"]
-        file = files.get(key[start:])
-        if file is None or _marker(upload_id, file) not in stored:
-            continue  # of another file of that name, whose hash it would keep
         with contextlib.suppress(NotFound, NotImplementedByServer):
+            key, upload_id = upload["Key"], upload["UploadId"]
             pages = client.pages("list_parts", Key=key, UploadId=upload_id)
             parts = [part for page in pages for part in page.get("Parts", ())]
             unfinished[key[start:]] = MultipartUpload(
                 upload_id, {part["PartNumber"]: part["ETag"].strip('"') for part in parts}, resumed=True
             )
     return unfinished
-
-
-def _marker(upload_id: str, file: File) -> str:
-    """Return the name of an empty object that says for which bytes a multipart upload was begun.
-
-    The metadata of an upload are set when it is created and cannot be queried before it is completed.
-    """
-    return f"upload-{hashlib.sha256(f'{upload_id} {file.hash}'.encode()).hexdigest()[:32]}"
 
 
 def list_uploads(client: S3Client, path: str) -> list[dict[str, Any]]:
@@ -233,7 +214,6 @@ class S3Upload:
         upload = self._unfinished.get(file.path)
         if upload is None:
             upload = client.request(f"starting the upload of {file.path}", lambda: self._create(params, file))
-            client.put(f"{self._path}/{_marker(upload.upload_id, file)}", b"", new=False)
         parts = []
         for number, start in enumerate(range(0, file.bytes, size), 1):
             data = self._read(reader, min(size, file.bytes - start), digest)
@@ -283,17 +263,15 @@ class S3Upload:
 
     @contextlib.contextmanager
     def _discarding(self, params: dict[str, str], upload: MultipartUpload) -> Iterator[None]:
-        """Abort a resumed upload whose parts or completion the server refuses: the next attempt starts anew.
-
-        If the server cannot be reached or the credentials have expired, this fails too, and it is kept.
-        """
+        """Abort a resumed upload whose parts or completion the server refuses; the next starts anew."""
         try:
             yield
-        except UserError:
-            if upload.resumed:
-                with contextlib.suppress(Exception):
-                    self._client.client.abort_multipart_upload(**params, UploadId=upload.upload_id)
-            raise
+        except Refused as error:
+            if not upload.resumed:
+                raise
+            with contextlib.suppress(Exception):
+                self._client.client.abort_multipart_upload(**params, UploadId=upload.upload_id)
+            raise UserError(f"{error}: run it again to send the whole file") from None
 
     def _complete(
         self,
@@ -318,6 +296,12 @@ class S3Upload:
             self._require_incomplete()
             with self._discarding(params, upload):
                 client.conditional_request(f"completing {file.path}", complete, new)
+            # The metadata are set when an upload is created, and cannot be queried before it is completed.
+            if upload.resumed and not client.has_hash(path, file):
+                raise UserError(
+                    f"datastore.url={client.url}: {path} has the hash of another file, for which its upload "
+                    "was begun: run it again to replace it"
+                )
         except (NotFound, PreconditionFailed):
             self._accept_existing(path, file)
 
