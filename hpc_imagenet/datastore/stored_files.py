@@ -55,7 +55,7 @@ def verified_hashes(backend: StorageBackend, path: str) -> dict[str, str]:
     }
 
 
-def require_not_overwritten(backend: StorageBackend, path: str, manifest: Manifest) -> None:
+def require_not_overwritten(backend: StorageBackend, path: str, manifest: Manifest, fix: str) -> None:
     """Check by their hashes that the files beside the shards are those of the manifest.
 
     Indexes and certificate may differ between two uploads of the same images, which over ssh and in a bucket
@@ -64,7 +64,8 @@ def require_not_overwritten(backend: StorageBackend, path: str, manifest: Manife
     Args:
         backend: where the version is stored.
         path: of the version within the backend.
-        manifest: about to be written.
+        manifest: about to be written, or written by the other upload.
+        fix: what to do if one has other bytes.
 
     Raises:
         UserError: one has other bytes.
@@ -75,5 +76,5 @@ def require_not_overwritten(backend: StorageBackend, path: str, manifest: Manife
         if backend.hash(f"{path}/{file.path}", file, lambda done: None) != file.hash:
             raise UserError(
                 f"{backend.url}/{path}/{file.path} was overwritten by another upload of the same images: "
-                "run it again"
+                f"{fix}"
             )

@@ -98,26 +98,29 @@ class VersionClaim:
                     f"{self.backend.url}/{self.path} was deleted, or claimed by another upload, during this "
                     "upload: run it again"
                 )
-            require_not_overwritten(self.backend, self.path, manifest)
+            require_not_overwritten(self.backend, self.path, manifest, "run it again")
             self.backend.create(f"{self.path}/{FILE}", manifest.encode())
-        if self.manifest().content != manifest.content:
+        written = self.manifest()
+        if written.content != manifest.content:
             raise UserError(
                 f"{self.backend.url}/{self.path} was completed by an upload of other images: run it again"
             )
+        if written != manifest:  # of an upload at the same time, whose files this one may have replaced
+            fix = f"delete it with datastores delete {self.name}@v{self.number} and upload it again"
+            require_not_overwritten(self.backend, self.path, written, fix)
 
     def remove_upload_files(self) -> None:
-        """Remove what is not of the version, once the manifest is written: files that only an upload needs.
+        """Remove the files that only an upload needs, once the manifest is written.
 
-        An upload that was interrupted may also have stored other shards of the same images. Until all are
-        removed the claim remains; without it only the files of uploads are removed.
+        Those are `upload*`, and other shards of the same images, which an interrupted one has stored. Hidden
+        files beside the shards are those that rsync writes for another upload.
         """
         with contextlib.suppress(OSError, UserError):  # such as no permission: another user's version
             stored = self.backend.files(self.path)
-            own = {FILE, DELETED, *(file.path for file in self.manifest().all_files())}
-            leftovers = [
-                name for name in stored.keys() - own if CLAIM in stored or re.fullmatch(r"upload[^/]*", name)
-            ]
-            leftovers.sort(key=lambda name: name == CLAIM)
+            shards = {file.path for file in self.manifest().shards}
+            pattern = r"upload[^/]*" + (r"|shards/[^./][^/]*" if CLAIM in stored else "")
+            leftovers = [name for name in stored if re.fullmatch(pattern, name) and name not in shards]
+            leftovers.sort(key=lambda name: name == CLAIM)  # last, so that an interrupted removal is repeated
             self.backend.remove([f"{self.path}/{name}" for name in leftovers])
             self.backend.remove_partial(self.path)
 

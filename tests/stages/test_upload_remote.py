@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import servers
+import sh
 from remote_workspace import Workspace
 from sample_dataset import file_of
 
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends import s3_upload, ssh_backend, ssh_connection
+from hpc_imagenet.datastore.backends.s3_client import S3Client
+from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.stages.work import upload
 
@@ -77,11 +80,20 @@ def test_upload_resumed_with_other_shards_of_the_same_images_leaves_no_old_ones(
     shard = replace(first, path=first.path.replace(path.name, renamed.name))
     workspace.manifest = replace(workspace.manifest, shards=(shard, *others))
     workspace.manifest.save(workspace.dataset)
+    others = {"README", "shards/.train-0.tar.x7Yz"}  # a user's note, and what rsync writes for another upload
+    backend = versions.open_backend(url)
+    for name in others:
+        backend.create(f"digits/v1/{name}", b"x")
     assert workspace.upload(url)["version"] == 1
+    stored = backend.files("digits/v1").keys()
+    assert others == stored - {"manifest.json"} - {file.path for file in version_files(workspace)}
+    backend.remove([f"digits/v1/{name}" for name in others])
     workspace.assert_stored(url, tmp_path / "here")
-    versions.open_backend(url).create("digits/v1/README", b"a note of a user")
-    assert workspace.upload(url)["version"] == 1
-    assert "README" in versions.open_backend(url).files("digits/v1")
+
+
+def version_files(workspace: Workspace) -> list[File]:
+    """Return the files of the workspace's dataset, with their paths in a version."""
+    return list(upload.version_layout(workspace.manifest).all_files())
 
 
 def other_files(tmp_path: Path) -> Workspace:
@@ -124,6 +136,79 @@ def test_upload_changes_no_version_that_another_completes_meanwhile(
     assert workspace.command(url, "verify", "digits") == 0
     assert workspace.upload(url)["version"] == 1
     assert workspace.command(url, "verify", "digits") == 0
+
+
+@pytest.mark.parametrize("url", ["moto", "host"], indirect=True)
+def test_older_files_do_not_replace_those_of_a_version_that_another_upload_completes(
+    workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace.upload(url)
+    other, lock = other_files(tmp_path), threading.Lock()
+    for each in (workspace, other):
+        each.manifest = replace(each.manifest, content="2nd")
+        each.manifest.save(each.dataset)
+    of, name = (ssh_backend.SshBackend, "_hashes") if url.startswith("there") else (S3Client, "has_hash")
+    real = getattr(of, name)
+
+    def complete(*arguments: Any) -> Any:  # an older file was found, but not yet linked or copied
+        found = real(*arguments)
+        with lock:
+            if getattr(of, name) is complete:
+                monkeypatch.setattr(of, name, real)
+                assert other.upload(url)["version"] == 2
+        return found
+
+    monkeypatch.setattr(of, name, complete)
+    with pytest.raises(UserError, match=r"v2 was completed by another upload of the same images during this"):
+        workspace.upload(url)
+    assert workspace.command(url, "verify", "digits@v2") == 0
+
+
+@pytest.mark.parametrize("url", ["host"], indirect=True)
+@pytest.mark.parametrize("code", [255, 23])  # a lost connection, after which rsync is repeated; another error
+@pytest.mark.usefixtures("quick")
+def test_rsync_does_not_resume_in_a_version_that_another_upload_completes(
+    workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    other, real = other_files(tmp_path), ssh_connection.SshConnection._retry
+
+    def retry(self: Any, step: str, call: Any, *progress: Any) -> Any:
+        def failing(out: Any) -> Any:
+            if step == "sending" and ssh_connection.SshConnection._retry is retry:
+                monkeypatch.setattr(ssh_connection.SshConnection, "_retry", real)
+                assert other.upload(url)["version"] == 1
+                raise getattr(sh, f"ErrorReturnCode_{code}")("rsync", b"", b"failed")
+            return call(out)
+
+        return real(self, step, failing, *progress)
+
+    monkeypatch.setattr(ssh_connection.SshConnection, "_retry", retry)
+    with pytest.raises(UserError, match=r"v1 was completed by another upload of the same images during this"):
+        workspace.upload(url)
+    assert workspace.command(url, "verify", "digits") == 0
+
+
+@pytest.mark.parametrize("url", ["moto", "host"], indirect=True)
+def test_upload_that_replaced_a_file_of_a_complete_version_fails(
+    workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, other = versions.open_backend(url), other_files(tmp_path)
+    real = type(backend).send
+
+    def send(*arguments: Any) -> Any:
+        stats = real(*arguments)
+        monkeypatch.setattr(type(backend), "send", real)
+        assert other.upload(url)["version"] == 1
+        backend.remove(["digits/v1/meta.bin"])
+        assert backend.create("digits/v1/meta.bin", (workspace.dataset / "meta.bin").read_bytes())
+        return stats
+
+    monkeypatch.setattr(type(backend), "send", send)
+    line = (
+        r"v1/meta\.bin was overwritten by another upload .*: delete it with datastores delete digits@v1 and"
+    )
+    with pytest.raises(UserError, match=line):
+        workspace.upload(url)
 
 
 @pytest.mark.parametrize("url", ["moto", "rclone", "host"], indirect=True)

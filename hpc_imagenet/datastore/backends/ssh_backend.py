@@ -181,7 +181,6 @@ class SshBackend:
         unverified = [item.file for item in same_size if item.file.path not in reusable.verified]
         hashes = self._hashes(path, unverified)
         missing = []
-        require_incomplete(self, path)  # hashing may have taken minutes
         for item in items:
             file = item.file
             if item in same_size and (
@@ -193,7 +192,6 @@ class SshBackend:
             else:
                 stats.reused += file.bytes
         if missing:
-            require_incomplete(self, path)
             self._transfer(missing, path, lambda done: progress(stats.total + done, "sending"))
         stats.copied += sum(item.file.bytes for item in missing)
         progress(stats.total, "")
@@ -286,6 +284,7 @@ class SshBackend:
             folder, _, name = older.rpartition("/")
             if not _is_same(item, self._hashes(folder, [File(name, file.bytes, file.hash)]).get(name)):
                 continue
+            require_incomplete(self, path)
             target = self._ssh.remote_path(f"{path}/{file.path}")
             output = self._ssh.run(
                 'mkdir -p "$1" && ln -fT "$2" "$3" && echo linked; true',
@@ -308,9 +307,13 @@ class SshBackend:
                 # --ignore-times: a stored file of the same size and time was found to have another hash.
                 options = ["--ignore-times", f"--partial-dir={PARTIAL}", "--chmod=F444"]
                 ends = [f"{temporary.folder}/", f"{self._ssh.rsync_path(path)}/"]
-                self._ssh.rsync("sending", [*options, *ends], progress)
-            except BaseException:
+                self._ssh.rsync(
+                    "sending", [*options, *ends], progress, before=lambda: require_incomplete(self, path)
+                )
+            except BaseException as error:
                 threads.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, UserError):
+                    require_incomplete(self, path)  # whose upload then removed what rsync had kept
                 raise
             for item, future in zip(items, hashing, strict=True):
                 value, after, before, change = future.result(), item.source.stat(), status_before[item], ""
