@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from command_line import Gate, eventually
 from other_users import GROUP, ROOT, Person, available, ending, shared_folder
+from sample_dataset import write_coloured
 from sample_search import SETTINGS, SPACE
 
 pytestmark = [
@@ -247,6 +248,74 @@ def test_a_dataset_of_one_user_is_used_by_the_other(group: Group) -> None:
     report = json.loads(bob("report", "--json", here).stdout)
     assert {row["stage"] for row in report} == {"train", "evaluate"}
     _check_permissions(group.workspace)
+
+
+def test_a_fetch_that_one_user_began_is_completed_by_the_other(group: Group) -> None:
+    copy, source = shared_folder(group.folder / "copy"), group.workspace / "datastores/tiny/v1"
+    write_coloured(source, 4)
+    group.alice("datastores", "fetch", "tiny", str(copy), group.here)
+    for name in ("manifest.json", "val.tar"):
+        (copy / "tiny/v1" / name).unlink()
+    claim = copy / "tiny/v1/upload.json"
+    claim.write_text('{"content": "0"}')
+    os.chown(claim, group.alice.uid, GROUP)
+    group.bob("datastores", "fetch", "tiny", str(copy), group.here)
+    group.alice("datastores", "verify", "tiny", f"datastore.url={copy}")
+    owners = {name: (copy / "tiny/v1" / name).stat().st_uid for name in ("train.tar", "val.tar")}
+    assert owners == {"train.tar": group.alice.uid, "val.tar": group.bob.uid}
+
+
+UPLOAD_PRIVATE = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from pathlib import Path
+import os
+from sample_dataset import make_dataset
+from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.dataset import Dataset
+from hpc_imagenet.config.schema import Config, Datastore
+from hpc_imagenet.runs.store import Run
+from hpc_imagenet.stages.work import upload
+workspace, store = Path(sys.argv[1]), Datastore("digits", sys.argv[2])
+make_dataset(workspace, content=sys.argv[3])
+for path in (workspace / "archives/digits").iterdir():
+    os.chown(path, -1, os.getgid() if sys.argv[4] == "600" else -1)
+    path.chmod(int(sys.argv[4], 8))
+(workspace / "run").mkdir(exist_ok=True)
+config = Config(workspace=str(workspace), dataset=Dataset("digits"), datastore=store)
+upload.run(config, Run(workspace / "run"), DistEnv())
+"""
+
+
+def test_a_version_that_links_to_private_archives_is_not_read_by_the_group(group: Group) -> None:
+    alice, bob, here = group.alice, group.bob, group.here
+    url, shared = str(group.workspace / "datastores"), shared_folder(group.folder / "alices")
+    states = {}
+    for number, mode in ((1, "640"), (2, "600")):
+        done = alice.python(UPLOAD_PRIVATE, str(shared), url, str(number), mode)
+        assert not done.returncode, done.stderr
+        states[number] = done.stderr
+    folder = f"{url}/digits/v2"
+    fix = f"chgrp -R lab {folder} && chmod -R g+rX {folder}"
+    assert not states[1]
+    assert states[2].startswith(f"warning: {folder} cannot be read by its group: {folder}/shards/")
+    assert states[2].endswith(f" is a hard link to an archive that only you may read: run {fix}\n")
+
+    def listed(person: Person) -> list[str]:
+        entries = json.loads(person("datastores", "list", "--json", here).stdout)
+        return [entry["state"] for entry in entries]
+
+    assert listed(alice) == ["complete", "complete"]
+    assert listed(bob) == ["complete", "unreadable"]
+    line = f"datastore digits@v2 cannot be read: have its owner, alice, run {fix}"
+    assert bob.refused("datastores", "verify", "digits@v2", here) == f"error: {line}"
+    assert (
+        f"warning: {line}; until then v1 is the newest" in bob("datastores", "verify", "digits", here).stderr
+    )
+    done = alice.run("sh", "-c", fix)
+    assert not done.returncode, done.stderr
+    assert listed(bob) == ["complete", "complete"]
+    bob("datastores", "verify", "digits@v2", here)
 
 
 def _check_permissions(workspace: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from hpc_imagenet.datastore.backends.storage_backend import (
     fetch_files,
 )
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
+from hpc_imagenet.datastore.stored_files import parse_json_object
 from hpc_imagenet.datastore.unreadable import unreadable_versions
 from hpc_imagenet.datastore.versions import COMPLETE, DELETED, GONE, PARTIAL, UNREADABLE
 from hpc_imagenet.errors import UserError
@@ -64,19 +66,19 @@ def list_versions(backend: StorageBackend, name: str | None = None) -> list[Cata
     contents = backend.read(
         [f"{path}/{file}" for path in paths for file in (FILE, versions.CLAIM, versions.DELETED)]
     )
-    entries = []
+    entries, unreadable = [], set(unreadable_versions(backend, paths))
     for path in paths:
         datastore, _, number = path.partition("/v")
-        if data := contents.get(f"{path}/{FILE}"):
+        if path in unreadable:
+            entries.append(CatalogEntry(datastore, int(number), UNREADABLE))
+        elif data := contents.get(f"{path}/{FILE}"):
             manifest = parse_manifest(data, f"{backend.url}/{path}/{FILE}")
             entries.append(CatalogEntry(datastore, int(number), COMPLETE, manifest, manifest.created))
         elif f"{path}/{DELETED}" in contents:
             if set(backend.files(path)) != {DELETED}:
                 entries.append(CatalogEntry(datastore, int(number), GONE))
-        elif unreadable_versions(backend, [path]):
-            entries.append(CatalogEntry(datastore, int(number), UNREADABLE))
         else:
-            claim = versions.parse_json_object(contents.get(f"{path}/{versions.CLAIM}"))
+            claim = parse_json_object(contents.get(f"{path}/{versions.CLAIM}"))
             by = " on ".join(claim[key] for key in ("run", "host") if key in claim)
             entries.append(CatalogEntry(datastore, int(number), PARTIAL, None, claim.get("time", ""), by))
     return sorted(entries, key=lambda entry: (entry.name, entry.number))
@@ -146,13 +148,14 @@ def fetch_version(
             if wrong:  # a damaged file takes its space until another one is there
                 require_free_space(target, sum(file.bytes for file in wrong), entry.reference)
             else:
-                present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                require_free_space(target, manifest.bytes - present, entry.reference)
+                require_free_space(target, manifest.bytes - _present(folder, manifest), entry.reference)
                 wrong = _wrong_files(local, entry, threads, counter)
             fetch_files(backend, entry.path, wrong, folder, threads, counter)
             # Files of a complete version that are intact may be hard links, whose permissions are left alone.
             for file in wrong if complete else manifest.all_files():
-                (folder / file.path).chmod((folder / file.path).stat().st_mode & ~0o222)
+                status = (folder / file.path).stat()
+                if status.st_uid == os.geteuid():  # another user may have begun this fetch: only they may
+                    (folder / file.path).chmod(status.st_mode & ~0o222)
             upload = {**(manifest.provenance.get("upload") or {})}
             upload.pop(hardlink_check.STAMPS, None)  # modification times of the original files
             claim.commit(replace(manifest, provenance={**manifest.provenance, "upload": upload}))
@@ -217,6 +220,16 @@ def _hash_files(
             lambda file: backend.hash(f"{entry.path}/{file.path}", file, counter.for_file(file.path)), files
         )
         return list(zip(files, hashes, strict=True))
+
+
+def _present(folder: Path, manifest: Manifest) -> int:
+    """Return the bytes of a version that a folder has: of its files and of partly fetched ones."""
+    names, present = {file.path for file in manifest.all_files()}, 0
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and (name.as_posix() in names or any(part[0] == "." for part in name.parts)):
+            present += path.stat().st_size
+    return present
 
 
 def _wrong_files(

@@ -25,6 +25,11 @@ def link_times(folder: Path, shards: Sequence[File]) -> dict[str, int]:
     return {path: status.st_mtime_ns for path, status in found.items() if status.st_nlink > 1}
 
 
+def linked_shards(manifest: Manifest) -> dict[str, int]:
+    """Return what `link_times` returned at the upload; empty for a copy of a version."""
+    return dict((manifest.provenance.get("upload") or {}).get(STAMPS) or {})
+
+
 def check_links(folder: Path, manifest: Manifest) -> None:
     """Compare the modification time of each shard that was hard-linked at the upload and still is.
 
@@ -32,7 +37,7 @@ def check_links(folder: Path, manifest: Manifest) -> None:
         UserError: a shard was modified after the upload.
     """
     upload = manifest.provenance.get("upload") or {}
-    for path, uploaded_ns in (upload.get(STAMPS) or {}).items():
+    for path, uploaded_ns in linked_shards(manifest).items():
         status = (folder / path).stat()
         if status.st_nlink > 1 and status.st_mtime_ns != uploaded_ns:
             number, quoted = upload.get("version"), shlex.quote(f"{folder / path}")

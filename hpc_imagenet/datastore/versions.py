@@ -17,14 +17,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hpc_imagenet.datastore.backends.storage_backend import StorageBackend, StoredFile, SupportsRangeReads
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, parse_manifest
-from hpc_imagenet.datastore.unreadable import newest_unreadable, warn_once
+from hpc_imagenet.datastore.stored_files import parse_json_object, require_not_overwritten
+from hpc_imagenet.datastore.unreadable import newest_unreadable, unreadable_link, warn_once
 from hpc_imagenet.errors import UserError, did_you_mean
 from hpc_imagenet.io.access import expand_home
-from hpc_imagenet.io.atomic_files import decode_json
 
 if TYPE_CHECKING:  # imports packages that a transfer does not need
     from hpc_imagenet.config.schema import Datastore
@@ -98,46 +98,31 @@ class VersionClaim:
                     f"{self.backend.url}/{self.path} was deleted, or claimed by another upload, during this "
                     "upload: run it again"
                 )
+            require_not_overwritten(self.backend, self.path, manifest, "run it again")
             self.backend.create(f"{self.path}/{FILE}", manifest.encode())
-        if self.manifest().content != manifest.content:
+        written = self.manifest()
+        if written.content != manifest.content:
             raise UserError(
                 f"{self.backend.url}/{self.path} was completed by an upload of other images: run it again"
             )
+        if written != manifest:  # of an upload at the same time, whose files this one may have replaced
+            fix = f"delete it with datastores delete {self.name}@v{self.number} and upload it again"
+            require_not_overwritten(self.backend, self.path, written, fix)
 
     def remove_upload_files(self) -> None:
-        """Remove the files that only an upload needs, once the manifest is written."""
+        """Remove the files that only an upload needs, once the manifest is written.
+
+        Those are `upload*`, and other shards of the same images, which an interrupted one has stored. Hidden
+        files beside the shards are those that rsync writes for another upload.
+        """
         with contextlib.suppress(OSError, UserError):  # such as no permission: another user's version
-            leftovers = [name for name in self.backend.files(self.path) if re.fullmatch(r"upload[^/]*", name)]
+            stored = self.backend.files(self.path)
+            shards = {file.path for file in self.manifest().shards}
+            pattern = r"upload[^/]*" + (r"|shards/[^./][^/]*" if CLAIM in stored else "")
+            leftovers = [name for name in stored if re.fullmatch(pattern, name) and name not in shards]
+            leftovers.sort(key=lambda name: name == CLAIM)  # last, so that an interrupted removal is repeated
             self.backend.remove([f"{self.path}/{name}" for name in leftovers])
             self.backend.remove_partial(self.path)
-
-    def record_verified(self, part: str, files: Mapping[str, File]) -> None:
-        """Record in `upload-<part>.json` that files are stored and verified.
-
-        Args:
-            part: part of the upload, such as `0-of-4`.
-            files: the files, by path within the version.
-        """
-        stored = self.backend.files(self.path)
-        verified = {
-            path: [file.hash, stored[path].bytes, stored[path].modified]
-            for path, file in files.items()
-            if path in stored
-        }
-        path = f"{self.path}/upload-{part}.json"
-        self.backend.remove([path])
-        self.backend.create(path, json.dumps(verified).encode())
-
-    def verified_hashes(self) -> dict[str, str]:
-        """Return the hashes that `record_verified` recorded, by path, of files not modified since."""
-        stored = self.backend.files(self.path)
-        records = [name for name in stored if re.fullmatch(r"upload-[^/]*\.json", name)]
-        return {
-            path: entry[0]
-            for data in self.backend.read([f"{self.path}/{name}" for name in records]).values()
-            for path, entry in parse_json_object(data).items()
-            if path in stored and [stored[path].bytes, stored[path].modified] == entry[1:]
-        }
 
 
 def parse_reference(reference: str) -> tuple[str, int | None]:
@@ -261,10 +246,19 @@ def open_version(datastore: Datastore, backend: StorageBackend | None = None) ->
         raise UserError(_no_version_message(backend, name))
     if number is not None and number not in manifests:
         raise UserError(f"datastore {name}@v{number} does not exist; complete: {listed}")
+    closed = ""
     for candidate in sorted(manifests, reverse=True) if number is None else [number]:
         manifest = parse_manifest(manifests[candidate], f"{backend.url}/{name}/v{candidate}/{FILE}")
         if datastore.content in (None, manifest.content):
-            return Version(name, candidate, backend, manifest)
+            version = Version(name, candidate, backend, manifest)
+            if line := unreadable_link(version.folder, manifest):
+                closed = closed or line
+                continue
+            if closed:
+                warn_once(f"{closed}; until then v{candidate} is the newest")
+            return version
+    if closed:
+        raise UserError(closed)
     if number is not None:
         raise UserError(
             f"datastore {name}@v{number} has other images than datastore.content={datastore.content}: "
@@ -361,15 +355,6 @@ def _read_file(backend: StorageBackend, path: str) -> tuple[bytes, str]:
         return backend.read([path])[path], f"{backend.url}/{path}"
     except KeyError:
         raise UserError(f"{backend.url}/{path} is missing") from None
-
-
-def parse_json_object(data: bytes | None) -> dict[str, Any]:
-    """Parse a small JSON file of an upload; an empty dict if it is missing, damaged or not an object."""
-    with contextlib.suppress(ValueError):
-        value = decode_json(data or b"{}")
-        if isinstance(value, dict):
-            return value
-    return {}
 
 
 def _number(path: str) -> int:

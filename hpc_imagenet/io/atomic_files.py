@@ -12,7 +12,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+Result = TypeVar("Result")
 
 # Bytes per write. Larger ones took more CPU time (ext4, Linux 6.18; benchmarks/results/transfer.txt).
 WRITE_BYTES = 256 << 10
@@ -20,6 +22,7 @@ WRITEBACK_BYTES = 16 << 20  # bytes after which write-back of a growing file is 
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})  # a full disk; an exceeded quota
 
 _LEFTOVER_AGE = 86_400.0  # s after which a temporary folder without new files is that of a killed process
+_REMOVALS = 5  # most processes that start while a file is written and remove its temporary one
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: start write-back without waiting for it
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
@@ -45,6 +48,22 @@ def atomic_write(
             before()
         name.replace(path)
         sync_folder(path.parent)
+
+
+def write_again_if_removed(write: Callable[[], Result]) -> Result:
+    """Call `write`, and again if its temporary file was removed by a process that took it for a killed one's.
+
+    Two jobs that share the same work in different numbers of parts write the same files, and each removes the
+    temporary files that it finds when it starts.
+    """
+    for _ in range(_REMOVALS):
+        try:
+            return write()
+        except OSError as error:
+            renaming = isinstance(error, FileNotFoundError) and str(error.filename).endswith(".tmp")
+            if not renaming and error.errno != errno.ESTALE:  # NFS, if a process of another node removed it
+                raise
+    return write()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -96,6 +97,22 @@ def test_a_damaged_copy_is_hashed_once_and_needs_space_for_what_is_damaged(
             fetch(tmp_path / "source", tmp_path / "copy")
     catalog.fetch_version(backend, entry, tmp_path / "copy", 1, lambda count, step: done.append(count))
     assert done[-1] == 2 * len(b"damage")  # hashed, then fetched
+
+
+def test_an_interrupted_fetch_of_other_shards_is_no_part_of_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version(tmp_path / "source", 1)
+    copy = tmp_path / "copy/digits/v1"
+    (copy / "shards").mkdir(parents=True)
+    (copy / "shards/old.tar").write_bytes(b"the same images in another shard")
+    (copy / versions.CLAIM).write_text(json.dumps({"content": b"images".hex()}))
+    with monkeypatch.context() as full:
+        full.setattr(os, "statvfs", lambda _: os.statvfs_result((1, 1, 9, 0, 0, 9, 9, 9, 0, 255)))
+        with pytest.raises(UserError, match="free space for digits@v1: it needs 6 bytes"):
+            fetch(tmp_path / "source", tmp_path / "copy")
+    assert fetch(tmp_path / "source", tmp_path / "copy") == copy
+    assert sorted(path.name for path in copy.rglob("*")) == ["0.tar", "manifest.json", "shards"]
 
 
 @pytest.mark.parametrize("locked", ["digits/v2", "digits/v2/manifest.json"])

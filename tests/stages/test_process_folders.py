@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import killing
 import pytest
@@ -17,6 +18,7 @@ from torchvision.datasets import imagenet
 
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scanned_archives
+from hpc_imagenet.data.prepare import class_folder_writer
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.stages.work import process
 
@@ -127,6 +129,30 @@ def part_of(config: Config, part: int | None, parts: int) -> Config:
     config = copy.deepcopy(config)
     config.stage.part, config.stage.parts = part, parts
     return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merged", [True, False])
+def test_class_folders_written_in_two_numbers_of_parts_at_once(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, merged: bool
+) -> None:
+    whole = config_with_archives(tmp_path / "whole", small, "folders")
+    run_stage(process, whole)
+    config = config_with_archives(tmp_path / "parts", small, "folders")
+    config.process.workers = 1
+    real = class_folder_writer._extract
+
+    def extract(*arguments: Any) -> None:
+        monkeypatch.setattr(class_folder_writer, "_extract", real)
+        for part in (0, 1, 2, None) if merged else (0, 1, 2):
+            run_stage(process, part_of(config, part, 3))
+        real(*arguments)
+
+    monkeypatch.setattr(class_folder_writer, "_extract", extract)
+    for part in (0, 1, None):
+        run_stage(process, part_of(config, part, 2))
+    assert class_folder_writer._extract is real
+    assert dataset_bytes(config) == dataset_bytes(whole)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.data.images import shard_transform
+from hpc_imagenet.data.prepare import shard_writer
 from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.stages.work import download, process
@@ -204,6 +206,29 @@ def test_only_incomplete_shards_are_rewritten(tmp_path: Path, source: Path) -> N
     assert kept[0]
     assert all(kept[4:])
     assert not list(shards[0].parent.glob(".*"))
+
+
+@pytest.mark.slow
+def test_shards_written_in_two_numbers_of_parts_at_once(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config_with_archives(tmp_path / "whole", source)
+    run_stage(process, whole)
+    config = config_with_archives(tmp_path / "parts", source)
+    config.process.workers = 1
+    real = shard_writer._add_image
+
+    def add(*arguments: Any) -> Any:
+        monkeypatch.setattr(shard_writer, "_add_image", real)
+        for part in (0, 1, 2, None):  # removes the temporary files that it finds
+            run_stage(process, part_of(config, part, 3))
+        return real(*arguments)
+
+    monkeypatch.setattr(shard_writer, "_add_image", add)
+    for part in (0, 1, None):
+        run_stage(process, part_of(config, part, 2))
+    assert shard_writer._add_image is real
+    assert files(config) == files(whole)
 
 
 @pytest.mark.slow

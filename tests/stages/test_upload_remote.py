@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import servers
+import sh
 from remote_workspace import Workspace
+from sample_dataset import file_of
 
 from hpc_imagenet.datastore import versions
-from hpc_imagenet.datastore.backends import ssh_backend, ssh_connection
+from hpc_imagenet.datastore.backends import s3_upload, ssh_backend, ssh_connection
+from hpc_imagenet.datastore.backends.s3_client import S3Client
+from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.stages.work import upload
 
@@ -61,6 +67,172 @@ def test_verify_finds_damaged_and_missing_files(
     output = capsys.readouterr().out
     assert "meta.bin is damaged: its hash is " in output
     assert "val.npy is missing" in output
+
+
+def test_upload_resumed_with_other_shards_of_the_same_images_leaves_no_old_ones(
+    workspace: Workspace, url: str, tmp_path: Path
+) -> None:
+    workspace.upload(url)
+    make_partial(url, workspace.manifest.content)
+    first, *others = workspace.manifest.shards
+    path = workspace.dataset / first.path
+    renamed = path.rename(path.with_name("first.tar"))
+    shard = replace(first, path=first.path.replace(path.name, renamed.name))
+    workspace.manifest = replace(workspace.manifest, shards=(shard, *others))
+    workspace.manifest.save(workspace.dataset)
+    others = {"README", "shards/.train-0.tar.x7Yz"}  # a user's note, and what rsync writes for another upload
+    backend = versions.open_backend(url)
+    for name in others:
+        backend.create(f"digits/v1/{name}", b"x")
+    assert workspace.upload(url)["version"] == 1
+    stored = backend.files("digits/v1").keys()
+    assert others == stored - {"manifest.json"} - {file.path for file in version_files(workspace)}
+    backend.remove([f"digits/v1/{name}" for name in others])
+    workspace.assert_stored(url, tmp_path / "here")
+
+
+def version_files(workspace: Workspace) -> list[File]:
+    """Return the files of the workspace's dataset, with their paths in a version."""
+    return list(upload.version_layout(workspace.manifest).all_files())
+
+
+def other_files(tmp_path: Path) -> Workspace:
+    """Return a workspace with the same images, but another file beside them."""
+    workspace = Workspace(tmp_path / "other")
+    path = workspace.dataset / "meta.bin"
+    path.write_bytes(b"x" * path.stat().st_size)
+    files = (file_of(path, path.name, "blake3"),)
+    workspace.manifest = replace(workspace.manifest, files=files)
+    workspace.manifest.save(workspace.dataset)
+    return workspace
+
+
+def make_partial(url: str, content: str) -> None:
+    """Make an interrupted upload of a complete version, which has stored all files."""
+    backend = versions.open_backend(url)
+    backend.remove(["digits/v1/manifest.json"])
+    backend.create("digits/v1/upload.json", json.dumps({"content": content}).encode())
+
+
+@pytest.mark.parametrize("url", ["moto", "rclone", "host"], indirect=True)
+def test_upload_changes_no_version_that_another_completes_meanwhile(
+    workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = other_files(tmp_path)
+    other.upload(url)
+    make_partial(url, other.manifest.content)
+    of, name = (ssh_backend.SshBackend, "_hashes") if url.startswith("there") else (s3_upload, "list_uploads")
+    real = getattr(of, name)
+
+    def complete(*arguments: Any) -> Any:  # the files were listed before
+        found = real(*arguments)
+        monkeypatch.setattr(of, name, real)
+        assert other.upload(url)["version"] == 1
+        return found
+
+    monkeypatch.setattr(of, name, complete)
+    with pytest.raises(UserError, match=r"v1 was completed by another upload of the same images during this"):
+        workspace.upload(url)
+    assert workspace.command(url, "verify", "digits") == 0
+    assert workspace.upload(url)["version"] == 1
+    assert workspace.command(url, "verify", "digits") == 0
+
+
+@pytest.mark.parametrize("url", ["moto", "host"], indirect=True)
+def test_older_files_do_not_replace_those_of_a_version_that_another_upload_completes(
+    workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace.upload(url)
+    other, lock = other_files(tmp_path), threading.Lock()
+    for each in (workspace, other):
+        each.manifest = replace(each.manifest, content="2nd")
+        each.manifest.save(each.dataset)
+    of, name = (ssh_backend.SshBackend, "_hashes") if url.startswith("there") else (S3Client, "has_hash")
+    real = getattr(of, name)
+
+    def complete(*arguments: Any) -> Any:  # an older file was found, but not yet linked or copied
+        found = real(*arguments)
+        with lock:
+            if getattr(of, name) is complete:
+                monkeypatch.setattr(of, name, real)
+                assert other.upload(url)["version"] == 2
+        return found
+
+    monkeypatch.setattr(of, name, complete)
+    with pytest.raises(UserError, match=r"v2 was completed by another upload of the same images during this"):
+        workspace.upload(url)
+    assert workspace.command(url, "verify", "digits@v2") == 0
+
+
+@pytest.mark.parametrize("url", ["host"], indirect=True)
+@pytest.mark.parametrize("code", [255, 23])  # a lost connection, after which rsync is repeated; another error
+@pytest.mark.usefixtures("quick")
+def test_rsync_does_not_resume_in_a_version_that_another_upload_completes(
+    workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    other, real = other_files(tmp_path), ssh_connection.SshConnection._retry
+
+    def retry(self: Any, step: str, call: Any, *progress: Any) -> Any:
+        def failing(out: Any) -> Any:
+            if step == "sending" and ssh_connection.SshConnection._retry is retry:
+                monkeypatch.setattr(ssh_connection.SshConnection, "_retry", real)
+                assert other.upload(url)["version"] == 1
+                raise getattr(sh, f"ErrorReturnCode_{code}")("rsync", b"", b"failed")
+            return call(out)
+
+        return real(self, step, failing, *progress)
+
+    monkeypatch.setattr(ssh_connection.SshConnection, "_retry", retry)
+    with pytest.raises(UserError, match=r"v1 was completed by another upload of the same images during this"):
+        workspace.upload(url)
+    assert workspace.command(url, "verify", "digits") == 0
+
+
+@pytest.mark.parametrize("url", ["moto", "host"], indirect=True)
+def test_upload_that_replaced_a_file_of_a_complete_version_fails(
+    workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, other = versions.open_backend(url), other_files(tmp_path)
+    real = type(backend).send
+
+    def send(*arguments: Any) -> Any:
+        stats = real(*arguments)
+        monkeypatch.setattr(type(backend), "send", real)
+        assert other.upload(url)["version"] == 1
+        backend.remove(["digits/v1/meta.bin"])
+        assert backend.create("digits/v1/meta.bin", (workspace.dataset / "meta.bin").read_bytes())
+        return stats
+
+    monkeypatch.setattr(type(backend), "send", send)
+    line = (
+        r"v1/meta\.bin was overwritten by another upload .*: delete it with datastores delete digits@v1 and"
+    )
+    with pytest.raises(UserError, match=line):
+        workspace.upload(url)
+
+
+@pytest.mark.parametrize("url", ["moto", "rclone", "host"], indirect=True)
+def test_version_is_not_completed_with_a_file_of_another_upload(
+    workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, other = versions.open_backend(url), other_files(tmp_path)
+    real = type(backend).send
+
+    def send(*arguments: Any) -> Any:
+        stats = real(*arguments)
+        backend.remove(["digits/v1/meta.bin"])
+        assert backend.create("digits/v1/meta.bin", (other.dataset / "meta.bin").read_bytes())
+        return stats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(backend), "send", send)
+        with pytest.raises(
+            UserError, match=r"v1/meta\.bin was overwritten by another upload of the same images"
+        ):
+            workspace.upload(url)
+    assert versions.complete_versions(url, "digits") == []
+    assert workspace.upload(url)["version"] == 1
+    assert workspace.command(url, "verify", "digits") == 0
 
 
 def test_parts_upload_and_a_last_job_commits(workspace: Workspace, url: str) -> None:

@@ -178,7 +178,6 @@ def _synced_classes(root: Path, identity: Any) -> set[tuple[str, str]]:
 def _is_finished(root: Path, group: ClassImages, synced: set[tuple[str, str]]) -> bool:
     """Whether an earlier attempt has written a class; removes an incomplete class folder."""
     folder = _partial(root, group.split) / group.wnid
-    _remove(_temporary_folder(root, group))
     if not folder.exists():
         return False
     if (group.split, group.wnid) in synced or _sizes(folder) == group.sizes():
@@ -199,14 +198,25 @@ def _require_space(root: Path, missing: list[ClassImages]) -> None:
     disk.require_free_space(root, size, "the class folders", files)
 
 
-def _temporary_folder(root: Path, group: ClassImages) -> Path:
-    return _partial(root, group.split) / f".{group.wnid}.tmp"
-
-
 def _write(root: Path, archives: dict[str, Path], group: ClassImages) -> int:
-    temporary, archive = _temporary_folder(root, group), archives[group.split]
-    temporary.mkdir()
-    prefix = f"{temporary}/"
+    """Write the folder of a class, unless a job of another number of parts has written it meanwhile."""
+    folder, complete = _partial(root, group.split) / group.wnid, root / group.split / group.wnid
+    temporary = folder.with_name(f".{group.wnid}.{os.urandom(8).hex()}.tmp")
+    try:
+        if not (folder.exists() or complete.exists()):
+            temporary.mkdir()
+            _extract(archives[group.split], group, temporary)
+            temporary.rename(folder)
+    except OSError:
+        if not (folder.exists() or complete.exists()):
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return len(group.names)
+
+
+def _extract(archive: Path, group: ClassImages, folder: Path) -> None:
+    prefix = f"{folder}/"
     with open_for_pread(archive, sequential=group.split == "train") as descriptor:
         for name, offset, length in zip(
             map(os.fsdecode, group.names.tolist()),
@@ -226,8 +236,6 @@ def _write(root: Path, archives: dict[str, Path], group: ClassImages) -> int:
                     data = data[os.write(file, data) :]
             finally:
                 os.close(file)
-    temporary.rename(_partial(root, group.split) / group.wnid)
-    return len(group.names)
 
 
 def _sync(root: Path) -> None:

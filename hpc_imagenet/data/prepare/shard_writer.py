@@ -31,7 +31,13 @@ from hpc_imagenet.datastore.index import ENTRY, Index
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io import disk, process_pool
-from hpc_imagenet.io.atomic_files import atomic_write, make_read_only, read_json, write_json
+from hpc_imagenet.io.atomic_files import (
+    atomic_write,
+    make_read_only,
+    read_json,
+    write_again_if_removed,
+    write_json,
+)
 from hpc_imagenet.io.tar_header import BLOCK
 
 # Location of an image in a shard; `row` is its row in the scan, and a corrupt image has length 0.
@@ -253,9 +259,15 @@ class _Images:
 
 def _write_shard(settings: _Settings, images: _Images) -> int:
     """Write one shard; return its number of images, including corrupt ones that are left out."""
-    shard, path = images.shard, settings.folder / f"{images.shard.name}.tar"
+    path = settings.folder / f"{images.shard.name}.tar"
     for leftover in settings.folder.glob(f".{path.stem}.*.tmp"):  # of a killed attempt
         leftover.unlink(missing_ok=True)
+    return write_again_if_removed(lambda: _write_files(settings, images, path))
+
+
+def _write_files(settings: _Settings, images: _Images, path: Path) -> int:
+    """Write the tar, the locations and the receipt of a shard."""
+    shard = images.shard
     locations = np.zeros(len(shard.rows), LOCATION)
     locations["row"] = shard.rows
     skipped = []

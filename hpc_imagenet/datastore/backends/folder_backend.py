@@ -34,7 +34,7 @@ from hpc_imagenet.datastore.backends.storage_backend import (
 from hpc_imagenet.datastore.file_hash import copy_and_hash, hash_file, read_and_hash
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.io.atomic_files import atomic_write, make_read_only, sync_folder
+from hpc_imagenet.io.atomic_files import atomic_write, make_read_only, sync_folder, write_again_if_removed
 from hpc_imagenet.io.disk import require_free_space
 
 COPY_THREADS = 4
@@ -280,6 +280,10 @@ def _is_stored(
 
 
 def _copy(item: UploadFile, destination: Path, progress: Callable[[int], None]) -> None:
+    write_again_if_removed(lambda: _copy_once(item, destination, progress))
+
+
+def _copy_once(item: UploadFile, destination: Path, progress: Callable[[int], None]) -> None:
     with item.source.open("rb", buffering=0) as reader, atomic_write(destination) as writer:
         before = os.fstat(reader.fileno())
         value = copy_and_hash(reader, writer, item.file, progress)

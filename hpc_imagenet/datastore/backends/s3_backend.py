@@ -31,6 +31,7 @@ from hpc_imagenet.datastore.backends.storage_backend import (
     UploadFile,
     UploadStats,
     check_size,
+    require_incomplete,
 )
 from hpc_imagenet.datastore.manifest import File
 from hpc_imagenet.datastore.reader.presigned import PresignedShards
@@ -201,7 +202,10 @@ class S3Backend:
             return "kept"
         for older in reusable.older.get(File("", file.bytes, file.hash), ()):
             with contextlib.suppress(NotFound, NotImplementedByServer):
-                if self._client.has_hash(older, file) and self._copy(older, f"{path}/{file.path}", file):
+                if not self._client.has_hash(older, file):
+                    continue
+                require_incomplete(self, path)
+                if self._copy(older, f"{path}/{file.path}", file):
                     return "reused"
         return ""
 

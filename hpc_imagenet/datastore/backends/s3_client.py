@@ -36,6 +36,15 @@ HASH = "hash"  # metadata key of an object's hash, in the manifest's format
 
 _TRANSIENT = {"RequestTimeout", "SlowDown", "BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+# The same request fails again; a full quota or wrong credentials may also be a 400.
+_REFUSED = {
+    "EntityTooSmall",
+    "InvalidArgument",
+    "InvalidPart",
+    "InvalidPartOrder",
+    "InvalidRequest",
+    "MalformedXML",
+}
 _NOT_FOUND = {"404", "NoSuchKey", "NotFound", "NoSuchUpload"}
 
 
@@ -45,6 +54,10 @@ class NotFound(Exception):
 
 class PreconditionFailed(Exception):
     """The object exists already, so it was not written."""
+
+
+class Refused(UserError):
+    """The server refuses the contents of the request."""
 
 
 class NotImplementedByServer(Exception):
@@ -234,6 +247,7 @@ class S3Client:
             NotFound: the object does not exist.
             PreconditionFailed: the condition of a write was not met.
             NotImplementedByServer: the server does not support the request.
+            Refused: the server refuses its contents.
             UserError: any other error, or a transient error that persists.
         """
         from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
@@ -300,7 +314,8 @@ class S3Client:
                 f"datastore.url={self.url}: {step} is forbidden ({code}): check the credentials that boto3 "
                 "finds and the bucket's permissions"
             )
-        raise UserError(f"datastore.url={self.url}: {step}: {code} {message}".rstrip())
+        kind = Refused if status == 400 and code in _REFUSED else UserError
+        raise kind(f"datastore.url={self.url}: {step}: {code} {message}".rstrip())
 
 
 def check_response(

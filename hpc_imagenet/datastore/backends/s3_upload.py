@@ -14,7 +14,7 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,16 +24,18 @@ from hpc_imagenet.datastore.backends.s3_client import (
     NotFound,
     NotImplementedByServer,
     PreconditionFailed,
+    Refused,
     S3Client,
     check_response,
 )
 from hpc_imagenet.datastore.backends.storage_backend import (
     ProgressCounter,
     UploadFile,
+    completed_error,
     source_changed_error,
 )
 from hpc_imagenet.datastore.file_hash import digest_of, format_digest
-from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.manifest import FILE, File
 from hpc_imagenet.errors import UserError
 
 MAX_SINGLE = 64 << 20  # bytes: the largest file sent in one request
@@ -196,6 +198,7 @@ class S3Upload:
         """Send a file in one request."""
         path = f"{self._path}/{file.path}"
         try:
+            self._require_incomplete()
             self._client.put(path, data, new=file.path not in self._stored, file=file)
         except PreconditionFailed:
             self._accept_existing(path, file)
@@ -243,17 +246,13 @@ class S3Upload:
             return {name: response[name] for name in ("ETag", *checksum) if name in response}
 
         try:
-            etag = upload.etags.get(number)
-            if etag and etag == hashlib.md5(data, usedforsecurity=False).hexdigest():
-                return {"PartNumber": number, "ETag": f'"{etag}"'}
-            return {"PartNumber": number, **client.request(f"sending {file.path}", send)}
-        except UserError:
-            if upload.resumed:
-                # The resumed upload itself may be broken on the server, so drop it: the next attempt starts a
-                # new one. If the server is unreachable or the credentials expired, this fails and it is kept.
-                with contextlib.suppress(Exception):
-                    client.client.abort_multipart_upload(**params, UploadId=upload.upload_id)
-            raise
+            with self._discarding(params, upload):
+                etag = upload.etags.get(number)
+                if etag and etag == hashlib.md5(data, usedforsecurity=False).hexdigest():
+                    # An upload created with a checksum algorithm is completed with the checksum of each part.
+                    checksum = client.checksum(data) if client.checksums else {}
+                    return {"PartNumber": number, "ETag": f'"{etag}"', **checksum}
+                return {"PartNumber": number, **client.request(f"sending {file.path}", send)}
         except NotFound:  # completed or aborted by another process; the object is checked at the end
             return {"PartNumber": number, "ETag": ""}
         finally:
@@ -261,6 +260,18 @@ class S3Upload:
                 self._counter(size, f"sending {file.path}")  # before the memory is free for the next read
             finally:
                 self._release_memory(size, data)
+
+    @contextlib.contextmanager
+    def _discarding(self, params: dict[str, str], upload: MultipartUpload) -> Iterator[None]:
+        """Abort a resumed upload whose parts or completion the server refuses; the next starts anew."""
+        try:
+            yield
+        except Refused as error:
+            if not upload.resumed:
+                raise
+            with contextlib.suppress(Exception):
+                self._client.client.abort_multipart_upload(**params, UploadId=upload.upload_id)
+            raise UserError(f"{error}: run it again to send the whole file") from None
 
     def _complete(
         self,
@@ -282,9 +293,23 @@ class S3Upload:
             check_response(response)
 
         try:
-            client.conditional_request(f"completing {file.path}", complete, new)
+            self._require_incomplete()
+            with self._discarding(params, upload):
+                client.conditional_request(f"completing {file.path}", complete, new)
+            # The metadata are set when an upload is created, and cannot be queried before it is completed.
+            if upload.resumed and not client.has_hash(path, file):
+                raise UserError(
+                    f"datastore.url={client.url}: {path} has the hash of another file, for which its upload "
+                    "was begun: run it again to replace it"
+                )
         except (NotFound, PreconditionFailed):
             self._accept_existing(path, file)
+
+    def _require_incomplete(self) -> None:
+        """Raise if another upload has completed the version: not every write has a condition, or heeds it."""
+        with contextlib.suppress(NotFound):
+            self._client.head(f"{self._path}/{FILE}")
+            raise completed_error(self._client.url, self._path)
 
     def _accept_existing(self, path: str, file: File) -> None:
         """Accept an object written by another upload, or by a request of ours whose response was lost."""

@@ -33,6 +33,7 @@ from hpc_imagenet.datastore.backends.storage_backend import (
     UploadFile,
     UploadStats,
     check_size,
+    require_incomplete,
     source_changed_error,
 )
 from hpc_imagenet.datastore.file_hash import BLOCK, digest_of, format_digest, hash_file, new_digest
@@ -283,6 +284,7 @@ class SshBackend:
             folder, _, name = older.rpartition("/")
             if not _is_same(item, self._hashes(folder, [File(name, file.bytes, file.hash)]).get(name)):
                 continue
+            require_incomplete(self, path)
             target = self._ssh.remote_path(f"{path}/{file.path}")
             output = self._ssh.run(
                 'mkdir -p "$1" && ln -fT "$2" "$3" && echo linked; true',
@@ -305,9 +307,13 @@ class SshBackend:
                 # --ignore-times: a stored file of the same size and time was found to have another hash.
                 options = ["--ignore-times", f"--partial-dir={PARTIAL}", "--chmod=F444"]
                 ends = [f"{temporary.folder}/", f"{self._ssh.rsync_path(path)}/"]
-                self._ssh.rsync("sending", [*options, *ends], progress)
-            except BaseException:
+                self._ssh.rsync(
+                    "sending", [*options, *ends], progress, before=lambda: require_incomplete(self, path)
+                )
+            except BaseException as error:
                 threads.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, UserError):
+                    require_incomplete(self, path)  # whose upload then removed what rsync had kept
                 raise
             for item, future in zip(items, hashing, strict=True):
                 value, after, before, change = future.result(), item.source.stat(), status_before[item], ""

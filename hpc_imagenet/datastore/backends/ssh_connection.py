@@ -120,6 +120,7 @@ class SshConnection:
         arguments: list[str],
         progress: Callable[[int], None] = lambda done: None,
         changing: bool = False,
+        before: Callable[[], object] = lambda: None,
     ) -> None:
         """Run rsync.
 
@@ -129,12 +130,18 @@ class SshConnection:
             progress: called with the number of bytes done.
             changing: whether this is a folder that a running job writes: symbolic links are left out, else
                 what they lead to is sent; and a file that vanishes meanwhile is no error.
+            before: called before each attempt; an exception from it ends them.
         """
         if not changing:
             arguments = ["-L", *arguments]
         options = {"_out_bufsize": 0, "_env": {**environment_without_secrets(), "LC_ALL": "C"}}
         options["_ok_code"] = [0, _VANISHED] if changing else [0]
-        self._retry(step, lambda out: self._rsync(*arguments, _out=out, **options), progress)
+
+        def attempt(out: Any) -> None:
+            before()
+            self._rsync(*arguments, _out=out, **options)
+
+        self._retry(step, attempt, progress)
 
     def _retry(
         self, step: str, call: Callable[[Any], Any], progress: Callable[[int], None] = lambda done: None

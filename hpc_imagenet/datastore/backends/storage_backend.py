@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from hpc_imagenet.datastore.manifest import File
+from hpc_imagenet.datastore.manifest import FILE, File
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import DISK_FULL_ERRNOS
 
@@ -118,7 +118,7 @@ class StorageBackend(Protocol):
         """Hold the exclusive lock `path` while uploading, if the backend has locks.
 
         Calls `waiting` once if another process holds the lock, then waits. Backends without locks accept the
-        same file from several uploads at once, and keep one.
+        same file from several uploads at once, and keep one. They replace no file of a complete version.
         """
 
     def send(
@@ -247,6 +247,25 @@ def check_size(item: UploadFile) -> None:
         ) from None
     if size != item.file.bytes:
         raise source_changed_error(item, f"{size} bytes instead of {item.file.bytes}")
+
+
+def require_incomplete(backend: StorageBackend, path: str) -> None:
+    """Check that no other upload has completed the version at `path`, whose files must not be replaced.
+
+    Backends without locks call it just before they write, which may be long after they listed the files.
+
+    Raises:
+        UserError: the version has its manifest.
+    """
+    if backend.read([f"{path}/{FILE}"]):
+        raise completed_error(backend.url, path)
+
+
+def completed_error(url: str, path: str) -> UserError:
+    """Return the error for an upload to a version that another upload has completed meanwhile."""
+    return UserError(
+        f"{url}/{path} was completed by another upload of the same images during this one: run it again"
+    )
 
 
 def source_changed_error(item: UploadFile, how: str) -> UserError:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hpc_imagenet.config.schema import Datastore
-from hpc_imagenet.datastore.versions import Version, open_version, parse_json_object
+from hpc_imagenet.datastore.stored_files import parse_json_object
+from hpc_imagenet.datastore.versions import Version, open_version
 from hpc_imagenet.errors import UserError, first_line
 
 _CERTIFICATE = "certificate.json"

@@ -16,9 +16,10 @@ from typing import Any
 from hpc_imagenet import __version__
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.datastore import hardlink_check, versions
+from hpc_imagenet.datastore import hardlink_check, stored_files, versions
 from hpc_imagenet.datastore.backends import storage_backend
 from hpc_imagenet.datastore.manifest import FILE, File, Manifest, Split, load_manifest
+from hpc_imagenet.datastore.unreadable import hidden_links, warn_once
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.attempt import now
 from hpc_imagenet.runs.store import Progress, Run
@@ -117,7 +118,7 @@ def _upload(
         storage_backend.UploadFile(source / old.path, new, link=number < len(manifest.shards))
         for number, (old, new) in enumerate(zip(manifest.all_files(), target.all_files(), strict=True))
     ]
-    hashes = claim.verified_hashes()
+    hashes = stored_files.verified_hashes(claim.backend, claim.path)
     verified = [file.path for file in target.all_files() if hashes.get(file.path) == file.hash]
     reusable = storage_backend.Reusable(
         manifest_time, versions.existing_files(claim.backend, claim.name), frozenset(verified)
@@ -129,7 +130,8 @@ def _upload(
         items, claim.path, reusable, lambda done, step: progress(done, total, "bytes", step)
     )
     if stage.part is not None:
-        claim.record_verified(f"{stage.part}-of-{stage.parts}", {item.file.path: item.file for item in items})
+        name, files = f"{stage.part}-of-{stage.parts}", {item.file.path: item.file for item in items}
+        stored_files.record_verified(claim.backend, claim.path, name, files)
         progress(total, total, "bytes")
         return stats
     details: dict[str, Any] = {
@@ -143,14 +145,11 @@ def _upload(
         details[hardlink_check.STAMPS] = hardlink_check.link_times(
             claim.backend.folder / claim.path, target.shards
         )
-    claim.commit(
-        dataclasses.replace(
-            target,
-            name=claim.name,
-            created=now(),
-            provenance={**manifest.provenance, "upload": details},
-        )
-    )
+    provenance = {**manifest.provenance, "upload": details}
+    uploaded = dataclasses.replace(target, name=claim.name, created=now(), provenance=provenance)
+    claim.commit(uploaded)
+    if claim.backend.folder and (warning := hidden_links(claim.backend.folder / claim.path, uploaded)):
+        warn_once(warning)
     return stats
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,6 +106,24 @@ def test_existing_file_is_kept(target: Path, item: UploadFile, no_links: None) -
     (target / "shards" / ".a.tar.x1.tmp").write_bytes(b"x" * 5_000)
     assert send([item], target, FUTURE, ignore) == UploadStats(kept=10_000)
     assert (stored.stat().st_ino, stored.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert [path.name for path in (target / "shards").iterdir()] == ["a.tar"]
+
+
+def test_uploads_in_other_parts_remove_the_temporary_files_of_one_that_ends_nevertheless(
+    target: Path, item: UploadFile, no_links: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, others = folder_backend.copy_and_hash, []
+
+    def copy(*arguments: Any) -> str:
+        if len(others) < 2:
+            others.append(len(others))
+            assert send([item], target, FUTURE, ignore).total == 10_000
+            (target / item.file.path).unlink()
+        return real(*arguments)
+
+    monkeypatch.setattr(folder_backend, "copy_and_hash", copy)
+    assert send([item], target, FUTURE, ignore) == UploadStats(copied=10_000)
+    assert len(others) == 2
     assert [path.name for path in (target / "shards").iterdir()] == ["a.tar"]
 
 
