@@ -145,6 +145,7 @@ def submit(overrides: str | Sequence[str], config_dir: str | None = None) -> lis
         `dry_run=true` or `price=true` the list is empty, and the jobs or their prices are printed.
 
     Raises:
+        JobsRefused: Slurm refused a job; the runs in its `entries` are submitted.
         UserError: invalid input; nothing was submitted.
     """
     from hpc_imagenet.cli.submit import prepare

@@ -312,6 +312,8 @@ def test_a_version_that_links_to_private_archives_is_not_read_by_the_group(group
     assert (
         f"warning: {line}; until then v1 is the newest" in bob("datastores", "verify", "digits", here).stderr
     )
+    (Path(folder) / "shards").chmod(0o2700)
+    assert listed(bob) == ["complete", "unreadable"]
     done = alice.run("sh", "-c", fix)
     assert not done.returncode, done.stderr
     assert listed(bob) == ["complete", "complete"]

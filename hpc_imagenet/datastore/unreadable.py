@@ -113,10 +113,14 @@ def _is_closed(path: Path) -> bool:
 
 def _sharing_command(folder: Path, manifest: Manifest | None) -> str:
     """Return the command by which the owner of a version lets the group of its folder read it."""
-    quoted, group = shlex.quote(str(folder)), folder.stat().st_gid
+    quoted = shlex.quote(str(folder))
     command = f"chmod -R g+rX {quoted}"
     links = [folder / path for path in linked_shards(manifest)] if manifest else []
-    if all(path.stat().st_gid == group for path in links):
+    try:
+        group = folder.stat().st_gid
+        if all(path.stat().st_gid == group for path in links):
+            return command
+    except OSError:  # a shard is missing, or a folder is closed
         return command
     return f"chgrp -R {_group_name(group)} {quoted} && {command}"
 

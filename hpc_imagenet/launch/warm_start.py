@@ -60,12 +60,10 @@ def find_weights(config: Config, store: RunStore) -> Config:
     ):
         return config
     if Path(name).is_file():
-        folder = Path(name).resolve().parent
-        run = Run(folder.parent)
-        about = [run.info.get(key) for key in ("stage", "format")]
-        if folder.name != CHECKPOINTS or about != [TRAIN.name, FORMAT]:
-            return config  # compared when it is loaded, if it is a checkpoint
-        return _begin_with(config, name, run.frozen())
+        frozen = _config_beside(
+            Path(name)
+        )  # without one it is compared when it is loaded, if it is a checkpoint
+        return _begin_with(config, name, frozen) if frozen else config
     if Run(Path(name)).info:
         run = Run(Path(name).resolve())
     elif "/" in name:
@@ -81,6 +79,20 @@ def find_weights(config: Config, store: RunStore) -> Config:
     checkpoint = find_checkpoint(run)
     found = {"weights": str(checkpoint), "weights_run": run.id, "weights_hash": fingerprint(checkpoint)}
     return _begin_with(config, run.id, run.frozen(), **found)
+
+
+def _config_beside(file: Path) -> dict[str, Any] | None:
+    """Return the config of the training whose folder holds a checkpoint's file; None if it cannot be read."""
+    folder = file.resolve().parent
+    run = Run(folder.parent)
+    if folder.name != CHECKPOINTS:
+        return None
+    with contextlib.suppress(UserError, OSError):  # a copy of the folder may lack it, or its owner hide it
+        if [run.info.get(key) for key in ("stage", "format")] == [TRAIN.name, FORMAT]:
+            frozen = run.frozen()
+            if all(isinstance(frozen.get(group), dict) for group in ("model", "recipe")):
+                return frozen
+    return None
 
 
 def _begin_with(config: Config, source: str, frozen: dict[str, Any], **found: Any) -> Config:

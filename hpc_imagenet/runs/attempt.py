@@ -106,7 +106,8 @@ class Attempt:
     @property
     def was_requeued(self) -> bool:
         """Whether Slurm has requeued the job of this process since the attempt started."""
-        return bool(restart_count() > self.started.get("restarts", 0))
+        recorded = self.started.get("restarts")
+        return restart_count() > (recorded if isinstance(recorded, int) else 0)
 
     def end(
         self,

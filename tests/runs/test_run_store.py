@@ -109,6 +109,12 @@ def test_concurrent_attempts_get_different_numbers(tmp_path: Path) -> None:
     assert [attempt.number for attempt in run.attempts()] == list(range(1, 17))
 
 
+def test_an_attempt_ends_whatever_its_record_of_the_start_holds(tmp_path: Path) -> None:
+    attempt = RunStore(tmp_path).run("00000000-x").new_attempt()
+    attempt.start(restarts=None)
+    assert attempt.end(FAILED)
+
+
 def test_first_outcome_of_an_attempt_is_kept(tmp_path: Path) -> None:
     attempt = RunStore(tmp_path).run("00000000-x").new_attempt()
     assert attempt.end(CANCELLED, "by hand")

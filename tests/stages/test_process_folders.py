@@ -132,6 +132,19 @@ def part_of(config: Config, part: int | None, parts: int) -> Config:
 
 
 @pytest.mark.slow
+def test_folders_that_killed_attempts_have_left_are_removed_by_the_next(tmp_path: Path, small: Path) -> None:
+    config = config_with_archives(tmp_path, small, "folders")
+    run_stage(process, part_of(config, 0, 2))
+    partial = dataset(config) / ".train.partial"
+    for name in (".n0.tmp", ".n0.0123456789abcdef.tmp", ".n2.0123456789abcdef.tmp"):
+        (partial / name).mkdir()
+        (partial / name / "n0_0.JPEG").write_bytes(b"x")
+    for part in (0, 1):
+        run_stage(process, part_of(config, part, 2))
+    assert not list(partial.glob(".*"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [True, False])
 def test_class_folders_written_in_two_numbers_of_parts_at_once(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, merged: bool

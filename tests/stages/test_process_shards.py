@@ -79,10 +79,8 @@ def part_of(config: Config, part: int | None, parts: int) -> Config:
 
 def files(config: Config) -> dict[str, bytes]:
     """Return path → bytes of the files that the manifest lists."""
-    return {
-        file.path: (dataset(config) / file.path).read_bytes()
-        for file in load_manifest(dataset(config)).all_files()
-    }
+    folder = dataset(config)
+    return {file.path: (folder / file.path).read_bytes() for file in load_manifest(folder).all_files()}
 
 
 def images(folder: Path, split: str) -> list[tuple[str, bytes, int]]:
@@ -106,8 +104,7 @@ def test_shards_contain_the_images_in_archive_order(tmp_path: Path, source: Path
     shutil.rmtree(Path(config.workspace) / "archives")  # shards do not need the archives
     assert len(images(dataset(config), "train")) == 28
     rows = DatasetReader(dataset(config)).open_split("train").index
-    in_order = all(np.diff(rows["shard"].astype(int)) >= 0)
-    assert in_order == (order == "archive")
+    assert all(np.diff(rows["shard"].astype(int)) >= 0) == (order == "archive")
 
 
 def test_shards_have_the_bytes_that_tarfile_writes(tmp_path: Path, source: Path) -> None:

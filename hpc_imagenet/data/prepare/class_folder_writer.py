@@ -9,8 +9,10 @@ The modification time is the time of writing, so that a file system with purging
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import glob
 import os
 import shutil
 from dataclasses import dataclass
@@ -176,14 +178,24 @@ def _synced_classes(root: Path, identity: Any) -> set[tuple[str, str]]:
 
 
 def _is_finished(root: Path, group: ClassImages, synced: set[tuple[str, str]]) -> bool:
-    """Whether an earlier attempt has written a class; removes an incomplete class folder."""
+    """Whether an earlier attempt has written a class; removes what it has left incomplete."""
     folder = _partial(root, group.split) / group.wnid
+    for leftover in folder.parent.glob(f".{glob.escape(group.wnid)}.*tmp"):
+        # Renamed first: a job that still writes it finds it gone, and begins anew.
+        removed = _temporary(folder)
+        with contextlib.suppress(FileNotFoundError):
+            leftover.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
     if not folder.exists():
         return False
     if (group.split, group.wnid) in synced or _sizes(folder) == group.sizes():
         return True
     _remove(folder)
     return False
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{os.urandom(8).hex()}.tmp")
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -199,19 +211,24 @@ def _require_space(root: Path, missing: list[ClassImages]) -> None:
 
 
 def _write(root: Path, archives: dict[str, Path], group: ClassImages) -> int:
-    """Write the folder of a class, unless a job of another number of parts has written it meanwhile."""
+    """Write the folder of a class, unless a job of another number of parts has written it meanwhile.
+
+    Such a job removes temporary folders when it starts, so the folder is written again if it is gone.
+    """
     folder, complete = _partial(root, group.split) / group.wnid, root / group.split / group.wnid
-    temporary = folder.with_name(f".{group.wnid}.{os.urandom(8).hex()}.tmp")
-    try:
-        if not (folder.exists() or complete.exists()):
+    while not (folder.exists() or complete.exists()):
+        temporary, made = _temporary(folder), False
+        try:
             temporary.mkdir()
+            made = True
             _extract(archives[group.split], group, temporary)
             temporary.rename(folder)
-    except OSError:
-        if not (folder.exists() or complete.exists()):
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        except OSError:
+            removed = made and not temporary.exists()
+            if not (removed or folder.exists() or complete.exists()):
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return len(group.names)
 
 

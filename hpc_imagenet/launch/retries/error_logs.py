@@ -18,7 +18,7 @@ _MAX_LENGTH = 200  # characters of a line that are quoted
 _MESSAGE = 20  # last lines of a log in which an exception with a message of several lines is looked for
 _FRAMES = 2  # last frames of a traceback that are quoted
 # torch writes it before each line of a traceback of a process that belongs to a group.
-_RANK = re.compile(r"^\[rank\d+\]: ")
+RANK_PREFIX = re.compile(r"^\[rank\d+\]: ")
 # The last line of a traceback, an error of this package, a line of the shell, a C++ library or Apptainer.
 _ERROR = re.compile(
     r"^(?:.*\berror: |(?:\w+\.)*\w*(?:Error|Exception|KeyboardInterrupt)\b|terminate called"
@@ -98,7 +98,7 @@ def error_logs(attempt: Attempt) -> ErrorLogs:
     with contextlib.suppress(OSError):
         ranks = [log_rank(path) for path in attempt.logs() if path.suffix == ".err"]
         for rank, lines in zip(ranks, attempt.error_tails(), strict=False):
-            by_rank[rank] = [_RANK.sub("", line) for line in lines]
+            by_rank[rank] = [RANK_PREFIX.sub("", line) for line in lines]
     return ErrorLogs(by_rank)
 
 

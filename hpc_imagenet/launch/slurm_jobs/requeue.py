@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import EXIT_REQUEUE
-from hpc_imagenet.launch.retries.error_logs import ErrorLogs, error_logs
+from hpc_imagenet.launch.retries.error_logs import RANK_PREFIX, ErrorLogs, error_logs
 from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.launch.tasks.start_task import read_task
 from hpc_imagenet.runs import lease
@@ -73,7 +73,7 @@ def requeue_or_fail(
         return fail(f"out of host memory: {fix}")
     reason = _transient_reason(code, tail)
     if not reason:
-        logs = ErrorLogs({0: lines}) if begin else error_logs(attempt)
+        logs = ErrorLogs({0: [RANK_PREFIX.sub("", line) for line in lines]}) if begin else error_logs(attempt)
         line = logs.last_error() or (tail[-1] if tail else "none, its error log is empty")
         crash = f" ({_CRASHES[code]}: the program crashed)" if code in _CRASHES else ""
         return fail(f"exit code {code}{crash} without an outcome; last error line: {line}")

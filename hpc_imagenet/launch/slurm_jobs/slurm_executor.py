@@ -161,7 +161,8 @@ def _state(attempt: Attempt, status: slurm.JobStatus | None) -> State:
     started = attempt.started
     run = Run(attempt.folder.parents[1])
     if status and status.reason == slurm.UNKNOWN_CAUSE and not run.is_mine:
-        status = None  # squeue may not show the jobs of other users: it may be running
+        # It may be running: squeue may not show the jobs of other users.
+        status = slurm.JobStatus("", "squeue does not list it, and Slurm's accounting does not answer")
     if status is None and slurm.is_available() and run.is_mine:  # neither squeue nor sacct knows it any more
         return State(FAILED, error_logs(attempt).last_error() or NO_OUTCOME, started.get("restarts", 0))
     if status is None or not status.state:

@@ -57,7 +57,8 @@ def build_network(
             stem = _has_small_stem(model)
             check_network(f"model.weights={weights}", source.config, model, recipe, stem)
         if not _has_classes(source, class_ids):
-            classifier = _classifier_weights(network, config, classes)
+            number = len(source.classes) if source and source.classes else classes
+            classifier = _classifier_weights(network, config, number if number != classes else classes + 1)
         same_classes = pretrained.load_weights(
             network,
             model.name,
@@ -116,21 +117,26 @@ def _has_classes(source: Checkpoint | None, class_ids: Sequence[str] | None) -> 
     return [wnid for wnid, _ in source.classes] == list(class_ids)
 
 
-def _classifier_weights(network: nn.Module, config: Config, classes: int) -> list[str]:
+def _classifier_weights(network: nn.Module, config: Config, other: int) -> list[str]:
     """Return the names of the weights whose shapes depend on the number of classes, auxiliary heads included.
+
+    Args:
+        network: the network.
+        config: its settings.
+        other: another number of classes, with which it is built to compare.
 
     Raises:
         UserError: none do, or their names do.
     """
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     with torch.random.fork_rng(devices=[]):
-        more, _ = _build(config, classes + 1, None)
+        more, _ = _build(config, other, None)
     others = {name: value.shape for name, value in more.state_dict().items()}
     found = [name for name, shape in shapes.items() if others.get(name) != shape]
     if not found or shapes.keys() != others.keys():
         raise UserError(
             f"model.weights={config.model.weights}: the weights are for other classes, and which of them are "
-            f"the classifier of {config.model.name} is unknown: with one class more, "
+            f"the classifier of {config.model.name} is unknown: with {other} classes "
             f"{'no shape differs' if shapes == others else 'other weights exist'}: "
             "leave the weights out"
         )

@@ -43,7 +43,7 @@ def test_run_of_another_user_is_not_ended_while_accounting_is_away(
     assert states.state(run).name == FAILED  # squeue lists the own jobs
     monkeypatch.setattr(Run, "is_mine", property(lambda _: False))
     assert states.state(run).name == RUNNING
-    assert "to no other user" in states.state(run).reason
+    assert "accounting does not answer" in states.state(run).reason
 
 
 @pytest.mark.slow

@@ -82,6 +82,13 @@ class Parameter(Network):
     def classify(self, features):
         return features @ self.head.T
 
+class Padded(Network):
+    def make(self, num_classes):
+        self.classes, self.fc = num_classes, nn.Linear(3, -(-num_classes // 4) * 4)
+
+    def classify(self, features):
+        return self.fc(features)[:, : self.classes]
+
 class PerClass(Network):
     def make(self, num_classes):
         self.heads = nn.ModuleList(nn.Linear(3, 1) for _ in range(num_classes))
@@ -105,6 +112,18 @@ def test_the_classifier_is_what_depends_on_the_number_of_classes(
     built = build_network(config, len(ids), fresh=True, class_ids=ids)
     assert {key for key, is_equal in loaded(built.state_dict(), path).items() if not is_equal} == head
     assert head <= {name for name, weight in built.named_parameters() if weight.requires_grad}
+
+
+def test_the_classifier_is_what_differs_between_both_numbers_of_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own_heads.py").write_text(OWN)
+    config, six = config_of("own_heads:Padded"), tuple("abcdef")
+    path = write_trained(tmp_path / "best.ckpt", config, six, six)
+    equal = loaded(begun(config, path, ABC), path)  # eight rows, of which three classes have four
+    assert not equal["fc.weight"]
+    assert equal["aux.weight"]
 
 
 def test_auxiliary_heads_are_part_of_the_classifier(tmp_path: Path) -> None:
