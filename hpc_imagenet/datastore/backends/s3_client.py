@@ -60,6 +60,10 @@ class Refused(UserError):
     """The server refuses the contents of the request."""
 
 
+class InternalServerError(UserError):
+    """The server replied 500 to each attempt, as to the parts of an upload that it cannot continue."""
+
+
 class NotImplementedByServer(Exception):
     """The server does not support this request."""
 
@@ -248,6 +252,7 @@ class S3Client:
             PreconditionFailed: the condition of a write was not met.
             NotImplementedByServer: the server does not support the request.
             Refused: the server refuses its contents.
+            InternalServerError: the server itself fails each time.
             UserError: any other error, or a transient error that persists.
         """
         from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
@@ -268,10 +273,12 @@ class S3Client:
         )
         retry = Retry(FIRST_WAIT, LONGEST_WAIT, MAX_FAILURES)
         while True:
+            kind: type[UserError] = UserError
             try:
                 result = call(**params)
             except ClientError as error:
                 self._reached = True
+                kind = InternalServerError if _status(error) == 500 else UserError
                 reason = self._transient_reason(step, error)
             except transient as error:
                 reason = single_line(error)
@@ -282,7 +289,7 @@ class S3Client:
                 return result
             wait = retry.failed(self._reached)
             if wait is None:
-                raise UserError(
+                raise kind(
                     f"datastore.url={self.url}: {step} failed {retry.failures} times in a row: {reason}; "
                     "transferred data is kept: run it again to resume"
                 )
@@ -293,7 +300,7 @@ class S3Client:
         """Return the reason of a transient error, and raise any other one as its own exception."""
         details = error.response.get("Error", {})
         code, message = str(details.get("Code", "")), single_line(Exception(details.get("Message", "")))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        status = _status(error)
         if code == "NoSuchBucket":
             raise UserError(f"datastore.url={self.url}: bucket {self.bucket} does not exist: create it first")
         if code in _NOT_FOUND:
@@ -316,6 +323,11 @@ class S3Client:
             )
         kind = Refused if status == 400 and code in _REFUSED else UserError
         raise kind(f"datastore.url={self.url}: {step}: {code} {message}".rstrip())
+
+
+def _status(error: Any) -> int:
+    status: int = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    return status
 
 
 def check_response(

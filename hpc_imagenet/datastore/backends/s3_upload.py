@@ -21,6 +21,7 @@ from typing import Any
 
 from hpc_imagenet.datastore.backends.s3_client import (
     HASH,
+    InternalServerError,
     NotFound,
     NotImplementedByServer,
     PreconditionFailed,
@@ -246,7 +247,7 @@ class S3Upload:
             return {name: response[name] for name in ("ETag", *checksum) if name in response}
 
         try:
-            with self._discarding(params, upload):
+            with self._discarding(params, upload, InternalServerError):
                 etag = upload.etags.get(number)
                 if etag and etag == hashlib.md5(data, usedforsecurity=False).hexdigest():
                     # An upload created with a checksum algorithm is completed with the checksum of each part.
@@ -262,16 +263,20 @@ class S3Upload:
                 self._release_memory(size, data)
 
     @contextlib.contextmanager
-    def _discarding(self, params: dict[str, str], upload: MultipartUpload) -> Iterator[None]:
-        """Abort a resumed upload whose parts or completion the server refuses; the next starts anew."""
+    def _discarding(
+        self, params: dict[str, str], upload: MultipartUpload, *errors: type[UserError]
+    ) -> Iterator[None]:
+        """Abort a resumed upload that the server refuses, or fails at with `errors`; the next starts anew."""
+        kinds: tuple[type[UserError], ...] = (Refused, *errors)
         try:
             yield
-        except Refused as error:
-            if not upload.resumed:
-                raise
-            with contextlib.suppress(Exception):
-                self._client.client.abort_multipart_upload(**params, UploadId=upload.upload_id)
-            raise UserError(f"{error}: run it again to send the whole file") from None
+        except kinds as error:
+            if upload.resumed:
+                with contextlib.suppress(Exception):
+                    self._client.client.abort_multipart_upload(**params, UploadId=upload.upload_id)
+                if isinstance(error, Refused):
+                    raise UserError(f"{error}: run it again to send the whole file") from None
+            raise
 
     def _complete(
         self,
