@@ -11,6 +11,7 @@ from typing import Any
 
 from hpc_imagenet.config.setting import MISSING, setting
 
+VAL_SETTINGS = ("val_size", "val_resize", "val_flip")  # of the recipe: they change what is evaluated
 SMALL = 64  # px: largest size of training images for which stem=auto is small
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hpc_imagenet.config.recipe import VAL_SETTINGS
 from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.report.durations import clock
 from hpc_imagenet.report.jobs_table import workspace_rows
@@ -22,7 +23,6 @@ from hpc_imagenet.runs.attempt import RUNNING, is_number
 from hpc_imagenet.runs.checkpoints import BEST
 from hpc_imagenet.runs.run_records import RecordCache
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS
 
 # Columns of --csv and --markdown: key of a row, heading of the Markdown table.
 _COLUMNS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.config.recipe import VAL_SETTINGS
 from hpc_imagenet.config.schema import PIXEL_VERSION, Cluster, Config, Datastore
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
@@ -13,8 +14,6 @@ from hpc_imagenet.runs.job import FindVersion
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.stages.stage import Stage
 from hpc_imagenet.stages.train_stage import TRAIN
-
-VAL_SETTINGS = ("val_size", "val_resize", "val_flip")  # of the recipe: they change what is evaluated
 
 
 class EvaluateStage(Stage):

@@ -299,8 +299,9 @@ def test_a_requeued_job_goes_on_with_its_attempt(cluster: Cli, commands: Path) -
 def test_a_requeued_job_ends_by_what_its_own_start_wrote(cluster: Cli, commands: Path) -> None:
     lost = "ValueError: old\nsrun: error: Node failure on n2"
     log = "for each; do [[ $each == --error=* ]] && log=${each#*=}; done"
-    first = f'touch $here/first; echo "{lost}" >> ${{log//%t/0}}'
-    write_command(commands, "srun", f"{log}\n[ -e $here/first ] || {{ {first}; }}\nexit 1")
+    own = "[rank0]: RuntimeError: new\nsrun: error: n1: task 0: Exited with exit code 1"
+    starts = f'lines="{own}"; [ -e $here/first ] || {{ touch $here/first; lines="{lost}"; }}'
+    write_command(commands, "srun", f'{log}\n{starts}\necho "$lines" >> ${{log//%t/0}}\nexit 1')
     cluster.env["SLURM_JOB_ID"] = "5"
     words = ("+stage=download", "dataset=digits", "cluster=foreground")
     assert "srun lost a node: requeueing the job" in cluster(*words, code=1).stderr
@@ -309,5 +310,5 @@ def test_a_requeued_job_ends_by_what_its_own_start_wrote(cluster: Cli, commands:
     (run,) = RunStore(cluster.workspace).all()
     assert run.attempt
     assert run.attempt.outcome
-    reason = "exit code 1 without an outcome; last error line: none, its error log is empty"
+    reason = "exit code 1 without an outcome; last error line: RuntimeError: new"
     assert (run.attempt.number, run.attempt.outcome.reason) == (1, reason)

@@ -287,6 +287,8 @@ def test_a_file_in_the_folder_of_a_run_is_as_its_run(tmp_path: Path) -> None:
     config.model.name = "timm/vit_base_patch16_224.dino"
     with pytest.raises(UserError, match=rf"^model.weights={file}: its model.name is .*mae, and that of this"):
         find_weights(config, store)
+    (source.folder / "config.yaml").unlink()  # as in a copy of the folder
+    assert find_weights(config, store) is config
     shutil.copy(file, moved := tmp_path / "best.ckpt")
     config.model.weights = str(moved)
     assert find_weights(config, store) is config  # its own config is compared when it is loaded

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import servers
+from faulty_s3 import Faults, proxy
 from remote_workspace import Workspace
 
 from hpc_imagenet.datastore.backends import s3_backend, s3_client, s3_upload, ssh_connection
@@ -68,3 +70,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_backend, "CLAIM_WAIT", s3_backend.CLAIM_WAIT / 50)
     monkeypatch.setattr(s3_upload, "MAX_SINGLE", 1 << 20)
     monkeypatch.setattr(s3_upload, "PART", 5 << 20)  # the minimum of S3
+
+
+@pytest.fixture
+def faults(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    faults = Faults(seed=random.SystemRandom().randrange(10**6))
+    print(f"seed {faults.seed}")
+    with proxy(moto, faults) as endpoint:
+        servers.credentials(monkeypatch, endpoint)
+        yield faults
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> str:
+    return f"s3://bucket/{tmp_path.name}"

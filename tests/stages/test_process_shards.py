@@ -310,8 +310,7 @@ def test_webdataset_reads_the_shards(tmp_path: Path, source: Path) -> None:
 
 
 def test_images_with_the_same_stem_are_rejected(tmp_path: Path, source: Path) -> None:
-    other = tmp_path / "source"
-    shutil.copytree(source, other)
+    other = shutil.copytree(source, tmp_path / "source")
     with tarfile.open(other / ilsvrc_writer.VAL, "w") as archive:
         for name in ("a.JPEG", "a.png", *(f"{i}.JPEG" for i in range(4))):
             header, data = tarfile.TarInfo(name), encoded()

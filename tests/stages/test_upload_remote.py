@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,26 @@ def make_partial(url: str, content: str) -> None:
     backend.create("digits/v1/upload.json", json.dumps({"content": content}).encode())
 
 
+@contextlib.contextmanager
+def completed_after(
+    monkeypatch: pytest.MonkeyPatch, of: Any, name: str, other: Workspace, url: str
+) -> Iterator[None]:
+    """Let another upload complete its version once after the first call of a function."""
+    real, lock = getattr(of, name), threading.Lock()
+
+    def complete(*arguments: Any) -> Any:
+        found = real(*arguments)
+        with lock:
+            if getattr(of, name) is complete:
+                monkeypatch.setattr(of, name, real)
+                other.upload(url)
+        return found
+
+    monkeypatch.setattr(of, name, complete)
+    yield
+    assert getattr(of, name) is real
+
+
 @pytest.mark.parametrize("url", ["moto", "rclone", "host"], indirect=True)
 def test_upload_changes_no_version_that_another_completes_meanwhile(
     workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,17 +144,9 @@ def test_upload_changes_no_version_that_another_completes_meanwhile(
     other.upload(url)
     make_partial(url, other.manifest.content)
     of, name = (ssh_backend.SshBackend, "_hashes") if url.startswith("there") else (s3_upload, "list_uploads")
-    real = getattr(of, name)
-
-    def complete(*arguments: Any) -> Any:  # the files were listed before
-        found = real(*arguments)
-        monkeypatch.setattr(of, name, real)
-        assert other.upload(url)["version"] == 1
-        return found
-
-    monkeypatch.setattr(of, name, complete)
-    with pytest.raises(UserError, match=r"v1 was completed by another upload of the same images during this"):
-        workspace.upload(url)
+    error = "v1 was completed by another upload of the same images during this"
+    with completed_after(monkeypatch, of, name, other, url), pytest.raises(UserError, match=error):
+        workspace.upload(url)  # the files were listed before
     assert workspace.command(url, "verify", "digits") == 0
     assert workspace.upload(url)["version"] == 1
     assert workspace.command(url, "verify", "digits") == 0
@@ -143,24 +157,14 @@ def test_older_files_do_not_replace_those_of_a_version_that_another_upload_compl
     workspace: Workspace, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace.upload(url)
-    other, lock = other_files(tmp_path), threading.Lock()
+    other = other_files(tmp_path)
     for each in (workspace, other):
         each.manifest = replace(each.manifest, content="2nd")
         each.manifest.save(each.dataset)
     of, name = (ssh_backend.SshBackend, "_hashes") if url.startswith("there") else (S3Client, "has_hash")
-    real = getattr(of, name)
-
-    def complete(*arguments: Any) -> Any:  # an older file was found, but not yet linked or copied
-        found = real(*arguments)
-        with lock:
-            if getattr(of, name) is complete:
-                monkeypatch.setattr(of, name, real)
-                assert other.upload(url)["version"] == 2
-        return found
-
-    monkeypatch.setattr(of, name, complete)
-    with pytest.raises(UserError, match=r"v2 was completed by another upload of the same images during this"):
-        workspace.upload(url)
+    error = "v2 was completed by another upload of the same images during this"
+    with completed_after(monkeypatch, of, name, other, url), pytest.raises(UserError, match=error):
+        workspace.upload(url)  # an older file was found, but not yet linked or copied
     assert workspace.command(url, "verify", "digits@v2") == 0
 
 

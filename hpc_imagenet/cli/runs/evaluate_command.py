@@ -10,7 +10,7 @@ from pathlib import Path
 from hpc_imagenet.cli.command import Command
 from hpc_imagenet.cli.submit import PreparedPlan, prepare
 from hpc_imagenet.config.names.backbones import has_crop_fraction
-from hpc_imagenet.config.recipe import Model
+from hpc_imagenet.config.recipe import VAL_SETTINGS, Model
 from hpc_imagenet.config.schema import Config, Evaluate, StageSelection, cluster_for
 from hpc_imagenet.datastore.versions import Version, open_version
 from hpc_imagenet.errors import UserError, did_you_mean
@@ -19,7 +19,6 @@ from hpc_imagenet.io.ownership import foreign_writer
 from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.runs.checkpoints import check_source, find_checkpoint, fingerprint
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS
 
 _OWN = ("split", "checkpoint")
 _RECIPE = (*(f"recipe.{name}" for name in VAL_SETTINGS), "recipe.global_batch")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.config.names.backbones import has_crop_fraction
+from hpc_imagenet.config.recipe import VAL_SETTINGS
 from hpc_imagenet.runs.attempt import is_number
-from hpc_imagenet.stages.evaluate_stage import VAL_SETTINGS
 
 
 def validations(path: Path) -> dict[str, dict[str, Any]]:
