@@ -14,8 +14,10 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.errors import PeerLost, UserError
+from hpc_imagenet.errors import PeerLost, Preempted, Superseded, UserError
+from hpc_imagenet.runs.lease import revoke
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.search.existing_runs import ended_workers
 from hpc_imagenet.search.study_files import StudyFiles, TrialRecord
 from hpc_imagenet.stages.search_stage import definition, is_complete
 from hpc_imagenet.stages.train_stage import TrainStage
@@ -45,6 +47,27 @@ def test_no_trial_begins_after_the_budget_at_any_rung(tmp_path: Path) -> None:
     assert is_complete(files, 3, 2.0)
     assert search.run(config, worker, DistEnv())["trials"] == 0
     assert len(files.claims()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [Preempted, PeerLost, Superseded])
+def test_hours_until_a_stop_within_an_epoch_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[Exception]
+) -> None:
+    def train(stage: TrainStage, config: Config, run: Run, dist_env: DistEnv) -> NoReturn:
+        if stop is Superseded:
+            revoke(run.folder, 1)
+        raise stop
+
+    monkeypatch.setattr(TrainStage, "run", train)
+    monkeypatch.setattr(search.SearchWorker, "_hours", lambda *_: 1.5)
+    config, worker, files = worker_of_study(tmp_path, "+search=tpe")
+    for start in (1, 2):
+        with pytest.raises(stop):
+            search.run(config, worker, DistEnv())
+        (record,) = files.records()
+        # Another process has the trial, and writes its record.
+        assert record.hours == (0.0 if stop is Superseded else 1.5 * start)
 
 
 def cuda_error(*_: object) -> NoReturn:
@@ -113,4 +136,4 @@ def test_worker_that_slurm_does_not_know_has_ended(
         (tmp_path / "squeue").write_text(f"#!/bin/bash\n{squeue}\n")
     worker = RunStore(tmp_path).create("0badcafe-search", {}, {"stage": "search"})
     worker.new_attempt().submit("slurm", job_id="77")
-    assert search.ended_workers([worker]) == ({worker.id} if ended else set())
+    assert ended_workers([worker]) == ({worker.id} if ended else set())

@@ -7,9 +7,10 @@ requeued goes on with its trial from the checkpoint; if it has ended for good, a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,18 +18,18 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.input.search_space import text_of, trial_config
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.errors import PeerLost, UserError
+from hpc_imagenet.errors import PeerLost, Superseded, UserError
 from hpc_imagenet.io.atomic_files import read_json, write_json
 from hpc_imagenet.runs import lease
-from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, Attempt, Outcome
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, PRUNED, Attempt, Outcome
 from hpc_imagenet.runs.checkpoints import INITIAL, link_or_copy
 from hpc_imagenet.runs.store import Progress, Run, RunStore
 from hpc_imagenet.runs.usage_records import last_seen
+from hpc_imagenet.search.existing_runs import ended_workers, existing_end
 from hpc_imagenet.search.rungs import promotable
 from hpc_imagenet.search.study_files import (
     EXECUTOR,
     MOST_OWNERS,
-    SKIPPED,
     Claim,
     StudyFiles,
     TrialRecord,
@@ -55,24 +56,6 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """
     worker = SearchWorker(config, run, dist_env)
     return worker.work()
-
-
-def ended_workers(workers: Sequence[Run]) -> set[str]:
-    """Return the ids of workers that have ended for good: with an outcome, or as Slurm reports.
-
-    A job that Slurm no longer knows has ended: without accounting it forgets jobs after minutes.
-    """
-    ended, jobs = set[str](), dict[str, str]()
-    for worker in workers:
-        attempt = worker.attempt
-        if attempt is None or attempt.outcome:
-            ended.add(worker.id)
-        elif attempt.submitted.get("executor") == "slurm":
-            jobs[str(attempt.submitted.get("job_id"))] = worker.id
-    if not slurm.is_available():
-        return ended
-    status = slurm.query_jobs(jobs)
-    return ended | {worker for job, worker in jobs.items() if job not in status or status[job].state in ENDED}
 
 
 @dataclass
@@ -208,37 +191,9 @@ class SearchWorker:
         record.worker = self.run.id
         record.run = TRAIN.run_id(self._trial_config(record))
         self._files.write(record)
-        if other := self._same_run(record, begun):
+        if other := existing_end(record, begun, self._store, self._files):
             self._end(record, other.state, other.top1, other.reason, other.epochs, reused=not begun)
         return record
-
-    def _same_run(self, record: TrialRecord, begun: bool) -> TrialRecord | None:
-        """Return how the run of a trial has ended, if it is not to be trained: finished, pruned or active.
-
-        Args:
-            record: the trial.
-            begun: whether a worker has had it before, perhaps to its end, which it could not record any more.
-        """
-        run = self._store.run(record.run)
-        if not run.is_mine:
-            return _run_of_another_user(record, run)
-        attempt = run.attempt
-        outcome = attempt.outcome if attempt else None
-        if outcome and outcome.state == FINISHED and outcome.result:
-            epochs = outcome.result.get("epochs")
-            return replace(record, state=FINISHED, top1=outcome.result.get("top1"), epochs=epochs)
-        if begun and outcome and outcome.state in (FAILED, PRUNED):
-            top1 = (outcome.result or {}).get("top1")
-            return replace(record, state=outcome.state, reason=outcome.reason, top1=top1)
-        for other in self._files.records():
-            same = other.run == record.run and (other.trial, other.rung) != (record.trial, record.rung)
-            if same and other.state == PRUNED:
-                return other
-        if attempt and outcome is None and attempt.submitted.get("worker") != self.run.id:
-            worker = attempt.submitted.get("worker")
-            if worker is None or not ended_workers([self._store.run(worker)]):
-                return replace(record, state=SKIPPED, reason="another job trains the same run")
-        return None
 
     # One trial. Every rank.
 
@@ -272,8 +227,14 @@ class SearchWorker:
         job = str(self._attempt.submitted.get("job_id") or "search").replace("/", "-")
         place = replace(self.dist_env, port=10_000 + (self.dist_env.port + _PORTS * (index + 1)) % 20_000)
         place = place if self.dist_env.size > 1 else self.dist_env
-        with output_to(attempt.folder / f"{job}_{self.dist_env.rank}_log"):
-            outcome, expected = run_trial(config, trial, attempt, place)
+        try:
+            with output_to(attempt.folder / f"{job}_{self.dist_env.rank}_log"):
+                outcome, expected = run_trial(config, trial, attempt, place)
+        except BaseException:
+            if rank_zero:
+                record.hours = before + self._hours(began)
+                self._keep(record, trial)
+            raise
         if rank_zero:
             record.hours = before + self._hours(began)
             self._finish(trial, attempt, config, record, outcome)
@@ -284,6 +245,13 @@ class SearchWorker:
         # On Slurm a new start, after whatever a trial may have left behind, needs no retry.
         if self.dist_env.size > 1 or (not expected and slurm.this_job()) or has_lost_gpu():
             raise PeerLost(f"trial {record.trial} failed, so the next one needs a new start of this worker")
+
+    def _keep(self, record: TrialRecord, trial: Run) -> None:
+        """Write a trial that goes on in another start, unless that start has it already."""
+        with contextlib.suppress(OSError, Superseded):  # the first error counts
+            for held in filter(None, (self.run.lease, trial.lease)):
+                held.check()
+            self._files.write(record)
 
     def _hours(self, began: float) -> float:
         return (time.monotonic() - began) * self.dist_env.size / 3600
@@ -375,21 +343,6 @@ class SearchWorker:
             )
         found = {"trials": self._count, "study": self._files.name}
         return found if top is None else {**found, "top1": top.top1, "trial": top.run}
-
-
-def _run_of_another_user(record: TrialRecord, run: Run) -> TrialRecord:
-    """Return how a trial ends whose run another user of the workspace made, and alone can write.
-
-    A result is used if it can be one: this user's study must not fail because of what others have written.
-    """
-    attempt = run.attempt if run.is_readable() else None
-    outcome = attempt.outcome if attempt else None
-    if outcome and outcome.state in (FINISHED, PRUNED) and isinstance(outcome.result, dict):
-        top1, epochs = (outcome.result.get(name) for name in ("top1", "epochs"))
-        if isinstance(top1, (int, float)) and 0 <= top1 <= 1 and isinstance(epochs, int):
-            reason = f"{run.owner} has trained it"
-            return replace(record, state=outcome.state, top1=float(top1), epochs=epochs, reason=reason)
-    return replace(record, state=SKIPPED, reason=f"{run.owner} has the same run, without a result")
 
 
 def _number(record: TrialRecord) -> int:
