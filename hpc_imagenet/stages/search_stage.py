@@ -98,9 +98,20 @@ class SearchStage(Stage):
         return search.run(config, run, dist_env)
 
 
+def longest_warmup(config: Config) -> float:
+    """Return the epochs of the longest warm-up that a trial of a search may have; every rung is later."""
+    space = config.search.space
+    first = sample_values(space)[0]
+    drawn = {name: each for name, each in space.items() if name in ("recipe", "recipe.warmup_epochs")}
+    return max(
+        trial_config(config, {**first, **values}).recipe.warmup_epochs for values in sample_values(drawn)
+    )
+
+
 def definition(config: Config) -> dict[str, Any]:
     """Return what a study is, which later commands must share; settings by their full names."""
     first = trial_config(config, sample_values(config.search.space)[0])
+    epochs, warmup = first.recipe.epochs, longest_warmup(config)
     settings = dict(_leaves(first.training_identity(), ""))
     drawn = tuple(config.search.space)
     return {
@@ -110,9 +121,9 @@ def definition(config: Config) -> dict[str, Any]:
         "choices": config.search.choices,
         "settings": {name: text for name, text in settings.items() if not _is_part(name, drawn)},
         "data": config.datastore.content,
-        "epochs": first.recipe.epochs,
-        "warmup": first.recipe.warmup_epochs,
-        "rungs": rung_epochs(first.recipe.epochs, first.recipe.warmup_epochs),
+        "epochs": epochs,
+        "warmup": warmup,
+        "rungs": rung_epochs(epochs, warmup),
     }
 
 
@@ -133,8 +144,9 @@ def is_complete(files: StudyFiles, trials: int, budget: float | None) -> bool:
 def _check_same_study(config: Config) -> None:
     """Raise if the study of this name is another one, with the first difference."""
     name = str(config.search.name)
-    old, new = StudyFiles(RunStore(Path(config.workspace)), name).definition, definition(config)
-    if not old or old == json.loads(json.dumps(new)):
+    old = StudyFiles(RunStore(Path(config.workspace)), name).definition
+    new = json.loads(json.dumps(definition(config)))
+    if not old or _compared(old) == _compared(new):
         return
     before, after = (dict(_flat(each)) for each in (old, new))
     keys = {"+search": "", **old["space"], **new["space"], **before, **after}
@@ -144,6 +156,11 @@ def _check_same_study(config: Config) -> None:
         f"the study {name} exists with {key}={before.get(key, 'not drawn')} instead of "
         f"{key}={after.get(key, 'not drawn')}: repeat its command, or begin another with search.name=NAME"
     )
+
+
+def _compared(about: dict[str, Any]) -> dict[str, Any]:
+    """Return a definition without what follows from the rest; a study keeps the rungs that it began with."""
+    return {key: value for key, value in about.items() if key not in ("warmup", "rungs")}
 
 
 def _flat(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
