@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hpc_imagenet.cluster import slurm
-from hpc_imagenet.runs.attempt import ENDED, FAILED, FINISHED, PRUNED
+from hpc_imagenet.runs.attempt import ENDED, FAILED, FINISHED, PRUNED, is_number
+from hpc_imagenet.runs.metrics_file import validation_rows
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.search.study_files import SKIPPED, StudyFiles, TrialRecord
 
@@ -58,6 +59,12 @@ def existing_end(record: TrialRecord, begun: bool, store: RunStore, files: Study
         if worker is None or not ended_workers([store.run(worker)]):
             return replace(record, state=SKIPPED, reason="another job trains the same run")
     return None
+
+
+def earlier_validations(run: Run, after: int) -> list[tuple[int, float]]:
+    """Return epoch and accuracy (0 to 1) of what a run has validated after an epoch, in their order."""
+    found = {row["epoch"]: row["top1"] for row in validation_rows(run.folder / "metrics.csv")}
+    return sorted((epoch, top1) for epoch, top1 in found.items() if epoch > after and is_number(top1))
 
 
 def _run_of_another_user(record: TrialRecord, run: Run) -> TrialRecord:

@@ -44,6 +44,7 @@ class TrialRecord:
         accuracies: accuracy after each epoch that was validated, by epoch.
         hours: GPU-hours of the search; without GPUs process-hours.
         number: number of the trial in Optuna's study; None for later rungs.
+        pruned_at: epoch after which the study prunes it, from before its state is `pruned`; else None.
     """
 
     trial: int
@@ -59,6 +60,7 @@ class TrialRecord:
     reused: bool = False
     worker: str = ""
     number: int | None = None
+    pruned_at: int | None = None
 
     @property
     def ended(self) -> bool:

@@ -25,7 +25,7 @@ from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, PRUNED, Attem
 from hpc_imagenet.runs.checkpoints import INITIAL, link_or_copy
 from hpc_imagenet.runs.store import Progress, Run, RunStore
 from hpc_imagenet.runs.usage_records import last_seen
-from hpc_imagenet.search.existing_runs import ended_workers, existing_end
+from hpc_imagenet.search.existing_runs import earlier_validations, ended_workers, existing_end
 from hpc_imagenet.search.rungs import promotable
 from hpc_imagenet.search.study_files import (
     EXECUTOR,
@@ -193,7 +193,43 @@ class SearchWorker:
         self._files.write(record)
         if other := existing_end(record, begun, self._store, self._files):
             self._end(record, other.state, other.top1, other.reason, other.epochs, reused=not begun)
+        elif self._is_pruned(record):
+            self._prune(record, begun)
         return record
+
+    def _is_pruned(self, record: TrialRecord) -> bool:
+        """Whether the search prunes a trial before it is trained, or has pruned it before a stop of its worker.
+
+        Its run may have been trained for another search, or by itself. What it has validated is reported, since
+        Optuna compares the first accuracy that is reported at all rungs up to its epoch.
+        """
+        if record.pruned_at is None:
+            epochs = self._trial_config(record).recipe.epochs
+            for epoch, top1 in earlier_validations(self._store.run(record.run), record.epochs or 0):
+                if self._judge(record, epochs, epoch, top1):
+                    break
+        return record.pruned_at is not None
+
+    def _prune(self, record: TrialRecord, begun: bool) -> None:
+        """End a trial that is pruned, and its run, unless that has ended."""
+        attempt, top1, epochs = self._store.run(record.run).attempt, record.top1, record.pruned_at
+        reason = self._pruning(epochs, self._trial_config(record))
+        if attempt and attempt.outcome is None:
+            attempt.end(PRUNED, reason, {"top1": top1, "epochs": epochs}, ended=last_seen(attempt))
+        self._end(record, PRUNED, top1, reason, epochs, reused=not begun)
+
+    def _judge(self, record: TrialRecord, epochs: int, epoch: int, top1: float) -> bool:
+        """Record a validation after an epoch of so many; return whether the trial is pruned there."""
+        record.top1, record.epochs, record.accuracies[str(epoch)] = top1, epoch, top1
+        last = epoch >= epochs or len(self._rungs) > 1
+        pruned = not last and self._study.report(_number(record), epoch, top1)
+        # The study gives this answer once, and the worker may be stopped before the trial has ended.
+        record.pruned_at = epoch if pruned else None
+        self._files.write(record)
+        return pruned
+
+    def _pruning(self, epochs: int | None, config: Config) -> str:
+        return f"after epoch {epochs} of {config.recipe.epochs}, by the search {self._files.name}"
 
     # One trial. Every rank.
 
@@ -212,11 +248,8 @@ class SearchWorker:
         def judge(epoch: int, top1: float) -> bool:
             if self.run.lease:
                 self.run.lease.check()
-            record.top1, record.epochs, record.accuracies[str(epoch)] = top1, epoch, top1
             record.hours = before + self._hours(began)
-            self._files.write(record)
-            last = epoch >= config.recipe.epochs or len(self._rungs) > 1
-            return not last and self._study.report(_number(record), epoch, top1)
+            return self._judge(record, config.recipe.epochs, epoch, top1)
 
         if rank_zero:
             attempt = self._start(trial, config, record)
@@ -296,9 +329,7 @@ class SearchWorker:
             state = PRUNED
             for key in ("learned", "advice"):  # of a whole schedule
                 result.pop(key, None)
-            reason = (
-                f"after epoch {result['epochs']} of {config.recipe.epochs}, by the search {self._files.name}"
-            )
+            reason = self._pruning(result["epochs"], config)
         if result is not None and trial.lease:
             trial.lease.check()
         attempt.end(state, reason, result)
