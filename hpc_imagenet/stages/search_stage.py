@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.input.search_space import describe, sample_values, trial_config
+from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.config.schema import Cluster, Config, Datastore
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.job import FindVersion
@@ -45,7 +46,7 @@ class SearchStage(Stage):
         return TRAIN.datastore(config, find_version)
 
     def check_settings(self, config: Config, cluster: Cluster) -> None:
-        """Raise for trials that cannot be trained, another study of this name, a shared loader, no Optuna."""
+        """Raise for trials that cannot be trained or compared, another study of this name, no Optuna."""
         if not cluster.container and importlib.util.find_spec("optuna") is None:
             raise UserError(
                 f"+search={config.search.algorithm} needs the package optuna: "
@@ -58,9 +59,14 @@ class SearchStage(Stage):
             )
         if config.search.worker > 1:
             return  # the workers differ in their numbers alone
-        for values in sample_values(config.search.space):
-            TRAIN.check_settings(trial_config(config, values), cluster)
-        _check_same_study(config)
+        trials = [trial_config(config, values) for values in sample_values(config.search.space)]
+        for trial in trials:
+            TRAIN.check_settings(trial, cluster)
+        about = definition(config)
+        if StudyFiles(RunStore(Path(config.workspace)), str(config.search.name)).definition:
+            _check_same_study(config, about)
+        elif config.search.algorithm == "halving" and len(about["rungs"]) > 1:
+            _check_sizes([trial.recipe for trial in trials])
 
     def check_input(self, config: Config, cluster: Cluster, planned: bool) -> None:
         """Raise unless the datastore can be read and has enough images for a batch of any trial."""
@@ -141,12 +147,24 @@ def is_complete(files: StudyFiles, trials: int, budget: float | None) -> bool:
     return about["algorithm"] != "halving" or not any(promotable(records, len(about["rungs"])))
 
 
-def _check_same_study(config: Config) -> None:
+def _check_sizes(recipes: Sequence[Recipe]) -> None:
+    """Raise for progressive sizes: the short schedules of `halving` would end before the images have grown."""
+    starts = {recipe.start_size for recipe in recipes if recipe.start_size is not None}
+    sizes = {recipe.size for recipe in recipes}
+    if starts and len(starts | sizes) > 1:
+        raise UserError(
+            f"recipe.start_size={min(starts)} grows to recipe.size={max(sizes)} late in a schedule, and "
+            "+search=halving compares short ones, which end before: set recipe.start_size=null, or take "
+            "+search=asha"
+        )
+
+
+def _check_same_study(config: Config, about: dict[str, Any]) -> None:
     """Raise if the study of this name is another one, with the first difference."""
     name = str(config.search.name)
     old = StudyFiles(RunStore(Path(config.workspace)), name).definition
-    new = json.loads(json.dumps(definition(config)))
-    if not old or _compared(old) == _compared(new):
+    new = json.loads(json.dumps(about))
+    if _compared(old) == _compared(new):
         return
     before, after = (dict(_flat(each)) for each in (old, new))
     keys = {"+search": "", **old["space"], **new["space"], **before, **after}

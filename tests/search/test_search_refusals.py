@@ -63,6 +63,14 @@ def searching(cli: Cli) -> Cli:
             "cannot be combined with +search: remove +stage, or write +stage=pipeline",
         ),
         (("+search=asha", RATES, "train.share_loader=true"), "trains one trial after another: remove it"),
+        (
+            ("+search=halving", RATES, "recipe.epochs=9", "recipe.start_size=16"),
+            "recipe.start_size=16 grows to recipe.size=32 late in a schedule, and +search=halving compares short",
+        ),
+        (
+            ("+search=halving", "recipe.size=16,32", "recipe.epochs=9", "recipe.start_size=null,16"),
+            "recipe.start_size=16 grows to recipe.size=32",
+        ),
         (("+search=asha", RATES, "search.name=a/b"), "search.name=a/b is not a folder name"),
         (("+search=asha", RATES, "search.trials=0"), "search.trials=0 is too small"),
         (("+search=asha", RATES, "model=resnet18,resnet5"), "resnet5"),
