@@ -13,6 +13,7 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.input.search_space import describe, sample_values, trial_config
 from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.config.schema import Cluster, Config, Datastore
+from hpc_imagenet.config.search import Search
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.job import FindVersion
 from hpc_imagenet.runs.store import Run, RunStore
@@ -63,8 +64,10 @@ class SearchStage(Stage):
         for trial in trials:
             TRAIN.check_settings(trial, cluster)
         about = definition(config)
-        if StudyFiles(RunStore(Path(config.workspace)), str(config.search.name)).definition:
-            _check_same_study(config, about)
+        files = StudyFiles(RunStore(Path(config.workspace)), str(config.search.name))
+        if files.definition:
+            _check_same_study(files, about)
+            _check_budget(files, config.search)
         elif config.search.algorithm == "halving" and len(about["rungs"]) > 1:
             _check_sizes([trial.recipe for trial in trials])
 
@@ -93,7 +96,7 @@ class SearchStage(Stage):
         search, store = config.search, RunStore(Path(config.workspace))
         assert search.name is not None
         files = StudyFiles(store, search.name)
-        if is_complete(files, max(search.trials, files.target), search.budget):
+        if is_complete(files, max(search.trials, files.target), files.budget_after(search.budget)):
             return
         raise UserError(f"trials of the search {search.name} are left")
 
@@ -148,7 +151,7 @@ def is_complete(files: StudyFiles, trials: int, budget: float | None) -> bool:
 
 
 def _check_sizes(recipes: Sequence[Recipe]) -> None:
-    """Raise for progressive sizes: the short schedules of `halving` would end before the images have grown."""
+    """Raise for progressive sizes: short schedules of `halving` would end before the images have grown."""
     starts = {recipe.start_size for recipe in recipes if recipe.start_size is not None}
     sizes = {recipe.size for recipe in recipes}
     if starts and len(starts | sizes) > 1:
@@ -159,11 +162,19 @@ def _check_sizes(recipes: Sequence[Recipe]) -> None:
         )
 
 
-def _check_same_study(config: Config, about: dict[str, Any]) -> None:
+def _check_budget(files: StudyFiles, search: Search) -> None:
+    """Raise if more trials of a study are requested, and its budget lets none begin."""
+    budget = files.budget_after(search.budget)
+    if budget is not None and search.trials > files.target and files.hours >= budget:
+        raise UserError(
+            f"search.budget={budget:g} of the study {files.name} is spent ({files.hours:.4g} GPU-hours): set "
+            f"a larger one for search.trials={search.trials}"
+        )
+
+
+def _check_same_study(files: StudyFiles, about: dict[str, Any]) -> None:
     """Raise if the study of this name is another one, with the first difference."""
-    name = str(config.search.name)
-    old = StudyFiles(RunStore(Path(config.workspace)), name).definition
-    new = json.loads(json.dumps(about))
+    old, new = files.definition, json.loads(json.dumps(about))
     if _compared(old) == _compared(new):
         return
     before, after = (dict(_flat(each)) for each in (old, new))
@@ -171,7 +182,7 @@ def _check_same_study(config: Config, about: dict[str, Any]) -> None:
     differing = [key for key in keys if before.get(key) != after.get(key)]
     key = differing[0] if differing else "its definition"
     raise UserError(
-        f"the study {name} exists with {key}={before.get(key, 'not drawn')} instead of "
+        f"the study {files.name} exists with {key}={before.get(key, 'not drawn')} instead of "
         f"{key}={after.get(key, 'not drawn')}: repeat its command, or begin another with search.name=NAME"
     )
 

@@ -65,7 +65,7 @@ def searching(cli: Cli) -> Cli:
         (("+search=asha", RATES, "train.share_loader=true"), "trains one trial after another: remove it"),
         (
             ("+search=halving", RATES, "recipe.epochs=9", "recipe.start_size=16"),
-            "recipe.start_size=16 grows to recipe.size=32 late in a schedule, and +search=halving compares short",
+            "recipe.start_size=16 grows to recipe.size=32 late in a schedule, and +search=halving compares",
         ),
         (
             ("+search=halving", "recipe.size=16,32", "recipe.epochs=9", "recipe.start_size=null,16"),

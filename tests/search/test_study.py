@@ -233,8 +233,8 @@ def test_claims_are_exclusive(tmp_path: Path) -> None:
     assert (claim.owner, claim.worker) == (1, "b")
     files.create({}, 5, 2.0)
     assert (files.target, files.budget, files.definition["algorithm"]) == (8, 2.0, "asha")
-    files.create({}, 50, None)
-    assert (files.target, files.budget) == (50, None)
+    files.create({}, 50, None)  # of a command without search.budget
+    assert (files.target, files.budget) == (50, 2.0)
 
 
 @pytest.mark.parametrize("damaged", ["NaN", "Infinity", "true", '"2"', "1" + 400 * "0"])

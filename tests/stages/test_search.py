@@ -73,7 +73,10 @@ def test_hours_until_a_stop_within_an_epoch_are_counted(
         assert record.hours == (0.0 if stop is Superseded else 1.5 * start)
 
 
-def train_from_metrics(trained: list[str], accuracy: float, stop: bool = False) -> Callable[..., dict[str, Any]]:
+Train = Callable[[TrainStage, Config, Run, DistEnv], dict[str, Any]]
+
+
+def train_from_metrics(trained: list[str], accuracy: float, stop: bool = False) -> Train:
     """Return a training of 9 epochs that goes on after those in metrics.csv."""
 
     def train(stage: TrainStage, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:

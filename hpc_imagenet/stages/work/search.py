@@ -46,7 +46,8 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """Train trials until none is left, or the budget is spent; every task of the job calls this.
 
     Returns:
-        trials (number of this worker), top1 (0 to 1) and trial (run) of the best of the study so far.
+        trials (number of this worker), study, top1 (0 to 1) and trial (run) of the best of the study so far;
+        budget (GPU-hours) if that is spent.
 
     Raises:
         UserError: no trial of the study could be trained.
@@ -80,6 +81,7 @@ class SearchWorker:
         assert attempt is not None
         self._attempt = attempt
         self._count = 0
+        self._spent: float | None = None  # the budget, if it is
         if self.dist_env.is_rank_zero:
             from hpc_imagenet.search.study import SearchStudy
 
@@ -156,10 +158,10 @@ class SearchWorker:
 
     def _is_spent(self) -> bool:
         budget = self._files.budget
-        if budget is None or sum(each.hours for each in self._files.records()) < budget:
-            return False
-        print(f"search.budget={budget:g} GPU-hours are spent: no trial begins", flush=True)
-        return True
+        self._spent = budget if budget is not None and self._files.hours >= budget else None
+        if self._spent is not None:
+            print(f"search.budget={self._spent:g} GPU-hours are spent: no trial begins", flush=True)
+        return self._spent is not None
 
     def _promoted(self) -> Claim | None:
         for trial, rung in promotable(self._files.records(), len(self._rungs)):
@@ -198,9 +200,9 @@ class SearchWorker:
         return record
 
     def _is_pruned(self, record: TrialRecord) -> bool:
-        """Whether the search prunes a trial before it is trained, or has pruned it before a stop of its worker.
+        """Whether the search prunes a trial before it is trained, or pruned it before its worker was stopped.
 
-        Its run may have been trained for another search, or by itself. What it has validated is reported, since
+        Its run may have been trained for another search, or by itself. Its validations are reported, since
         Optuna compares the first accuracy that is reported at all rungs up to its epoch.
         """
         if record.pruned_at is None:
@@ -372,7 +374,9 @@ class SearchWorker:
                 f"all {len(failed)} trials of the search {self._files.name} failed; the last one: "
                 f"{failed[-1].reason}"
             )
-        found = {"trials": self._count, "study": self._files.name}
+        found: dict[str, Any] = {"trials": self._count, "study": self._files.name}
+        if self._spent is not None:
+            found["budget"] = self._spent
         return found if top is None else {**found, "top1": top.top1, "trial": top.run}
 
 
