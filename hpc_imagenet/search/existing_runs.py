@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hpc_imagenet.cluster import slurm
-from hpc_imagenet.runs.attempt import ENDED, FAILED, FINISHED, PRUNED, is_number
+from hpc_imagenet.runs.attempt import ENDED, FAILED, FINISHED, PRUNED, Attempt, is_number
 from hpc_imagenet.runs.metrics_file import validation_rows
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.search.study_files import SKIPPED, StudyFiles, TrialRecord
+from hpc_imagenet.search.study_files import EXECUTOR, SKIPPED, StudyFiles, TrialRecord
 
 
 def ended_workers(workers: Sequence[Run]) -> set[str]:
@@ -47,7 +47,7 @@ def existing_end(record: TrialRecord, begun: bool, store: RunStore, files: Study
     if outcome and outcome.state == FINISHED and outcome.result:
         epochs = outcome.result.get("epochs")
         return replace(record, state=FINISHED, top1=outcome.result.get("top1"), epochs=epochs)
-    if begun and outcome and outcome.state in (FAILED, PRUNED):
+    if begun and outcome and outcome.state in (FAILED, PRUNED) and _is_of(attempt, files):
         top1 = (outcome.result or {}).get("top1")
         return replace(record, state=outcome.state, reason=outcome.reason, top1=top1)
     for other in files.records():
@@ -59,6 +59,12 @@ def existing_end(record: TrialRecord, begun: bool, store: RunStore, files: Study
         if worker is None or not ended_workers([store.run(worker)]):
             return replace(record, state=SKIPPED, reason="another job trains the same run")
     return None
+
+
+def _is_of(attempt: Attempt | None, files: StudyFiles) -> bool:
+    """Whether a worker of the study made an attempt, and not another search or an ordinary submission."""
+    submitted = attempt.submitted if attempt else {}
+    return submitted.get("executor") == EXECUTOR and submitted.get("study", files.name) == files.name
 
 
 def earlier_validations(run: Run, after: int) -> list[tuple[int, float]]:

@@ -19,7 +19,7 @@ from hpc_imagenet.errors import PeerLost, Preempted, Superseded, UserError
 from hpc_imagenet.runs.lease import revoke
 from hpc_imagenet.runs.metrics_file import validation_rows
 from hpc_imagenet.runs.store import Run, RunStore
-from hpc_imagenet.search.existing_runs import ended_workers
+from hpc_imagenet.search.existing_runs import ended_workers, existing_end
 from hpc_imagenet.search.study import SearchStudy
 from hpc_imagenet.search.study_files import StudyFiles, TrialRecord
 from hpc_imagenet.stages.search_stage import definition, is_complete
@@ -137,6 +137,19 @@ def test_trial_that_is_pruned_when_its_worker_stops_is_trained_no_further(
     assert attempt
     assert attempt.outcome
     assert (attempt.outcome.state, attempt.outcome.result) == ("pruned", {"top1": 0.25, "epochs": 3})
+
+
+@pytest.mark.parametrize(("study", "state"), [("study", "pruned"), ("other", None), (None, None)])
+def test_trial_has_ended_as_its_own_search_has_pruned_it(
+    tmp_path: Path, study: str | None, state: str | None
+) -> None:
+    store = RunStore(tmp_path)
+    attempt = store.create("0badcafe-resnet18", {}, {"stage": "train"}).new_attempt()
+    attempt.submit("search" if study else "local", **({"study": study} if study else {}))
+    attempt.end("pruned", "after epoch 28 of 90")
+    record = TrialRecord(0, run="0badcafe-resnet18", worker="0badcafe-search")
+    end = existing_end(record, True, store, StudyFiles(store, "study"))
+    assert (end.state if end else None) == state
 
 
 def cuda_error(*_: object) -> NoReturn:

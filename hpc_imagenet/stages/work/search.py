@@ -307,7 +307,8 @@ class SearchWorker:
             attempt = trial.new_attempt()
         submitted = own.submitted
         kept = {key: submitted[key] for key in ("job_id", "host", "code") if key in submitted}
-        attempt.submit(EXECUTOR, worker=self.run.id, logs=str(attempt.folder), **kept)
+        about = {"worker": self.run.id, "study": self._files.name, "logs": str(attempt.folder)}
+        attempt.submit(EXECUTOR, **about, **kept)
         trial.lease = lease.acquire(trial.folder, attempt.number)
         job = {key: own.started[key] for key in ("nodes", "step", "requested") if key in own.started}
         attempt.start(world_size=self.dist_env.size, **job)
