@@ -26,7 +26,9 @@ class Search:
     parallel: int = setting(4, "workers, each of which trains one trial after another", minimum=1)
     seed: int = setting(0, "seed of what is drawn", minimum=0, maximum=2**32 - 1)
     budget: float | None = setting(
-        None, "GPU-hours after which no trial begins (without GPUs: process-hours); null: unlimited", above=0
+        None,
+        "GPU-hours after which no trial begins (without GPUs: process-hours); null: that of the study",
+        above=0,
     )
     worker: int = setting(0, "number of the worker, from 1; set by composition")
     space: dict[str, dict[str, Any]] = setting(factory=dict, meaning="what is drawn; set by composition")

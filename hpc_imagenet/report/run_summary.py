@@ -92,7 +92,9 @@ def summary(stage: str | None, result: dict[str, Any]) -> str:
         parts = [source, count("images", "images"), f"top-5 {100 * top5:.2f} %" if is_number(top5) else ""]
         parts += skipped
     elif stage == "search":
-        parts = [count("trials", "trials"), f"best {result['trial']}" if result.get("trial") else ""]
+        budget, best = result.get("budget"), result.get("trial")
+        spent = f"search.budget={budget:g} is spent" if is_number(budget) else ""
+        parts = [count("trials", "trials"), spent, f"best so far {best}" if best else ""]
     elif stage == "price":
         parts = [f"{count('images_per_second', 'img')}/s"]
     elif stage == "session":

@@ -27,7 +27,7 @@ from hpc_imagenet.search.rungs import rung_epochs
 from hpc_imagenet.search.study_files import StudyFiles
 
 _STARTUP = 10  # trials that are drawn at random, before the estimator draws near the best
-_MEDIAN_STARTUP = 5  # trials that must have ended before one is compared with their median
+_MEDIAN_STARTUP = 5  # trials that have trained to their end, before one is compared with their median
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -165,5 +165,7 @@ def pruner(algorithm: str, rung: int) -> optuna.pruners.BasePruner:
     if algorithm == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=rung, reduction_factor=REDUCTION)
     if algorithm == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=_MEDIAN_STARTUP, n_warmup_steps=rung - 1)
+        return optuna.pruners.MedianPruner(
+            n_startup_trials=_MEDIAN_STARTUP, n_warmup_steps=rung, n_min_trials=_MEDIAN_STARTUP
+        )
     return optuna.pruners.NopPruner()

@@ -3,7 +3,7 @@
     runs/.search-<uid>/<name>/      of one user; the others of a group's workspace read it
         study.json                  what is searched: algorithm, space, data; written once
         targets/<trials>.json       trials that a command has requested; the largest holds
-        budget.json                 GPU-hours; that of the last command holds
+        budget.json                 GPU-hours; that of the last command with one holds
         journal.log                 Optuna's journal (study.py)
         claims/<trial>.<rung>.<n>.json   the n-th worker that has the trial; written once
         trials/<trial>.<rung>.json  settings, run, accuracies and state of a trial (`TrialRecord`)
@@ -44,6 +44,7 @@ class TrialRecord:
         accuracies: accuracy after each epoch that was validated, by epoch.
         hours: GPU-hours of the search; without GPUs process-hours.
         number: number of the trial in Optuna's study; None for later rungs.
+        pruned_at: epoch after which the study prunes it, from before its state is `pruned`; else None.
     """
 
     trial: int
@@ -59,6 +60,7 @@ class TrialRecord:
     reused: bool = False
     worker: str = ""
     number: int | None = None
+    pruned_at: int | None = None
 
     @property
     def ended(self) -> bool:
@@ -98,7 +100,7 @@ class StudyFiles:
         return read_record(self.folder / "study.json")
 
     def create(self, definition: dict[str, Any], trials: int, budget: float | None) -> None:
-        """Create the study, or continue it with more trials and another budget.
+        """Create the study, or continue it with more trials and another budget, if there is one.
 
         Raises:
             UserError: another user could write the folder of this user's studies.
@@ -109,7 +111,7 @@ class StudyFiles:
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
         write_json_once(self.folder / "study.json", definition)
         write_json_once(self.folder / f"targets/{trials}.json", {})
-        if budget != self.budget:
+        if budget is not None and budget != self.budget:
             write_json(self.folder / "budget.json", budget)
 
     @property
@@ -123,6 +125,15 @@ class StudyFiles:
         """GPU-hours after which no trial begins; None: unlimited."""
         value = read_json(self.folder / "budget.json")
         return float(value) if isinstance(value, (int, float)) else None
+
+    def budget_after(self, given: float | None) -> float | None:
+        """Return the budget of the study after a command with this `search.budget`: without one it stays."""
+        return self.budget if given is None else given
+
+    @property
+    def hours(self) -> float:
+        """GPU-hours of all trials so far; without GPUs process-hours."""
+        return sum(each.hours for each in self.records())
 
     def records(self) -> list[TrialRecord]:
         """Return all trials that have begun, by number and rung."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.input.search_space import describe, sample_values, trial_config
+from hpc_imagenet.config.recipe import Recipe
 from hpc_imagenet.config.schema import Cluster, Config, Datastore
+from hpc_imagenet.config.search import Search
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.job import FindVersion
 from hpc_imagenet.runs.store import Run, RunStore
@@ -45,7 +47,7 @@ class SearchStage(Stage):
         return TRAIN.datastore(config, find_version)
 
     def check_settings(self, config: Config, cluster: Cluster) -> None:
-        """Raise for trials that cannot be trained, another study of this name, a shared loader, no Optuna."""
+        """Raise for trials that cannot be trained or compared, another study of this name, no Optuna."""
         if not cluster.container and importlib.util.find_spec("optuna") is None:
             raise UserError(
                 f"+search={config.search.algorithm} needs the package optuna: "
@@ -58,9 +60,16 @@ class SearchStage(Stage):
             )
         if config.search.worker > 1:
             return  # the workers differ in their numbers alone
-        for values in sample_values(config.search.space):
-            TRAIN.check_settings(trial_config(config, values), cluster)
-        _check_same_study(config)
+        trials = [trial_config(config, values) for values in sample_values(config.search.space)]
+        for trial in trials:
+            TRAIN.check_settings(trial, cluster)
+        about = definition(config)
+        files = StudyFiles(RunStore(Path(config.workspace)), str(config.search.name))
+        if files.definition:
+            _check_same_study(files, about)
+            _check_budget(files, config.search)
+        elif config.search.algorithm == "halving" and len(about["rungs"]) > 1:
+            _check_sizes([trial.recipe for trial in trials])
 
     def check_input(self, config: Config, cluster: Cluster, planned: bool) -> None:
         """Raise unless the datastore can be read and has enough images for a batch of any trial."""
@@ -87,7 +96,7 @@ class SearchStage(Stage):
         search, store = config.search, RunStore(Path(config.workspace))
         assert search.name is not None
         files = StudyFiles(store, search.name)
-        if is_complete(files, max(search.trials, files.target), search.budget):
+        if is_complete(files, max(search.trials, files.target), files.budget_after(search.budget)):
             return
         raise UserError(f"trials of the search {search.name} are left")
 
@@ -98,9 +107,20 @@ class SearchStage(Stage):
         return search.run(config, run, dist_env)
 
 
+def longest_warmup(config: Config) -> float:
+    """Return the epochs of the longest warm-up that a trial of a search may have; every rung is later."""
+    space = config.search.space
+    first = sample_values(space)[0]
+    drawn = {name: each for name, each in space.items() if name in ("recipe", "recipe.warmup_epochs")}
+    return max(
+        trial_config(config, {**first, **values}).recipe.warmup_epochs for values in sample_values(drawn)
+    )
+
+
 def definition(config: Config) -> dict[str, Any]:
     """Return what a study is, which later commands must share; settings by their full names."""
     first = trial_config(config, sample_values(config.search.space)[0])
+    epochs, warmup = first.recipe.epochs, longest_warmup(config)
     settings = dict(_leaves(first.training_identity(), ""))
     drawn = tuple(config.search.space)
     return {
@@ -110,9 +130,9 @@ def definition(config: Config) -> dict[str, Any]:
         "choices": config.search.choices,
         "settings": {name: text for name, text in settings.items() if not _is_part(name, drawn)},
         "data": config.datastore.content,
-        "epochs": first.recipe.epochs,
-        "warmup": first.recipe.warmup_epochs,
-        "rungs": rung_epochs(first.recipe.epochs, first.recipe.warmup_epochs),
+        "epochs": epochs,
+        "warmup": warmup,
+        "rungs": rung_epochs(epochs, warmup),
     }
 
 
@@ -130,20 +150,46 @@ def is_complete(files: StudyFiles, trials: int, budget: float | None) -> bool:
     return about["algorithm"] != "halving" or not any(promotable(records, len(about["rungs"])))
 
 
-def _check_same_study(config: Config) -> None:
+def _check_sizes(recipes: Sequence[Recipe]) -> None:
+    """Raise for progressive sizes: short schedules of `halving` would end before the images have grown."""
+    starts = {recipe.start_size for recipe in recipes if recipe.start_size is not None}
+    sizes = {recipe.size for recipe in recipes}
+    if starts and len(starts | sizes) > 1:
+        raise UserError(
+            f"recipe.start_size={min(starts)} grows to recipe.size={max(sizes)} late in a schedule, and "
+            "+search=halving compares short ones, which end before: set recipe.start_size=null, or take "
+            "+search=asha"
+        )
+
+
+def _check_budget(files: StudyFiles, search: Search) -> None:
+    """Raise if more trials of a study are requested, and its budget lets none begin."""
+    budget = files.budget_after(search.budget)
+    if budget is not None and search.trials > files.target and files.hours >= budget:
+        raise UserError(
+            f"search.budget={budget:g} of the study {files.name} is spent ({files.hours:.4g} GPU-hours): set "
+            f"a larger one for search.trials={search.trials}"
+        )
+
+
+def _check_same_study(files: StudyFiles, about: dict[str, Any]) -> None:
     """Raise if the study of this name is another one, with the first difference."""
-    name = str(config.search.name)
-    old, new = StudyFiles(RunStore(Path(config.workspace)), name).definition, definition(config)
-    if not old or old == json.loads(json.dumps(new)):
+    old, new = files.definition, json.loads(json.dumps(about))
+    if _compared(old) == _compared(new):
         return
     before, after = (dict(_flat(each)) for each in (old, new))
     keys = {"+search": "", **old["space"], **new["space"], **before, **after}
     differing = [key for key in keys if before.get(key) != after.get(key)]
     key = differing[0] if differing else "its definition"
     raise UserError(
-        f"the study {name} exists with {key}={before.get(key, 'not drawn')} instead of "
+        f"the study {files.name} exists with {key}={before.get(key, 'not drawn')} instead of "
         f"{key}={after.get(key, 'not drawn')}: repeat its command, or begin another with search.name=NAME"
     )
+
+
+def _compared(about: dict[str, Any]) -> dict[str, Any]:
+    """Return a definition without what follows from the rest; a study keeps the rungs that it began with."""
+    return {key: value for key, value in about.items() if key not in ("warmup", "rungs")}
 
 
 def _flat(about: dict[str, Any]) -> Iterator[tuple[str, str]]:

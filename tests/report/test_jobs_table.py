@@ -89,6 +89,9 @@ def test_rows_fit_80_columns_and_name_what_matters(store: RunStore) -> None:
          "test of imagenet@v3 · 900 images · top-5 90.00 %"),
         ("evaluate", {"top5": None}, ""),
         ("session", {"ended": "idle for 60 minutes", "minutes": 75.5}, "idle for 60 minutes · 76 minutes"),
+        ("search", {"trials": 6, "study": "night", "top1": 0.9, "trial": "0badcafe-resnet18"},
+         "6 trials · best so far 0badcafe-resnet18"),
+        ("search", {"trials": 1, "study": "night", "budget": 200.0}, "1 trial · search.budget=200 is spent"),
         (None, {"key": "value"}, "key value"),
     ],
 )  # fmt: skip

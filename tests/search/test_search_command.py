@@ -152,6 +152,13 @@ def test_budget_ends_the_search(searching: Cli) -> None:
     assert len(search(searching, *words)) == 1
     assert len(search(searching, *words)) == 1  # which starts no job
     assert len(list(searching.workspace.glob("runs/*-search-study.1/attempts/*"))) == 1
+    (row,) = (row for row in searching.jobs() if row["stage"] == "search")
+    assert row["result"]["budget"] == 1e-9
+    # Without search.budget that of the study holds, and a larger one continues it.
+    fixed = ("+search=asha", "search.name=study", "cluster=foreground", *with_defaults(SETTINGS, words[:-2]))
+    for more in (["search.trials=10"], ["search.trials=10", "search.budget=1e-8"]):
+        assert "of the study study is spent (" in searching.refused(*fixed, *more)
+    assert len(search(searching, *words[:-2], "search.trials=2", "search.budget=9")) == 9
 
 
 def test_choices_of_files_and_median(searching: Cli) -> None:

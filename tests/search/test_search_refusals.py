@@ -18,7 +18,8 @@ from hpc_imagenet.config.input.search_space import sample_values, text_of, trial
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.runs.store import RunStore
-from hpc_imagenet.stages.search_stage import SEARCH
+from hpc_imagenet.search.study_files import StudyFiles
+from hpc_imagenet.stages.search_stage import SEARCH, definition
 from hpc_imagenet.stages.train_stage import TRAIN
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,14 @@ def searching(cli: Cli) -> Cli:
             "cannot be combined with +search: remove +stage, or write +stage=pipeline",
         ),
         (("+search=asha", RATES, "train.share_loader=true"), "trains one trial after another: remove it"),
+        (
+            ("+search=halving", RATES, "recipe.epochs=9", "recipe.start_size=16"),
+            "recipe.start_size=16 grows to recipe.size=32 late in a schedule, and +search=halving compares",
+        ),
+        (
+            ("+search=halving", "recipe.size=16,32", "recipe.epochs=9", "recipe.start_size=null,16"),
+            "recipe.start_size=16 grows to recipe.size=32",
+        ),
         (("+search=asha", RATES, "search.name=a/b"), "search.name=a/b is not a folder name"),
         (("+search=asha", RATES, "search.trials=0"), "search.trials=0 is too small"),
         (("+search=asha", RATES, "model=resnet18,resnet5"), "resnet5"),
@@ -110,6 +119,37 @@ def test_study_of_another_space_is_refused_with_the_difference(searching: Cli) -
     manifest = json.loads((write / "manifest.json").read_text())
     (write / "manifest.json").write_text(json.dumps({**manifest, "content": "1"}))
     assert "the content of the data=0 instead of the content of the data=1" in refused("+search=asha")
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        ["recipe.warmup_epochs=interval(0,5)"],
+        ["recipe.warmup_epochs=0,5"],
+        ["recipe.warmup_epochs=5,0"],
+        ["recipe=linear_probe,standard90", "recipe.freeze=false"],  # of 0 and 5 epochs
+        ["recipe=standard90,linear_probe", "recipe.freeze=false"],
+    ],
+)
+def test_first_rung_comes_after_the_longest_warm_up_that_is_drawn(drawn: list[str]) -> None:
+    words = with_defaults(["recipe=standard90", "datastore.name=tiny", "recipe.epochs=90"], drawn)
+    about = definition(compose(["+search=asha", *words])[0])
+    assert (about["warmup"], about["rungs"]) == (5, [10, 30, 90])
+
+
+def test_study_that_has_begun_keeps_its_rungs(searching: Cli) -> None:
+    words = ("recipe.warmup_epochs=0,5", "recipe.epochs=90", "search.name=night", "cluster=local")
+    (config, *_) = compose(
+        ["+search=asha", *with_defaults(SETTINGS, words), f"workspace={searching.workspace}"]
+    )
+    store = RunStore(searching.workspace)
+    SEARCH.prepare(config, store)
+    path = StudyFiles(store, "night").folder / "study.json"
+    before = {**json.loads(path.read_text()), "warmup": 0, "rungs": [3, 10, 30, 90]}
+    path.write_text(json.dumps(before))
+    SEARCH.check_settings(config, config.cluster)
+    SEARCH.prepare(config, store)
+    assert json.loads(path.read_text()) == before
 
 
 def test_same_settings_are_the_same_study(searching: Cli) -> None:

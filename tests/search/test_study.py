@@ -85,6 +85,17 @@ def test_asha_prunes_nothing_shortly_before_the_end(tmp_path: Path) -> None:
     assert pruned_by_asha(tmp_path, 16, qualities) == {2: [5]}
 
 
+def test_median_prunes_at_the_first_rung_once_five_trials_have_accuracies_there(tmp_path: Path) -> None:
+    study = SearchStudy(make_files(tmp_path, "median"))  # the rungs are [3, 9]
+    for trial, quality in enumerate((0.9, 0.5, 0.5, 0.5, 0.5, 0.1)):
+        number, _ = study.draw(trial)
+        for epoch in range(1, 9) if trial else ():  # the first one is a run that the workspace had already
+            assert not study.report(number, epoch, quality)
+        study.end(number, quality)
+    number, _ = study.draw(6)
+    assert [study.report(number, epoch, 0.05) for epoch in (1, 2, 3)] == [False, False, True]
+
+
 def test_report_is_repeated_after_a_restart(tmp_path: Path) -> None:
     files = make_files(tmp_path, "median")
     number, _ = SearchStudy(files).draw(0)
@@ -222,8 +233,8 @@ def test_claims_are_exclusive(tmp_path: Path) -> None:
     assert (claim.owner, claim.worker) == (1, "b")
     files.create({}, 5, 2.0)
     assert (files.target, files.budget, files.definition["algorithm"]) == (8, 2.0, "asha")
-    files.create({}, 50, None)
-    assert (files.target, files.budget) == (50, None)
+    files.create({}, 50, None)  # of a command without search.budget
+    assert (files.target, files.budget) == (50, 2.0)
 
 
 @pytest.mark.parametrize("damaged", ["NaN", "Infinity", "true", '"2"', "1" + 400 * "0"])

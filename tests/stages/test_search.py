@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,8 +15,12 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.errors import PeerLost, UserError
+from hpc_imagenet.errors import PeerLost, Preempted, Superseded, UserError
+from hpc_imagenet.runs.lease import revoke
+from hpc_imagenet.runs.metrics_file import validation_rows
 from hpc_imagenet.runs.store import Run, RunStore
+from hpc_imagenet.search.existing_runs import ended_workers, existing_end
+from hpc_imagenet.search.study import SearchStudy
 from hpc_imagenet.search.study_files import StudyFiles, TrialRecord
 from hpc_imagenet.stages.search_stage import definition, is_complete
 from hpc_imagenet.stages.train_stage import TrainStage
@@ -45,6 +50,106 @@ def test_no_trial_begins_after_the_budget_at_any_rung(tmp_path: Path) -> None:
     assert is_complete(files, 3, 2.0)
     assert search.run(config, worker, DistEnv())["trials"] == 0
     assert len(files.claims()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [Preempted, PeerLost, Superseded])
+def test_hours_until_a_stop_within_an_epoch_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[Exception]
+) -> None:
+    def train(stage: TrainStage, config: Config, run: Run, dist_env: DistEnv) -> NoReturn:
+        if stop is Superseded:
+            revoke(run.folder, 1)
+        raise stop
+
+    monkeypatch.setattr(TrainStage, "run", train)
+    monkeypatch.setattr(search.SearchWorker, "_hours", lambda *_: 1.5)
+    config, worker, files = worker_of_study(tmp_path, "+search=tpe")
+    for start in (1, 2):
+        with pytest.raises(stop):
+            search.run(config, worker, DistEnv())
+        (record,) = files.records()
+        # Another process has the trial, and writes its record.
+        assert record.hours == (0.0 if stop is Superseded else 1.5 * start)
+
+
+Train = Callable[[TrainStage, Config, Run, DistEnv], dict[str, Any]]
+
+
+def train_from_metrics(trained: list[str], accuracy: float, stop: bool = False) -> Train:
+    """Return a training of 9 epochs that goes on after those in metrics.csv."""
+
+    def train(stage: TrainStage, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
+        trained.append(run.id)
+        assert run.judge
+        for epoch in range(1 + len(validation_rows(run.folder / "metrics.csv")), 9):
+            if run.judge(epoch, accuracy / len(trained)):
+                if stop:
+                    raise Preempted
+                return {"top1": accuracy, "epochs": epoch}
+        return {"top1": accuracy, "epochs": 9}
+
+    return train
+
+
+@pytest.mark.slow
+def test_earlier_validations_of_a_run_are_compared_at_their_rungs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(TrainStage, "run", train_from_metrics(trained, 0.5))
+    words = ("+search=asha", "recipe.epochs=9")  # the rungs are [3, 9]
+    config, worker, files = worker_of_study(tmp_path / "other", *words)
+    search.run(config, worker, DistEnv())
+    runs = [record.run for record in files.records()]  # another study with this seed draws them, too
+    trained.clear()
+    config, worker, files = worker_of_study(tmp_path, *words)
+    for number, accuracies in ((1, [0.1, 0.2, 0.3, 0.4, 0.99]), (2, [0.4, 0.5, 0.6, 0.7, 0.8])):
+        folder = RunStore(tmp_path).create(runs[number], {}, {"stage": "train"}).folder
+        lines = [f"{22 * at + 22},{at},{accuracy},1,0.5" for at, accuracy in enumerate(accuracies)]
+        (folder / "metrics.csv").write_text("\n".join(["step,epoch,val_top1,val_top5,val_loss", *lines, "7"]))
+    search.run(config, worker, DistEnv())
+    first, second, third = files.records()
+    assert (first.state, third.state) == ("finished", "finished")
+    assert (second.state, second.epochs, second.top1, second.hours) == ("pruned", 3, 0.3, 0)
+    assert second.reason == "after epoch 3 of 9, by the search study"
+    assert trained == [runs[0], runs[2]]
+    assert sorted(third.accuracies) == [str(epoch) for epoch in range(1, 9)]
+    values = [each.system_attrs.get("completed_rung_0") for each in SearchStudy(files)._study.trials]
+    assert values == [0.5, 0.3, 0.6]
+
+
+@pytest.mark.slow
+def test_trial_that_is_pruned_when_its_worker_stops_is_trained_no_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(TrainStage, "run", train_from_metrics(trained, 0.5, stop=True))
+    config, worker, files = worker_of_study(tmp_path, "+search=asha", "recipe.epochs=9")
+    for _ in range(2):
+        with pytest.raises(Preempted):
+            search.run(config, worker, DistEnv())
+    search.run(config, worker, DistEnv())
+    records = files.records()
+    assert [(each.state, each.epochs) for each in records] == [("finished", 9), ("pruned", 3), ("pruned", 3)]
+    assert trained == [each.run for each in records]
+    attempt = RunStore(tmp_path).run(records[1].run).attempt
+    assert attempt
+    assert attempt.outcome
+    assert (attempt.outcome.state, attempt.outcome.result) == ("pruned", {"top1": 0.25, "epochs": 3})
+
+
+@pytest.mark.parametrize(("study", "state"), [("study", "pruned"), ("other", None), (None, None)])
+def test_trial_has_ended_as_its_own_search_has_pruned_it(
+    tmp_path: Path, study: str | None, state: str | None
+) -> None:
+    store = RunStore(tmp_path)
+    attempt = store.create("0badcafe-resnet18", {}, {"stage": "train"}).new_attempt()
+    attempt.submit("search" if study else "local", **({"study": study} if study else {}))
+    attempt.end("pruned", "after epoch 28 of 90")
+    record = TrialRecord(0, run="0badcafe-resnet18", worker="0badcafe-search")
+    end = existing_end(record, True, store, StudyFiles(store, "study"))
+    assert (end.state if end else None) == state
 
 
 def cuda_error(*_: object) -> NoReturn:
@@ -113,4 +218,4 @@ def test_worker_that_slurm_does_not_know_has_ended(
         (tmp_path / "squeue").write_text(f"#!/bin/bash\n{squeue}\n")
     worker = RunStore(tmp_path).create("0badcafe-search", {}, {"stage": "search"})
     worker.new_attempt().submit("slurm", job_id="77")
-    assert search.ended_workers([worker]) == ({worker.id} if ended else set())
+    assert ended_workers([worker]) == ({worker.id} if ended else set())

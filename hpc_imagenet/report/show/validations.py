@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from hpc_imagenet.config.names.backbones import has_crop_fraction
 from hpc_imagenet.config.recipe import VAL_SETTINGS
 from hpc_imagenet.runs.attempt import is_number
+from hpc_imagenet.runs.metrics_file import validation_rows
 
 
 def validations(path: Path) -> dict[str, dict[str, Any]]:
@@ -19,16 +19,7 @@ def validations(path: Path) -> dict[str, dict[str, Any]]:
     Returns:
         `last` and `best`, each with step, epoch, top1, top5 and loss; empty if there is no validation.
     """
-    rows = []
-    # A power failure can leave bytes that are no text.
-    with (
-        contextlib.suppress(FileNotFoundError, csv.Error),
-        path.open(newline="", errors="replace") as file,
-    ):
-        for line in csv.DictReader(file):
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # being written, or no validation
-                scores = {name: float(line[f"val_{name}"]) for name in ("top1", "top5", "loss")}
-                rows.append({"step": int(line["step"]), "epoch": int(line["epoch"]) + 1, **scores})
+    rows = validation_rows(path)
     return {"last": rows[-1], "best": max(rows, key=lambda row: row["top1"])} if rows else {}
 
 

@@ -7,9 +7,10 @@ requeued goes on with its trial from the checkpoint; if it has ended for good, a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,18 +18,18 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.input.search_space import text_of, trial_config
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.errors import PeerLost, UserError
+from hpc_imagenet.errors import PeerLost, Superseded, UserError
 from hpc_imagenet.io.atomic_files import read_json, write_json
 from hpc_imagenet.runs import lease
-from hpc_imagenet.runs.attempt import CANCELLED, ENDED, FAILED, FINISHED, PRUNED, Attempt, Outcome
+from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, PRUNED, Attempt, Outcome
 from hpc_imagenet.runs.checkpoints import INITIAL, link_or_copy
 from hpc_imagenet.runs.store import Progress, Run, RunStore
 from hpc_imagenet.runs.usage_records import last_seen
+from hpc_imagenet.search.existing_runs import earlier_validations, ended_workers, existing_end
 from hpc_imagenet.search.rungs import promotable
 from hpc_imagenet.search.study_files import (
     EXECUTOR,
     MOST_OWNERS,
-    SKIPPED,
     Claim,
     StudyFiles,
     TrialRecord,
@@ -45,7 +46,8 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """Train trials until none is left, or the budget is spent; every task of the job calls this.
 
     Returns:
-        trials (number of this worker), top1 (0 to 1) and trial (run) of the best of the study so far.
+        trials (number of this worker), study, top1 (0 to 1) and trial (run) of the best of the study so far;
+        budget (GPU-hours) if that is spent.
 
     Raises:
         UserError: no trial of the study could be trained.
@@ -55,24 +57,6 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
     """
     worker = SearchWorker(config, run, dist_env)
     return worker.work()
-
-
-def ended_workers(workers: Sequence[Run]) -> set[str]:
-    """Return the ids of workers that have ended for good: with an outcome, or as Slurm reports.
-
-    A job that Slurm no longer knows has ended: without accounting it forgets jobs after minutes.
-    """
-    ended, jobs = set[str](), dict[str, str]()
-    for worker in workers:
-        attempt = worker.attempt
-        if attempt is None or attempt.outcome:
-            ended.add(worker.id)
-        elif attempt.submitted.get("executor") == "slurm":
-            jobs[str(attempt.submitted.get("job_id"))] = worker.id
-    if not slurm.is_available():
-        return ended
-    status = slurm.query_jobs(jobs)
-    return ended | {worker for job, worker in jobs.items() if job not in status or status[job].state in ENDED}
 
 
 @dataclass
@@ -97,6 +81,7 @@ class SearchWorker:
         assert attempt is not None
         self._attempt = attempt
         self._count = 0
+        self._spent: float | None = None  # the budget, if it is
         if self.dist_env.is_rank_zero:
             from hpc_imagenet.search.study import SearchStudy
 
@@ -173,10 +158,10 @@ class SearchWorker:
 
     def _is_spent(self) -> bool:
         budget = self._files.budget
-        if budget is None or sum(each.hours for each in self._files.records()) < budget:
-            return False
-        print(f"search.budget={budget:g} GPU-hours are spent: no trial begins", flush=True)
-        return True
+        self._spent = budget if budget is not None and self._files.hours >= budget else None
+        if self._spent is not None:
+            print(f"search.budget={self._spent:g} GPU-hours are spent: no trial begins", flush=True)
+        return self._spent is not None
 
     def _promoted(self) -> Claim | None:
         for trial, rung in promotable(self._files.records(), len(self._rungs)):
@@ -208,37 +193,45 @@ class SearchWorker:
         record.worker = self.run.id
         record.run = TRAIN.run_id(self._trial_config(record))
         self._files.write(record)
-        if other := self._same_run(record, begun):
+        if other := existing_end(record, begun, self._store, self._files):
             self._end(record, other.state, other.top1, other.reason, other.epochs, reused=not begun)
+        elif self._is_pruned(record):
+            self._prune(record, begun)
         return record
 
-    def _same_run(self, record: TrialRecord, begun: bool) -> TrialRecord | None:
-        """Return how the run of a trial has ended, if it is not to be trained: finished, pruned or active.
+    def _is_pruned(self, record: TrialRecord) -> bool:
+        """Whether the search prunes a trial before it is trained, or pruned it before its worker was stopped.
 
-        Args:
-            record: the trial.
-            begun: whether a worker has had it before, perhaps to its end, which it could not record any more.
+        Its run may have been trained for another search, or by itself. Its validations are reported, since
+        Optuna compares the first accuracy that is reported at all rungs up to its epoch.
         """
-        run = self._store.run(record.run)
-        if not run.is_mine:
-            return _run_of_another_user(record, run)
-        attempt = run.attempt
-        outcome = attempt.outcome if attempt else None
-        if outcome and outcome.state == FINISHED and outcome.result:
-            epochs = outcome.result.get("epochs")
-            return replace(record, state=FINISHED, top1=outcome.result.get("top1"), epochs=epochs)
-        if begun and outcome and outcome.state in (FAILED, PRUNED):
-            top1 = (outcome.result or {}).get("top1")
-            return replace(record, state=outcome.state, reason=outcome.reason, top1=top1)
-        for other in self._files.records():
-            same = other.run == record.run and (other.trial, other.rung) != (record.trial, record.rung)
-            if same and other.state == PRUNED:
-                return other
-        if attempt and outcome is None and attempt.submitted.get("worker") != self.run.id:
-            worker = attempt.submitted.get("worker")
-            if worker is None or not ended_workers([self._store.run(worker)]):
-                return replace(record, state=SKIPPED, reason="another job trains the same run")
-        return None
+        if record.pruned_at is None:
+            epochs = self._trial_config(record).recipe.epochs
+            for epoch, top1 in earlier_validations(self._store.run(record.run), record.epochs or 0):
+                if self._judge(record, epochs, epoch, top1):
+                    break
+        return record.pruned_at is not None
+
+    def _prune(self, record: TrialRecord, begun: bool) -> None:
+        """End a trial that is pruned, and its run, unless that has ended."""
+        attempt, top1, epochs = self._store.run(record.run).attempt, record.top1, record.pruned_at
+        reason = self._pruning(epochs, self._trial_config(record))
+        if attempt and attempt.outcome is None:
+            attempt.end(PRUNED, reason, {"top1": top1, "epochs": epochs}, ended=last_seen(attempt))
+        self._end(record, PRUNED, top1, reason, epochs, reused=not begun)
+
+    def _judge(self, record: TrialRecord, epochs: int, epoch: int, top1: float) -> bool:
+        """Record a validation after an epoch of so many; return whether the trial is pruned there."""
+        record.top1, record.epochs, record.accuracies[str(epoch)] = top1, epoch, top1
+        last = epoch >= epochs or len(self._rungs) > 1
+        pruned = not last and self._study.report(_number(record), epoch, top1)
+        # The study gives this answer once, and the worker may be stopped before the trial has ended.
+        record.pruned_at = epoch if pruned else None
+        self._files.write(record)
+        return pruned
+
+    def _pruning(self, epochs: int | None, config: Config) -> str:
+        return f"after epoch {epochs} of {config.recipe.epochs}, by the search {self._files.name}"
 
     # One trial. Every rank.
 
@@ -257,11 +250,8 @@ class SearchWorker:
         def judge(epoch: int, top1: float) -> bool:
             if self.run.lease:
                 self.run.lease.check()
-            record.top1, record.epochs, record.accuracies[str(epoch)] = top1, epoch, top1
             record.hours = before + self._hours(began)
-            self._files.write(record)
-            last = epoch >= config.recipe.epochs or len(self._rungs) > 1
-            return not last and self._study.report(_number(record), epoch, top1)
+            return self._judge(record, config.recipe.epochs, epoch, top1)
 
         if rank_zero:
             attempt = self._start(trial, config, record)
@@ -272,8 +262,14 @@ class SearchWorker:
         job = str(self._attempt.submitted.get("job_id") or "search").replace("/", "-")
         place = replace(self.dist_env, port=10_000 + (self.dist_env.port + _PORTS * (index + 1)) % 20_000)
         place = place if self.dist_env.size > 1 else self.dist_env
-        with output_to(attempt.folder / f"{job}_{self.dist_env.rank}_log"):
-            outcome, expected = run_trial(config, trial, attempt, place)
+        try:
+            with output_to(attempt.folder / f"{job}_{self.dist_env.rank}_log"):
+                outcome, expected = run_trial(config, trial, attempt, place)
+        except BaseException:
+            if rank_zero:
+                record.hours = before + self._hours(began)
+                self._keep(record, trial)
+            raise
         if rank_zero:
             record.hours = before + self._hours(began)
             self._finish(trial, attempt, config, record, outcome)
@@ -284,6 +280,13 @@ class SearchWorker:
         # On Slurm a new start, after whatever a trial may have left behind, needs no retry.
         if self.dist_env.size > 1 or (not expected and slurm.this_job()) or has_lost_gpu():
             raise PeerLost(f"trial {record.trial} failed, so the next one needs a new start of this worker")
+
+    def _keep(self, record: TrialRecord, trial: Run) -> None:
+        """Write a trial that goes on in another start, unless that start has it already."""
+        with contextlib.suppress(OSError, Superseded):  # the first error counts
+            for held in filter(None, (self.run.lease, trial.lease)):
+                held.check()
+            self._files.write(record)
 
     def _hours(self, began: float) -> float:
         return (time.monotonic() - began) * self.dist_env.size / 3600
@@ -304,7 +307,8 @@ class SearchWorker:
             attempt = trial.new_attempt()
         submitted = own.submitted
         kept = {key: submitted[key] for key in ("job_id", "host", "code") if key in submitted}
-        attempt.submit(EXECUTOR, worker=self.run.id, logs=str(attempt.folder), **kept)
+        about = {"worker": self.run.id, "study": self._files.name, "logs": str(attempt.folder)}
+        attempt.submit(EXECUTOR, **about, **kept)
         trial.lease = lease.acquire(trial.folder, attempt.number)
         job = {key: own.started[key] for key in ("nodes", "step", "requested") if key in own.started}
         attempt.start(world_size=self.dist_env.size, **job)
@@ -328,9 +332,7 @@ class SearchWorker:
             state = PRUNED
             for key in ("learned", "advice"):  # of a whole schedule
                 result.pop(key, None)
-            reason = (
-                f"after epoch {result['epochs']} of {config.recipe.epochs}, by the search {self._files.name}"
-            )
+            reason = self._pruning(result["epochs"], config)
         if result is not None and trial.lease:
             trial.lease.check()
         attempt.end(state, reason, result)
@@ -373,23 +375,10 @@ class SearchWorker:
                 f"all {len(failed)} trials of the search {self._files.name} failed; the last one: "
                 f"{failed[-1].reason}"
             )
-        found = {"trials": self._count, "study": self._files.name}
+        found: dict[str, Any] = {"trials": self._count, "study": self._files.name}
+        if self._spent is not None:
+            found["budget"] = self._spent
         return found if top is None else {**found, "top1": top.top1, "trial": top.run}
-
-
-def _run_of_another_user(record: TrialRecord, run: Run) -> TrialRecord:
-    """Return how a trial ends whose run another user of the workspace made, and alone can write.
-
-    A result is used if it can be one: this user's study must not fail because of what others have written.
-    """
-    attempt = run.attempt if run.is_readable() else None
-    outcome = attempt.outcome if attempt else None
-    if outcome and outcome.state in (FINISHED, PRUNED) and isinstance(outcome.result, dict):
-        top1, epochs = (outcome.result.get(name) for name in ("top1", "epochs"))
-        if isinstance(top1, (int, float)) and 0 <= top1 <= 1 and isinstance(epochs, int):
-            reason = f"{run.owner} has trained it"
-            return replace(record, state=outcome.state, top1=float(top1), epochs=epochs, reason=reason)
-    return replace(record, state=SKIPPED, reason=f"{run.owner} has the same run, without a result")
 
 
 def _number(record: TrialRecord) -> int:
