@@ -356,7 +356,7 @@ def prototype(
 
     overrides = shlex.split(overrides) if isinstance(overrides, str) else overrides
     (config,) = compose(overrides, config_dir=config_dir)
-    store = store or open_datastore(config.datastore.name, config.datastore.url)
+    store = store or open_datastore(config.datastore.name, config.datastore.url, config.cluster.scratch)
     return Prototype(config, store.reader)
 
 

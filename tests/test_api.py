@@ -185,3 +185,12 @@ def test_invalid_input_is_a_one_line_user_error(python: Cli, call: object, messa
         call()
     assert "\n" not in str(error.value)
     assert not python.runs()
+
+
+@pytest.mark.slow
+def test_a_prototype_opens_its_datastore_with_cluster_scratch() -> None:
+    words = "datastore.name=digits datastore.url=there:/stores cluster=local cluster.scratch=/local/me"
+    opened = mock.Mock(side_effect=UserError("not opened"))
+    with mock.patch("hpc_imagenet.api.open_datastore", opened), pytest.raises(UserError, match="not opened"):
+        hpc_imagenet.prototype(words)
+    opened.assert_called_once_with("digits", "there:/stores", "/local/me")

@@ -42,6 +42,7 @@ def print_plan_prices(prepared: PreparedPlan, as_json: bool = False) -> None:
         prices = plan_prices(prepared, console)
     searches = [job.config for job in prepared.jobs if job.stage == SEARCH.name]
     search = search_price(searches[0], prepared.store, prices) if searches else None
+    prices = list({each.job.run_id: each for each in prices}.values())  # a row for each length and speed
     new = [each.job for each in prices if not each.free]
     starts = EXECUTORS[prepared.executor].expected_starts(prepared.store, [(job, ()) for job in new])
     report = PriceReport(prices, search, starts, _free_nodes(prices))
@@ -55,7 +56,7 @@ def print_plan_prices(prepared: PreparedPlan, as_json: bool = False) -> None:
 def plan_prices(prepared: PreparedPlan, console: Console) -> list[Price]:
     """Return the price of each training of a plan, and show the price jobs that are needed for it.
 
-    Of a search these are its possible trials, one for each length and speed.
+    Of a search these are its `possible_trials`.
 
     Raises:
         UserError: see `print_plan_prices`.
@@ -79,12 +80,12 @@ def plan_prices(prepared: PreparedPlan, console: Console) -> list[Price]:
             known[job.run_id] = known_times(job, prepared.store)
     if missing := [job for job in trainings if known.get(job.run_id, job) is None]:
         _time(missing, console)
-    found = []
-    for job in trainings:
+    found = {}
+    for job in {job.run_id: job for job in trainings}.values():
         times = known.get(job.run_id) or (known_times(job, prepared.store) if job.run_id in known else None)
         run = None if workers else prepared.store.run(job.run_id)
-        found.append(price(job, run, state_of[job.run_id], times, images_of(job)))
-    return found
+        found[job.run_id] = price(job, run, state_of[job.run_id], times, images_of(job))
+    return [found[job.run_id] for job in trainings]
 
 
 def _free_nodes(prices: Sequence[Price]) -> dict[str, list[FreeNode]]:

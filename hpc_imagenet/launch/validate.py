@@ -89,6 +89,8 @@ def validate_jobs(plan: Sequence[Job], store: RunStore) -> dict[str, State]:
     checked = set()  # inputs that several jobs share
     for job in plan:
         store.run(job.run_id).check_format()
+        if state_of[job.run_id].active:
+            STAGES[job.stage].check_active(job.config, store.run(job.run_id))
         if not is_skipped(job):
             _check_mine(store.run(job.run_id), state_of[job.run_id])
         stage, config = STAGES[job.stage], job.config

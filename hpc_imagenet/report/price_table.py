@@ -48,7 +48,10 @@ class PriceReport:
         return _notes_of(each, self.starts.get(each.job.run_id, ""), self.free.get(each.job.run_id, ()))
 
     def as_json(self) -> dict[str, Any]:
-        """Return JSON values: `trainings`, and the whole; null: unknown, or not set. Times are in s."""
+        """Return JSON values: `trainings`, and the whole; null: unknown, or not set. Times are in s.
+
+        Of a search the whole is as if each trial trains to its end.
+        """
         priced = [each for each in self.prices if each.known]
         whole = self.search
         return {
@@ -144,23 +147,29 @@ def _total(prices: Sequence[Price], search: SearchPrice | None) -> str:
 
 def _search_total(search: SearchPrice, unit: str) -> str:
     """Return the line of a whole search."""
+    if not search.trials and search.rest == 0:
+        return f"search.budget={search.budget:g} is spent: no trial begins"
     if not search.trials:
         return "no trial of the search is left: more search.trials would continue it"
-    who = f"{amount(search.trials, 'trials')} by {amount(search.workers, 'workers')}"
-    whole = f"{clock(search.seconds)} and {_number(search.hours)} {unit} if each trains to its end"
-    if search.share is None:
-        parts = [whole]
-    else:
-        seconds, hours = search.share * search.seconds, search.share * search.hours
-        parts = [
-            f"about {clock(seconds)} and {_number(hours)} {unit} if two of three end at each rung",
-            whole,
-        ]
-    parts += [f"money {_number(search.money)}"] if search.money is not None else []
-    parts += [f"{_number(search.kwh)} kWh"] if search.kwh is not None else []
+    who = f"{amount(search.trials, search.noun)} by {amount(search.workers, 'workers')}"
+    who += f", {search.at_once} at a time" if search.at_once < search.workers else ""
+    parts = [f"{_cost(search, unit, 1.0)} if each trains to its end"]
+    if search.share is not None:
+        parts.insert(0, f"about {_cost(search, unit, search.share)} if two of three end at each rung")
     if search.budget is not None:
         parts.append(f"no trial begins after search.budget={search.budget:g}")
     return f"{who}: {' · '.join(parts)}"
+
+
+def _cost(search: SearchPrice, unit: str, share: float) -> str:
+    """Return time, hours, money and energy of a share of a search."""
+    *parts, last = [
+        clock(share * search.seconds),
+        f"{_number(share * search.hours)} {unit}",
+        *([] if search.money is None else [f"money {_number(share * search.money)}"]),
+        *([] if search.kwh is None else [f"{_number(share * search.kwh)} kWh"]),
+    ]
+    return f"{', '.join(parts)} and {last}"
 
 
 def _limit_of_search(report: PriceReport) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import Any
 
 from hpc_imagenet.cluster.dist_env import DistEnv
-from hpc_imagenet.config.schema import Cluster, Config, Datastore
+from hpc_imagenet.config.schema import Cluster, Config, Datastore, Session
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.runs.job import FindVersion
@@ -55,6 +55,22 @@ class SessionStage(Stage):
     def check_output(self, config: Config) -> None:
         """Raise always: the session is started again."""
         raise UserError("an ended session has no output to reuse; submit it again to resume it")
+
+    def check_active(self, config: Config, run: Run) -> None:
+        """Raise for settings that the session does not have; what is left at its default is not compared."""
+        frozen, defaults = run.config(), asdict(Session())
+        running, new = asdict(frozen.session), asdict(config.session)
+        other = {
+            f"session.{name}": new[name] for name in new if new[name] not in (running[name], defaults[name])
+        }
+        if config.session.datastore and config.datastore.url != frozen.datastore.url:
+            other["datastore.url"] = config.datastore.url
+        if other:
+            settings = " ".join(f"{name}={'null' if to is None else to}" for name, to in other.items())
+            raise UserError(
+                f"{run.id} is already running without {settings}: pause it first, then repeat this command, "
+                "or connect to it as it is"
+            )
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         """Serve Jupyter; see `stages.work.session.run`."""

@@ -104,6 +104,10 @@ class Stage(abc.ABC):
     def check_output(self, config: Config) -> None:
         """Check that the output of a finished job still exists, so that the job can be skipped."""
 
+    def check_active(self, config: Config, run: Run) -> None:
+        """Check that a queued or running job can be taken for the one that a command describes."""
+        return
+
     def prepare(self, config: Config, store: RunStore) -> None:
         """Write what the jobs of one command share, before they are submitted."""
         return

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def test_session_is_connected_paused_and_resumed_with_other_settings(cli: Cli, b
         assert hpc_imagenet.submit(" ".join([*SESSION, "wait=true"]))[0].id == run  # returns while it runs
 
     assert "already running" in cli(*SESSION).stdout
+    assert "is already running without session.time=30: pause" in cli.refused(*SESSION, "session.time=30")
     assert "pause it first" in cli.refused("resume", run, "session.time=30")
     assert cli("pause", "ana").stdout.startswith("paused")
     row = session_row()
@@ -276,6 +278,31 @@ def test_session_signature_depends_only_on_its_name(cli: Cli) -> None:
     assert planned_run() == planned_run("session.time=10", "session.gpus=2", "seed=3", "model=vgg11")
     assert planned_run() != planned_run("session.name=bob")
     assert planned_run().endswith("-session-ana")
+
+
+@pytest.mark.parametrize(
+    ("words", "other"),
+    [
+        ((), ""),
+        (("session.gpus=null", "session.time=240"), ""),
+        (("session.datastore=digits", "session.gpus=1"), ""),
+        (("session.datastore=birds", "session.gpus=4"), "session.datastore=birds session.gpus=4"),
+        (("session.idle_minutes=null",), "session.idle_minutes=null"),
+        (("session.datastore=digits", "datastore.url=s3://b/x"), "datastore.url=s3://b/x"),
+    ],
+)
+@pytest.mark.slow
+def test_another_session_than_the_running_one_is_refused(
+    cli: Cli, words: tuple[str, ...], other: str
+) -> None:
+    workspace = f"workspace={cli.workspace}"
+    begun = ("session.datastore=digits", "session.gpus=1", "session.time=30")
+    (running,) = compose([*SESSION, *begun, workspace])
+    run = RunStore(cli.workspace).create("c0ffee00-session-ana", asdict(running), {"stage": "session"})
+    (config,) = compose([*SESSION, *words, workspace])
+    error = f"c0ffee00-session-ana is already running without {other}: pause it first"
+    with pytest.raises(UserError, match=re.escape(error)) if other else contextlib.nullcontext():
+        session_stage.SESSION.check_active(config, run)
 
 
 SHARED = "30 29 254:0 / / rw - ext4 /dev/vda rw\n31 30 254:0 /tmp /tmp rw - ext4 /dev/vda rw\n"

@@ -79,7 +79,7 @@ def search_configs(
     if not space:
         raise UserError(f"+search={algorithm} has nothing to draw: add values or an interval: {EXAMPLE}")
     names = [_name(each) for each in drawn]
-    ends = {name: _ends(space[each.key_or_group]) for name, each in zip(names, drawn, strict=True)}
+    ends = {name: ends_of(space[each.key_or_group]) for name, each in zip(names, drawn, strict=True)}
     groups = [name for name, each in zip(names, drawn, strict=True) if each.key_or_group in _GROUPS]
     plain = {name: values[0] for name, values in ends.items() if name not in groups}
 
@@ -121,6 +121,8 @@ def search_configs(
 def trial_config(config: Config, values: Mapping[str, str]) -> Config:
     """Return the config of a trial, which is that of an ordinary training with the same settings.
 
+    It has the resources of its worker.
+
     Args:
         config: config of a worker.
         values: the drawn value of each dimension, as text in Hydra's grammar.
@@ -128,7 +130,11 @@ def trial_config(config: Config, values: Mapping[str, str]) -> Config:
     from hpc_imagenet.config.compose import with_overrides
 
     groups = [name for name in config.search.space if name in _GROUPS]
-    trained = replace(config, stage=replace(config.stage, name="train"), search=Search())
+    cluster, stages = config.cluster, config.cluster.stage
+    if "search" in stages:
+        cluster = replace(cluster, stage={**stages, "train": stages["search"]})
+    stage = replace(config.stage, name="train")
+    trained = replace(config, cluster=cluster, stage=stage, search=Search())
     if groups:
         sections = json.loads(config.search.choices[_key([values[name] for name in groups])])
         trained = replace(trained, model=Model(**sections["model"]), recipe=Recipe(**sections["recipe"]))
@@ -148,8 +154,8 @@ def change_models(config: Config, change: Callable[[Model, Recipe], Model]) -> C
 
 def sample_values(space: Mapping[str, dict[str, Any]]) -> list[dict[str, str]]:
     """Return possible trials: each end or choice of each dimension, with the first of the others."""
-    first = {name: _ends(dimension)[0] for name, dimension in space.items()}
-    more = [{**first, name: text} for name, each in space.items() for text in _ends(each)[1:]]
+    first = {name: ends_of(dimension)[0] for name, dimension in space.items()}
+    more = [{**first, name: text} for name, each in space.items() for text in ends_of(each)[1:]]
     return [first, *more]
 
 
@@ -213,7 +219,8 @@ def _type_of(key: str) -> Any:
     return inner[0] if len(inner) == 1 else found
 
 
-def _ends(dimension: Mapping[str, Any]) -> list[str]:
+def ends_of(dimension: Mapping[str, Any]) -> list[str]:
+    """Return all choices of a dimension, or both ends of its interval, as text in Hydra's grammar."""
     if "choices" in dimension:
         return list(dimension["choices"])
     return [text_of(dimension[end], dimension) for end in ("low", "high")]

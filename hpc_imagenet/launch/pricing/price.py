@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hpc_imagenet.cluster.gpus import available_gpus
 from hpc_imagenet.config.schema import Cluster, Config, cluster_for
 from hpc_imagenet.datastore.versions import open_version
 from hpc_imagenet.launch.executor import State
@@ -14,6 +15,7 @@ from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.runs.time_record import ZERO, Time, TimeRecord, find_record, training_shape
 from hpc_imagenet.stages.price_stage import PRICE, price_config
+from hpc_imagenet.stages.train_stage import TRAIN
 
 DATA, DEVICE, NETWORK = "data", "device", "network"
 _WAITING = 0.1  # share of the time without data from which a training counts as bound by it
@@ -202,11 +204,20 @@ def images_of(job: Job) -> Images:
 
 def sweep_seconds(prices: Sequence[Price]) -> float:
     """Return the s until all trainings have ended, if as many run at a time as the settings allow."""
-    slots = [0.0] * max((_parallel(each.job.cluster, len(prices)) for each in prices), default=1)
+    slots = [0.0] * max((jobs_at_once(each.job.cluster, len(prices)) for each in prices), default=1)
     for each in prices:
         at = slots.index(min(slots))
         slots[at] += each.total.wall
     return max(slots)
+
+
+def jobs_at_once(cluster: Cluster, jobs: int) -> int:
+    """Return how many of so many trainings, or workers of a search, run at a time."""
+    if cluster.executor == "slurm":
+        most = cluster.array_parallelism
+    else:
+        most = 1 if cluster.executor == "foreground" else _places_here(cluster)
+    return max(1, min(jobs, most))
 
 
 def tasks_of(job: Job) -> int:
@@ -214,9 +225,13 @@ def tasks_of(job: Job) -> int:
     return 1 if job.config.train.share_loader else job.cluster.tasks
 
 
-def _parallel(cluster: Cluster, runs: int) -> int:
-    most = cluster.array_parallelism if cluster.executor == "slurm" else cluster.parallel or 1
-    return max(1, min(runs, most if cluster.executor != "foreground" else 1))
+def _places_here(cluster: Cluster) -> int:
+    """Return how many jobs the local queue runs at a time, each with GPUs of its own."""
+    from hpc_imagenet.launch.local_jobs.local_worker import gpus_for
+
+    gpus = len(available_gpus())
+    places, of_each = cluster.parallel or gpus, gpus_for(cluster, TRAIN.name, gpus)
+    return min(places, gpus // of_each) if 0 < of_each <= gpus else places
 
 
 def _work(job: Job, record: TimeRecord, images: Images, done: float) -> Time:

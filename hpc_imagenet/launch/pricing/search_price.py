@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from hpc_imagenet.config.input.search_space import sample_values, trial_config
+from hpc_imagenet.config.input.search_space import ends_of, sample_values, trial_config
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.config.search import REDUCTION
+from hpc_imagenet.errors import UserError
 from hpc_imagenet.launch.plan import make_plan
-from hpc_imagenet.launch.pricing.price import Price, tasks_of
+from hpc_imagenet.launch.pricing.price import Price, jobs_at_once, tasks_of
+from hpc_imagenet.runs.attempt import FINISHED
 from hpc_imagenet.runs.job import FindVersion, Job
 from hpc_imagenet.runs.store import RunStore
 from hpc_imagenet.runs.time_record import training_shape
-from hpc_imagenet.search.rungs import rung_epochs
-from hpc_imagenet.search.study_files import StudyFiles
+from hpc_imagenet.search.rungs import promotable
+from hpc_imagenet.search.study_files import StudyFiles, TrialRecord
+from hpc_imagenet.stages.search_stage import definition
 from hpc_imagenet.stages.train_stage import TRAIN
+
+_MOST_COMBINATIONS = 64  # of values that decide the time; of more, so many are drawn at random
 
 
 @dataclass(frozen=True)
@@ -24,47 +33,58 @@ class SearchPrice:
     """The price of a search, without queues.
 
     Attributes:
-        trials: those that are left.
+        trials: those that are left; of a `halving` search the trainings of all its rungs.
         workers: jobs that train them.
-        seconds: until the last one ends, if each trains its whole schedule.
-        hours: GPU-hours (without GPUs: CPU-hours) of all, if each trains its whole schedule.
-        share: of both, if two of three trials end at each rung; None: the search has no rungs.
+        at_once: workers that run at a time.
+        seconds: until the last one ends, if each trains to its end, or until the budget is spent.
+        hours: GPU-hours (without GPUs: CPU-hours) of the same.
+        share: of seconds, hours, money and kwh, if two of three trials end at each rung; None: the search
+            prunes none at rungs.
         work: s of all workers together, without startup: `share` of all schedules, or until the budget is
             spent. 0 of a `median` search: how many trials it prunes is not known.
         budget: GPU-hours after which no trial begins; None: unlimited.
-        money: of all, as `hours`; None: no price is set, or there is no GPU.
-        kwh: of all, as `hours`; None: no power is set, or there is no GPU.
+        rest: GPU-hours of the budget that are left; None: unlimited.
+        money: as `hours`; None: no price is set, or there is no GPU.
+        kwh: as `hours`; None: no power is set, or there is no GPU.
+        noun: what `trials` counts: trials or trainings.
     """
 
     trials: int
     workers: int
+    at_once: int
     seconds: float
     hours: float
     share: float | None
     work: float
     budget: float | None
+    rest: float | None
     money: float | None
     kwh: float | None
+    noun: str
 
 
 def possible_trials(worker: Job, find_version: FindVersion) -> list[Job]:
-    """Return trainings that a search may draw, one for each length and speed, with the worker's time limit.
+    """Return trainings that a search may draw, with the resources of a worker.
+
+    There is one for each combination of the values that decide how long a training takes, of an interval its
+    ends. The list repeats the job of those that have one length and speed.
 
     Args:
         worker: a worker of the search.
         find_version: as for `make_plan`.
     """
-    config, limits = worker.config, worker.cluster
     found: dict[str, Job] = {}
-    for values in sample_values(config.search.space):
-        trial = trial_config(config, values)
-        shape = training_shape(trial, cluster_for(trial, TRAIN.name))
-        (job,) = make_plan([trial], find_version)
-        cluster = replace(
-            job.cluster, time=limits.time, max_requeues=limits.max_requeues, sbatch=limits.sbatch
-        )
-        found.setdefault(repr((shape, trial.recipe.epochs)), replace(job, cluster=cluster))
-    return list(found.values())
+    jobs = []
+    for values in _timed_values(worker.config):
+        try:
+            trial = trial_config(worker.config, values)
+        except UserError:  # each value is valid with the first ones of the others, if not with all
+            continue
+        key = _speed(trial)
+        if key not in found:
+            (found[key],) = make_plan([trial], find_version)
+        jobs.append(found[key])
+    return jobs
 
 
 def search_price(config: Config, store: RunStore, trials: Sequence[Price]) -> SearchPrice:
@@ -75,53 +95,112 @@ def search_price(config: Config, store: RunStore, trials: Sequence[Price]) -> Se
         store: runs of the workspace, where the study may have begun.
         trials: prices of `possible_trials`.
     """
-    search = config.search
+    search, cluster = config.search, trials[0].job.cluster
     files = StudyFiles(store, str(search.name))
-    records = files.records()
-    begun = {record.trial for record in records if record.ended}
-    left = max(0, search.trials - len(begun))
-    workers = max(1, min(search.parallel, left))
-    if config.cluster.executor != "slurm":
-        workers = min(workers, config.cluster.parallel or 1)
-    rounds = -(-left // workers)
+    about, records = files.definition or definition(config), files.records()
+    rest = None
+    if search.budget is not None:
+        rest = max(0.0, search.budget - sum(record.hours for record in records))
+    left = _left(about, max(search.trials, files.target), records, is_spent=rest == 0)
+    schedules = sum(count * epochs for count, epochs in left) / about["epochs"]
+    workers = max(1, min(search.parallel, max(count for count, _ in left)))
+    at_once = jobs_at_once(cluster, workers)
 
     def mean(values: Sequence[float | None]) -> float | None:
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known else None
 
+    seconds = mean([each.total.wall for each in trials]) or 0.0
+    share = _share(about)
+    work = (
+        0.0 if search.algorithm == "median" else schedules * (mean([each.work.wall for each in trials]) or 0)
+    )
+    work *= 1.0 if share is None else share
+    cost = schedules
+    if rest and schedules:
+        processes = tasks_of(trials[0].job)
+        work = min(work, 3600 * rest / processes)
+        # What has begun before the budget is spent trains on.
+        most = 3600 * rest / (seconds * processes) + at_once if seconds else math.inf
+        cost = min(schedules, most)
+        share = None if share is None else min(1.0, share * schedules / cost)
+
     def of_all(values: Sequence[float | None]) -> float | None:
         value = mean(values)
-        return None if value is None else left * value
+        return None if value is None else cost * value
 
-    share = _share(trials[0].job.config, search.algorithm)
-    work = 0.0 if search.algorithm == "median" else left * (mean([each.work.wall for each in trials]) or 0.0)
-    work *= 1.0 if share is None else share
-    if search.budget is not None:
-        rest = max(0.0, search.budget - sum(record.hours for record in records))
-        work = min(work, 3600 * rest / tasks_of(trials[0].job))
+    rounds = sum(-(-count // at_once) * epochs for count, epochs in left) / about["epochs"]
     return SearchPrice(
-        trials=left,
+        trials=sum(count for count, _ in left),
         workers=workers,
-        seconds=rounds * (mean([each.total.wall for each in trials]) or 0.0),
+        at_once=at_once,
+        seconds=rounds * seconds * (cost / schedules if schedules else 0.0),
         hours=of_all([each.device_hours for each in trials]) or 0.0,
         share=share,
         work=work,
         budget=search.budget,
+        rest=rest,
         money=of_all([each.money for each in trials]),
         kwh=of_all([each.energy for each in trials]),
+        noun="trainings" if about["algorithm"] == "halving" else "trials",
     )
 
 
-def _share(trial: Config, algorithm: str | None) -> float | None:
-    """Return the epochs that trials take on average, of a whole schedule."""
-    rungs = rung_epochs(trial.recipe.epochs, trial.recipe.warmup_epochs)
-    if len(rungs) == 1:  # the schedule is too short for another one
+def _timed_values(config: Config) -> Iterator[Mapping[str, str]]:
+    """Yield the values of possible trials: all combinations of those that decide how long one takes."""
+    space = config.search.space
+    first, *others = sample_values(space)
+    usual = _speed(trial_config(config, first))
+    deciding = set[str]()
+    for values in others:  # each differs from the first in one dimension
+        if _speed(trial_config(config, values)) != usual:
+            deciding.update(name for name in space if values[name] != first[name])
+    ends = {name: ends_of(each) for name, each in space.items() if name in deciding}
+    combinations: Iterator[tuple[str, ...]] = itertools.product(*ends.values())
+    if math.prod(map(len, ends.values())) > _MOST_COMBINATIONS:
+        rng = random.Random(0)
+        combinations = (tuple(map(rng.choice, ends.values())) for _ in range(_MOST_COMBINATIONS))
+    for combination in combinations:
+        yield {**first, **dict(zip(ends, combination, strict=True))}
+
+
+def _speed(trial: Config) -> str:
+    """Return a text that is equal for trainings of one length and speed."""
+    return repr((training_shape(trial, cluster_for(trial, TRAIN.name)), trial.recipe.sizes))
+
+
+def _left(
+    about: Mapping[str, Any], trials: int, records: list[TrialRecord], is_spent: bool
+) -> list[tuple[int, int]]:
+    """Return how many trainings are left, and their epochs.
+
+    There is one entry for each rung of a `halving` search, which trains a third of its trials again at the
+    next one, and one entry for all trials of another search.
+
+    Args:
+        about: definition of the study.
+        trials: trials that are requested.
+        records: trials that have begun.
+        is_spent: whether none may begin any more.
+    """
+    rungs = about["rungs"] if about["algorithm"] == "halving" else [about["epochs"]]
+    promoted = Counter(rung for _, rung in promotable(records, len(rungs)))
+    found = []
+    for rung, epochs in enumerate(rungs):
+        here = [record for record in records if record.rung == rung]
+        ended = sum(record.ended for record in here)
+        finished = sum(record.state == FINISHED for record in here)
+        begun = len(here) - ended
+        left = begun if is_spent else max(trials - ended, begun + promoted[rung])
+        found.append((left, epochs))
+        trials = (finished + left) // REDUCTION
+    return found
+
+
+def _share(about: Mapping[str, Any]) -> float | None:
+    """Return the epochs that trials take on average, of a whole schedule; None: none is pruned at rungs."""
+    rungs: list[int] = about["rungs"]
+    if about["algorithm"] != "asha" or len(rungs) == 1:  # or the schedule is too short for another one
         return None
-    if algorithm == "asha":  # a trial goes on from rung to rung
-        steps = [after - before for before, after in zip([0, *rungs], rungs, strict=False)]
-    elif algorithm == "halving":  # each rung is a training of its own
-        steps = rungs
-    else:
-        return None
-    epochs = math.fsum(step / REDUCTION**number for number, step in enumerate(steps))
-    return epochs / trial.recipe.epochs
+    steps = [after - before for before, after in zip([0, *rungs], rungs, strict=False)]
+    return math.fsum(step / REDUCTION**number for number, step in enumerate(steps)) / float(about["epochs"])

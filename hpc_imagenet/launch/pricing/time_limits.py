@@ -108,8 +108,8 @@ def _check_search(worker: Job, store: RunStore, find_version: FindVersion, sizes
         minutes = search.work / search.workers / 60
         pruned = " if two of three end at each rung" if search.share is not None else ""
         raise UserError(
-            f"{time}: for {search.trials} trials each of {search.workers} workers needs about {minutes:.0f} "
-            f"minutes{pruned} ({shown}), more than it has with {requeues}: set {fix}"
+            f"{time}: for {search.trials} {search.noun} each of {search.workers} workers needs about "
+            f"{minutes:.0f} minutes{pruned} ({shown}), more than it has with {requeues}: set {fix}"
         )
 
 
