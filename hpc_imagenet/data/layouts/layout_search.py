@@ -16,7 +16,7 @@ from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, scan_fo
 from hpc_imagenet.data.layouts.joined_tables import read_joined
 from hpc_imagenet.data.layouts.split_folders import find_base, find_splits, folders_beside, folders_named
 from hpc_imagenet.data.layouts.split_names import SPLITS, split_of
-from hpc_imagenet.data.layouts.table_labels import TableLabels, names_for_numbers, read_labels
+from hpc_imagenet.data.layouts.table_labels import TableLabels, joined_classes, names_for_numbers, read_labels
 from hpc_imagenet.data.layouts.table_search import TableSearch, read_list
 from hpc_imagenet.errors import UserError, did_you_mean
 
@@ -74,6 +74,7 @@ class LayoutSearch:
         classes = self._train_path or f"folder:{level}"
         train = self._samples["train"]
         self.warnings += self._tables.check_splits(train, self._tree, self._dataset, classes, self._table)
+        self.warnings += joined_classes(self._train_table.values())
         self._name_numbers()
         rest = self._tree.total - sum(map(len, self._samples.values())) - self._left.total()
         self._left["beside the splits and classes"] += rest
