@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder
+from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, has_foreign_photos
 from hpc_imagenet.data.layouts.split_names import is_series_of_parts, split_of
 from hpc_imagenet.errors import UserError
 
@@ -106,15 +106,17 @@ def class_of(path: str, folder: Folder, level: int) -> str | None:
 
 
 def empty_classes(folder: Folder, level: int, pool: bool) -> Iterator[str]:
-    """Yield the names of class folders without images.
+    """Yield the names of class folders without images that Pillow decodes.
 
     Args:
         folder: the folder with the class folders.
         level: their level.
-        pool: whether it is the dataset's folder, so that folders of other files are no class folders.
+        pool: whether it is the dataset's folder, so that folders without any photos are no class folders.
     """
     level_folders = [folder]
     for _ in range(level):
         level_folders = [inner for each in level_folders for inner in each.folders]
     if level != WHOLE_PATH:
-        yield from (each.name for each in level_folders if not each.total and (each.is_empty or not pool))
+        for each in level_folders:
+            if not each.total and (not pool or each.is_empty or has_foreign_photos(each)):
+                yield each.name
