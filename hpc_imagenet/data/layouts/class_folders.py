@@ -120,3 +120,37 @@ def empty_classes(folder: Folder, level: int, pool: bool) -> Iterator[str]:
         for each in level_folders:
             if not each.total and (not pool or each.is_empty or has_foreign_photos(each)):
                 yield each.name
+
+
+def unlabelled(
+    folder: Folder, path: str, alone: str, beside: list[Folder], source: str, unused: str
+) -> UserError:
+    """Return the error of images that are in no class folder and in no table.
+
+    Args:
+        folder: where they are.
+        path: of one of them.
+        alone: name of their one folder, if it may be a class.
+        beside: if it is that of train, the folder and those beside it.
+        source: dataset.source.
+        unused: why a table is not theirs.
+    """
+    if alone and alone.lower() not in IMAGE_FOLDERS and not split_of(alone):
+        where = f"{source}/{folder.path}".removesuffix(alone).rstrip("/")
+        return UserError(
+            f"{where} has one class folder only, {alone}; a class needs others beside it, unless "
+            "dataset.labels=TABLE or, for names such as cat_1.jpg, dataset.labels=filename gives the "
+            f"classes{unused}"
+        )
+    if parts := [each.name for each in folder.filled]:
+        return UserError(
+            f"{source}: {parts[0]} … {parts[-1]} may be classes, or parts of one set without a "
+            f"table of classes; set dataset.labels=folder:1 or dataset.labels=TABLE{unused}"
+        )
+    if split_of(folder.name) and not all(split_of(each.name) for each in beside):
+        unused = f", or dataset.labels=folder:1 if {folder.name} is a class{unused}"
+    return UserError(
+        f"{source}/{path} is in no class folder, and no table gives its class; set "
+        "dataset.labels=TABLE, or dataset.labels=filename if names such as cat_1.jpg begin with it"
+        f"{unused}"
+    )
