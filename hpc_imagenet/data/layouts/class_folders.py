@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, has_foreign_photos
-from hpc_imagenet.data.layouts.split_names import is_series_of_parts, split_of
+from hpc_imagenet.data.layouts.split_names import is_series_of_parts, is_split, split_of
 from hpc_imagenet.errors import UserError
 
 # A level is the depth of the class folders: 1 for the folders of the folder that is searched, 2 for those in
@@ -120,6 +120,35 @@ def empty_classes(folder: Folder, level: int, pool: bool) -> Iterator[str]:
         for each in level_folders:
             if not each.total and (not pool or each.is_empty or has_foreign_photos(each)):
                 yield each.name
+
+
+def require_classes(folder: Folder, source: str, named: Collection[str]) -> None:
+    """Require that no folder beside class folders may be a split, as `test` beside `cat` and `dog`.
+
+    Args:
+        folder: the folder with the class folders.
+        source: dataset.source, for errors.
+        named: splits that a setting names, which are elsewhere.
+
+    Raises:
+        UserError: one may be.
+    """
+    held_out = [each for each in folder.filled if is_split(each.name) and split_of(each.name) != "train"]
+    classes = [
+        each.name
+        for each in folder.filled
+        if each not in held_out
+        and (each.images or all(inner.name.lower() in IMAGE_FOLDERS for inner in each.filled))
+    ]
+    for each in held_out:
+        split = split_of(each.name)
+        if len(classes) > 1 and split not in named:  # a split would leave one class only
+            table = " with a table of their classes" if is_flat(each) else ""
+            raise UserError(
+                f"{source}/{each.path} is beside {classes[0]} and {classes[1]}, and may be a class or have "
+                f"images of {split}; set dataset.labels=folder:1 if it is a class, or "
+                f"dataset.splits.{split}={each.path}{table}, or move it out of {source}"
+            )
 
 
 def unlabelled(

@@ -153,6 +153,8 @@ class LayoutSearch:
             lists |= self._tables.more_lists(base, self._columns, need_labels, folders, lists)
         pool: Labels = {}  # the images outside of folders of splits
         if not {"train"} & {*folders, *lists} and base.total:
+            if self._dataset.labels is None:
+                class_folders.require_classes(base, self.source, explicit)
             pool = self._label_folders("train", [base], True, pool=True)
         for split in SPLITS:
             if split in folders:

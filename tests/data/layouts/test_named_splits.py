@@ -155,3 +155,34 @@ def test_lists_without_training_images_beside_folders_change_nothing(tmp_path: P
     found = find(tmp_path, ["{train,val}/{a,b}/{1..4}.jpg"], files)
     assert [len(images) for images in found.splits.values()] == [8, 8, 0]
     assert found.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("images", "split", "table", "counts"),
+    [
+        ("test/{1..3}.jpg", "test", True, [12, 2, 3]),
+        ("validation/{1..3}.jpg", "val", True, [14, 3, 0]),
+        ("val/robin/{1..3}.jpg", "val", False, [14, 3, 0]),
+        ("val/{robin,wren}/1.jpg", "val", False, [14, 2, 0]),
+    ],
+)
+def test_a_folder_beside_class_folders_may_be_a_split(
+    tmp_path: Path, images: str, split: str, table: bool, counts: list[int]
+) -> None:
+    settings: dict[str, Any] = {"val_fraction": 0.15} if split == "test" else {}
+    folder = images.partition("/")[0]
+    line = refusal(tmp_path, ["{robin,wren}/{1..7}.jpg", images], val_fraction=0.15)
+    setting = f"dataset.splits.{split}={folder}{' with a table of their classes' if table else ''}"
+    assert line == (
+        f"SOURCE/{folder} is beside robin and wren, and may be a class or have images of {split}; set "
+        f"dataset.labels=folder:1 if it is a class, or {setting}, or move it out of SOURCE"
+    )
+    found = find(tmp_path, [], labels="folder:1", val_fraction=0.15)
+    assert found.classes == tuple(sorted(("robin", "wren", folder)))
+    files: Files = {f"{folder}.csv": "file,label\n1.jpg,robin\n2.jpg,wren\n3.jpg,wren\n"} if table else {}
+    assert counts_of(tmp_path, [], files, splits={split: folder}, **settings) == counts
+
+
+@pytest.mark.parametrize("images", ["{valid,invalid}/{1..4}.jpg", "{a,b,test bench}/{1..4}.jpg"])
+def test_classes_are_not_taken_for_splits(tmp_path: Path, images: str) -> None:
+    assert counts_of(tmp_path, [images], val_fraction=0.25)[2] == 0
