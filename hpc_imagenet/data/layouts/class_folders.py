@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder
-from hpc_imagenet.data.layouts.split_names import is_series_of_parts, split_of
+from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, has_foreign_photos
+from hpc_imagenet.data.layouts.split_names import is_series_of_parts, is_split, split_of
 from hpc_imagenet.errors import UserError
 
 # A level is the depth of the class folders: 1 for the folders of the folder that is searched, 2 for those in
@@ -106,15 +106,80 @@ def class_of(path: str, folder: Folder, level: int) -> str | None:
 
 
 def empty_classes(folder: Folder, level: int, pool: bool) -> Iterator[str]:
-    """Yield the names of class folders without images.
+    """Yield the names of class folders without images that Pillow decodes.
 
     Args:
         folder: the folder with the class folders.
         level: their level.
-        pool: whether it is the dataset's folder, so that folders of other files are no class folders.
+        pool: whether it is the dataset's folder, so that folders without any photos are no class folders.
     """
     level_folders = [folder]
     for _ in range(level):
         level_folders = [inner for each in level_folders for inner in each.folders]
     if level != WHOLE_PATH:
-        yield from (each.name for each in level_folders if not each.total and (each.is_empty or not pool))
+        for each in level_folders:
+            if not each.total and (not pool or each.is_empty or has_foreign_photos(each)):
+                yield each.name
+
+
+def require_classes(folder: Folder, source: str, named: Collection[str]) -> None:
+    """Require that no folder beside class folders may be a split, as `test` beside `cat` and `dog`.
+
+    Args:
+        folder: the folder with the class folders.
+        source: dataset.source, for errors.
+        named: splits that a setting names, which are elsewhere.
+
+    Raises:
+        UserError: one may be.
+    """
+    held_out = [each for each in folder.filled if is_split(each.name) and split_of(each.name) != "train"]
+    classes = [
+        each.name
+        for each in folder.filled
+        if each not in held_out
+        and (each.images or all(inner.name.lower() in IMAGE_FOLDERS for inner in each.filled))
+    ]
+    for each in held_out:
+        split = split_of(each.name)
+        if len(classes) > 1 and split not in named:  # a split would leave one class only
+            table = " with a table of their classes" if is_flat(each) else ""
+            raise UserError(
+                f"{source}/{each.path} is beside {classes[0]} and {classes[1]}, and may be a class or have "
+                f"images of {split}; set dataset.labels=folder:1 if it is a class, or "
+                f"dataset.splits.{split}={each.path}{table}, or move it out of {source}"
+            )
+
+
+def unlabelled(
+    folder: Folder, path: str, alone: str, beside: list[Folder], source: str, unused: str
+) -> UserError:
+    """Return the error of images that are in no class folder and in no table.
+
+    Args:
+        folder: where they are.
+        path: of one of them.
+        alone: name of their one folder, if it may be a class.
+        beside: if it is that of train, the folder and those beside it.
+        source: dataset.source.
+        unused: why a table is not theirs.
+    """
+    if alone and alone.lower() not in IMAGE_FOLDERS and not split_of(alone):
+        where = f"{source}/{folder.path}".removesuffix(alone).rstrip("/")
+        return UserError(
+            f"{where} has one class folder only, {alone}; a class needs others beside it, unless "
+            "dataset.labels=TABLE or, for names such as cat_1.jpg, dataset.labels=filename gives the "
+            f"classes{unused}"
+        )
+    if parts := [each.name for each in folder.filled]:
+        return UserError(
+            f"{source}: {parts[0]} … {parts[-1]} may be classes, or parts of one set without a "
+            f"table of classes; set dataset.labels=folder:1 or dataset.labels=TABLE{unused}"
+        )
+    if split_of(folder.name) and not all(split_of(each.name) for each in beside):
+        unused = f", or dataset.labels=folder:1 if {folder.name} is a class{unused}"
+    return UserError(
+        f"{source}/{path} is in no class folder, and no table gives its class; set "
+        "dataset.labels=TABLE, or dataset.labels=filename if names such as cat_1.jpg begin with it"
+        f"{unused}"
+    )

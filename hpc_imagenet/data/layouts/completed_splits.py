@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.ilsvrc.labels_file import MAX_ID_BYTES, class_id
+from hpc_imagenet.data.layouts.folder_tree import foreign_images
 from hpc_imagenet.data.layouts.split_names import class_keys, natural_key, same_class
 from hpc_imagenet.errors import UserError
 
@@ -83,9 +84,11 @@ def match_classes(
             for name in absent:
                 if similar := alike.get(_letters(name)):
                     raise UserError(f"{source}: {similar} of train is {name} elsewhere; rename one of them")
+            endings = " and ".join(foreign_images(skipped))
+            convert = f", convert the {endings} files, which Pillow does not decode" if endings else ""
             raise UserError(
-                f"{source} has no training images of {shown}; add images, or set dataset.empty_classes=skip "
-                "to leave these classes out of all splits"
+                f"{source} has no training images of {shown}; add images{convert}, or set "
+                "dataset.empty_classes=skip to leave these classes out of all splits"
             )
         for split, labels in samples.items():
             samples[split] = {path: name for path, name in labels.items() if name in trained}

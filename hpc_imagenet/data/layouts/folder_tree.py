@@ -20,7 +20,8 @@ IMAGE_ENDINGS = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif", ".ico", ".pcx", ".ras"),
 )
 # Images that Pillow does not decode: they are skipped with a warning.
-_FOREIGN_ENDINGS = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".orf", ".raf", ".svg", ".dcm", ".jxl")
+_FOREIGN_PHOTOS = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".orf", ".raf", ".dcm", ".jxl")
+_FOREIGN_ENDINGS = (*_FOREIGN_PHOTOS, ".svg")
 _SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 _SYSTEM_FOLDERS = (
     "__macosx",
@@ -204,3 +205,8 @@ def _drop_masks(folder: Folder, skipped: Counter[str]) -> None:
 def foreign_images(skipped: Counter[str]) -> dict[str, int]:
     """Return ending → number of skipped files that are images which Pillow cannot decode."""
     return {end: n for end in _FOREIGN_ENDINGS if (n := skipped[f"not an image ({end})"])}
+
+
+def has_foreign_photos(folder: Folder) -> bool:
+    """Whether a folder, or one below it, has photos that Pillow cannot decode."""
+    return any(name.lower().endswith(_FOREIGN_PHOTOS) for each in folder.walk() for name in each.others)

@@ -21,6 +21,7 @@ from pathlib import Path
 from posixpath import splitext
 from typing import Any
 
+from hpc_imagenet.data.layouts.folder_tree import IMAGE_ENDINGS
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import decode_json
 from hpc_imagenet.io.mat_file import flat, read_mat
@@ -29,6 +30,17 @@ TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".txt", ".lst", ".jsonl", ".json", ".ma
 _SAMPLE = 100  # lines that decide how a list is read
 _MAX_BYTES = 1 << 30  # larger files have more than labels
 _NUMBER = re.compile(r"-?[0-9.]+")
+# Headers in lower case without _ - and spaces, the likelier ones first.
+IMAGE_HEADERS = (
+    *("filename", "filepath", "filepaths", "file", "imagepath", "path", "image", "imagename", "imagefile"),
+    *("imageid", "img", "imgname", "imgpath", "imageindex", "idcode", "id", "uuid", "name"),
+)
+LABEL_HEADERS = (
+    *("labelname", "classname", "categoryname", "label", "labels", "class", "classes", "category", "target"),
+    *("breed", "species", "dx", "diagnosis", "level", "findinglabels", "classid", "labelid", "categoryid"),
+    *("classidx", "labelidx", "classindex", "targetid", "y"),
+)
+SPLIT_HEADERS = ("split", "splits", "datasplit", "subset", "partition")  # mean nothing else
 
 IsImage = Callable[[str], bool]
 Rows = list[list[str]]
@@ -43,12 +55,14 @@ class Table:
         header: names of the columns; their numbers from 1 on if the file has no header.
         rows: one per image, each of as many values as the header.
         problem: which row was cut or filled up, so that its class may be wrong; empty if none was.
+        nested: names of the fields with lists or objects, which are no columns.
     """
 
     path: str
     header: list[str]
     rows: Rows
     problem: str = ""
+    nested: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -89,14 +103,14 @@ def read_table(root: Path, path: str, is_image: IsImage) -> Table | None:
             return None
     if ending == ".json":
         try:
-            return _table(path, _json_rows(decode_json(read_text(file))))
+            data = decode_json(read_text(file))
+            return _table(path, _json_rows(data), nested=_nested(data))
         except (ValueError, KeyError, TypeError):  # not JSON, or of another form
             return None
     if ending == ".jsonl":
         try:
-            return _table(
-                path, _objects([decode_json(line) for line in read_text(file).split("\n") if line.strip()])
-            )
+            items = [decode_json(line) for line in read_text(file).split("\n") if line.strip()]
+            return _table(path, _objects(items), nested=_nested(items))
         except ValueError:
             return None
     if ending in (".csv", ".tsv", ".tab"):
@@ -104,11 +118,13 @@ def read_table(root: Path, path: str, is_image: IsImage) -> Table | None:
     return _read_list(path, read_text(file), is_image)
 
 
-def _table(path: str, rows: Rows | None, is_image: IsImage | None = None) -> Table | None:
+def _table(
+    path: str, rows: Rows | None, is_image: IsImage | None = None, nested: tuple[str, ...] = ()
+) -> Table | None:
     """Return rows as a table; the first one is the header, unless it names an image."""
     if not rows:
         return None
-    if is_image and any(is_image(value) for value in rows[0] if value.strip()):
+    if is_image and not _has_header(rows, is_image):
         header = [str(number) for number in range(1, len(rows[0]) + 1)]
     else:
         header, rows = [name.strip() for name in rows[0]], rows[1:]
@@ -122,7 +138,25 @@ def _table(path: str, rows: Rows | None, is_image: IsImage | None = None) -> Tab
         if fix and not problem:
             problem = f"{path}: row {number} has {len(row)} columns, the first {len(header)}; {fix}"
         row[len(header) :] = [""] * (len(header) - len(row))
-    return Table(path, header, rows, problem) if rows else None
+    return Table(path, header, rows, problem, nested) if rows else None
+
+
+def _has_header(rows: Rows, is_image: IsImage) -> bool:
+    """Whether the first row has the headers, one of which may be that of an image: `image` of image.jpg."""
+    first = [value.strip() for value in rows[0]]
+    if any(value.lower().endswith(IMAGE_ENDINGS) for value in first):
+        return False
+    images = [place for place, value in enumerate(first) if value and is_image(value)]
+    known = [plain(value) in (*IMAGE_HEADERS, *LABEL_HEADERS, *SPLIT_HEADERS) for value in first]
+    if all(known[place] for place in images) and (not images or sum(known) > 1):
+        return True
+    below = [row[place] for row in rows[1:_SAMPLE] for place in images if place < len(row)]
+    return bool(below) and all(value.strip().lower().endswith(IMAGE_ENDINGS) for value in below)
+
+
+def plain(name: str) -> str:
+    """Return a header in lower case without _ - and spaces."""
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 def read_text(file: Path) -> str:
@@ -166,8 +200,10 @@ def _read_list(path: str, text: str, is_image: IsImage) -> Table | None:
         sample = [split(line) for line in lines[:_SAMPLE]]
         if not sample or len({len(row) for row in sample}) > 1:
             continue
-        header = not is_image(sample[0][0])  # such as `path label`
+        first = sample[0][0]
+        header = not is_image(first) or _has_header(sample, is_image)  # such as `path label`
         if len(sample) > header and all(is_image(row[0]) for row in sample[header:]):
+            header = header and not first.lower().endswith(IMAGE_ENDINGS)  # that of an absent image
             rows = [split(line) for line in lines[header:]]
             width, columns = len(rows[0]), ["1", "2"][: len(rows[0])]
             other = next((number for number, row in enumerate(rows, 1 + header) if len(row) != width), None)
@@ -233,8 +269,23 @@ def _objects(items: list[Any]) -> Rows | None:
     if not items or not all(isinstance(item, dict) for item in items):
         return None
     header = list(dict.fromkeys(key for item in items for key in item))
-    scalar = [key for key in header if not any(isinstance(item.get(key), (dict, list)) for item in items)]
-    return [scalar, *([_text(item.get(key)) for key in scalar] for item in items)]
+    nested = _nested(items)
+    scalar = [key for key in header if key not in nested]
+    return [scalar, *([_text(_value(key, item)) for key in scalar] for item in items)]
+
+
+def _nested(items: Any) -> tuple[str, ...]:
+    """Return the fields of a list of objects that have lists or objects."""
+    objects = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    return tuple({key: 0 for each in objects for key in each if isinstance(_value(key, each), (dict, list))})
+
+
+def _value(key: str, item: dict[str, Any]) -> Any:
+    """Return the value of a field; of a list of one class that class."""
+    value = item.get(key)
+    if isinstance(value, list) and len(value) < 2 and plain(key) in LABEL_HEADERS:
+        return value[0] if value else None
+    return value
 
 
 def _text(value: Any) -> str:

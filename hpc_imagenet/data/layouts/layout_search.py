@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from posixpath import splitext
 
@@ -12,11 +13,11 @@ from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.layouts import class_folders
 from hpc_imagenet.data.layouts.class_folders import WHOLE_PATH, class_of, descend, is_flat
 from hpc_imagenet.data.layouts.completed_splits import Labels
-from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, scan_folder
+from hpc_imagenet.data.layouts.folder_tree import Folder, scan_folder
 from hpc_imagenet.data.layouts.joined_tables import read_joined
 from hpc_imagenet.data.layouts.split_folders import find_base, find_splits, folders_beside, folders_named
 from hpc_imagenet.data.layouts.split_names import SPLITS, split_of
-from hpc_imagenet.data.layouts.table_labels import TableLabels, names_for_numbers, read_labels
+from hpc_imagenet.data.layouts.table_labels import TableLabels, joined_classes, names_for_numbers, read_labels
 from hpc_imagenet.data.layouts.table_search import TableSearch, read_list
 from hpc_imagenet.errors import UserError, did_you_mean
 
@@ -55,6 +56,7 @@ class LayoutSearch:
         self._train_path = ""  # of that table
         self._train_level: int | None = None
         self._train_names: set[str] = set()  # of the folders beside the class folders of train
+        self._unlisted: set[str] = set()  # splits of which lists may hold images of a folder train out
         # At most one of these is set, by dataset.labels.
         self._level: int | None = None
         self._pattern: re.Pattern[str] | None = None
@@ -73,7 +75,10 @@ class LayoutSearch:
         level = "path" if self._train_level == WHOLE_PATH else self._train_level or 1
         classes = self._train_path or f"folder:{level}"
         train = self._samples["train"]
-        self.warnings += self._tables.check_splits(train, self._tree, self._dataset, classes, self._table)
+        self.warnings += self._tables.check_splits(
+            train, self._tree, self._dataset, classes, self._table, self._unlisted
+        )
+        self.warnings += joined_classes(self._train_table.values())
         self._name_numbers()
         rest = self._tree.total - sum(map(len, self._samples.values())) - self._left.total()
         self._left["beside the splits and classes"] += rest
@@ -130,8 +135,8 @@ class LayoutSearch:
             self._table = read_labels(joined, self._tables.index([self._tree]), None)
         if not explicit and self._table and self._table.splits:
             return self._assign_table(self._table)
-        if not lists:
-            more = self._more_split_folders(base, folders)
+        if "train" not in lists:
+            more = self._more_split_folders(base, folders, lists)
             if more and "train" not in {*more, *folders}:
                 seen = " and ".join(folder.path for found in more.values() for folder in found)
                 raise UserError(f"{self.source} has {seen}, but no train; set dataset.splits.train=FOLDER")
@@ -141,22 +146,31 @@ class LayoutSearch:
             by_folder = self._dataset.labels is None or self._level == 1
             if by_folder and class_folders.splits_in_classes(base):
                 return self._assign_splits_in_classes(base)
-            lists = self._tables.lists([base], self._columns, not self._has_level(base))
+        if "train" in folders:
+            self._unlisted = {"val", "test"} - {*folders, *lists}
+        elif "train" not in lists:  # it is what the other splits leave, so lists of these are needed
+            need_labels = not self._has_level(base)
+            lists |= self._tables.more_lists(base, self._columns, need_labels, folders, lists)
         pool: Labels = {}  # the images outside of folders of splits
         if not {"train"} & {*folders, *lists} and base.total:
+            if self._dataset.labels is None:
+                class_folders.require_classes(base, self.source, explicit)
             pool = self._label_folders("train", [base], True, pool=True)
         for split in SPLITS:
             if split in folders:
                 self._samples[split] |= self._label_folders(split, folders[split], split in explicit)
             elif split in lists:
-                pool = pool or self._label_pool(base, lists[split])
-                self._samples[split] = self._label_list(split, lists[split], pool, split in explicit)
-        if "train" not in folders and "train" not in lists:
-            listed = {path for labels in lists.values() for path in labels.labels}.union(
-                *self._samples.values()
-            )
-            self._samples["train"] = {path: name for path, name in pool.items() if path not in listed}
-        self.how += ", splits by folders" if folders else ", splits by lists" if lists else ""
+                known = self._samples["train"] if "train" in folders else {}
+                if not known.keys() & lists[split].labels.keys():
+                    known = pool = pool or self._label_pool(base, lists[split])
+                self._samples[split] = self._label_list(split, lists[split], known, split in explicit)
+        if "train" not in lists:
+            others = () if "train" in folders else self._samples.values()
+            listed = {path for labels in lists.values() for path in labels.labels}.union(*others)
+            rest = self._samples["train"] if "train" in folders else pool
+            self._samples["train"] = {path: name for path, name in rest.items() if path not in listed}
+        kinds = [kind for kind, found in (("folders", folders), ("lists", lists)) if found]
+        self.how += f", splits by {' and '.join(kinds)}" if kinds else ""
         return None
 
     def _list_named(self, split: str, value: str) -> TableLabels:
@@ -172,7 +186,9 @@ class LayoutSearch:
             raise UserError(f"{setting}={value}: no column of it names an image of {self.source}")
         return labels
 
-    def _more_split_folders(self, base: Folder, known: dict[str, list[Folder]]) -> dict[str, list[Folder]]:
+    def _more_split_folders(
+        self, base: Folder, known: dict[str, list[Folder]], lists: Collection[str]
+    ) -> dict[str, list[Folder]]:
         if self._level is None and not class_folders.splits_in_classes(base):
             base = find_base(base, self.source)
 
@@ -182,9 +198,9 @@ class LayoutSearch:
             return self._tables.labels_for("train", folders, self._tree) is not None
 
         found = find_splits(base, self.source, is_labelled, self._level in (1, WHOLE_PATH), self._left)
-        found = {split: folders for split, folders in found.items() if split not in known}
+        found = {split: folders for split, folders in found.items() if split not in {*known, *lists}}
         used = [folder for folders in (*found.values(), *known.values()) for folder in folders]
-        if found and "train" in {*found, *known}:
+        if found and "train" in {*found, *known} and not lists:
             others = [folder for folder in folders_beside(used, self._tree) if folder.total]
             if others:
                 names = ", ".join(folder.path for folder in others[:4])
@@ -344,28 +360,9 @@ class LayoutSearch:
                 self._skip_test(folders[0].path, total)
                 return {}
             path = next(folders[0].paths(), folders[0].path)
+            beside = self._folders[folders[0].path.rpartition("/")[0]].filled if split == "train" else []
             unused = self._tables.describe_unused(path)
-            if alone and alone.lower() not in IMAGE_FOLDERS and not split_of(alone):
-                where = f"{self.source}/{folders[0].path}".removesuffix(alone).rstrip("/")
-                raise UserError(
-                    f"{where} has one class folder only, {alone}; a class needs others beside it, unless "
-                    "dataset.labels=TABLE or, for names such as cat_1.jpg, dataset.labels=filename gives the "
-                    f"classes{unused}"
-                )
-            if parts := [folder.name for folder in folders[0].filled]:
-                raise UserError(
-                    f"{self.source}: {parts[0]} … {parts[-1]} may be classes, or parts of one set without a "
-                    f"table of classes; set dataset.labels=folder:1 or dataset.labels=TABLE{unused}"
-                )
-            beside = self._folders[folders[0].path.rpartition("/")[0]].filled
-            named = split == "train" and split_of(folders[0].name)
-            if named and not all(split_of(folder.name) for folder in beside):
-                unused = f", or dataset.labels=folder:1 if {folders[0].name} is a class{unused}"
-            raise UserError(
-                f"{self.source}/{path} is in no class folder, and no table gives its class; set "
-                "dataset.labels=TABLE, or dataset.labels=filename if names such as cat_1.jpg begin with it"
-                f"{unused}"
-            )
+            raise class_folders.unlabelled(folders[0], path, alone, beside, self.source, unused)
         self._complete(found)
         labels = {path: label for path, label in found.labels.items() if label}
         self._left[f"not in {found.table.path}"] += total - len(found.labels)

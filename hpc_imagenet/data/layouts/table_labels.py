@@ -9,24 +9,19 @@ from itertools import islice
 from posixpath import splitext
 
 from hpc_imagenet.data.layouts.image_index import ImageIndex, ambiguity, rank_folders
-from hpc_imagenet.data.layouts.label_table import Table
+from hpc_imagenet.data.layouts.label_table import (
+    IMAGE_HEADERS,
+    LABEL_HEADERS,
+    SPLIT_HEADERS,
+    Table,
+    plain,
+)
 from hpc_imagenet.data.layouts.split_names import SPLITS, is_split, split_of
 from hpc_imagenet.errors import UserError, did_you_mean
 
 _ONE = "only datasets with one class per image are supported"
 _SAMPLE = 50  # rows that decide which column names the images
-# Headers in lower case without _ - and spaces, the likelier ones first.
-_IMAGE_HEADERS = (
-    *("filename", "filepath", "filepaths", "file", "imagepath", "path", "image", "imagename", "imagefile"),
-    *("imageid", "img", "imgname", "imgpath", "imageindex", "idcode", "id", "uuid", "name"),
-)
-_LABEL_HEADERS = (
-    *("labelname", "classname", "categoryname", "label", "labels", "class", "classes", "category", "target"),
-    *("breed", "species", "dx", "diagnosis", "level", "findinglabels", "classid", "labelid", "categoryid"),
-    *("classidx", "labelidx", "classindex", "targetid", "y"),
-)
 _NUMBER = re.compile(r"[+-]?[0-9]*[.,]?[0-9]*")
-_SPLIT_HEADERS = ("split", "splits", "datasplit", "subset", "partition")  # mean nothing else
 _MAYBE_SPLIT_HEADERS = ("set", "phase", "dataset", "usage", "group")
 _MAX_SPLITS = 6  # values of a column of splits that has another header
 
@@ -95,6 +90,8 @@ def read_labels(
     """
     for name in columns:
         if name and name not in table.header:
+            if name in table.nested:
+                raise _several_values(table, name)
             raise UserError(f"{table.path} has no column {name}{did_you_mean(name, table.header)}")
     image = columns[0] if len(columns) > 1 else _image_column(table, index)
     if image is None:
@@ -194,9 +191,41 @@ def _resolve(
     if result.problem:
         result.splits.clear()
     names = set(filter(None, values or ()))
-    for name in names:
-        if "|" in name and names.issuperset(name.split("|")):
-            raise UserError(f"{table.path} has several classes for one image, such as {name}; {_ONE}")
+    if name := _first_joined(names, "|;"):
+        raise UserError(f"{table.path} has several classes for one image, such as {name}; {_ONE}")
+
+
+def _first_joined(names: Collection[str], marks: str) -> str | None:
+    """Return the first name that joins other names by one of some characters; None if there is none."""
+    known = set(names)
+    return next(
+        (
+            name
+            for name in sorted(known)
+            for mark in marks
+            if mark in name and known.issuperset(map(str.strip, name.split(mark)))
+        ),
+        None,
+    )
+
+
+def joined_classes(names: Collection[str]) -> list[str]:
+    """Return a warning if a class may be several in one cell, as `cat, dog` beside `cat` and `dog`.
+
+    It may also have that name: ImageNet has `tiger cat` and `tiger`.
+
+    Args:
+        names: classes of images in a table.
+    """
+    name = _first_joined(names, ",/ ")
+    return [f"{name!r} is taken as a class, though its parts are classes, too; {_ONE}"] if name else []
+
+
+def _several_values(table: Table, name: str) -> UserError:
+    return UserError(
+        f"{table.path}: {name} has lists or objects, and {_ONE}; set dataset.labels='{table.path}:COLUMN' if "
+        "another column has the classes"
+    )
 
 
 def _contradiction(table: Table, reference: str, first: str, second: str) -> str:
@@ -211,9 +240,9 @@ def _image_column(table: Table, index: ImageIndex) -> str | None:
         place = table.header.index(column)
         sample = [row[place] for row in islice(table.rows, _SAMPLE) if row[place].strip()]
         found = sum(value in index for value in sample)
-        return found * 2 > len(sample) or (found > 0 and _plain(column) in _IMAGE_HEADERS)
+        return found * 2 > len(sample) or (found > 0 and plain(column) in IMAGE_HEADERS)
 
-    by_name = sorted(table.header, key=lambda name: _place(name, _IMAGE_HEADERS))
+    by_name = sorted(table.header, key=lambda name: _place(name, IMAGE_HEADERS))
     return next((name for name in by_name if name and names_images(name)), None)
 
 
@@ -236,7 +265,7 @@ def _split_column(table: Table, others: Sequence[str]) -> tuple[str | None, str]
         else:
             found[name] = splits
     names = list(found)
-    if unknown and not any(_plain(name) in _SPLIT_HEADERS for name in names):
+    if unknown and not any(plain(name) in SPLIT_HEADERS for name in names):
         name, value = next(iter(unknown.items()))
         return name, (
             f"{table.path}: column {name} has {value[:40]!r}, which is none of train, val and test; "
@@ -252,12 +281,12 @@ def _split_column(table: Table, others: Sequence[str]) -> tuple[str | None, str]
 
 def _may_be_splits(table: Table, name: str) -> bool:
     """Whether a column is meant to have splits, by its header, or as two of a few values are splits."""
-    header, place = _plain(name), table.header.index(name)
-    if header in _SPLIT_HEADERS:
+    header, place = plain(name), table.header.index(name)
+    if header in SPLIT_HEADERS:
         return any(table.column(name))
     if header in _MAYBE_SPLIT_HEADERS:
         return any(map(split_of, set(table.column(name))))
-    if header in _LABEL_HEADERS or len({row[place] for row in table.rows[:_SAMPLE]}) > _MAX_SPLITS:
+    if header in LABEL_HEADERS or len({row[place] for row in table.rows[:_SAMPLE]}) > _MAX_SPLITS:
         return False
     values = set(table.column(name))
     return len(values) <= _MAX_SPLITS and len({split_of(value) for value in values if is_split(value)}) > 1
@@ -266,10 +295,10 @@ def _may_be_splits(table: Table, name: str) -> bool:
 def _label_values(table: Table, columns: list[str]) -> tuple[str | None, list[str] | None]:
     """Return the column of labels and its values; None if the table has no labels."""
     known = sorted(
-        (name for name in columns if _plain(name) in _LABEL_HEADERS),
-        key=lambda name: _place(name, _LABEL_HEADERS),
+        (name for name in columns if plain(name) in LABEL_HEADERS),
+        key=lambda name: _place(name, LABEL_HEADERS),
     )
-    if prediction := next((name for name in columns if _plain(name) == "predictionstring"), None):
+    if prediction := next((name for name in columns if plain(name) == "predictionstring"), None):
         return prediction, [value.partition(" ")[0] for value in table.column(prediction)]  # class and boxes
     if known:
         values = table.column(known[0])
@@ -277,6 +306,8 @@ def _label_values(table: Table, columns: list[str]) -> tuple[str | None, list[st
             if not is_bijection(values, table.column(other)):
                 raise _ambiguous(table, [known[0], other])
         return known[0], values
+    if columns and (several := next((name for name in table.nested if plain(name) in LABEL_HEADERS), None)):
+        raise _several_values(table, several)
     if not columns:
         return None, None
     if len(columns) == 1:
@@ -313,17 +344,13 @@ def is_bijection(first: Sequence[str], second: Sequence[str]) -> bool:
 
 def has_classes(labels: TableLabels) -> bool:
     """Whether a column has classes by its header, or by its values: words, not measurements."""
-    if labels.column and _plain(labels.column) in _LABEL_HEADERS:
+    if labels.column and plain(labels.column) in LABEL_HEADERS:
         return True
     return not all(_NUMBER.fullmatch(value) for value in labels.labels.values() if value)
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[\W_]", "", name.lower())
-
-
 def _place(name: str, known: tuple[str, ...]) -> int:
-    return known.index(_plain(name)) if _plain(name) in known else len(known)
+    return known.index(plain(name)) if plain(name) in known else len(known)
 
 
 def names_for_numbers(labels: dict[str, str], folders_of: Callable[[str], str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from posixpath import splitext
 
@@ -130,7 +130,7 @@ class TableSearch:
         return self._only([labels for labels in found if len(labels.labels) * 2 > most], "dataset.labels")
 
     def lists(
-        self, folders: Sequence[Folder], columns: Sequence[str], need_labels: bool
+        self, folders: Sequence[Folder], columns: Sequence[str], need_labels: bool, known: Collection[str]
     ) -> dict[str, TableLabels]:
         """Return the lists of the images of each split, by the names of the lists.
 
@@ -138,6 +138,7 @@ class TableSearch:
             folders: where the images are.
             columns: the columns that dataset.labels names; empty if it names none.
             need_labels: whether neither folders nor a setting give the classes.
+            known: splits whose lists are not of interest.
 
         Raises:
             UserError: two lists of one split differ.
@@ -145,7 +146,7 @@ class TableSearch:
         found: dict[str, list[TableLabels]] = {"train": [], "trainval": [], "val": [], "test": []}
         files = [(_list_split(path), path) for path in self.files]
         for split, path in sorted(files, key=lambda each: list(found).index(each[0] or "test")):
-            if split is None:
+            if split is None or split in known:
                 continue
             index = self.index(folders)
             try:
@@ -168,6 +169,34 @@ class TableSearch:
         lists = {split: self._only(tables, f"dataset.splits.{split}") for split, tables in found.items()}
         return {split: labels for split, labels in lists.items() if labels}
 
+    def more_lists(
+        self,
+        base: Folder,
+        columns: Sequence[str],
+        need_labels: bool,
+        folders: Mapping[str, Sequence[Folder]],
+        lists: Mapping[str, TableLabels],
+    ) -> dict[str, TableLabels]:
+        """Return the lists of the splits that are not known yet, without the images of those that are.
+
+        Args:
+            base: where the images are that no folder of a split has.
+            columns: as for `lists`.
+            need_labels: as for `lists`.
+            folders: folders of splits that are known.
+            lists: lists of splits that are known.
+
+        Raises:
+            UserError: two lists of one split differ.
+        """
+        found = self.lists([base], columns, need_labels, {*folders, *lists})
+        inside = self.index([folder for several in folders.values() for folder in several])
+        named = {path for labels in lists.values() for path in labels.labels}
+        for labels in found.values():
+            labels.missing = [value for value in labels.missing if value not in inside]
+            labels.labels = {path: name for path, name in labels.labels.items() if path not in named}
+        return {split: labels for split, labels in found.items() if labels.labels}
+
     def describe_unused(self, image: str) -> str:
         """Return why a table beside images is none of their classes, for an error; empty without one.
 
@@ -187,9 +216,15 @@ class TableSearch:
         )
 
     def check_splits(
-        self, train: Collection[str], tree: Folder, dataset: Dataset, classes: str, known: TableLabels | None
+        self,
+        train: Collection[str],
+        tree: Folder,
+        dataset: Dataset,
+        classes: str,
+        known: TableLabels | None,
+        unlisted: Collection[str],
     ) -> list[str]:
-        """Refuse training images that a table holds out; return warnings of splits that are ignored.
+        """Refuse training images that a table or list holds out; return warnings of splits that are ignored.
 
         Args:
             train: paths of the training images.
@@ -197,15 +232,20 @@ class TableSearch:
             dataset: its settings `labels` and `splits`.
             classes: value of `labels` that takes the classes from where they are.
             known: the table of `labels`, which is not read again.
+            unlisted: splits of which no list was searched, as train is a folder.
 
         Raises:
-            UserError: no setting ignores the table, or its splits cannot be read.
+            UserError: no setting ignores the table or list, or its splits cannot be read.
         """
         explicit = " and ".join(f"dataset.splits.{split}" for split, path in dataset.splits.items() if path)
         warnings = list[str]()
         for path in self.files:
             own = known is not None and path == known.table.path
             problem, uses = self._held_out(path, train, tree, known if own else None, warnings)
+            listed = None if own or problem else self._listed(path, train, tree, unlisted)
+            if listed and dataset.labels is None:
+                raise UserError(f"{listed[0]}; {listed[1]}, or set dataset.labels={classes} to ignore it")
+            problem = listed[0] if listed else problem
             if not problem:
                 continue
             if dataset.labels is not None and (not own or dataset.splits.get("train")):
@@ -254,6 +294,26 @@ class TableSearch:
             f"{path} has a column of splits, by which {len(held)} of {len(train)} training images are not "
             f"for training, such as {held[0]}",
             uses,
+        )
+
+    def _listed(
+        self, path: str, train: Collection[str], tree: Folder, splits: Collection[str]
+    ) -> tuple[str, str] | None:
+        """Return what is wrong with a list of a split that is not used, and what takes it."""
+        split, index = _list_split(path), self.index([tree])
+        if split is None or split not in splits:
+            return None
+        try:
+            table = read_table(self._root, path, index.__contains__)
+            labels = read_list(table, index, split, (), False) if table else None
+        except UserError:  # not a list
+            return None
+        held = [image for image in labels.labels if image in train] if labels else []
+        if not labels or not held or len(labels.labels) <= len(labels.missing):
+            return None
+        return (
+            f"{path} lists {len(held)} of {len(train)} training images for {split}, such as {held[0]}",
+            f"set dataset.splits.{split}={path} to use it",
         )
 
     def _gives_classes(self, table: Table, index: ImageIndex, tree: Folder) -> bool:

@@ -34,6 +34,7 @@ KIND = "parquet shards"
 ROWS = 64  # images in memory at a time
 _SPLITS = {"train": ("train",), "val": ("validation", "val")}
 _NAME = re.compile(r"(?P<stem>.+)_(?P<wnid>n\d{8})\.(?P<ending>\w+)")
+_SHARD = re.compile(r"(?P<begin>.+)-(?P<number>[0-9]{1,9})-of-(?P<of>[0-9]{1,9}).*")
 
 
 @dataclass
@@ -49,15 +50,57 @@ class _SplitPlan:
 
 
 def find_parquet_shards(folder: Path) -> dict[str, list[Path]] | None:
-    """Return split (train, val) → shards; None if a split has none."""
+    """Return split (train, val) → shards; None if there are none.
+
+    Raises:
+        UserError: a split has no shards, some are missing, or they are of several exports.
+    """
+    found = {}
     for parent in (folder, folder / "data"):
-        shards = {
+        found[parent] = {
             split: sorted(path for name in names for path in parent.glob(f"{name}-*.parquet"))
             for split, names in _SPLITS.items()
         }
-        if all(shards.values()):
-            return shards
+        if all(found[parent].values()):
+            for split, paths in found[parent].items():
+                _require_all_shards(parent, split, paths)
+            return found[parent]
+    for parent, shards in found.items():
+        if shards["train"]:
+            test = any(parent.glob("test-*.parquet"))
+            fix = "rename test-* to validation-* if its images have labels" if test else "fetch them"
+            raise UserError(
+                f"{parent} has train-*.parquet, but no validation-*.parquet; {fix}, or write class folders "
+                "and set dataset=images"
+            )
+        if shards["val"]:
+            raise UserError(f"{parent} has validation-*.parquet, but no train-*.parquet; fetch them")
     return None
+
+
+def _require_all_shards(folder: Path, split: str, paths: list[Path]) -> None:
+    """Require all shards of one export: train-00000-of-00294.parquet … train-00293-of-00294.parquet."""
+    two: tuple[str, str] | None = None  # shards of different exports
+    if paths[0].name.partition("-")[0] != paths[-1].name.partition("-")[0]:  # val and validation
+        two = paths[0].name, paths[-1].name
+    exports: dict[str, dict[int, re.Match[str]]] = {}  # beginning of the names → number → name
+    for name in filter(None, (_SHARD.fullmatch(path.name) for path in paths)):
+        export = exports.setdefault(name["begin"], {})
+        first = next(iter(export.values()), name)
+        other = first if first["of"] != name["of"] else export.setdefault(int(name["number"]), name)
+        if other is not name:
+            two = other.string, name.string
+    if two:
+        raise UserError(f"{folder} has two exports of {split}, as {two[0]} and {two[1]}; remove those of one")
+    for begin, export in exports.items():
+        number, of = next(iter(export.values())).group("number", "of")
+        start = 1 if int(of) in export else 0
+        missing = next((n for n in range(start, start + int(of)) if n not in export), None)
+        if missing is not None:
+            raise UserError(
+                f"{folder}: {begin} has {len(export)} of {int(of)} shards, the first missing is "
+                f"{begin}-{missing:0{len(number)}d}-of-{of}; fetch the missing ones"
+            )
 
 
 class ParquetSource:
@@ -229,6 +272,11 @@ def _name_and_class(path: str | None, split: str, number: int, label: Any, shard
     name = (path or "").rsplit("/", 1)[-1]
     if match := _NAME.fullmatch(name):
         return f"{match['stem']}.{match['ending']}", match["wnid"]
+    if isinstance(label, int) and label < 0:
+        raise UserError(
+            f"{shard}: the column label holds {label}, which means that an image has no class; write class "
+            "folders of those that have one"
+        )
     if not isinstance(label, int):
         raise UserError(
             f"{shard}: the column label holds {label!r:.40}, not the number of a class; write class folders"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from collected_layouts import COLLECTED
 from research_layouts import RESEARCH
-from sample_folders import Files, Sample, dataset_of, find, write_sample
+from sample_folders import Files, Sample, dataset_of, find, refusal, write_sample
 
 from hpc_imagenet.data.layouts.image_finder import LabelledImages, find_images
 
@@ -86,6 +86,17 @@ def test_classes_without_training_images_are_left_out_of_all_splits(tmp_path: Pa
     assert [len(files) for files in found.splits.values()] == [4, 4, 4]
     assert found.skipped == {"class without training images": 2}
     assert found.warnings == ("left out, as there are no training images: c, d",)
+
+
+def test_a_class_folder_of_photos_that_are_not_decoded_is_not_dropped(tmp_path: Path) -> None:
+    files: Files = {"owl/IMG_1.HEIC": "x", "owl/IMG_1.MOV": "x", "docs/plan.svg": "x", "docs/notes.txt": "x"}
+    assert refusal(tmp_path, [AB], files, val_fraction=0.25) == (
+        "SOURCE has no training images of owl; add images, convert the .heic and .svg files, which Pillow "
+        "does not decode, or set dataset.empty_classes=skip to leave these classes out of all splits"
+    )
+    found = find(tmp_path, [], empty_classes="skip", val_fraction=0.25)
+    assert found.classes == ("a", "b")
+    assert found.warnings[0] == "left out, as there are no training images: owl"
 
 
 def test_a_class_without_val_images_is_reported(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_folders import Files, find, refusal
+from sample_folders import Files, find, lines, refusal
 
 AB = "{a,b}/{1..4}.jpg"
 
@@ -83,3 +83,106 @@ def test_splits_in_folders_stay_splits_if_a_setting_names_the_class_folders(tmp_
     found = find(tmp_path, ["{train,test}/{a,b}/{1..4}.jpg", "docs/1.jpg"], labels="folder:1")
     assert found.classes == ("a", "b")
     assert "folder:1" not in refusal(tmp_path / "flat", ["{train,test}/{1..4}.jpg"])
+
+
+PETS = "images/{cat,dog,owl}/{1..7}.jpg"
+LISTS: Files = {
+    "meta/val.txt": lines("{cat,dog,owl}/6.jpg"),
+    "meta/test.txt": lines("{cat,dog,owl}/7.jpg"),
+}
+
+
+def counts_of(root: Path, images: list[str], files: Files | None = None, **settings: Any) -> list[int]:
+    return [len(images) for images in find(root, images, files, **settings).splits.values()]
+
+
+@pytest.mark.parametrize("named", [(), ("val",), ("test",), ("val", "test")])
+def test_lists_of_splits_that_no_setting_names_are_detected(tmp_path: Path, named: tuple[str, ...]) -> None:
+    splits = {split: f"meta/{split}.txt" for split in named}
+    assert counts_of(tmp_path, [PETS], LISTS, splits=splits) == [15, 3, 3]
+    train = {"meta/train.txt": lines("{cat,dog,owl}/{1..4}.jpg")}
+    assert counts_of(tmp_path, [], train, splits=splits) == [12, 3, 3]
+
+
+def test_what_a_setting_names_is_in_no_other_list(tmp_path: Path) -> None:
+    files: Files = {"meta/train.txt": lines("{cat,dog,owl}/{1..5}.jpg"), "own.txt": lines("cat/{5..7}.jpg")}
+    assert counts_of(tmp_path, [PETS], {**LISTS, **files}, splits={"val": "own.txt"}) == [14, 3, 2]
+
+
+@pytest.mark.parametrize(
+    "train", [{}, {"train.txt": lines("{cat,dog,owl}/{1..6}.jpg", "holdout/{cat,dog}/8.jpg")}]
+)
+def test_a_list_holds_images_out_beside_a_folder_that_a_setting_names(tmp_path: Path, train: Files) -> None:
+    files: Files = {"test.txt": LISTS["meta/test.txt"], **train}
+    images = [PETS.removeprefix("images/"), "holdout/{cat,dog}/8.jpg"]
+    assert counts_of(tmp_path, images, files, splits={"val": "holdout"}) == [18, 2, 3]
+
+
+def test_folders_of_splits_are_found_beside_a_list_that_a_setting_names(tmp_path: Path) -> None:
+    images = ["train/{a,b}/{1..4}.jpg", "test/{a,b}/{5..6}.jpg"]
+    files: Files = {"val.txt": lines("{a,b}/4.jpg")}
+    line = refusal(tmp_path, images, files)
+    assert line == (
+        "val.txt lists 2 of 8 training images for val, such as train/a/4.jpg; set dataset.splits.val=val.txt "
+        "to use it, or set dataset.labels=folder:1 to ignore it"
+    )
+    found = find(tmp_path, [], splits={"val": "val.txt"})
+    assert [len(images) for images in found.splits.values()] == [6, 2, 4]
+    assert found.layout.startswith("class folders, splits by folders and lists")
+    found = find(tmp_path, [], labels="folder:1")
+    assert [len(images) for images in found.splits.values()] == [8, 4, 0]
+    assert (
+        "val.txt lists 2 of 8 training images for val, such as train/a/4.jpg; it is ignored, as "
+        in found.warnings[0]
+    )
+
+
+def test_a_list_may_hold_images_of_a_folder_and_a_table_out(tmp_path: Path) -> None:
+    rows = "".join(f"{n}.jpg,{'ab'[n % 2]}\n" for n in range(1, 9))
+    files: Files = {"labels.csv": f"file,label\n{rows}", "val.txt": "5.jpg\n6.jpg\n"}
+    line = refusal(tmp_path, ["train/{1..6}.jpg", "test/{7..8}.jpg"], files)
+    assert line.endswith(
+        "; set dataset.splits.val=val.txt to use it, or set dataset.labels=labels.csv to ignore it"
+    )
+    assert counts_of(tmp_path, [], splits={"val": "val.txt"}) == [4, 2, 2]
+    assert counts_of(tmp_path, [], labels="labels.csv") == [6, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "files", [{"test.txt": lines("val/{a,b}/1.jpg")}, {"test.txt": lines("{a,b}/9.jpg")}]
+)
+def test_lists_without_training_images_beside_folders_change_nothing(tmp_path: Path, files: Files) -> None:
+    found = find(tmp_path, ["{train,val}/{a,b}/{1..4}.jpg"], files)
+    assert [len(images) for images in found.splits.values()] == [8, 8, 0]
+    assert found.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("images", "split", "table", "counts"),
+    [
+        ("test/{1..3}.jpg", "test", True, [12, 2, 3]),
+        ("validation/{1..3}.jpg", "val", True, [14, 3, 0]),
+        ("val/robin/{1..3}.jpg", "val", False, [14, 3, 0]),
+        ("val/{robin,wren}/1.jpg", "val", False, [14, 2, 0]),
+    ],
+)
+def test_a_folder_beside_class_folders_may_be_a_split(
+    tmp_path: Path, images: str, split: str, table: bool, counts: list[int]
+) -> None:
+    settings: dict[str, Any] = {"val_fraction": 0.15} if split == "test" else {}
+    folder = images.partition("/")[0]
+    line = refusal(tmp_path, ["{robin,wren}/{1..7}.jpg", images], val_fraction=0.15)
+    setting = f"dataset.splits.{split}={folder}{' with a table of their classes' if table else ''}"
+    assert line == (
+        f"SOURCE/{folder} is beside robin and wren, and may be a class or have images of {split}; set "
+        f"dataset.labels=folder:1 if it is a class, or {setting}, or move it out of SOURCE"
+    )
+    found = find(tmp_path, [], labels="folder:1", val_fraction=0.15)
+    assert found.classes == tuple(sorted(("robin", "wren", folder)))
+    files: Files = {f"{folder}.csv": "file,label\n1.jpg,robin\n2.jpg,wren\n3.jpg,wren\n"} if table else {}
+    assert counts_of(tmp_path, [], files, splits={split: folder}, **settings) == counts
+
+
+@pytest.mark.parametrize("images", ["{valid,invalid}/{1..4}.jpg", "{a,b,test bench}/{1..4}.jpg"])
+def test_classes_are_not_taken_for_splits(tmp_path: Path, images: str) -> None:
+    assert counts_of(tmp_path, [images], val_fraction=0.25)[2] == 0

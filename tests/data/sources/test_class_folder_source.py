@@ -249,6 +249,7 @@ def test_parquet_without_paths_names_classes_by_label(tmp_path: Path, images: di
         ({"image": "1.jpg", "label": 1}, "the column image holds '1.jpg', not bytes"),
         ({"image": b"x", "label": "cat"}, "the column label holds 'cat', not the number of a class"),
         ({"image": b"x", "label": None}, "the column label holds None, not the number of a class"),
+        ({"image": b"x", "label": -1}, "the column label holds -1, which means that an image has no class"),
     ],
 )
 def test_parquet_of_another_form_is_refused(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
