@@ -227,6 +227,7 @@ def _build_manifest(
             "archives": md5s,
             "layout": config.process.layout,
             "process": config.process.identity(),
+            "check": config.process.check,
             "version": __version__,
         },
     )
