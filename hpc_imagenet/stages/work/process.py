@@ -132,6 +132,12 @@ def _commit(config: Config, folder: Path, scanned: ScannedArchives) -> dict[str,
         files = [_write(folder / meta_bin.FILE, meta)]
         if config.process.layout == "folders":
             class_folder_writer.finalize_class_folders(folder, scanned, _identity(config, scanned), meta)
+        elif old := class_folder_writer.splits_of_other_archives(folder, scanned.md5s().values()):
+            print(
+                f"warning: {', '.join(old)} in {folder} are class folders of earlier archives; remove "
+                "them, or make them again with process.layout=folders",
+                flush=True,
+            )
         manifest = _build_manifest(config, scanned, images, splits, files, folder)
         files += _write_certificate(folder, manifest, images, scanned.devkit.labels)
         scanned.require_unchanged()
