@@ -83,6 +83,8 @@ def _check_dataset(dataset: Dataset) -> None:
             f"splits.{split}": path for split, path in dataset.splits.items()
         }
         given |= {"labels": dataset.labels, "val_fraction": dataset.val_fraction}
+        given |= {"split_seed": dataset.split_seed or None, "orient": dataset.orient or None}
+        given["empty_classes"] = None if dataset.empty_classes == "fail" else dataset.empty_classes
         for name, value in given.items():
             if value is not None:
                 raise UserError(f"dataset.{name} is for labelled images: set dataset=images as well")

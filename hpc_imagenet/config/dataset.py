@@ -70,7 +70,9 @@ class Dataset:
         "what to do about a class without training images; skip: left out of all splits",
         choices=("fail", "skip"),
     )
-    orient: bool = setting(False, "whether to apply EXIF orientations when archives are made of images")
+    orient: bool = setting(
+        False, "whether to apply EXIF orientations when archives are made of labelled images"
+    )
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide which labelled images are taken, for the signature."""

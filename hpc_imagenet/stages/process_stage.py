@@ -24,8 +24,14 @@ class ProcessStage(Stage):
     writes_dataset = True
 
     def identity(self, config: Config) -> tuple[Any, ...]:
-        """Return the identity of the archives and the settings that decide which files are written."""
-        return (content_hash(config.dataset), config.process.identity())
+        """Return the identity of the archives and the settings that decide which files are written.
+
+        Also that every image is decoded: a run that read the headers only has not checked them.
+        """
+        process, identity = config.process, config.process.identity()
+        if process.check == "decode":
+            identity["check"] = process.check
+        return (content_hash(config.dataset), identity)
 
     def label(self, config: Config) -> str:
         """Return stage and dataset."""

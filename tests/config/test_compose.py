@@ -155,6 +155,9 @@ def test_sweep_equals_single_hydra_compositions(
             ["dataset.source is not a valid URL: brackets are for an IPv6 address"],
         ),
         (["cluster.sbatch.reservation=x"], ["write +cluster.sbatch.reservation=VALUE"]),
+        (["dataset=digits", "dataset.orient=true"], ["dataset.orient is for labelled images: set dataset="]),
+        (["dataset=digits", "dataset.split_seed=1"], ["dataset.split_seed is for labelled images"]),
+        (["dataset=digits", "dataset.empty_classes=skip"], ["dataset.empty_classes is for labelled "]),
     ],
 )
 def test_invalid_override_is_one_line_that_names_the_setting(

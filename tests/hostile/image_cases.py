@@ -94,7 +94,8 @@ _INPUTS: list[tuple[str, bytes, str]] = [
         png(64, 48, b"", extra=chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))),
         "ok: h",
     ),
-    ("PNG with a wrong checksum", _PNG[:40] + b"\xff\xff" + _PNG[42:], "ok: header, "),
+    ("PNG with a wrong checksum", _PNG[:30] + b"\xff\xff" + _PNG[32:], "ok: header, "),
+    ("PNG without a chunk of pixels", _PNG[:40] + b"\xff\xff" + _PNG[42:], _CORRUPT),
     (
         "PNG of 48 bits",
         png(64, 48, zlib.compress(bytes(48 * (1 + 6 * 64))), 16),

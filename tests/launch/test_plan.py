@@ -183,3 +183,12 @@ def test_upload_tasks_are_all_needed_by_the_final_upload() -> None:
     assert last.needs == tuple(job.run_id for job in parts)
     assert (last.run_id, last.config.stage.part) == (whole[2].run_id, None)
     assert cut[-1].needs == (last.run_id,)
+
+
+@pytest.mark.slow
+def test_decoding_every_image_is_another_process_run_of_the_same_images() -> None:
+    words = ("+stage=pipeline", "dataset=digits")
+    header, decode = jobs(*words), jobs(*words, "process.check=decode")
+    assert header[1].run_id != decode[1].run_id
+    assert [job.run_id for job in header[2:]] == [job.run_id for job in decode[2:]]
+    assert [job.run_id for job in jobs(*words, "process.check=header")] == [job.run_id for job in header]

@@ -175,6 +175,7 @@ def test_archives_of_other_images_are_not_taken_for_those_of_a_run(cli: Cli, fol
         error = reason(cli, "download")
         assert "train.tar has other images than before" in error
         assert "set dataset.revision=NAME" in error
+        assert "on a node without jpegtran" in error
     error = cli("+stage=process", *settings(folder), "process.layout=folders", code=2).stderr
     assert "has no verified train.tar" in error
     (folder / "train" / CLASSES[0] / "2.gif").unlink()  # a further change, which is taken too

@@ -22,6 +22,7 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scan, scanned_archives
 from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
+from hpc_imagenet.data.prepare import certificate
 from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.stages.work import download, process
@@ -219,6 +220,7 @@ def test_certificate_lists_counts_sizes_and_files(tmp_path: Path, source: Path) 
     page = (dataset(config) / "certificate.md").read_text()
     assert "| images | 1,437 | 360 |" in page
     assert "| 4 | n90000004 | four, 4 | 145 | 36 |" in page
+    assert "Processed with: layout index, check header." in page
     assert "None." in page
 
 
@@ -241,3 +243,10 @@ def test_certificate_names_unusual_images(tmp_path: Path, small: Path) -> None:
     assert [flagged["named"] for flagged in found.values()] == [[names[i]] for i in (0, 4, 2, 1, 3)]
     assert [flagged["images"] for flagged in found.values()] == [1] * 5
     assert names[0] in (dataset(config) / "certificate.md").read_text()
+
+
+def test_certificate_page_says_how_many_more_images_were_encoded_again() -> None:
+    folder = {"layout": "x", "skipped": {}, "oriented": 60, "reencoded": [f"{i}.jpg" for i in range(53)]}
+    lines = certificate._folder_lines(folder)
+    assert lines[-2:] == ["  - 49.jpg", "  - and 3 more, which certificate.json names"]
+    assert "more" not in certificate._folder_lines({**folder, "reencoded": ["1.jpg"]})[-1]

@@ -19,6 +19,7 @@ from torchvision.datasets import imagenet
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer, scanned_archives
 from hpc_imagenet.data.prepare import class_folder_writer
+from hpc_imagenet.data.prepare.verify import verify_dataset
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.stages.work import process
 
@@ -220,3 +221,29 @@ def test_parts_share_one_scan(tmp_path: Path, small: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     run_stage(process, part_of(config, None, 2))
     assert len(DatasetReader(dataset(config)).open_split("val")) == 12
+
+
+@pytest.mark.slow
+def test_class_folders_beside_an_index_of_other_archives_are_reported(
+    tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_with_archives(tmp_path, small, "folders")
+    run_stage(process, config)
+    config.process.layout = "index"
+    run_stage(process, config)
+    assert "warning" not in capsys.readouterr().out
+    assert verify_dataset(dataset(config), quick=True, workers=1).problems == []
+    shutil.rmtree(tmp_path / "archives")
+    (tmp_path / "other").mkdir()
+    write_small(tmp_path / "other", random.Random(4))
+    config = config_with_archives(tmp_path, tmp_path / "other")
+    run_stage(process, config)
+    warning = f"warning: train, val in {dataset(config)} are class folders of earlier archives; remove them"
+    assert warning in capsys.readouterr().out
+    problems = verify_dataset(dataset(config), quick=True, workers=1).problems
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        str(dataset(config) / split) for split in ("train", "val")
+    ]
+    for split in ("train", "val"):
+        shutil.rmtree(dataset(config) / split)
+    assert verify_dataset(dataset(config), quick=True, workers=1).problems == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hpc_imagenet.data.download.expected import archive_folder
 from hpc_imagenet.data.download.receipt import Receipt
 from hpc_imagenet.data.ilsvrc.devkit import Devkit, read_devkit
 from hpc_imagenet.data.ilsvrc.scan import SPLITS, Scan, name_list, scan
+from hpc_imagenet.datastore.index import Index
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
 
@@ -85,7 +86,7 @@ def load_or_scan(
 
     Raises:
         UserError: an archive is missing or damaged, or the archives do not match each other; an image is
-            corrupt and `process.on_corrupt` is fail.
+            corrupt and `process.on_corrupt` is fail, or all of a class or of a split are corrupt.
     """
     source = archive_folder(Path(config.workspace), config.dataset)
     archives = {split: source / archive.file for split, archive in config.dataset.archives.items()}
@@ -119,7 +120,36 @@ def load_or_scan(
             f"{source}: {name_list(skipped)} cannot be decoded; "
             "set process.on_corrupt=skip to leave such images out"
         )
-    return ScannedArchives(archives, receipts, devkit, found.without_corrupt() if skipped else found, skipped)
+    kept = found.without_corrupt() if skipped else found
+    require_images(source, found.splits, kept.splits, list(devkit.names))
+    return ScannedArchives(archives, receipts, devkit, kept, skipped)
+
+
+def require_images(
+    source: Path, before: Mapping[str, Index], after: Mapping[str, Index], wnids: Sequence[str]
+) -> None:
+    """Check that leaving out corrupt images empties no split, and no class of train.
+
+    Args:
+        source: folder of the archives, for errors.
+        before: split → images in the archives.
+        after: split → images that are left.
+        wnids: wnids in label order.
+
+    Raises:
+        UserError: names the split or the classes.
+    """
+    if all(len(after[split]) == len(entries) for split, entries in before.items()):
+        return
+    had, have = (set(np.unique(splits["train"]["label"]).tolist()) for splits in (before, after))
+    emptied = [f"all images of {split}" for split in before if not len(after[split])]
+    if lost := [wnids[label] for label in sorted(had - have)]:
+        emptied.append(f"all training images of {name_list(lost)}")
+    if emptied:
+        raise UserError(
+            f"{source}: {emptied[0]} are corrupt, and process.on_corrupt=skip would leave none; replace "
+            "them in dataset.source, or leave that class or split out there"
+        )
 
 
 def prepare_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ For most JPEGs the first 1 kB of 110 kB is enough: the frame header has all fact
 shows that the file is not truncated. If they are not conclusive (a longer header, no end marker), the whole
 image is parsed, and decoded if necessary. Only an image that Pillow cannot decode, as training would, is
 flagged as corrupt.
-Source: PNG specification 5.3 and 11.2.2, Exif 2.3 table 4 (orientation).
+Source: PNG specification 5.3, 11.2.2 and 11.3.3 (eXIf), Exif 2.3 table 4 (orientation).
 """
 
 from __future__ import annotations
@@ -74,8 +74,21 @@ def _peek(head: bytes, tail: bytes) -> ImageInfo | None:
     if len(head) > 25 and head[:8] == _PNG and tail[-8:] == _PNG_END and head[12:16] == b"IHDR":
         grey = GREY if head[25] in _PNG_GREY else 0
         width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-        return ImageInfo(width, height, PNG | grey)
+        pixels = head.find(b"IDAT")
+        if pixels < 0:  # a colour profile before them, behind which may be Exif
+            return None
+        rotated = _is_rotated_png(head, pixels) or _is_rotated_png(tail, len(tail))
+        return ImageInfo(width, height, PNG | grey | (ROTATED if rotated else 0))
     return None
+
+
+def _is_rotated_png(part: bytes, end: int) -> bool:
+    """Whether there is an orientation other than upright in the Exif of a part of a PNG.
+
+    Exif behind the pixels is found if it begins in the last bytes that are read.
+    """
+    begin = part.find(b"eXIf", 0, end)
+    return begin >= 0 and _ROTATED.search(part, begin, end) is not None
 
 
 def inspect(data: bytes) -> ImageInfo:

@@ -2,9 +2,10 @@
 
 A JPEG is turned by jpegtran, which moves its coefficients. Where that is impossible (the sides are not
 multiples of its blocks, or there is no jpegtran) the image is encoded again at quality 95. PNG and WebP are
-encoded again without loss. TIFF and AVIF are left alone: Pillow turns them whenever it opens them. The new
-file has no Exif data.
-Source: Exif 2.3 table 4 (orientation); PNG specification 11.3.3 (eXIf); WebP container specification (VP8X).
+encoded again without loss, AVIF as a JPEG of quality 95. TIFF is left alone: Pillow turns it whenever it
+opens it. The new file has no Exif data.
+Source: Exif 2.3 table 4 (orientation); PNG specification 11.3.3 (eXIf); WebP container specification (VP8X);
+ISO/IEC 23008-12 (irot and imir of AVIF, which Pillow presents as Exif).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hpc_imagenet.data.images.image_header import ORIENTATION
 from hpc_imagenet.io.child_environment import plain_environment
 
 UPRIGHT = 1
-QUALITY = 95  # of a JPEG that jpegtran cannot turn
+QUALITY = 95  # of a JPEG that jpegtran cannot turn, or that is made of an AVIF
 
 _HEAD = 4096  # bytes: holds the start of any Exif segment
 _TAIL = 70_000  # bytes: holds Exif of up to 64 kB, as in a JPEG, at the end of a PNG
@@ -40,8 +41,15 @@ _TURNS = {  # orientation → jpegtran's options
     7: ("-transverse",),
     8: ("-rotate", "270"),
 }
-_LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "WEBP": {"lossless": True}}  # options of Pillow
+# Options of Pillow. exact: keep the colours of transparent pixels, which training sees.
+_LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "WEBP": {"lossless": True, "exact": True}}
 _JPEG_OPTIONS = {"quality": QUALITY, "subsampling": 0}
+_JPEG_MODES = ("L", "RGB", "CMYK")
+
+
+def has_jpegtran() -> bool:
+    """Whether JPEGs can be turned without loss on this machine; else their bytes are others."""
+    return shutil.which("jpegtran") is not None
 
 
 def read_orientation(path: Path) -> int:
@@ -78,6 +86,8 @@ def make_upright(data: bytes, orientation: int) -> tuple[bytes, bool]:
             target = "JPEG" if lossless is None else image.format
             buffer = io.BytesIO()
             turned = ImageOps.exif_transpose(image)
+            if lossless is None and turned.mode not in _JPEG_MODES:  # an AVIF with transparency
+                turned = pillow.to_rgb(turned)
             turned.save(buffer, target, exif=b"", **(_JPEG_OPTIONS if lossless is None else lossless))
     except pillow.ERRORS:
         return data, True
@@ -98,6 +108,8 @@ def _peek(head: bytes) -> int | None:
         return UPRIGHT
     if head[:4] == b"RIFF" and head[12:16] == b"VP8X":
         return None if head[20] & _VP8X_EXIF else UPRIGHT
+    if head[4:8] == b"ftyp":  # AVIF
+        return None
     return UPRIGHT
 
 
@@ -118,8 +130,8 @@ def _peek_png(descriptor: int) -> int | None:
     return None if kind == b"eXIf" or b"eXIf" in tail else UPRIGHT
 
 
-def _first_directory(tiff: bytes) -> int:
-    """Return the orientation from the first directory of a TIFF; hundred times as fast as Pillow.
+def _first_directory(tiff: bytes) -> int | None:
+    """Return the orientation from the first directory of a TIFF; None if it is not of the usual type.
 
     Raises:
         struct.error: the directory is not in these bytes.
@@ -129,8 +141,8 @@ def _first_directory(tiff: bytes) -> int:
     (entries,) = struct.unpack_from(f"{order}H", tiff, begin)
     for number in range(entries):
         tag, kind, count, value = struct.unpack_from(f"{order}HHIH", tiff, begin + 2 + 12 * number)
-        if (tag, kind, count) == (ORIENTATION, _SHORT, 1):
-            return int(value)
+        if tag == ORIENTATION:
+            return int(value) if (kind, count) == (_SHORT, 1) else None
     return UPRIGHT
 
 

@@ -50,8 +50,8 @@ def build_certificate(
         names: split → file names of the same images, as bytes, shape [images].
         files: all files of the dataset except the manifest and the certificate.
         skipped: names of the corrupt images that were left out.
-        provenance: source, MD5s of the archives, settings of the process stage; of labelled images also what
-            was found in their folder.
+        provenance: source, MD5s of the archives, settings of the process stage, how images were checked; of
+            labelled images also what was found in their folder.
         tools: versions of the tools that changed images; empty if none did.
     """
     counts = {split: _class_counts(entries["label"], len(classes)) for split, entries in splits.items()}
@@ -130,7 +130,8 @@ def render_page(certificate: Mapping[str, Any], classes: Sequence[ClassNames]) -
     )
     lines += ["", "## Source", ""]
     lines += _table(["", ""], [["source", _escape(certificate["source"])], *certificate["archives"].items()])
-    lines += ["", f"Processed with: {_settings(certificate['process'])}. "]
+    process = {**certificate["process"], "check": certificate["check"]}
+    lines += ["", f"Processed with: {_settings(process)}. "]
     lines += [f"Tools: {_settings(certificate['tools'])}."]
     lines += ["", "## Classes", ""]
     class_counts = certificate["counts"]
@@ -160,6 +161,8 @@ def _folder_lines(folder: Mapping[str, Any] | None) -> list[str]:
         lines += [f"- turned upright by their EXIF orientation: {folder['oriented']:,}"]
         lines += [f"- of these encoded again, as they could not be turned without loss: {len(paths):,}"]
         lines += [f"  - {_escape(path)}" for path in paths[:_MAX_NAMED]]
+        if len(paths) > _MAX_NAMED:
+            lines += [f"  - and {len(paths) - _MAX_NAMED:,} more, which {JSON} names"]
     return lines
 
 

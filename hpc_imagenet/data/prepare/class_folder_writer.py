@@ -15,6 +15,7 @@ import functools
 import glob
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,23 @@ def finalize_class_folders(root: Path, scanned: ScannedArchives, identity: Any, 
     sync_folder(root)
     for path in (*root.glob(".folders-*.json"), root / _LOCK):
         path.unlink(missing_ok=True)
+
+
+def splits_of_other_archives(root: Path, md5s: Collection[str]) -> list[str]:
+    """Return the splits whose class folders were made of other archives, as an earlier run may have left.
+
+    Args:
+        root: the dataset's folder.
+        md5s: MD5s of the archives of its index.
+    """
+    try:
+        stored: Any = read_json(root / IDENTITY_FILE)
+        made_of = sorted(stored["archives"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):  # no class folders, or damaged
+        return []
+    if not md5s or made_of == sorted(md5s):
+        return []
+    return [split for split in SPLITS if (root / split).exists()]
 
 
 def classes(scanned: ScannedArchives) -> list[ClassImages]:

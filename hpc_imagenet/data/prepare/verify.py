@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_imagenet.data.prepare import certificate
+from hpc_imagenet.data.prepare import certificate, class_folder_writer
 from hpc_imagenet.data.tar.tar_scan import Array
 from hpc_imagenet.datastore import versions
 from hpc_imagenet.datastore.backends.storage_backend import ProgressCounter
@@ -116,6 +116,12 @@ def verify_dataset(
         if manifest.provenance.get("layout") == "folders" and "upload" not in manifest.provenance:
             for split, entries in splits.items():
                 _verify_class_folders(folder, manifest, split, entries, quick, threads, report, log)
+    archives = manifest.provenance.get("archives") or {}
+    report.problems += [
+        f"{folder / split}: class folders of other archives than {FILE}; remove them, or submit "
+        "+stage=process process.layout=folders"
+        for split in class_folder_writer.splits_of_other_archives(folder, archives.values())
+    ]
     return report
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import os
 import posixpath
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from hpc_imagenet.data.ilsvrc import ilsvrc_writer
 from hpc_imagenet.data.ilsvrc.devkit import WNID
+from hpc_imagenet.data.sources.labelled_images_source import member_names
 from hpc_imagenet.data.sources.virtual_archives import VirtualArchives
 from hpc_imagenet.data.sources.virtual_tar import InMemoryFile, VirtualFile, VirtualTar, VirtualTarOfTars
 from hpc_imagenet.data.tar.tar_scan import IMAGES
@@ -97,7 +97,8 @@ class ClassFolderSource(VirtualArchives):
                 "the class from val"
             )
         names = _unique_names(labelled)
-        order = sorted(range(len(labelled)), key=names.__getitem__)
+        # By bytes, as the scan assigns labels; text has another order if a name is not UTF-8.
+        order = sorted(range(len(labelled)), key=lambda i: os.fsencode(names[i]))
         class_names = _read_mapping(self._layout.mapping)
         return {
             "train": VirtualTarOfTars({wnid: _tar(root / "train", files) for wnid, files in train.items()}),
@@ -197,9 +198,11 @@ def _label_by_solution(solution: Path, files: list[_ImageFile], folder: Path) ->
 def _unique_names(labelled: Sequence[tuple[_ImageFile, str]]) -> list[str]:
     """Return the member names of val: the file names, prefixed with the class if two are equal."""
     names = [posixpath.basename(file.path) for file, _ in labelled]
-    if max(Counter(names).values()) > 1:
-        return [f"{wnid}_{name}" for name, (_, wnid) in zip(names, labelled, strict=True)]
-    return names
+    if len(set(names)) == len(names):
+        return names
+    prefixed = [f"{wnid}_{name}" for name, (_, wnid) in zip(names, labelled, strict=True)]
+    # Still equal are big_1.jpg of class cat and 1.jpg of class cat_big.
+    return prefixed if len(set(prefixed)) == len(names) else member_names([file.path for file, _ in labelled])
 
 
 def _read_mapping(mapping: Path | None) -> dict[str, str]:

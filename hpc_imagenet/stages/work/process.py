@@ -27,6 +27,7 @@ from hpc_imagenet.data.ilsvrc.scanned_archives import (
     load_or_scan,
     prepare_folder,
     remove_shared_scan,
+    require_images,
 )
 from hpc_imagenet.data.prepare import certificate, class_folder_writer, shard_writer
 from hpc_imagenet.data.tar.tar_scan import Array
@@ -60,7 +61,7 @@ def run(config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
 
     Raises:
         UserError: an archive is missing or damaged, or the archives do not match each other; an image is
-            corrupt; not enough free space; parts are missing.
+            corrupt, or all of a class or of a split; not enough free space; parts are missing.
     """
     if not dist_env.is_rank_zero:
         return {}
@@ -119,7 +120,9 @@ def _identity(config: Config, scanned: ScannedArchives) -> dict[str, Any]:
 def _commit(config: Config, folder: Path, scanned: ScannedArchives) -> dict[str, Any]:
     """Write the indexes, meta.bin, the certificate and finally the manifest."""
     images = _images(config, folder, scanned)
-    meta = meta_bin.encode_meta_bin(scanned.devkit.names, scanned.devkit.val_wnids)
+    wnids = list(scanned.devkit.names)
+    require_images(scanned.archives["train"].parent, scanned.scan.splits, images.splits, wnids)
+    meta = meta_bin.encode_meta_bin(scanned.devkit.names, _val_wnids(scanned, images))
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # two jobs at once would mix their files
         # Without a manifest it is not a dataset. Errors in the archives were found before this point.
         (folder / FILE).unlink(missing_ok=True)
@@ -129,6 +132,12 @@ def _commit(config: Config, folder: Path, scanned: ScannedArchives) -> dict[str,
         files = [_write(folder / meta_bin.FILE, meta)]
         if config.process.layout == "folders":
             class_folder_writer.finalize_class_folders(folder, scanned, _identity(config, scanned), meta)
+        elif old := class_folder_writer.splits_of_other_archives(folder, scanned.md5s().values()):
+            print(
+                f"warning: {', '.join(old)} in {folder} are class folders of earlier archives; remove "
+                "them, or make them again with process.layout=folders",
+                flush=True,
+            )
         manifest = _build_manifest(config, scanned, images, splits, files, folder)
         files += _write_certificate(folder, manifest, images, scanned.devkit.labels)
         scanned.require_unchanged()
@@ -165,6 +174,17 @@ def _images(config: Config, folder: Path, scanned: ScannedArchives) -> _Images:
         for split in found.splits  # in the order of their shard numbers
     )
     return _Images(archives, found.splits, found.facts, found.names, scanned.skipped, {})
+
+
+def _val_wnids(scanned: ScannedArchives, images: _Images) -> list[str]:
+    """Return the wnid of each val image of the dataset, in file name order."""
+    if not images.skipped:
+        return scanned.devkit.val_wnids
+    wnids = list(scanned.devkit.names)
+    names, entries = images.names.get("val"), images.splits.get("val")
+    if names is None or entries is None:
+        return []
+    return [wnids[label] for _, label in sorted(zip(names.tolist(), entries["label"].tolist(), strict=True))]
 
 
 def _write_split(folder: Path, split: str, entries: Index) -> Split:
@@ -227,6 +247,7 @@ def _build_manifest(
             "archives": md5s,
             "layout": config.process.layout,
             "process": config.process.identity(),
+            "check": config.process.check,
             "version": __version__,
         },
     )

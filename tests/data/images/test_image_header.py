@@ -39,6 +39,9 @@ KINDS = [
     (encoded(progressive=True, mode="L"), PROGRESSIVE | GREY),
     (encoded("PNG"), PNG),
     (encoded("PNG", mode="L"), PNG | GREY),
+    (encoded("PNG", exif=exif(6, "little")), PNG | ROTATED),
+    (encoded("PNG", exif=exif(3, "big"), mode="L"), PNG | GREY | ROTATED),
+    (encoded("PNG", exif=exif(1, "big")), PNG),
     (encoded("BMP"), OTHER),
     (encoded("WEBP"), OTHER),
     (encoded(exif=exif(6, "little")), ROTATED),
@@ -144,3 +147,15 @@ def test_png_header_of_too_many_pixels_is_corrupt() -> None:
 def test_png_that_ends_inside_its_header_is_corrupt() -> None:
     data = encoded("PNG")
     assert image_header.inspect(data[:16] + data[-8:]) == ImageInfo(0, 0, CORRUPT)
+
+
+def test_exif_of_a_png_is_found_behind_a_profile_and_behind_the_pixels() -> None:
+    data = encoded("PNG", exif=exif(6, "big"), icc_profile=random.Random(1).randbytes(9000))
+    assert image_header.peek(data[: image_header.HEAD], data[-512:]) is None
+    assert image_header.inspect(data) == ImageInfo(16, 12, PNG | ROTATED)
+    data = encoded("PNG", size=(200, 200), exif=exif(6, "big"))
+    begin = data.index(b"eXIf") - 4
+    end = begin + 12 + int.from_bytes(data[begin : begin + 4], "big")
+    moved = data[:begin] + data[end:-12] + data[begin:end] + data[-12:]
+    info = image_header.peek(moved[: image_header.HEAD], moved[-512:])
+    assert info == ImageInfo(200, 200, PNG | ROTATED)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from sample_images import encoded
 
 from hpc_imagenet.data.images.image_header import ORIENTATION
@@ -23,8 +23,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "image"
 
 
-def exif_bytes(value: int, order: bytes, *, before: int = 0, gap: int = 0) -> bytes:
-    """Return the contents of an Exif segment: a gap, `before` entries, the orientation."""
+def exif_bytes(value: int, order: bytes, *, before: int = 0, gap: int = 0, size: int = 2) -> bytes:
+    """Return the contents of an Exif segment: a gap, `before` entries, the orientation of `size` bytes."""
     kind = "little" if order == b"II" else "big"
 
     def number(n: int, size: int) -> bytes:
@@ -33,7 +33,10 @@ def exif_bytes(value: int, order: bytes, *, before: int = 0, gap: int = 0) -> by
     entries = [
         number(0x0100 + i, 2) + number(3, 2) + number(1, 4) + number(7, 2) + b"\0\0" for i in range(before)
     ]
-    entries.append(number(ORIENTATION, 2) + number(3, 2) + number(1, 4) + number(value, 2) + b"\0\0")
+    kind_of_value = number({2: 3, 4: 4}[size], 2)  # SHORT or LONG
+    entries.append(
+        number(ORIENTATION, 2) + kind_of_value + number(1, 4) + number(value, size) + bytes(4 - size)
+    )
     directory = number(len(entries), 2) + b"".join(entries) + number(0, 4)
     return b"Exif\0\0" + order + number(42, 2) + number(8 + gap, 4) + bytes(gap) + directory
 
@@ -45,6 +48,8 @@ def test_orientation_is_found_anywhere_in_the_header(path: Path, order: bytes, g
         for before in (0, 9):
             path.write_bytes(encoded(exif=exif_bytes(value, order, before=before, gap=gap)))
             assert read_orientation(path) == value
+        path.write_bytes(encoded(exif=exif_bytes(value, order, gap=gap, size=4)))
+        assert read_orientation(path) == value
 
 
 def test_exif_of_a_png_is_found_behind_a_profile_and_behind_the_pixels(path: Path) -> None:
@@ -120,3 +125,32 @@ def test_other_modes_and_damaged_images(monkeypatch: pytest.MonkeyPatch) -> None
             assert (image.size, image.mode, image.format) == ((9, 17), mode, kind)
     cut = encoded(size=(64, 64), quality=95)[:900]
     assert make_upright(cut, 6) == (cut, True)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_avif_is_turned(path: Path, mode: str) -> None:
+    for value in range(2, 9):
+        data = encoded("AVIF", mode, size=(64, 48), exif=exif_bytes(value, b"MM"))
+        path.write_bytes(data)
+        assert read_orientation(path) == value
+        turned, lossless = make_upright(data, value)
+        assert not lossless
+        with Image.open(io.BytesIO(turned)) as image, Image.open(io.BytesIO(data)) as original:
+            assert not image.getexif()
+            expected = np.array(ImageOps.exif_transpose(original).convert("RGB")).astype(int)
+            assert np.abs(np.array(image.convert("RGB")).astype(int) - expected).mean() < 2
+    path.write_bytes(encoded("AVIF", mode))
+    assert read_orientation(path) == 1
+
+
+def test_transparent_pixels_of_webp_keep_their_colours() -> None:
+    colours = np.arange(16 * 12 * 4, dtype=np.uint8).reshape(12, 16, 4)
+    colours[..., 3] = 0
+    buffer = io.BytesIO()
+    exif = exif_bytes(6, b"II")
+    Image.fromarray(colours).save(buffer, "WEBP", lossless=True, exact=True, exif=exif)
+    turned, lossless = make_upright(buffer.getvalue(), 6)
+    assert lossless
+    with Image.open(io.BytesIO(turned)) as image:
+        np.testing.assert_array_equal(np.array(image), np.rot90(colours, -1))

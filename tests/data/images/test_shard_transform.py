@@ -60,6 +60,8 @@ def test_resize_keeps_grey_and_orientation() -> None:
     transform = ShardTransform("long", 20, 95)
     assert transformed(encoded(mode="L", size=(64, 64)), transform)[1].flags == GREY
     assert transformed(encoded(exif=ROTATED_EXIF, size=(64, 64)), transform)[1].flags == ROTATED
+    png = encoded("PNG", exif=ROTATED_EXIF, size=(64, 64))
+    assert transformed(png, transform)[1].flags == ROTATED
     for data in (encoded("PNG", size=(64, 64)), encoded(mode="CMYK", size=(64, 64))):
         out, info = transformed(data, transform)
         assert (info.width, info.height, info.flags) == (20, 20, 0)
