@@ -209,6 +209,10 @@ def trainer_arguments(
         devices: int | list[int] = [index] if on_gpu else 1
     else:
         devices = list(range(max(index + 1, torch.cuda.device_count()))) if on_gpu else dist_env.local_size
+    # After the first step of a process, DDP moves the gradients to other places in its buffers. How a sum
+    # over more than two ranks is rounded depends on the place, so a resumed training would differ from one
+    # that was not interrupted. DDP keeps the places only if it looks for unused parameters at every step.
+    same_places = dist_env.size > 2 and (deterministic or not on_gpu)
     # Batch norm statistics are not broadcast at every step: `Classifier` broadcasts those of rank 0 before
     # each validation, so that all ranks evaluate the network that is in the checkpoint.
     ddp = DDPStrategy(
@@ -216,8 +220,10 @@ def trainer_arguments(
         timeout=COLLECTIVE_TIMEOUT,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=accumulate == 1,  # with accumulation only the last device batch of a step is reduced
-        find_unused_parameters=own and accumulate > 1,  # a static graph finds them by itself
+        # With accumulation only the last device batch of a step is reduced.
+        static_graph=accumulate == 1 and not same_places,
+        # A static graph finds them by itself.
+        find_unused_parameters=same_places or (own and accumulate > 1),
         ddp_comm_hook=bf16_compress_hook
         if on_gpu and dist_env.nodes > 1 and precision == "bf16-mixed"
         else None,

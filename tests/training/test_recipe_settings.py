@@ -221,6 +221,27 @@ def test_gradients_are_compressed_between_nodes_only(monkeypatch, nodes, precisi
     assert (strategy._ddp_comm_hook is not None) == compressed
 
 
+@pytest.mark.parametrize(
+    ("kind", "deterministic", "ranks", "fixed"),
+    [
+        ("cpu", False, 2, False),
+        ("cpu", False, 3, True),
+        ("cuda", False, 4, False),  # rounding differs anyway, and this is faster
+        ("cuda", True, 4, True),
+    ],
+)
+def test_ddp_has_one_layout_of_gradients_where_a_resumed_training_must_be_equal(
+    monkeypatch, kind: str, deterministic: bool, ranks: int, fixed: bool
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    for accumulate in (1, 2):
+        options = distributed.trainer_arguments(
+            DistEnv(0, ranks, 0, ranks), torch.device(kind, 0), "32-true", deterministic, accumulate
+        )["strategy"]._ddp_kwargs
+        assert options["find_unused_parameters"] == fixed
+        assert options["static_graph"] == (not fixed and accumulate == 1)
+
+
 def test_deterministic_disables_cudnn_benchmark() -> None:
     def algorithms(kind: str, deterministic: bool) -> tuple[bool, bool]:
         device = torch.device(kind, 0)

@@ -161,19 +161,20 @@ def test_resume_after_kill_is_bit_identical(config, tiny: DatasetReader, tmp_pat
 
 
 @pytest.mark.slow
-def test_signal_to_one_rank_stops_both_and_resume_is_bit_identical(
-    tiny: DatasetReader, tmp_path: Path
+@pytest.mark.parametrize("ranks", [2, 4])  # the sum over more than two depends on the order
+def test_signal_to_one_rank_stops_all_and_resume_is_bit_identical(
+    ranks: int, tiny: DatasetReader, tmp_path: Path
 ) -> None:
     reference, run = new_run(tmp_path / "reference"), new_run(tmp_path / "run")
     # With batch norm, whose statistics differ between the ranks.
     batch_norm = {"model": "shufflenet_v2_x0_5"}
-    started = tasks(tiny, reference, size=2, **batch_norm)
-    stopped = finish(tasks(tiny, run, size=2, signal_at=3, signal_rank=1, **batch_norm))
+    started = tasks(tiny, reference, size=ranks, **batch_norm)
+    stopped = finish(tasks(tiny, run, size=ranks, signal_at=3, signal_rank=1, **batch_norm))
     expected = finish(started)
     assert all(result["interrupted"] == 3 for result in stopped)
-    assert results(finish(tasks(tiny, run, size=2, **batch_norm))[0]) == results(expected[0])
+    assert results(finish(tasks(tiny, run, size=ranks, **batch_norm))[0]) == results(expected[0])
     assert_same_training(reference, run)
-    # Both ranks validated the network that is in the checkpoint.
+    # All ranks validated the network that is in the checkpoint.
     (alone,) = finish(tasks(tiny, reference, **batch_norm))
     assert alone["top1"] == expected[0]["top1"]
     assert alone["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
