@@ -282,6 +282,7 @@ def join_ranks(run: Run, dist_env: DistEnv, device: torch.device, top: Path = Pa
         rank=dist_env.rank,
         world_size=dist_env.size,
         timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,  # as Lightning does on several nodes
     )
 
 

@@ -16,10 +16,13 @@ import pytest
 import torch
 from outcomes import STEPS, assert_same_training, finish, new_run, results, saved, tasks, train
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.errors import EXIT_REQUEUE, Preempted, UserError
+from hpc_imagenet.errors import EXIT_REQUEUE, PeerLost, Preempted, UserError
 from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.runs.store import Run
+from hpc_imagenet.training import distributed
+from hpc_imagenet.training.fit import fit
 from hpc_imagenet.training.metrics import COLUMNS, CsvLogger
 from hpc_imagenet.training.module import Classifier
 
@@ -193,6 +196,18 @@ def test_other_ranks_exit_when_a_rank_dies(stuck: bool, tiny: DatasetReader, tmp
     else:
         assert code == 0, err
         assert json.loads(out.splitlines()[-1])["lost"].startswith("lost another task of this job: ")
+
+
+def test_a_rank_that_does_not_join_is_a_lost_task(
+    config, tiny: DatasetReader, tmp_path: Path, monkeypatch
+) -> None:
+    def wait(*_: object) -> None:
+        raise torch.distributed.DistStoreError("wait timeout after 600000ms")
+
+    monkeypatch.setattr(distributed, "join_ranks", wait)
+    with pytest.raises(PeerLost, match="lost another task of this job: wait timeout"):
+        fit(config(), tiny, new_run(tmp_path / "run"), DistEnv(0, 2, 0, 2))
+    torch.set_num_threads(1)  # fit sets it to the number of CPUs
 
 
 def test_metrics_csv_resumes_at_the_checkpoint_step(tmp_path: Path) -> None:
