@@ -23,6 +23,7 @@ class DistEnv:
     node: int = 0  # index of this node in the job
     master: str = "127.0.0.1"  # the host of rank 0; loopback on one node, whose name may not resolve
     port: int = 29500  # of the rendezvous
+    peer: str = "127.0.0.1"  # a host of another node
 
     @property
     def is_rank_zero(self) -> bool:
@@ -44,16 +45,19 @@ def from_environment(env: Mapping[str, str] = os.environ) -> DistEnv:
         return DistEnv(rank, size, rank, size, 0, "127.0.0.1", port)
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         size, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
+        node = int(env.get("SLURM_NODEID", 0))
+        master = _first_address(env) if nodes > 1 else "127.0.0.1"
         return DistEnv(
             rank=int(env["SLURM_PROCID"]),
             size=size,
             local_rank=int(env["SLURM_LOCALID"]),
             local_size=size // nodes,
-            node=int(env.get("SLURM_NODEID", 0)),
-            master=_first_address(env) if nodes > 1 else "127.0.0.1",
+            node=node,
+            master=master,
             port=_port(
                 int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]), int(env.get("SLURM_RESTART_COUNT", 0))
             ),
+            peer=master if node or nodes == 1 else _last_host(_step_nodes(env)),
         )
     return DistEnv()
 
@@ -91,13 +95,17 @@ def _port(job: int, step: int = 0, restart: int = 0) -> int:
 def _first_address(env: Mapping[str, str]) -> str:
     """Return the name of the first node of this step; its address if the name does not resolve here."""
     first, address = _first_host(env["SLURM_JOB_NODELIST"]), env.get("SLURM_LAUNCH_NODE_IPADDR")
-    host = _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+    host = _first_host(_step_nodes(env))
     if address and host == first:  # of the node where srun runs: for a batch script the first of the job
         try:
             socket.getaddrinfo(host, None)
         except OSError:
             return address
     return host
+
+
+def _step_nodes(env: Mapping[str, str]) -> str:
+    return env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
 
 
 def _first_host(nodelist: str) -> str:
@@ -107,3 +115,12 @@ def _first_host(nodelist: str) -> str:
         return head.split(",")[0]
     first = rest.split("]")[0].split(",")[0].split("-")[0]
     return head + first + rest.partition("]")[2].split(",")[0]
+
+
+def _last_host(nodelist: str) -> str:
+    # The last host of `big1,gpu[03-05,9]` is gpu9.
+    head, bracket, rest = nodelist.rpartition("[")
+    numbers, _, suffix = rest.partition("]")
+    if not bracket or "," in suffix:
+        return nodelist.rpartition(",")[2]
+    return head.rpartition(",")[2] + numbers.rpartition(",")[2].rpartition("-")[2] + suffix

@@ -7,17 +7,14 @@ not used.
 from __future__ import annotations
 
 import atexit
-import ipaddress
 import itertools
 import os
 import re
-import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -25,6 +22,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from hpc_imagenet.cluster.dist_env import DistEnv
+from hpc_imagenet.cluster.gloo_interface import set_gloo_interface
 from hpc_imagenet.cluster.gpus import DEVICES, available_gpus
 from hpc_imagenet.config.schema import Config, cluster_for
 from hpc_imagenet.errors import UserError, first_line
@@ -206,11 +204,15 @@ def trainer_arguments(
         own: whether the network is the user's own, and may have weights that no loss uses.
     """
     on_gpu, index = device.type == "cuda", device.index or 0
-    _set_gloo_interface(dist_env)
+    set_gloo_interface(dist_env)
     if dist_env.size == 1:
         devices: int | list[int] = [index] if on_gpu else 1
     else:
         devices = list(range(max(index + 1, torch.cuda.device_count()))) if on_gpu else dist_env.local_size
+    # After the first step of a process, DDP moves the gradients to other places in its buffers. How a sum
+    # over more than two ranks is rounded depends on the place, so a resumed training would differ from one
+    # that was not interrupted. DDP keeps the places only if it looks for unused parameters at every step.
+    same_places = dist_env.size > 2 and (deterministic or not on_gpu)
     # Batch norm statistics are not broadcast at every step: `Classifier` broadcasts those of rank 0 before
     # each validation, so that all ranks evaluate the network that is in the checkpoint.
     ddp = DDPStrategy(
@@ -218,8 +220,10 @@ def trainer_arguments(
         timeout=COLLECTIVE_TIMEOUT,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=accumulate == 1,  # with accumulation only the last device batch of a step is reduced
-        find_unused_parameters=own and accumulate > 1,  # a static graph finds them by itself
+        # With accumulation only the last device batch of a step is reduced.
+        static_graph=accumulate == 1 and not same_places,
+        # A static graph finds them by itself.
+        find_unused_parameters=same_places or (own and accumulate > 1),
         ddp_comm_hook=bf16_compress_hook
         if on_gpu and dist_env.nodes > 1 and precision == "bf16-mixed"
         else None,
@@ -259,7 +263,7 @@ def join_ranks(run: Run, dist_env: DistEnv, device: torch.device, top: Path = Pa
     """
     if dist_env.size == 1 or dist_env.nodes > 1 or dist.is_initialized() or not top.is_dir():
         return
-    _set_gloo_interface(dist_env)
+    set_gloo_interface(dist_env)
     # A file that a killed job has left must not be opened again, so each start of a job has another name.
     variables = ("SUBMITIT_LOCAL_JOB_ID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     start = [os.environ.get(name) for name in variables]
@@ -278,29 +282,8 @@ def join_ranks(run: Run, dist_env: DistEnv, device: torch.device, top: Path = Pa
         rank=dist_env.rank,
         world_size=dist_env.size,
         timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,  # as Lightning does on several nodes
     )
-
-
-def _set_gloo_interface(dist_env: DistEnv) -> None:
-    """Set GLOO_SOCKET_IFNAME: by default gloo resolves the host name, which may not be reachable."""
-    # NCCL_SOCKET_IFNAME may be a prefix or a list; gloo needs one full interface name.
-    site = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
-    name = "lo" if dist_env.nodes == 1 else site or _interface_to(dist_env.master)
-    if name in {interface for _, interface in socket.if_nameindex()}:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-
-
-def _interface_to(address: str) -> str:
-    """Return the network interface on the way to an IPv4 address; empty for a name, which gloo resolves."""
-    try:
-        ipaddress.IPv4Address(address)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # sends nothing
-            own = probe.getsockname()[0]
-    except (OSError, ValueError):
-        return ""
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, found in interfaces if own in {each.address for each in found}), "")
 
 
 def precision(setting: str, device: torch.device) -> Any:

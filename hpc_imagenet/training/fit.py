@@ -163,6 +163,7 @@ def fit(
         trainer = _trainer(config, run, dist_env, device, checkpoint, log_every, callbacks)
         path = checkpoint.path if checkpoint else None
         try:
+            distributed.join_ranks(run, dist_env, device)
             trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
             if "val_top1" not in trainer.callback_metrics:  # an earlier attempt finished the training
                 trainer.loggers = []  # and logged its last validation
@@ -253,7 +254,6 @@ def _trainer(
         print(distributed.describe_device(device, precision, dist_env, available_cpus(dist_env)), flush=True)
         if advice := distributed.bf16_emulation_warning(precision, device):
             print(f"warning: {advice}", flush=True)
-    distributed.join_ranks(run, dist_env, device)
     arguments = distributed.trainer_arguments(
         dist_env,
         device,

@@ -74,7 +74,6 @@ def score(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> 
         print(f"{path.name} of step {trained.step} · {name}, {len(split)} images", flush=True)
         print(f"images: {trained.preprocessing}", flush=True)
         print(distributed.describe_device(device, precision, dist_env, available_cpus(dist_env)), flush=True)
-    distributed.join_ranks(run, dist_env, device)
     progress = _ImageProgress(run, len(split), share.batch)
     with quiet_lightning():
         trainer = pl.Trainer(
@@ -83,6 +82,7 @@ def score(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> 
             logger=False,
         )
         try:
+            distributed.join_ranks(run, dist_env, device)
             (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
             skipped = len(data.skipped())
         except (RuntimeError, MemoryError) as error:

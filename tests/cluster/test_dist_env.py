@@ -35,3 +35,19 @@ def test_tasks_meet_at_the_first_node_of_their_step(
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     variables = {**STEP, "SLURM_STEP_NODELIST": step, "SLURM_JOB_NODELIST": job}
     assert from_environment(variables).master == master
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first", "last"),
+    [
+        ("n[3-4]", "n3", "n4"),
+        ("gpu[03-05,9],big1", "gpu03", "big1"),
+        ("big1,gpu[03-05,9]", "big1", "gpu9"),
+        ("a[1,7]-ib,b[1-2]-ib", "a1-ib", "b2-ib"),
+        ("one,two", "one", "two"),
+    ],
+)
+def test_each_node_knows_another_one(nodes: str, first: str, last: str) -> None:
+    variables = {**STEP, "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_NODELIST": f"other,{nodes}"}
+    assert from_environment(variables).peer == last
+    assert from_environment({**variables, "SLURM_NODEID": "1"}).peer == first

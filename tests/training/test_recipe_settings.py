@@ -12,6 +12,7 @@ from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.signals import StopSignal
+from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training import distributed
 from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
 from hpc_imagenet.training.loading.sampler import batch_share
@@ -219,6 +220,39 @@ def test_gradients_are_compressed_between_nodes_only(monkeypatch, nodes, precisi
     dist_env, gpu = DistEnv(size=2, local_size=2 // nodes), torch.device("cuda", 0)
     strategy = distributed.trainer_arguments(dist_env, gpu, precision, False)["strategy"]
     assert (strategy._ddp_comm_hook is not None) == compressed
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("cuda", True), ("cpu", False)])
+def test_nccl_is_bound_to_its_gpu(monkeypatch, tmp_path: Path, kind: str, bound: bool) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **options: given.update(options))
+    device = torch.device(kind, 1) if bound else torch.device(kind)
+    distributed.join_ranks(Run(tmp_path / "run"), DistEnv(1, 2, 1, 2), device, tmp_path)
+    assert given["device_id"] == (device if bound else None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "deterministic", "ranks", "fixed"),
+    [
+        ("cpu", False, 2, False),
+        ("cpu", False, 3, True),
+        ("cuda", False, 4, False),  # rounding differs anyway, and this is faster
+        ("cuda", True, 4, True),
+    ],
+)
+def test_ddp_has_one_layout_of_gradients_where_a_resumed_training_must_be_equal(
+    monkeypatch, kind: str, deterministic: bool, ranks: int, fixed: bool
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    for accumulate in (1, 2):
+        options = distributed.trainer_arguments(
+            DistEnv(0, ranks, 0, ranks), torch.device(kind, 0), "32-true", deterministic, accumulate
+        )["strategy"]._ddp_kwargs
+        assert options["find_unused_parameters"] == fixed
+        assert options["static_graph"] == (not fixed and accumulate == 1)
 
 
 def test_deterministic_disables_cudnn_benchmark() -> None:

@@ -16,10 +16,13 @@ import pytest
 import torch
 from outcomes import STEPS, assert_same_training, finish, new_run, results, saved, tasks, train
 
+from hpc_imagenet.cluster.dist_env import DistEnv
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
-from hpc_imagenet.errors import EXIT_REQUEUE, Preempted, UserError
+from hpc_imagenet.errors import EXIT_REQUEUE, PeerLost, Preempted, UserError
 from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.runs.store import Run
+from hpc_imagenet.training import distributed
+from hpc_imagenet.training.fit import fit
 from hpc_imagenet.training.metrics import COLUMNS, CsvLogger
 from hpc_imagenet.training.module import Classifier
 
@@ -161,19 +164,20 @@ def test_resume_after_kill_is_bit_identical(config, tiny: DatasetReader, tmp_pat
 
 
 @pytest.mark.slow
-def test_signal_to_one_rank_stops_both_and_resume_is_bit_identical(
-    tiny: DatasetReader, tmp_path: Path
+@pytest.mark.parametrize("ranks", [2, 4])  # the sum over more than two depends on the order
+def test_signal_to_one_rank_stops_all_and_resume_is_bit_identical(
+    ranks: int, tiny: DatasetReader, tmp_path: Path
 ) -> None:
     reference, run = new_run(tmp_path / "reference"), new_run(tmp_path / "run")
     # With batch norm, whose statistics differ between the ranks.
     batch_norm = {"model": "shufflenet_v2_x0_5"}
-    started = tasks(tiny, reference, size=2, **batch_norm)
-    stopped = finish(tasks(tiny, run, size=2, signal_at=3, signal_rank=1, **batch_norm))
+    started = tasks(tiny, reference, size=ranks, **batch_norm)
+    stopped = finish(tasks(tiny, run, size=ranks, signal_at=3, signal_rank=1, **batch_norm))
     expected = finish(started)
     assert all(result["interrupted"] == 3 for result in stopped)
-    assert results(finish(tasks(tiny, run, size=2, **batch_norm))[0]) == results(expected[0])
+    assert results(finish(tasks(tiny, run, size=ranks, **batch_norm))[0]) == results(expected[0])
     assert_same_training(reference, run)
-    # Both ranks validated the network that is in the checkpoint.
+    # All ranks validated the network that is in the checkpoint.
     (alone,) = finish(tasks(tiny, reference, **batch_norm))
     assert alone["top1"] == expected[0]["top1"]
     assert alone["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
@@ -192,6 +196,18 @@ def test_other_ranks_exit_when_a_rank_dies(stuck: bool, tiny: DatasetReader, tmp
     else:
         assert code == 0, err
         assert json.loads(out.splitlines()[-1])["lost"].startswith("lost another task of this job: ")
+
+
+def test_a_rank_that_does_not_join_is_a_lost_task(
+    config, tiny: DatasetReader, tmp_path: Path, monkeypatch
+) -> None:
+    def wait(*_: object) -> None:
+        raise torch.distributed.DistStoreError("wait timeout after 600000ms")
+
+    monkeypatch.setattr(distributed, "join_ranks", wait)
+    with pytest.raises(PeerLost, match="lost another task of this job: wait timeout"):
+        fit(config(), tiny, new_run(tmp_path / "run"), DistEnv(0, 2, 0, 2))
+    torch.set_num_threads(1)  # fit sets it to the number of CPUs
 
 
 def test_metrics_csv_resumes_at_the_checkpoint_step(tmp_path: Path) -> None:

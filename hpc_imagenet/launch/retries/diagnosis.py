@@ -14,7 +14,7 @@ from typing import Any
 
 from hpc_imagenet.io.printable import one_line
 from hpc_imagenet.launch.executor import State
-from hpc_imagenet.launch.retries.error_logs import ErrorLogs, error_logs
+from hpc_imagenet.launch.retries.error_logs import DEVICE_MEMORY_LINE, ErrorLogs, error_logs
 from hpc_imagenet.launch.retries.remedies import PLACEHOLDER, Failure, remedy_for
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.runs.attempt import CANCELLED, FAILED, Attempt
@@ -85,9 +85,7 @@ CLASSES: dict[str, FailureClass] = {
     ),
     DEVICE_MEMORY: _class(
         "out of device memory",
-        r"cuda out of memory|hip out of memory|cuda error: out of memory|cuda\w* failure .*out of memory"
-        r"|torch\.(?:cuda\.)?outofmemoryerror|status_alloc(?:ation)?_failed"
-        r"|images at a time are too many for (?!this machine)",
+        DEVICE_MEMORY_LINE,
         "set a larger train.accumulate, or take a smaller model",
         certain=True,
     ),

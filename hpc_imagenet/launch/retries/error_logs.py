@@ -28,7 +28,14 @@ _ERROR = re.compile(
 # Lines that may follow it: of the error itself, of Python's fault handler, of Slurm and submitit.
 _REST = re.compile(r"^(?:\s|$|srun: |slurmstepd: |submitit |Thread 0x|Current thread|Extension modules)")
 _FRAME = re.compile(r'^\s+File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
-_PEER = re.compile(r"lost another task of this job|this task did not exit within")
+# Lines about the memory of a GPU, in lower case: of torch, CUDA and its libraries, and of a training.
+DEVICE_MEMORY_LINE = (
+    r"cuda out of memory|hip out of memory|cuda error: out of memory|cuda\w* failure .*out of memory"
+    r"|torch\.(?:cuda\.)?outofmemoryerror|status_alloc(?:ation)?_failed"
+    r"|images at a time are too many for (?!this machine)"
+)
+STUCK = "this task did not exit within"  # of a task that `CheckpointCallback` has terminated after an error
+_PEER = re.compile(rf"lost another task of this job|{STUCK}")
 # srun names a task when it ends: `srun: error: n2: task 1: Killed`.
 _SRUN = re.compile(r"^srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<how>.+)$")
 _LATER = re.compile(r"^(?:Terminated|Exited with exit code 75)\b")  # ends that follow that of another task

@@ -19,7 +19,14 @@ from pathlib import Path
 
 from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import EXIT_REQUEUE
-from hpc_imagenet.launch.retries.error_logs import RANK_PREFIX, ErrorLogs, error_logs
+from hpc_imagenet.launch.retries.error_logs import (
+    DEVICE_MEMORY_LINE,
+    RANK_PREFIX,
+    STUCK,
+    ErrorLogs,
+    error_logs,
+    quoted,
+)
 from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.launch.tasks.start_task import read_task
 from hpc_imagenet.runs import lease
@@ -68,9 +75,13 @@ def requeue_or_fail(
     # Rank 0's log, where srun and Slurm write their errors.
     lines = last_lines(log, begin) if log and log.exists() else next(attempt.error_tails(), [])
     tail = lines[-_LINES:]
-    if any(_OUT_OF_MEMORY.search(line) for line in tail):
+    if any(_OUT_OF_MEMORY.search(line) and not _is_of_device(line) for line in tail):
         fix = "raise cluster.memory_gb, or lower loader.workers, then run the command again"
         return fail(f"out of host memory: {fix}")
+    stuck = (line for lines in attempt.error_tails() for line in lines[-_LINES:] if STUCK in line)
+    if line := next(filter(_is_of_device, (*tail, *stuck)), ""):
+        fix = "set a larger train.accumulate, or take a smaller model"
+        return fail(f"out of device memory: {fix} ({quoted(line)})")
     reason = _transient_reason(code, tail)
     if not reason:
         logs = ErrorLogs({0: [RANK_PREFIX.sub("", line) for line in lines]}) if begin else error_logs(attempt)
@@ -84,6 +95,11 @@ def requeue_or_fail(
     if error := slurm.requeue_this_job():
         return fail(f"{reason}, but Slurm refused to requeue the job ({error}): retry resumes it")
     return EXIT_REQUEUE
+
+
+def _is_of_device(line: str) -> bool:
+    """Whether a log line is about the memory of a GPU."""
+    return re.search(DEVICE_MEMORY_LINE, line.lower()) is not None
 
 
 def _has_finished(attempt: Attempt) -> bool:

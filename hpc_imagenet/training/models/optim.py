@@ -46,14 +46,38 @@ def _create(recipe: Recipe, groups: list[dict[str, Any]], options: dict[str, Any
 
         optimizer = create_optimizer_v2(groups, timm, lr=rate, momentum=recipe.momentum, **options)
         return cast(torch.optim.Optimizer, optimizer)
-    if name in ("sgd", "adamw"):
-        # One fused kernel on GPUs. None rather than False: a checkpoint stores the value, and a run resumed
-        # on a GPU would keep False and loop over the tensors.
-        options = {"fused": all(p.is_cuda for group in groups for p in group["params"]) or None, **options}
+    if name in ("sgd", "adamw"):  # one fused kernel on GPUs
+        # With dampening the first step of SGD is not the one that `_start_momentum` prepares.
+        fused = all(p.is_cuda for group in groups for p in group["params"]) and not options.get("dampening")
+        options = {"fused": fused or None, **options}
     if name == "sgd":
         options = {"momentum": recipe.momentum, **options}
     kinds = {each.lower(): kind for each, kind in vars(torch.optim).items() if each[0].isupper()}
-    return cast(torch.optim.Optimizer, kinds[name](groups, lr=rate, **options))
+    optimizer = cast(torch.optim.Optimizer, kinds[name](groups, lr=rate, **options))
+    if options.get("fused"):
+        optimizer.register_load_state_dict_pre_hook(_keep_fused)
+        _start_momentum(optimizer)
+    return optimizer
+
+
+def _keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state to be loaded, for the fused kernel.
+
+    One that was saved on a CPU selects another kernel, which fails with 16-mixed.
+    """
+    return {**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]}
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Start the momentum of a fused SGD at zero, from which its first step is the same: 0.9 * 0 + gradient.
+
+    torch allocates it in the first step, and the kernel writes it unless gradients overflow, as with 16-mixed
+    they often do then. The next step would read memory that was never written.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum") and not group["dampening"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:

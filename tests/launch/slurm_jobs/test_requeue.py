@@ -16,6 +16,7 @@ from hpc_imagenet.config.compose import compose
 from hpc_imagenet.errors import EXIT_REQUEUE
 from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.plan import make_plan
+from hpc_imagenet.launch.retries.diagnosis import DEVICE_MEMORY, diagnose
 from hpc_imagenet.launch.slurm_jobs import requeue
 from hpc_imagenet.runs import job as jobs
 from hpc_imagenet.runs import lease
@@ -105,6 +106,13 @@ def test_transient_failure_requeues_the_job(job: Job, code: int, errors: str) ->
         (136, "", "SIGFPE"),
         (137, "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.", "then run the command again"),
         (1, "slurmstepd: error: task 0 was Out Of Memory", "cluster.memory_gb"),
+        (134, "Cuda failure 2 'out of memory'", "out of device memory: set a larger train.accumulate"),
+        (
+            EXIT_REQUEUE,
+            "this task did not exit within 60 s of an error, so it is terminated (CUDA out of memory)",
+            "out of device memory: set a larger train.accumulate",
+        ),
+        (137, "CUDA out of memory\nslurmstepd: error: Detected 1 oom_kill event", "cluster.memory_gb"),
     ],
 )
 def test_permanent_failure_writes_an_outcome_with_the_reason(
@@ -114,6 +122,19 @@ def test_permanent_failure_writes_an_outcome_with_the_reason(
     assert job.requeued == ""
     assert reason in job.reason
     assert "\n" not in job.reason
+
+
+def test_device_memory_of_another_rank_fails_the_job(job: Job) -> None:
+    other = job.attempt.folder / "5_3_log.err"
+    end = "this task did not exit within 60 s of an error, so it is terminated"
+    other.write_text(f"{end} (Connection closed by peer)")
+    assert job.end(EXIT_REQUEUE, "lost another task of this job") == EXIT_REQUEUE
+    other.write_text(f"{end} (CUDA out of memory)")
+    assert job.end(EXIT_REQUEUE, "lost another task of this job") == 1
+    assert job.reason.startswith("out of device memory: ")
+    diagnosis = diagnose(job.run, job.attempt)
+    assert diagnosis
+    assert diagnosis.kind == DEVICE_MEMORY
 
 
 def test_finished_outcome_is_kept_and_not_requeued(job: Job) -> None:

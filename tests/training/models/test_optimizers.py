@@ -81,3 +81,75 @@ def test_invalid_options_are_one_line(name: str, options: dict[str, Any], messag
         UserError, match=rf"^recipe.optimizer={name} with recipe.optimizer_options=.*{message}"
     ):
         build_optimizer(network(), recipe)
+
+
+@pytest.fixture
+def unwritten_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is allocated and not written is NaN."""
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **_: torch.full_like(tensor, float("nan")))
+
+
+def scaled_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, overflow: bool
+) -> None:
+    """One step as with 16-mixed on a GPU."""
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    optimizer.zero_grad()
+    scaler.scale(nn.functional.cross_entropy(model(images), torch.arange(8))).backward()
+    if overflow:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize(("name", "options"), [("sgd", {}), ("sgd", {"nesterov": True}), ("adamw", {})])
+def test_a_first_step_that_overflows_changes_nothing(name, options, config, unwritten_memory) -> None:
+    """The fused kernel, which is the default on GPUs, exists on CPUs too."""
+    recipe = config(optimizer=name, optimizer_options={"fused": True, **options}).recipe
+    trained = []
+    for overflow in (False, True):
+        model, scaler = network(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        optimizer = build_optimizer(model, recipe)
+        if overflow:
+            scaled_step(model, optimizer, scaler, overflow=True)
+            assert all(map(torch.equal, model.parameters(), network().parameters()))
+        for _ in range(3):
+            scaled_step(model, optimizer, scaler, overflow=False)
+        trained.append([parameter.detach() for parameter in model.parameters()])
+    assert all(map(torch.equal, *trained))
+    assert all(parameter.isfinite().all() for parameter in trained[0])
+
+
+def test_a_momentum_of_zeros_is_exact(config) -> None:
+    recipe = config(optimizer_options={"fused": True}).recipe
+    (one, ours), (other, plain) = [(model := network(), build_optimizer(model, recipe)) for _ in range(2)]
+    plain.state.clear()  # as torch begins
+    assert all(map(torch.equal, steps(one, ours, 5), steps(other, plain, 5)))
+
+
+def test_a_state_saved_on_a_cpu_goes_on_in_the_fused_kernel(config, tmp_path) -> None:
+    """It selects another kernel, which does not accept what 16-mixed passes to the optimizer."""
+    for name in ("sgd", "adamw"):
+        recipe = config(optimizer=name, learning_rate=1e-3).recipe
+        model = network()
+        before = build_optimizer(model, recipe)
+        expected = [*steps(copied := network(), other := build_optimizer(copied, recipe), 1)]
+        assert all(map(torch.equal, steps(model, before, 1), expected))
+        torch.save(before.state_dict(), tmp_path / "state")
+        recipe.optimizer_options = {"fused": True}
+        after, scaler = build_optimizer(model, recipe), torch.amp.GradScaler("cpu")
+        after.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        scaled_step(model, after, scaler, overflow=False)
+        for one, two in zip(model.parameters(), steps(copied, other, 1), strict=True):
+            torch.testing.assert_close(one.detach(), two, rtol=1e-5, atol=1e-7)
+
+
+def test_dampening_is_not_fused_by_default(config, monkeypatch) -> None:
+    """Its first step, with the whole gradient, is not that of a momentum of zeros."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    fused = [
+        build_optimizer(network(), config(optimizer_options=options).recipe).param_groups[0]["fused"]
+        for options in ({}, {"dampening": 0.5})
+    ]
+    assert fused == [True, None]
