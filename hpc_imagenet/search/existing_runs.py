@@ -47,7 +47,7 @@ def existing_end(record: TrialRecord, begun: bool, store: RunStore, files: Study
     if outcome and outcome.state == FINISHED and outcome.result:
         epochs = outcome.result.get("epochs")
         return replace(record, state=FINISHED, top1=outcome.result.get("top1"), epochs=epochs)
-    if begun and outcome and outcome.state in (FAILED, PRUNED) and _is_of(attempt, files):
+    if begun and outcome and outcome.state in (FAILED, PRUNED) and is_of_study(attempt, files):
         top1 = (outcome.result or {}).get("top1")
         return replace(record, state=outcome.state, reason=outcome.reason, top1=top1)
     for other in files.records():
@@ -61,10 +61,10 @@ def existing_end(record: TrialRecord, begun: bool, store: RunStore, files: Study
     return None
 
 
-def _is_of(attempt: Attempt | None, files: StudyFiles) -> bool:
+def is_of_study(attempt: Attempt | None, files: StudyFiles) -> bool:
     """Whether a worker of the study made an attempt, and not another search or an ordinary submission."""
     submitted = attempt.submitted if attempt else {}
-    return submitted.get("executor") == EXECUTOR and submitted.get("study", files.name) == files.name
+    return submitted.get("executor") == EXECUTOR and submitted.get("study") == files.name
 
 
 def earlier_validations(run: Run, after: int) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ from hpc_imagenet.config.compose import compose
 from hpc_imagenet.config.input.overrides import with_defaults
 from hpc_imagenet.config.schema import Config
 from hpc_imagenet.errors import PeerLost, Preempted, Superseded, UserError
-from hpc_imagenet.runs.lease import revoke
+from hpc_imagenet.runs.lease import acquire, revoke
 from hpc_imagenet.runs.metrics_file import validation_rows
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.search.existing_runs import ended_workers, existing_end
@@ -48,18 +49,20 @@ def test_no_trial_begins_after_the_budget_at_any_rung(tmp_path: Path) -> None:
         files.claim(number, 0, 0, "worker")
         files.write(TrialRecord(number, state="finished", top1=number / 3, hours=1.0, run=f"{number}-x"))
     assert is_complete(files, 3, 2.0)
-    assert search.run(config, worker, DistEnv())["trials"] == 0
+    result = search.run(config, worker, DistEnv())
+    assert (result["trials"], result["budget"]) == (0, 2.0)
     assert len(files.claims()) == 3
+    files.claim(2, 1, 0, "worker")
+    files.write(TrialRecord(2, 1, state="finished", top1=1.0, run="2-y"))
+    assert "budget" not in search.run(config, worker, DistEnv())  # no trial is left
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [Preempted, PeerLost, Superseded])
+@pytest.mark.parametrize("stop", [Preempted, PeerLost])
 def test_hours_until_a_stop_within_an_epoch_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[Exception]
 ) -> None:
-    def train(stage: TrainStage, config: Config, run: Run, dist_env: DistEnv) -> NoReturn:
-        if stop is Superseded:
-            revoke(run.folder, 1)
+    def train(*_: object) -> NoReturn:
         raise stop
 
     monkeypatch.setattr(TrainStage, "run", train)
@@ -69,8 +72,30 @@ def test_hours_until_a_stop_within_an_epoch_are_counted(
         with pytest.raises(stop):
             search.run(config, worker, DistEnv())
         (record,) = files.records()
-        # Another process has the trial, and writes its record.
-        assert record.hours == (0.0 if stop is Superseded else 1.5 * start)
+        assert record.hours == 1.5 * start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_validation", [False, True])
+@pytest.mark.parametrize("lost", ["worker", "trial"])
+def test_worker_that_has_lost_a_lease_writes_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, at_validation: bool
+) -> None:
+    config, worker, files = worker_of_study(tmp_path, "+search=tpe")
+    worker.lease = acquire(worker.folder, 1)
+
+    def train(stage: TrainStage, config: Config, run: Run, dist_env: DistEnv) -> NoReturn:
+        revoke(worker.folder if lost == "worker" else run.folder, 1)
+        if at_validation and run.judge:
+            run.judge(1, 0.5)
+        raise Superseded
+
+    monkeypatch.setattr(TrainStage, "run", train)
+    monkeypatch.setattr(search.SearchWorker, "_hours", lambda *_: 1.5)
+    with pytest.raises(Superseded):
+        search.run(config, worker, DistEnv())
+    (record,) = files.records()  # another process has the trial, and writes its record
+    assert (record.hours, record.accuracies) == (0.0, {})
 
 
 Train = Callable[[TrainStage, Config, Run, DistEnv], dict[str, Any]]
@@ -93,8 +118,9 @@ def train_from_metrics(trained: list[str], accuracy: float, stop: bool = False) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("study", ["study", "other"])
 def test_earlier_validations_of_a_run_are_compared_at_their_rungs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, study: str
 ) -> None:
     trained: list[str] = []
     monkeypatch.setattr(TrainStage, "run", train_from_metrics(trained, 0.5))
@@ -108,15 +134,55 @@ def test_earlier_validations_of_a_run_are_compared_at_their_rungs(
         folder = RunStore(tmp_path).create(runs[number], {}, {"stage": "train"}).folder
         lines = [f"{22 * at + 22},{at},{accuracy},1,0.5" for at, accuracy in enumerate(accuracies)]
         (folder / "metrics.csv").write_text("\n".join(["step,epoch,val_top1,val_top5,val_loss", *lines, "7"]))
+    # Its worker has ended for good, or is lost behind a network failure and still trains.
+    lost = RunStore(tmp_path).create("c0ffee00-search", {}, {"stage": "search"})
+    lost.new_attempt().end("cancelled")
+    left = RunStore(tmp_path).run(runs[1]).new_attempt()
+    left.submit("search", study=study, worker=lost.id)
+    old_copy = acquire(left.folder.parents[1], left.number)
     search.run(config, worker, DistEnv())
     first, second, third = files.records()
     assert (first.state, third.state) == ("finished", "finished")
     assert (second.state, second.epochs, second.top1, second.hours) == ("pruned", 3, 0.3, 0)
     assert second.reason == "after epoch 3 of 9, by the search study"
     assert trained == [runs[0], runs[2]]
+    outcome = left.outcome
+    if study == "study":
+        assert outcome
+        assert (outcome.state, outcome.reason) == ("pruned", second.reason)
+    else:
+        assert outcome is None
+    with pytest.raises(Superseded) if study == "study" else contextlib.nullcontext():
+        old_copy.check()
     assert sorted(third.accuracies) == [str(epoch) for epoch in range(1, 9)]
     values = [each.system_attrs.get("completed_rung_0") for each in SearchStudy(files)._study.trials]
     assert values == [0.5, 0.3, 0.6]
+
+
+@pytest.mark.slow
+def test_run_that_another_worker_begins_during_the_reports_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun_meanwhile(run: Run, after: int) -> list[tuple[int, float]]:
+        run.folder.mkdir(parents=True)
+        other = RunStore(tmp_path).create("c0ffee00-search", {}, {"stage": "search"})
+        other.new_attempt().submit("local")
+        run.new_attempt().submit("search", study="study", worker=other.id)
+        monkeypatch.setattr(search, "earlier_validations", lambda *_: [])
+        return [(1, 0.25), (2, 0.5)]
+
+    trained: list[str] = []
+    monkeypatch.setattr(TrainStage, "run", train_from_metrics(trained, 0.5))
+    monkeypatch.setattr(search, "earlier_validations", begun_meanwhile)
+    config, worker, files = worker_of_study(tmp_path, "+search=tpe")
+    search.run(config, worker, DistEnv())
+    first, *others = files.records()
+    assert (first.state, first.reason) == ("skipped", "another job trains the same run")
+    assert first.accuracies == {"1": 0.25, "2": 0.5}
+    assert trained == [each.run for each in others]
+    attempt = RunStore(tmp_path).run(first.run).attempt
+    assert attempt
+    assert attempt.outcome is None
 
 
 @pytest.mark.slow

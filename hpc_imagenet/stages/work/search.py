@@ -25,16 +25,9 @@ from hpc_imagenet.runs.attempt import CANCELLED, FAILED, FINISHED, PRUNED, Attem
 from hpc_imagenet.runs.checkpoints import INITIAL, link_or_copy
 from hpc_imagenet.runs.store import Progress, Run, RunStore
 from hpc_imagenet.runs.usage_records import last_seen
-from hpc_imagenet.search.existing_runs import earlier_validations, ended_workers, existing_end
+from hpc_imagenet.search.existing_runs import earlier_validations, ended_workers, existing_end, is_of_study
 from hpc_imagenet.search.rungs import promotable
-from hpc_imagenet.search.study_files import (
-    EXECUTOR,
-    MOST_OWNERS,
-    Claim,
-    StudyFiles,
-    TrialRecord,
-    best,
-)
+from hpc_imagenet.search.study_files import EXECUTOR, MOST_OWNERS, Claim, StudyFiles, TrialRecord, best
 from hpc_imagenet.stages.train_stage import TRAIN
 from hpc_imagenet.stages.work.trial import free_memory, has_lost_gpu, output_to, run_trial
 
@@ -158,10 +151,16 @@ class SearchWorker:
 
     def _is_spent(self) -> bool:
         budget = self._files.budget
-        self._spent = budget if budget is not None and self._files.hours >= budget else None
+        is_spent = budget is not None and self._files.hours >= budget and self._is_left()
+        self._spent = budget if is_spent else None
         if self._spent is not None:
             print(f"search.budget={self._spent:g} GPU-hours are spent: no trial begins", flush=True)
         return self._spent is not None
+
+    def _is_left(self) -> bool:
+        taken = {claim.trial for claim in self._files.claims()}
+        promoted = promotable(self._files.records(), len(self._rungs))
+        return not taken.issuperset(range(self._files.target)) or any(promoted)
 
     def _promoted(self) -> Claim | None:
         for trial, rung in promotable(self._files.records(), len(self._rungs)):
@@ -193,41 +192,48 @@ class SearchWorker:
         record.worker = self.run.id
         record.run = TRAIN.run_id(self._trial_config(record))
         self._files.write(record)
-        if other := existing_end(record, begun, self._store, self._files):
+        other = existing_end(record, begun, self._store, self._files)
+        if other is None and record.pruned_at is None and self._report_earlier(record):
+            # Meanwhile another worker may have begun the same run.
+            other = existing_end(record, begun, self._store, self._files)
+        if other:
             self._end(record, other.state, other.top1, other.reason, other.epochs, reused=not begun)
-        elif self._is_pruned(record):
+        elif record.pruned_at is not None:
             self._prune(record, begun)
         return record
 
-    def _is_pruned(self, record: TrialRecord) -> bool:
-        """Whether the search prunes a trial before it is trained, or pruned it before its worker was stopped.
+    def _report_earlier(self, record: TrialRecord) -> bool:
+        """Report the validations of a run up to one that prunes it; return whether there are any.
 
-        Its run may have been trained for another search, or by itself. Its validations are reported, since
-        Optuna compares the first accuracy that is reported at all rungs up to its epoch.
+        The run may have been trained for another search, or by itself. Optuna compares the first accuracy
+        that is reported at all rungs up to its epoch, so all are reported.
         """
-        if record.pruned_at is None:
-            epochs = self._trial_config(record).recipe.epochs
-            for epoch, top1 in earlier_validations(self._store.run(record.run), record.epochs or 0):
-                if self._judge(record, epochs, epoch, top1):
-                    break
-        return record.pruned_at is not None
+        epochs = self._trial_config(record).recipe.epochs
+        found = earlier_validations(self._store.run(record.run), record.epochs or 0)
+        for epoch, top1 in found:
+            if self._judge(record, epochs, epoch, top1):
+                break
+        if found:
+            self._files.write(record)
+        return bool(found)
 
     def _prune(self, record: TrialRecord, begun: bool) -> None:
-        """End a trial that is pruned, and its run, unless that has ended."""
-        attempt, top1, epochs = self._store.run(record.run).attempt, record.top1, record.pruned_at
+        """End a trial that is pruned, and its run, unless that has ended or is of another search."""
+        run, top1, epochs = self._store.run(record.run), record.top1, record.pruned_at
+        attempt = run.attempt
         reason = self._pruning(epochs, self._trial_config(record))
-        if attempt and attempt.outcome is None:
+        if attempt and attempt.outcome is None and is_of_study(attempt, self._files):
             attempt.end(PRUNED, reason, {"top1": top1, "epochs": epochs}, ended=last_seen(attempt))
+            lease.revoke(run.folder, attempt.number)  # behind a network failure its worker may still train
         self._end(record, PRUNED, top1, reason, epochs, reused=not begun)
 
     def _judge(self, record: TrialRecord, epochs: int, epoch: int, top1: float) -> bool:
-        """Record a validation after an epoch of so many; return whether the trial is pruned there."""
+        """Note a validation after an epoch of so many; return whether the trial is pruned there."""
         record.top1, record.epochs, record.accuracies[str(epoch)] = top1, epoch, top1
         last = epoch >= epochs or len(self._rungs) > 1
         pruned = not last and self._study.report(_number(record), epoch, top1)
         # The study gives this answer once, and the worker may be stopped before the trial has ended.
         record.pruned_at = epoch if pruned else None
-        self._files.write(record)
         return pruned
 
     def _pruning(self, epochs: int | None, config: Config) -> str:
@@ -248,10 +254,11 @@ class SearchWorker:
         began, before = time.monotonic(), record.hours
 
         def judge(epoch: int, top1: float) -> bool:
-            if self.run.lease:
-                self.run.lease.check()
+            self._check_leases(trial)
             record.hours = before + self._hours(began)
-            return self._judge(record, config.recipe.epochs, epoch, top1)
+            pruned = self._judge(record, config.recipe.epochs, epoch, top1)
+            self._files.write(record)
+            return pruned
 
         if rank_zero:
             attempt = self._start(trial, config, record)
@@ -284,9 +291,12 @@ class SearchWorker:
     def _keep(self, record: TrialRecord, trial: Run) -> None:
         """Write a trial that goes on in another start, unless that start has it already."""
         with contextlib.suppress(OSError, Superseded):  # the first error counts
-            for held in filter(None, (self.run.lease, trial.lease)):
-                held.check()
+            self._check_leases(trial)
             self._files.write(record)
+
+    def _check_leases(self, trial: Run) -> None:
+        for held in filter(None, (self.run.lease, trial.lease)):
+            held.check()
 
     def _hours(self, began: float) -> float:
         return (time.monotonic() - began) * self.dist_env.size / 3600
