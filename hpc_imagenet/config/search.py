@@ -27,7 +27,8 @@ class Search:
     seed: int = setting(0, "seed of what is drawn", minimum=0, maximum=2**32 - 1)
     budget: float | None = setting(
         None,
-        "GPU-hours after which no trial begins (without GPUs: process-hours); null: that of the study",
+        "GPU-hours after which no trial begins (without GPUs: process-hours); null: that of the study, or "
+        "unlimited",
         above=0,
     )
     worker: int = setting(0, "number of the worker, from 1; set by composition")

@@ -69,7 +69,7 @@ class SearchStage(Stage):
             _check_same_study(files, about)
             _check_budget(files, config.search)
         elif config.search.algorithm == "halving" and len(about["rungs"]) > 1:
-            _check_sizes([trial.recipe for trial in trials])
+            _check_sizes([trial.recipe for trial in trials], about["rungs"][0])
 
     def check_input(self, config: Config, cluster: Cluster, planned: bool) -> None:
         """Raise unless the datastore can be read and has enough images for a batch of any trial."""
@@ -142,7 +142,7 @@ def is_complete(files: StudyFiles, trials: int, budget: float | None) -> bool:
     ended = {(each.trial, each.rung) for each in records if each.ended}
     if any((claim.trial, claim.rung) not in ended for claim in files.claims()):
         return False
-    if budget is not None and sum(each.hours for each in records) >= budget:
+    if budget is not None and files.hours >= budget:
         return bool(records)
     if len({trial for trial, rung in ended if rung == 0}) < trials:
         return False
@@ -150,25 +150,29 @@ def is_complete(files: StudyFiles, trials: int, budget: float | None) -> bool:
     return about["algorithm"] != "halving" or not any(promotable(records, len(about["rungs"])))
 
 
-def _check_sizes(recipes: Sequence[Recipe]) -> None:
-    """Raise for progressive sizes: short schedules of `halving` would end before the images have grown."""
+def _check_sizes(recipes: Sequence[Recipe], epochs: int) -> None:
+    """Raise if images of progressive sizes have not grown in the last of so many epochs, a short schedule."""
     starts = {recipe.start_size for recipe in recipes if recipe.start_size is not None}
     sizes = {recipe.size for recipe in recipes}
-    if starts and len(starts | sizes) > 1:
+    grown = max(recipe.grow_to for recipe in recipes)
+    if starts and len(starts | sizes) > 1 and grown > epochs - 1:
         raise UserError(
-            f"recipe.start_size={min(starts)} grows to recipe.size={max(sizes)} late in a schedule, and "
-            "+search=halving compares short ones, which end before: set recipe.start_size=null, or take "
-            "+search=asha"
+            f"recipe.start_size={min(starts)} grows to recipe.size={max(sizes)} until "
+            f"recipe.grow_to={grown:g}, and the first trainings of +search=halving have {epochs} epochs, "
+            f"from 0 to {epochs - 1}: set recipe.start_size=null, or take +search=asha"
         )
 
 
 def _check_budget(files: StudyFiles, search: Search) -> None:
-    """Raise if more trials of a study are requested, and its budget lets none begin."""
-    budget = files.budget_after(search.budget)
-    if budget is not None and search.trials > files.target and files.hours >= budget:
+    """Raise if more trials or a larger budget are requested, and trials are left that cannot begin."""
+    kept, budget = files.budget, files.budget_after(search.budget)
+    if budget is None or files.hours < budget:
+        return
+    goes_on = kept is not None and budget > kept and not is_complete(files, files.target, None)
+    if goes_on or search.trials > files.target:
         raise UserError(
             f"search.budget={budget:g} of the study {files.name} is spent ({files.hours:.4g} GPU-hours): set "
-            f"a larger one for search.trials={search.trials}"
+            f"a larger one for search.trials={max(search.trials, files.target)}"
         )
 
 

@@ -156,7 +156,7 @@ def test_budget_ends_the_search(searching: Cli) -> None:
     assert row["result"]["budget"] == 1e-9
     # Without search.budget that of the study holds, and a larger one continues it.
     fixed = ("+search=asha", "search.name=study", "cluster=foreground", *with_defaults(SETTINGS, words[:-2]))
-    for more in (["search.trials=10"], ["search.trials=10", "search.budget=1e-8"]):
+    for more in (["search.trials=10"], ["search.trials=10", "search.budget=1e-8"], ["search.budget=1e-8"]):
         assert "of the study study is spent (" in searching.refused(*fixed, *more)
     assert len(search(searching, *words[:-2], "search.trials=2", "search.budget=9")) == 9
 

@@ -25,6 +25,7 @@ from hpc_imagenet.stages.train_stage import TRAIN
 pytestmark = pytest.mark.slow
 
 RATES = "recipe.learning_rate=tag(log, interval(0.05,1))"
+GROWING = ("+search=halving", "recipe.epochs=9", "recipe.start_size=16")  # the rungs are [3, 9]
 
 
 @pytest.fixture
@@ -64,12 +65,13 @@ def searching(cli: Cli) -> Cli:
         ),
         (("+search=asha", RATES, "train.share_loader=true"), "trains one trial after another: remove it"),
         (
-            ("+search=halving", RATES, "recipe.epochs=9", "recipe.start_size=16"),
-            "recipe.start_size=16 grows to recipe.size=32 late in a schedule, and +search=halving compares",
+            (*GROWING, RATES, "recipe.grow_to=8"),
+            "recipe.start_size=16 grows to recipe.size=32 until recipe.grow_to=8, and the first trainings of "
+            "+search=halving have 3 epochs, from 0 to 2: set recipe.start_size=null, or take +search=asha",
         ),
         (
-            ("+search=halving", "recipe.size=16,32", "recipe.epochs=9", "recipe.start_size=null,16"),
-            "recipe.start_size=16 grows to recipe.size=32",
+            (*GROWING[:2], "recipe.size=16,32", "recipe.grow_to=0,3", "recipe.start_size=null,16"),
+            "recipe.start_size=16 grows to recipe.size=32 until recipe.grow_to=3",
         ),
         (("+search=asha", RATES, "search.name=a/b"), "search.name=a/b is not a folder name"),
         (("+search=asha", RATES, "search.trials=0"), "search.trials=0 is too small"),
@@ -81,6 +83,12 @@ def test_refused(searching: Cli, words: tuple[str, ...], message: str) -> None:
     settings = with_defaults([*SETTINGS, "cluster=local"], words) if words != ("search",) else list(words)
     assert message in searching.refused(*settings)
     assert not list(searching.workspace.glob("runs/.search*"))
+
+
+@pytest.mark.parametrize("grown", [0, 2])
+def test_halving_takes_sizes_that_have_grown_in_its_shortest_schedule(searching: Cli, grown: int) -> None:
+    words = with_defaults([*SETTINGS, "cluster=local"], [*GROWING, RATES, f"recipe.grow_to={grown}"])
+    assert "search-halving-" in searching(*words, "dry_run=true").stdout
 
 
 def test_missing_optuna_is_one_line(searching: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,9 +98,8 @@ def search_price(config: Config, store: RunStore, trials: Sequence[Price]) -> Se
     search, cluster = config.search, trials[0].job.cluster
     files = StudyFiles(store, str(search.name))
     about, records = files.definition or definition(config), files.records()
-    rest = None
-    if search.budget is not None:
-        rest = max(0.0, search.budget - sum(record.hours for record in records))
+    budget = files.budget_after(search.budget)
+    rest = None if budget is None else max(0.0, budget - files.hours)
     left = _left(about, max(search.trials, files.target), records, is_spent=rest == 0)
     schedules = sum(count * epochs for count, epochs in left) / about["epochs"]
     workers = max(1, min(search.parallel, max(count for count, _ in left)))
@@ -138,7 +137,7 @@ def search_price(config: Config, store: RunStore, trials: Sequence[Price]) -> Se
         hours=of_all([each.device_hours for each in trials]) or 0.0,
         share=share,
         work=work,
-        budget=search.budget,
+        budget=budget,
         rest=rest,
         money=of_all([each.money for each in trials]),
         kwh=of_all([each.energy for each in trials]),

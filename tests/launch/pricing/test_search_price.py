@@ -176,6 +176,8 @@ def test_the_rest_of_the_budget_bounds_the_price(tmp_path: Path) -> None:
     # Ten GPU-hours are left, and each worker ends the trial that it has then.
     assert (found.trials, found.rest, found.hours, found.money) == (60, 10, 14, 28)
     assert found.seconds == pytest.approx(15 * HOUR * 14 / 60)
+    kept = price_of(tmp_path, *words)
+    assert (kept.budget, kept.rest, kept.hours) == (20, 10, 14)
     assert price_of(tmp_path, *words, "search.budget=99").hours == 60
     pruned = (*words[:1], *words[2:], "recipe.epochs=90", "recipe.warmup_epochs=5")
     one, all_of_it = (
