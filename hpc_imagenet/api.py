@@ -291,7 +291,8 @@ def predict(
     from hpc_imagenet.training.predictor import find_image_files, predict_images, prediction_row
     from hpc_imagenet.training.trained import load_trained
 
-    one = isinstance(images, (str, Path)) or getattr(images, "ndim", 0) in (2, 3) or not _is_series(images)
+    one = isinstance(images, (str, Path)) or getattr(images, "ndim", 0) in (2, 3)
+    one = one or not hasattr(images, "__iter__") or hasattr(images, "convert")  # an image of Pillow
     found: list[Any] = []
     for image in [images] if one else images:
         if isinstance(image, (str, Path)):
@@ -307,10 +308,6 @@ def predict(
         found.append(image)
     trained = load_trained(_find(_run_store(workspace, source), source), checkpoint)
     return [prediction_row(prediction) for prediction in predict_images(trained, found, top)]
-
-
-def _is_series(images: Any) -> bool:
-    return hasattr(images, "__iter__") and not hasattr(images, "convert")  # an image of Pillow
 
 
 def open_datastore(name: str | None = None, url: str | None = None, scratch: str | None = None) -> ImageStore:
@@ -352,12 +349,15 @@ def prototype(
         UserError: invalid input.
     """
     from hpc_imagenet.config.compose import compose
+    from hpc_imagenet.datastore.versions import needs_copies, open_backend
     from hpc_imagenet.training.prototype import Prototype
 
     overrides = shlex.split(overrides) if isinstance(overrides, str) else overrides
     (config,) = compose(overrides, config_dir=config_dir)
-    store = store or open_datastore(config.datastore.name, config.datastore.url, config.cluster.scratch)
-    return Prototype(config, store.reader)
+    if store is None:
+        name, url, scratch = config.datastore.name, config.datastore.url, config.cluster.scratch
+        store = open_datastore(name, url, scratch if needs_copies(open_backend(url)) else None)
+    return Prototype(config, store)
 
 
 def _submit(prepared: PreparedPlan) -> list[Handle]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -15,10 +16,14 @@ from unittest import mock
 import pytest
 from command_line import Cli, Gate, eventually
 from sample_dataset import make_dataset
+from servers import sshd
 
 import hpc_imagenet
 from hpc_imagenet import Handle, UserError
 from hpc_imagenet.cli.commands import COMMANDS
+
+sys.path.append(str(Path(__file__).resolve().parent / "training"))
+from tiny_training import write_store
 
 
 @pytest.fixture
@@ -187,10 +192,28 @@ def test_invalid_input_is_a_one_line_user_error(python: Cli, call: object, messa
     assert not python.runs()
 
 
+PROTOTYPE = "datastore.name=digits model=shufflenet_v2_x0_5 recipe=demo recipe.global_batch=8"
+
+
 @pytest.mark.slow
-def test_a_prototype_opens_its_datastore_with_cluster_scratch() -> None:
-    words = "datastore.name=digits datastore.url=there:/stores cluster=local cluster.scratch=/local/me"
-    opened = mock.Mock(side_effect=UserError("not opened"))
-    with mock.patch("hpc_imagenet.api.open_datastore", opened), pytest.raises(UserError, match="not opened"):
-        hpc_imagenet.prototype(words)
-    opened.assert_called_once_with("digits", "there:/stores", "/local/me")
+def test_a_prototype_reads_a_datastore_behind_ssh_through_copies(
+    python: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"datastore.url=there:{python.cwd}/stores"
+    with sshd(python.cwd) as shell:
+        monkeypatch.setenv("RSYNC_RSH", shell)
+        python.env["RSYNC_RSH"] = shell
+        for words in (["+stage=download"], ["+stage=process"], ["+stage=upload", url]):
+            python(*words, "dataset=digits", "cluster=foreground")
+        scratch = f"cluster=local cluster.scratch={python.cwd}/scratch"
+        prototype = hpc_imagenet.prototype(f"{PROTOTYPE} {url} {scratch}")
+        gc.collect()
+        assert prototype.batch()[0].shape == (8, 16, 16, 3)
+        prototype.store.close()
+
+
+@pytest.mark.slow
+def test_a_prototype_reads_a_folder_in_place(python: Cli) -> None:
+    write_store(python.cwd / "stores" / "digits" / "v1", {"train": 40, "val": 13})
+    words = f"datastore.url={python.cwd}/stores cluster=local 'cluster.scratch=$OF_JOBS_ALONE'"
+    assert hpc_imagenet.prototype(f"{PROTOTYPE} {words}").batch()[0].shape == (8, 16, 16, 3)

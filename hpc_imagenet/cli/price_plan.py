@@ -56,7 +56,7 @@ def print_plan_prices(prepared: PreparedPlan, as_json: bool = False) -> None:
 def plan_prices(prepared: PreparedPlan, console: Console) -> list[Price]:
     """Return the price of each training of a plan, and show the price jobs that are needed for it.
 
-    Of a search these are its `possible_trials`.
+    Of a search these are its `possible_trials`, without those that cannot be trained.
 
     Raises:
         UserError: see `print_plan_prices`.
@@ -78,14 +78,20 @@ def plan_prices(prepared: PreparedPlan, console: Console) -> list[Price]:
         state = state_of[job.run_id]
         if not (state.finished or state.active):
             known[job.run_id] = known_times(job, prepared.store)
-    if missing := [job for job in trainings if known.get(job.run_id, job) is None]:
-        _time(missing, console)
+    missing = [job for job in trainings if known.get(job.run_id, job) is None]
+    failures = _time(missing, console, go_on=bool(workers)) if missing else []
     found = {}
     for job in {job.run_id: job for job in trainings}.values():
         times = known.get(job.run_id) or (known_times(job, prepared.store) if job.run_id in known else None)
+        if workers and times is None:
+            continue
         run = None if workers else prepared.store.run(job.run_id)
         found[job.run_id] = price(job, run, state_of[job.run_id], times, images_of(job))
-    return [found[job.run_id] for job in trainings]
+    if not found:
+        raise UserError(failures[0] if failures else "the records of the price jobs are missing: repeat this")
+    for line in failures:
+        console.print(f"a trial of the search cannot be trained: {line}", markup=False, soft_wrap=True)
+    return [found[job.run_id] for job in trainings if job.run_id in found]
 
 
 def _free_nodes(prices: Sequence[Price]) -> dict[str, list[FreeNode]]:
@@ -106,17 +112,32 @@ def _with_data(job: Job, datastore: Datastore | None) -> Job:
     return replace(job, config=replace(job.config, datastore=datastore))
 
 
-def _time(jobs: Sequence[Job], console: Console) -> None:
+def _time(jobs: Sequence[Job], console: Console, go_on: bool) -> list[str]:
     """Run the price jobs of trainings, one for each shape, and wait for them.
 
+    Args:
+        jobs: the trainings.
+        console: where the price jobs are shown.
+        go_on: whether those that fail are left out, as a search goes on after a trial that fails.
+
+    Returns:
+        Why price jobs failed.
+
     Raises:
-        UserError: one of them failed.
+        UserError: one of them did not end, or failed without `go_on`.
     """
     configs = {PRICE.run_id(config): config for config in (price_config(job.config) for job in jobs)}
-    prepared = prepare(list(configs.values()))
-    runs = [entry.run for entry in prepared.submit()]
-    if prepared.in_background:
+    plans = [prepare(list(configs.values()))]
+    if go_on and not plans[0].in_background:  # which cancels the jobs after one that fails
+        plans = [prepare([config]) for config in configs.values()]
+    runs = [entry.run for plan in plans for entry in plan.submit()]
+    if plans[0].in_background:
         watch(runs, console)
+    failures = []
     for run_id, state in states(runs).items():
+        line = f"{run_id} {state.name}: {state.reason}"
+        if not state.finished and not (go_on and state.name == FAILED):
+            raise UserError(line)
         if not state.finished:
-            raise UserError(f"{run_id} {state.name}: {state.reason}")
+            failures.append(line)
+    return failures

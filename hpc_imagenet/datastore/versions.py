@@ -178,6 +178,11 @@ def is_remote(url: str) -> bool:
     return not url.startswith("file:") and bool(_SCHEME.fullmatch(url) or _HOST.fullmatch(url))
 
 
+def needs_copies(backend: StorageBackend) -> bool:
+    """Whether images of a backend can be read from local copies alone, as over ssh."""
+    return backend.folder is None and not isinstance(backend, SupportsRangeReads)
+
+
 def check_readable(backend: StorageBackend, scratch: str | None, name: str) -> None:
     """Check that training can read from a backend: over ssh it needs a local copy.
 
@@ -189,7 +194,7 @@ def check_readable(backend: StorageBackend, scratch: str | None, name: str) -> N
     Raises:
         UserError: the backend has no local files and no range reads, and `scratch` is not set.
     """
-    if backend.folder is None and not isinstance(backend, SupportsRangeReads) and not scratch:
+    if needs_copies(backend) and not scratch:
         raise UserError(
             f"training cannot read directly from datastore.url={backend.url}: set cluster.scratch, a folder "
             f"on the nodes for local copies, or run python -m hpc_imagenet datastores fetch {name} DIR "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import Any
@@ -63,13 +64,13 @@ class SessionStage(Stage):
         other = {
             f"session.{name}": new[name] for name in new if new[name] not in (running[name], defaults[name])
         }
-        if config.session.datastore and config.datastore.url != frozen.datastore.url:
+        if config.session.datastore and _place(config.datastore.url) != _place(frozen.datastore.url):
             other["datastore.url"] = config.datastore.url
         if other:
             settings = " ".join(f"{name}={'null' if to is None else to}" for name, to in other.items())
             raise UserError(
                 f"{run.id} is already running without {settings}: pause it first, then repeat this command, "
-                "or connect to it as it is"
+                f"or type python -m hpc_imagenet connect {run.id} to use it as it is"
             )
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
@@ -77,6 +78,11 @@ class SessionStage(Stage):
         from hpc_imagenet.stages.work import session
 
         return session.run(config, run, dist_env)
+
+
+def _place(url: str) -> str:
+    """Return a `datastore.url` that is equal for all names of a folder."""
+    return url if versions.is_remote(url) else os.path.realpath(versions.open_backend(url).folder or url)
 
 
 SESSION = SessionStage()

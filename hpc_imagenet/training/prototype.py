@@ -13,13 +13,12 @@ from PIL import Image
 
 from hpc_imagenet.cluster.dist_env import DistEnv, available_cpus
 from hpc_imagenet.config.schema import Config
-from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.training import distributed
 from hpc_imagenet.training.fit import quiet_lightning
 from hpc_imagenet.training.loading.batch_loader import BatchLoader
 from hpc_imagenet.training.loading.datamodule import ImageDataModule
 from hpc_imagenet.training.loading.decode import Pixels
-from hpc_imagenet.training.loading.image_store import Labels
+from hpc_imagenet.training.loading.image_store import ImageStore, Labels
 from hpc_imagenet.training.loading.sampler import batch_share, steps_per_epoch
 from hpc_imagenet.training.models.networks import build_network
 from hpc_imagenet.training.models.preprocessing import preprocessing
@@ -35,6 +34,7 @@ class Prototype:
 
     Attributes:
         config: composed config.
+        store: its datastore, whose copies are made as long as it exists.
         device: device of the batches and the network.
         module: network with its loss and optimizer; `module.model` is the network alone.
         loaders: train and val batches.
@@ -44,12 +44,13 @@ class Prototype:
             cannot be built.
     """
 
-    def __init__(self, config: Config, store: DatasetReader) -> None:
-        dist_env, class_ids = DistEnv(), [each.wnid for each in store.manifest.classes]
+    def __init__(self, config: Config, store: ImageStore) -> None:
+        dist_env, class_ids = DistEnv(), list(store.ids)
         classes = len(class_ids)
-        self.config, self.device = config, torch.device("cuda", 0) if torch.cuda.is_available() else _CPU
+        self.config, self.store = config, store
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else _CPU
         torch.set_num_threads(available_cpus(dist_env))
-        share, train = batch_share(config, dist_env), store.open_split("train")
+        share, train = batch_share(config, dist_env), store.reader.open_split("train")
         steps = steps_per_epoch(len(train), share.batch)
         network = build_network(config, classes, fresh=True, class_ids=class_ids)
         images = preprocessing(config)
@@ -64,7 +65,9 @@ class Prototype:
             std=images.std,
         )
         self.module.ema_model = None  # EMA needs longer than a prototype trains
-        self.loaders = ImageDataModule(config, train, store.open_split("val"), share, dist_env, self.device)
+        self.loaders = ImageDataModule(
+            config, train, store.reader.open_split("val"), share, dist_env, self.device
+        )
         self._share = share
 
     def loader(self) -> BatchLoader:

@@ -132,3 +132,16 @@ def test_sizes_of_a_schedule_are_timed_each(priced: tuple[Cli, str]) -> None:
     cli(*words, *grow, "recipe.size=24", "recipe.val_size=24", "recipe.val_resize=24", "price=true")
     timed = [json.loads(path.read_text()) for path in cli.workspace.glob("runs/.times-*/*")]
     assert [list(each["train"]) for each in timed if "8" in each["train"]] == [["8", "24"]]
+
+
+def test_a_search_is_priced_without_the_trials_that_cannot_be_trained(priced: tuple[Cli, str]) -> None:
+    cli, _ = priced
+    words = ("+search=tpe", "model=shufflenet_v2_x0_5,maxvit_t", "search.trials=4", "search.parallel=1")
+    fixed = [word for word in TRAINING if not word.startswith("model=")]
+    printed = cli.process(*words, *fixed, "recipe.size=16,12", "price=true").stdout
+    left_out = [line for line in printed.splitlines() if "of the search cannot be trained: " in line]
+    assert len(left_out) == 2
+    assert all("does not fit model.name=maxvit_t" in line for line in left_out)
+    rows = [line for line in printed.splitlines() if " device " in line or " data " in line]
+    assert len(rows) == 2
+    assert "4 trials by 1 worker: " in printed

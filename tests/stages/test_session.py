@@ -289,6 +289,7 @@ def test_session_signature_depends_only_on_its_name(cli: Cli) -> None:
         (("session.datastore=birds", "session.gpus=4"), "session.datastore=birds session.gpus=4"),
         (("session.idle_minutes=null",), "session.idle_minutes=null"),
         (("session.datastore=digits", "datastore.url=s3://b/x"), "datastore.url=s3://b/x"),
+        (("session.datastore=digits", "datastore.url=${workspace}/link"), ""),
     ],
 )
 @pytest.mark.slow
@@ -299,6 +300,7 @@ def test_another_session_than_the_running_one_is_refused(
     begun = ("session.datastore=digits", "session.gpus=1", "session.time=30")
     (running,) = compose([*SESSION, *begun, workspace])
     run = RunStore(cli.workspace).create("c0ffee00-session-ana", asdict(running), {"stage": "session"})
+    (cli.workspace / "link").symlink_to(cli.workspace / "datastores")
     (config,) = compose([*SESSION, *words, workspace])
     error = f"c0ffee00-session-ana is already running without {other}: pause it first"
     with pytest.raises(UserError, match=re.escape(error)) if other else contextlib.nullcontext():

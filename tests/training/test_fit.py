@@ -6,6 +6,7 @@ import csv
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -172,7 +173,10 @@ def test_missing_deterministic_algorithm_error(
 
 def test_global_batch_larger_than_train_split(config, tiny: DatasetReader, tmp_path: Path) -> None:
     changed = config(global_batch=41)
-    for begin in (lambda: train(changed, tiny, new_run(tmp_path / "run")), lambda: Prototype(changed, tiny)):
+    for begin in (
+        lambda: train(changed, tiny, new_run(tmp_path / "run")),
+        lambda: Prototype(changed, mock.Mock(reader=tiny, ids=())),
+    ):
         with pytest.raises(UserError, match=r"recipe.global_batch=41 is more than the 40 images of train"):
             begin()
 

@@ -26,6 +26,7 @@ from hpc_imagenet.stages.search_stage import definition
 from hpc_imagenet.stages.train_stage import TRAIN
 
 _MOST_COMBINATIONS = 64  # of values that decide the time; of more, so many are drawn at random
+_GROWTH = ("recipe.start_size", "recipe.grow_from", "recipe.grow_to")  # decide together
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class SearchPrice:
     Attributes:
         trials: those that are left; of a `halving` search the trainings of all its rungs.
         workers: jobs that train them.
+        most: workers that would find a training when they start.
         at_once: workers that run at a time.
         seconds: until the last one ends, if each trains to its end, or until the budget is spent.
         hours: GPU-hours (without GPUs: CPU-hours) of the same.
@@ -51,6 +53,7 @@ class SearchPrice:
 
     trials: int
     workers: int
+    most: int
     at_once: int
     seconds: float
     hours: float
@@ -67,7 +70,8 @@ def possible_trials(worker: Job, find_version: FindVersion) -> list[Job]:
     """Return trainings that a search may draw, with the resources of a worker.
 
     There is one for each combination of the values that decide how long a training takes, of an interval its
-    ends. The list repeats the job of those that have one length and speed.
+    ends; of many combinations some are drawn, in which each value is as frequent as the others. The list
+    repeats the job of those that have one length and speed.
 
     Args:
         worker: a worker of the search.
@@ -100,9 +104,9 @@ def search_price(config: Config, store: RunStore, trials: Sequence[Price]) -> Se
     about, records = files.definition or definition(config), files.records()
     budget = files.budget_after(search.budget)
     rest = None if budget is None else max(0.0, budget - files.hours)
-    left = _left(about, max(search.trials, files.target), records, is_spent=rest == 0)
+    left, most = _left(about, max(search.trials, files.target), records, is_spent=rest == 0)
     schedules = sum(count * epochs for count, epochs in left) / about["epochs"]
-    workers = max(1, min(search.parallel, max(count for count, _ in left)))
+    workers = max(1, min(search.parallel, most))
     at_once = jobs_at_once(cluster, workers)
 
     def mean(values: Sequence[float | None]) -> float | None:
@@ -115,25 +119,27 @@ def search_price(config: Config, store: RunStore, trials: Sequence[Price]) -> Se
         0.0 if search.algorithm == "median" else schedules * (mean([each.work.wall for each in trials]) or 0)
     )
     work *= 1.0 if share is None else share
-    cost = schedules
+    cost, duration = schedules, seconds * sum(-(-count // at_once) * epochs for count, epochs in left)
+    duration /= about["epochs"]
     if rest and schedules:
         processes = tasks_of(trials[0].job)
         work = min(work, 3600 * rest / processes)
         # What has begun before the budget is spent trains on.
-        most = 3600 * rest / (seconds * processes) + at_once if seconds else math.inf
-        cost = min(schedules, most)
+        affordable = 3600 * rest / (seconds * processes) + at_once if seconds else math.inf
+        cost = min(schedules, affordable)
+        duration = min(duration, 3600 * rest / (processes * at_once) + seconds)
         share = None if share is None else min(1.0, share * schedules / cost)
 
     def of_all(values: Sequence[float | None]) -> float | None:
         value = mean(values)
         return None if value is None else cost * value
 
-    rounds = sum(-(-count // at_once) * epochs for count, epochs in left) / about["epochs"]
     return SearchPrice(
         trials=sum(count for count, _ in left),
         workers=workers,
+        most=most,
         at_once=at_once,
-        seconds=rounds * seconds * (cost / schedules if schedules else 0.0),
+        seconds=duration,
         hours=of_all([each.device_hours for each in trials]) or 0.0,
         share=share,
         work=work,
@@ -149,18 +155,30 @@ def _timed_values(config: Config) -> Iterator[Mapping[str, str]]:
     """Yield the values of possible trials: all combinations of those that decide how long one takes."""
     space = config.search.space
     first, *others = sample_values(space)
-    usual = _speed(trial_config(config, first))
-    deciding = set[str]()
+    trial = trial_config(config, first)
+    deciding, usual, grows = set[str](), _speed(trial), trial.recipe.start_size is not None
     for values in others:  # each differs from the first in one dimension
-        if _speed(trial_config(config, values)) != usual:
+        trial = trial_config(config, values)
+        grows |= trial.recipe.start_size is not None
+        if _speed(trial) != usual:
             deciding.update(name for name in space if values[name] != first[name])
+    if grows:  # the first trial may have no start_size, and then the others decide nothing
+        deciding.update(space.keys() & _GROWTH)
     ends = {name: ends_of(each) for name, each in space.items() if name in deciding}
     combinations: Iterator[tuple[str, ...]] = itertools.product(*ends.values())
     if math.prod(map(len, ends.values())) > _MOST_COMBINATIONS:
         rng = random.Random(0)
-        combinations = (tuple(map(rng.choice, ends.values())) for _ in range(_MOST_COMBINATIONS))
+        combinations = zip(*(_drawn(each, rng) for each in ends.values()), strict=True)
     for combination in combinations:
         yield {**first, **dict(zip(ends, combination, strict=True))}
+
+
+def _drawn(values: Sequence[str], rng: random.Random) -> list[str]:
+    """Return `_MOST_COMBINATIONS` values in random order, each as often as the others, so none is missing."""
+    shuffled = rng.sample(values, len(values))
+    drawn = list(itertools.islice(itertools.cycle(shuffled), _MOST_COMBINATIONS))
+    rng.shuffle(drawn)
+    return drawn
 
 
 def _speed(trial: Config) -> str:
@@ -170,8 +188,8 @@ def _speed(trial: Config) -> str:
 
 def _left(
     about: Mapping[str, Any], trials: int, records: list[TrialRecord], is_spent: bool
-) -> list[tuple[int, int]]:
-    """Return how many trainings are left, and their epochs.
+) -> tuple[list[tuple[int, int]], int]:
+    """Return how many trainings are left, with their epochs, and how many of all may begin now.
 
     There is one entry for each rung of a `halving` search, which trains a third of its trials again at the
     next one, and one entry for all trials of another search.
@@ -184,7 +202,7 @@ def _left(
     """
     rungs = about["rungs"] if about["algorithm"] == "halving" else [about["epochs"]]
     promoted = Counter(rung for _, rung in promotable(records, len(rungs)))
-    found = []
+    found, now = [], 0
     for rung, epochs in enumerate(rungs):
         here = [record for record in records if record.rung == rung]
         ended = sum(record.ended for record in here)
@@ -192,8 +210,10 @@ def _left(
         begun = len(here) - ended
         left = begun if is_spent else max(trials - ended, begun + promoted[rung])
         found.append((left, epochs))
+        # A worker that finds no training ends, so those that wait for a rung below are of its workers.
+        now += left if rung == 0 else min(left, begun + promoted[rung])
         trials = (finished + left) // REDUCTION
-    return found
+    return found, now
 
 
 def _share(about: Mapping[str, Any]) -> float | None:

@@ -62,7 +62,7 @@ def search_needs(search: SearchPrice, trials: Sequence[Price]) -> str:
     # A trial that trains to its end, and a worker's share of all trials, must both fit.
     longest = max(each.work.wall for each in known)
     more = search.workers
-    while more < search.trials and exceeds_limit(search.work / more, startup, cluster):
+    while more < search.most and exceeds_limit(search.work / more, startup, cluster):
         more += 1
     settings = settings_needed(max(alone, longest), startup, cluster)
     enough = not exceeds_limit(search.work / more, startup, cluster)
@@ -86,8 +86,9 @@ def _check_search(worker: Job, store: RunStore, find_version: FindVersion, sizes
         possible = possible_trials(worker, find_version)
     except UserError:  # other jobs of the plan will write the data
         return
-    prices = [_price(trial, store, None, sizes) for trial in possible]
-    trials = [each for each in prices if each is not None and each.known]
+    different = {trial.run_id: trial for trial in possible}  # reading times takes a while
+    prices = {run_id: _price(trial, store, None, sizes) for run_id, trial in different.items()}
+    trials = [each for trial in possible if (each := prices[trial.run_id]) is not None and each.known]
     if not trials:
         return
     search = search_price(worker.config, store, trials)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hpc_imagenet.launch.executor import State
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.pricing.price import KnownTimes, Price, sweep_seconds
 from hpc_imagenet.launch.pricing.search_price import SearchPrice, possible_trials, search_price
+from hpc_imagenet.launch.pricing.time_limits import search_needs
 from hpc_imagenet.launch.validate import version_finder
 from hpc_imagenet.report.price_table import PriceReport, print_prices
 from hpc_imagenet.runs.job import Job
@@ -106,11 +108,20 @@ def test_combinations_that_no_training_takes_are_left_out(tmp_path: Path) -> Non
 
 
 def test_of_many_combinations_some_are_drawn(tmp_path: Path) -> None:
-    words = ("recipe.size=range(16,32)", "recipe.global_batch=range(90,106)")
-    assert len(trials_of(tmp_path, *words)) == 64
-    assert len({job.run_id for job in trials_of(tmp_path, *words)}) > 40
-    pairs = [[job.run_id for job in trials_of(tmp_path, *words)] for _ in range(2)]
-    assert pairs[0] == pairs[1]
+    words = ("recipe.size=range(16,32)", "recipe.global_batch=range(92,100)")
+    found, again = trials_of(tmp_path, *words), trials_of(tmp_path, *words)
+    assert [job.run_id for job in found] == [job.run_id for job in again]
+    assert len({job.run_id for job in found}) > 30
+    recipes = [job.config.recipe for job in found]
+    assert Counter(recipe.size for recipe in recipes) == dict.fromkeys(range(16, 32), 4)
+    assert Counter(recipe.global_batch for recipe in recipes) == dict.fromkeys(range(92, 100), 8)
+
+
+def test_lengths_of_growth_are_priced_also_if_the_first_trial_does_not_grow(tmp_path: Path) -> None:
+    words = ("recipe.start_size=null,8", "recipe.grow_to=9,4", "recipe.epochs=10")
+    found = [(job.config.recipe.start_size, job.config.recipe.grow_to) for job in trials_of(tmp_path, *words)]
+    assert {(8, 4), (8, 9)} < set(found)
+    assert len(found) == 4
 
 
 def test_a_trial_has_the_resources_of_its_worker(tmp_path: Path) -> None:
@@ -127,13 +138,9 @@ def test_a_trial_has_the_resources_of_its_worker(tmp_path: Path) -> None:
 
 
 def test_rungs_of_a_price_are_those_of_the_study(tmp_path: Path) -> None:
+    # The longest warm-up decides: after the first one, of an epoch, there would be a rung at 3 epochs.
     words = (RATES, "recipe.epochs=90", "recipe.warmup_epochs=interval(0,5)")
-    first, *later = definition(worker_of(tmp_path, *words).config)["rungs"]
-    epochs = sum(
-        (after - before) / 3**number
-        for number, (before, after) in enumerate(zip([0, first, *later], [first, *later], strict=False))
-    )
-    assert price_of(tmp_path, *words).share == pytest.approx(epochs / 90)
+    assert price_of(tmp_path, *words).share == pytest.approx((10 + 20 / 3 + 60 / 9) / 90)
 
 
 HALVING = ("+search=halving", RATES, "recipe.epochs=90", "recipe.warmup_epochs=5", "search.trials=27")
@@ -164,6 +171,27 @@ def test_a_halving_search_costs_the_rungs_that_are_left(
         assert complete == (trainings == 0)
 
 
+@pytest.mark.parametrize(
+    ("trials", "records", "workers", "fits"),
+    [
+        # The last trial of the first rung lets one begin at each later rung: one worker trains all three.
+        (27, ended(26) + ended(8, 1) + ended(2, 2), 1, False),
+        # Two that were interrupted do not wait for each other.
+        (30, (*ended(30), *ended(9, 1), TrialRecord(9, 1), *ended(2, 2), TrialRecord(2, 2)), 2, True),
+    ],
+)
+def test_workers_that_continue_a_halving_search(
+    tmp_path: Path, trials: int, records: tuple[TrialRecord, ...], workers: int, fits: bool
+) -> None:
+    words = (*HALVING[:-1], f"search.trials={trials}", "cluster.max_requeues=0", "cluster.time=70")
+    found = price_of(tmp_path, *words, records=records)
+    assert (found.workers, found.most) == (workers, workers)
+    prices = [hours_each(job) for job in trials_of(tmp_path, *words)]
+    fix = search_needs(found, prices)
+    assert ("cluster.time=" not in fix) == fits
+    assert "search.parallel" not in fix
+
+
 def test_trials_that_have_ended_cost_nothing(tmp_path: Path) -> None:
     words = (RATES, "+search=tpe", "search.trials=10")
     found = price_of(tmp_path, *words, records=(*ended(4), TrialRecord(4)))
@@ -175,9 +203,11 @@ def test_the_rest_of_the_budget_bounds_the_price(tmp_path: Path) -> None:
     found = price_of(tmp_path, *words, "search.budget=20", records=ended(4, hours=2.5))
     # Ten GPU-hours are left, and each worker ends the trial that it has then.
     assert (found.trials, found.rest, found.hours, found.money) == (60, 10, 14, 28)
-    assert found.seconds == pytest.approx(15 * HOUR * 14 / 60)
+    assert found.seconds == pytest.approx(3.5 * HOUR)  # 2.5 h until the budget is spent, and a trial
     kept = price_of(tmp_path, *words)
     assert (kept.budget, kept.rest, kept.hours) == (20, 10, 14)
+    few = price_of(tmp_path / "few", *words[:2], *words[3:], "search.trials=5", "search.budget=2")
+    assert (few.hours, few.seconds) == (5, 1.5 * HOUR)
     assert price_of(tmp_path, *words, "search.budget=99").hours == 60
     pruned = (*words[:1], *words[2:], "recipe.epochs=90", "recipe.warmup_epochs=5")
     one, all_of_it = (
