@@ -23,6 +23,11 @@ def check_values(config: Config) -> None:
     Raises:
         UserError: names the first invalid setting and its valid values.
     """
+    if config.recipe.precision == "bf16-true":  # also of runs that an earlier checkout has trained
+        raise UserError(
+            "recipe.precision=bf16-true is refused, as it rounds validation losses and weight averages: "
+            "train with recipe.precision=bf16-mixed instead"
+        )
     for name, entry, value in settings_of(config):
         check_bounds(name, entry, value)
     _check_recipe(config.recipe, config.model)

@@ -339,9 +339,26 @@ def out_of_memory(error: BaseException, device: torch.device = CPU) -> bool:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) < 0.05 * total
 
 
+def is_host_memory(error: BaseException) -> bool:
+    """Whether an error that is `out_of_memory` is about the memory of this machine, not of its GPU."""
+    return isinstance(error, MemoryError) or _NO_HOST_MEMORY in str(error)
+
+
+def joining_memory_error(dist_env: DistEnv, device: torch.device) -> str:
+    """Return an error line for too little memory before the ranks have joined; empty once they have."""
+    if dist_env.size == 1 or dist.is_initialized():
+        return ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    return (
+        f"{name} has too little free memory to connect the tasks of this job: end the other programs that "
+        "use it, or take another node"
+    )
+
+
 # Messages of torch on a CPU, and of CUDA, cuBLAS and cuDNN. NCCL wraps CUDA's message in a DistBackendError,
 # so test for out of memory, and then for `nccl_setup_error`, before `peer_failure`.
-_NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+_NO_HOST_MEMORY = "can't allocate memory"
+_NO_MEMORY = (_NO_HOST_MEMORY, "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 _NO_ENGINE = "unable to find an engine to execute this computation"  # torch's Conv_v8.cpp
 _NCCL_SETUP = ("ncclInvalidUsage", "ncclInvalidArgument", "no socket interface found")
 

@@ -172,7 +172,9 @@ def fit(
             skipped = len(datamodule.skipped())
         except (RuntimeError, MemoryError) as error:
             if saver.out_of_memory or distributed.out_of_memory(error, device):
-                raise UserError(_out_of_memory_message(share, trainer.global_step, device)) from None
+                joining = distributed.joining_memory_error(dist_env, device)
+                message = joining or _out_of_memory_message(share, trainer.global_step, device)
+                raise UserError(message) from None
             if message := _nondeterministic_message(error):
                 raise UserError(message) from None
             if message := distributed.nccl_setup_error(error):

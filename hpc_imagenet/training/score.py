@@ -89,7 +89,8 @@ def score(config: Config, store: DatasetReader, run: Run, dist_env: DistEnv) -> 
             if distributed.out_of_memory(error, device):
                 fewer = max(1, images // 2)
                 raise UserError(
-                    f"out of memory with {images} images at a time: set recipe.global_batch={fewer}"
+                    distributed.joining_memory_error(dist_env, device)
+                    or f"out of memory with {images} images at a time: set recipe.global_batch={fewer}"
                 ) from None
             if message := distributed.nccl_setup_error(error):
                 raise UserError(message) from None

@@ -88,7 +88,10 @@ def test_missing_weights_are_an_error_at_submission(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("recipe.schedule=steps", "recipe.schedule=steps is unknown; one of: cosine, linear"),
-        ("recipe.precision=bf16-true", "recipe.precision=bf16-true is unknown; did you mean: .*bf16-mixed"),
+        (
+            "recipe.precision=bf16-true",
+            "^recipe.precision=bf16-true is refused, as .*: train with .*bf16-mixed",
+        ),
         ("recipe.augment=auto", "recipe.augment=auto is unknown; one of: none, trivial"),
         ("recipe.ema=1.5", r"recipe.ema=1.5 is not between 0 and 1"),
         ("recipe.mixup=-1", r"recipe.mixup=-1.0 is too small"),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.runs.store import Run
 from hpc_imagenet.training import distributed
+from hpc_imagenet.training.callbacks import checkpoint
 from hpc_imagenet.training.callbacks.checkpoint import CheckpointCallback
 from hpc_imagenet.training.loading.sampler import batch_share
 from hpc_imagenet.training.models.build import build_model
@@ -178,6 +181,42 @@ def test_out_of_memory_is_detected_before_lightnings_teardown(tmp_path: Path, mo
     assert callback.out_of_memory
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error\nCuda failure 2 'out of memory'"),
+            "CUDA out of",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of host memory: DefaultCPU"),
+        (MemoryError(), "out of host memory: MemoryError"),
+        (RuntimeError("Connection closed"), "(Connection closed)"),
+    ],
+)
+def test_a_task_that_cannot_exit_says_that_memory_was_the_cause(
+    error: Exception, expected: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(checkpoint, "EXIT_TIMEOUT", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    kept: Any = None  # nothing is saved
+    callback = CheckpointCallback(tmp_path, StopSignal(), 60, {}, kept, lambda step: [], True)
+    module: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    callback.on_exception(SimpleNamespace(world_size=2), module, error)  # type: ignore[arg-type]
+    assert ended.wait(60)
+    assert expected in capsys.readouterr().err
+
+
+def test_a_lack_of_memory_while_the_ranks_join_is_no_matter_of_images(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    gpu = torch.device("cuda", 0)
+    line = distributed.joining_memory_error(DistEnv(0, 2, 0, 2), gpu)
+    assert line.startswith("H100 has too little free memory to connect the tasks of this job: end the other")
+    assert not distributed.joining_memory_error(DistEnv(), gpu)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert not distributed.joining_memory_error(DistEnv(0, 2, 0, 2), gpu)
+
+
 @pytest.mark.parametrize(("free", "expected"), [(1, True), (20, False)])
 def test_a_missing_cudnn_engine_is_out_of_memory_only_on_a_full_gpu(monkeypatch, free, expected) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 80 * 2**30))
@@ -190,9 +229,18 @@ def test_a_missing_cudnn_engine_is_out_of_memory_only_on_a_full_gpu(monkeypatch,
 
 @pytest.mark.parametrize(
     ("nodes", "nccl_interface", "gloo_interface"),
-    [(1, "", "lo"), (2, "=lo", "lo"), (2, "nowhere0", None), (2, "^docker", None), (2, "", "lo")],
+    [
+        (1, "", "lo"),
+        (2, "=eth7", "eth7"),
+        (2, "eth", "lo"),
+        (2, "eth7,lo", "lo"),
+        (2, "^docker", "lo"),
+        (2, "", "lo"),
+    ],
 )
 def test_gloo_uses_the_network_interface_of_nccl(monkeypatch, nodes, nccl_interface, gloo_interface) -> None:
+    """If it is one; otherwise the interface to another node, which is loopback here."""
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth7")])
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set below is removed again
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", nccl_interface)

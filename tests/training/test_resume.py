@@ -171,9 +171,8 @@ def test_signal_to_one_rank_stops_all_and_resume_is_bit_identical(
     reference, run = new_run(tmp_path / "reference"), new_run(tmp_path / "run")
     # With batch norm, whose statistics differ between the ranks.
     batch_norm = {"model": "shufflenet_v2_x0_5"}
-    started = tasks(tiny, reference, size=ranks, **batch_norm)
+    expected = finish(tasks(tiny, reference, size=ranks, **batch_norm))
     stopped = finish(tasks(tiny, run, size=ranks, signal_at=3, signal_rank=1, **batch_norm))
-    expected = finish(started)
     assert all(result["interrupted"] == 3 for result in stopped)
     assert results(finish(tasks(tiny, run, size=ranks, **batch_norm))[0]) == results(expected[0])
     assert_same_training(reference, run)
@@ -205,9 +204,23 @@ def test_a_rank_that_does_not_join_is_a_lost_task(
         raise torch.distributed.DistStoreError("wait timeout after 600000ms")
 
     monkeypatch.setattr(distributed, "join_ranks", wait)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # fit sets it if it is not set
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # fit sets it to the number of CPUs
     with pytest.raises(PeerLost, match="lost another task of this job: wait timeout"):
         fit(config(), tiny, new_run(tmp_path / "run"), DistEnv(0, 2, 0, 2))
-    torch.set_num_threads(1)  # fit sets it to the number of CPUs
+
+
+def test_a_lack_of_memory_while_the_ranks_join_does_not_suggest_accumulate(
+    config, tiny: DatasetReader, tmp_path: Path, monkeypatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error\nCuda failure 2 'out of memory'")
+
+    monkeypatch.setattr(distributed, "join_ranks", fail)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(UserError, match=r"^this machine has too little free memory to connect the tasks"):
+        fit(config(), tiny, new_run(tmp_path / "run"), DistEnv(0, 2, 0, 2))
 
 
 def test_metrics_csv_resumes_at_the_checkpoint_step(tmp_path: Path) -> None:

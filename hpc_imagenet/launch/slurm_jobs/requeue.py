@@ -11,6 +11,7 @@ is left to Slurm.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import sys
@@ -38,7 +39,7 @@ _LINES = 20  # last lines of the error log that are searched for a cause
 # Signals of a crash that would repeat. Not SIGABRT (NCCL after a lost peer) nor SIGBUS (a file server that
 # disappeared under a mapped file): these are transient.
 _CRASHES = {128 + each: each.name for each in (signal.SIGILL, signal.SIGFPE, signal.SIGSEGV)}
-_OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|out of memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|out of (?:host )?memory", re.IGNORECASE)
 _NOT_STARTED = re.compile(r"^srun: error: .*(task launch|communication|node failure|not responding|timed out|"
                           r"aborting|unable to)", re.IGNORECASE)  # fmt: skip
 
@@ -72,19 +73,21 @@ def requeue_or_fail(
     run, attempt = pending[0]
     if slurm.own_job_state() not in ("RUNNING", ""):
         return EXIT_REQUEUE  # cancelled, requeued or timed out by Slurm, which reports that itself
-    # Rank 0's log, where srun and Slurm write their errors.
-    lines = last_lines(log, begin) if log and log.exists() else next(attempt.error_tails(), [])
+    lines: list[str] = []
+    with contextlib.suppress(OSError):  # rank 0's log, where srun and Slurm write their errors
+        lines = last_lines(log, begin) if log and log.exists() else next(attempt.error_tails(), [])
     tail = lines[-_LINES:]
-    if any(_OUT_OF_MEMORY.search(line) and not _is_of_device(line) for line in tail):
+    # The logs of other ranks may begin with lines of earlier starts.
+    logs = ErrorLogs({0: [RANK_PREFIX.sub("", line) for line in lines]}) if begin else error_logs(attempt)
+    stuck = [line for each in logs.by_rank.values() for line in each[-_LINES:] if STUCK in line]
+    if any(_OUT_OF_MEMORY.search(line) and not _is_of_device(line) for line in (*tail, *stuck)):
         fix = "raise cluster.memory_gb, or lower loader.workers, then run the command again"
         return fail(f"out of host memory: {fix}")
-    stuck = (line for lines in attempt.error_tails() for line in lines[-_LINES:] if STUCK in line)
     if line := next(filter(_is_of_device, (*tail, *stuck)), ""):
         fix = "set a larger train.accumulate, or take a smaller model"
         return fail(f"out of device memory: {fix} ({quoted(line)})")
     reason = _transient_reason(code, tail)
     if not reason:
-        logs = ErrorLogs({0: [RANK_PREFIX.sub("", line) for line in lines]}) if begin else error_logs(attempt)
         line = logs.last_error() or (tail[-1] if tail else "none, its error log is empty")
         crash = f" ({_CRASHES[code]}: the program crashed)" if code in _CRASHES else ""
         return fail(f"exit code {code}{crash} without an outcome; last error line: {line}")

@@ -26,7 +26,7 @@ from hpc_imagenet.io.signals import StopSignal
 from hpc_imagenet.runs.bad_batch import BAD_BATCH_FILE, write_bad_batch
 from hpc_imagenet.runs.checkpoints import LAST
 from hpc_imagenet.training.callbacks.checkpoint_file import KeptCheckpoints, write_checkpoint
-from hpc_imagenet.training.distributed import COLLECTIVE_TIMEOUT, out_of_memory
+from hpc_imagenet.training.distributed import COLLECTIVE_TIMEOUT, is_host_memory, out_of_memory
 
 LOSS_CHECK_INTERVAL = 50  # steps between two checks of the loss on a GPU: each synchronizes with it
 NEVER = 2**31 - 1  # step number meaning that all losses were finite
@@ -161,7 +161,11 @@ class CheckpointCallback(pl.Callback):
         # Tested here, because Lightning's teardown moves the network to the CPU and so frees GPU memory.
         self.out_of_memory = out_of_memory(exception, module.device)
         if trainer.world_size > 1 and not isinstance(exception, Preempted):
-            timer = threading.Timer(EXIT_TIMEOUT, _exit, (exception,))
+            cause = first_line(exception)
+            if self.out_of_memory:  # the messages of NCCL and cuDNN have several lines, or other words
+                of_device = module.device.type == "cuda" and not is_host_memory(exception)
+                cause = f"{'CUDA out of memory' if of_device else 'out of host memory'}: {cause}"
+            timer = threading.Timer(EXIT_TIMEOUT, _exit, (cause,))
             timer.daemon = True
             timer.start()
 
@@ -260,11 +264,10 @@ class CheckpointCallback(pl.Callback):
             raise Preempted(f"stopped by {source} after step {trainer.global_step}, which is saved")
 
 
-def _exit(exception: BaseException) -> None:
-    """Exit this process at once, even if other threads hang."""
+def _exit(cause: str) -> None:
+    """Exit this process at once, even if other threads hang; `cause` is the first line of the error."""
     print(
-        f"this task did not exit within {EXIT_TIMEOUT:g} s of an error, so it is terminated"
-        f" ({first_line(exception)})",
+        f"this task did not exit within {EXIT_TIMEOUT:g} s of an error, so it is terminated ({cause})",
         file=sys.stderr,
     )
     sys.stderr.flush()

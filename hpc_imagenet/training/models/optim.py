@@ -41,21 +41,25 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def _create(recipe: Recipe, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
     name, rate = recipe.optimizer, recipe.learning_rate
+    # With dampening the first step of SGD is not the one that `_start_momentum` prepares.
+    if options.get("fused") and options.get("dampening"):
+        raise ValueError("fused does not go with dampening: leave one of them out")
     if timm := timm_name(name):
         from timm.optim import create_optimizer_v2  # slow import, of an extra
 
-        optimizer = create_optimizer_v2(groups, timm, lr=rate, momentum=recipe.momentum, **options)
-        return cast(torch.optim.Optimizer, optimizer)
-    if name in ("sgd", "adamw"):  # one fused kernel on GPUs
-        # With dampening the first step of SGD is not the one that `_start_momentum` prepares.
-        fused = all(p.is_cuda for group in groups for p in group["params"]) and not options.get("dampening")
-        options = {"fused": fused or None, **options}
-    if name == "sgd":
-        options = {"momentum": recipe.momentum, **options}
-    kinds = {each.lower(): kind for each, kind in vars(torch.optim).items() if each[0].isupper()}
-    optimizer = cast(torch.optim.Optimizer, kinds[name](groups, lr=rate, **options))
+        created = create_optimizer_v2(groups, timm, lr=rate, momentum=recipe.momentum, **options)
+    else:
+        if name in ("sgd", "adamw"):  # one fused kernel on GPUs
+            on_gpus = all(p.is_cuda for group in groups for p in group["params"])
+            options = {"fused": (on_gpus and not options.get("dampening")) or None, **options}
+        if name == "sgd":
+            options = {"momentum": recipe.momentum, **options}
+        kinds = {each.lower(): kind for each, kind in vars(torch.optim).items() if each[0].isupper()}
+        created = kinds[name](groups, lr=rate, **options)
+    optimizer = cast(torch.optim.Optimizer, created)
     if options.get("fused"):
         optimizer.register_load_state_dict_pre_hook(_keep_fused)
+        optimizer.register_load_state_dict_post_hook(_start_momentum)
         _start_momentum(optimizer)
     return optimizer
 
@@ -72,12 +76,17 @@ def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Start the momentum of a fused SGD at zero, from which its first step is the same: 0.9 * 0 + gradient.
 
     torch allocates it in the first step, and the kernel writes it unless gradients overflow, as with 16-mixed
-    they often do then. The next step would read memory that was never written.
+    they often do then. The next step would read memory that was never written. A state that has been loaded
+    has no momentum for weights that had no gradient, and none at all if it is of a run without momentum.
     """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
     for group in optimizer.param_groups:
-        if group.get("momentum") and not group["dampening"]:
+        if group["momentum"]:
             for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import os
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from hpc_imagenet.io.atomic_files import write_json
 from hpc_imagenet.launch.plan import make_plan
 from hpc_imagenet.launch.retries.diagnosis import DEVICE_MEMORY, diagnose
 from hpc_imagenet.launch.slurm_jobs import requeue
+from hpc_imagenet.runs import attempt as attempts
 from hpc_imagenet.runs import job as jobs
 from hpc_imagenet.runs import lease
 from hpc_imagenet.runs.attempt import FAILED, FINISHED, Attempt, record_time
@@ -112,6 +115,11 @@ def test_transient_failure_requeues_the_job(job: Job, code: int, errors: str) ->
             "this task did not exit within 60 s of an error, so it is terminated (CUDA out of memory)",
             "out of device memory: set a larger train.accumulate",
         ),
+        (
+            EXIT_REQUEUE,
+            "this task did not exit within 60 s of an error, so it is terminated (out of host memory: x)",
+            "out of host memory: raise cluster.memory_gb",
+        ),
         (137, "CUDA out of memory\nslurmstepd: error: Detected 1 oom_kill event", "cluster.memory_gb"),
     ],
 )
@@ -135,6 +143,27 @@ def test_device_memory_of_another_rank_fails_the_job(job: Job) -> None:
     diagnosis = diagnose(job.run, job.attempt)
     assert diagnosis
     assert diagnosis.kind == DEVICE_MEMORY
+
+
+def test_a_log_that_cannot_be_read_does_not_prevent_a_requeue(job: Job) -> None:
+    def stale(path: Path, begin: int = 0) -> list[str]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    for module in (requeue, attempts):
+        job.monkeypatch.setattr(module, "last_lines", stale)
+    assert job.end(137) == EXIT_REQUEUE
+    assert job.requeued == "requeue 5\n"
+
+
+def test_lines_of_an_earlier_start_in_an_allocation_do_not_fail_a_later_one(job: Job) -> None:
+    job.end(137)
+    end = "this task did not exit within 60 s of an error, so it is terminated (CUDA out of memory)\n"
+    log, other = (job.attempt.folder / f"5_{rank}_log.err" for rank in (0, 3))
+    for path in (log, other):
+        path.write_text(end)
+    both = [(job.run, job.attempt)]
+    assert requeue.requeue_or_fail(both, EXIT_REQUEUE, log, begin=len(end)) == EXIT_REQUEUE
+    assert requeue.requeue_or_fail(both, EXIT_REQUEUE, log) == 1
 
 
 def test_finished_outcome_is_kept_and_not_requeued(job: Job) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hpc_imagenet.config.names.backbones import timm_names
 from hpc_imagenet.config.names.optimizers import TORCH_OPTIMIZERS
 from hpc_imagenet.errors import UserError
-from hpc_imagenet.training.models.optim import build_optimizer
+from hpc_imagenet.training.models.optim import build_optimizer, load_optimizer_state
 
 # kron draws random numbers of its own, and kron's steps take a second here.
 OPTIMIZERS = [*TORCH_OPTIMIZERS, *(f"timm/{name}" for name in timm_names().optimizers if "kron" not in name)]
@@ -73,6 +73,7 @@ def test_options_reach_the_optimizer(config) -> None:
         ("adam", {"beta": 1}, "unexpected keyword argument 'beta'"),
         ("adam", {"betas": [0.9, 2]}, "Invalid beta parameter"),
         ("timm/lamb", {"trust": 1}, "unexpected keyword argument 'trust'"),
+        ("sgd", {"fused": True, "dampening": 0.5}, "fused does not go with dampening: leave one"),
     ],
 )
 def test_invalid_options_are_one_line(name: str, options: dict[str, Any], message: str, config) -> None:
@@ -103,7 +104,9 @@ def scaled_step(
     scaler.update()
 
 
-@pytest.mark.parametrize(("name", "options"), [("sgd", {}), ("sgd", {"nesterov": True}), ("adamw", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("sgd", {}), ("sgd", {"nesterov": True}), ("adamw", {}), ("timm/sgd", {})]
+)
 def test_a_first_step_that_overflows_changes_nothing(name, options, config, unwritten_memory) -> None:
     """The fused kernel, which is the default on GPUs, exists on CPUs too."""
     recipe = config(optimizer=name, optimizer_options={"fused": True, **options}).recipe
@@ -143,6 +146,28 @@ def test_a_state_saved_on_a_cpu_goes_on_in_the_fused_kernel(config, tmp_path) ->
         scaled_step(model, after, scaler, overflow=False)
         for one, two in zip(model.parameters(), steps(copied, other, 1), strict=True):
             torch.testing.assert_close(one.detach(), two, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_weights_without_a_saved_momentum_start_at_zero(
+    momentum: float, config, tmp_path, unwritten_memory
+) -> None:
+    """Those of a branch that had no gradient, and all weights of a run without momentum."""
+    recipe, model = config().recipe, network()
+    recipe.momentum = momentum
+    before = build_optimizer(model, recipe)
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model[0](images).mean().backward()  # type: ignore[index]
+    before.step()
+    torch.save({"optimizer_states": [before.state_dict()]}, tmp_path / "state")
+    recipe.momentum, recipe.optimizer_options = 0.9, {"fused": True}
+    after, scaler = build_optimizer(model, recipe), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    load_optimizer_state(after, tmp_path / "state")
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    scaled_step(model, after, scaler, overflow=True)
+    assert all(map(torch.equal, model.parameters(), weights))
+    scaled_step(model, after, scaler, overflow=False)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_dampening_is_not_fused_by_default(config, monkeypatch) -> None:
