@@ -88,11 +88,29 @@ def _check_dataset(dataset: Dataset) -> None:
             f"splits.{split}": path for split, path in dataset.splits.items()
         }
         given |= {"labels": dataset.labels, "val_fraction": dataset.val_fraction}
-        given |= {"split_seed": dataset.split_seed or None, "orient": dataset.orient or None}
-        given["empty_classes"] = None if dataset.empty_classes == "fail" else dataset.empty_classes
-        for name, value in given.items():
-            if value is not None:
-                raise UserError(f"dataset.{name} is for labelled images: set dataset=images as well")
+        _refuse_given(given)
+
+
+def check_ignored(dataset: Dataset) -> None:
+    """Refuse settings of labelled images that other data ignores.
+
+    For new commands only: the config of a run that exists may have one.
+
+    Raises:
+        UserError: names the first such setting.
+    """
+    if dataset.format == "ilsvrc":
+        empty_classes = None if dataset.empty_classes == "fail" else dataset.empty_classes
+        split_seed, orient = dataset.split_seed or None, dataset.orient or None
+        _refuse_given({"split_seed": split_seed, "orient": orient, "empty_classes": empty_classes})
+
+
+def _refuse_given(settings: dict[str, str | float | None]) -> None:
+    for name, value in settings.items():
+        if value is not None:
+            raise UserError(
+                f"dataset.{name} is for labelled images: set dataset=images as well, or leave it out"
+            )
 
 
 def _check_process(process: Process) -> None:

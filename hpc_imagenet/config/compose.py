@@ -32,7 +32,7 @@ from hydra.errors import (
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hpc_imagenet.config.bounds import check_values
+from hpc_imagenet.config.bounds import check_ignored, check_values
 from hpc_imagenet.config.input.auto_cluster import resolve_cluster
 from hpc_imagenet.config.input.explain import explain, explain_value, name_for, setting_names, unknown_setting
 from hpc_imagenet.config.input.normalise import normalise
@@ -150,6 +150,7 @@ def compose(overrides: Sequence[str], multirun: bool = False, config_dir: str | 
     for config in composed:  # those of a search have its name
         config.sweep = sweep if config.sweep is None else config.sweep
         check_values(config)
+        check_ignored(config.dataset)
     return composed
 
 

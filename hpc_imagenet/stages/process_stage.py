@@ -55,13 +55,16 @@ class ProcessStage(Stage):
             DOWNLOAD.check_output(config)
 
     def check_output(self, config: Config) -> None:
-        """Raise unless the dataset has the configured layout; every layout contains the index."""
+        """Raise unless the dataset has the configured layout and check; every layout contains the index."""
         manifest, process = load_dataset(config), config.process
         if process.layout != "index" and manifest.provenance.get("process") != process.identity():
             raise UserError(
                 f"the {process.layout} were made with other settings: run +stage={self.name} "
                 f"process.layout={process.layout}"
             )
+        # A later run that read the headers may have replaced a dataset of decoded images.
+        if process.check == "decode" and manifest.provenance.get("check") != "decode":
+            raise UserError(f"not all images were decoded: run +stage={self.name} process.check=decode")
 
     def run(self, config: Config, run: Run, dist_env: DistEnv) -> dict[str, Any]:
         """Process; see `stages.work.process.run`."""

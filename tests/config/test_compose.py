@@ -282,3 +282,9 @@ def test_resumed_session_without_gpus_uses_the_clusters_gpus() -> None:
     assert (job.cluster.gpus_per_node, job.cluster.time) == (4, 62)
     (resumed,) = make_plan([with_overrides(from_dict(job.frozen()), ["session.gpus=null"])], lambda _: None)
     assert (resumed.run_id, resumed.cluster.gpus_per_node, resumed.cluster.time) == (job.run_id, 1, 62)
+
+
+def test_frozen_config_may_have_settings_that_new_commands_refuse() -> None:
+    config = one("dataset=digits")
+    config.dataset.orient, config.dataset.split_seed, config.dataset.empty_classes = True, 1, "skip"
+    assert with_overrides(config, ["session.gpus=1"]).dataset == config.dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -25,6 +26,8 @@ from hpc_imagenet.data.ilsvrc.ilsvrc_writer import Synset
 from hpc_imagenet.data.prepare import certificate
 from hpc_imagenet.datastore.manifest import load_manifest
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
+from hpc_imagenet.errors import UserError
+from hpc_imagenet.stages.process_stage import PROCESS
 from hpc_imagenet.stages.work import download, process
 
 
@@ -156,6 +159,22 @@ def test_missing_or_changed_archives_are_rejected(tmp_path: Path, small: Path) -
     assert "changed after it was verified" in error
     assert "+stage=download" in error
     assert not dataset(config).exists()
+
+
+def test_decoded_dataset_that_a_run_of_headers_replaced_is_decoded_again(tmp_path: Path, small: Path) -> None:
+    header = config_with_archives(tmp_path, small)
+    header.datastore.content = "abc"
+    decode = copy.deepcopy(header)
+    decode.process.check = "decode"
+    run_stage(process, decode)
+    PROCESS.check_output(decode)
+    run_stage(process, header)
+    PROCESS.check_output(header)
+    with pytest.raises(UserError, match="not all images were decoded"):
+        PROCESS.check_output(decode)
+    run_stage(process, decode)
+    PROCESS.check_output(decode)
+    PROCESS.check_output(header)
 
 
 def test_mismatched_archives_leave_the_dataset_unchanged(tmp_path: Path, small: Path) -> None:

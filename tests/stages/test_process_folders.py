@@ -84,6 +84,15 @@ def test_complete_class_folders_are_not_rewritten(tmp_path: Path, small: Path) -
     assert {path: path.stat().st_mtime_ns for path in dataset(config).rglob("n*")} == before
 
 
+def test_meta_bin_of_complete_class_folders_is_corrected(tmp_path: Path, small: Path) -> None:
+    config = config_with_archives(tmp_path, small, "folders")
+    run_stage(process, config)
+    expected = dataset_bytes(config)
+    (dataset(config) / "val" / "meta.bin").write_bytes(b"of an earlier version")
+    run_stage(process, config)
+    assert dataset_bytes(config) == expected
+
+
 @pytest.mark.slow
 def test_incomplete_split_is_resumed(tmp_path: Path, small: Path) -> None:
     config = config_with_archives(tmp_path, small, "folders")

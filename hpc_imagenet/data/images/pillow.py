@@ -47,6 +47,8 @@ def open_image(file: IO[bytes]) -> Iterator[Image.Image]:
 
 def exif_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an opened image; 1 also if its Exif is damaged."""
+    if image.format == "AVIF":
+        image.info.pop("xmp", None)  # Pillow would fall back to it, though AVIF is turned by irot and imir
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except (*ERRORS, TypeError):  # TypeError: not a number

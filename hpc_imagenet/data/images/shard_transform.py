@@ -95,6 +95,8 @@ class ShardTransform:
 
     def _encode(self, data: bytes, size: tuple[int, int] | None, info: ImageInfo) -> bytes:
         options: dict[str, Any] = {}
+        if info.flags & PNG:  # whose Exif may be in none of the bytes that a scan reads
+            info = image_header.inspect(data)
         try:
             with Image.open(io.BytesIO(data)) as image:
                 if info.flags & ROTATED:

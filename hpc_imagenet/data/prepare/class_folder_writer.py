@@ -104,6 +104,8 @@ def write_class_folders(
 def finalize_class_folders(root: Path, scanned: ScannedArchives, identity: Any, meta: bytes) -> None:
     """Rename the complete splits from `.<split>.partial` to `<split>`, with meta.bin in each.
 
+    Also in splits that an earlier run has finished: its meta.bin may differ.
+
     Raises:
         UserError: classes are missing: not all parts are finished.
     """
@@ -120,8 +122,11 @@ def finalize_class_folders(root: Path, scanned: ScannedArchives, identity: Any, 
             )
         for name in existing.difference(expected):
             _remove(partial / name)
-        with atomic_write(partial / "meta.bin") as file:
-            file.write(meta)
+    for split in scanned.scan.splits:
+        path = (_partial(root, split) if split in unfinished else root / split) / "meta.bin"
+        if not path.exists() or path.read_bytes() != meta:
+            with atomic_write(path) as file:
+                file.write(meta)
     for split in unfinished:
         _partial(root, split).rename(root / split)
     sync_folder(root)

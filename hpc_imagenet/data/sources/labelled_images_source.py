@@ -115,7 +115,7 @@ class LabelledImagesSource(VirtualArchives):
                 return {}
             print(f"turning {len(rotated)} images upright, by their EXIF orientation", flush=True)
             if not orientation.has_jpegtran():
-                print("no jpegtran on the PATH: the JPEGs of these are encoded again, with loss", flush=True)
+                print("no jpegtran on the PATH: JPEGs among these are encoded again, with loss", flush=True)
             self._upright.mkdir(parents=True, exist_ok=True)
             kept = [copy.stat().st_size for copy in self._upright.iterdir()]  # of a killed attempt
             size = sum(file.size for file, _ in rotated) - sum(kept)
@@ -125,10 +125,7 @@ class LabelledImagesSource(VirtualArchives):
             return {file.path: copy for (file, _), copy in zip(rotated, copies, strict=True)}
 
     def _copy_upright(self, file: ImageFile, value: int) -> _Upright:
-        # WebP: not the copies of an earlier version, without the colours of transparent pixels.
-        changed = "\0exact" if file.path.lower().endswith(".webp") else ""
-        text = f"{file.path}\0{file.size}\0{file.time}\0{value}{changed}"
-        key = text.encode("utf-8", "surrogateescape")
+        key = f"{file.path}\0{file.size}\0{file.time}\0{value}".encode("utf-8", "surrogateescape")
         path = self._upright / hashlib.sha256(key).hexdigest()[:32]
         for suffix in (_LOSSLESS, _ENCODED):
             if (copy := path.with_suffix(suffix)).exists():

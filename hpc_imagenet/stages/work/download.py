@@ -116,7 +116,7 @@ def _require_same_archives(
                 receipt.remove_receipt(folder / file)
                 if source_folder(config.dataset) is not None:
                     set_aside(folder / file, folder / file)
-            also = "; the same photos, turned upright, differ on a node without jpegtran, or with another one"
+            also = "; photos turned upright differ on a node without jpegtran, or with another version of it"
             raise UserError(
                 f"{folder / changed[0]} has other images than before, of which a dataset may have been made: "
                 "set dataset.revision=NAME, a new name, to keep both apart"

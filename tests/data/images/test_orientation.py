@@ -142,6 +142,8 @@ def test_avif_is_turned(path: Path, mode: str) -> None:
             assert np.abs(np.array(image.convert("RGB")).astype(int) - expected).mean() < 2
     path.write_bytes(encoded("AVIF", mode))
     assert read_orientation(path) == 1
+    path.write_bytes(encoded("AVIF", mode, xmp=b'<x tiff:Orientation="6"/>'))
+    assert read_orientation(path) == 1
 
 
 def test_transparent_pixels_of_webp_keep_their_colours() -> None:

@@ -62,6 +62,9 @@ def test_resize_keeps_grey_and_orientation() -> None:
     assert transformed(encoded(exif=ROTATED_EXIF, size=(64, 64)), transform)[1].flags == ROTATED
     png = encoded("PNG", exif=ROTATED_EXIF, size=(64, 64))
     assert transformed(png, transform)[1].flags == ROTATED
+    png = encoded("PNG", exif=ROTATED_EXIF, icc_profile=bytes(range(256)) * 99, size=(64, 64))
+    scanned = image_header.ImageInfo(64, 64, PNG)  # Exif is not in the first bytes
+    assert transform(png, scanned)[1].flags == ROTATED
     for data in (encoded("PNG", size=(64, 64)), encoded(mode="CMYK", size=(64, 64))):
         out, info = transformed(data, transform)
         assert (info.width, info.height, info.flags) == (20, 20, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tarfile
@@ -21,8 +20,6 @@ from hpc_imagenet.data.sources.labelled_images_source import LabelledImagesSourc
 from hpc_imagenet.datastore.reader.dataset_reader import DatasetReader
 from hpc_imagenet.io.atomic_files import read_json
 from hpc_imagenet.stages.work import download, process
-
-FORMATS = {"webp": "WEBP", "jpg": "JPEG"}
 
 
 @pytest.mark.slow
@@ -132,21 +129,3 @@ def test_killed_download_keeps_the_images_that_were_turned(
     for file in ("train.tar", "labels.json"):
         one, two = (workspace / "archives/numbers" / file for workspace in (tmp_path, tmp_path / "whole"))
         assert one.read_bytes() == two.read_bytes()
-
-
-def test_copies_of_webp_made_by_an_earlier_version_are_not_taken(tmp_path: Path) -> None:
-    splits: dict[str, list[ImageFile]] = {"val": [], "test": []}
-    for kind in ("webp", "jpg"):
-        add(tmp_path / "source", splits, "train", f"a/{kind}.{kind}", 0, rotated(6, (64, 48), FORMATS[kind]))
-    found = LabelledImages(tmp_path / "source", "x", ("a",), splits)
-    upright_folder = tmp_path / "archives" / labelled_images_source.UPRIGHT_FOLDER
-    upright_folder.mkdir(parents=True)
-    for file in splits["train"]:
-        key = f"{file.path}\0{file.size}\0{file.time}\0{6}".encode()
-        (upright_folder / hashlib.sha256(key).hexdigest()[:32]).with_suffix(".lossless").write_bytes(b"old")
-    source = LabelledImagesSource(found, config_of(tmp_path, found.root).dataset, tmp_path / "archives", 1)
-    turned = source._turn_upright()
-    assert {path: copy.path.read_bytes() == b"old" for path, copy in turned.items()} == {
-        "a/webp.webp": False,
-        "a/jpg.jpg": True,
-    }
