@@ -81,8 +81,11 @@ def test_a_list_of_one_label_is_that_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["labels", "boxes"])
-def test_lists_beside_a_column_of_classes_change_nothing(tmp_path: Path, other: str) -> None:
-    files = objects(label=["cat", "dog"] * 3, **{other: [["cat", "dog"]] * 6})
+@pytest.mark.parametrize("value", [["cat", "dog"], ["outdoor"], []])
+def test_lists_beside_a_column_of_classes_change_nothing(
+    tmp_path: Path, other: str, value: list[str]
+) -> None:
+    files = objects(label=["cat", "dog"] * 3, **{other: [value] * 6})
     assert find(tmp_path, [SHORT], files, val_fraction=0.5).classes == ("cat", "dog")
 
 
