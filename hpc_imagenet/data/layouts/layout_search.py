@@ -162,7 +162,8 @@ class LayoutSearch:
             elif split in lists:
                 known = self._samples["train"] if "train" in folders else {}
                 if not known.keys() & lists[split].labels.keys():
-                    known = pool = pool or self._label_pool(base, lists[split])
+                    others = base.without([folder for found in folders.values() for folder in found])
+                    known = pool = pool or self._label_pool(descend(others), lists[split])
                 self._samples[split] = self._label_list(split, lists[split], known, split in explicit)
         if "train" not in lists:
             others = () if "train" in folders else self._samples.values()

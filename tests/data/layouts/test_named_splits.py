@@ -116,6 +116,22 @@ def test_a_list_holds_images_out_beside_a_folder_that_a_setting_names(tmp_path: 
     files: Files = {"test.txt": LISTS["meta/test.txt"], **train}
     images = [PETS.removeprefix("images/"), "holdout/{cat,dog}/8.jpg"]
     assert counts_of(tmp_path, images, files, splits={"val": "holdout"}) == [18, 2, 3]
+    assert counts_of(tmp_path, [], splits={"val": "holdout", "test": "test.txt"}) == [18, 2, 3]
+
+
+def test_a_table_of_classes_may_name_images_of_a_folder_that_a_setting_names(tmp_path: Path) -> None:
+    files: Files = {
+        "labels.csv": "file,label\n" + "".join(f"{n}.jpg,{'ab'[n % 2]}\n" for n in range(1, 11)),
+        "train.txt": lines("images/{1..6}.jpg", "holdout/{9..10}.jpg"),
+    }
+    settings: dict[str, Any] = {"labels": "labels.csv", "splits": {"val": "holdout"}}
+    assert counts_of(tmp_path, ["images/{1..8}.jpg", "holdout/{9..10}.jpg"], files, **settings) == [6, 2, 0]
+
+
+def test_a_list_that_a_setting_names_may_have_images_of_the_folder_of_its_split(tmp_path: Path) -> None:
+    files: Files = {"val.txt": lines("val/{a,b}/{1..2}.jpg")}
+    splits = {"val": "val.txt"}
+    assert counts_of(tmp_path, ["{train,val}/{a,b}/{1..4}.jpg"], files, splits=splits) == [8, 4, 0]
 
 
 def test_folders_of_splits_are_found_beside_a_list_that_a_setting_names(tmp_path: Path) -> None:
