@@ -318,9 +318,12 @@ class TableSearch:
         held = [image for image in labels.labels if image in train] if labels else []
         if not labels or not held or len(labels.labels) <= len(labels.missing):
             return None
+        other = next((image for image in labels.labels if image not in train), None)
         return (
             f"{path} lists {len(held)} of {len(train)} training images for {split}, such as {held[0]}",
-            f"set dataset.splits.{split}={path} to use it",
+            f"set dataset.splits.{split}={path} to use it"
+            if other is None
+            else f"remove the rows of others from it, such as {other}",
         )
 
     def _gives_classes(self, table: Table, index: ImageIndex, tree: Folder) -> bool:

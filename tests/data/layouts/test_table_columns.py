@@ -73,6 +73,14 @@ def test_another_field_does_not_take_the_place_of_lists_of_labels(tmp_path: Path
     assert found.classes == ("ann", "bob")
 
 
+def test_another_field_does_not_take_the_place_of_lists_with_an_unknown_name(tmp_path: Path) -> None:
+    files = objects(categories=[["cat"]] * 6, photographer=PHOTOGRAPHERS)
+    line = refusal(tmp_path, [SHORT], files, val_fraction=0.4)
+    assert line.startswith("metadata.jsonl: categories has lists or objects, and only")
+    found = find(tmp_path, [], labels="metadata.jsonl:photographer", val_fraction=0.4)
+    assert found.classes == ("ann", "bob")
+
+
 def test_a_list_of_one_label_is_that_label(tmp_path: Path) -> None:
     labels = [["cat"], ["dog"], ["cat"], "dog", [], None]
     found = find(tmp_path, [SHORT], objects(labels=labels, photographer=PHOTOGRAPHERS), val_fraction=0.5)
