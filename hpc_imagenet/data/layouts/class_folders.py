@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, has_foreign_photos
+from hpc_imagenet.data.layouts.folder_tree import IMAGE_FOLDERS, Folder, foreign_photos
 from hpc_imagenet.data.layouts.split_names import is_series_of_parts, is_split, split_of
 from hpc_imagenet.errors import UserError
 
@@ -105,8 +105,8 @@ def class_of(path: str, folder: Folder, level: int) -> str | None:
     return folders[level - 1] if len(folders) >= level else None
 
 
-def empty_classes(folder: Folder, level: int, pool: bool) -> Iterator[str]:
-    """Yield the names of class folders without images that Pillow decodes.
+def empty_classes(folder: Folder, level: int, pool: bool) -> Iterator[Folder]:
+    """Yield class folders without images that Pillow decodes.
 
     Args:
         folder: the folder with the class folders.
@@ -118,22 +118,22 @@ def empty_classes(folder: Folder, level: int, pool: bool) -> Iterator[str]:
         level_folders = [inner for each in level_folders for inner in each.folders]
     if level != WHOLE_PATH:
         for each in level_folders:
-            if not each.total and (not pool or each.is_empty or has_foreign_photos(each)):
-                yield each.name
+            if not each.total and (not pool or each.is_empty or foreign_photos(each)):
+                yield each
 
 
-def require_classes(folder: Folder, source: str, named: Collection[str]) -> None:
+def require_classes(folder: Folder, source: str, listed: Collection[str]) -> None:
     """Require that no folder beside class folders may be a split, as `test` beside `cat` and `dog`.
 
     Args:
         folder: the folder with the class folders.
         source: dataset.source, for errors.
-        named: splits that a setting names, which are elsewhere.
+        listed: paths of images in lists that a setting names.
 
     Raises:
         UserError: one may be.
     """
-    held_out = [each for each in folder.filled if is_split(each.name) and split_of(each.name) != "train"]
+    held_out = [each for each in _held_out(folder) if not all(path in listed for path in each.paths())]
     classes = [
         each.name
         for each in folder.filled
@@ -142,13 +142,40 @@ def require_classes(folder: Folder, source: str, named: Collection[str]) -> None
     ]
     for each in held_out:
         split = split_of(each.name)
-        if len(classes) > 1 and split not in named:  # a split would leave one class only
+        if len(classes) > 1:  # a split would leave one class only
             table = " with a table of their classes" if is_flat(each) else ""
             raise UserError(
                 f"{source}/{each.path} is beside {classes[0]} and {classes[1]}, and may be a class or have "
                 f"images of {split}; set dataset.labels=folder:1 if it is a class, or "
                 f"dataset.splits.{split}={each.path}{table}, or move it out of {source}"
             )
+
+
+def require_train(folder: Folder, paths: Collection[str], source: str, labels: str) -> None:
+    """Require that no training images are in a folder `val` or `test`, where a setting gives the classes.
+
+    Args:
+        folder: where the training images are.
+        paths: of the training images.
+        source: dataset.source, for errors.
+        labels: the setting, dataset.labels.
+
+    Raises:
+        UserError: some are.
+    """
+    for each in _held_out(folder):
+        if any(path in paths for path in each.paths()):
+            # The levels of the other folders may be counted from another folder without it.
+            remove = " and remove dataset.labels" if labels.startswith("folder:") else ""
+            raise UserError(
+                f"{source}/{each.path} may have images of {split_of(each.name)}, but dataset.labels={labels} "
+                f"takes them for train; set dataset.splits.{split_of(each.name)}={each.path}{remove}, or "
+                f"move it out of {source}"
+            )
+
+
+def _held_out(folder: Folder) -> list[Folder]:
+    return [each for each in folder.filled if is_split(each.name) and split_of(each.name) != "train"]
 
 
 def unlabelled(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from hpc_imagenet.config.dataset import Dataset
 from hpc_imagenet.data.ilsvrc.labels_file import MAX_ID_BYTES, class_id
-from hpc_imagenet.data.layouts.folder_tree import foreign_images
+from hpc_imagenet.data.layouts.folder_tree import Folder, foreign_photos
 from hpc_imagenet.data.layouts.split_names import class_keys, natural_key, same_class
 from hpc_imagenet.errors import UserError
 
@@ -41,7 +41,7 @@ def require_disjoint(samples: dict[str, Labels], source: str) -> None:
 
 def match_classes(
     samples: dict[str, Labels],
-    empty: Iterable[str],
+    empty: Iterable[Folder],
     dataset: Dataset,
     source: str,
     skipped: Counter[str],
@@ -76,7 +76,8 @@ def match_classes(
             )
     for split in ("val", "test"):
         samples[split] = {path: same_class(name, keys) or name for path, name in samples[split].items()}
-    used = {name for labels in samples.values() for name in labels.values()}.union(empty)
+    without = {each.name: foreign_photos(each) for each in empty}
+    used = {name for labels in samples.values() for name in labels.values()}.union(without)
     if absent := sorted(used - trained, key=natural_key):
         shown = _shown(absent)
         if dataset.empty_classes == "fail":
@@ -84,8 +85,9 @@ def match_classes(
             for name in absent:
                 if similar := alike.get(_letters(name)):
                     raise UserError(f"{source}: {similar} of train is {name} elsewhere; rename one of them")
-            endings = " and ".join(foreign_images(skipped))
+            endings = " and ".join(sorted({ending for name in absent for ending in without.get(name, ())}))
             convert = f", convert the {endings} files, which Pillow does not decode" if endings else ""
+            convert += f", move their folder out of {source} if it is no class" if endings else ""
             raise UserError(
                 f"{source} has no training images of {shown}; add images{convert}, or set "
                 "dataset.empty_classes=skip to leave these classes out of all splits"

@@ -207,6 +207,7 @@ def foreign_images(skipped: Counter[str]) -> dict[str, int]:
     return {end: n for end in _FOREIGN_ENDINGS if (n := skipped[f"not an image ({end})"])}
 
 
-def has_foreign_photos(folder: Folder) -> bool:
-    """Whether a folder, or one below it, has photos that Pillow cannot decode."""
-    return any(name.lower().endswith(_FOREIGN_PHOTOS) for each in folder.walk() for name in each.others)
+def foreign_photos(folder: Folder) -> list[str]:
+    """Return the endings of photos in a folder, and below it, that Pillow cannot decode."""
+    found = {splitext(name)[1].lower() for each in folder.walk() for name in each.others}
+    return [ending for ending in _FOREIGN_PHOTOS if ending in found]

@@ -82,6 +82,23 @@ def ambiguity(table: str, reference: str, found: Sequence[str]) -> str:
     return f"{table}: {reference} may be {found[0]} or {found[1]}; write its path"
 
 
+def is_elsewhere(reference: str, path: str) -> bool:
+    """Whether a table's value names a folder of val or test, but the image found for it is in one of train.
+
+    The index leaves out the first folders of a value if it does not know them, so `test/cat/1.jpg` may have
+    been found as `train/cat/1.jpg`.
+
+    Args:
+        reference: the value.
+        path: of the image that was found.
+    """
+    named, found = (
+        next(filter(None, map(split_of, reversed(dirname(each.replace("\\", "/")).split("/")))), None)
+        for each in (reference, path)
+    )
+    return found == "train" and named in ("val", "test")
+
+
 def rank_folders(table_folder: str, split: str | None) -> Rank:
     """Return the rank of a folder for `ImageIndex.find`.
 

@@ -275,9 +275,16 @@ def _objects(items: list[Any]) -> Rows | None:
 
 
 def _nested(items: Any) -> tuple[str, ...]:
-    """Return the fields of a list of objects that have lists or objects."""
+    """Return the fields of a list of objects that have lists or objects.
+
+    A field of lists of one class is a column, unless another field has the classes.
+    """
     objects = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
-    return tuple({key: 0 for each in objects for key in each if isinstance(_value(key, each), (dict, list))})
+    fields = dict.fromkeys(key for each in objects for key in each)
+    nested = [key for key in fields if any(isinstance(each.get(key), (dict, list)) for each in objects)]
+    if any(plain(key) in LABEL_HEADERS for key in fields if key not in nested):
+        return tuple(nested)
+    return tuple(key for key in nested if any(isinstance(_value(key, e), (dict, list)) for e in objects))
 
 
 def _value(key: str, item: dict[str, Any]) -> Any:

@@ -44,7 +44,7 @@ class LayoutSearch:
         self.source = str(root)
         self.skipped: Counter[str] = Counter()
         self.warnings: list[str] = []
-        self.empty: list[str] = []
+        self.empty: list[Folder] = []
         self.how = ""
         self._root, self._dataset = root, dataset
         self._tree = scan_folder(root, threads, self.skipped)
@@ -154,15 +154,20 @@ class LayoutSearch:
         pool: Labels = {}  # the images outside of folders of splits
         if not {"train"} & {*folders, *lists} and base.total:
             if self._dataset.labels is None:
-                class_folders.require_classes(base, self.source, explicit)
+                own = [lists[split].labels for split in lists if split in explicit]
+                class_folders.require_classes(base, self.source, set[str]().union(*own))
             pool = self._label_folders("train", [base], True, pool=True)
+            if self._dataset.labels is not None and self._level != 1:
+                unlisted = pool.keys() - {path for each in lists.values() for path in each.labels}
+                class_folders.require_train(base, unlisted, self.source, self._dataset.labels)
         for split in SPLITS:
             if split in folders:
                 self._samples[split] |= self._label_folders(split, folders[split], split in explicit)
             elif split in lists:
                 known = self._samples["train"] if "train" in folders else {}
                 if not known.keys() & lists[split].labels.keys():
-                    known = pool = pool or self._label_pool(base, lists[split])
+                    remaining = base.without([folder for found in folders.values() for folder in found])
+                    known = pool = pool or self._label_pool(descend(remaining), lists[split])
                 self._samples[split] = self._label_list(split, lists[split], known, split in explicit)
         if "train" not in lists:
             others = () if "train" in folders else self._samples.values()
@@ -231,10 +236,8 @@ class LayoutSearch:
 
     def _has_level(self, base: Folder) -> bool:
         """Whether folders, or a setting, give the classes."""
-        if self._dataset.labels is not None:
-            return True
-        if is_flat(base):
-            return False
+        if self._dataset.labels is not None or is_flat(base):
+            return self._dataset.labels is not None
         try:
             return bool(class_folders.find_level(base, self.source))
         except UserError:
@@ -242,16 +245,14 @@ class LayoutSearch:
 
     def _label_pool(self, base: Folder, listed: TableLabels) -> Labels:
         """Return the classes of all images, for a list without classes; empty if nothing gives them."""
-        if listed.column is not None:
-            return {}
         by_folders = self._dataset.labels is not None or not is_flat(base)
-        if by_folders or self._tables.labels_for(None, [base], self._tree):
+        if listed.column is None and (by_folders or self._tables.labels_for(None, [base], self._tree)):
             return self._label_folders("train", [base], False, pool=True)
         return {}
 
     def _label_list(self, split: str, listed: TableLabels, pool: Labels, explicit: bool) -> Labels:
         self._complete(listed)
-        if listed.column is not None:
+        if listed.column is not None and not listed.only_renames(pool):
             listed.require_splits(self._columns)
             self.how = self.how or f"classes of {listed.where}"
             labels = {path: label for path, label in listed.labels.items() if label}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from posixpath import splitext
 
 SPLITS = ("train", "val", "test")
 _MEANINGS = {
@@ -40,6 +41,21 @@ def is_trainval(name: str) -> bool:
     """Whether a name means training and validation images together."""
     words = words_of(name)
     return "trainval" in words or {_WORDS.get(word) for word in words} - {None} == {"train", "val"}
+
+
+def file_split(path: str) -> str | None:
+    """Return the split that the name of a table, or of a folder that contains it, means."""
+    *folders, name = path.split("/")
+    if is_trainval(splitext(name)[0]):
+        return "train"
+    return next(
+        (split for part in (splitext(name)[0], *reversed(folders)) if (split := split_of(part))), None
+    )
+
+
+def list_split(path: str) -> str | None:
+    """Return the split of a list by its name: train, val, test, or trainval for both."""
+    return "trainval" if is_trainval(splitext(path.rpartition("/")[2])[0]) else file_split(path)
 
 
 def is_series(names: Iterable[str]) -> bool:

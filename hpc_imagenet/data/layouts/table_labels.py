@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from posixpath import splitext
 
-from hpc_imagenet.data.layouts.image_index import ImageIndex, ambiguity, rank_folders
+from hpc_imagenet.data.layouts.image_index import ImageIndex, ambiguity, is_elsewhere, rank_folders
 from hpc_imagenet.data.layouts.label_table import (
     IMAGE_HEADERS,
     LABEL_HEADERS,
@@ -57,6 +57,11 @@ class TableLabels:
         """Where its labels are, for the log."""
         named = self.column and not self.column.isdecimal()
         return f"{self.table.path}, column {self.column}" if named else self.table.path
+
+    def only_renames(self, classes: Mapping[str, str]) -> bool:
+        """Whether its labels divide its images as known classes do, such as numbers beside class folders."""
+        known = [classes[path] for path in self.labels if path in classes]
+        return len(known) == len(self.labels) and is_bijection([*map(str, self.labels.values())], known)
 
     def require_splits(self, columns: Sequence[str] = ()) -> None:
         """Raise a UserError if its splits are not known, with the setting that ignores them.
@@ -176,7 +181,7 @@ def _resolve(
     splits = table.column(split_column) if split_column else None
     for row, reference in enumerate(table.column(result.image)):
         path = index.find(reference, rank, table.path)
-        if path is None:
+        if path is None or is_elsewhere(reference, path):
             result.missing.append(reference)
             continue
         label = values[row] if values is not None else None
@@ -306,8 +311,9 @@ def _label_values(table: Table, columns: list[str]) -> tuple[str | None, list[st
             if not is_bijection(values, table.column(other)):
                 raise _ambiguous(table, [known[0], other])
         return known[0], values
-    if columns and (several := next((name for name in table.nested if plain(name) in LABEL_HEADERS), None)):
-        raise _several_values(table, several)
+    nested = sorted(table.nested, key=lambda name: _place(name, LABEL_HEADERS))
+    if columns and nested and (len(columns) == 1 or plain(nested[0]) in LABEL_HEADERS):
+        raise _several_values(table, nested[0])
     if not columns:
         return None, None
     if len(columns) == 1:

@@ -11,7 +11,7 @@ from hpc_imagenet.data.layouts.class_folders import descend, find_level
 from hpc_imagenet.data.layouts.folder_tree import Folder
 from hpc_imagenet.data.layouts.image_index import ImageIndex
 from hpc_imagenet.data.layouts.label_table import TABLE_ENDINGS, Table, read_table
-from hpc_imagenet.data.layouts.split_names import is_trainval, split_of, words_of
+from hpc_imagenet.data.layouts.split_names import file_split, list_split, words_of
 from hpc_imagenet.data.layouts.table_labels import (
     DamagedTableError,
     TableLabels,
@@ -47,11 +47,11 @@ class TableSearch:
         self._root, self._source = root, source
         self.files = _candidates(tree, TABLE_ENDINGS)
         self._unread = _candidates(tree, _UNREAD)
-        self._index: dict[tuple[str, ...], ImageIndex] = {}
+        self._index: dict[tuple[tuple[str, int], ...], ImageIndex] = {}
 
     def index(self, folders: Sequence[Folder]) -> ImageIndex:
         """Return the index of the images of some folders."""
-        key = tuple(folder.path for folder in folders)
+        key = tuple((folder.path, folder.total) for folder in folders)  # the total, as of `Folder.without`
         if key not in self._index:
             paths = (path for folder in folders for path in folder.paths())
             self._index[key] = ImageIndex(paths, self._root.resolve().name)
@@ -105,10 +105,10 @@ class TableSearch:
         """
         found, problem = [], None
         for path in self.files:
-            if _file_split(path) not in (None, split) or not path.lower().endswith(endings):
+            if file_split(path) not in (None, split) or not path.lower().endswith(endings):
                 continue
             # A table of all splits names images of each, and a bare `1.png` is not one of train and of test.
-            shared = split is not None and _file_split(path) is None
+            shared = split is not None and file_split(path) is None
             index = self.index([tree] if shared else folders)
             try:
                 table = read_table(self._root, path, index.__contains__)
@@ -130,7 +130,12 @@ class TableSearch:
         return self._only([labels for labels in found if len(labels.labels) * 2 > most], "dataset.labels")
 
     def lists(
-        self, folders: Sequence[Folder], columns: Sequence[str], need_labels: bool, known: Collection[str]
+        self,
+        folders: Sequence[Folder],
+        columns: Sequence[str],
+        need_labels: bool,
+        known: Collection[str],
+        others: Sequence[Folder],
     ) -> dict[str, TableLabels]:
         """Return the lists of the images of each split, by the names of the lists.
 
@@ -139,18 +144,19 @@ class TableSearch:
             columns: the columns that dataset.labels names; empty if it names none.
             need_labels: whether neither folders nor a setting give the classes.
             known: splits whose lists are not of interest.
+            others: folders whose images may be listed, too, and are left out.
 
         Raises:
             UserError: two lists of one split differ.
         """
+        index, other = self.index(folders), self.index(others)
         found: dict[str, list[TableLabels]] = {"train": [], "trainval": [], "val": [], "test": []}
-        files = [(_list_split(path), path) for path in self.files]
+        files = [(list_split(path), path) for path in self.files]
         for split, path in sorted(files, key=lambda each: list(found).index(each[0] or "test")):
             if split is None or split in known:
                 continue
-            index = self.index(folders)
             try:
-                table = read_table(self._root, path, index.__contains__)
+                table = read_table(self._root, path, lambda value: value in index or value in other)
             except UserError:  # not a list
                 continue
             if table is None:
@@ -162,6 +168,8 @@ class TableSearch:
                 labels = read_list(table, index, name, [column] if column else [], same)
             else:
                 labels = read_list(table, index, name, columns, need_labels)
+            if labels:
+                labels.missing = [value for value in labels.missing if value not in other]
             if labels and len(labels.labels) > len(labels.missing):
                 found[split].append(labels)
         trainval = found.pop("trainval")
@@ -189,11 +197,10 @@ class TableSearch:
         Raises:
             UserError: two lists of one split differ.
         """
-        found = self.lists([base], columns, need_labels, {*folders, *lists})
-        inside = self.index([folder for several in folders.values() for folder in several])
+        others = [folder for several in folders.values() for folder in several]
+        found = self.lists([base], columns, need_labels, {*folders, *lists}, others)
         named = {path for labels in lists.values() for path in labels.labels}
         for labels in found.values():
-            labels.missing = [value for value in labels.missing if value not in inside]
             labels.labels = {path: name for path, name in labels.labels.items() if path not in named}
         return {split: labels for split, labels in found.items() if labels.labels}
 
@@ -283,7 +290,7 @@ class TableSearch:
         if known:
             held = [image for image, split in known.splits.items() if split != "train" and image in train]
         elif table:
-            held, problem = read_held_out(table, index, _file_split(path), train)
+            held, problem = read_held_out(table, index, file_split(path), train)
             if column := unmatched_splits(table, index):
                 warnings.append(f"not used: {path} has splits in its column {column}, but names no image")
         if not held:
@@ -300,7 +307,7 @@ class TableSearch:
         self, path: str, train: Collection[str], tree: Folder, splits: Collection[str]
     ) -> tuple[str, str] | None:
         """Return what is wrong with a list of a split that is not used, and what takes it."""
-        split, index = _list_split(path), self.index([tree])
+        split, index = list_split(path), self.index([tree])
         if split is None or split not in splits:
             return None
         try:
@@ -311,9 +318,12 @@ class TableSearch:
         held = [image for image in labels.labels if image in train] if labels else []
         if not labels or not held or len(labels.labels) <= len(labels.missing):
             return None
+        other = next((image for image in labels.labels if image not in train), None)
         return (
             f"{path} lists {len(held)} of {len(train)} training images for {split}, such as {held[0]}",
-            f"set dataset.splits.{split}={path} to use it",
+            f"set dataset.splits.{split}={path} to use it"
+            if other is None
+            else f"remove the rows of others from it, such as {other}",
         )
 
     def _gives_classes(self, table: Table, index: ImageIndex, tree: Folder) -> bool:
@@ -364,21 +374,6 @@ def _candidates(folder: Folder, endings: tuple[str, ...], depth: int = 0) -> lis
         for inner in folder.folders:
             found += _candidates(inner, endings, depth + 1)
     return found
-
-
-def _file_split(path: str) -> str | None:
-    """Return the split that the name of a table, or of a folder that contains it, means."""
-    *folders, name = path.split("/")
-    if is_trainval(splitext(name)[0]):
-        return "train"
-    return next(
-        (split for part in (splitext(name)[0], *reversed(folders)) if (split := split_of(part))), None
-    )
-
-
-def _list_split(path: str) -> str | None:
-    """Return the split of a list by its name: train, val, test, or trainval for both."""
-    return "trainval" if is_trainval(splitext(path.rpartition("/")[2])[0]) else _file_split(path)
 
 
 def read_list(

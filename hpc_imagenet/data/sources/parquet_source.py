@@ -83,6 +83,9 @@ def _require_all_shards(folder: Path, split: str, paths: list[Path]) -> None:
     two: tuple[str, str] | None = None  # shards of different exports
     if paths[0].name.partition("-")[0] != paths[-1].name.partition("-")[0]:  # val and validation
         two = paths[0].name, paths[-1].name
+    shards = [path.name for path in paths if _SHARD.fullmatch(path.name)]
+    if shards and len(shards) < len(paths):
+        two = next(path.name for path in paths if path.name not in shards), shards[0]
     exports: dict[str, dict[int, re.Match[str]]] = {}  # beginning of the names → number → name
     for name in filter(None, (_SHARD.fullmatch(path.name) for path in paths)):
         export = exports.setdefault(name["begin"], {})

@@ -89,14 +89,18 @@ def test_classes_without_training_images_are_left_out_of_all_splits(tmp_path: Pa
 
 
 def test_a_class_folder_of_photos_that_are_not_decoded_is_not_dropped(tmp_path: Path) -> None:
-    files: Files = {"owl/IMG_1.HEIC": "x", "owl/IMG_1.MOV": "x", "docs/plan.svg": "x", "docs/notes.txt": "x"}
+    files: Files = {"owl/IMG_1.HEIC": "x", "owl/IMG_1.MOV": "x", "docs/plan.svg": "x", "docs/a.tif.txt": "x"}
     assert refusal(tmp_path, [AB], files, val_fraction=0.25) == (
-        "SOURCE has no training images of owl; add images, convert the .heic and .svg files, which Pillow "
-        "does not decode, or set dataset.empty_classes=skip to leave these classes out of all splits"
+        "SOURCE has no training images of owl; add images, convert the .heic files, which Pillow does not "
+        "decode, move their folder out of SOURCE if it is no class, or set "
+        "dataset.empty_classes=skip to leave these classes out of all splits"
     )
     found = find(tmp_path, [], empty_classes="skip", val_fraction=0.25)
     assert found.classes == ("a", "b")
     assert found.warnings[0] == "left out, as there are no training images: owl"
+    (tmp_path / "owl/IMG_1.HEIC").unlink()
+    (tmp_path / "owl/IMG_1.MOV").unlink()
+    assert "images of owl; add images, or set dataset.empty" in refusal(tmp_path, [], val_fraction=0.25)
 
 
 def test_a_class_without_val_images_is_reported(tmp_path: Path) -> None:

@@ -116,6 +116,22 @@ def test_a_list_holds_images_out_beside_a_folder_that_a_setting_names(tmp_path: 
     files: Files = {"test.txt": LISTS["meta/test.txt"], **train}
     images = [PETS.removeprefix("images/"), "holdout/{cat,dog}/8.jpg"]
     assert counts_of(tmp_path, images, files, splits={"val": "holdout"}) == [18, 2, 3]
+    assert counts_of(tmp_path, [], splits={"val": "holdout", "test": "test.txt"}) == [18, 2, 3]
+
+
+def test_a_table_of_classes_may_name_images_of_a_folder_that_a_setting_names(tmp_path: Path) -> None:
+    files: Files = {
+        "labels.csv": "file,label\n" + "".join(f"{n}.jpg,{'ab'[n % 2]}\n" for n in range(1, 11)),
+        "train.txt": lines("images/{1..6}.jpg", "holdout/{9..10}.jpg"),
+    }
+    settings: dict[str, Any] = {"labels": "labels.csv", "splits": {"val": "holdout"}}
+    assert counts_of(tmp_path, ["images/{1..8}.jpg", "holdout/{9..10}.jpg"], files, **settings) == [6, 2, 0]
+
+
+def test_a_list_that_a_setting_names_may_have_images_of_the_folder_of_its_split(tmp_path: Path) -> None:
+    files: Files = {"val.txt": lines("val/{a,b}/{1..2}.jpg")}
+    splits = {"val": "val.txt"}
+    assert counts_of(tmp_path, ["{train,val}/{a,b}/{1..4}.jpg"], files, splits=splits) == [8, 4, 0]
 
 
 def test_folders_of_splits_are_found_beside_a_list_that_a_setting_names(tmp_path: Path) -> None:
@@ -181,6 +197,73 @@ def test_a_folder_beside_class_folders_may_be_a_split(
     assert found.classes == tuple(sorted(("robin", "wren", folder)))
     files: Files = {f"{folder}.csv": "file,label\n1.jpg,robin\n2.jpg,wren\n3.jpg,wren\n"} if table else {}
     assert counts_of(tmp_path, [], files, splits={split: folder}, **settings) == counts
+
+
+def test_a_list_may_number_the_classes_of_folders(tmp_path: Path) -> None:
+    images = ["train/{a,b}/{1..4}.jpg", "test/{a,b}/{5..6}.jpg"]
+    files: Files = {"val.txt": "train/a/4.jpg 0\ntrain/a/3.jpg 0\ntrain/b/4.jpg 1\n"}
+    assert "; set dataset.splits.val=val.txt to use it, or" in refusal(tmp_path, images, files)
+    found = find(tmp_path, [], splits={"val": "val.txt"})
+    assert found.classes == ("a", "b")
+    assert [len(images) for images in found.splits.values()] == [5, 3, 4]
+    (tmp_path / "val.txt").write_text("train/a/4.jpg 0\ntrain/a/3.jpg 1\ntrain/b/4.jpg 1\n")
+    assert "no training images of 0, 1" in refusal(tmp_path, [], splits={"val": "val.txt"})
+
+
+def test_a_list_of_images_that_are_not_there_holds_none_out(tmp_path: Path) -> None:
+    files: Files = {"test.txt": lines("test/{a,b}/{1..2}.jpg")}
+    assert counts_of(tmp_path, ["train/{a,b}/{1..4}.jpg"], files, val_fraction=0.25) == [6, 2, 0]
+    files = {"test.txt": lines("{a,b}/{1..2}.jpg"), "val.txt": lines("/data/test/x/train/{a,b}/4.jpg")}
+    assert counts_of(tmp_path, [], files) == [2, 2, 4]
+
+
+def test_a_list_of_images_that_are_not_there_is_nothing_beside_a_folder_train(tmp_path: Path) -> None:
+    files: Files = {"test.txt": lines("test/{a,b}/{1..2}.jpg")}
+    assert counts_of(tmp_path, ["{train,val}/{a,b}/{1..4}.jpg"], files) == [8, 8, 0]
+
+
+def test_a_list_across_folders_is_refused_without_a_setting_that_cannot_take_it(tmp_path: Path) -> None:
+    files: Files = {"test.txt": lines("{train,val}/{a,b}/1.jpg")}
+    line = refusal(tmp_path, ["{train,val}/{a,b}/{1..4}.jpg"], files)
+    assert line == (
+        "test.txt lists 2 of 8 training images for test, such as train/a/1.jpg; remove the rows of others "
+        "from it, such as val/a/1.jpg, or set dataset.labels=folder:1 to ignore it"
+    )
+    assert counts_of(tmp_path, [], labels="folder:1") == [8, 8, 0]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "remedy", "counts"),
+    [
+        ("{images,test}/{cat,dog}/{1..4}.jpg", "folder:2", {}, [6, 2, 8]),
+        ("{images,test}/{cat,dog}_{1..4}.jpg", "filename", {"labels": "filename"}, [6, 2, 8]),
+    ],
+)
+def test_a_folder_of_held_out_images_is_no_training_set_by_dataset_labels(
+    tmp_path: Path, images: str, labels: str, remedy: dict[str, Any], counts: list[int]
+) -> None:
+    line = refusal(tmp_path, [images], labels=labels, val_fraction=0.25)
+    remove = "" if remedy else " and remove dataset.labels"
+    assert line == (
+        f"SOURCE/test may have images of test, but dataset.labels={labels} takes them for train; set "
+        f"dataset.splits.test=test{remove}, or move it out of SOURCE"
+    )
+    assert counts_of(tmp_path, [], splits={"test": "test"}, val_fraction=0.25, **remedy) == counts
+    (tmp_path / "test").rename(tmp_path.parent / f"{tmp_path.name}-test")
+    assert sum(counts_of(tmp_path, [], val_fraction=0.25, **remedy)) == 8
+
+
+def test_a_folder_val_is_no_class_if_a_setting_names_another_one(tmp_path: Path) -> None:
+    images = ["{cat,dog,val,holdout}/{1..4}.jpg"]
+    line = refusal(tmp_path, images, splits={"val": "holdout"})
+    assert line.startswith("SOURCE/val is beside cat and dog, and may be a class or have images of val; ")
+    rows = "".join(f"val/{n}.jpg,{('cat', 'dog')[n % 2]}\n" for n in range(1, 5))
+    (tmp_path / "holdout").rename(tmp_path.parent / f"{tmp_path.name}-holdout")
+    assert counts_of(tmp_path, [], {"held.csv": f"file,label\n{rows}"}, splits={"val": "held.csv"}) == [
+        8,
+        4,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("images", ["{valid,invalid}/{1..4}.jpg", "{a,b,test bench}/{1..4}.jpg"])

@@ -73,6 +73,14 @@ def test_another_field_does_not_take_the_place_of_lists_of_labels(tmp_path: Path
     assert found.classes == ("ann", "bob")
 
 
+def test_another_field_does_not_take_the_place_of_lists_with_an_unknown_name(tmp_path: Path) -> None:
+    files = objects(categories=[["cat"]] * 6, photographer=PHOTOGRAPHERS)
+    line = refusal(tmp_path, [SHORT], files, val_fraction=0.4)
+    assert line.startswith("metadata.jsonl: categories has lists or objects, and only")
+    found = find(tmp_path, [], labels="metadata.jsonl:photographer", val_fraction=0.4)
+    assert found.classes == ("ann", "bob")
+
+
 def test_a_list_of_one_label_is_that_label(tmp_path: Path) -> None:
     labels = [["cat"], ["dog"], ["cat"], "dog", [], None]
     found = find(tmp_path, [SHORT], objects(labels=labels, photographer=PHOTOGRAPHERS), val_fraction=0.5)
@@ -81,8 +89,11 @@ def test_a_list_of_one_label_is_that_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["labels", "boxes"])
-def test_lists_beside_a_column_of_classes_change_nothing(tmp_path: Path, other: str) -> None:
-    files = objects(label=["cat", "dog"] * 3, **{other: [["cat", "dog"]] * 6})
+@pytest.mark.parametrize("value", [["cat", "dog"], ["outdoor"], []])
+def test_lists_beside_a_column_of_classes_change_nothing(
+    tmp_path: Path, other: str, value: list[str]
+) -> None:
+    files = objects(label=["cat", "dog"] * 3, **{other: [value] * 6})
     assert find(tmp_path, [SHORT], files, val_fraction=0.5).classes == ("cat", "dog")
 
 

@@ -61,6 +61,10 @@ def test_all_shards_are_found(tmp_path: Path, names: tuple[str, ...], folder: st
             ("train-00000-of-00001-{0a,1b}.parquet", VAL),
             " has two exports of train, as train-00000-of-00001-0a.parquet and train-00000-of-00001-1b",
         ),
+        (
+            (TRAIN, VAL, "train-0.parquet"),
+            " has two exports of train, as train-0.parquet and train-00000-of-",
+        ),
         ((TRAIN, VAL, "val-0.parquet"), " has two exports of val, as val-0.parquet and validation-00000-of"),
         (
             (TRAIN, "test-00000-of-00001.parquet"),
