@@ -76,6 +76,8 @@ def _peek(head: bytes, tail: bytes) -> ImageInfo | None:
         grey = GREY if head[25] in _PNG_GREY else 0
         width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
         pixels = head.find(b"IDAT")
+        if pixels < 0 and len(head) != HEAD:  # these are all bytes, so there are no pixels
+            return None
         # Exif behind a long colour profile is not counted: to find it, the whole image would be read.
         rotated = _is_rotated_png(head, pixels if pixels >= 0 else len(head))
         rotated = rotated or _is_rotated_png(tail, len(tail))
