@@ -211,7 +211,7 @@ def decoding(options: Options) -> None:
 
 
 def steps(options: Options) -> None:
-    """A3: no hidden waits, the loss, out of memory."""
+    """A3: no hidden waits, the loss, a first step that overflows, out of memory."""
     _pytest(options, "test_cuda.py", "step")
 
 

@@ -37,6 +37,7 @@ from hpc_imagenet.training.callbacks.progress import ProgressReporter
 from hpc_imagenet.training.loading.sampler import BatchShare
 from hpc_imagenet.training.models.build import build_model
 from hpc_imagenet.training.models.networks import build_network
+from hpc_imagenet.training.models.optim import build_optimizer
 from hpc_imagenet.training.module import Classifier
 
 
@@ -47,7 +48,7 @@ def on(device: torch.device, config: Config) -> Config:
     return config
 
 
-# A3: steps without synchronization, the loss, and too little memory.
+# A3: steps without synchronization, the loss, a first step that overflows, and too little memory.
 
 
 class SyncDetector:
@@ -201,6 +202,28 @@ def limit_memory(device: torch.device, limit: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         torch.cuda, "mem_get_info", lambda *_: (limit - torch.cuda.memory_reserved(device), limit)
     )
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_step_after_an_overflow_has_finite_weights(
+    device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "empty_like", lambda each, **_: torch.full_like(each, float("nan")))
+    module = classifier(optimizer=name, learning_rate=1e-3, optimizer_options={"fused": True}).to(device)
+    optimizer, scaler = build_optimizer(module, module.recipe), torch.amp.GradScaler(device.type)
+    weights = [parameter.detach().clone() for parameter in module.parameters()]
+    for step in range(10):
+        with torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16):
+            loss = module.model(torch.rand(8, 3, 32, 32, device=device)).logsumexp(1).sum()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if step == 0:
+            next(module.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
+        scaler.step(optimizer)
+        scaler.update()
+        assert step or all(map(torch.equal, module.parameters(), weights))
+    assert not all(map(torch.equal, module.parameters(), weights))
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
 @pytest.mark.slow
