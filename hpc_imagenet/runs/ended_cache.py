@@ -14,15 +14,14 @@ import json
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.atomic_files import atomic_write
+from hpc_imagenet.runs.concurrent_reads import read_concurrently
 from hpc_imagenet.runs.store import Run, RunStore
 
 _SETTLED = 2.0  # s since the last change of a run: some file systems round their times to a second
-_THREADS = 16  # concurrent reads, since each is a round trip on a network file system
 
 _Times = tuple[int, int]  # modification times in ns: of the run's folder, of its attempts/
 _T = TypeVar("_T")
@@ -59,30 +58,29 @@ class EndedRunCache(abc.ABC, Generic[_T]):
 
     def read(self, runs: Sequence[Run]) -> dict[str, _T]:
         """Return the value of each run by its id, without those that this user may not read."""
-        share = -(-len(runs) // _THREADS) or 1
-        with ThreadPoolExecutor(_THREADS) as pool:
-            shares = pool.map(self._read, (runs[at : at + share] for at in range(0, len(runs), share)))
-            return {run_id: value for found in shares for run_id, value in found}
-
-    def _read(self, runs: Iterable[Run]) -> list[tuple[str, _T]]:
-        found = []
-        for run in runs:
-            # Before the records are read: a change in between makes the entry outdated, not wrong.
-            times = _modification_times(run)
-            entry = self._entries.get(run.id)
-            if entry and entry[0] == times:
-                value = entry[1]
-            else:
-                try:
-                    value, is_final = self.read_run(run)
-                except PermissionError:
-                    self._store.leave_out(run)
-                    continue
-                if is_final and times and abs(time.time() - max(times) / 1e9) > _SETTLED:
-                    self._entries[run.id] = times, value
+        # Before the records are read: a change in between makes an entry outdated, not wrong.
+        times = dict(zip(runs, read_concurrently(_modification_times, runs), strict=True))
+        values = {
+            run: entry[1] for run in runs if (entry := self._entries.get(run.id)) and entry[0] == times[run]
+        }
+        changed = [(run, times[run]) for run in runs if run not in values]
+        for (run, last), found in zip(changed, read_concurrently(self._read, changed), strict=True):
+            if found:
+                values[run], is_final = found
+                if last and is_final:
+                    self._entries[run.id] = last, values[run]
                     self._unsaved += 1
-            found.append((run.id, value))
-        return found
+        return {run.id: values[run] for run in runs if run in values}
+
+    def _read(self, changed: tuple[Run, _Times | None]) -> tuple[_T, bool] | None:
+        """Return the value of a run and whether it may be kept, or None if this user may not read the run."""
+        run, times = changed
+        try:
+            value, is_final = self.read_run(run)
+        except PermissionError:
+            self._store.leave_out(run)
+            return None
+        return value, bool(is_final and times and abs(time.time() - max(times) / 1e9) > _SETTLED)
 
     def save(self, runs: Iterable[Run]) -> None:
         """Write the cache file if much of it is new. `runs`: all of the workspace; others are dropped."""
