@@ -205,9 +205,7 @@ def limit_memory(device: torch.device, limit: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_step_after_an_overflow_has_finite_weights(
-    device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_overflow_is_skipped(device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda each, **_: torch.full_like(each, float("nan")))
     module = classifier(optimizer=name, learning_rate=1e-3, optimizer_options={"fused": True}).to(device)
     optimizer, scaler = build_optimizer(module, module.recipe), torch.amp.GradScaler(device.type)
@@ -221,9 +219,10 @@ def test_step_after_an_overflow_has_finite_weights(
             next(module.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
         scaler.step(optimizer)
         scaler.update()
-        assert step or all(map(torch.equal, module.parameters(), weights))
-    assert not all(map(torch.equal, module.parameters(), weights))
-    assert all(parameter.isfinite().all() for parameter in module.parameters())
+        assert all(map(torch.equal, module.parameters(), weights)) == (step == 0)
+    finite = all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+    report(f"{name}: finite weights after ten steps, of which the first overflows", ok=finite)
+    assert finite
 
 
 @pytest.mark.slow
