@@ -8,7 +8,7 @@ ARGS ?=# more arguments of pytest, such as ARGS='-k index'
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN = $(VENV)/bin
 
-.PHONY: help install demo lab slurm-demo test soak lint clean
+.PHONY: help install demo lab slurm-demo test soak lint hashes clean
 
 help: ## show this
 	@echo 'make TARGET [PYTHON=python3.12] [VENV=FOLDER] [WORKSPACE=FOLDER] [ARGS=...]'
@@ -37,6 +37,15 @@ lint: $(VENV)/.installed-lint ## format, ruff and mypy --strict, nothing changed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The extras are what the jobs of every setting need but tracker.
+IMAGE_EXTRAS = demo energy notify parquet search session timm
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --constraint constraints.txt \
+    --generate-hashes --no-annotate --custom-compile-command 'make hashes'
+
+hashes: $(VENV)/.installed-lint ## container/*.txt: hashes of the packages of the images, after changing constraints.txt
+	printf 'hatchling\nsetuptools\n' | $(LOCK) --output-file container/build-requirements.txt -
+	$(LOCK) $(IMAGE_EXTRAS:%=--extra %) --output-file container/requirements.txt pyproject.toml
 
 clean: ## remove .venv and caches; the workspace stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

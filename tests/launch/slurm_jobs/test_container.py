@@ -30,9 +30,15 @@ def command(runtime: str, **changes: object) -> str:
 
 def test_both_images_have_what_every_job_needs() -> None:
     files = (PACKAGE_ROOT / "container/Dockerfile", PACKAGE_ROOT / "container/hpc_imagenet.def")
-    first, second = (re.findall(r"pip install .*'\.\[(.+)\]'", file.read_text()) for file in files)
+    pattern = re.compile(r"^[^#\n]*pip install (.+?)(?: \\)?$", re.MULTILINE)
+    first, second = (pattern.findall(file.read_text()) for file in files)
     assert first == second
-    assert {"notify", "parquet", "search", "session", "timm"} <= set(first[0].split(","))
+    assert [command.split()[-1] for command in first if "--require-hashes" in command] == [
+        "container/build-requirements.txt",
+        "container/requirements.txt",
+    ]
+    extras = re.findall(r"^IMAGE_EXTRAS = (.+)$", (PACKAGE_ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"notify", "parquet", "search", "session", "timm"} <= set(extras[0].split())
 
 
 def test_apptainer_binds_folders_and_gpus() -> None:
