@@ -72,7 +72,8 @@ def shared(cli: Cli) -> Cli:
 def start(cli: Cli, *settings: str, wait: int = 2) -> dict[str, Run]:
     """Submit a sweep and return its runs by the names of their networks, when all have trained a while.
 
-    A run that is held up for longer than `wait` seconds goes on with its own loader.
+    A run that is held up for longer than `wait` seconds goes on with its own loader, on a busy machine also one
+    that starts so much later than another.
     """
     shared = with_defaults(SHARED, [f"train.share_wait_seconds={wait}"])
     done = cli("-m", *SETTINGS, *shared, EPOCHS, *settings)
@@ -161,7 +162,7 @@ def test_killed_run_does_not_stop_the_others_and_resumes(shared: Cli, separate: 
 
 
 def test_stopped_run_is_left_behind_and_goes_on_alone(shared: Cli, separate: Path) -> None:
-    runs = start(shared, MODELS)
+    runs = start(shared, MODELS, wait=30)
     stopped = process(runs["build"])
     stopped.send_signal(signal.SIGSTOP)
     until(shared, runs, build="running")  # the others do not wait for it
@@ -196,7 +197,7 @@ def test_stopped_job_saves_all_runs_which_resume_together(
     number: signal.Signals, shared: Cli, separate: Path
 ) -> None:
     shared.without_forks()
-    runs = start(shared, MODELS)
+    runs = start(shared, MODELS, wait=120)
     eventually(lambda: runs["small"].progress["done"] >= 30, 300)
     (leader,) = [
         parent
@@ -213,13 +214,12 @@ def test_stopped_job_saves_all_runs_which_resume_together(
     for run in runs.values():
         assert_equal(run, separate)
         assert "resuming from step" in log(run)
-    # On a busy machine the decoder may go on without a slow one.
-    assert any(log(run).count("this run shares its loader") == 2 for run in runs.values())
+        assert log(run).count("this run shares its loader") == 2
 
 
 def test_runs_go_on_if_the_decoder_is_killed(shared: Cli, separate: Path) -> None:
     shared.without_forks()
-    runs = start(shared, MODELS)
+    runs = start(shared, MODELS, wait=120)
     for parent in process(runs["small"]).parents()[:2]:  # the process of the job, and submitit's
         assert {"hpc_imagenet.launch.tasks.start_task", "submitit.local._local"} & set(parent.cmdline())
         parent.kill()
