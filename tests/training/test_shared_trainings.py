@@ -72,8 +72,8 @@ def shared(cli: Cli) -> Cli:
 def start(cli: Cli, *settings: str, wait: int = 2) -> dict[str, Run]:
     """Submit a sweep and return its runs by the names of their networks, when all have trained a while.
 
-    A run that is held up for longer than `wait` seconds goes on with its own loader, on a busy machine also one
-    that starts so much later than another.
+    A run that is held up for longer than `wait` seconds goes on with its own loader. So does one that starts
+    that much later than another, on a busy machine.
     """
     shared = with_defaults(SHARED, [f"train.share_wait_seconds={wait}"])
     done = cli("-m", *SETTINGS, *shared, EPOCHS, *settings)
