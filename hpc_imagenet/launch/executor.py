@@ -128,6 +128,14 @@ class Executor(Protocol):
             UserError: it cannot be cancelled from this machine.
         """
 
+    def end_jobs(self, attempts: Sequence[tuple[Run, Attempt]]) -> set[str]:
+        """End the jobs of several active attempts with one command, where that is possible.
+
+        Returns:
+            Ids of the runs whose jobs are ended. Their outcome is not written; the others need `cancel`.
+        """
+        return set()
+
     def start_queued(self, store: RunStore) -> None:
         """Make sure that something starts the attempts which are queued already."""
         return  # the default: nothing to do

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,12 @@ from hpc_imagenet.cluster import slurm
 from hpc_imagenet.errors import UserError
 from hpc_imagenet.io.ownership import owner_writes
 from hpc_imagenet.launch import validate
-from hpc_imagenet.launch.executor import JobsRefused, State, code_version
+from hpc_imagenet.launch.executor import Executor, JobsRefused, State, code_version
 from hpc_imagenet.launch.executors import EXECUTORS, executor_of
 from hpc_imagenet.launch.states import state
 from hpc_imagenet.launch.tasks import notification
 from hpc_imagenet.launch.warm_start import keep_weights
-from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, QUEUED
+from hpc_imagenet.runs.attempt import CANCELLED, FINISHED, QUEUED, Attempt
 from hpc_imagenet.runs.job import Job
 from hpc_imagenet.runs.store import Run, RunStore
 from hpc_imagenet.runs.usage_records import last_seen
@@ -162,13 +162,37 @@ def start_attempts(
     return actions, errors
 
 
-def cancel_run(run: Run, reason: str = "by the cancel command", status: State | None = None) -> State:
+def end_jobs(runs: Iterable[Run], state_of: Mapping[str, State]) -> set[str]:
+    """End the jobs of several runs at once, where their executors can; `cancel_run` is to follow for each.
+
+    Returns:
+        Ids of the runs whose jobs are ended.
+    """
+    attempts: dict[Executor, list[tuple[Run, Attempt]]] = {}
+    for run in runs:
+        status = state_of[run.id]
+        if not status.ended and not status.waiting and _may_cancel(run) and (attempt := run.attempt):
+            attempts.setdefault(executor_of(attempt), []).append((run, attempt))
+    return {run_id for executor, each in attempts.items() for run_id in executor.end_jobs(each)}
+
+
+def _may_cancel(run: Run) -> bool:
+    return run.is_mine or os.geteuid() == 0
+
+
+def cancel_run(
+    run: Run,
+    reason: str = "by the cancel command",
+    status: State | None = None,
+    job_has_ended: bool = False,
+) -> State:
     """Cancel a run on its executor.
 
     Args:
         run: the run to cancel.
         reason: written into the attempt's outcome.
         status: its state, if the caller has just queried it.
+        job_has_ended: whether `end_jobs` has ended its job.
 
     Returns:
         The run's state before it was cancelled.
@@ -179,7 +203,7 @@ def cancel_run(run: Run, reason: str = "by the cancel command", status: State | 
     status, attempt = status or state(run), run.attempt
     if status.ended:
         return status
-    if os.geteuid() != 0:
+    if not _may_cancel(run):
         run.check_mine("cancel it", f"have {run.owner} cancel it")
     if attempt is None:
         raise UserError(f"{run.id} {status.reason}: try again in a moment")
@@ -190,6 +214,9 @@ def cancel_run(run: Run, reason: str = "by the cancel command", status: State | 
     else:
         # A job that was requeued has not run since: its time in the queue is none in which it was running.
         ended = last_seen(attempt) if status.name == QUEUED else None
-        executor_of(attempt).cancel(run, attempt, reason, ended)
+        if job_has_ended:
+            attempt.end(CANCELLED, reason, ended=ended)
+        else:
+            executor_of(attempt).cancel(run, attempt, reason, ended)
     notification.run_ended(run, attempt)
     return status

@@ -81,16 +81,18 @@ def _add_logs_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _cancel(store: RunStore, options: argparse.Namespace) -> int:
     from hpc_imagenet.launch.states import states
-    from hpc_imagenet.launch.submission import cancel_run
+    from hpc_imagenet.launch.submission import cancel_run, end_jobs
 
     runs, by_options = named_or_selected(store, options, "cancel")
     state_of = states(runs)
     errors = []
     # Queued runs first: at the end of a running one the local queue would start the next.
-    for run in sorted(runs, key=lambda run: state_of[run.id].name != QUEUED):
+    runs = sorted(runs, key=lambda run: state_of[run.id].name != QUEUED)
+    ended = end_jobs(runs, state_of)
+    for run in runs:
         status = state_of[run.id]
         try:
-            cancel_run(run, status=status)
+            cancel_run(run, status=status, job_has_ended=run.id in ended)
         except UserError as error:  # the others are cancelled all the same
             errors.append(error)
         else:

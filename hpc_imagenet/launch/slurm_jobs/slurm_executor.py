@@ -5,6 +5,7 @@ Commands that only query states do not import what submission needs: sbatch.py a
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -23,6 +24,8 @@ from hpc_imagenet.runs.store import Run, RunStore
 
 if TYPE_CHECKING:
     from hpc_imagenet.launch.slurm_jobs.sbatch import ArrayTask
+
+_JOBS_PER_COMMAND = 100  # whose outcomes are still to be written if the command that cancels them is killed
 
 
 class SlurmExecutor(Executor):
@@ -101,6 +104,21 @@ class SlurmExecutor(Executor):
         attempt.end(CANCELLED, reason, ended=ended)  # before the process ends: the first outcome is kept
         if in_allocation and "step" in started:
             slurm.cancel_job(f"{job_id}.{started['step']}")
+
+    def end_jobs(self, attempts: Sequence[tuple[Run, Attempt]]) -> set[str]:
+        """Cancel the jobs that belong to one attempt each, many with one scancel."""
+        own: list[tuple[str, str]] = []
+        for run, attempt in attempts:
+            with contextlib.suppress(UserError):  # a damaged config, which `cancel` reports
+                if not attempt.submitted.get("shares_with") and run.executor() == self.name:
+                    own.append((run.id, str(attempt.submitted["job_id"])))
+        ended: set[str] = set()
+        if len(own) > 1 and slurm.is_available():
+            for begin in range(0, len(own), _JOBS_PER_COMMAND):
+                run_ids, job_ids = zip(*own[begin : begin + _JOBS_PER_COMMAND], strict=True)
+                if slurm.cancel_jobs(job_ids):
+                    ended.update(run_ids)
+        return ended
 
     def preview(self, store: RunStore, jobs: Sequence[tuple[Job, Sequence[str]]]) -> Iterator[str]:
         """Yield the sbatch script of each job or job array and the reply of `sbatch --test-only` to it."""
